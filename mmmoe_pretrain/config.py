@@ -1,0 +1,337 @@
+"""One run is one YAML file, read into frozen typed models.
+
+Owns the schema, its defaults and every check that needs no hardware: unknown keys, bad values
+and combinations that cannot work. What depends on the number of ranks is checked in
+``parallel/mesh.py``. The README's tour explains the keys by example.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Modality = Literal["image", "audio", "text"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SourceConfig(_Model):
+    """A folder of shards and its share of the training mix."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(_Model):
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: str
+    num_workers: int = Field(1, ge=0)
+    prefetch: int = Field(4, ge=1)  # microbatches a worker keeps ready
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
+    image_augment: bool = True
+    audio_augment: bool = True
+    text_dropout: float = Field(0.0, ge=0, lt=1)  # sentencepiece subword regularisation (BPE dropout)
+
+
+class ImageConfig(_Model):
+    size: int = Field(48, ge=8)  # pixels of a side
+    patch: int = Field(8, ge=2)  # pixels of a side
+    stem: Literal["linear", "conv"] = "conv"
+    stem_channels: int = Field(32, ge=4)
+    positions: Literal["learned", "rotary"] = "learned"
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.size // self.patch) ** 2
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ImageConfig:
+        if self.size % self.patch:
+            raise ValueError(f"image.size {self.size} is not a multiple of image.patch {self.patch}; "
+                             f"use size {self.size // self.patch * self.patch}")
+        if self.stem == "conv" and self.patch & (self.patch - 1):
+            raise ValueError(f"image.stem conv halves the picture step by step, so image.patch must be "
+                             f"a power of two, not {self.patch}; use 8 or stem: linear")
+        return self
+
+
+class AudioConfig(_Model):
+    sample_rate: int = Field(16_000, ge=4_000)  # Hz
+    n_fft: int = 512
+    hop_length: int = Field(160, ge=1)  # samples between two frames
+    n_mels: int = Field(64, ge=8)
+    max_seconds: float = Field(4.0, gt=0)
+    patch: int = Field(8, ge=1)  # frames a token
+    stem: Literal["linear", "conv"] = "conv"
+    stem_channels: int = Field(64, ge=4)
+    positions: Literal["learned", "rotary"] = "rotary"
+
+    @property
+    def max_frames(self) -> int:
+        """Frames of the longest clip, a multiple of ``patch``."""
+        frames = 1 + int(self.max_seconds * self.sample_rate) // self.hop_length
+        return -(-frames // self.patch) * self.patch
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_frames // self.patch
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> AudioConfig:
+        if self.stem == "conv" and self.patch & (self.patch - 1):
+            raise ValueError(f"audio.stem conv halves the frames step by step, so audio.patch must be "
+                             f"a power of two, not {self.patch}; use 8 or stem: linear")
+        return self
+
+
+class TextConfig(_Model):
+    max_tokens: int = Field(48, ge=2)  # longer texts are cut, and counted
+    positions: Literal["learned", "rotary"] = "rotary"
+
+
+class ModalitiesConfig(_Model):
+    image: ImageConfig = ImageConfig()
+    audio: AudioConfig = AudioConfig()
+    text: TextConfig = TextConfig()
+
+
+class RoutingLossConfig(_Model):
+    """Weights of the auxiliary losses; a weight of 0 leaves the term out.
+
+    ``entropy_modalities`` take part in the LIMoE terms. ``min_experts[m]`` is S_m of the soft
+    threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
+    """
+
+    local_entropy: float = Field(0.0, ge=0)
+    global_entropy: float = Field(0.0, ge=0)
+    entropy_modalities: tuple[Modality, ...] = ("image", "audio", "text")
+    min_experts: dict[Modality, float] = {}
+    balance: float = Field(0.0, ge=0)
+    z: float = Field(0.0, ge=0)
+
+
+class MoEConfig(_Model):
+    every: int = Field(2, ge=1)  # block i is a mixture where (i + 1) % every == 0
+    num_experts: int = Field(8, ge=1)  # 1 is a dense model
+    experts_per_token: int = Field(2, ge=1)
+    expert_hidden_size: int = Field(256, ge=1)
+    capacity_factor: float | None = Field(None, gt=0)  # None is dropless
+    batch_priority: bool = False
+    renormalize: bool = True  # divide the chosen weights by their sum; never where K = 1
+    losses: RoutingLossConfig = RoutingLossConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> MoEConfig:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts "
+                             f"{self.num_experts}; lower the first or raise the second")
+        if self.batch_priority and self.capacity_factor is None:
+            raise ValueError("moe.batch_priority orders tokens for a limited capacity, and "
+                             "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
+                             "batch_priority: false")
+        return self
+
+    @property
+    def dense(self) -> bool:
+        return self.num_experts == 1
+
+
+class ModelConfig(_Model):
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    ffn_hidden_size: int = Field(256, ge=1)  # of the dense blocks
+    embedding_size: int = Field(128, ge=2)  # of the joint space of the contrastive objective
+    init_std: float = Field(0.02, gt=0)
+    rotary_base: float = Field(10_000.0, gt=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"model.hidden_size {self.hidden_size} does not split into {self.num_heads} "
+                             f"heads of even width (rotary positions need pairs); use a multiple of "
+                             f"{2 * self.num_heads}")
+        return self
+
+
+class ContrastiveConfig(_Model):
+    """Weights of the pairs; a pair that is not named takes no part."""
+
+    weight: float = Field(1.0, ge=0)
+    pairs: dict[Literal["image-text", "audio-text", "image-audio"], float] = {
+        "image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}
+    initial_temperature: float = Field(0.07, gt=0)
+
+
+class CaptioningConfig(_Model):
+    """Next-token prediction of the text behind an image or audio prefix."""
+
+    weight: float = Field(0.0, ge=0)
+    prefixes: tuple[Literal["image", "audio"], ...] = ("image", "audio")
+    fraction: float = Field(0.25, gt=0, le=1)  # of the samples that get a fused segment
+
+
+class ObjectivesConfig(_Model):
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    captioning: CaptioningConfig = CaptioningConfig()
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> ObjectivesConfig:
+        if self.contrastive.weight == 0 and self.captioning.weight == 0:
+            raise ValueError("objectives: every weight is 0, so there is nothing to learn; set "
+                             "contrastive.weight or captioning.weight above 0")
+        return self
+
+
+class OptimizerConfig(_Model):
+    learning_rate: float = Field(1e-3, gt=0)
+    min_learning_rate: float = Field(1e-5, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.1, ge=0)  # of matrices; vectors and temperatures do not decay
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip_norm: float = Field(1.0, ge=0)  # 0 does not clip
+
+
+class ParallelConfig(_Model):
+    engine: Literal["megatron"] = "megatron"
+    expert_parallel_size: int | Literal["auto"] = "auto"  # ranks over which the experts are spread
+    timeout_seconds: float = Field(300.0, gt=0)  # of a collective, before the job ends
+
+
+class TrainConfig(_Model):
+    steps: int = Field(1000, ge=1)
+    global_batch_size: int = Field(128, ge=1)  # samples an optimizer step, over all ranks
+    num_microbatches: int = Field(1, ge=1)  # gradient accumulation
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
+    log_every: int = Field(10, ge=1)
+    heatmap_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(200, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class EvaluateConfig(_Model):
+    """Held-out shards, and how a class name becomes a text."""
+
+    test: tuple[str, ...] = ()
+    prompt: str = "{}"
+    min_clips_per_language: int = Field(50, ge=1)
+
+
+class RunConfig(_Model):
+    """Everything that a run depends on; saved beside its checkpoints."""
+
+    name: str = Field(min_length=1)
+    runs_dir: str = "runs"
+    seed: int = 0
+    data: DataConfig
+    modalities: ModalitiesConfig = ModalitiesConfig()
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file and apply ``key.sub=value`` overrides (values are YAML too).
+
+    Raises ValueError naming the key, the value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config at {path}; the runs that come along are in configs/")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; "
+                         f"see configs/demo.yaml")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse(raw, where=str(path))
+
+
+def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """A RunConfig from plain values, with errors a user can act on."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+
+
+def dump(config: RunConfig, path: Path) -> None:
+    """Write the resolved config; ``load`` of the file gives an equal value."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ValueError(f"override {override!r} is not key=value; e.g. train.steps=100")
+    node: Any = raw
+    *parents, leaf = key.split(".")
+    for part in parents:
+        node = _descend(node, part, override)
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        node[_list_index(node, leaf, override)] = value
+    else:
+        node[leaf] = value
+
+
+def _descend(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, part, override)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise ValueError(f"override {override!r}: {part!r} is a value ({child!r}), not a section")
+    return child
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ValueError(f"override {override!r}: {part!r} is not an index of a list of {len(node)}")
+    return int(part)
+
+
+def _explain(item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _siblings(item["loc"])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {location!r}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{location}: required, and missing"
+    if item["type"] == "value_error":
+        return message
+    return f"{location}: {message} (got {item['input']!r})"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, _Model)]
+        model = args[0] if args else annotation
+    return list(model.model_fields)
