@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,17 +108,18 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return dataclasses.replace(self, **{
-            f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)
-        })
+        return dataclasses.replace(
+            self, **{f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
+        )
 
 
-def _move(value: object, device: torch.device) -> object:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, AttentionBucket):
-        return AttentionBucket(*(getattr(value, f.name).to(device, non_blocking=True)
-                                 for f in dataclasses.fields(value)))
+        return AttentionBucket(
+            *(getattr(value, f.name).to(device, non_blocking=True) for f in dataclasses.fields(value))
+        )
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     return value

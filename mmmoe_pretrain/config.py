@@ -35,7 +35,9 @@ class DataConfig(_Model):
     prefetch: int = Field(4, ge=1)  # microbatches a worker keeps ready
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
     image_augment: bool = True
+    image_flip: bool = True  # false where pictures hold letters: a mirrored b is a d
     audio_augment: bool = True
+    label_text: float = Field(0.0, ge=0, le=1)  # share of labelled pictures with their class as text
     text_dropout: float = Field(0.0, ge=0, lt=1)  # sentencepiece subword regularisation (BPE dropout)
 
 
@@ -53,11 +55,15 @@ class ImageConfig(_Model):
     @model_validator(mode="after")
     def _divisible(self) -> ImageConfig:
         if self.size % self.patch:
-            raise ValueError(f"image.size {self.size} is not a multiple of image.patch {self.patch}; "
-                             f"use size {self.size // self.patch * self.patch}")
+            raise ValueError(
+                f"image.size {self.size} is not a multiple of image.patch {self.patch}; "
+                f"use size {self.size // self.patch * self.patch}"
+            )
         if self.stem == "conv" and self.patch & (self.patch - 1):
-            raise ValueError(f"image.stem conv halves the picture step by step, so image.patch must be "
-                             f"a power of two, not {self.patch}; use 8 or stem: linear")
+            raise ValueError(
+                f"image.stem conv halves the picture step by step, so image.patch must be "
+                f"a power of two, not {self.patch}; use 8 or stem: linear"
+            )
         return self
 
 
@@ -85,8 +91,10 @@ class AudioConfig(_Model):
     @model_validator(mode="after")
     def _power_of_two(self) -> AudioConfig:
         if self.stem == "conv" and self.patch & (self.patch - 1):
-            raise ValueError(f"audio.stem conv halves the frames step by step, so audio.patch must be "
-                             f"a power of two, not {self.patch}; use 8 or stem: linear")
+            raise ValueError(
+                f"audio.stem conv halves the frames step by step, so audio.patch must be "
+                f"a power of two, not {self.patch}; use 8 or stem: linear"
+            )
         return self
 
 
@@ -129,12 +137,22 @@ class MoEConfig(_Model):
     @model_validator(mode="after")
     def _combinations(self) -> MoEConfig:
         if self.experts_per_token > self.num_experts:
-            raise ValueError(f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts "
-                             f"{self.num_experts}; lower the first or raise the second")
+            raise ValueError(
+                f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts "
+                f"{self.num_experts}; lower the first or raise the second"
+            )
         if self.batch_priority and self.capacity_factor is None:
-            raise ValueError("moe.batch_priority orders tokens for a limited capacity, and "
-                             "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
-                             "batch_priority: false")
+            raise ValueError(
+                "moe.batch_priority orders tokens for a limited capacity, and "
+                "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
+                "batch_priority: false"
+            )
+        for modality, count in self.losses.min_experts.items():
+            if not 1 <= count <= self.num_experts and not self.dense:
+                raise ValueError(
+                    f"moe.losses.min_experts of {modality} is {count:g}, and there are "
+                    f"{self.num_experts} experts; use 1 to {self.num_experts}"
+                )
         return self
 
     @property
@@ -148,15 +166,16 @@ class ModelConfig(_Model):
     num_heads: int = Field(4, ge=1)
     ffn_hidden_size: int = Field(256, ge=1)  # of the dense blocks
     embedding_size: int = Field(128, ge=2)  # of the joint space of the contrastive objective
-    init_std: float = Field(0.02, gt=0)
     rotary_base: float = Field(10_000.0, gt=1)
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"model.hidden_size {self.hidden_size} does not split into {self.num_heads} "
-                             f"heads of even width (rotary positions need pairs); use a multiple of "
-                             f"{2 * self.num_heads}")
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} does not split into {self.num_heads} "
+                f"heads of even width (rotary positions need pairs); use a multiple of "
+                f"{2 * self.num_heads}"
+            )
         return self
 
 
@@ -165,7 +184,10 @@ class ContrastiveConfig(_Model):
 
     weight: float = Field(1.0, ge=0)
     pairs: dict[Literal["image-text", "audio-text", "image-audio"], float] = {
-        "image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}
+        "image-text": 1.0,
+        "audio-text": 1.0,
+        "image-audio": 0.5,
+    }
     initial_temperature: float = Field(0.07, gt=0)
 
 
@@ -184,8 +206,10 @@ class ObjectivesConfig(_Model):
     @model_validator(mode="after")
     def _something_to_learn(self) -> ObjectivesConfig:
         if self.contrastive.weight == 0 and self.captioning.weight == 0:
-            raise ValueError("objectives: every weight is 0, so there is nothing to learn; set "
-                             "contrastive.weight or captioning.weight above 0")
+            raise ValueError(
+                "objectives: every weight is 0, so there is nothing to learn; set "
+                "contrastive.weight or captioning.weight above 0"
+            )
         return self
 
 
@@ -260,8 +284,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; "
-                         f"see configs/demo.yaml")
+        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; see configs/demo.yaml")
     for override in overrides:
         _apply_override(raw, override)
     return parse(raw, where=str(path))

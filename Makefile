@@ -1,0 +1,58 @@
+# Every target makes its own .venv and installs what it needs; nothing else is changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL_FILES := $(wildcard launch/*.sh) .ci/run
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench compare clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Fetch real data, train on two processes, evaluate, and show the report
+	launch/demo.sh
+
+test: $(STAMP) ## Run the tests (not the slow ones, nor those that need a network or a GPU)
+	$(BIN)/python -m pytest -q -m "not slow and not network and not gpu"
+
+check: $(STAMP) ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_FILES)
+
+bench: $(STAMP) ## Run every benchmark with --quick
+	@set -e; for file in $(wildcard benchmarks/*.py); do \
+	  echo "== $$file"; $(BIN)/python "$$file" --quick; \
+	done
+
+compare: $(STAMP) ## Train in several layouts and compare their losses
+	$(BIN)/python -m launch.compare
+
+clean: ## Remove .venv and the caches; data/ and runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find mmmoe_pretrain data_prep launch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; found=; \
+	for python in $(PYTHON) python3.11 python3.12 python3.13; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Python 3.11 or later is needed, and '$(PYTHON)' is not; name one: make PYTHON=/path/to/python3.11 ..." >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$found cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Installing into $(VENV) with $$("$$found" --version); the first time takes some minutes"; \
+	"$$found" -m venv $(VENV); \
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; \
+	touch $@

@@ -1,0 +1,1 @@
+"""Scripts that start runs: on one machine, under Slurm, on Kubernetes."""

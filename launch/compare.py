@@ -1,0 +1,116 @@
+"""``make compare``: the demo's mixture and its dense baseline, by one recipe, over several seeds.
+
+Dense means one expert as wide as the K experts that a token visits together, so that a token costs
+the same arithmetic. Each run trains on two ranks as the demo does, one after another. Writes
+``docs/results.json`` (read by ``mmmoe evaluate`` for its dense column) and ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADLINE = ("image_to_text_r1", "image_to_text_r10", "text_to_image_r10", "speech_to_text_r1",
+            "speech_to_text_r10", "text_to_speech_r10", "image_to_speech_r10", "speech_to_image_r10",
+            "zero_shot_accuracy", "zero_shot_balanced", "caption_perplexity")  # fmt: skip
+MODELS = ("mixture", "dense")
+
+
+def dense_overrides(config: RunConfig) -> list[str]:
+    """The dense model whose active parameters a token equal those of the mixture."""
+    width = config.moe.experts_per_token * config.moe.expert_hidden_size
+    return ["moe.num_experts=1", "moe.experts_per_token=1", f"moe.expert_hidden_size={width}"]
+
+
+def train_and_evaluate(path: Path, name: str, overrides: list[str], ranks: int) -> dict[str, Any]:
+    """The report of one run; a run that is there already is only finished and read."""
+    config = run_config.load(path, [f"name={name}", *overrides])
+    report = config.run_dir / "report.json"
+    if not report.is_file():
+        _call([str(ROOT / "launch" / "torchrun.sh"), str(ranks), "train", str(path), "--resume", f"name={name}",
+               *overrides])  # fmt: skip
+        _call([sys.executable, "-m", "mmmoe_pretrain.cli", "evaluate", str(config.run_dir)])
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def _call(command: list[str]) -> None:
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True, cwd=Path.cwd())
+
+
+def summarise(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, standard deviation and single values of each metric over the seeds."""
+    rows = []
+    for row in reports[0]["results"]:
+        values = [r["value"] for report in reports for r in report["results"] if r["metric"] == row["metric"]]
+        rows.append({"metric": row["metric"], "value": statistics.mean(values), "values": values,
+                     "std": statistics.stdev(values) if len(values) > 1 else 0.0, "unit": row["unit"],
+                     "chance": row["chance"], "majority": row["majority"], "n": row["n"]})  # fmt: skip
+    return rows
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The recorded comparison as a page."""
+    lines = [
+        "# The mixture beside a dense model of equal active FLOPs", "",
+        f"Recorded {record['date']} by `make compare`: `{record['config']}`, {record['steps']} steps, seeds "
+        f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks, the same data and recipe. Held-out Tux "
+        f"Paint stamps; mean ± standard deviation over the seeds.", "",
+        "| metric | chance | majority | dense | mixture | n |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    dense = {row["metric"]: row for row in record["dense"]["results"]}
+    for row in record["mixture"]["results"]:
+        if row["metric"] in HEADLINE:
+            other = dense[row["metric"]]
+            cells = [_show(row["chance"], row), _show(row["majority"], row),
+                     f"{_show(other['value'], row)} ± {_show(other['std'], row)}",
+                     f"{_show(row['value'], row)} ± {_show(row['std'], row)}", f"{row['n']:,}"]  # fmt: skip
+            lines.append(f"| {row['metric']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _show(value: float | None, row: dict[str, Any]) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if row["unit"] == "share" else f"{value:,.1f}"
+
+
+def main() -> None:
+    """Run what is missing, then write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    config = run_config.load(args.config)
+    reports: dict[str, list[dict[str, Any]]] = {model: [] for model in MODELS}
+    for seed in args.seeds:
+        for model in MODELS:
+            overrides = [f"seed={seed}", *(dense_overrides(config) if model == "dense" else [])]
+            name = f"compare-{config.name}-{model}-seed{seed}"
+            reports[model].append(train_and_evaluate(args.config, name, overrides, args.ranks))
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(), "config": str(args.config), "steps": config.train.steps,
+        "seeds": args.seeds, "ranks": args.ranks,
+        **{model: {"test": list(config.evaluate.test), "results": summarise(found)}
+           for model, found in reports.items()},
+    }  # fmt: skip
+    args.out.mkdir(exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (args.out / "results.md").write_text(markdown(record), encoding="utf-8")
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    main()

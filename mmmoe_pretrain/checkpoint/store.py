@@ -1,0 +1,135 @@
+"""Writing, finding and reading checkpoints of a run.
+
+A checkpoint is a folder ``step_00000100`` under ``RUN/checkpoints``: the tensors by
+torch.distributed.checkpoint under ``model/NAME`` and ``optimizer/NAME/exp_avg(_sq)`` in their
+full logical shape, and ``meta.json``. It is written under ``.tmp``, renamed when it is whole,
+and only then does the file ``latest`` name it; a killed writer leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.parallel.groups import Groups
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+STEP = re.compile(r"step_(\d{8})")
+
+
+def save(
+    run_dir: Path, step: int, state: dict[str, ParameterState], groups: Groups, meta: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of ``step`` from all ranks and keep the last ``keep`` of them."""
+    root = run_dir / FOLDER
+    final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+    dist.barrier()
+    dcp.save(_tensors(state, groups), checkpoint_id=draft)
+    if dist.get_rank() == 0:
+        (draft / "meta.json").write_text(json.dumps({"step": step, **meta}), encoding="utf-8")
+        if final.exists():  # of a run that went on from an earlier checkpoint
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        _point_latest(root, final.name)
+        for old in _complete(root)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def find_latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    root = run_dir / FOLDER
+    pointer = root / LATEST
+    if pointer.is_file():
+        named = root / pointer.read_text(encoding="utf-8").strip()
+        if _is_complete(named):
+            return named
+    complete = _complete(root)
+    return complete[-1] if complete else None
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """The facts saved beside the tensors; ``step`` among them."""
+    return json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+
+
+def load(checkpoint: Path, like: dict[str, ParameterState], groups: Groups) -> dict[str, ParameterState]:
+    """The state of ``checkpoint`` cut for this rank; ``like`` gives names and local shapes."""
+    state = {name: parameter.clone() for name, parameter in like.items()}
+    _check_names(checkpoint, _tensors(state, groups).keys())
+    dcp.load(_tensors(state, groups), checkpoint_id=checkpoint)
+    return state
+
+
+def load_weights(checkpoint: Path, weights: dict[str, Tensor]) -> None:
+    """Fill full tensors in place, by logical name, in a process without a process group."""
+    tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+    _check_names(checkpoint, tensors.keys())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+
+
+def _tensors(state: dict[str, ParameterState], groups: Groups) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in state.items():
+        tensors[f"model/{name}"] = _logical(parameter.value, parameter, groups)
+        tensors[f"optimizer/{name}/exp_avg"] = _logical(parameter.exp_avg, parameter, groups)
+        tensors[f"optimizer/{name}/exp_avg_sq"] = _logical(parameter.exp_avg_sq, parameter, groups)
+    return tensors
+
+
+def _logical(tensor: Tensor, parameter: ParameterState, groups: Groups) -> Tensor:
+    """This rank's experts as a piece of the tensor over all experts."""
+    if not parameter.expert_axis or groups.expert_size == 1:
+        return tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    ranks = torch.arange(groups.data_size).view(groups.expert_data_size, groups.expert_size)
+    assert groups.expert is not None and groups.expert_data is not None
+    assert dist.get_process_group_ranks(groups.expert) == ranks[groups.data_rank // groups.expert_size].tolist()
+    mesh = DeviceMesh.from_group(
+        [groups.expert_data, groups.expert], tensor.device.type, mesh=ranks, mesh_dim_names=("expert_data", "expert")
+    )
+    return DTensor.from_local(tensor, mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def _check_names(checkpoint: Path, wanted: Any) -> None:
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
+    missing = sorted(set(wanted) - set(stored))
+    if missing:
+        raise ValueError(
+            f"{checkpoint} lacks {len(missing)} tensors of this model, the first {missing[:3]}; "
+            f"it was saved under another config: compare RUN/config.yaml"
+        )
+
+
+def _point_latest(root: Path, name: str) -> None:
+    draft = root / f"{LATEST}.tmp"
+    draft.write_text(name + "\n", encoding="utf-8")
+    os.replace(draft, root / LATEST)
+
+
+def _complete(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step_*") if STEP.fullmatch(path.name) and _is_complete(path))
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / "meta.json").is_file() and (path / ".metadata").is_file()

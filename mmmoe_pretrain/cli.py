@@ -1,0 +1,67 @@
+"""The command line: ``mmmoe train`` and ``mmmoe evaluate``.
+
+Heavy imports wait until a command runs, so that ``--help`` answers at once. What a user can
+mend (ValueError) ends with one line and exit code 2; anything else is a defect and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pretrain multimodal mixture-of-experts transformers.",
+)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. configs/demo.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
+) -> None:
+    """Train on this process, or on all ranks of torchrun."""
+    from mmmoe_pretrain import config as run_config
+    from mmmoe_pretrain.train.loop import train as run_training
+
+    run_training(run_config.load(config, overrides or []), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
+    test: Annotated[list[str] | None, typer.Option(help="Held-out shards; default: evaluate.test.")] = None,
+    dense_results: Annotated[Path, typer.Option(help="Recorded results of the dense baseline.")] = Path(
+        "docs/results.json"
+    ),
+) -> None:
+    """Score a trained model on held-out data and report its routing."""
+    from mmmoe_pretrain.evaluate.run import evaluate_command
+
+    evaluate_command(run, test or [], dense_results)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    try:
+        app()
+    except ValueError as error:
+        rank = os.environ.get("RANK")
+        print(f"mmmoe: {'rank ' + rank + ': ' if rank else ''}{error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

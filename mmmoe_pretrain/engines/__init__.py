@@ -1,0 +1,1 @@
+"""Engines that step a model: gradient reduction, clipping, optimizer."""

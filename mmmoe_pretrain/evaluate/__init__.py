@@ -1,0 +1,1 @@
+"""Held-out scores and routing statistics of a trained run."""

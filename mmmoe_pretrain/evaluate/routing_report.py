@@ -1,0 +1,111 @@
+"""Which experts serve which modality, from assignment counts.
+
+Owns the statistics of a layer's [M, E] counts. Every modality weighs the same, so that the score
+does not depend on how many tokens an image has beside a text.
+
+* specialisation: mutual information of modality and expert, I(M; E) = sum over m, e of
+  p(m) p(e|m) log2(p(e|m) / p(e)) in bits, and its share of H(M), the bits that name a modality.
+  0: every modality uses the experts alike; 1: an expert tells its modality.
+* experts used: exp of the entropy of p(e|m), the number of experts an even use would need.
+* dead: an expert that gets less than 1% of an even share of every modality's assignments.
+
+Shapes: M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmmoe_pretrain.batch import MODALITIES
+
+DEAD_SHARE = 0.01  # of an even share
+
+
+@dataclass(frozen=True)
+class RoutingTotals:
+    """A layer's routing statistics, summed over the held-out batches."""
+
+    layer: int
+    counts_ME: np.ndarray
+    probability_ME: np.ndarray
+    entropy_M: np.ndarray  # nats, summed over tokens
+    tokens_M: np.ndarray
+    dropped_M: np.ndarray
+
+    def __add__(self, other: RoutingTotals) -> RoutingTotals:
+        assert self.layer == other.layer, (self.layer, other.layer)
+        return RoutingTotals(
+            self.layer,
+            self.counts_ME + other.counts_ME,
+            self.probability_ME + other.probability_ME,
+            self.entropy_M + other.entropy_M,
+            self.tokens_M + other.tokens_M,
+            self.dropped_M + other.dropped_M,
+        )
+
+
+def summarise_layer(totals: RoutingTotals, untrained: RoutingTotals) -> dict[str, Any]:
+    """One layer's numbers, ready for JSON; a modality without tokens is left out.
+
+    ``untrained``: of the same model before its first step, on the same rows.
+    """
+    seen = np.flatnonzero(totals.counts_ME.sum(axis=1) > 0)
+    share_ME = _share(totals.counts_ME[seen])
+    names = [MODALITIES[m] for m in seen]
+    bits = mutual_information(share_ME)
+    untrained_bits = mutual_information(_share(untrained.counts_ME[seen]))
+    modality_bits = math.log2(len(seen)) if len(seen) > 1 else 0.0
+    tokens_M = totals.tokens_M[seen]
+    chosen_M = totals.counts_ME[seen].sum(axis=1)
+    return {
+        "layer": totals.layer,
+        "experts": int(totals.counts_ME.shape[1]),
+        "specialisation_bits": bits,
+        "modality_bits": modality_bits,
+        "specialisation": bits / modality_bits if modality_bits else 0.0,
+        "specialisation_untrained": untrained_bits / modality_bits if modality_bits else 0.0,
+        "dead": dead_experts(share_ME),
+        "tokens": _by_name(names, tokens_M),
+        "share": {name: row.tolist() for name, row in zip(names, share_ME, strict=True)},
+        "experts_used": _by_name(names, experts_used(share_ME)),
+        "entropy_bits": _by_name(names, totals.entropy_M[seen] / tokens_M / math.log(2)),
+        "dropped": _by_name(names, totals.dropped_M[seen] / chosen_M),
+    }
+
+
+def mutual_information(share_ME: np.ndarray) -> float:
+    """I(M; E) in bits of equally weighted modalities whose rows p(e|m) sum to 1."""
+    if len(share_ME) == 0:
+        return 0.0
+    marginal_E = share_ME.mean(axis=0)
+    return max(0.0, float(_entropy(marginal_E) - _entropy(share_ME).mean()) / math.log(2))
+
+
+def experts_used(share_ME: np.ndarray) -> np.ndarray:
+    """Effective number of experts of each modality."""
+    return np.exp(_entropy(share_ME))
+
+
+def dead_experts(share_ME: np.ndarray) -> list[int]:
+    """Experts that no modality uses."""
+    if len(share_ME) == 0:
+        return []
+    return np.flatnonzero(share_ME.max(axis=0) < DEAD_SHARE / share_ME.shape[1]).tolist()
+
+
+def _share(counts_ME: np.ndarray) -> np.ndarray:
+    return counts_ME / counts_ME.sum(axis=1, keepdims=True)
+
+
+def _entropy(share: np.ndarray) -> np.ndarray:
+    """Entropy in nats over the last axis, with 0 log 0 = 0."""
+    return -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, values, strict=True)}

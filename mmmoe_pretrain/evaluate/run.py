@@ -1,0 +1,131 @@
+"""Evaluate a run: load, pass once over the held-out shards, score, report.
+
+Owns the order of the steps; each step is in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
+from mmmoe_pretrain.evaluate import picture, report, routing_report, scores, unigrams
+from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode_texts
+from mmmoe_pretrain.evaluate.report import Report
+from mmmoe_pretrain.evaluate.scores import Score
+from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+
+BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
+DENSE_RESULTS = Path("docs/results.json")
+PICTURE = "routing.png"
+
+
+def evaluate(
+    run_dir: Path, test_paths: Sequence[str] | None = None, dense_results: Path | None = DENSE_RESULTS
+) -> Report:
+    """Score the newest checkpoint of ``run_dir`` and write report.json, report.md and routing.png there.
+
+    ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``).
+    """
+    model, config, step = load_model(run_dir)
+    paths = list(test_paths or config.evaluate.test)
+    if not paths:
+        raise ValueError(
+            f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
+        )
+    dense = report.read_dense(dense_results, paths)
+    codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(run_dir))
+    data = collect(model, iterate_eval(paths, config, codecs, BATCH_SIZE), codecs.text.vocab_size)
+    found, notes = _score(data, model, config, codecs)
+    layers = _routing(data, paths, config, codecs)
+    drawn = picture.draw(layers, run_dir / PICTURE)
+    result = Report(
+        run=config.name,
+        step=step,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        results=report.rows_of(found, dense),
+        routing={"layers": layers, "picture": PICTURE if drawn else None},
+        notes=_notes(paths, config, data, dense, dense_results) + notes,
+    )
+    report.write(result, run_dir)
+    return result
+
+
+def evaluate_command(run_dir: Path, test: list[str], dense_results: Path | None) -> None:
+    """``mmmoe evaluate``: evaluate and show the table."""
+    result = evaluate(run_dir, test, dense_results)
+    report.print_table(result)
+    written = ["report.md", "report.json", *filter(None, [result.routing["picture"]])]
+    print(f"wrote {', '.join(str(run_dir / name) for name in written)}")
+
+
+def _tokenizer_fingerprint(run_dir: Path) -> str | None:
+    """What the run's checkpoint says of its tokenizer: another one of the same size would score noise."""
+    checkpoint = store.find_latest(run_dir)
+    return store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None
+
+
+def _score(data: HeldOut, model: MMMoE, config: RunConfig, codecs: Codecs) -> tuple[list[Score], list[str]]:
+    def encode(texts: list[str]) -> np.ndarray:
+        return encode_texts(model, text_batches(texts, config, codecs, BATCH_SIZE))
+
+    rows, note = scores.image_text_rows(data)
+    train_V, caption_notes = _train_counts(data, config, codecs)
+    parts = [
+        scores.image_text_scores(data, rows),
+        scores.speech_scores(data, "text", config.evaluate.min_clips_per_language),
+        scores.speech_scores(data, "image", config.evaluate.min_clips_per_language),
+        scores.zero_shot_scores(data, rows, encode, config.evaluate.prompt),
+        scores.caption_scores(data, train_V),
+    ]
+    notes = [note] if note else []
+    notes += [n for _, part in parts for n in part] + caption_notes
+    return [s for found, _ in parts for s in found], notes
+
+
+def _routing(data: HeldOut, paths: Sequence[str], config: RunConfig, codecs: Codecs) -> list[dict[str, Any]]:
+    """Each layer's routing beside that of the same model before its first step."""
+    if not data.routing:
+        return []
+    untrained = PretrainingModel(config, codecs.text.vocab_size).mmmoe.eval()
+    before = collect_routing(untrained, iterate_eval(paths, config, codecs, BATCH_SIZE))
+    return [routing_report.summarise_layer(a, b) for a, b in zip(data.routing, before, strict=True)]
+
+
+def _train_counts(data: HeldOut, config: RunConfig, codecs: Codecs) -> tuple[np.ndarray | None, list[str]]:
+    """Token counts of training captions, where there are captions to score and shards to count."""
+    if not data.captions.targets_V.any():
+        return None, []
+    absent = [source.path for source in config.data.train if not Path(source.path).is_dir()]
+    if absent:
+        return None, [f"no majority for caption_perplexity: the training shards {absent[0]} are not here"]
+    counts_V, captions = unigrams.count_train_tokens(config, codecs)
+    return counts_V, [f"the majority of caption_perplexity is of {captions:,} training captions"]
+
+
+def _notes(
+    paths: Sequence[str],
+    config: RunConfig,
+    data: HeldOut,
+    dense: dict[str, float] | None,
+    dense_results: Path | None,
+) -> list[str]:
+    notes = []
+    empty = sum(not any(names) for names in zip(*data.content.values(), strict=True))
+    if empty:
+        notes.append(f"{empty} held-out samples could not be decoded and take no part")
+    trained_on = {Path(source.path).resolve() for source in config.data.train}
+    for path in paths:
+        if Path(path).resolve() in trained_on:
+            notes.append(f"{path} is trained on: these scores are not of held-out rows")
+    if dense is None:
+        notes.append(f"no dense run is recorded for these shards ({dense_results or 'no file given'})")
+    return notes

@@ -1,0 +1,1 @@
+"""The trunk, its blocks, and the model that joins embedders and heads."""

@@ -1,0 +1,112 @@
+"""The model: embedders lay tokens into one stream, the trunk mixes them, heads read it.
+
+Shapes: n valid tokens, D hidden size, B samples, P size of the joint embedding space, N targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmoe_pretrain.batch import IGNORE, MODALITIES, Batch
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.modalities import build_embedders
+from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
+from mmmoe_pretrain.models.trunk import Trunk
+from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """``features[m]``: [B, P] unit rows, zero where the sample lacks modality m.
+
+    ``caption_nll``: [N] negative log-likelihood (nats, fp32) of each caption target in the order
+    of the stream. ``routing``: this rank's sums, one for each sparse block.
+    """
+
+    features: dict[str, Tensor]
+    caption_nll: Tensor
+    routing: tuple[RoutingStats, ...]
+
+
+class MMMoE(nn.Module):
+    """A multimodal mixture-of-experts transformer.
+
+    Every parameter takes part in every forward pass, whatever the batch lacks: an absent
+    modality runs its embedder on zero rows.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, groups: Groups = SINGLE) -> None:
+        super().__init__()
+        hidden, joint = config.model.hidden_size, config.model.embedding_size
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embedders = nn.ModuleDict(build_embedders(config.modalities, hidden, vocab_size))
+        self.modality_embedding = nn.Embedding(len(MODALITIES), hidden)
+        self.trunk = Trunk(config.model, config.moe, groups)
+        self.joint_heads = nn.ModuleDict({m: nn.Linear(hidden, joint, bias=False) for m in MODALITIES})
+        self.language_head: nn.Linear | None = None
+        if config.objectives.captioning.weight > 0:
+            self.language_head = nn.Linear(hidden, vocab_size, bias=False)
+        rotary = [getattr(config.modalities, m).positions == "rotary" for m in MODALITIES]
+        self.register_buffer("rotary_M", torch.tensor(rotary), persistent=False)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        model = self.config.model
+        plan = plan_stream(
+            batch, model.hidden_size // model.num_heads, model.rotary_base, self.get_buffer("rotary_M")
+        )
+        x_nD, routing = self.trunk(self._embed(batch, plan), plan)
+        return ModelOutput(self._features(x_nD, batch), self._caption_nll(x_nD, batch), routing)
+
+    def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
+        text_rows = batch.rows[MODALITIES.index("text")]
+        outputs = (
+            self.embedders["image"](batch.images),
+            self.embedders["audio"](batch.audio, batch.audio_frames),
+            self.embedders["text"](batch.text_ids, batch.positions.index_select(0, text_rows)),
+        )
+        tokens = torch.cat([out.index_select(0, source) for out, source in zip(outputs, batch.source, strict=True)])
+        rows = torch.cat(batch.rows)
+        place = torch.empty_like(rows)
+        place[rows] = torch.arange(rows.numel(), device=rows.device)
+        x_nD = tokens.index_select(0, place) + self.modality_embedding(plan.modality_ids_n)
+        return x_nD.to(self.compute_dtype)
+
+    def _features(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Mean over each unimodal segment, projected and normalised."""
+        num_samples, num_segments = len(batch.metas), batch.pool_sample.shape[0]
+        segment_n = batch.segment_ids[: x_nD.shape[0]]
+        total_SD = x_nD.new_zeros(num_segments + 1, x_nD.shape[1], dtype=torch.float32)
+        total_SD = total_SD.index_add(0, segment_n, x_nD.float())
+        length_S = torch.bincount(segment_n, minlength=num_segments + 1).clamp(min=1)
+        mean_SD = total_SD / length_S[:, None]
+        segment_MB = _segment_of_sample(batch, num_segments, num_samples)
+        features = {}
+        for m, name in enumerate(MODALITIES):
+            pooled_BD = mean_SD.index_select(0, segment_MB[m])
+            projected_BP = self.joint_heads[name](pooled_BD)
+            features[name] = F.normalize(projected_BP, dim=-1, eps=1e-6) * batch.present_MB[m][:, None]
+        return features
+
+    def _caption_nll(self, x_nD: Tensor, batch: Batch) -> Tensor:
+        if self.language_head is None:
+            return x_nD.new_zeros(0, dtype=torch.float32)
+        targets_n = batch.targets[: x_nD.shape[0]]
+        rows = (targets_n != IGNORE).nonzero().squeeze(1)
+        logits_NV = self.language_head(x_nD.index_select(0, rows)).float()
+        return F.cross_entropy(logits_NV, targets_n.index_select(0, rows), reduction="none")
+
+
+def _segment_of_sample(batch: Batch, num_segments: int, num_samples: int) -> Tensor:
+    """[M, B]: the unimodal segment of each modality and sample, or ``num_segments`` (an empty one)."""
+    cells = len(MODALITIES) * num_samples
+    cell_S = batch.pool_modality * num_samples + batch.pool_sample
+    cell_S = torch.where(batch.pool_sample >= 0, cell_S, cells)
+    segment = torch.full((cells + 1,), num_segments, dtype=torch.int64, device=cell_S.device)
+    segment = segment.scatter(0, cell_S, torch.arange(num_segments, device=cell_S.device))
+    return segment[:cells].view(len(MODALITIES), num_samples)

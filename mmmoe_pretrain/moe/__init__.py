@@ -1,0 +1,1 @@
+"""Sparse expert layers: routing, losses, dispatch, experts."""

@@ -1,0 +1,1 @@
+"""What the model is trained to do; one file an objective."""

@@ -1,0 +1,131 @@
+"""What a user sees of a run: a progress bar on a terminal, plain lines anywhere else.
+
+Plain lines suit the logs of Slurm and CI. Ranks other than the first pass ``enabled=False`` and
+stay silent.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from mmmoe_pretrain.train.metrics import StepRecord
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LATEST_WEIGHT = 0.2  # of the newest record in the running mean of the seconds a step takes
+NOTABLE_WAIT = 0.1  # share of the time spent waiting for data that is worth a word
+
+
+class Console:
+    """Shows one record at a time; ``say`` prints a line of its own above the bar."""
+
+    def __init__(
+        self, total_steps: int, start_step: int = 0, enabled: bool = True, stream: TextIO | None = None
+    ) -> None:
+        self.total_steps = total_steps
+        self.enabled = enabled
+        self._stream = sys.stdout if stream is None else stream
+        self._step = start_step
+        self._seconds_a_step: float | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.enabled and self._stream.isatty():
+            self._progress = _progress(self._stream)
+            self._progress.add_task("train", total=self.total_steps, completed=self._step, text="", eta="")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def update(self, record: StepRecord) -> None:
+        """Show a step."""
+        if not self.enabled:
+            return
+        self._measure(record)
+        remaining = (self.total_steps - record.step) * (self._seconds_a_step or 0.0)
+        text, eta = describe(record), f"eta {clock(remaining)}"
+        if self._progress is None:
+            self._print(f"step {record.step}/{self.total_steps}  {text}  {eta}")
+        else:
+            self._progress.update(self._progress.task_ids[0], completed=record.step, text=text, eta=eta)
+
+    def say(self, text: str) -> None:
+        """Print a message, e.g. that a checkpoint is written."""
+        if not self.enabled:
+            return
+        if self._progress is None:
+            self._print(text)
+        else:
+            self._progress.console.print(text, markup=False, highlight=False)
+
+    def _measure(self, record: StepRecord) -> None:
+        steps = max(1, record.step - self._step)
+        latest, mean = record.seconds / steps, self._seconds_a_step
+        self._seconds_a_step = latest if mean is None else mean + LATEST_WEIGHT * (latest - mean)
+        self._step = record.step
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+def describe(record: StepRecord) -> str:
+    """``loss 3.21 (contrastive 2.90, captioning 0.31)  lr 1.0e-03  grad 0.80  12.3k tok/s``."""
+    parts = [f"loss {record.losses['total']:.3g}"]
+    by_task = task_losses(record.losses)
+    if len(by_task) > 1:
+        parts[0] += " (" + ", ".join(f"{name} {value:.3g}" for name, value in by_task.items()) + ")"
+    parts.append(f"lr {record.learning_rate:.1e}")
+    parts.append(f"grad {record.grad_norm:.2g}")
+    parts.append(f"{short(record.tokens_per_second)} tok/s")
+    if record.data_fraction > NOTABLE_WAIT:
+        parts.append(f"data wait {record.data_fraction:.0%}")
+    if record.bad_samples:
+        parts.append(f"bad {record.bad_samples}")
+    return "  ".join(parts)
+
+
+def task_losses(losses: dict[str, float]) -> dict[str, float]:
+    """The loss of each objective, its terms added up; neither the total nor auxiliary terms."""
+    by_task: dict[str, float] = {}
+    for name, value in losses.items():
+        task = name.partition("/")[0]
+        if task not in ("total", "aux"):
+            by_task[task] = by_task.get(task, 0.0) + value
+    return by_task
+
+
+def short(value: float) -> str:
+    """12345 -> ``12.3k``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """200 -> ``3:20``, 3725 -> ``1:02:05``."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
+
+
+def _progress(stream: TextIO) -> Progress:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[eta]}"),  # before the text, which a narrow terminal cuts at its end
+        TextColumn("{task.fields[text]}", markup=False),
+        console=RichConsole(file=stream, highlight=False),
+    )

@@ -1,0 +1,217 @@
+"""What a run writes down: one record a logged step, as JSON lines, TensorBoard events and a picture.
+
+``metrics.jsonl`` is the complete record. TensorBoard gets a view of it, its groups numbered so that
+the important ones stand first. ``routing_training.png`` shows the latest routing; the ``routing.png``
+of an evaluation is another, of held-out data. Only rank 0 makes a ``MetricsLog``.
+Shapes: M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.train import heatmap
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+SIGNIFICANT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Routing in one mixture layer, over all ranks; a modality without tokens has zeros."""
+
+    layer: int
+    tokens_M: np.ndarray  # tokens routed
+    load_ME: np.ndarray  # share of the modality's assignments that each expert gets; rows sum to 1
+    entropy_M: np.ndarray  # nats; mean over tokens of the entropy of the router's distribution
+    marginal_entropy_M: np.ndarray  # nats; entropy of the mean distribution
+    dropped_M: np.ndarray  # share of the assignments for which an expert had no room
+
+    @property
+    def load_over_even_E(self) -> np.ndarray:
+        """Each expert's share of all assignments, times E: 1 is an even share, 0 a dead expert."""
+        return self.load_ME.shape[1] * (self.tokens_M @ self.load_ME) / max(1.0, float(self.tokens_M.sum()))
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One logged step. Times and tokens run since the record before; bad samples since the start.
+
+    ``losses`` holds the terms as they enter the loss (weights applied), and their sum as "total".
+    """
+
+    step: int  # the first is 1
+    losses: dict[str, float]  # "total", "contrastive/image-text", "captioning", "aux/balance", ...
+    learning_rate: float
+    grad_norm: float
+    tokens: int  # over all ranks, padding not counted
+    seconds: float
+    data_seconds: float  # of them, spent waiting for data
+    bad_samples: int
+    routing: tuple[LayerRouting, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def data_fraction(self) -> float:
+        return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
+
+
+class MetricsLog:
+    """Appends records under ``run_dir``; what an earlier run left past ``resume_step`` is dropped."""
+
+    def __init__(self, run_dir: Path, resume_step: int = 0, heatmap_every: int = 200) -> None:
+        self.run_dir = Path(run_dir)
+        self.heatmap_every = heatmap_every
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "metrics.jsonl"
+        truncate_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = _summary_writer(self.run_dir / "tensorboard", resume_step + 1)
+        self._drawn_step = resume_step
+        self._undrawn: StepRecord | None = None
+
+    def write(self, record: StepRecord) -> None:
+        """Log one step; a killed process loses no line that was written before."""
+        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        self._file.flush()
+        for tag, value in scalars(record):
+            self._events.add_scalar(tag, value, record.step)
+        if record.routing:
+            self._undrawn = record
+            if record.step // self.heatmap_every > self._drawn_step // self.heatmap_every:
+                self._draw()
+
+    def close(self) -> None:
+        """Draw the last routing, and end the files."""
+        self._draw()
+        self._events.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _draw(self) -> None:
+        record, self._undrawn = self._undrawn, None
+        if record is None:
+            return
+        panels = [
+            heatmap.Panel(f"layer {r.layer}", np.where(r.tokens_M[:, None] > 0, r.load_ME, np.nan).T, MODALITIES)
+            for r in record.routing
+        ]
+        image_HWC = heatmap.draw(panels, f"Where each modality's tokens go, step {record.step}")
+        heatmap.save(image_HWC, self.run_dir / "routing_training.png")
+        self._events.add_image("routing", image_HWC, record.step, dataformats="HWC")
+        self._events.flush()
+        self._drawn_step = record.step
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Cut a log of ascending steps behind ``step``; a last line without its end is cut too."""
+    if not path.exists():
+        return
+    keep = 0
+    with path.open("r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                past = json.loads(line)["step"] > step
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} is no record of a step; mend the line or move the file away"
+                ) from error
+            if past:
+                break
+            keep += len(line)
+        file.truncate(keep)
+
+
+def to_json(record: StepRecord) -> dict[str, Any]:
+    """The record in plain values, modalities by name; null stands for what is not finite."""
+    return {
+        "step": record.step,
+        "losses": {name: _number(value) for name, value in record.losses.items()},
+        "learning_rate": _number(record.learning_rate),
+        "grad_norm": _number(record.grad_norm),
+        "tokens": record.tokens,
+        "seconds": _number(record.seconds),
+        "data_seconds": _number(record.data_seconds),
+        "bad_samples": record.bad_samples,
+        "routing": [
+            {
+                "layer": layer.layer,
+                "tokens": _by_modality(layer.tokens_M),
+                "load": {m: [_number(v) for v in row] for m, row in zip(MODALITIES, layer.load_ME, strict=True)},
+                "entropy": _by_modality(layer.entropy_M),
+                "marginal_entropy": _by_modality(layer.marginal_entropy_M),
+                "dropped": _by_modality(layer.dropped_M),
+            }
+            for layer in record.routing
+        ],
+    }
+
+
+def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
+    """TensorBoard's tags and values."""
+    for name, value in record.losses.items():
+        auxiliary = name.removeprefix("aux/")
+        yield (f"1_loss/{name}" if auxiliary == name else f"4_auxiliary_loss/{auxiliary}"), value
+    if record.routing:
+        load_LE = np.stack([layer.load_over_even_E for layer in record.routing])
+        yield "2_routing/load_over_even_min", float(load_LE.min())
+        yield "2_routing/load_over_even_max", float(load_LE.max())
+        yield "2_routing/dead_experts", float((load_LE == 0).sum())
+        for name in ("entropy", "marginal_entropy", "dropped"):
+            values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
+            yield from _named(f"2_routing/{name}", values_LM.mean(axis=0))
+    yield "3_optimizer/learning_rate", record.learning_rate
+    yield "3_optimizer/grad_norm", record.grad_norm
+    yield "5_speed/tokens_per_second", record.tokens_per_second
+    yield "5_speed/data_wait_fraction", record.data_fraction
+    yield "5_speed/bad_samples", float(record.bad_samples)
+    for layer in record.routing:
+        prefix = f"6_layers/{layer.layer:02d}"
+        yield f"{prefix}/load_over_even_min", float(layer.load_over_even_E.min())
+        yield f"{prefix}/load_over_even_max", float(layer.load_over_even_E.max())
+        yield from _named(f"{prefix}/entropy", layer.entropy_M)
+        yield from _named(f"{prefix}/marginal_entropy", layer.marginal_entropy_M)
+
+
+def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
+
+    # purge_step: events of an earlier run from this step on are hidden.
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _number(value: float) -> float | None:
+    value = float(value)
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _by_modality(values_M: np.ndarray) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in zip(MODALITIES, values_M, strict=True)}
+
+
+def _named(prefix: str, values_M: np.ndarray) -> Iterator[tuple[str, float]]:
+    for name, value in zip(MODALITIES, values_M, strict=True):
+        yield f"{prefix}/{name}", float(value)

@@ -1,0 +1,64 @@
+"""From what a step returned to what the log keeps."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.data.loader import LoadStats
+from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.moe.losses import marginal_entropy
+from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.train.metrics import LayerRouting, StepRecord
+
+
+class Recorder:
+    """Turns steps into records: losses and routing are those of the logged step, so that a resumed
+    run logs the same; times and tokens add up since the record before."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._tokens = 0
+        self._data_seconds = 0.0
+        self._bad_samples = 0
+
+    def add(self, result: StepResult, stats: LoadStats) -> None:
+        """Count a step."""
+        self._tokens += result.tokens
+        self._data_seconds += stats.wait_seconds
+        self._bad_samples += len(stats.bad)
+
+    def record(self, step: int, result: StepResult, learning_rate: float) -> StepRecord:
+        """The record of ``step`` (the first is 1); begins a new interval."""
+        now = time.perf_counter()
+        record = StepRecord(
+            step=step,
+            losses=result.losses,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens=self._tokens,
+            seconds=now - self._began,
+            data_seconds=self._data_seconds,
+            bad_samples=self._bad_samples,
+            routing=tuple(layer_routing(stats) for stats in result.routing),
+        )
+        self._began, self._tokens, self._data_seconds = now, 0, 0.0
+        return record
+
+
+def layer_routing(stats: RoutingStats) -> LayerRouting:
+    """Shares and means from sums; zeros for a modality without tokens."""
+    tokens_M = stats.tokens_M.cpu().double().numpy()
+    counts_ME = stats.counts_ME.cpu().double().numpy()
+    assignments_M = counts_ME.sum(1)
+    marginal = [float(marginal_entropy(stats, m)) for m in range(len(MODALITIES))]
+    return LayerRouting(
+        layer=stats.layer,
+        tokens_M=tokens_M,
+        load_ME=counts_ME / np.maximum(assignments_M, 1)[:, None],
+        entropy_M=stats.entropy_M.detach().cpu().double().numpy() / np.maximum(tokens_M, 1),
+        marginal_entropy_M=np.asarray(marginal),
+        dropped_M=stats.dropped_M.cpu().double().numpy() / np.maximum(assignments_M, 1),
+    )

@@ -1,0 +1,16 @@
+"""Fixtures that several folders of tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import things, write_shards, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train`` shards of things that can be learned, and ``tokens.model``."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_shards(root / "train", things(48))
+    write_tokenizer(root / "tokens.model")
+    return root

@@ -1,0 +1,101 @@
+"""Specialisation, experts used and dead experts by hand; the picture."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmmoe_pretrain.evaluate.picture import draw, expert_order
+from mmmoe_pretrain.evaluate.routing_report import (
+    RoutingTotals,
+    dead_experts,
+    experts_used,
+    mutual_information,
+    summarise_layer,
+)
+
+
+def summary(counts: list[list[float]], layer: int = 1) -> dict[str, Any]:
+    return summarise_layer(totals(counts, layer), totals([[1] * len(counts[0])] * 3))
+
+
+def totals(counts: list[list[float]], layer: int = 1) -> RoutingTotals:
+    counts_ME = np.array(counts, dtype=np.float64)
+    tokens_M = counts_ME.sum(axis=1) / 2  # two experts a token
+    return RoutingTotals(layer, counts_ME, counts_ME / 2, tokens_M * math.log(2), tokens_M, tokens_M / 5)
+
+
+def test_perfect_split_tells_all_of_the_modality() -> None:
+    # Counts differ a hundredfold between modalities: the score does not see it.
+    layer = summary([[1000, 1000, 0, 0], [0, 0, 10, 0], [0, 0, 0, 30]])
+    assert layer["specialisation_bits"] == pytest.approx(math.log2(3))
+    assert layer["specialisation"] == pytest.approx(1.0)
+    assert layer["experts_used"] == pytest.approx({"image": 2.0, "audio": 1.0, "text": 1.0})
+    assert layer["dead"] == []
+
+
+def test_independent_routing_tells_nothing() -> None:
+    layer = summary([[600, 300, 100], [60, 30, 10], [6, 3, 1]])
+    assert layer["specialisation_bits"] == pytest.approx(0.0, abs=1e-12)
+    assert layer["specialisation"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_half_shared_expert_by_hand() -> None:
+    # p(e|image) = (1/2, 1/2, 0), p(e|text) = (0, 1/2, 1/2): H(E) = 1.5 bits, H(E|M) = 1 bit.
+    assert mutual_information(np.array([[0.5, 0.5, 0], [0, 0.5, 0.5]])) == pytest.approx(0.5)
+
+
+def test_absent_modality_is_left_out() -> None:
+    layer = summary([[4, 0], [0, 0], [0, 4]])
+    assert set(layer["share"]) == {"image", "text"}
+    assert layer["modality_bits"] == pytest.approx(1.0)
+    assert layer["specialisation"] == pytest.approx(1.0)
+
+
+def test_one_modality_has_nothing_to_tell() -> None:
+    layer = summary([[3, 1], [0, 0], [0, 0]])
+    assert layer["specialisation"] == layer["specialisation_bits"] == 0.0
+
+
+def test_even_use_counts_all_experts() -> None:
+    assert experts_used(np.full((1, 8), 1 / 8)) == pytest.approx([8.0])
+
+
+def test_expert_that_one_modality_needs_is_not_dead() -> None:
+    share = np.array([[0.5, 0.5, 0.0, 0.0], [0.499, 0.0, 0.5, 0.001]])
+    assert dead_experts(share) == [3]  # 0.001 < 0.01 / 4
+
+
+def test_rates_are_of_tokens_and_of_assignments() -> None:
+    layer = summary([[10, 10], [0, 0], [5, 5]])
+    assert layer["entropy_bits"] == pytest.approx({"image": 1.0, "text": 1.0})
+    assert layer["dropped"] == pytest.approx({"image": 0.1, "text": 0.1})
+    assert layer["tokens"] == {"image": 10.0, "text": 5.0}
+
+
+def test_untrained_router_stands_beside_the_trained_one() -> None:
+    split, half = totals([[4, 0, 0], [0, 0, 0], [0, 4, 4]]), totals([[2, 2, 0], [0, 0, 0], [0, 2, 2]])
+    layer = summarise_layer(split, half)
+    assert layer["specialisation"] == pytest.approx(1.0)
+    assert layer["specialisation_untrained"] == pytest.approx(0.5)  # by hand in the test above
+
+
+def test_totals_add_up_batch_by_batch() -> None:
+    both = totals([[1, 2], [3, 4], [5, 6]]) + totals([[10, 20], [30, 40], [50, 60]])
+    assert both.counts_ME.tolist() == [[11, 22], [33, 44], [55, 66]]
+    assert both.tokens_M.tolist() == [16.5, 38.5, 60.5]
+
+
+def test_specialists_stand_together() -> None:
+    share = np.array([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1]])
+    assert expert_order(share) == [1, 2, 0]
+
+
+def test_picture_is_drawn_for_mixtures_only(tmp_path: Path) -> None:
+    mixture = [summary([[6, 2, 1, 1], [1, 6, 2, 1], [1, 1, 2, 6]], layer) for layer in (1, 3)]
+    assert draw(mixture, tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw([summary([[6], [1], [2]])], tmp_path / "dense.png")
+    assert not (tmp_path / "dense.png").exists()

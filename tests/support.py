@@ -1,0 +1,121 @@
+"""Small inputs made by hand: samples, shards, a tokenizer, and the config of a tiny run."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import soundfile
+from PIL import Image
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "grey": (120, 120, 120),
+           "yellow": (240, 230, 40), "black": (10, 10, 10),
+           "pink": (250, 150, 200), "brown": (120, 70, 20)}  # fmt: skip
+RATE = 16_000
+
+
+def things(count: int) -> list[dict[str, Any]]:
+    """Rows whose colour, tone and name agree, so that there is something to learn."""
+    names = list(COLOURS)
+    return [{"key": f"thing-{i:03d}", "name": f"{names[i % 8]} number {i}",
+             "colour": COLOURS[names[i % 8]], "hertz": 200.0 * (1 + i % 8), "group": f"g{i}",
+             "label": names[i % 8]} for i in range(count)]  # fmt: skip
+
+
+def write_shards(folder: Path, rows: list[dict[str, Any]], lacking: tuple[str, ...] = ()) -> Path:
+    """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for row in rows:
+            members = {"image": ("png", _png(row)), "audio": ("wav", _wav(row)),
+                       "text": ("txt", row["name"].encode())}  # fmt: skip
+            meta = {"group": row["group"], "label": row["label"], "language": "en", "subset": "named",
+                    "audio_kind": "speech"}  # fmt: skip
+            kept = [member for name, member in members.items() if name not in lacking]
+            for extension, content in [*kept, ("json", json.dumps(meta).encode())]:
+                info = tarfile.TarInfo(f"{row['key']}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def _png(row: dict[str, Any]) -> bytes:
+    rng = np.random.default_rng(zlib.crc32(row["key"].encode()))
+    pixels = np.clip(np.array(row["colour"]) + rng.integers(-20, 20, (16, 16, 3)), 0, 255)
+    out = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _wav(row: dict[str, Any]) -> bytes:
+    out = io.BytesIO()
+    time = np.arange(RATE // 4) / RATE
+    soundfile.write(out, 0.3 * np.sin(2 * np.pi * row["hertz"] * time), RATE, format="WAV")
+    return out.getvalue()
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A sentencepiece model over the names of ``things``."""
+    texts = [row["name"] for row in things(64)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), vocab_size=48,
+        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)  # fmt: skip
+    return path
+
+
+def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
+    """The plain values of a tiny run under ``root``; sections given replace whole sections."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "runs_dir": str(root / "runs"),
+        "data": {"train": [{"path": str(root / "train")}], "tokenizer": str(root / "tokens.model"),
+                 "num_workers": 0},
+        "modalities": {"image": {"size": 16, "stem_channels": 8},
+                       "audio": {"max_seconds": 0.4, "stem_channels": 8}, "text": {"max_tokens": 16}},
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 16,
+                  "embedding_size": 8},
+        "moe": {"num_experts": 4, "expert_hidden_size": 8,
+                "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001}},
+        "objectives": {"captioning": {"weight": 0.5, "fraction": 0.5}},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "train": {"steps": 20, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1,
+                  "checkpoint_every": 10, "heatmap_every": 1000},
+    }  # fmt: skip
+    return {**values, **sections}
+
+
+def tiny_config(root: Path, **sections: Any) -> RunConfig:
+    """``tiny_values`` as a config."""
+    return run_config.parse(tiny_values(root, **sections))
+
+
+def random_sample(seed: int, has: str, config: RunConfig, vocab_size: int = 48) -> Sample:
+    """A sample of noise with the modalities whose first letters are in ``has``."""
+    rng = np.random.default_rng(seed)
+    size, audio = config.modalities.image.size, config.modalities.audio
+    frames = audio.patch * int(rng.integers(1, audio.max_tokens + 1))
+    return Sample(
+        SampleMeta(key=f"sample-{seed}", group=f"g{seed}"),
+        image=rng.integers(0, 256, (3, size, size), dtype=np.uint8) if "i" in has else None,
+        audio=rng.normal(size=(audio.n_mels, frames)).astype(np.float32) if "a" in has else None,
+        text=rng.integers(4, vocab_size, int(rng.integers(1, 8))) if "t" in has else None,
+    )
+
+
+def random_batch(config: RunConfig, modalities: list[str], seed: int = 0) -> Batch:
+    """Samples of noise, packed; e.g. ``["iat", "it", "a"]``."""
+    captioning = config.objectives.captioning
+    settings = PackSettings(config.modalities, 1, 2, captioning if captioning.weight else None, config.seed)
+    samples = [random_sample(1000 * seed + i, has, config) for i, has in enumerate(modalities)]
+    return pack(samples, settings)

@@ -1,0 +1,216 @@
+"""The shape of the repository: imports run one way, files stay small, `--help` stays quick."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
+
+_VALUES = {"batch", "config"}
+_LAYERS = _VALUES | {"parallel"}
+_PARTS = {"moe", "modalities", "objectives"}
+_MODEL = _LAYERS | _PARTS | {"models"}
+# Part of mmmoe_pretrain -> the parts that it may import. A new part gets its line here.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "batch": {"config"},
+    "parallel": _VALUES,
+    "checkpoint": _MODEL,
+    "moe": _LAYERS,
+    "modalities": _LAYERS,
+    "objectives": _LAYERS,
+    "models": _LAYERS | _PARTS,
+    "data": _VALUES | {"modalities"},
+    "engines": _MODEL | {"checkpoint"},
+    "evaluate": _MODEL | {"checkpoint", "data"},
+    "plan": _MODEL,
+    "train": _MODEL | {"checkpoint", "data", "engines", "evaluate"},
+    "cli": _MODEL | {"checkpoint", "data", "engines", "evaluate", "plan", "train"},
+}
+ENGINE_LIBRARIES = ("megatron", "deepspeed")
+MAY_IMPORT_ENGINE_LIBRARIES = ("mmmoe_pretrain.engines", "mmmoe_pretrain.parallel")
+FORBIDDEN_IN_DATA_PREP = ("torch.distributed", "mmmoe_pretrain.engines", "mmmoe_pretrain.train")
+
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 90
+# The leading slash of a path: not a URL's, not one inside a relative path.
+ABSOLUTE_PATH = re.compile(r"(?<![\w.\-/})~*])/(?:home|Users|work|tmp)/\w")
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".sbatch", ".json", ".cfg", ""}
+
+
+def module_files() -> dict[str, Path]:
+    """Dotted name -> file, over the packages."""
+    files = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+def imports_of(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Every module that ``module`` imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [base])])
+            for alias in node.names:
+                child = f"{base}.{alias.name}"
+                yield child if child in known or base == "torch" else base
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    known = module_files()
+    return {module: set(imports_of(module, path, known)) for module, path in known.items()}
+
+
+def is_within(module: str, *prefixes: str) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def part_of(module: str) -> str | None:
+    names = module.split(".")
+    return names[1] if names[0] == "mmmoe_pretrain" and len(names) > 1 else None
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one import cycle, or an empty list."""
+    finished: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in finished:
+            return []
+        for target in sorted(graph[module] & graph.keys()):
+            cycle = visit(target, [*trail, module])
+            if cycle:
+                return cycle
+        finished.add(module)
+        return []
+
+    for module in sorted(graph):
+        cycle = visit(module, [])
+        if cycle:
+            return cycle
+    return []
+
+
+def test_find_cycle_sees_a_cycle_and_only_a_cycle() -> None:
+    assert find_cycle({"a": {"b", "c"}, "b": {"c", "torch"}, "c": set()}) == []
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_import_cycle(imports: dict[str, set[str]]) -> None:
+    cycle = find_cycle(imports)
+    assert not cycle, "import cycle: " + " -> ".join(cycle)
+
+
+def test_imports_run_one_way(imports: dict[str, set[str]]) -> None:
+    wrong = []
+    for module, targets in imports.items():
+        part = part_of(module)
+        if part is None:
+            continue
+        assert part in ALLOWED, f"{module}: give the new part {part!r} a line in ALLOWED"
+        for target in sorted(targets):
+            to = part_of(target)
+            if to is not None and to != part and to not in ALLOWED[part]:
+                wrong.append(f"{module} imports {target}; {part} may import {sorted(ALLOWED[part])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_allowed_imports_have_an_order() -> None:
+    assert find_cycle(ALLOWED) == []
+
+
+def test_only_engines_and_parallel_know_the_engine_libraries(imports: dict[str, set[str]]) -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in imports.items()
+        for target in sorted(targets)
+        if is_within(target, *ENGINE_LIBRARIES) and not is_within(module, *MAY_IMPORT_ENGINE_LIBRARIES)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_data_prep_needs_no_distributed_runtime(imports: dict[str, set[str]]) -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in imports.items()
+        for target in sorted(targets)
+        if is_within(module, "data_prep") and is_within(target, *FORBIDDEN_IN_DATA_PREP)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["mmmoe_pretrain.cli", "data_prep.cli"])
+def test_help_is_quick_and_loads_no_torch(module: str) -> None:
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = os.times()
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    heavy = [name for name in ("torch", "megatron", "deepspeed", "matplotlib") if name in loaded]
+    assert not heavy, f"{module} --help imports {heavy}; import them inside the command"
+    cpu_seconds = (after.children_user - before.children_user) + (after.children_system - before.children_system)
+    # The aim is 0.3 s; the bound leaves room for a slow machine and for -X importtime itself.
+    assert cpu_seconds < 1.5, f"{module} --help took {cpu_seconds:.2f} s of CPU time"
+
+
+def python_files() -> list[Path]:
+    folders = (*PACKAGES, "tests", "benchmarks")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_files_and_functions_stay_small() -> None:
+    wrong = []
+    for path in python_files():
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if text.count("\n") > MAX_FILE_LINES:
+            wrong.append(f"{name}: {text.count(chr(10))} lines, at most {MAX_FILE_LINES}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    wrong.append(f"{name}:{node.lineno} {node.name}: {length} lines, at most {MAX_FUNCTION_LINES}")
+    assert not wrong, "\n".join(wrong)
+
+
+def text_files() -> Iterator[Path]:
+    yield from (path for path in ROOT.iterdir() if path.is_file())
+    for folder in (*PACKAGES, "tests", "benchmarks", "configs", "docs", ".ci"):
+        yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    wrong = []
+    for path in text_files():
+        if path.suffix not in TEXT_SUFFIXES or "__pycache__" in path.parts:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if ABSOLUTE_PATH.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not wrong, "\n".join(wrong)

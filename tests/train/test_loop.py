@@ -1,0 +1,119 @@
+"""Whole runs on tiny shards: layouts agree, a killed run goes on as if nothing had happened, and
+what cannot work ends with a reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.support import things, tiny_config, write_shards
+
+
+def config_in(tmp_path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
+    data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0}  # fmt: skip
+    return tiny_config(tmp_path, **{"data": data, **sections})
+
+
+def logged(config: RunConfig) -> list[dict[str, Any]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(config: RunConfig) -> np.ndarray:
+    return np.array([list(record["losses"].values()) for record in logged(config)])
+
+
+def test_one_process_and_two_ranks_with_split_experts_log_the_same_losses(tmp_path: Path, tiny_data: Path) -> None:
+    """Real loader, same global batches. The tolerance is that of tests/engines/test_parity.py."""
+    single = config_in(tmp_path / "one", tiny_data)
+    double = config_in(tmp_path / "two", tiny_data, parallel={"expert_parallel_size": 2})
+    run_ranks(1, train, single)
+    run_ranks(2, train, double)
+    assert losses(single).shape[0] == 20
+    np.testing.assert_allclose(losses(double), losses(single), rtol=5e-4, atol=5e-4)
+    assert losses(single)[-1, 0] < 0.9 * losses(single)[0, 0]
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_losses(tmp_path: Path, tiny_data: Path) -> None:
+    steps = {"steps": 60, "global_batch_size": 16, "log_every": 1, "checkpoint_every": 5}
+    straight = config_in(tmp_path / "straight", tiny_data, train=steps)
+    killed = config_in(tmp_path / "killed", tiny_data, train=steps)
+    run_ranks(1, train, straight)
+    process = start(killed, tmp_path)
+    try:
+        wait_for((killed.run_dir / "checkpoints" / "latest").exists, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = len(logged(killed))
+    assert 5 <= done < 60, "the run must die in the middle"
+    run_ranks(1, train, killed, True)
+    assert [record["step"] for record in logged(killed)] == list(range(1, 61))
+    np.testing.assert_array_equal(losses(killed), losses(straight))
+
+
+def start(config: RunConfig, folder: Path) -> "subprocess.Popen[bytes]":
+    path = folder / "killed.yaml"
+    run_config.dump(config, path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "mmmoe_pretrain.cli", "train", str(path)], env=environment,
+                            cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)  # fmt: skip
+
+
+def wait_for(condition: Any, process: "subprocess.Popen[bytes]", seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.01)
+
+
+def test_a_second_run_of_the_same_name_is_refused_unless_told(tmp_path: Path, tiny_data: Path) -> None:
+    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    config = config_in(tmp_path, tiny_data, train=short)
+    run_ranks(1, train, config)
+    with pytest.raises(AssertionError, match="holds a run already; continue it with --resume"):
+        run_ranks(1, train, config)
+    run_ranks(1, train, config, False, True)
+    assert len(logged(config)) == 2
+
+
+def test_a_modality_that_no_sample_has_does_not_hang_two_ranks(tmp_path: Path, tiny_data: Path) -> None:
+    write_shards(tmp_path / "silent", things(16), lacking=("audio",))
+    data = {"train": [{"path": str(tmp_path / "silent")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 1}  # fmt: skip
+    config = config_in(tmp_path, tiny_data, data=data,
+                       train={"steps": 3, "global_batch_size": 8, "log_every": 1})  # fmt: skip
+    run_ranks(2, train, config)
+    assert [record["routing"][0]["tokens"]["audio"] for record in logged(config)] == [0, 0, 0]
+
+
+def test_a_tokenizer_that_does_not_match_is_refused_on_resume(tmp_path: Path, tiny_data: Path) -> None:
+    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2}
+    config = config_in(tmp_path, tiny_data, train=short)
+    run_ranks(1, train, config)
+    meta = next((config.run_dir / "checkpoints").glob("step_*/meta.json"))
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokenizer_fingerprint": "another"}))
+    with pytest.raises(AssertionError, match="was trained with another tokenizer"):
+        run_ranks(1, train, config, True)
+
+
+def test_impossible_layouts_name_the_ones_that_work(tmp_path: Path, tiny_data: Path) -> None:
+    config = config_in(tmp_path, tiny_data, parallel={"expert_parallel_size": 3})
+    with pytest.raises(AssertionError, match=r"expert_parallel_size 3 does not fit .* use one of \[1, 2\] or auto"):
+        run_ranks(2, train, config)
+    uneven = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 9})
+    with pytest.raises(AssertionError, match="global_batch_size 9 does not divide"):
+        run_ranks(2, train, uneven)
