@@ -1,5 +1,6 @@
 # Every target makes its own .venv and installs what it needs; nothing else is changed.
 PYTHON ?= python3
+PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -54,5 +55,5 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into $(VENV) with $$("$$found" --version); the first time takes some minutes"; \
 	"$$found" -m venv $(VENV); \
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'; \
 	touch $@

@@ -125,6 +125,7 @@ class RoutingLossConfig(_Model):
 
 
 class MoEConfig(_Model):
+    router: Literal["softmax_top_k"] = "softmax_top_k"
     every: int = Field(2, ge=1)  # block i is a mixture where (i + 1) % every == 0
     num_experts: int = Field(8, ge=1)  # 1 is a dense model
     experts_per_token: int = Field(2, ge=1)

@@ -26,7 +26,7 @@ class MoELayer(nn.Module):
         self.config = config
         self.layer = layer
         self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.route = ROUTERS["softmax_top_k"]
+        self.route = ROUTERS[config.router]
         self.experts = Experts(groups.local_experts(config.num_experts), hidden_size, config.expert_hidden_size)
         self.dispatcher = make_dispatcher(config.num_experts, groups)
 

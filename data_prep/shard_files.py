@@ -1,0 +1,104 @@
+"""One shard: a tar whose bytes depend on its samples alone, and its index sidecar.
+
+Owns the layout of ``NNNNN.tar``, ``NNNNN.index.json`` and ``shards.json`` (docs/data_format.md),
+written and read; knows nothing of manifests and media.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+INDEX_VERSION = 1
+KIND = "wids-shard-index-v1"
+LIST_NAME = "shards.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A key and its members, suffix -> bytes, in the order in which they are stored."""
+
+    key: str
+    members: Mapping[str, bytes]
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+
+
+def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
+    """Write a shard and its index; returns its line of ``shards.json``."""
+    partial = path.with_name(path.name + ".tmp")
+    entries = []
+    with partial.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for sample in samples:
+                members = {
+                    suffix: _add(tar, f"{sample.key}.{suffix}", data) for suffix, data in sample.members.items()
+                }
+                entries.append({"key": sample.key, "members": members})
+        file.flush()
+        os.fsync(file.fileno())
+    size, digest = partial.stat().st_size, hash_file(partial)
+    write_json(index_path(path), {"version": INDEX_VERSION, "bytes": size, "xxh3_128": digest, "samples": entries})
+    partial.replace(path)
+    return {"url": path.name, "nsamples": len(entries), "filesize": size, "xxh3_128": digest}
+
+
+def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
+    write_json(folder / LIST_NAME, {"__kind__": KIND, "shardlist": entries})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def walk_shard(path: Path) -> list[dict[str, Any]]:
+    """The samples of a tar by its own headers, in the form that the index has."""
+    samples: list[dict[str, Any]] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                key, _, suffix = info.name.partition(".")
+                if not samples or samples[-1]["key"] != key:
+                    samples.append({"key": key, "members": {}})
+                samples[-1]["members"][suffix] = [info.offset_data, info.size]
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path.name} is a broken tar: {error}") from None
+    return samples
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
+    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0
+    info.size, info.mode = len(data), 0o644
+    offset = tar.offset + len(info.tobuf(tar.format, tar.encoding or "utf-8", tar.errors))
+    tar.addfile(info, io.BytesIO(data))
+    return [offset, len(data)]

@@ -1,0 +1,49 @@
+"""Groups of samples that show the same thing, and their split into train, val and test.
+
+Items that share any token (a normalised text, the hash of a file) fall into one group, by
+union-find, and a group goes whole into one split, chosen by a hash of its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+VAL_FRACTION = 0.09
+TEST_FRACTION = 0.21
+
+
+def normalise_text(text: str) -> str:
+    """Case, accents' encoding, punctuation and spaces do not tell two texts apart."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[^\w\s]", " ", folded).split()
+    return " ".join(words) or folded.strip()
+
+
+def group_items(tokens_of: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The group of each item: the smallest name among the items it is connected with."""
+    parent = {item: item for item in tokens_of}
+
+    def root(item: str) -> str:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    owner: dict[str, str] = {}
+    for item in sorted(tokens_of):
+        for token in tokens_of[item]:
+            first, second = sorted((root(owner.setdefault(token, item)), root(item)))
+            parent[second] = first
+    return {item: root(item) for item in tokens_of}
+
+
+def split_of(group: str, salt: str, *, test: float = TEST_FRACTION, val: float = VAL_FRACTION) -> str:
+    """The split of a group: the same on every machine, and independent of the other groups."""
+    digest = hashlib.blake2b(f"{salt}:{group}".encode(), digest_size=8).digest()
+    position = int.from_bytes(digest, "big") / 2**64
+    if position < test:
+        return "test"
+    return "val" if position < test + val else "train"

@@ -1,0 +1,56 @@
+"""Held-out samples: each once, in order, unperturbed; and batches of plain texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import BadSample, decode
+from mmmoe_pretrain.data.loader import BadBudget, LoadStats, keep_slot
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.modalities import Codecs
+
+
+def iterate_eval(
+    paths: Sequence[str | Path], config: RunConfig, codecs: Codecs, batch_size: int
+) -> Iterator[tuple[Batch, list[Sample]]]:
+    """Every sample of the folders ``paths`` once, in order, in batches of at most ``batch_size``.
+
+    Where the run trains captioning, every sample that can has a fused segment. A bad sample keeps
+    an empty slot and counts against data.max_bad_fraction.
+    """
+    settings = _caption_all(PackSettings.from_config(config, codecs))
+    budget = BadBudget(config.data.max_bad_fraction)
+    folders = [ShardFolder(path) for path in paths]
+    where = [(folder, i) for folder in folders for i in range(len(folder))]
+    for start in range(0, len(where), batch_size):
+        decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
+        bad = tuple(item for item in decoded if isinstance(item, BadSample))
+        budget.spend(LoadStats(len(decoded), bad))
+        samples = [keep_slot(item) for item in decoded]
+        yield pack(samples, settings, range(start, start + len(samples))), samples
+
+
+def text_batches(texts: Sequence[str], config: RunConfig, codecs: Codecs, batch_size: int) -> Iterator[Batch]:
+    """Batches of texts alone, e.g. the class names of a zero-shot score."""
+    settings = dataclasses.replace(PackSettings.from_config(config, codecs), captioning=None)
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        yield pack(
+            [
+                Sample(SampleMeta(f"text-{start + i}"), text=codecs.text.encode(text), raw_text=text)
+                for i, text in enumerate(part)
+            ],
+            settings,
+        )
+
+
+def _caption_all(settings: PackSettings) -> PackSettings:
+    if settings.captioning is None:
+        return settings
+    everyone = settings.captioning.model_copy(update={"fraction": 1.0})
+    return dataclasses.replace(settings, captioning=everyone)

@@ -1,0 +1,32 @@
+"""Parts that the image and the audio stem share.
+
+Owns the channel norm and the widths of a stem. Both work on zero rows, where torch gives every
+parameter a gradient of zeros: an absent modality needs no special path (design, decision 2).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of every place apart: [n, C, ...] -> the same shape.
+
+    Places never mix, so padded frames cannot leak into valid ones.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.movedim(1, -1)
+        return F.layer_norm(last, (last.shape[-1],), self.weight, self.bias).movedim(-1, 1)
+
+
+def stem_widths(first: int, steps: int, limit: int) -> list[int]:
+    """Channels after each halving: ``first`` doubled at every step, never above ``limit``."""
+    return [min(first * 2**i, limit) for i in range(steps)]

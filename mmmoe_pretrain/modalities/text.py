@@ -1,0 +1,126 @@
+"""Text: the codec (a sentencepiece model) and the embedder (token ids -> rows).
+
+Owns the tokenizer's file checks, its fingerprint and subword dropout. The packer adds the begin
+and end marks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from mmmoe_pretrain.config import TextConfig
+
+
+class TextCodec:
+    """Text -> ids and back. ``cut`` counts the texts that were too long."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: TextConfig,
+        *,
+        expected_fingerprint: str | None = None,
+        expected_vocab_size: int | None = None,
+    ) -> None:
+        data = _read_model(Path(model_path))
+        self.config = config
+        self.cut = 0
+        self.fingerprint = xxhash.xxh3_128_hexdigest(data)
+        self._model = _load_model(data, model_path)
+        self.vocab_size: int = self._model.vocab_size()
+        self.pad_id: int = self._model.pad_id()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.unk_id: int = self._model.unk_id()
+        self._splits: dict[int, list[tuple[int, int]]] = {}
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(
+                f"tokenizer {model_path} has no begin or end mark (ids {self.bos_id}, "
+                f"{self.eos_id}); train one by mmmoe-data tokenizer"
+            )
+        for what, found, expected in (
+            ("fingerprint", self.fingerprint, expected_fingerprint),
+            ("vocabulary size", self.vocab_size, expected_vocab_size),
+        ):
+            if expected is not None and found != expected:
+                raise ValueError(
+                    f"tokenizer {model_path} has {what} {found}, but the run was made with "
+                    f"{expected}; set data.tokenizer to the file that the run started with"
+                )
+
+    def encode(self, text: str, rng: np.random.Generator | None = None, dropout: float = 0.0) -> np.ndarray:
+        """int64 ids [n], n <= max_tokens, without marks.
+
+        With ``rng`` each piece falls apart into two pieces of the vocabulary with probability
+        ``dropout``, and so do those: the effect of BPE dropout (arXiv 1910.13267) as a pure function
+        of the generator, which sentencepiece's own sampling (one global seed) is not.
+        """
+        ids: list[int] = self._model.encode(text)
+        if rng is not None and dropout > 0:
+            ids = self._drop(ids, rng, dropout)
+        if len(ids) > self.config.max_tokens:
+            self.cut += 1
+        return np.asarray(ids[: self.config.max_tokens], dtype=np.int64)
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """The text of ``ids``; marks leave no trace."""
+        return self._model.decode([int(i) for i in ids])
+
+    def _drop(self, ids: list[int], rng: np.random.Generator, dropout: float) -> list[int]:
+        stack, out = ids[::-1], []
+        while stack:
+            piece = stack.pop()
+            splits = self._split_points(piece)
+            if splits and rng.random() < dropout:
+                left, right = splits[int(rng.integers(len(splits)))]
+                stack += (right, left)
+            else:
+                out.append(piece)
+        return out
+
+    def _split_points(self, piece: int) -> list[tuple[int, int]]:
+        """The ways to write a piece as two pieces of the vocabulary."""
+        if piece not in self._splits:
+            text = self._model.id_to_piece(piece)
+            special = self._model.is_control(piece) or self._model.is_unknown(piece) or self._model.is_byte(piece)
+            halves = [] if special else [(text[:i], text[i:]) for i in range(1, len(text))]
+            pairs = [tuple(self._model.piece_to_id(half) for half in pair) for pair in halves]
+            self._splits[piece] = [(a, b) for a, b in pairs if self.unk_id not in (a, b)]
+        return self._splits[piece]
+
+
+def _read_model(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"no tokenizer at {path}; make one by mmmoe-data tokenizer, or correct data.tokenizer")
+    return path.read_bytes()
+
+
+def _load_model(data: bytes, path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(data)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error}); make one by mmmoe-data tokenizer") from None
+    return model
+
+
+class TextEmbedder(nn.Module):
+    """ids [n] -> [n, D]; ``positions`` [n] count from the begin mark of each run."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, config: TextConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, hidden_size)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.positions: nn.Parameter | None = None
+        if config.positions == "learned":
+            self.positions = nn.Parameter(0.02 * torch.randn(config.max_tokens + 2, hidden_size))
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        rows = self.table(ids)
+        return rows if self.positions is None else rows + self.positions[positions]

@@ -1,0 +1,205 @@
+"""Whatever the layout, the workers and the restarts: the same samples in the same places."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmmoe_pretrain.batch import AttentionBucket, Batch
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import loader as loader_module
+from mmmoe_pretrain.data.decode import BadSample
+from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
+from mmmoe_pretrain.data.loader import BadBudget, LoadStats, MicrobatchDataset, make_loader, microbatch_size
+from mmmoe_pretrain.modalities import Codecs, build_codecs
+from tests.support import things, tiny_config, tiny_values, write_shards
+
+Step = tuple[int, list[Batch], LoadStats]
+
+
+def config_with(root: Path, data: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    values = tiny_values(root)["data"]
+    return tiny_config(root, data={**values, **(data or {})}, **sections)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data: Path) -> RunConfig:
+    return config_with(tiny_data, {"text_dropout": 0.2})
+
+
+@pytest.fixture(scope="module")
+def codecs(config: RunConfig) -> Codecs:
+    return build_codecs(config)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, Batch | AttentionBucket):
+        for field in dataclasses.fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def batches(steps: Iterator[Step]) -> list[tuple[int, list[Batch]]]:
+    return [(step, microbatches) for step, microbatches, _ in steps]
+
+
+def test_any_number_of_workers_gives_the_same_batches(tiny_data: Path, codecs: Codecs) -> None:
+    expected = batches(make_loader(config_with(tiny_data), codecs, stop_step=3))
+    assert [step for step, _ in expected] == [0, 1, 2]
+    for workers in (1, 2):
+        config = config_with(tiny_data, {"num_workers": workers})
+        assert_same(batches(make_loader(config, codecs, stop_step=3)), expected)
+
+
+def test_resuming_at_a_step_equals_never_having_stopped(config: RunConfig, codecs: Codecs) -> None:
+    whole = batches(make_loader(config, codecs, stop_step=5))
+    assert_same(batches(make_loader(config, codecs, start_step=3, stop_step=5)), whole[3:])
+
+
+def test_the_global_batch_is_the_same_at_every_data_parallel_size(config: RunConfig, codecs: Codecs) -> None:
+    one = batches(make_loader(config, codecs, stop_step=2))
+    two = [batches(make_loader(config, codecs, dp_rank=r, dp_size=2, stop_step=2)) for r in range(2)]
+    for step in range(2):
+        for a in range(config.train.num_microbatches):
+            parts = [two[r][step][1][a] for r in range(2)]
+            whole = one[step][1][a]
+            assert [meta for part in parts for meta in part.metas] == list(whole.metas)
+            assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+            assert sum(int(part.valid.sum()) for part in parts) == int(whole.valid.sum())
+            captions = [int((part.targets >= 0).sum()) for part in parts]
+            assert sum(captions) == int((whole.targets >= 0).sum())
+
+
+def test_an_epoch_covers_the_shards_once(tiny_data: Path, codecs: Codecs) -> None:
+    # 48 samples in steps of 16: three steps are an epoch
+    seen = [meta.key for _, parts in batches(make_loader(config_with(tiny_data), codecs, stop_step=3))
+            for part in parts for meta in part.metas]  # fmt: skip
+    assert sorted(seen) == [f"thing-{i:03d}" for i in range(48)]
+
+
+def test_reading_leaves_the_models_random_numbers_alone(tiny_data: Path, codecs: Codecs) -> None:
+    config = config_with(tiny_data, {"num_workers": 1})
+    state = torch.random.get_rng_state()
+    batches(make_loader(config, codecs, stop_step=1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(config: RunConfig) -> None:
+    assert microbatch_size(config, 2) == 4  # 16 over 2 microbatches and 2 ranks
+    with pytest.raises(ValueError, match=r"16 does not divide into train.num_microbatches 2 x 3 .* use e.g. 18"):
+        microbatch_size(config, 3)
+
+
+@pytest.fixture(scope="module")
+def damaged(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards with the first picture overwritten."""
+    root = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(tiny_data, root, dirs_exist_ok=True)
+    tar = root / "train/00000.tar"
+    content = bytearray(tar.read_bytes())
+    content[512:528] = b"not a picture..."
+    tar.write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_keeps_its_slot_and_is_counted(
+    damaged: Path, codecs: Codecs, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_with(damaged, {"num_workers": workers})
+    with caplog.at_level(logging.WARNING):
+        steps = list(make_loader(config, codecs, stop_step=3))
+    assert sum(stats.samples for *_, stats in steps) == 48
+    bad = [item for *_, stats in steps for item in stats.bad]
+    assert [item.key for item in bad] == ["thing-000"]
+    assert "thing-000: image cannot be decoded" in caplog.text
+    for _, parts, _ in steps:
+        for part in parts:
+            assert len(part.metas) == 8
+            empty = [meta.key for meta, here in zip(part.metas, part.present_MB.any(dim=0), strict=True) if not here]
+            assert empty == [meta.key for meta in part.metas if meta.key == "thing-000"]
+
+
+def test_too_many_bad_samples_end_the_run(damaged: Path, codecs: Codecs) -> None:
+    # one of 48 is bad in each epoch: 3 of the first 112 read are more than 1%
+    with pytest.raises(ValueError, match=r"of 112 samples read were bad.*max_bad_fraction 0\.01.*thing-000"):
+        list(make_loader(config_with(damaged), codecs))
+    assert len(list(make_loader(config_with(damaged, {"max_bad_fraction": 0.05}), codecs))) == 20
+
+
+def test_a_few_early_bad_samples_do_not_end_the_run() -> None:
+    budget = BadBudget(0.1)
+    bad = tuple(BadSample(f"k{i}", "why") for i in range(10))
+    budget.spend(LoadStats(99, bad))
+    budget.spend(LoadStats(1))  # 10 of 100 are not more than a tenth
+    with pytest.raises(ValueError, match=r"11 of 101 samples .* k0: why; k1: why"):
+        budget.spend(LoadStats(1, bad[:1]))
+
+
+def test_cut_texts_and_clips_are_counted(tiny_data: Path) -> None:
+    short = {"image": {"size": 16}, "audio": {"max_seconds": 0.2}, "text": {"max_tokens": 2}}
+    for workers in (0, 1):
+        config = config_with(tiny_data, {"num_workers": workers, "audio_augment": False}, modalities=short)
+        stats = [stats for *_, stats in make_loader(config, build_codecs(config), stop_step=3)]
+        # every clip has 26 frames of 24, and no name has two pieces or fewer
+        assert [(s.cut_audio, s.cut_text) for s in stats] == [(16, 16)] * 3
+
+
+class _Dies(MicrobatchDataset):
+    def __getitem__(self, number: int) -> tuple[Batch, LoadStats]:
+        if number >= 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(number)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_dies_ends_the_run(tiny_data: Path, codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "MicrobatchDataset", _Dies)
+    config = config_with(tiny_data, {"num_workers": 2})
+    with pytest.raises(RuntimeError, match="a data worker died"):
+        list(make_loader(config, codecs, stop_step=9))
+
+
+def test_a_truncated_shard_is_refused_before_the_first_step(tiny_data: Path, tmp_path: Path, codecs: Codecs) -> None:
+    shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
+    tar = tmp_path / "train/00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-20_000])
+    with pytest.raises(ValueError, match=r"00000\.tar"):
+        make_loader(config_with(tmp_path), codecs)
+
+
+def test_evaluation_reads_every_sample_once_in_order(tiny_data: Path, tmp_path: Path, codecs: Codecs) -> None:
+    rows = [{**row, "key": f"more-{i}"} for i, row in enumerate(things(5))]
+    more = write_shards(tmp_path / "more", rows)
+    config = config_with(tiny_data)
+    parts = list(iterate_eval([tiny_data / "train", more], config, codecs, batch_size=20))
+    keys = [sample.meta.key for _, samples in parts for sample in samples]
+    assert keys == [f"thing-{i:03d}" for i in range(48)] + [f"more-{i}" for i in range(5)]
+    assert [len(samples) for _, samples in parts] == [20, 20, 13]
+    for batch, samples in parts:
+        assert batch.metas == tuple(sample.meta for sample in samples)
+        assert int((batch.pool_sample < 0).sum()) == len(samples)  # every one has a caption
+
+
+def test_texts_alone_make_batches(config: RunConfig, codecs: Codecs) -> None:
+    parts = list(text_batches(["red", "green number 1", "blue"], config, codecs, batch_size=2))
+    assert [part.present_MB.tolist() for part in parts] == [
+        [[False] * 2, [False] * 2, [True] * 2],
+        [[False], [False], [True]],
+    ]

@@ -1,0 +1,198 @@
+"""Shards open by their index or by their headers, and a damaged one is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from mmmoe_pretrain.data.shards import ShardFolder, read_index
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+TWO = [("a.png", b"PNG"), ("a.txt", b"red"), ("b.flac", b"F" * 700), ("b.json", b"{}"), ("b.cls", b"7")]
+
+
+def sidecar(path: Path, **changes: object) -> None:
+    """An index as mmmoe-data writes it, from tarfile's own offsets."""
+    samples: dict[str, dict[str, list[int]]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = [member.offset_data, member.size]
+    index = {
+        "version": 1,
+        "bytes": path.stat().st_size,
+        "samples": [{"key": key, "members": members} for key, members in samples.items()],
+        **changes,
+    }
+    path.with_suffix(".index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_samples_are_read_by_position(tmp_path: Path, indexed: bool) -> None:
+    for name, members in (("00000.tar", TWO), ("00001.tar", [("c.txt", b"")])):
+        path = write_tar(tmp_path / name, members)
+        if indexed:
+            sidecar(path)
+    folder = ShardFolder(tmp_path)
+    assert [folder.key(i) for i in range(len(folder))] == ["a", "b", "c"]
+    assert folder.read(2).members == {"txt": b""}
+    assert folder.read(0).members == {"png": b"PNG", "txt": b"red"}
+    assert folder.read(1).members == {"flac": b"F" * 700, "json": b"{}"}  # the unknown .cls is left out
+
+
+def test_folders_inside_a_tar_are_part_of_the_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("./one/a.PNG", b"1"), ("two/a.png", b"2")])
+    folder = ShardFolder(tmp_path)
+    assert [folder.key(i) for i in range(2)] == ["one/a", "two/a"]
+    assert folder.read(0).members == {"png": b"1"}
+
+
+def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
+    key = "ein-größerer-fisch-" + "x" * 150  # needs a PAX header
+    write_tar(tmp_path / "x.tar", [(f"{key}.txt", b"fish")])
+    folder = ShardFolder(tmp_path)
+    assert (folder.key(0), folder.read(0).members) == (key, {"txt": b"fish"})
+
+
+def test_the_listing_decides_which_shards_and_in_which_order(tmp_path: Path) -> None:
+    for name in "abc":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", b"")])
+    listing = {"shardlist": [{"url": "c.tar"}, {"url": "a.tar"}]}
+    (tmp_path / "shards.json").write_text(json.dumps(listing))
+    folder = ShardFolder(tmp_path)
+    assert [folder.key(i) for i in range(len(folder))] == ["c", "a"]
+
+
+def test_many_shards_take_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmmoe_pretrain.data.shards.MAX_OPEN_SHARDS", 2)
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", [(f"k{i}.txt", str(i).encode())])
+    folder = ShardFolder(tmp_path)
+    for i in (0, 1, 2, 3, 4, 0, 2):
+        assert folder.read(i).members == {"txt": str(i).encode()}
+        assert len(folder._files) <= 2
+
+
+def test_an_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
+        ShardFolder(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no \*\.tar"):
+        ShardFolder(tmp_path)
+
+
+def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [])
+    with pytest.raises(ValueError, match=r"x\.tar holds no sample"):
+        ShardFolder(tmp_path)
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.tar is no whole tar file"):
+        ShardFolder(tmp_path)
+
+
+# A member is a header of 512 bytes and its content in blocks of 512: 1024, 2048, 3584, ...
+@pytest.mark.parametrize("size", [100, 512, 700, 1024, 2048, 2300, 3000])
+def test_a_truncated_shard_is_refused_at_every_length(tmp_path: Path, size: int) -> None:
+    path = write_tar(tmp_path / "x.tar", TWO)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"x\.tar .*again"):
+        read_index(path)
+
+
+def test_an_index_notices_a_truncated_shard(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", TWO)
+    sidecar(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"x\.tar has 10239 bytes, but its index says 10240"):
+        read_index(path)
+
+
+def test_the_listing_notices_a_truncated_shard(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", TWO)
+    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": "x.tar", "filesize": 99}]}))
+    with pytest.raises(ValueError, match=r"x\.tar has 10240 bytes, but shards\.json says 99"):
+        ShardFolder(tmp_path)
+
+
+def test_a_shard_that_shrinks_during_the_run_ends_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", TWO)
+    folder = ShardFolder(tmp_path)
+    path.write_bytes(path.read_bytes()[:2600])
+    with pytest.raises(ValueError, match="changed during the run"):
+        folder.read(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2, and 1 is read"),
+        ({"samples": [{"key": "a", "members": {"png": [0, 99999]}}]}, "'a' outside of"),
+        ({"samples": [{"key": "a", "members": {"png": [-5, 2]}}]}, "'a' outside of"),
+        ({"samples": [{"members": {}}]}, "no shard index"),
+        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "no shard index"),
+        ({"samples": 3}, "no shard index"),
+    ],
+)
+def test_a_broken_index_is_refused_with_the_remedy(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = write_tar(tmp_path / "x.tar", TWO)
+    sidecar(path, **changes)
+    with pytest.raises(ValueError, match=f"{message}.*remove it"):
+        read_index(path)
+
+
+def test_json_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", TWO)
+    for content in ("{", "[]"):
+        (tmp_path / "x.index.json").write_text(content)
+        with pytest.raises(ValueError, match=r"x\.index\.json .*remove it"):
+            ShardFolder(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["a.txt", "b.txt", "a.png"], ["a.txt", "a.txt"]])
+def test_a_duplicate_key_in_a_shard_is_refused(tmp_path: Path, names: list[str]) -> None:
+    path = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    with pytest.raises(ValueError, match=r"x\.tar holds key 'a' twice"):
+        read_index(path)
+
+
+def test_a_duplicate_key_over_shards_is_refused(tmp_path: Path) -> None:
+    for shard in ("x", "y"):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}1.txt", b""), ("same.txt", b"")])
+    with pytest.raises(ValueError, match=r"'same' stands twice, in .*x\.tar and .*y\.tar"):
+        ShardFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.txt", "a/../../b.txt"])
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [(name, b"")])
+    with pytest.raises(ValueError, match="leaves its folder"):
+        read_index(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.type, info.linkname = kind, "b.txt"
+        tar.addfile(info)
+    with pytest.raises(ValueError, match="a link, a device"):
+        ShardFolder(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://host/x.tar", "/x.tar", "../x.tar", ""])
+def test_a_listing_that_leaves_the_folder_is_refused(tmp_path: Path, url: str) -> None:
+    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
+    with pytest.raises(ValueError, match="no file under"):
+        ShardFolder(tmp_path)

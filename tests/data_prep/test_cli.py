@@ -1,0 +1,59 @@
+"""The commands as a user runs them: exit codes, one-line errors, a quick --help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+
+
+def run(monkeypatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mmmoe-data", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_shard_verify_inspect_and_tokenizer_work_together(make_manifest, tmp_path: Path, monkeypatch, capsys):
+    manifest, out = make_manifest(9), tmp_path / "shards"
+    assert run(monkeypatch, "shard", manifest.parent, "--out", out, "--workers", 1, "--filter", "subset=odd") == 0
+    assert run(monkeypatch, "verify", out) == 0
+    assert "all is well in 5 samples of 2 shards" in capsys.readouterr().out.replace("\n", " ")
+    assert run(monkeypatch, "inspect", out) == 0
+    assert run(monkeypatch, "inspect", manifest) == 0
+    assert run(monkeypatch, "tokenizer", manifest, "--out", tmp_path / "t.model", "--vocab-size", 310) == 0
+    assert (tmp_path / "t.model").is_file()
+
+
+def test_verify_exits_1_where_something_is_wrong(make_manifest, tmp_path: Path, monkeypatch):
+    run(monkeypatch, "shard", make_manifest(), "--out", tmp_path / "out", "--workers", 1)
+    (tmp_path / "out/train/00000.index.json").unlink()
+    assert run(monkeypatch, "verify", tmp_path / "out") == 1
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys):
+    assert run(monkeypatch, "shard", tmp_path / "nowhere", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmmoe-data: no manifest at ")
+    assert error.count("\n") == 1
+
+
+def test_mini_unpacks(tmp_path: Path, monkeypatch):
+    assert run(monkeypatch, "corpus", "mini", "--out", tmp_path) == 0
+    assert (tmp_path / "manifest.jsonl").is_file()
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['mmmoe-data', '--help']\nfrom data_prep import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'PIL', 'soundfile', 'soxr', 'sentencepiece', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).resolve().parents[2]
+    )

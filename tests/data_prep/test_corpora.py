@@ -1,0 +1,118 @@
+"""How corpora become rows, from small folders laid out like the packages."""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_prep import corpora
+from data_prep.corpora import asterisk, emoji, tuxpaint
+
+
+def stamp(root: Path, name: str, text: str, *sounds: str, picture: str = ".png") -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".txt").write_text(text, encoding="utf-8")
+    path.with_name(path.name + picture).write_bytes(name.encode())
+    for sound in sounds:
+        path.with_name(path.name + sound).write_bytes(f"{name}{sound}".encode())
+
+
+@pytest.fixture
+def stamps(tmp_path: Path) -> Path:
+    root = tmp_path / "stamps"
+    stamp(
+        root,
+        "animals/Cow",
+        " A cow. \nfr.utf8=Une vache.\npt_BR.utf8=Uma vaca.\nde.utf8=Eine Kuh.\n",
+        "_desc.ogg",
+        "_desc_fr.ogg",
+        "_desc_pt_BR.wav",
+        "_desc_lt.ogg",
+        ".ogg",
+        "_mirror.png",
+    )
+    stamp(root, "animals/bull", "A bull.\nfr.utf8=Une vache.\n")
+    stamp(root, "symbols/math/7", "Seven.\nde.utf8=Sieben.\n", ".ogg", "_de.ogg", "_xx.ogg")
+    stamp(root, "town/doppler_honk", "A car.\n")
+    stamp(root, "town/house", "A house.\n", picture=".svg")
+    return root
+
+
+def test_stamps_give_a_row_a_subset_and_language(stamps: Path, tmp_path: Path):
+    found, notes = tuxpaint.read_stamps(stamps)
+    rows = {row.key: row for row in tuxpaint.rows_of(found, tmp_path, "src", ("fr", "de", "en"))}
+    assert sorted(rows) == [
+        "tux-animals-bull-named-en",
+        "tux-animals-bull-translated-fr",
+        "tux-animals-cow-effect-en",
+        "tux-animals-cow-named-en",
+        "tux-animals-cow-spoken-en",
+        "tux-animals-cow-spoken-fr",
+        "tux-animals-cow-spoken-pt_br",
+        "tux-animals-cow-translated-de",
+        "tux-symbols-math-7-named-en",
+        "tux-symbols-math-7-pronounced-de",
+        "tux-symbols-math-7-pronounced-en",
+        "tux-symbols-math-7-translated-de",
+    ]
+    cow = rows["tux-animals-cow-spoken-pt_br"]
+    assert (cow.text, cow.language, cow.audio_kind, cow.label) == ("Uma vaca.", "pt_br", "speech", "animals")
+    assert cow.audio == "stamps/animals/Cow_desc_pt_BR.wav"
+    assert rows["tux-animals-cow-effect-en"].audio == "stamps/animals/Cow.ogg"
+    assert rows["tux-animals-cow-named-en"].text == "A cow."
+    assert notes["stamps that are SVG only"] == 1
+
+
+def test_stamps_that_share_a_name_in_any_language_share_group_and_split(stamps: Path, tmp_path: Path):
+    found, _ = tuxpaint.read_stamps(stamps)
+    rows = tuxpaint.rows_of(found, tmp_path, "src", ("fr",))
+    of_vache = {(row.group, row.split) for row in rows if row.label == "animals"}
+    assert len(of_vache) == 1
+    assert len({row.group for row in rows}) == 2
+
+
+def test_prompts_that_are_no_speech_are_left_out_and_notes_are_cut(tmp_path: Path):
+    lines = (
+        "; Core sounds\n\nhello: Hello.\nbeep: [a tone]\nsilence/1: (1 second of silence)\n"
+        "letters/at: at [@]\nbang: [!] bang\ngone: Gone.\n"
+    )
+    transcript = tmp_path / "t.gz"
+    transcript.write_bytes(gzip.compress("\ufeff".encode() + lines.encode()))
+    for name in ("hello", "beep", "letters/at", "bang"):
+        path = tmp_path / "voice" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    notes: Counter[str] = Counter()
+    prompts = list(asterisk.read_prompts(transcript, tmp_path / "voice", "en", "src", notes))
+    assert [(prompt.key, prompt.text) for prompt in prompts] == [
+        ("asterisk-en-hello", "Hello."),
+        ("asterisk-en-letters-at", "at"),
+        ("asterisk-en-bang", "bang"),
+    ]
+    assert sorted(notes.values()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1f468-200d-1f680", "1f469-200d-1f680"),  # man, woman astronaut
+        ("1f46e", "1f46e-200d-2640"),  # police officer, woman police officer
+        ("1f44b", "1f44b-1f3fd"),  # waving hand in a skin tone
+        ("1f1f3-1f1f4", "1f1e7-1f1fb"),  # Norway, Bouvet Island: the same flag
+    ],
+)
+def test_variants_of_an_emoji_are_one_family(one: str, other: str):
+    assert emoji.Emoji(one, "x", {}).family == emoji.Emoji(other, "x", {}).family
+
+
+def test_different_emoji_are_different_families():
+    assert emoji.Emoji("1f468-200d-1f680", "x", {}).family != emoji.Emoji("1f468-200d-1f33e", "x", {}).family
+
+
+def test_an_unknown_corpus_names_those_there_are():
+    with pytest.raises(ValueError, match="tuxpaint, emoji, asterisk, mini"):
+        corpora.build("laion")

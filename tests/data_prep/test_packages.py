@@ -1,0 +1,103 @@
+"""The package managers' clients, replaced by scripts that answer like them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_prep import packages
+
+
+def fake_client(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def clients(tmp_path: Path, monkeypatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+def test_a_missing_client_names_itself_and_mini(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"npm is not installed.*corpus mini"):
+        packages.fetch_npm("thing", "1.0.0", tmp_path)
+    with pytest.raises(ValueError, match=r"dpkg-deb is not installed.*corpus mini"):
+        packages.fetch_debian("thing", tmp_path)
+
+
+def test_package_lists_are_fetched_privately_where_apt_has_none(tmp_path: Path, clients: Path):
+    digest = "0" * 64
+    line = f"'http://h/p/x_1%3a2-3_all.deb' x_1%3a2-3_all.deb 10 SHA256:{digest}"
+    fake_client(
+        clients,
+        "apt-get",
+        f"""
+        case "$*" in
+          *Dir::State=*update) touch {tmp_path}/updated ;;
+          *Dir::State=*download*) [ -e {tmp_path}/updated ] && echo "{line}" ;;
+          *) echo "E: Unable to locate package x" >&2; exit 100 ;;
+        esac""",
+    )
+    found = packages._locate_debian("x", tmp_path / "state")
+    assert (found.name, found.size, found.digest) == ("x_1%3a2-3_all.deb", 10, digest)
+
+
+def test_an_unknown_package_reports_what_apt_says(tmp_path: Path, clients: Path):
+    fake_client(clients, "apt-get", "echo 'E: Unable to locate package x' >&2; exit 100")
+    with pytest.raises(ValueError, match=r"knows no package x \(E: Unable to locate package x\)"):
+        packages._locate_debian("x", tmp_path / "state")
+
+
+def npm_package(folder: Path, member: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        info = tarfile.TarInfo(member)
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"hi"))
+    (folder / "thing.tgz").write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def answer(folder: Path, content: bytes) -> str:
+    integrity = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+    return json.dumps({"dist.tarball": (folder / "thing.tgz").as_uri(), "dist.integrity": integrity})
+
+
+def test_an_npm_package_is_checked_and_unpacked(tmp_path: Path, clients: Path):
+    content = npm_package(tmp_path, "package/a.txt")
+    fake_client(clients, "npm", f"echo '{answer(tmp_path, content)}'")
+    folder = packages.fetch_npm("@scope/thing", "1.0.0", tmp_path / "work")
+    assert (folder / "a.txt").read_text() == "hi"
+
+
+def test_an_error_of_npm_is_passed_on(tmp_path: Path, clients: Path):
+    fake_client(clients, "npm", """echo '{"error": {"summary": "connection refused"}}'; exit 1""")
+    with pytest.raises(ValueError, match=r"thing@1\.0\.0 \(connection refused\).*corpus mini"):
+        packages.fetch_npm("thing", "1.0.0", tmp_path)
+
+
+def test_a_tar_that_reaches_outside_is_refused(tmp_path: Path, clients: Path):
+    content = npm_package(tmp_path, "../../evil.txt")
+    fake_client(clients, "npm", f"echo '{answer(tmp_path, content)}'")
+    with pytest.raises(ValueError, match=r"thing-1\.0\.0\.tgz cannot be unpacked"):
+        packages.fetch_npm("thing", "1.0.0", tmp_path / "work")
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+@pytest.mark.network
+@pytest.mark.timeout(300)
+def test_a_real_debian_package_arrives(tmp_path: Path):
+    folder, version = packages.fetch_debian("asterisk-core-sounds-en", tmp_path)
+    assert (folder / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz").is_file()
+    assert version

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from data_prep.inspect import Kind, measure
+from data_prep.manifest import read_manifest, write_manifest
+from data_prep.shard import ShardOptions, shard_manifest
+from data_prep.verify import Seen, verify_folder
+
+
+@pytest.fixture
+def shards(make_manifest, tmp_path):
+    manifest = make_manifest(6)
+    shard_manifest(read_manifest(manifest), manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    return tmp_path / "out"
+
+
+def problems(folder):
+    return list(verify_folder(folder, Seen()))
+
+
+def test_fresh_shards_are_well(shards):
+    seen = Seen()
+    assert list(verify_folder(shards, seen)) == []
+    assert (len(seen.keys), seen.shards) == (6, 2)
+
+
+def test_a_flipped_byte_is_found(shards):
+    path = shards / "train/00000.tar"
+    data = bytearray(path.read_bytes())
+    offset, _ = json.loads((shards / "train/00000.index.json").read_text())["samples"][1]["members"]["wav"]
+    data[offset + 100] ^= 1
+    path.write_bytes(data)
+    found = problems(shards)
+    assert len(found) == 2  # the list and the index both know the hash
+    assert all("00000.tar: xxh3_128 is" in problem for problem in found)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.97])
+def test_a_truncated_tar_is_found(shards, keep):
+    path = shards / "train/00000.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    assert any("bytes, 00000.index.json says" in problem for problem in problems(shards))
+
+
+def test_an_index_of_another_shard_is_found(shards):
+    (shards / "train/00000.index.json").write_text((shards / "test/00000.index.json").read_text())
+    assert any("does not describe the members" in problem for problem in problems(shards))
+
+
+def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):
+    (shards / "train/00000.tar").rename(shards / "train/00007.tar")
+    (shards / "test/00001.tar.tmp").touch()
+    found = "\n".join(problems(shards))
+    assert "00000.tar: named in shards.json and missing" in found
+    assert "00007.tar: not named in shards.json" in found
+    assert "left behind by a run that was killed" in found
+
+
+def test_a_group_in_two_splits_is_found(make_manifest, tmp_path):
+    manifest = make_manifest(6)
+    rows = [replace(row, group="same") for row in read_manifest(manifest)]
+    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    assert any(
+        "of group same is in test, another of its group in train" in problem for problem in problems(tmp_path / "out")
+    )
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no shards"):
+        problems(tmp_path)
+
+
+def test_inspect_counts_the_same_in_a_manifest_and_in_its_shards(make_manifest, tmp_path):
+    manifest = make_manifest(6)
+    write_manifest(manifest, read_manifest(manifest))
+    shard_manifest(read_manifest(manifest), manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    of_manifest, of_shards = measure(manifest), measure(tmp_path / "out")
+    assert of_manifest.keys() == of_shards.keys()
+    kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
+    assert of_shards[kind].rows == of_manifest[kind].rows == 2
+    assert of_shards[kind].seconds == pytest.approx(0.2)  # 2 x 800 samples at 8 kHz

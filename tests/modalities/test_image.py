@@ -1,0 +1,169 @@
+"""Any picture becomes the same square of pixels, or a reason why not."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmmoe_pretrain.config import ImageConfig
+from mmmoe_pretrain.modalities import BadSampleError, ImageCodec, ImageEmbedder
+from mmmoe_pretrain.modalities import image as image_module
+
+SIZE = 16
+CODEC = ImageCodec(ImageConfig(size=SIZE))
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def flat(mode: str, colour: object, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    return Image.new(mode, size, colour)  # type: ignore[arg-type]
+
+
+def palette(transparent: bool) -> bytes:
+    image = flat("P", 0)
+    image.putpalette([*RED, 0, 0, 255])
+    return encoded(image, transparency=0) if transparent else encoded(image)
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encoded(flat("RGB", RED)), RED),
+        (encoded(flat("L", 77)), (77, 77, 77)),
+        (encoded(flat("1", 1)), WHITE),
+        (encoded(flat("1", 0)), (0, 0, 0)),
+        (palette(transparent=False), RED),
+        (palette(transparent=True), WHITE),
+        # half of red over white: 255 * (1 - 128 / 255) = 127 in the other channels
+        (encoded(flat("RGBA", (255, 0, 0, 128))), (255, 127, 127)),
+        (encoded(flat("LA", (0, 0))), WHITE),
+        (encoded(flat("RGB", RED), transparency=RED), WHITE),
+        # 0x8080 of 16 bits is 0x80 of 8
+        (encoded(Image.fromarray(np.full((SIZE, SIZE), 0x8080, np.uint16))), (128, 128, 128)),
+        (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), RED),
+        (encoded(flat("RGB", RED), "WEBP", lossless=True), RED),
+        (encoded(flat("P", 0), "GIF"), (0, 0, 0)),
+        (encoded(flat("RGB", RED), "BMP"), RED),
+    ],
+)
+def test_every_mode_becomes_rgb_on_white(data: bytes, colour: tuple[int, int, int]) -> None:
+    pixels = CODEC.decode(data)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert pixels.flags.c_contiguous
+    np.testing.assert_allclose(pixels, np.broadcast_to(np.array(colour)[:, None, None], pixels.shape), atol=2)
+
+
+def test_a_wide_picture_stands_between_white_bars() -> None:
+    pixels = CODEC.decode(encoded(flat("RGB", RED, (64, 32))))  # drawn 16 x 8, bars of 4 rows
+    assert (pixels[:, :3] == 255).all()
+    assert (pixels[:, 13:] == 255).all()
+    assert (pixels[0, 5:11] == 255).all()
+    assert (pixels[1:, 5:11] == 0).all()
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = Image.new("RGB", (SIZE, SIZE), WHITE)
+    upright.paste(RED, (0, 0, SIZE, SIZE // 2))  # the top half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: to be turned by 90 degrees clockwise
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    pixels = CODEC.decode(encoded(lying, exif=exif))
+    assert (pixels[1, :6] < 50).all()
+    assert (pixels[1, 10:] > 200).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 1), (1, 500), (900, 700)])
+def test_odd_sizes_decode(size: tuple[int, int]) -> None:
+    assert CODEC.decode(encoded(flat("RGB", RED, size))).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cannot be decoded"),
+        (b"no picture", "cannot be decoded"),
+        (encoded(flat("RGB", RED, (99, 99)))[:90], "cannot be decoded"),
+        (encoded(Image.effect_noise((99, 99), 50).convert("RGB"), "JPEG")[:900], "truncated"),
+        (encoded(flat("RGB", RED), "TIFF"), "cannot be decoded"),
+    ],
+)
+def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadSampleError, match=reason):
+        CODEC.decode(data)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 99)
+    with pytest.raises(BadSampleError, match="10 x 10 pixels exceeds the limit of 99"):
+        CODEC.decode(encoded(flat("RGB", RED, (10, 10))))
+    with pytest.raises(BadSampleError, match="DecompressionBomb"):
+        CODEC.decode(encoded(flat("1", 0, (20_000, 20_000))))  # 400 Mpx in 50 kB
+
+
+def test_augmentation_is_a_function_of_the_generator() -> None:
+    data = encoded(Image.effect_noise((40, 30), 80).convert("RGB"))
+    first, again, other = (CODEC.decode(data, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first != CODEC.decode(data)).any()
+
+
+def test_without_flip_no_picture_is_mirrored() -> None:
+    image = Image.new("RGB", (SIZE, SIZE), WHITE)
+    image.paste((0, 0, 0), (0, 0, SIZE // 2, SIZE))  # the left half is dark
+    data = encoded(image)
+
+    def mirrored(flip: bool) -> int:
+        codec = ImageCodec(ImageConfig(size=SIZE), flip)
+        decoded = [codec.decode(data, np.random.default_rng(seed)).astype(float) for seed in range(60)]
+        return sum(pixels[..., :4].mean() > pixels[..., -4:].mean() for pixels in decoded)
+
+    assert mirrored(False) == 0
+    assert 15 < mirrored(True) < 45  # half of 60, within four standard deviations
+
+
+CONFIGS = [
+    ImageConfig(size=16, patch=patch, stem=stem, stem_channels=4, positions=positions)
+    for stem in ("linear", "conv")
+    for positions in ("learned", "rotary")
+    for patch in (2, 8)
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_embedder_gives_a_row_for_each_patch(config: ImageConfig) -> None:
+    embedder = ImageEmbedder(config, 12)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    rows = embedder(images)
+    assert rows.shape == (3 * config.num_tokens, 12)
+    torch.testing.assert_close(rows[config.num_tokens :][: config.num_tokens], embedder(images[1:2]))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_no_pictures_give_zero_gradients_to_every_parameter(config: ImageConfig) -> None:
+    embedder = ImageEmbedder(config, 12)
+    rows = embedder(torch.zeros(0, 3, 16, 16, dtype=torch.uint8))
+    assert rows.shape == (0, 12)
+    rows.sum().backward()
+    for name, parameter in embedder.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_a_linear_stem_reads_its_own_patch_alone() -> None:
+    embedder = ImageEmbedder(ImageConfig(size=16, patch=8, stem="linear"), 12)
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    changed = images.clone()
+    changed[..., :8, 8:] = 200  # the second patch of the first row of patches
+    differs = (embedder(images) != embedder(changed)).any(dim=1)
+    assert differs.tolist() == [False, True, False, False]
