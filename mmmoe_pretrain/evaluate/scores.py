@@ -8,7 +8,8 @@ Owns the choice of rows, queries and candidates:
   over the languages with enough clips, each language weighing the same.
 * zero-shot classes: the distinct images of the image-text rows that carry a label.
 
-A candidate is right if it shares the query's text; where an image takes part, its group too.
+A candidate is right if some row shows it with the query's text or, where an image takes part, with
+the same picture. Being of one group is not enough: two pictures of apples are two answers.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _recalls(data: HeldOut, rows: Sequence[int], query: str, target: str) -> dic
     """Recall at every k of one direction over ``rows``."""
     links = [[data.texts[i] or f"key:{data.metas[i].key}" for i in rows]]
     if "image" in (query, target):
-        links.append([data.metas[i].group or f"key:{data.metas[i].key}" for i in rows])
+        links.append([data.content["image"][i] for i in rows])
     task = retrieval.pose([data.content[query][i] for i in rows], [data.content[target][i] for i in rows], links)
     index = np.asarray(rows)
     queries = data.features[query][index[task.query_rows]]

@@ -74,11 +74,19 @@ def test_without_named_rows_each_group_counts_once_and_the_report_says_so() -> N
     assert "'named'" in note
 
 
-def test_group_mates_are_right_answers_for_images() -> None:
+def test_group_mates_that_look_and_read_differently_are_wrong_answers() -> None:
     duck = SampleMeta("", group="duck", subset="named")
     data = held_out([(duck, "i0", "", "duck"), (duck, "i1", "", "a duck"), (replace(duck, group="x"), "i2", "", "y")])
     score = by_name(image_text_scores(data, [0, 1, 2])[0])["image_to_text_r1"]
-    assert score.chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    assert score.chance == pytest.approx(1 / 3)
+
+
+def test_one_picture_under_two_names_has_two_right_texts() -> None:
+    duck = SampleMeta("", group="duck", subset="named")
+    data = held_out([(duck, "i0", "", "duck"), (duck, "i0", "", "a duck"), (replace(duck, group="x"), "i1", "", "y")])
+    score = by_name(image_text_scores(data, [0, 1, 2])[0])["image_to_text_r1"]
+    assert (score.n, score.candidates) == (2, 3)
+    assert score.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
 def speech(language: str, count: int) -> list[tuple[SampleMeta, str, str, str]]:
