@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.store import find_latest, load_weights, read_meta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
@@ -17,13 +17,13 @@ def load_model(run_dir: Path) -> tuple[MMMoE, RunConfig, int]:
 
     Raises ValueError where the folder holds no finished checkpoint.
     """
-    checkpoint = store.find_latest(run_dir)
+    checkpoint = find_latest(run_dir)
     if checkpoint is None or not (run_dir / CONFIG).is_file():
         raise ValueError(
             f"no finished checkpoint in {run_dir}; give the folder of a run that saved one, e.g. runs/demo"
         )
     config = run_config.load(run_dir / CONFIG)
-    meta = store.read_meta(checkpoint)
+    meta = read_meta(checkpoint)
     model = MMMoE(config, vocab_size=meta["vocab_size"])
-    store.load_weights(checkpoint, {f"mmmoe.{name}": p.data for name, p in model.named_parameters()})
+    load_weights(checkpoint, {f"mmmoe.{name}": p.data for name, p in model.named_parameters()})
     return model.eval(), config, meta["step"]

@@ -12,11 +12,12 @@ import pytest
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
-from tests.support import tiny_config
+from tests.support import random_sample, tiny_config
 
 STEPS = 20
 VOCAB = 48
@@ -40,9 +41,6 @@ def config_for(root: Any, expert_parallel_size: int = 1, precision: str = "fp32"
 def global_microbatch(config: RunConfig, number: int, rank: int, ranks: int) -> Batch:
     """This rank's share of global microbatch ``number``; the last rank of two sees no picture."""
     share = len(GLOBAL) // ranks
-    from mmmoe_pretrain.data.pack import PackSettings, pack
-    from tests.support import random_sample
-
     positions = range(rank * share, (rank + 1) * share)
     samples = [random_sample(100 * number + i, GLOBAL[i], config, VOCAB) for i in positions]
     settings = PackSettings(config.modalities, 1, 2, config.objectives.captioning, config.seed)
