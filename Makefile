@@ -28,15 +28,16 @@ check: $(STAMP) ## Lint, check the format and the types
 
 bench: $(STAMP) ## Run every benchmark with --quick
 	@set -e; for file in $(wildcard benchmarks/*.py); do \
-	  echo "== $$file"; $(BIN)/python "$$file" --quick; \
+	  echo "== $$file"; PYTHONPATH=. $(BIN)/python "$$file" --quick; \
 	done
 
-compare: $(STAMP) ## Train in several layouts and compare their losses
+compare: $(STAMP) ## Train the demo's mixture and a dense model over three seeds (an hour on 2 cores)
+	launch/data.sh
 	$(BIN)/python -m launch.compare
 
 clean: ## Remove .venv and the caches; data/ and runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find mmmoe_pretrain data_prep launch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard mmmoe_pretrain data_prep launch tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@set -e; found=; \

@@ -30,7 +30,11 @@ def corpus(
         typer.Option(help="Only these languages (may be repeated); of tuxpaint, those of the translated subset."),
     ] = None,
 ) -> None:
-    """Fetch a real corpus and write its manifest."""
+    """Fetch a real corpus and write its manifest.
+
+    Splits hold within one manifest: mini has recordings of asterisk and pictures of emoji in splits of
+    its own, so a model trained on those must not be tested on mini, nor the other way round.
+    """
     from data_prep import corpus as work
 
     work.run(name, out, tuple(language or ()))

@@ -29,6 +29,10 @@ TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 5
 
 
+class MissingFileError(ValueError):
+    """The server answers that it has no such file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Remote:
     """A file to fetch and the digest that proves it."""
@@ -83,7 +87,8 @@ def _fetch_with_retries(
             return
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 416, 429):
-                raise ValueError(f"{remote.name}: the server answers {error.code} {error.reason}") from None
+                kind = MissingFileError if error.code in (404, 410) else ValueError
+                raise kind(f"{remote.name}: the server answers {error.code} {error.reason}") from None
             reason = error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = error

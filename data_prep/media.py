@@ -1,24 +1,51 @@
 """Files of a sample to the bytes a shard holds: decoded once here, so that a broken one never ships.
 
-An image is shrunk and composited on white; a sound is mixed to mono and resampled. Where no change is
-asked for, the original bytes pass. Every failure is a ValueError that says what is wrong with the file.
+An image is turned upright, shrunk and composited on white; a sound is mixed to mono and resampled. Where
+no change is asked for, the original bytes pass. Every failure is a ValueError that says what is wrong
+with the file. The limits are those of the loader (``mmmoe_pretrain/modalities``).
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import soundfile
     from numpy.typing import NDArray
     from PIL import Image
 
-IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
-AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav"}
+IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpeg", ".webp": "webp"}
+AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav", ".mp3": "mp3"}
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
+MAX_PIXELS = 64_000_000
+MAX_SECONDS = 600.0
+MAX_CHANNELS = 32
+SAMPLE_RATES = (1_000, 384_000)  # Hz
+_BLOCK = 1 << 16  # frames
+
+# What Pillow, libsndfile and soxr raise on damaged files, besides Pillow's own DecompressionBombError.
+# MemoryError is not here: it is the machine's, not the file's.
+_DECODER_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +56,30 @@ class Media:
     data: bytes
 
 
-@functools.lru_cache(maxsize=8192)  # rows share pictures; shrunk ones are a few KB
 def image_member(path: Path, size: int | None) -> Media:
     """The picture, its longest side at most ``size`` pixels (None: as it is)."""
-    from PIL import Image, UnidentifiedImageError
+    return _image_member(path, None) if size is None else _shrunk_member(path, size)
 
+
+@functools.lru_cache(maxsize=1024)  # rows share pictures; only shrunk ones are small enough to keep
+def _shrunk_member(path: Path, size: int) -> Media:
+    return _image_member(path, size)
+
+
+def _image_member(path: Path, size: int | None) -> Media:
+    from PIL import Image
+
+    errors: tuple[type[Exception], ...] = (*_DECODER_ERRORS, Image.DecompressionBombError)
     suffix = _suffix(path, IMAGE_SUFFIXES)
     data = _read(path)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}")
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} is no readable image: {error}") from None
+    except errors as error:
+        raise ValueError(f"{path.name} is no readable image: {_reason(error)}") from None
 
 
 def audio_member(path: Path, rate: int | None) -> Media:
@@ -51,29 +89,30 @@ def audio_member(path: Path, rate: int | None) -> Media:
     suffix = _suffix(path, AUDIO_SUFFIXES)
     data = _read(path)
     try:
-        samples, found_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise ValueError(f"{path.name} is no readable sound: {error}") from None
-    if not len(samples):
-        raise ValueError(f"{path.name} is an empty sound")
-    return Media(suffix, data) if rate is None else Media("flac", _mono_flac(samples, found_rate, rate))
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check_header(file)
+            mono = _mono(file)
+            return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
+    except _DECODER_ERRORS as error:
+        raise ValueError(f"{path.name} is no readable sound: {_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:
-    """Length of an encoded sound, from its header."""
+    """Length of an encoded sound within the limits, from its header."""
     import soundfile
 
     try:
-        info = soundfile.info(io.BytesIO(data))
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"no readable sound: {error}") from None
-    return info.frames / info.samplerate
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check_header(file)
+            return float(file.frames / file.samplerate)
+    except _DECODER_ERRORS as error:
+        raise ValueError(f"no readable sound: {_reason(error)}") from None
 
 
 def _shrunk_png(image: Image.Image, size: int) -> bytes:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    layer = image.convert("RGBA")
+    layer = _eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)  # never enlarges
     buffer = io.BytesIO()
@@ -81,19 +120,59 @@ def _shrunk_png(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _mono_flac(samples: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
+def _eight_bits(image: Image.Image) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257  # Pillow's own conversion would clip
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _check_header(file: soundfile.SoundFile) -> None:
+    if not SAMPLE_RATES[0] <= file.samplerate <= SAMPLE_RATES[1]:
+        raise ValueError(f"{file.samplerate} Hz is outside {SAMPLE_RATES} Hz")
+    if file.channels > MAX_CHANNELS:
+        raise ValueError(f"{file.channels} channels exceed the limit of {MAX_CHANNELS}")
+    if file.frames <= 0:
+        raise ValueError("it is empty")
+    if file.frames > MAX_SECONDS * file.samplerate:
+        raise ValueError(f"{file.frames / file.samplerate:.0f} s exceed the limit of {MAX_SECONDS:.0f} s")
+
+
+def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
+    """All samples, block by block: memory follows what is really there, not what the header promises."""
+    import numpy as np
+
+    blocks: list[NDArray[np.float32]] = []
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+    mono = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+    if not len(mono) or (len(mono) < file.frames and file.format != "MP3"):  # an MP3's header only estimates
+        raise ValueError(f"it holds {len(mono)} of the {file.frames} samples that its header promises")
+    if not np.isfinite(mono).all():
+        raise ValueError("it holds NaN or infinite samples")
+    return mono
+
+
+def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
     import numpy as np
     import soundfile
     import soxr
 
-    mono = np.ascontiguousarray(samples.mean(axis=1))
     if found_rate != rate:
         mono = soxr.resample(mono, found_rate, rate, quality="HQ")
     if not len(mono):
-        raise ValueError(f"the sound is shorter than one sample at {rate} Hz")
+        raise ValueError(f"it is shorter than one sample at {rate} Hz")
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(mono, -1.0, 1.0), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def _reason(error: Exception) -> str:
+    """In words, without the address of a buffer that libsndfile's own message has."""
+    return getattr(error, "error_string", "") or str(error) or type(error).__name__
 
 
 def _suffix(path: Path, known: dict[str, str]) -> str:

@@ -17,17 +17,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.download import Remote, download
+from data_prep.download import MissingFileError, Remote, download
+from data_prep.unpack import unpack_tar
 
 _OFFLINE = "`mmmoe-data corpus mini` ships with the repository and needs no network"
-_URI_LINE = re.compile(r"^'(?P<url>[^']+)' (?P<name>\S+) (?P<size>\d+) SHA256:(?P<digest>[0-9a-f]{64})\s*$", re.M)
+_URI_LINE = re.compile(
+    r"^'(?P<url>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<algorithm>SHA256|SHA512):(?P<digest>[0-9a-f]+)\s*$",
+    re.M,
+)
 
 
 def fetch_debian(package: str, work: Path) -> tuple[Path, str]:
     """Download and unpack a Debian package; the folder, and the package's version."""
     dpkg = _client("dpkg-deb", "Debian packages are unpacked")
-    remote = _locate_debian(package, work / "apt")
-    archive = download(remote, work / "downloads")
+    remote, archive = _download_debian(package, work)
     folder = work / "files" / package
 
     def unpack(target: Path) -> None:
@@ -54,8 +57,8 @@ def fetch_npm(package: str, version: str, work: Path) -> Path:
     def unpack(target: Path) -> None:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(target, filter="data")
-        except tarfile.TarError as error:
+                unpack_tar(tar, target)
+        except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{archive.name} cannot be unpacked safely: {error}") from None
 
     _unpack_once(folder, remote, unpack)
@@ -88,10 +91,20 @@ def _unpack_once(folder: Path, remote: Remote, unpack: Callable[[Path], None]) -
     stamp.write_text(remote.digest)
 
 
-def _locate_debian(package: str, state: Path) -> Remote:
+def _download_debian(package: str, work: Path) -> tuple[Remote, Path]:
+    remote = _locate_debian(package, work / "apt")
+    try:
+        return remote, download(remote, work / "downloads")
+    except MissingFileError:  # the machine's lists are older than what its mirror still has
+        remote = _locate_debian(package, work / "apt", fresh=True)
+        return remote, download(remote, work / "downloads")
+
+
+def _locate_debian(package: str, state: Path, *, fresh: bool = False) -> Remote:
+    """Where apt finds a package: by the machine's lists, or by lists of ours (``fresh``, or it has none)."""
     apt = _client("apt-get", "Debian packages are looked up")
     query = ["--print-uris", "download", package]
-    output = _try([apt, *query])
+    output = "" if fresh else _try([apt, *query])
     if not _URI_LINE.search(output):  # slim machines carry no package lists
         private = _private_apt(state)
         _try([apt, *private, "update"], timeout=300)
@@ -100,7 +113,7 @@ def _locate_debian(package: str, state: Path) -> Remote:
     if not found:
         tail = output.strip().splitlines()[-1] if output.strip() else "no answer"
         raise ValueError(f"apt-get knows no package {package} ({tail}); is the network up? {_OFFLINE}")
-    return Remote(found["url"], found["name"], "sha256", found["digest"], int(found["size"]))
+    return Remote(found["url"], found["name"], found["algorithm"].lower(), found["digest"], int(found["size"]))
 
 
 def _private_apt(state: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""Scripts that start runs: on one machine, under Slurm, on Kubernetes."""
+"""Scripts that start runs on one machine, and the comparison with the dense baseline."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,9 +34,11 @@ def dense_overrides(config: RunConfig) -> list[str]:
 
 
 def train_and_evaluate(path: Path, name: str, overrides: list[str], ranks: int) -> dict[str, Any]:
-    """The report of one run; a run that is there already is only finished and read."""
+    """The report of one run; a run of this very config that is there already is finished and read."""
     config = run_config.load(path, [f"name={name}", *overrides])
-    report = config.run_dir / "report.json"
+    report, saved = config.run_dir / "report.json", config.run_dir / "config.yaml"
+    if saved.is_file() and run_config.load(saved) != config:
+        raise ValueError(f"{config.run_dir} was trained under another config than {path} gives now; remove it first")
     if not report.is_file():
         _call([str(ROOT / "launch" / "torchrun.sh"), str(ranks), "train", str(path), "--resume", f"name={name}",
                *overrides])  # fmt: skip
@@ -45,7 +48,8 @@ def train_and_evaluate(path: Path, name: str, overrides: list[str], ranks: int) 
 
 def _call(command: list[str]) -> None:
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=Path.cwd())
+    # As in the demo: sized for CPU cores, and run on them everywhere.
+    subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
 def summarise(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,8 +68,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# The mixture beside a dense model of equal active FLOPs", "",
         f"Recorded {record['date']} by `make compare`: `{record['config']}`, {record['steps']} steps, seeds "
-        f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks, the same data and recipe. Held-out Tux "
-        f"Paint stamps; mean ± standard deviation over the seeds.", "",
+        f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks, the same data and recipe. Held-out "
+        f"rows of {', '.join(record['dense']['test'])}; mean ± standard deviation over the seeds.", "",
         "| metric | chance | majority | dense | mixture | n |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     dense = {row["metric"]: row for row in record["dense"]["results"]}
@@ -86,7 +90,15 @@ def _show(value: float | None, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the two files."""
+    """Run what is missing, then write the two files; one line where a user must mend something."""
+    try:
+        compare()
+    except ValueError as error:
+        sys.exit(f"compare: {error}")
+
+
+def compare() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

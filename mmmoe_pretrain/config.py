@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -184,12 +184,12 @@ class ContrastiveConfig(_Model):
     """Weights of the pairs; a pair that is not named takes no part."""
 
     weight: float = Field(1.0, ge=0)
-    pairs: dict[Literal["image-text", "audio-text", "image-audio"], float] = {
+    pairs: dict[Literal["image-text", "audio-text", "image-audio"], Annotated[float, Field(ge=0)]] = {
         "image-text": 1.0,
         "audio-text": 1.0,
         "image-audio": 0.5,
     }
-    initial_temperature: float = Field(0.07, gt=0)
+    initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
 
 
 class CaptioningConfig(_Model):
@@ -206,10 +206,12 @@ class ObjectivesConfig(_Model):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> ObjectivesConfig:
-        if self.contrastive.weight == 0 and self.captioning.weight == 0:
+        contrasts = self.contrastive.weight > 0 and any(self.contrastive.pairs.values())
+        captions = self.captioning.weight > 0 and bool(self.captioning.prefixes)
+        if not (contrasts or captions):
             raise ValueError(
-                "objectives: every weight is 0, so there is nothing to learn; set "
-                "contrastive.weight or captioning.weight above 0"
+                "objectives: no contrastive pair and no captioning prefix has a weight, so there is nothing "
+                "to learn; give contrastive.weight and a pair, or captioning.weight and a prefix, above 0"
             )
         return self
 
@@ -228,7 +230,7 @@ class OptimizerConfig(_Model):
 class ParallelConfig(_Model):
     engine: Literal["megatron"] = "megatron"
     expert_parallel_size: int | Literal["auto"] = "auto"  # ranks over which the experts are spread
-    timeout_seconds: float = Field(300.0, gt=0)  # of a collective, before the job ends
+    timeout_minutes: int = Field(5, ge=1)  # of a collective, before the job ends
 
 
 class TrainConfig(_Model):
@@ -247,14 +249,21 @@ class EvaluateConfig(_Model):
     """Held-out shards, and how a class name becomes a text."""
 
     test: tuple[str, ...] = ()
-    prompt: str = "{}"
+    prompt: str = "{}"  # {} is the name of the class
     min_clips_per_language: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _prompt(self) -> EvaluateConfig:
+        around = self.prompt.replace("{}", "", 1)
+        if "{}" not in self.prompt or "{" in around or "}" in around:
+            raise ValueError(f"evaluate.prompt {self.prompt!r} must hold {{}} once; e.g. 'a picture of {{}}'")
+        return self
 
 
 class RunConfig(_Model):
     """Everything that a run depends on; saved beside its checkpoints."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run's folder
     runs_dir: str = "runs"
     seed: int = 0
     data: DataConfig
@@ -266,6 +275,15 @@ class RunConfig(_Model):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _some_sparse_block(self) -> RunConfig:
+        if not self.moe.dense and self.moe.every > self.model.num_layers:
+            raise ValueError(
+                f"moe.every {self.moe.every} exceeds model.num_layers {self.model.num_layers}, so no block would be "
+                f"a mixture; lower moe.every, or set moe.num_experts: 1 for a dense model"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -1,8 +1,11 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # before torch: these tests fork, and are of gloo on CPUs
 
 from tests.support import things, write_shards, write_tokenizer
 

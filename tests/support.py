@@ -33,12 +33,16 @@ def things(count: int) -> list[dict[str, Any]]:
              "label": names[i % 8]} for i in range(count)]  # fmt: skip
 
 
-def write_shards(folder: Path, rows: list[dict[str, Any]], lacking: tuple[str, ...] = ()) -> Path:
-    """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``."""
+def write_shards(
+    folder: Path, rows: list[dict[str, Any]], lacking: tuple[str, ...] = (), corrupt: tuple[str, ...] = ()
+) -> Path:
+    """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``; the pictures
+    of the keys in ``corrupt`` are broken."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for row in rows:
-            members = {"image": ("png", _png(row)), "audio": ("wav", _wav(row)),
+            picture = b"no picture" if row["key"] in corrupt else _png(row)
+            members = {"image": ("png", picture), "audio": ("wav", _wav(row)),
                        "text": ("txt", row["name"].encode())}  # fmt: skip
             meta = {"group": row["group"], "label": row["label"], "language": "en", "subset": "named",
                     "audio_kind": "speech"}  # fmt: skip

@@ -34,6 +34,12 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"modalities": {"image": {"size": 50, "patch": 16}}}, "image.size 50 is not a multiple of image.patch 16"),
     ({"modalities": {"audio": {"patch": 6}}}, "audio.patch must be a power of two, not 6"),
     ({"objectives": {"contrastive": {"weight": 0}}}, "nothing to learn"),
+    ({"objectives": {"contrastive": {"pairs": {}}}}, "nothing to learn"),
+    ({"objectives": {"contrastive": {"weight": 0}, "captioning": {"weight": 1, "prefixes": []}}}, "nothing to learn"),
+    ({"objectives": {"contrastive": {"pairs": {"image-text": -1}}}}, "greater than or equal to 0 (got -1)"),
+    ({"moe": {"every": 3}}, "moe.every 3 exceeds model.num_layers 2"),
+    ({"evaluate": {"prompt": "a picture of {label}"}}, "must hold {} once"),
+    ({"name": "../elsewhere"}, "name: String should match pattern"),
 ])  # fmt: skip
 def test_bad_values_are_refused_with_the_remedy(sections: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as caught:

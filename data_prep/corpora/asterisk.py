@@ -55,9 +55,15 @@ class Prompt:
 
 
 def build(out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str, int]]:
-    """Fetch the prompts of ``languages`` (none: all five) into ``out``."""
-    prompts, notes = fetch_prompts(out, languages or LANGUAGES)
-    groups = group_items({prompt.key: identity(prompt) for prompt in prompts})
+    """Fetch the prompts into ``out``; ``languages`` (none: all five) keeps the rows of these.
+
+    All five are fetched in any case: prompts that share words in one language are one group in every
+    language, so a row's split does not depend on the languages that are asked for.
+    """
+    languages = languages or LANGUAGES
+    prompts, notes = fetch_prompts(out, languages)
+    others, _ = fetch_prompts(out, [language for language in LANGUAGES if language not in languages])
+    groups = group_items({prompt.key: identity(prompt) for prompt in (*prompts, *others)})
     rows = [prompt_row(prompt, groups[prompt.key], prompt.audio.relative_to(out).as_posix()) for prompt in prompts]
     return rows, notes
 

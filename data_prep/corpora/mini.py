@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.manifest import Row, read_manifest
+from data_prep.unpack import unpack_tar
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "tests" / "assets" / "mini" / "mini.tar"
 
@@ -23,7 +24,7 @@ def build(out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str
         )
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(ARCHIVE, "r:") as tar:
-        tar.extractall(out, filter="data")
+        unpack_tar(tar, out)
     rows = [row for row in read_manifest(out) if not languages or row.language in languages]
     if not rows:
         raise ValueError(f"mini has no row in language {', '.join(languages)}; it has en, es, fr, it, ru")

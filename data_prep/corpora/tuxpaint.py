@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,8 @@ def parse_texts(content: str) -> dict[str, str]:
 
 def rows_of(stamps: Sequence[Stamp], out: Path, source: str, languages: Sequence[str]) -> list[Row]:
     """The manifest's rows: all rows of a stamp share its group and split."""
-    groups = group_items({stamp.key: _identity(stamp) for stamp in stamps})
+    joining = dict.fromkeys((*TRANSLATED_LANGUAGES, *languages))
+    groups = group_items({stamp.key: _identity(stamp, joining) for stamp in stamps})
     rows: list[Row] = []
     for stamp in stamps:
         group = groups[stamp.key]
@@ -152,16 +153,14 @@ def _read_stamp(root: Path, folder: Path, stem: str, files: set[str]) -> Stamp:
     return Stamp((folder / stem).relative_to(root).as_posix(), folder / f"{stem}.png", texts, speech, sounds)
 
 
-def _identity(stamp: Stamp) -> list[str]:
-    """What may not be shared across splits: the picture, any sound, the name in any language we use.
+def _identity(stamp: Stamp, languages: Iterable[str]) -> list[str]:
+    """What may not be shared across splits: the picture, any sound, the name in any of ``languages``.
 
     The translations count because stamps with two English names often share one in another language.
     """
     files = [stamp.image, *stamp.speech.values(), *stamp.sounds.values()]
     texts = [
-        f"{language}:{normalise_text(stamp.texts[language])}"
-        for language in TRANSLATED_LANGUAGES
-        if language in stamp.texts
+        f"{language}:{normalise_text(stamp.texts[language])}" for language in languages if language in stamp.texts
     ]
     return texts + [_digest(path) for path in files]
 

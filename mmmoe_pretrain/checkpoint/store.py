@@ -72,15 +72,16 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def load(checkpoint: Path, like: dict[str, ParameterState], groups: Groups) -> dict[str, ParameterState]:
     """The state of ``checkpoint`` cut for this rank; ``like`` gives names and local shapes."""
     state = {name: parameter.clone() for name, parameter in like.items()}
-    _check_names(checkpoint, _tensors(state, groups).keys())
-    dcp.load(_tensors(state, groups), checkpoint_id=checkpoint)
+    tensors = _tensors(state, groups)
+    _check_tensors(checkpoint, tensors, exactly=True)
+    dcp.load(tensors, checkpoint_id=checkpoint)
     return state
 
 
 def load_weights(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Fill full tensors in place, by logical name, in a process without a process group."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-    _check_names(checkpoint, tensors.keys())
+    _check_tensors(checkpoint, tensors, exactly=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
         dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
@@ -111,13 +112,20 @@ def _logical(tensor: Tensor, parameter: ParameterState, groups: Groups) -> Tenso
     return DTensor.from_local(tensor, mesh, [Replicate(), Shard(0)], run_check=False)
 
 
-def _check_names(checkpoint: Path, wanted: Any) -> None:
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
-    missing = sorted(set(wanted) - set(stored))
-    if missing:
+def _check_tensors(checkpoint: Path, wanted: dict[str, Tensor], exactly: bool) -> None:
+    """Refuse names that are missing, names too many (if ``exactly``) and other shapes."""
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    problems = [f"lacks {name}" for name in sorted(wanted.keys() - stored.keys())]
+    if exactly:
+        problems += [f"has {name}, which this model has not" for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        size = getattr(stored[name], "size", None)
+        if size != wanted[name].shape:
+            problems.append(f"has {name} as {list(size or [])}, and this model {list(wanted[name].shape)}")
+    if problems:
         raise ValueError(
-            f"{checkpoint} lacks {len(missing)} tensors of this model, the first {missing[:3]}; "
-            f"it was saved under another config: compare RUN/config.yaml"
+            f"{checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in all); "
+            f"it was saved under the config in {checkpoint.parents[1] / 'config.yaml'}"
         )
 
 

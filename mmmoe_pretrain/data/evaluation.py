@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
@@ -16,12 +16,16 @@ from mmmoe_pretrain.modalities import Codecs
 
 
 def iterate_eval(
-    paths: Sequence[str | Path], config: RunConfig, codecs: Codecs, batch_size: int
+    paths: Sequence[str | Path],
+    config: RunConfig,
+    codecs: Codecs,
+    batch_size: int,
+    keep: Callable[[Sample], bool] | None = None,
 ) -> Iterator[tuple[Batch, list[Sample]]]:
     """Every sample of the folders ``paths`` once, in order, in batches of at most ``batch_size``.
 
     Where the run trains captioning, every sample that can has a fused segment. A bad sample keeps
-    an empty slot and counts against data.max_bad_fraction.
+    an empty slot and counts against data.max_bad_fraction. Samples that ``keep`` refuses are left out.
     """
     settings = _caption_all(PackSettings.from_config(config, codecs))
     budget = BadBudget(config.data.max_bad_fraction)
@@ -31,8 +35,9 @@ def iterate_eval(
         decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
         bad = tuple(item for item in decoded if isinstance(item, BadSample))
         budget.spend(LoadStats(len(decoded), bad))
-        samples = [keep_slot(item) for item in decoded]
-        yield pack(samples, settings, range(start, start + len(samples))), samples
+        samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
+        if samples:
+            yield pack(samples, settings, range(start, start + len(samples))), samples
 
 
 def text_batches(texts: Sequence[str], config: RunConfig, codecs: Codecs, batch_size: int) -> Iterator[Batch]:

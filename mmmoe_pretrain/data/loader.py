@@ -46,6 +46,9 @@ class LoadStats:
         return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
 
+Loader = Iterator[tuple[int, list[Batch], LoadStats]]  # step, its microbatches, their statistics
+
+
 @dataclass
 class BadBudget:
     """Ends the run once more than ``limit`` of the samples read so far were bad."""
@@ -64,8 +67,8 @@ class BadBudget:
             first = "; ".join(f"{sample.key}: {sample.reason}" for sample in self.bad[:KEYS_NAMED])
             raise ValueError(
                 f"{len(self.bad)} of {self.read} samples read were bad, more than "
-                f"data.max_bad_fraction {self.limit} allows. The first: {first}. Repair them "
-                f"(mmmoe-data verify finds all), or raise data.max_bad_fraction"
+                f"data.max_bad_fraction {self.limit} allows. The first: {first}. Repair or "
+                f"leave out these files and shard again (mmmoe-data shard), or raise data.max_bad_fraction"
             )
 
 
@@ -163,7 +166,7 @@ def make_loader(
     start_step: int = 0,
     stop_step: int | None = None,
     tokens: int | None = None,
-) -> Iterator[tuple[int, list[Batch], LoadStats]]:
+) -> Loader:
     """Yield (step, its microbatches, their statistics) from ``start_step`` up to ``stop_step``.
 
     The default stop is train.steps. The first step of a resumed run equals the same step of an

@@ -118,6 +118,10 @@ class MegatronEngine:
             for group in inner.optimizer.param_groups
             for parameter in group["params"]
         }
+        for inner in {id(inner): inner for inner in owner.values()}.values():
+            if not type(inner).__module__.startswith("torch."):  # Transformer Engine's and Apex's count by group
+                for group in inner.param_groups:
+                    group["step"] = steps_done
         for name, parameter in self.model.named_parameters():
             main = getattr(parameter, "main_param", parameter)
             main.copy_(state[name].value)

@@ -5,24 +5,27 @@ Owns the order of the steps; each step is in its own file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
 from mmmoe_pretrain.evaluate import picture, report, routing_report, scores, unigrams
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode_texts
+from mmmoe_pretrain.evaluate.leaks import LeakFilter
 from mmmoe_pretrain.evaluate.report import Report
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.modalities import Codecs, build_codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
+Batches = Iterable[tuple[Batch, list[Sample]]]
 BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
 DENSE_RESULTS = Path("docs/results.json")
 PICTURE = "routing.png"
@@ -43,9 +46,12 @@ def evaluate(
         )
     dense = report.read_dense(dense_results, paths)
     codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(run_dir))
-    data = collect(model, iterate_eval(paths, config, codecs, BATCH_SIZE), codecs.text.vocab_size)
+    leaks = LeakFilter(config) if not _trains_on(paths, config) else None
+    keep = leaks.clean if leaks else None
+    data = collect(model, iterate_eval(paths, config, codecs, BATCH_SIZE, keep), codecs.text.vocab_size)
     found, notes = _score(data, model, config, codecs)
-    layers = _routing(data, paths, config, codecs)
+    layers = _routing(data, iterate_eval(paths, config, codecs, BATCH_SIZE, keep), config, codecs)
+    notes += leaks.notes() if leaks else []
     drawn = picture.draw(layers, run_dir / PICTURE)
     result = Report(
         run=config.name,
@@ -91,12 +97,12 @@ def _score(data: HeldOut, model: MMMoE, config: RunConfig, codecs: Codecs) -> tu
     return [s for found, _ in parts for s in found], notes
 
 
-def _routing(data: HeldOut, paths: Sequence[str], config: RunConfig, codecs: Codecs) -> list[dict[str, Any]]:
+def _routing(data: HeldOut, batches: Batches, config: RunConfig, codecs: Codecs) -> list[dict[str, Any]]:
     """Each layer's routing beside that of the same model before its first step."""
     if not data.routing:
         return []
     untrained = PretrainingModel(config, codecs.text.vocab_size).mmmoe.eval()
-    before = collect_routing(untrained, iterate_eval(paths, config, codecs, BATCH_SIZE))
+    before = collect_routing(untrained, batches)
     return [routing_report.summarise_layer(a, b) for a, b in zip(data.routing, before, strict=True)]
 
 
@@ -111,6 +117,11 @@ def _train_counts(data: HeldOut, config: RunConfig, codecs: Codecs) -> tuple[np.
     return counts_V, [f"the majority of caption_perplexity is of {captions:,} training captions"]
 
 
+def _trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:
+    trained_on = {Path(source.path).resolve() for source in config.data.train}
+    return [path for path in paths if Path(path).resolve() in trained_on]
+
+
 def _notes(
     paths: Sequence[str],
     config: RunConfig,
@@ -122,10 +133,12 @@ def _notes(
     empty = sum(not any(names) for names in zip(*data.content.values(), strict=True))
     if empty:
         notes.append(f"{empty} held-out samples could not be decoded and take no part")
-    trained_on = {Path(source.path).resolve() for source in config.data.train}
-    for path in paths:
-        if Path(path).resolve() in trained_on:
-            notes.append(f"{path} is trained on: these scores are not of held-out rows")
+    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in _trains_on(paths, config)]
+    if config.data.label_text > 0:
+        notes.append(
+            "class names were trained as texts (data.label_text): zero_shot is over unseen pictures, not over "
+            "unseen classes; its classes are those of the held-out pictures"
+        )
     if dense is None:
         notes.append(f"no dense run is recorded for these shards ({dense_results or 'no file given'})")
     return notes

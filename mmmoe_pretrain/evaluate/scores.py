@@ -137,7 +137,7 @@ def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> tuple[list[Scor
 def _spoken_rows(data: HeldOut, other: str) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for i, meta in enumerate(data.metas):
-        if data.content["audio"][i] and data.content[other][i] and meta.audio_kind != "effect":
+        if data.content["audio"][i] and data.content[other][i] and meta.audio_kind == "speech":
             rows[meta.language or "unknown"].append(i)
     return rows
 

@@ -53,10 +53,18 @@ class ContrastiveObjective(nn.Module):
         ranks, rows = group_size(groups.data), present_MB.shape[1]
         for pair, log_scale in self.log_scale.items():
             a, b = (MODALITY_ID[name] for name in pair.split("-"))
-            scale = log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            scale = _bounded(log_scale).float().exp()
             both_ways = _one_way(everyone, a, b, rows, scale) + _one_way(everyone, b, a, rows, scale)
             losses[pair] = ranks * 0.5 * both_ways
         return losses
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    """The parameter, brought back in place where it passed the bound: a clamp in the graph would
+    have no gradient there, and it would stay for good."""
+    with torch.no_grad():
+        log_scale.clamp_(max=MAX_LOG_SCALE)
+    return log_scale
 
 
 def _gather(features: dict[str, Tensor], present_MB: Tensor, group_ids: Tensor, groups: Groups) -> Gathered:

@@ -8,13 +8,16 @@ the gradient that one process would compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmmoe_pretrain.parallel.groups import Group
+from mmmoe_pretrain.parallel.runtime import local_device
 
 
 def group_size(group: Group) -> int:
@@ -86,6 +89,14 @@ def gather_rows(x: Tensor, group: Group) -> Tensor:
 def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
     """Send ``send[r]`` rows to rank r and receive ``receive[r]`` from it, differentiable."""
     return x if group_size(group) == 1 else _AllToAllRows.apply(x, send, receive, group)
+
+
+def all_reduce_counts(counts: Sequence[float] | np.ndarray, group: Group) -> list[int]:
+    """Whole numbers summed over the ranks of ``group``."""
+    total = torch.tensor(np.asarray(counts), dtype=torch.int64, device=local_device())
+    if group_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return [int(value) for value in total.tolist()]
 
 
 def exchange_counts(counts_RE: Tensor, group: Group) -> Tensor:

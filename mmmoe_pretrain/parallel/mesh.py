@@ -39,7 +39,7 @@ def build_groups(config: ParallelConfig, num_experts: int) -> Groups:
     expert_size = resolve_expert_parallel_size(config.expert_parallel_size, num_experts, world_size)
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_size,
-        distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
+        distributed_timeout_minutes=config.timeout_minutes,
     )
     return Groups(
         data=parallel_state.get_data_parallel_group(),

@@ -20,7 +20,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import make_loader
+from mmmoe_pretrain.data.loader import Loader, make_loader
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.modalities import Codecs, build_codecs
@@ -30,6 +30,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.console import Console
 from mmmoe_pretrain.train.metrics import MetricsLog
 from mmmoe_pretrain.train.record import Recorder
+from mmmoe_pretrain.train.resume import check_same_model
 from mmmoe_pretrain.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -61,32 +62,40 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     holds checkpoints where neither ``resume`` nor ``overwrite`` says what to do with them.
     """
     torch.set_num_threads(config.train.threads_per_rank)
-    with process_group(config.parallel.timeout_seconds) as device:
+    with process_group(config.parallel.timeout_minutes) as device:
         groups = build_groups(config.parallel, config.moe.num_experts)
         try:
-            _prepare_run_dir(config, resume, overwrite)
+            _check_run_dir(config, resume, overwrite)
             codecs = build_codecs(config)
             engine = build_engine(config, codecs.text.vocab_size, groups, device)
             job = _Job(config, groups, codecs, engine)
-            _run(job, _resume(job) if resume else 0)
+            start = _resume(job) if resume else 0
+            loader = make_loader(config, codecs, dp_rank=groups.data_rank, dp_size=groups.data_size, start_step=start)
+            replace = overwrite and not resume  # here, and no sooner: all else is known to work
+            _claim_run_dir(config, replace)
+            _run(job, loader, start)
         finally:
             destroy_groups()
 
 
-def _prepare_run_dir(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    run_dir = config.run_dir
-    occupied = store.find_latest(run_dir) is not None
+def _check_run_dir(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    occupied = store.find_latest(config.run_dir) is not None
     if occupied and not (resume or overwrite):
         raise ValueError(
-            f"{run_dir} holds a run already; continue it with --resume, replace it with "
+            f"{config.run_dir} holds a run already; continue it with --resume, replace it with "
             f"--overwrite, or choose another name="
         )
+    if occupied and resume:
+        check_same_model(config, config.run_dir / CONFIG)
+
+
+def _claim_run_dir(config: RunConfig, replace: bool) -> None:
     dist.barrier()  # nobody writes before everybody has looked
     if dist.get_rank() == 0:
-        if overwrite and not resume:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run_config.dump(config, run_dir / CONFIG)
+        if replace and (config.run_dir / CONFIG).is_file():  # never a folder that holds no run
+            shutil.rmtree(config.run_dir)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        run_config.dump(config, config.run_dir / CONFIG)
     dist.barrier()
 
 
@@ -109,13 +118,10 @@ def _resume(job: _Job) -> int:
     return int(meta["step"])
 
 
-def _run(job: _Job, start: int) -> None:
+def _run(job: _Job, loader: Loader, start: int) -> None:
     config, settings = job.config, job.config.train
     main_rank = dist.get_rank() == 0
-    loader = make_loader(
-        config, job.codecs, dp_rank=job.groups.data_rank, dp_size=job.groups.data_size, start_step=start
-    )
-    recorder = Recorder()
+    recorder = Recorder(job.groups.data)
     with (
         Console(settings.steps, start, enabled=main_rank) as console,
         MetricsLog(config.run_dir, start, settings.heatmap_every) if main_rank else nullcontext() as metrics,
@@ -126,10 +132,11 @@ def _run(job: _Job, start: int) -> None:
             step = index + 1
             _refuse_non_finite(step, result)
             recorder.add(result, stats)
-            if metrics is not None and _due(step, settings.log_every, settings.steps):
-                record = recorder.record(step, result, rate)
+            if _due(step, settings.log_every, settings.steps):
+                record = recorder.record(step, result, rate)  # on every rank: it adds their counts up
                 console.update(record)
-                metrics.write(record)
+                if metrics is not None:
+                    metrics.write(record)
             if _due(step, settings.checkpoint_every, settings.steps):
                 path = store.save(
                     config.run_dir, step, job.engine.export_state(), job.groups, job.meta, settings.keep_checkpoints

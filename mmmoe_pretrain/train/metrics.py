@@ -59,6 +59,8 @@ class StepRecord:
     seconds: float
     data_seconds: float  # of them, spent waiting for data
     bad_samples: int
+    cut_audio: int = 0  # clips longer than modalities.audio.max_seconds, since the start
+    cut_text: int = 0  # texts longer than modalities.text.max_tokens
     routing: tuple[LayerRouting, ...] = ()
 
     @property
@@ -156,6 +158,8 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "seconds": _number(record.seconds),
         "data_seconds": _number(record.data_seconds),
         "bad_samples": record.bad_samples,
+        "cut_audio": record.cut_audio,
+        "cut_text": record.cut_text,
         "routing": [
             {
                 "layer": layer.layer,
@@ -188,6 +192,7 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
     yield "5_speed/tokens_per_second", record.tokens_per_second
     yield "5_speed/data_wait_fraction", record.data_fraction
     yield "5_speed/bad_samples", float(record.bad_samples)
+    yield "5_speed/cut_samples", float(record.cut_audio + record.cut_text)
     for layer in record.routing:
         prefix = f"6_layers/{layer.layer:02d}"
         yield f"{prefix}/load_over_even_min", float(layer.load_over_even_E.min())

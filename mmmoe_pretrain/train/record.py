@@ -5,34 +5,39 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import torch.distributed as dist
 
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.moe.losses import marginal_entropy
 from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.parallel.collectives import all_reduce_counts
 from mmmoe_pretrain.train.metrics import LayerRouting, StepRecord
 
 
 class Recorder:
     """Turns steps into records: losses and routing are those of the logged step, so that a resumed
-    run logs the same; times and tokens add up since the record before."""
+    run logs the same; times and tokens add up since the record before, bad samples since the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
         self._began = time.perf_counter()
         self._tokens = 0
         self._data_seconds = 0.0
-        self._bad_samples = 0
+        self._counts = np.zeros(3)  # bad samples, cut clips, cut texts of this rank since the start
 
     def add(self, result: StepResult, stats: LoadStats) -> None:
         """Count a step."""
         self._tokens += result.tokens
         self._data_seconds += stats.wait_seconds
-        self._bad_samples += len(stats.bad)
+        self._counts += (len(stats.bad), stats.cut_audio, stats.cut_text)
 
     def record(self, step: int, result: StepResult, learning_rate: float) -> StepRecord:
-        """The record of ``step`` (the first is 1); begins a new interval."""
+        """The record of ``step`` (the first is 1), the same on every rank of the group, all of which
+        must call it; begins a new interval."""
         now = time.perf_counter()
+        bad, cut_audio, cut_text = all_reduce_counts(self._counts, self._group)
         record = StepRecord(
             step=step,
             losses=result.losses,
@@ -41,7 +46,9 @@ class Recorder:
             tokens=self._tokens,
             seconds=now - self._began,
             data_seconds=self._data_seconds,
-            bad_samples=self._bad_samples,
+            bad_samples=bad,
+            cut_audio=cut_audio,
+            cut_text=cut_text,
             routing=tuple(layer_routing(stats) for stats in result.routing),
         )
         self._began, self._tokens, self._data_seconds = now, 0, 0.0

@@ -26,7 +26,7 @@ def with_experts_on(config: RunConfig, ranks: int) -> RunConfig:
 
 
 def save(config: RunConfig, steps: tuple[int, ...] = (2,), keep: int = 2) -> None:
-    with process_group(30) as device:
+    with process_group(timeout_minutes=0.5) as device:
         groups = build_groups(config.parallel, config.moe.num_experts)
         engine = build_engine(config, VOCAB, groups, device)
         for step in range(max(steps)):
@@ -38,7 +38,7 @@ def save(config: RunConfig, steps: tuple[int, ...] = (2,), keep: int = 2) -> Non
 
 def load(config: RunConfig) -> dict[str, Any]:
     """Each parameter's value and moments, and the loss of the next step."""
-    with process_group(30) as device:
+    with process_group(timeout_minutes=0.5) as device:
         groups = build_groups(config.parallel, config.moe.num_experts)
         engine = build_engine(config, VOCAB, groups, device)
         checkpoint = store.find_latest(config.run_dir)
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
     run_ranks(1, save, config)
     checkpoint = store.find_latest(config.run_dir)
     assert checkpoint is not None
-    with pytest.raises(ValueError, match=r"lacks 1 tensors .*model/mmmoe.trunk.unheard_of"):
+    with pytest.raises(ValueError, match=r"lacks model/mmmoe\.trunk\.unheard_of"):
         store.load_weights(checkpoint, {"mmmoe.trunk.unheard_of": torch.zeros(1)})
 
 

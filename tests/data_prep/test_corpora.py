@@ -75,6 +75,15 @@ def test_stamps_that_share_a_name_in_any_language_share_group_and_split(stamps: 
     assert len({row.group for row in rows}) == 2
 
 
+def test_stamps_that_share_a_name_in_a_language_asked_for_share_group_and_split(tmp_path: Path):
+    stamp(tmp_path / "stamps", "food/toast", "Toast.\nhu.utf8=Piritos.\n")
+    stamp(tmp_path / "stamps", "food/rusk", "A rusk.\nhu.utf8=Piritos.\n")
+    found, _ = tuxpaint.read_stamps(tmp_path / "stamps")
+    assert "hu" not in tuxpaint.TRANSLATED_LANGUAGES
+    assert len({row.group for row in tuxpaint.rows_of(found, tmp_path, "src", tuxpaint.TRANSLATED_LANGUAGES)}) == 2
+    assert len({(row.group, row.split) for row in tuxpaint.rows_of(found, tmp_path, "src", ("hu",))}) == 1
+
+
 def test_prompts_that_are_no_speech_are_left_out_and_notes_are_cut(tmp_path: Path):
     lines = (
         "; Core sounds\n\nhello: Hello.\nbeep: [a tone]\nsilence/1: (1 second of silence)\n"
@@ -94,6 +103,32 @@ def test_prompts_that_are_no_speech_are_left_out_and_notes_are_cut(tmp_path: Pat
         ("asterisk-en-bang", "bang"),
     ]
     assert sorted(notes.values()) == [1, 2]
+
+
+def test_a_prompts_split_does_not_depend_on_the_languages_asked_for(tmp_path: Path, monkeypatch):
+    """Only French says both in the same words; that makes them one group in every language."""
+
+    def fetched(package: str, work: Path) -> tuple[Path, str]:
+        folder, language = work / package, package.removesuffix("-wav")[-2:]
+        doc = folder / "usr/share/doc" / package
+        doc.mkdir(parents=True, exist_ok=True)
+        texts = ("Pareil", "Pareil") if language == "fr" else (f"{language} one", f"{language} two")
+        content = "".join(f"{name}: {text}\n" for name, text in zip("ab", texts, strict=True))
+        (doc / f"core-sounds-{language}.txt.gz").write_bytes(gzip.compress(content.encode()))
+        voice = folder / f"usr/share/asterisk/sounds/{language}_x"
+        voice.mkdir(parents=True, exist_ok=True)
+        for name in "ab":
+            (voice / f"{name}.wav").write_bytes(f"{language}{name}".encode())
+        return folder, "1"
+
+    monkeypatch.setattr(asterisk, "fetch_debian", fetched)
+    everything = {row.key: row for row in asterisk.build(tmp_path)[0]}
+    assert len(everything) == 10
+    assert {row.group for row in everything.values()} == {"asterisk-en-a"}
+    for languages in (("fr",), ("ru", "en")):
+        rows, _ = asterisk.build(tmp_path, languages)
+        assert {row.language for row in rows} == set(languages)
+        assert all(row == everything[row.key] for row in rows)
 
 
 @pytest.mark.parametrize(

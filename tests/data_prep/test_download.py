@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.download import Remote, download
+from data_prep.download import MissingFileError, Remote, download
 
 CONTENT = bytes(range(256)) * 4000
 
 
 @contextmanager
-def serving(*, breaks: int = 0, ranges: bool = True) -> Iterator[tuple[str, list[str]]]:
+def serving(*, breaks: int = 0, ranges: bool = True, missing: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Serve CONTENT; the first ``breaks`` answers stop halfway. Yields the URL and the ranges asked for."""
     asked: list[str] = []
 
@@ -25,6 +25,9 @@ def serving(*, breaks: int = 0, ranges: bool = True) -> Iterator[tuple[str, list
         def do_GET(self):
             asked.append(self.headers.get("Range", ""))
             start = int(asked[-1].removeprefix("bytes=").removesuffix("-")) if ranges and asked[-1] else 0
+            if missing:
+                self.send_error(404)
+                return
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
@@ -91,3 +94,9 @@ def test_a_whole_file_is_not_fetched_again(tmp_path: Path):
 def test_a_dead_server_ends_in_a_clear_error(tmp_path: Path):
     with pytest.raises(ValueError, match=r"is the network up\?.*corpus mini"):
         download(remote("http://127.0.0.1:1/file"), tmp_path, backoff_seconds=0)
+
+
+def test_a_file_that_is_gone_is_asked_for_once_and_told_from_other_errors(tmp_path: Path):
+    with serving(missing=True) as (url, asked), pytest.raises(MissingFileError, match=r"file\.bin.*404"):
+        download(remote(url), tmp_path)
+    assert asked == [""]

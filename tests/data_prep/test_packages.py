@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import packages
+from data_prep.download import MissingFileError, Remote, file_digest
 
 
 def fake_client(folder: Path, name: str, script: str) -> None:
@@ -51,6 +52,43 @@ def test_package_lists_are_fetched_privately_where_apt_has_none(tmp_path: Path, 
     )
     found = packages._locate_debian("x", tmp_path / "state")
     assert (found.name, found.size, found.digest) == ("x_1%3a2-3_all.deb", 10, digest)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_either_hash_that_apt_names_is_checked(tmp_path: Path, clients: Path, algorithm: str):
+    digest = hashlib.new(algorithm, b"hi").hexdigest()
+    fake_client(clients, "apt-get", f"""echo "'http://h/x_1_all.deb' x_1_all.deb 2 {algorithm.upper()}:{digest}\"""")
+    found = packages._locate_debian("x", tmp_path)
+    assert (found.algorithm, found.digest, found.size) == (algorithm, digest, 2)
+    (tmp_path / "hi").write_bytes(b"hi")
+    assert file_digest(tmp_path / "hi", found.algorithm) == digest
+
+
+def test_stale_package_lists_are_refreshed_once(tmp_path: Path, clients: Path, monkeypatch):
+    fake_client(
+        clients,
+        "apt-get",
+        f"""
+        case "$*" in
+          *Dir::State=*update) touch {tmp_path}/updated ;;
+          *Dir::State=*download*) echo "'http://h/x_2_all.deb' x_2_all.deb 2 SHA256:{"2" * 64}" ;;
+          *) echo "'http://h/x_1_all.deb' x_1_all.deb 2 SHA256:{"1" * 64}" ;;
+        esac""",
+    )
+    fake_client(clients, "dpkg-deb", 'touch "$3/unpacked"')
+    asked = []
+
+    def old_is_gone(remote: Remote, folder: Path) -> Path:
+        asked.append(remote.name)
+        if remote.name == "x_1_all.deb":
+            raise MissingFileError("x_1_all.deb: the server answers 404 Not Found")
+        return folder / remote.name
+
+    monkeypatch.setattr(packages, "download", old_is_gone)
+    folder, version = packages.fetch_debian("x", tmp_path)
+    assert (asked, version) == (["x_1_all.deb", "x_2_all.deb"], "2")
+    assert (folder / "unpacked").is_file()
+    assert (tmp_path / "updated").is_file()
 
 
 def test_an_unknown_package_reports_what_apt_says(tmp_path: Path, clients: Path):

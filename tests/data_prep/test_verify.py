@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import soundfile
 
 from data_prep.inspect import Kind, measure
 from data_prep.manifest import read_manifest, write_manifest
@@ -26,6 +28,16 @@ def test_fresh_shards_are_well(shards):
     seen = Seen()
     assert list(verify_folder(shards, seen)) == []
     assert (len(seen.keys), seen.shards) == (6, 2)
+
+
+@pytest.mark.parametrize("name", ["0.mp3", "0.flac"])
+def test_every_kind_of_sound_that_is_sharded_is_known(make_manifest, tmp_path, name):
+    manifest = make_manifest(1)
+    [row] = read_manifest(manifest)
+    soundfile.write(manifest.parent / name, np.zeros(8000), 8000)
+    shard_manifest([replace(row, audio=name)], manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    assert problems(tmp_path / "out") == []
+    assert [found.seconds for found in measure(tmp_path / "out").values()] == [pytest.approx(1.0)]
 
 
 def test_a_flipped_byte_is_found(shards):

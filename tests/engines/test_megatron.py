@@ -30,7 +30,7 @@ def one_step_against_torch(root: Any) -> dict[str, float]:
     reference(batch)[0].backward()
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
     optimizer.step()
-    with process_group(30) as device:
+    with process_group(timeout_minutes=0.5) as device:
         engine = build_engine(config, VOCAB, build_groups(config.parallel, 4), device)
         result = engine.step([batch], learning_rate=1e-2)
         state = engine.export_state()
@@ -54,7 +54,7 @@ def step_after_state_round_trip(root: Any, precision: str) -> tuple[float, float
     config = tiny_config(root)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     batches = [random_batch(config, ["iat", "it"], seed) for seed in range(4)]
-    with process_group(30) as device:
+    with process_group(timeout_minutes=0.5) as device:
         groups = build_groups(config.parallel, 4)
         first = build_engine(config, VOCAB, groups, device)
         for batch in batches[:3]:

@@ -1,7 +1,8 @@
 """Every layout of the Megatron engine trains like one process: losses, norms and parameters.
 
 Tolerance: fp32 sums in another order differ by about 1e-7 relative a step; twenty steps of AdamW,
-which divides by the root of small second moments, let that grow to some 1e-4 in the loss. Two
+which divides by the root of small second moments, let that grow to some 1e-4 in the loss, and to
+some 1e-3 in the gradient's norm, which answers more steeply to a change of the parameters. Two
 layouts that differ in substance (a lost gradient, a wrong scale) differ by 1e-2 after a few steps.
 """
 
@@ -21,14 +22,15 @@ from tests.support import random_sample, tiny_config
 
 STEPS = 20
 VOCAB = 48
-GLOBAL = ["iat", "it", "at", "ia", "t", "iat", "i", "iat"]  # samples of one global microbatch
+LOSSES, NORM, TOKENS = slice(-2), -2, -1  # columns of a history
+GLOBAL = ["iat", "it", "ia", "iat", "t", "at", "a", "t"]  # of a global microbatch; its second half has no picture
 
 
 def config_for(root: Any, expert_parallel_size: int = 1, precision: str = "fp32", num_experts: int = 4,
                clip_norm: float = 1.0) -> RunConfig:  # fmt: skip
     config = tiny_config(
         root,
-        parallel={"expert_parallel_size": expert_parallel_size, "timeout_seconds": 30},
+        parallel={"expert_parallel_size": expert_parallel_size},
         objectives={"captioning": {"weight": 0.5, "fraction": 1.0}},
         optimizer={"learning_rate": 3e-3, "warmup_steps": 0, "clip_norm": clip_norm},
     )
@@ -39,7 +41,7 @@ def config_for(root: Any, expert_parallel_size: int = 1, precision: str = "fp32"
 
 
 def global_microbatch(config: RunConfig, number: int, rank: int, ranks: int) -> Batch:
-    """This rank's share of global microbatch ``number``; the last rank of two sees no picture."""
+    """This rank's share of global microbatch ``number``; with two ranks or four, the later ones see no picture."""
     share = len(GLOBAL) // ranks
     positions = range(rank * share, (rank + 1) * share)
     samples = [random_sample(100 * number + i, GLOBAL[i], config, VOCAB) for i in positions]
@@ -49,7 +51,7 @@ def global_microbatch(config: RunConfig, number: int, rank: int, ranks: int) -> 
 
 def train(config: RunConfig, microbatches: int) -> dict[str, Any]:
     """Losses and norms of each step, and the parameters at the end, as this rank holds them."""
-    with process_group(30) as device:
+    with process_group(timeout_minutes=0.5) as device:
         groups = build_groups(config.parallel, config.moe.num_experts)
         engine = build_engine(config, VOCAB, groups, device)
         history = []
@@ -74,7 +76,9 @@ def whole(ranks: list[dict[str, Any]], name: str, expert_parallel_size: int) -> 
 def assert_equal(ranks: list[dict[str, Any]], single: dict[str, Any], expert_parallel_size: int,
                  rtol: float) -> None:  # fmt: skip
     for rank in ranks:
-        np.testing.assert_allclose(rank["history"], single["history"], rtol=rtol, atol=rtol)
+        np.testing.assert_allclose(rank["history"][:, LOSSES], single["history"][:, LOSSES], rtol=rtol, atol=rtol)
+        np.testing.assert_allclose(rank["history"][:, NORM], single["history"][:, NORM], rtol=4 * rtol)
+        np.testing.assert_array_equal(rank["history"][:, TOKENS], single["history"][:, TOKENS])
     for name, (value, _, _) in single["parameters"].items():
         np.testing.assert_allclose(whole(ranks, name, expert_parallel_size), value, rtol=0, atol=10 * rtol,
                                    err_msg=name)  # fmt: skip
@@ -96,8 +100,10 @@ def test_dense_data_parallelism_equals_one_process(tmp_path: Any) -> None:
 
 
 def test_bf16_stays_near_fp32_and_its_layouts_agree(tmp_path: Any) -> None:
-    """bf16 keeps 8 bits of each activation: losses stay within 5% of fp32 over twenty steps."""
-    fp32 = run_ranks(1, train, config_for(tmp_path), 1)[0]["history"][:, 0]
-    for ranks, size in ((1, 1), (2, 2)):
-        bf16 = run_ranks(ranks, train, config_for(tmp_path, size, "bf16"), 1)[0]["history"][:, 0]
-        np.testing.assert_allclose(bf16, fp32, rtol=0.05)
+    """bf16 keeps 8 bits of each activation: losses stay within 5% of fp32 over twenty steps. The layouts
+    differ only in the order of fp32 sums over bf16 products: 1% in the first step's loss and norm."""
+    fp32 = run_ranks(1, train, config_for(tmp_path), 1)[0]["history"]
+    one, two = (run_ranks(ranks, train, config_for(tmp_path, ranks, "bf16"), 1)[0]["history"] for ranks in (1, 2))
+    np.testing.assert_allclose(one[:, 0], fp32[:, 0], rtol=0.05)
+    np.testing.assert_allclose(two[:, 0], fp32[:, 0], rtol=0.05)
+    np.testing.assert_allclose(two[0, [0, NORM]], one[0, [0, NORM]], rtol=0.01)

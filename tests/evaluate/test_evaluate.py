@@ -23,6 +23,7 @@ from mmmoe_pretrain.modalities import build_codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 WORDS = ["red", "green", "blue", "grey", "dark", "pale"]
+TRAIN_WORDS = [word + word[0] for word in WORDS]  # other texts of the same letters
 LANGUAGES = ("en", "fr")
 
 
@@ -38,12 +39,12 @@ def wav(rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def write_shard(folder: Path, seed: int) -> None:
+def write_shard(folder: Path, seed: int, words: list[str]) -> None:
     """Six things, each seen once, named and spoken in two languages."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
-        for i, word in enumerate(WORDS):
+        for i, word in enumerate(words):
             image = png(rng)
             for language in LANGUAGES:
                 meta = {"group": f"g{i}", "language": language, "label": "warm" if i < 2 else "cold",
@@ -59,9 +60,9 @@ def write_shard(folder: Path, seed: int) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("evaluate")
-    write_shard(root / "train", 0)
-    write_shard(root / "test", 1)
-    texts = [f"{word} {language}" for word in WORDS for language in LANGUAGES]
+    write_shard(root / "train", 0, TRAIN_WORDS)
+    write_shard(root / "test", 1, WORDS)
+    texts = [f"{word} {language}" for word in WORDS + TRAIN_WORDS for language in LANGUAGES]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(root / "tokens"), vocab_size=24, model_type="bpe",
         pad_id=3, minloglevel=2,
@@ -209,7 +210,7 @@ def test_diverged_model_is_named_not_scored(tiny: RunConfig) -> None:
 def test_training_captions_are_counted_with_their_end_marks(tiny: RunConfig) -> None:
     codecs = build_codecs(tiny)
     counts, captions = count_train_tokens(tiny, codecs)
-    texts = [f"{word} {language}" for word in WORDS for language in LANGUAGES]
+    texts = [f"{word} {language}" for word in TRAIN_WORDS for language in LANGUAGES]
     assert captions == counts[codecs.text.eos_id] == 12
     assert counts.sum() == sum(len(codecs.text.encode(text)) + 1 for text in texts)
     assert count_train_tokens(tiny, codecs, limit=3)[1] == 3

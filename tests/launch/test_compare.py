@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare import dense_overrides, markdown, summarise
+from launch.compare import dense_overrides, markdown, summarise, train_and_evaluate
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
@@ -39,3 +39,13 @@ def test_the_page_shows_both_models_beside_chance() -> None:
     sides = {name: {"test": [], "results": summarise([report(v)])} for name, v in (("mixture", 0.3), ("dense", 0.2))}
     page = markdown({"date": "2026-01-01", "config": "c.yaml", "steps": 1, "seeds": [1], "ranks": 2, **sides})
     assert "| image_to_text_r10 | 5.0% | - | 20.0% ± 0.0% | 30.0% ± 0.0% | 173 |" in page
+
+
+def test_scores_of_another_recipe_are_not_passed_off_as_this_one(tmp_path: Path) -> None:
+    overrides = [f"runs_dir={tmp_path}"]
+    other = run_config.load(DEMO, ["name=old", "train.steps=7", *overrides])
+    other.run_dir.mkdir(parents=True)
+    run_config.dump(other, other.run_dir / "config.yaml")
+    (other.run_dir / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="was trained under another config"):
+        train_and_evaluate(DEMO, "old", overrides, ranks=2)

@@ -84,7 +84,7 @@ def losses_of_rank(groups: Groups) -> tuple[dict[str, float], float, Tensor]:
 
 
 def rank_losses() -> tuple[dict[str, float], float, object]:
-    with process_group(30):
+    with process_group(timeout_minutes=0.5):
         pairs, caption, gradient = losses_of_rank(build_groups(ParallelConfig(), 2))
         return pairs, caption, gradient.numpy()
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -108,6 +109,35 @@ def test_a_tokenizer_that_does_not_match_is_refused_on_resume(tmp_path: Path, ti
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokenizer_fingerprint": "another"}))
     with pytest.raises(AssertionError, match="was trained with another tokenizer"):
         run_ranks(1, train, config, True)
+
+
+def test_resume_refuses_another_model_and_keeps_the_record_of_the_old_one(tmp_path: Path, tiny_data: Path) -> None:
+    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2}
+    config = config_in(tmp_path, tiny_data, train=short)
+    run_ranks(1, train, config)
+    model = {**config.model.model_dump(), "num_heads": 1}
+    with pytest.raises(AssertionError, match=r"cannot change the model .*model.num_heads was 2 and is 1"):
+        run_ranks(1, train, config_in(tmp_path, tiny_data, train=short, model=model), True)
+    assert run_config.load(config.run_dir / "config.yaml") == config
+
+
+def test_overwrite_replaces_nothing_before_all_else_is_known_to_work(tmp_path: Path, tiny_data: Path) -> None:
+    config = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 8, "checkpoint_every": 2})
+    run_ranks(1, train, config)
+    uneven = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 9, "num_microbatches": 2})
+    with pytest.raises(AssertionError, match="global_batch_size 9 does not divide"):
+        run_ranks(1, train, uneven, False, True)
+    assert store.find_latest(config.run_dir) is not None
+
+
+def test_bad_samples_of_every_rank_are_counted(tmp_path: Path, tiny_data: Path) -> None:
+    rows = things(16)
+    write_shards(tmp_path / "broken", rows, corrupt=(rows[3]["key"], rows[12]["key"]))
+    data = {"train": [{"path": str(tmp_path / "broken")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0, "max_bad_fraction": 0.5}  # fmt: skip
+    config = config_in(tmp_path, tiny_data, data=data, train={"steps": 2, "global_batch_size": 16, "log_every": 1})
+    run_ranks(2, train, config)
+    assert [record["bad_samples"] for record in logged(config)] == [2, 4]  # each step reads all sixteen
 
 
 def test_impossible_layouts_name_the_ones_that_work(tmp_path: Path, tiny_data: Path) -> None:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The data of the demo: fetch real corpora, shard them, learn a tokenizer. What is there already is kept.
+# Where Tux Paint cannot be fetched, the small corpus of this repository stands alone, and the script says so.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/steps.sh
+source launch/steps.sh
+
+# shard NAME CORPUS OPTION...: into data/demo/NAME, which appears only when it is whole.
+shard() {
+  local out=data/demo/$1 corpus=data/corpora/$2
+  shift 2
+  rm -rf "$out.tmp"
+  mmmoe-data shard "$corpus/manifest.jsonl" --out "$out.tmp" "$@" && mv "$out.tmp" "$out"
+}
+
+mkdir -p data/corpora data/demo
+
+make_once "Make the small built-in corpus" data/corpora/mini/manifest.jsonl \
+  mmmoe-data corpus mini --out data/corpora/mini
+make_once "Shard it" data/demo/mini shard mini mini --image-size 96 --audio-rate 16000
+
+config=configs/demo.yaml
+manifests=(data/corpora/mini/manifest.jsonl)
+# The step stands in a condition, so its failure does not end the script.
+if make_once "Fetch the Tux Paint corpus (pictures, words and voices; 161 MB)" data/corpora/tuxpaint/manifest.jsonl \
+  mmmoe-data corpus tuxpaint --out data/corpora/tuxpaint; then
+  manifests+=(data/corpora/tuxpaint/manifest.jsonl)
+  make_once "Shard the named stamps" data/demo/tuxpaint-named \
+    shard tuxpaint-named tuxpaint --filter subset=named --image-size 96
+  make_once "Shard the spoken stamps" data/demo/tuxpaint-spoken \
+    shard tuxpaint-spoken tuxpaint --filter subset=spoken --image-size 96 --audio-rate 16000
+else
+  config=configs/demo_mini.yaml
+  echo
+  echo "!! The Tux Paint corpus could not be fetched (the messages above say why)."
+fi
+
+tokenizer=$(setting tokenizer "$config")
+make_once "Learn a tokenizer" "$tokenizer" \
+  mmmoe-data tokenizer "${manifests[@]}" --vocab-size 1024 --out "$tokenizer"

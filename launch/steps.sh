@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: the environment, and steps that say what they do and how long they took.
+
+if [[ -d .venv/bin ]]; then
+  PATH=$PWD/.venv/bin:$PATH
+fi
+# Ctrl-C ends the script, not just the command that runs.
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# step TITLE COMMAND...: run it, and say how long it took.
+step() {
+  local title=$1 start=$SECONDS
+  shift
+  echo
+  echo "== $title"
+  echo "   $*"
+  "$@" || return
+  echo "   done in $((SECONDS - start)) s"
+}
+
+# make_once TITLE FILE COMMAND...: a step that is left out where FILE, its last output, is there.
+make_once() {
+  local title=$1 file=$2
+  shift 2
+  if [[ -e $file ]]; then
+    echo
+    echo "== $title: $file is there already"
+  else
+    step "$title" "$@"
+  fi
+}
+
+# setting KEY CONFIG: a plain value of a config, so that paths are named in one place.
+setting() {
+  sed -n "s/^ *$1: *\([^ #]*\).*/\1/p" "$2" | head -n 1
+}

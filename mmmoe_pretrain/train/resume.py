@@ -1,0 +1,47 @@
+"""May this config go on from that run? What defines the function of the model must be the same.
+
+Steps, learning rates, data, loss weights and the layout may change between one start and the next.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import RunConfig
+
+
+def check_same_model(config: RunConfig, saved: Path) -> None:
+    """Compare with the config saved beside the checkpoints; ValueError names what differs."""
+    if not saved.is_file():
+        return
+    old, new = (_defining(c) for c in (run_config.load(saved), config))
+    changes = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
+               if old.get(key) != new.get(key)]  # fmt: skip
+    if changes:
+        raise ValueError(
+            f"--resume cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, or train "
+            f"under another name="
+        )
+
+
+def _defining(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    values["moe"].pop("losses")
+    objectives = {
+        "pairs": sorted(config.objectives.contrastive.pairs) if config.objectives.contrastive.weight > 0 else [],
+        "captioning": config.objectives.captioning.weight > 0,
+    }
+    sections = {name: values[name] for name in ("model", "moe", "modalities")}
+    return _flat({**sections, "objectives": objectives})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
