@@ -1,0 +1,43 @@
+"""What the README shows must be what the code accepts."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from data_prep.manifest import read_manifest
+from mmmoe_pretrain import config as run_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_run_of_the_tour_is_a_valid_config() -> None:
+    (block,) = blocks("yaml")
+    assert run_config.parse(yaml.safe_load(block)).train.precision == "bf16"
+
+
+def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:
+    (block,) = blocks("json")
+    rows = [json.loads(line) for line in block.splitlines()]
+    for row in rows:
+        for name in ("image", "audio"):
+            if row.get(name):
+                (tmp_path / row[name]).touch()
+    (tmp_path / "manifest.jsonl").write_text(block)
+    assert [row.key for row in read_manifest(tmp_path / "manifest.jsonl")] == [row["key"] for row in rows]
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"\b(DEMO_MINUTES|RESULTS_TABLE)\b", README)
+
+
+def test_every_file_that_it_names_is_there() -> None:
+    root = Path(__file__).parents[1]
+    linked = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert linked
+    assert [path for path in linked if not (root / path).exists()] == []
