@@ -60,8 +60,9 @@ class MegatronEngine:
         self.device = device
         with quiet_megatron():
             transformer = _transformer_config(config, model)
-        self.wrapped = _data_parallel(_Stage(model, transformer, ModelType.encoder_or_decoder), transformer)
-        self.optimizer = _make_optimizer(self.wrapped, config)
+            stage = _Stage(model, transformer, ModelType.encoder_or_decoder)
+            self.wrapped = _data_parallel(stage, transformer)
+            self.optimizer = _make_optimizer(self.wrapped, config)
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""

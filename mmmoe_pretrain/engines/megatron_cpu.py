@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 USED_MODULES = (
     "megatron.core.distributed",
     "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.models.backends",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.random",

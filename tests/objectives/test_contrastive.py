@@ -22,7 +22,7 @@ ALL = torch.ones(3, 2, dtype=torch.bool)
 def loss(image: Tensor, text: Tensor, present: Tensor = ALL, group_ids: tuple[int, ...] = (1, 2)) -> float:
     features = {"image": image, "text": text, "audio": torch.zeros_like(image)}
     objective = ContrastiveObjective(CONFIG)
-    return float(objective(features, present, torch.tensor(group_ids), SINGLE)["image-text"])
+    return objective(features, present, torch.tensor(group_ids), SINGLE)["image-text"].item()
 
 
 def test_two_orthogonal_pairs_cost_what_a_softmax_over_one_and_zero_costs() -> None:
