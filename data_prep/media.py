@@ -2,18 +2,25 @@
 
 An image is turned upright, shrunk and composited on white; a sound is mixed to mono and resampled. Where
 no change is asked for, the original bytes pass. Every failure is a ValueError that says what is wrong
-with the file. The limits are those of the loader (``mmmoe_pretrain/modalities``).
+with the file. The limits are those of the loader.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mmmoe_pretrain.limits import (
+    DECODER_ERRORS,
+    IMAGE_FORMATS,
+    MAX_CHANNELS,
+    MAX_CLIP_SECONDS,
+    MAX_PIXELS,
+    SAMPLE_RATES,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,28 +31,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpeg", ".webp": "webp"}
 AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav", ".mp3": "mp3"}
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
-MAX_PIXELS = 64_000_000
-MAX_SECONDS = 600.0
-MAX_CHANNELS = 32
-SAMPLE_RATES = (1_000, 384_000)  # Hz
 _BLOCK = 1 << 16  # frames
-
-# What Pillow, libsndfile and soxr raise on damaged files, besides Pillow's own DecompressionBombError.
-# MemoryError is not here: it is the machine's, not the file's.
-_DECODER_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +55,7 @@ def _shrunk_member(path: Path, size: int) -> Media:
 def _image_member(path: Path, size: int | None) -> Media:
     from PIL import Image
 
-    errors: tuple[type[Exception], ...] = (*_DECODER_ERRORS, Image.DecompressionBombError)
+    errors: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
     suffix = _suffix(path, IMAGE_SUFFIXES)
     data = _read(path)
     try:
@@ -93,7 +79,7 @@ def audio_member(path: Path, rate: int | None) -> Media:
             _check_header(file)
             mono = _mono(file)
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(f"{path.name} is no readable sound: {_reason(error)}") from None
 
 
@@ -105,7 +91,7 @@ def audio_seconds(data: bytes) -> float:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             _check_header(file)
             return float(file.frames / file.samplerate)
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(f"no readable sound: {_reason(error)}") from None
 
 
@@ -137,8 +123,8 @@ def _check_header(file: soundfile.SoundFile) -> None:
         raise ValueError(f"{file.channels} channels exceed the limit of {MAX_CHANNELS}")
     if file.frames <= 0:
         raise ValueError("it is empty")
-    if file.frames > MAX_SECONDS * file.samplerate:
-        raise ValueError(f"{file.frames / file.samplerate:.0f} s exceed the limit of {MAX_SECONDS:.0f} s")
+    if file.frames > MAX_CLIP_SECONDS * file.samplerate:
+        raise ValueError(f"{file.frames / file.samplerate:.0f} s exceed the limit of {MAX_CLIP_SECONDS:.0f} s")
 
 
 def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:

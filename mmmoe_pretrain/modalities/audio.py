@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import AudioConfig
+from mmmoe_pretrain.limits import MAX_CHANNELS, MAX_CLIP_SECONDS, SAMPLE_RATES
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
-MAX_CLIP_SECONDS = 600.0  # by the header: a longer clip is refused before it is decoded
-MAX_CHANNELS = 32
-SAMPLE_RATES = (1_000, 384_000)  # Hz
 FMIN = 30.0  # Hz
 FLOOR_DECADES = 7.0  # below the clip's loudest band everything counts as silence
 LOG_STD = 1.5  # typical standard deviation of log10 mel energy in a clip

@@ -1,33 +1,19 @@
 """The one error of every codec: this content cannot become arrays, and why.
 
-Owns the list of what decoders raise on damaged input; no other place catches these.
+The one place that catches what decoders raise on damaged input.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image
 
-# Pillow, libsndfile and soxr raise all of these on damaged files (libsndfile's are RuntimeErrors,
-# a broken PNG chunk is a SyntaxError). MemoryError is not here: it is the machine's, not the sample's.
-DECODER_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+from mmmoe_pretrain.limits import DECODER_ERRORS
+
+
+_ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
 
 
 class BadSampleError(Exception):
@@ -41,5 +27,5 @@ def quarantine(what: str) -> Iterator[None]:
         yield
     except BadSampleError:
         raise
-    except DECODER_ERRORS as error:
+    except _ERRORS as error:
         raise BadSampleError(f"{what} cannot be decoded: {type(error).__name__}: {error}") from error

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import ImageConfig
+from mmmoe_pretrain.limits import IMAGE_FORMATS, MAX_PIXELS
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
-MAX_PIXELS = 64_000_000  # of the source: a larger one is refused before it is decoded
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
 WHITE = (255, 255, 255)
 PIXEL_MEAN, PIXEL_STD = 0.7, 0.35  # of drawings on white; photographs land at -0.7 and 0.8
 
@@ -69,7 +68,7 @@ class ImageCodec:
 
 
 def _open_rgb(data: bytes, size: int) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadSampleError(
             f"image of {image.width} x {image.height} pixels exceeds the limit of {MAX_PIXELS} pixels"

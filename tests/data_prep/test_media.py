@@ -120,14 +120,6 @@ def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path: Path, mon
         media.image_member(tmp_path / "a.png", 16)
 
 
-def test_the_limits_are_those_of_the_loader():
-    from mmmoe_pretrain.modalities import audio, image
-
-    assert (media.MAX_PIXELS, media.IMAGE_FORMATS) == (image.MAX_PIXELS, image.FORMATS)
-    assert (media.MAX_SECONDS, media.MAX_CHANNELS) == (audio.MAX_CLIP_SECONDS, audio.MAX_CHANNELS)
-    assert media.SAMPLE_RATES == audio.SAMPLE_RATES
-
-
 def test_only_shrunk_pictures_are_kept_in_memory(tmp_path: Path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     media._shrunk_member.cache_clear()

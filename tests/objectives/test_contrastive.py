@@ -80,7 +80,7 @@ def losses_of_rank(groups: Groups) -> tuple[dict[str, float], float, Tensor]:
     caption = captioning_loss(nll, groups)
     sum(losses.values()).sum().backward()
     gradient = torch.stack([local[m].grad for m in ("image", "audio", "text")])
-    return {k: float(v) for k, v in losses.items()}, float(caption), gradient
+    return {k: v.item() for k, v in losses.items()}, caption.item(), gradient
 
 
 def rank_losses() -> tuple[dict[str, float], float, object]:
