@@ -12,7 +12,6 @@ from PIL import Image
 
 from mmmoe_pretrain.limits import DECODER_ERRORS
 
-
 _ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
 
 
