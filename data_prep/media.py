@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmmoe_pretrain.limits import (
-    DECODER_ERRORS,
-    IMAGE_FORMATS,
-    MAX_CHANNELS,
-    MAX_CLIP_SECONDS,
-    MAX_PIXELS,
-    SAMPLE_RATES,
-)
+from mmmoe_pretrain.limits import DECODER_ERRORS, IMAGE_FORMATS, MAX_PIXELS, sound_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,14 +110,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _check_header(file: soundfile.SoundFile) -> None:
-    if not SAMPLE_RATES[0] <= file.samplerate <= SAMPLE_RATES[1]:
-        raise ValueError(f"{file.samplerate} Hz is outside {SAMPLE_RATES} Hz")
-    if file.channels > MAX_CHANNELS:
-        raise ValueError(f"{file.channels} channels exceed the limit of {MAX_CHANNELS}")
-    if file.frames <= 0:
-        raise ValueError("it is empty")
-    if file.frames > MAX_CLIP_SECONDS * file.samplerate:
-        raise ValueError(f"{file.frames / file.samplerate:.0f} s exceed the limit of {MAX_CLIP_SECONDS:.0f} s")
+    problem = sound_problem(file.samplerate, file.channels, file.frames)
+    if problem:
+        raise ValueError(f"sound {problem}")
 
 
 def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:

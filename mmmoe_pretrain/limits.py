@@ -31,3 +31,16 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
     struct.error,
     zlib.error,
 )
+
+
+def sound_problem(sample_rate: int, channels: int, frames: int) -> str | None:
+    """What a header says that no usable sound has, as the rest of a sentence; None if it is fine."""
+    if not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
+        return f"at {sample_rate} Hz is outside {SAMPLE_RATES} Hz"
+    if channels > MAX_CHANNELS:
+        return f"with {channels} channels exceeds the limit of {MAX_CHANNELS}"
+    if frames <= 0:
+        return "has no samples"
+    if frames > MAX_CLIP_SECONDS * sample_rate:
+        return f"of {frames / sample_rate:.0f} s exceeds the limit of {MAX_CLIP_SECONDS:.0f} s"
+    return None

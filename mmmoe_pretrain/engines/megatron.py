@@ -7,7 +7,6 @@ is averaged over the data-parallel ranks; megatron-core does both.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,13 +100,10 @@ class MegatronEngine:
         state = {}
         for name, parameter in self.model.named_parameters():
             main = getattr(parameter, "main_param", parameter)
-            moment = moments.get(main, {})
-            state[name] = ParameterState(
-                main.detach(),
-                moment.get("exp_avg", torch.zeros_like(main)),
-                moment.get("exp_avg_sq", torch.zeros_like(main)),
-                expert_axis=not getattr(parameter, "allreduce", True),
-            )
+            moment = moments.get(main)  # none before the first step
+            exp_avg, exp_avg_sq = (moment[k] if moment else torch.zeros_like(main) for k in ("exp_avg", "exp_avg_sq"))
+            expert_axis = not getattr(parameter, "allreduce", True)
+            state[name] = ParameterState(main.detach(), exp_avg, exp_avg_sq, expert_axis)
         return state
 
     @torch.no_grad()
@@ -119,9 +115,9 @@ class MegatronEngine:
             for group in inner.optimizer.param_groups
             for parameter in group["params"]
         }
-        for inner in {id(inner): inner for inner in owner.values()}.values():
-            if not type(inner).__module__.startswith("torch."):  # Transformer Engine's and Apex's count by group
-                for group in inner.param_groups:
+        for inner in self._inner_optimizers():
+            if not type(inner.optimizer).__module__.startswith("torch."):  # TE's and Apex's count by group
+                for group in inner.optimizer.param_groups:
                     group["step"] = steps_done
         for name, parameter in self.model.named_parameters():
             main = getattr(parameter, "main_param", parameter)
@@ -223,5 +219,5 @@ def _add_routing(reports: list[tuple[RoutingStats, ...]]) -> tuple[RoutingStats,
     layers = []
     for stats in zip(*reports, strict=True):
         total = torch.stack([layer.flatten().detach() for layer in stats]).sum(0)
-        layers.append(dataclasses.replace(stats[0].unflatten(total)))
+        layers.append(stats[0].unflatten(total))
     return tuple(layers)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import AudioConfig
-from mmmoe_pretrain.limits import MAX_CHANNELS, MAX_CLIP_SECONDS, SAMPLE_RATES
+from mmmoe_pretrain.limits import sound_problem
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
@@ -117,16 +117,9 @@ def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 def _check_header(file: soundfile.SoundFile) -> None:
-    if not SAMPLE_RATES[0] <= file.samplerate <= SAMPLE_RATES[1]:
-        raise BadSampleError(f"audio at {file.samplerate} Hz is outside {SAMPLE_RATES} Hz")
-    if file.channels > MAX_CHANNELS:
-        raise BadSampleError(f"audio with {file.channels} channels exceeds the limit of {MAX_CHANNELS}")
-    if file.frames <= 0:
-        raise BadSampleError("audio has no samples")
-    if file.frames > MAX_CLIP_SECONDS * file.samplerate:
-        raise BadSampleError(
-            f"audio of {file.frames / file.samplerate:.0f} s exceeds the limit of {MAX_CLIP_SECONDS:.0f} s"
-        )
+    problem = sound_problem(file.samplerate, file.channels, file.frames)
+    if problem:
+        raise BadSampleError(f"audio {problem}")
 
 
 def _trim(wave: np.ndarray, rate: int) -> np.ndarray:

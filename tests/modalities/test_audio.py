@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+from mmmoe_pretrain import limits
 from mmmoe_pretrain.config import AudioConfig
 from mmmoe_pretrain.modalities import AudioCodec, AudioEmbedder, BadSampleError
 from mmmoe_pretrain.modalities import audio as audio_module
@@ -109,7 +110,7 @@ def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
 
 
 def test_an_endless_clip_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio_module, "MAX_CLIP_SECONDS", 1.0)
+    monkeypatch.setattr(limits, "MAX_CLIP_SECONDS", 1.0)
     with pytest.raises(BadSampleError, match="2 s exceeds the limit of 1 s"):
         AudioCodec(CONFIG).decode(encoded(np.zeros(2 * RATE)))
 
