@@ -5,7 +5,7 @@ files, models or communication.
 
 Shape legend: B samples in a microbatch, T tokens in the stream, S segments, D hidden size,
 H heads, F expert hidden size, E experts, E_local experts on this rank, K experts a token,
-C capacity, M modalities, V vocabulary. A tensor whose layout is not obvious carries it as a
+C capacity, M modalities, X tasks, V vocabulary. A tensor whose layout is not obvious carries it as a
 suffix: ``x_TD``, ``expert_ids_TK``.
 """
 
@@ -21,6 +21,8 @@ from torch import Tensor
 
 MODALITIES: tuple[str, ...] = ("image", "audio", "text")
 MODALITY_ID: dict[str, int] = {name: i for i, name in enumerate(MODALITIES)}
+TASKS: tuple[str, ...] = ("contrastive", "captioning")  # what a segment is trained for
+TASK_ID: dict[str, int] = {name: i for i, name in enumerate(TASKS)}
 IGNORE = -100  # a target that takes no part in a loss
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mmmoe train`` and ``mmmoe evaluate``.
+"""The command line: ``mmmoe train``, ``mmmoe evaluate`` and ``mmmoe routing``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. What a user can
 mend (ValueError) ends with one line and exit code 2; anything else is a defect and shows its
@@ -15,12 +15,15 @@ from typing import Annotated
 
 import typer
 
+from mmmoe_pretrain.surgery.cli import experts
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Pretrain multimodal mixture-of-experts transformers.",
 )
+app.add_typer(experts, name="experts")
 
 
 @app.command()
@@ -49,6 +52,19 @@ def evaluate(
     from mmmoe_pretrain.evaluate.run import evaluate_command
 
     evaluate_command(run, test or [], dense_results)
+
+
+@app.command()
+def routing(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
+    test: Annotated[list[str] | None, typer.Option(help="Held-out shards; default: evaluate.test.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/routing.")] = None,
+    top: Annotated[int, typer.Option(help="Favourite tokens shown of each expert and modality.")] = 8,
+) -> None:
+    """Show where a trained mixture sends its tokens, and what each expert likes best."""
+    from mmmoe_pretrain.evaluate.routing.command import routing_command
+
+    routing_command(run, test or [], out, top)
 
 
 def main() -> None:

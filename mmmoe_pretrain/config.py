@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Modality = Literal["image", "audio", "text"]
+from mmmoe_pretrain.config_moe import MoEConfig, RoutingLossConfig
+from mmmoe_pretrain.config_moe import StrictModel as _Model
 
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+__all__ = ["MoEConfig", "RoutingLossConfig", "RunConfig", "dump", "load", "parse"]
 
 
 class SourceConfig(_Model):
@@ -109,58 +108,6 @@ class ModalitiesConfig(_Model):
     text: TextConfig = TextConfig()
 
 
-class RoutingLossConfig(_Model):
-    """Weights of the auxiliary losses; a weight of 0 leaves the term out.
-
-    ``entropy_modalities`` take part in the LIMoE terms. ``min_experts[m]`` is S_m of the soft
-    threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
-    """
-
-    local_entropy: float = Field(0.0, ge=0)
-    global_entropy: float = Field(0.0, ge=0)
-    entropy_modalities: tuple[Modality, ...] = ("image", "audio", "text")
-    min_experts: dict[Modality, float] = {}
-    balance: float = Field(0.0, ge=0)
-    z: float = Field(0.0, ge=0)
-
-
-class MoEConfig(_Model):
-    router: Literal["softmax_top_k"] = "softmax_top_k"
-    every: int = Field(2, ge=1)  # block i is a mixture where (i + 1) % every == 0
-    num_experts: int = Field(8, ge=1)  # 1 is a dense model
-    experts_per_token: int = Field(2, ge=1)
-    expert_hidden_size: int = Field(256, ge=1)
-    capacity_factor: float | None = Field(None, gt=0)  # None is dropless
-    batch_priority: bool = False
-    renormalize: bool = True  # divide the chosen weights by their sum; never where K = 1
-    losses: RoutingLossConfig = RoutingLossConfig()
-
-    @model_validator(mode="after")
-    def _combinations(self) -> MoEConfig:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts "
-                f"{self.num_experts}; lower the first or raise the second"
-            )
-        if self.batch_priority and self.capacity_factor is None:
-            raise ValueError(
-                "moe.batch_priority orders tokens for a limited capacity, and "
-                "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
-                "batch_priority: false"
-            )
-        for modality, count in self.losses.min_experts.items():
-            if not 1 <= count <= self.num_experts and not self.dense:
-                raise ValueError(
-                    f"moe.losses.min_experts of {modality} is {count:g}, and there are "
-                    f"{self.num_experts} experts; use 1 to {self.num_experts}"
-                )
-        return self
-
-    @property
-    def dense(self) -> bool:
-        return self.num_experts == 1
-
-
 class ModelConfig(_Model):
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
@@ -184,11 +131,9 @@ class ContrastiveConfig(_Model):
     """Weights of the pairs; a pair that is not named takes no part."""
 
     weight: float = Field(1.0, ge=0)
-    pairs: dict[Literal["image-text", "audio-text", "image-audio"], Annotated[float, Field(ge=0)]] = {
-        "image-text": 1.0,
-        "audio-text": 1.0,
-        "image-audio": 0.5,
-    }
+    pairs: dict[Literal["image-text", "audio-text", "image-audio"], Annotated[float, Field(ge=0)]] = Field(
+        {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}
+    )
     initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
 
 
@@ -282,6 +227,17 @@ class RunConfig(_Model):
             raise ValueError(
                 f"moe.every {self.moe.every} exceeds model.num_layers {self.model.num_layers}, so no block would be "
                 f"a mixture; lower moe.every, or set moe.num_experts: 1 for a dense model"
+            )
+        absent = [index for index in self.moe.layers if index >= self.model.num_layers]
+        if absent:
+            raise ValueError(
+                f"moe.layers.{absent[0]}: there is no such block; model.num_layers is {self.model.num_layers}"
+            )
+        routers = {self.moe.for_layer(i).router for i in range(self.model.num_layers)}
+        if "expert_choice" in routers and self.objectives.captioning.weight > 0:
+            raise ValueError(
+                "moe.router expert_choice lets later tokens decide where earlier ones go, and the segments of "
+                "objectives.captioning are causal; set objectives.captioning.weight: 0, or choose softmax_top_k"
             )
         return self
 

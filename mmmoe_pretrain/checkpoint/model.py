@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.checkpoint.store import find_latest, load_weights, read_meta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
@@ -25,5 +26,6 @@ def load_model(run_dir: Path) -> tuple[MMMoE, RunConfig, int]:
     config = run_config.load(run_dir / CONFIG)
     meta = read_meta(checkpoint)
     model = MMMoE(config, vocab_size=meta["vocab_size"])
-    load_weights(checkpoint, {f"mmmoe.{name}": p.data for name, p in model.named_parameters()})
+    weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
+    load_weights(checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
     return model.eval(), config, meta["step"]

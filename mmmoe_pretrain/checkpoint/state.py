@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter by its logical name, as this rank holds it.
+    """One parameter by its logical name, as this rank holds it; a buffer has no moments.
 
     ``value`` is the fp32 master weight; ``expert_axis`` is True where dimension 0 runs over the
     experts of this rank and the logical tensor over all of them.
     """
 
     value: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
     expert_axis: bool
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """By their names in a checkpoint."""
+        named = {
+            f"model/{name}": self.value,
+            f"optimizer/{name}/exp_avg": self.exp_avg,
+            f"optimizer/{name}/exp_avg_sq": self.exp_avg_sq,
+        }
+        return {key: tensor for key, tensor in named.items() if tensor is not None}
 
     def clone(self) -> ParameterState:
         """The same with tensors of its own."""
-        return ParameterState(self.value.clone(), self.exp_avg.clone(), self.exp_avg_sq.clone(), self.expert_axis)
+        first, second = (None if m is None else m.clone() for m in (self.exp_avg, self.exp_avg_sq))
+        return ParameterState(self.value.clone(), first, second, self.expert_axis)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are trained state (router biases), by name; the others are made anew."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

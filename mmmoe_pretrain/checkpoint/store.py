@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mmmoe_pretrain.checkpoint.state import ParameterState
-from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -41,11 +44,7 @@ def save(
     dist.barrier()
     dcp.save(_tensors(state, groups), checkpoint_id=draft)
     if dist.get_rank() == 0:
-        (draft / "meta.json").write_text(json.dumps({"step": step, **meta}), encoding="utf-8")
-        if final.exists():  # of a run that went on from an earlier checkpoint
-            shutil.rmtree(final)
-        os.replace(draft, final)
-        _point_latest(root, final.name)
+        _commit(draft, final, {"step": step, **meta})
         for old in _complete(root)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -82,17 +81,56 @@ def load_weights(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Fill full tensors in place, by logical name, in a process without a process group."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     _check_tensors(checkpoint, tensors, exactly=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
+    with _alone():
         dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
 
 
+def read_state(checkpoint: Path) -> dict[str, ParameterState]:
+    """Everything that a checkpoint holds, in full, in a process without a process group."""
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(item.size, dtype=item.properties.dtype)
+        for key, item in stored.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+    with _alone():
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    names = [key.removeprefix("model/") for key in tensors if key.startswith("model/")]
+    return {
+        name: ParameterState(
+            tensors[f"model/{name}"],
+            tensors.get(f"optimizer/{name}/exp_avg"),
+            tensors.get(f"optimizer/{name}/exp_avg_sq"),
+            expert_axis=False,  # nothing is cut
+        )
+        for name in names
+    }
+
+
+def write_state(run_dir: Path, step: int, state: dict[str, ParameterState], meta: dict[str, Any]) -> Path:
+    """``save`` of full tensors from a process without a process group."""
+    root = run_dir / FOLDER
+    final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    with _alone():
+        dcp.save(_tensors(state, SINGLE), checkpoint_id=draft, no_dist=True)
+    _commit(draft, final, {**meta, "step": step})
+    return final
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without torch's remarks that a process group is missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
+        yield
+
+
 def _tensors(state: dict[str, ParameterState], groups: Groups) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in state.items():
-        tensors[f"model/{name}"] = _logical(parameter.value, parameter, groups)
-        tensors[f"optimizer/{name}/exp_avg"] = _logical(parameter.exp_avg, parameter, groups)
-        tensors[f"optimizer/{name}/exp_avg_sq"] = _logical(parameter.exp_avg_sq, parameter, groups)
+        tensors |= {key: _logical(t, parameter, groups) for key, t in parameter.tensors(name).items()}
     return tensors
 
 
@@ -127,6 +165,15 @@ def _check_tensors(checkpoint: Path, wanted: dict[str, Tensor], exactly: bool) -
             f"{checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in all); "
             f"it was saved under the config in {checkpoint.parents[1] / 'config.yaml'}"
         )
+
+
+def _commit(draft: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Make a written draft the newest checkpoint."""
+    (draft / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    if final.exists():  # of a run that went on from an earlier checkpoint
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    _point_latest(final.parent, final.name)
 
 
 def _point_latest(root: Path, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import ParameterState
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.stats import RoutingStats
 
 
 @dataclass(frozen=True)

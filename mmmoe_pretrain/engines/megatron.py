@@ -7,6 +7,8 @@ is averaged over the data-parallel ranks; megatron-core does both.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
 NEVER_CLIPS = 1e30  # megatron-core reports a norm only where it clips
@@ -57,6 +59,7 @@ class MegatronEngine:
         self.config = config
         self.model = model.to(device)
         self.device = device
+        self.steps_done = 0
         with quiet_megatron():
             transformer = _transformer_config(config, model)
             stage = _Stage(model, transformer, ModelType.encoder_or_decoder)
@@ -65,6 +68,7 @@ class MegatronEngine:
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
+        self.model.begin_step(self.steps_done)
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
@@ -75,7 +79,10 @@ class MegatronEngine:
         with megatron_cpu.optimizer_calls():
             _, grad_norm, _ = self.optimizer.step()
         losses, tokens = _mean_over_ranks(reports, batches, self.model.groups.data)
-        return StepResult(losses, float(grad_norm), tokens, _add_routing([r.routing for r in reports]))
+        routing = _add_routing([r.routing for r in reports])
+        self.model.end_step(routing)
+        self.steps_done += 1
+        return StepResult(losses, float(grad_norm), tokens, routing)
 
     def _forward_backward(self, batches: list[Batch]) -> list[LossReport]:
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -104,11 +111,16 @@ class MegatronEngine:
             exp_avg, exp_avg_sq = (moment[k] if moment else torch.zeros_like(main) for k in ("exp_avg", "exp_avg_sq"))
             expert_axis = not getattr(parameter, "allreduce", True)
             state[name] = ParameterState(main.detach(), exp_avg, exp_avg_sq, expert_axis)
+        for name, buffer in persistent_buffers(self.model).items():
+            state[name] = ParameterState(buffer, None, None, expert_axis=False)
         return state
 
     @torch.no_grad()
     def import_state(self, state: dict[str, ParameterState], steps_done: int) -> None:
         """See ``Engine.import_state``."""
+        self.steps_done = steps_done
+        for name, buffer in persistent_buffers(self.model).items():
+            buffer.copy_(state[name].value)
         owner = {
             parameter: inner.optimizer
             for inner in self._inner_optimizers()
@@ -121,12 +133,14 @@ class MegatronEngine:
                     group["step"] = steps_done
         for name, parameter in self.model.named_parameters():
             main = getattr(parameter, "main_param", parameter)
-            main.copy_(state[name].value)
+            saved = state[name]
+            assert saved.exp_avg is not None and saved.exp_avg_sq is not None
+            main.copy_(saved.value)
             parameter.copy_(main)
             owner[main].state[main] = {
                 "step": torch.tensor(float(steps_done)),
-                "exp_avg": state[name].exp_avg.clone(),
-                "exp_avg_sq": state[name].exp_avg_sq.clone(),
+                "exp_avg": saved.exp_avg.clone(),
+                "exp_avg_sq": saved.exp_avg_sq.clone(),
             }
 
     def _inner_optimizers(self) -> list[Any]:
@@ -218,6 +232,5 @@ def _add_routing(reports: list[tuple[RoutingStats, ...]]) -> tuple[RoutingStats,
     """Sums over the microbatches; each report is over all ranks already."""
     layers = []
     for stats in zip(*reports, strict=True):
-        total = torch.stack([layer.flatten().detach() for layer in stats]).sum(0)
-        layers.append(stats[0].unflatten(total))
+        layers.append(functools.reduce(operator.add, [layer.detach() for layer in stats]))
     return tuple(layers)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import IGNORE, MODALITIES, Batch, Sample, SampleMeta
 from mmmoe_pretrain.evaluate.routing_report import RoutingTotals
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.stats import RoutingStats
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _add(seen: _Pass, model: nn.Module, batch: Batch, samples: Sequence[Sample],
             )
         seen.features[modality].append(rows)
         seen.content[modality] += [
-            _name(sample, modality) if here else "" for sample, here in zip(samples, present_MB[m], strict=True)
+            content_name(sample, modality) if here else ""
+            for sample, here in zip(samples, present_MB[m], strict=True)
         ]
     seen.metas += [sample.meta for sample in samples]
     seen.texts += [same_text(s.raw_text) for s in samples]
@@ -129,7 +130,8 @@ def caption_sums(batch: Batch, nll_N: Tensor, vocab_size: int) -> Captions:
     )
 
 
-def _name(sample: Sample, modality: str) -> str:
+def content_name(sample: Sample, modality: str) -> str:
+    """Equal for equal content: a text itself, a hash of anything else."""
     if modality == "text":
         return same_text(sample.raw_text)
     content = np.ascontiguousarray(getattr(sample, modality))
@@ -146,11 +148,12 @@ def _join(parts: Sequence[Captions]) -> Captions:
 
 
 def _sum(totals: tuple[RoutingTotals, ...], routing: Sequence[RoutingStats]) -> tuple[RoutingTotals, ...]:
-    new = tuple(_totals(stats) for stats in routing)
+    new = tuple(routing_totals(stats) for stats in routing)
     return tuple(a + b for a, b in zip(totals, new, strict=True)) if totals else new
 
 
-def _totals(stats: RoutingStats) -> RoutingTotals:
+def routing_totals(stats: RoutingStats) -> RoutingTotals:
+    """The sums that ``routing_report`` reads, in float64."""
     names = ("counts_ME", "probability_ME", "entropy_M", "tokens_M", "dropped_M")
     arrays = {name: _numpy(getattr(stats, name)).astype(np.float64) for name in names}
     return RoutingTotals(layer=int(stats.layer), **arrays)

@@ -71,7 +71,7 @@ def write(report: Report, directory: Path) -> None:
 def markdown(report: Report) -> str:
     """The report as a page of tables."""
     lines = [f"# {report.run}, step {report.step}", "", f"Evaluated {report.date} on held-out rows.", ""]
-    lines += _table(COLUMNS, [_cells(row) for row in report.results])
+    lines += table(COLUMNS, [_cells(row) for row in report.results])
     lines += ["", LEGEND]
     if report.notes:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report.notes]
@@ -175,9 +175,9 @@ def _routing_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
         "an even share in every modality. Untrained is the same model before its first step, on the same "
         "rows: not 0%, since the modalities enter with different embeddings."
     )
-    return [*summary, "", *_table(columns, rows), "", legend]
+    return [*summary, "", *table(columns, rows), "", legend]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     header = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return header + ["| " + " | ".join(row) + " |" for row in rows]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.batch import MODALITIES, TASKS
 
 DEAD_SHARE = 0.01  # of an even share
 
@@ -78,6 +78,26 @@ def summarise_layer(totals: RoutingTotals, untrained: RoutingTotals) -> dict[str
     }
 
 
+def summarise_tasks(counts_MXE: np.ndarray) -> dict[str, dict[str, float]]:
+    """``specialisation_by_task``: specialisation over each task's tokens alone, where at least two
+    modalities have some. ``task_specialisation``: by modality, how far an expert tells the task: the
+    mutual information of task and expert over the bits that name a task, where two tasks have tokens."""
+    by_task = {task: _specialisation(counts_MXE[:, x]) for x, task in enumerate(TASKS)}
+    by_modality = {name: _specialisation(counts_MXE[m]) for m, name in enumerate(MODALITIES)}
+    return {
+        "specialisation_by_task": {task: score for task, score in by_task.items() if score is not None},
+        "task_specialisation": {name: score for name, score in by_modality.items() if score is not None},
+    }
+
+
+def strongest_pairs(together_EE: np.ndarray, tokens: float, limit: int) -> list[tuple[int, int, float]]:
+    """Pairs of experts by the tokens that both served, the strongest first, as shares of ``tokens``."""
+    share_EE = np.triu(together_EE, 1) / max(1.0, tokens)
+    first = np.argsort(-share_EE, axis=None, kind="stable")[:limit]
+    pairs = [divmod(int(cell), share_EE.shape[1]) for cell in first]
+    return [(a, b, float(share_EE[a, b])) for a, b in pairs if share_EE[a, b] > 0]
+
+
 def mutual_information(share_ME: np.ndarray) -> float:
     """I(M; E) in bits of equally weighted modalities whose rows p(e|m) sum to 1."""
     if len(share_ME) == 0:
@@ -96,6 +116,12 @@ def dead_experts(share_ME: np.ndarray) -> list[int]:
     if len(share_ME) == 0:
         return []
     return np.flatnonzero(share_ME.max(axis=0) < DEAD_SHARE / share_ME.shape[1]).tolist()
+
+
+def _specialisation(counts_CE: np.ndarray) -> float | None:
+    """Of classes C (modalities or tasks) that all weigh the same; None where fewer than two have tokens."""
+    seen_CE = counts_CE[counts_CE.sum(1) > 0]
+    return mutual_information(_share(seen_CE)) / math.log2(len(seen_CE)) if len(seen_CE) > 1 else None
 
 
 def _share(counts_ME: np.ndarray) -> np.ndarray:

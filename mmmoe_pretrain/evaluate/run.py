@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 
 from mmmoe_pretrain.batch import Batch, Sample
-from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
+from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.evaluate import picture, report, routing_report, scores, unigrams
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode_texts
-from mmmoe_pretrain.evaluate.leaks import LeakFilter
 from mmmoe_pretrain.evaluate.report import Report
+from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, open_rows, trains_on
 from mmmoe_pretrain.evaluate.scores import Score
-from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.modalities import Codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
 Batches = Iterable[tuple[Batch, list[Sample]]]
-BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
 DENSE_RESULTS = Path("docs/results.json")
 PICTURE = "routing.png"
 
@@ -39,19 +38,13 @@ def evaluate(
     ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``).
     """
     model, config, step = load_model(run_dir)
-    paths = list(test_paths or config.evaluate.test)
-    if not paths:
-        raise ValueError(
-            f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
-        )
-    dense = report.read_dense(dense_results, paths)
-    codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(run_dir))
-    leaks = LeakFilter(config) if not _trains_on(paths, config) else None
-    keep = leaks.clean if leaks else None
-    data = collect(model, iterate_eval(paths, config, codecs, BATCH_SIZE, keep), codecs.text.vocab_size)
+    rows = open_rows(run_dir, config, test_paths)
+    codecs = rows.codecs
+    dense = report.read_dense(dense_results, rows.paths)
+    data = collect(model, rows.batches(), codecs.text.vocab_size)
     found, notes = _score(data, model, config, codecs)
-    layers = _routing(data, iterate_eval(paths, config, codecs, BATCH_SIZE, keep), config, codecs)
-    notes += leaks.notes() if leaks else []
+    layers = _routing(data, rows.batches(), config, codecs)
+    notes += rows.leaks.notes() if rows.leaks else []
     drawn = picture.draw(layers, run_dir / PICTURE)
     result = Report(
         run=config.name,
@@ -59,7 +52,7 @@ def evaluate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         results=report.rows_of(found, dense),
         routing={"layers": layers, "picture": PICTURE if drawn else None},
-        notes=_notes(paths, config, data, dense, dense_results) + notes,
+        notes=_notes(rows.paths, config, data, dense, dense_results) + notes,
     )
     report.write(result, run_dir)
     return result
@@ -71,12 +64,6 @@ def evaluate_command(run_dir: Path, test: list[str], dense_results: Path | None)
     report.print_table(result)
     written = ["report.md", "report.json", *filter(None, [result.routing["picture"]])]
     print(f"wrote {', '.join(str(run_dir / name) for name in written)}")
-
-
-def _tokenizer_fingerprint(run_dir: Path) -> str | None:
-    """What the run's checkpoint says of its tokenizer: another one of the same size would score noise."""
-    checkpoint = store.find_latest(run_dir)
-    return store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None
 
 
 def _score(data: HeldOut, model: MMMoE, config: RunConfig, codecs: Codecs) -> tuple[list[Score], list[str]]:
@@ -117,11 +104,6 @@ def _train_counts(data: HeldOut, config: RunConfig, codecs: Codecs) -> tuple[np.
     return counts_V, [f"the majority of caption_perplexity is of {captions:,} training captions"]
 
 
-def _trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:
-    trained_on = {Path(source.path).resolve() for source in config.data.train}
-    return [path for path in paths if Path(path).resolve() in trained_on]
-
-
 def _notes(
     paths: Sequence[str],
     config: RunConfig,
@@ -133,7 +115,7 @@ def _notes(
     empty = sum(not any(names) for names in zip(*data.content.values(), strict=True))
     if empty:
         notes.append(f"{empty} held-out samples could not be decoded and take no part")
-    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in _trains_on(paths, config)]
+    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in trains_on(paths, config)]
     if config.data.label_text > 0:
         notes.append(
             "class names were trained as texts (data.label_text): zero_shot is over unseen pictures, not over "

@@ -72,6 +72,10 @@ class TextCodec:
         """The text of ``ids``; marks leave no trace."""
         return self._model.decode([int(i) for i in ids])
 
+    def piece(self, token_id: int) -> str:
+        """The piece of the vocabulary; a word's first one begins with U+2581."""
+        return str(self._model.id_to_piece(int(token_id)))
+
     def _drop(self, ids: list[int], rng: np.random.Generator, dropout: float) -> list[int]:
         stack, out = ids[::-1], []
         while stack:

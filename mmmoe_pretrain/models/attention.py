@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import AttentionBucket, Batch
+from mmmoe_pretrain.moe.tokens import TokenInfo, token_info
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class StreamPlan:
     """What every block needs of a batch, worked out once: ``place_n`` is where each token
     stands in the concatenation of the padded buckets."""
 
-    modality_ids_n: Tensor
+    tokens: TokenInfo
     cos_nh: Tensor
     sin_nh: Tensor
     buckets: tuple[AttentionBucket, ...]
@@ -29,21 +30,20 @@ class StreamPlan:
 
     @property
     def num_valid(self) -> int:
-        return self.modality_ids_n.shape[0]
+        return self.tokens.num_tokens
 
 
-def plan_stream(batch: Batch, head_size: int, base: float, rotary_M: Tensor) -> StreamPlan:
+def plan_stream(batch: Batch, head_size: int, base: float, rotary_M: Tensor, draw: int = 0) -> StreamPlan:
     """``rotary_M`` is True for the modalities whose positions are rotary (RoFormer, arXiv
-    2104.09864); tokens of the others are not rotated."""
-    num_valid = sum(rows.shape[0] for rows in batch.rows)  # known on the host: no synchronisation
-    modality_ids_n = batch.modality_ids[:num_valid]
-    device = modality_ids_n.device
+    2104.09864); tokens of the others are not rotated. ``draw``: see ``TokenInfo``."""
+    tokens = token_info(batch, draw)
+    num_valid, device = tokens.num_tokens, tokens.modality_ids_n.device
     half = head_size // 2
     frequency_h = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    position_n = batch.positions[:num_valid] * rotary_M.to(device)[modality_ids_n]
+    position_n = batch.positions[:num_valid] * rotary_M.to(device)[tokens.modality_ids_n]
     angle_nh = position_n[:, None].float() * frequency_h
     return StreamPlan(
-        modality_ids_n,
+        tokens,
         angle_nh.cos(),
         angle_nh.sin(),
         batch.buckets,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.models.attention import Attention, StreamPlan
 from mmmoe_pretrain.moe.layer import MoELayer
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import Groups
 
 
@@ -57,7 +57,7 @@ class Block(nn.Module):
         x_nD = x_nD + self.attention(self.attention_norm(x_nD), plan)
         h_nD = self.ffn_norm(x_nD)
         if isinstance(self.ffn, MoELayer):
-            y_nD, stats = self.ffn(h_nD, plan.modality_ids_n)
+            y_nD, stats = self.ffn(h_nD, plan.tokens)
             return x_nD + y_nD, stats
         return x_nD + self.ffn(h_nD), None
 

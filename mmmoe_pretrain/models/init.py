@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.moe.experts import Experts
 
-RESIDUAL_OUTPUTS = ("attention.out.weight", "ffn.down.weight", "ffn.experts.down")
+RESIDUAL_OUTPUTS = re.compile(
+    r"(attention\.out|ffn\.down|ffn\.shared\.down)\.weight$|ffn\.experts\.(stacks\.\d+\.)?down$"
+)
 EMBEDDING_STD = 0.02
 
 
@@ -30,6 +33,8 @@ def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
             owner = experts.get(name.rpartition(".")[0])
             if owner is not None:
                 _init_experts(parameter, name, owner.local_experts, seed, num_layers)
+            elif name.endswith("noise_weight"):  # noisy top-k starts with the same noise for all
+                parameter.zero_()
             elif parameter.ndim >= 2:
                 std = EMBEDDING_STD if name in tables or _is_table(name) else _fan_in_std(parameter)
                 _normal_(parameter, std * _residual_scale(name, num_layers), f"{seed}/{name}")
@@ -44,7 +49,7 @@ def _init_experts(parameter: Tensor, name: str, owned: range, seed: int, num_lay
 
 
 def _is_table(name: str) -> bool:
-    return name.endswith("positions") or name.endswith("position_embedding")
+    return name.endswith(("positions", "position_embedding", "task_embedding"))
 
 
 def _fan_in_std(parameter: Tensor) -> float:
@@ -52,7 +57,7 @@ def _fan_in_std(parameter: Tensor) -> float:
 
 
 def _residual_scale(name: str, num_layers: int) -> float:
-    return (2 * num_layers) ** -0.5 if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+    return (2 * num_layers) ** -0.5 if RESIDUAL_OUTPUTS.search(name) else 1.0
 
 
 def _normal_(tensor: Tensor, std: float, key: str) -> None:

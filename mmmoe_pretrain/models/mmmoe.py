@@ -16,7 +16,8 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_embedders
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
 from mmmoe_pretrain.models.trunk import Trunk
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 
@@ -45,6 +46,7 @@ class MMMoE(nn.Module):
         hidden, joint = config.model.hidden_size, config.model.embedding_size
         self.config = config
         self.compute_dtype = torch.float32
+        self._passes = 0  # forward passes since begin_step
         self.embedders = nn.ModuleDict(build_embedders(config.modalities, hidden, vocab_size))
         self.modality_embedding = nn.Embedding(len(MODALITIES), hidden)
         self.trunk = Trunk(config.model, config.moe, groups)
@@ -55,11 +57,18 @@ class MMMoE(nn.Module):
         rotary = [getattr(config.modalities, m).positions == "rotary" for m in MODALITIES]
         self.register_buffer("rotary_M", torch.tensor(rotary), persistent=False)
 
+    def begin_step(self, seed: int) -> None:
+        """What is random in routing becomes a function of ``seed`` and of the forward passes since."""
+        self._passes = 0
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.begin_step(seed)
+
     def forward(self, batch: Batch) -> ModelOutput:
         model = self.config.model
-        plan = plan_stream(
-            batch, model.hidden_size // model.num_heads, model.rotary_base, self.get_buffer("rotary_M")
-        )
+        head_size = model.hidden_size // model.num_heads
+        plan = plan_stream(batch, head_size, model.rotary_base, self.get_buffer("rotary_M"), self._passes)
+        self._passes += 1
         x_nD, routing = self.trunk(self._embed(batch, plan), plan)
         return ModelOutput(self._features(x_nD, batch), self._caption_nll(x_nD, batch), routing)
 
@@ -74,7 +83,7 @@ class MMMoE(nn.Module):
         rows = torch.cat(batch.rows)
         place = torch.empty_like(rows)
         place[rows] = torch.arange(rows.numel(), device=rows.device)
-        x_nD = tokens.index_select(0, place) + self.modality_embedding(plan.modality_ids_n)
+        x_nD = tokens.index_select(0, place) + self.modality_embedding(plan.tokens.modality_ids_n)
         return x_nD.to(self.compute_dtype)
 
     def _features(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:

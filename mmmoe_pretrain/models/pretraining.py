@@ -11,8 +11,9 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.init import init_parameters
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.moe.losses import reduce_stats, routing_losses
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.losses import BalanceWindow, reduce_stats, routing_losses
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives.captioning import captioning_loss
 from mmmoe_pretrain.objectives.contrastive import ContrastiveObjective
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -34,6 +35,7 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.config = config
         self.groups = groups
+        self.window = BalanceWindow()
         self.mmmoe = MMMoE(config, vocab_size, groups)
         init_parameters(self.mmmoe, config.seed, config.model.num_layers)
         self.contrastive: ContrastiveObjective | None = None
@@ -54,16 +56,32 @@ class PretrainingModel(nn.Module):
         if objectives.captioning.weight > 0:
             losses["captioning"] = objectives.captioning.weight * captioning_loss(output.caption_nll, self.groups)
         routing = reduce_stats(output.routing, self.groups.data)
-        for name, loss in routing_losses(routing, self.config.moe.losses).items():
+        counts = self.window.add(routing) if self.training else None
+        for name, loss in routing_losses(routing, self.config.moe.losses, counts).items():
             losses[f"aux/{name}"] = loss
         detached = {name: loss.detach() for name, loss in losses.items()}
         return torch.stack(list(losses.values())).sum(), LossReport(detached, routing)
+
+    def begin_step(self, step: int) -> None:
+        """Before the microbatches of optimizer step ``step`` (from 0): what is random in routing becomes
+        a function of the run's seed, the step and the data-parallel rank, so that a resumed run repeats it."""
+        seed = (self.config.seed * 1_000_003 + step) * 65_537 + self.groups.data_rank
+        self.window.reset()
+        self.mmmoe.begin_step(seed)
+
+    def end_step(self, routing: tuple[RoutingStats, ...]) -> None:
+        """After the optimizer step: routers follow the load. ``routing`` is over all ranks and microbatches."""
+        for router, stats in zip(self._routers(), routing, strict=True):
+            router.end_step(stats)
+
+    def _routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     def use_bf16(self) -> None:
         """Compute the trunk in bfloat16; vectors, routers, embedders and heads stay fp32."""
         self.mmmoe.compute_dtype = torch.bfloat16
         for name, parameter in self.mmmoe.trunk.named_parameters():
-            if parameter.ndim >= 2 and not name.endswith("router"):
+            if parameter.ndim >= 2 and ".router." not in name:
                 parameter.data = parameter.data.bfloat16()
         if self.mmmoe.language_head is not None:
             self.mmmoe.language_head.bfloat16()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import Groups
 
 

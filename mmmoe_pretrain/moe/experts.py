@@ -1,7 +1,8 @@
-"""Experts: SwiGLU feed-forward networks with stacked weights, computed by grouped products.
+"""Experts: stacked weights of this rank, and where each expert of the whole layer lives.
 
-Owns the weights of the experts of this rank and the arithmetic over tokens sorted by expert;
-knows nothing of routing or communication. Shapes: x_nD sorted by local expert, n rows in all.
+Owns parameters and placement; the arithmetic is in ``expert_math.py``. Knows nothing of routing or
+communication. Experts of unlike size (``moe.expert_groups``) form one stack a group; every rank
+holds an equal share of every group.
 """
 
 from __future__ import annotations
@@ -9,65 +10,115 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm wants the inner sizes to be multiples
+from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.moe.activation import ACTIVATIONS
+from mmmoe_pretrain.moe.expert_math import choose_backend
+from mmmoe_pretrain.moe.memory import Buffers
+from mmmoe_pretrain.moe.plan import ExpertPlan
+from mmmoe_pretrain.parallel.groups import Groups
 
 
 class Experts(nn.Module):
-    """E_local experts, y = (silu(x W_gate) * (x W_up)) W_down (SwiGLU, arXiv 2002.05202).
+    """A stack of equal experts; ``local_experts`` are their indices within their group.
 
-    ``gate_up``: [E_local, D, 2F]. ``down``: [E_local, F, D]. Both are marked so that the engines
-    reduce their gradients over the replicas of the expert alone.
+    ``up``: [E_local, D, F], or [E_local, D, 2F] with gate and up side by side (SwiGLU).
+    ``down``: [E_local, F, D]. Both are marked so that the engines reduce their gradients over the
+    replicas of the expert alone.
     """
 
-    def __init__(self, local_experts: range, hidden_size: int, expert_hidden_size: int) -> None:
+    def __init__(
+        self, local_experts: range, hidden_size: int, expert_hidden_size: int, activation: str, backend: str
+    ) -> None:
         super().__init__()
         count = len(local_experts)
-        self.local_experts = local_experts
-        self.gate_up = nn.Parameter(torch.empty(count, hidden_size, 2 * expert_hidden_size))
+        self._memory = Buffers()
+        self.local_experts, self.activation, self.backend = local_experts, activation, backend
+        width = ACTIVATIONS[activation].width * expert_hidden_size
+        self.up = nn.Parameter(torch.empty(count, hidden_size, width))
         self.down = nn.Parameter(torch.empty(count, expert_hidden_size, hidden_size))
-        for weight in (self.gate_up, self.down):
+        self._mark()
+
+    def _mark(self) -> None:
+        for weight in (self.up, self.down):
             weight.allreduce = False  # type: ignore[attr-defined]  # megatron-core's mark of an expert
 
-    def forward(self, x_nD: Tensor, counts: list[int]) -> Tensor:
-        """[n, D] -> [n, D]; ``counts[e]`` rows belong to local expert e."""
-        gate, up = grouped_linear(x_nD, self.gate_up, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down, counts)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # copy.deepcopy drops the attributes of a parameter
+
+    def forward(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
+        """[m, D] -> [m, D]: each row's experts, weighted and summed."""
+        math = choose_backend(self.backend, x_mD, plan, self.up, self.down)
+        return math(x_mD, weights_A, plan, self.up, self.down, self.activation, self._memory)
 
 
-def grouped_linear(x_nI: Tensor, weight_EIO: Tensor, counts: list[int]) -> Tensor:
-    """Rows of group e times ``weight_EIO[e]``; [n, I] -> [n, O].
+class ExpertGroups(nn.Module):
+    """Stacks of unlike size one after another; the plan counts their experts in that order."""
 
-    One grouped product where torch has it for this shape and type, else a product an expert.
-    An expert without rows still takes part, so that it always has a gradient (of zeros).
+    def __init__(self, stacks: list[Experts]) -> None:
+        super().__init__()
+        self.stacks = nn.ModuleList(stacks)
+
+    def forward(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
+        """See ``Experts.forward``."""
+        out_mD, first_expert, start = torch.zeros_like(x_mD), 0, 0
+        for stack in self.stacks:
+            assert isinstance(stack, Experts)
+            counts = plan.counts[first_expert : first_expert + len(stack.local_experts)]
+            end = start + sum(counts)
+            part = plan.part(start, end, counts)
+            out_mD = out_mD + stack(x_mD, weights_A[start:end], part)
+            first_expert, start = first_expert + len(counts), end
+        return out_mD
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token visits; held by every rank (DeepSeekMoE, arXiv 2401.06066)."""
+
+    def __init__(self, shared_hidden_size: int, hidden_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(hidden_size, ACTIVATIONS[activation].width * shared_hidden_size, bias=False)
+        self.down = nn.Linear(shared_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_nD: Tensor) -> Tensor:
+        """[n, D] -> [n, D]."""
+        return self.down(ACTIVATIONS[self.activation].forward(self.up(x_nD)))
+
+
+def make_experts(config: MoEConfig, hidden_size: int, groups: Groups) -> Experts | ExpertGroups:
+    """This rank's share of every expert group."""
+    stacks = [
+        Experts(
+            groups.local_experts(group.num_experts),
+            hidden_size,
+            group.expert_hidden_size or config.expert_hidden_size,
+            config.activation,
+            config.expert_backend,
+        )
+        for group in config.groups
+    ]
+    return stacks[0] if len(stacks) == 1 else ExpertGroups(stacks)
+
+
+def slot_of_expert(config: MoEConfig, ranks: int) -> Tensor:
+    """[router outputs]: the place of each expert in the order (rank, index on that rank).
+
+    An expert without computation lives nowhere: its slot is ``num_experts``. Raises ValueError where
+    a group does not divide among the ranks.
     """
-    if _grouped_mm_fits(x_nI, weight_EIO):
-        ends = torch.tensor(counts, device=x_nI.device).cumsum(0).to(torch.int32)
-        return _WithDenseGradient.apply(F.grouped_mm(x_nI, weight_EIO, offs=ends))
-    parts = x_nI.split(counts)
-    return torch.cat([part @ weight for part, weight in zip(parts, weight_EIO.unbind(0), strict=True)])
-
-
-class _WithDenseGradient(torch.autograd.Function):
-    """The identity; its backward pass makes the gradient contiguous, as that of grouped_mm needs
-    (torch 2.13 refuses an expanded one, such as that of a plain sum)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-def _grouped_mm_fits(x_nI: Tensor, weight_EIO: Tensor) -> bool:
-    row_bytes = [size * x_nI.element_size() for size in weight_EIO.shape[1:]]
-    return (
-        hasattr(F, "grouped_mm")
-        and x_nI.shape[0] > 0
-        and x_nI.dtype in (torch.float32, torch.bfloat16)
-        and all(size % GROUPED_ALIGNMENT == 0 for size in row_bytes)
-    )
+    slots, before, per_rank = [], 0, config.num_experts // ranks
+    for group in config.groups:
+        if group.num_experts % ranks:
+            raise ValueError(
+                f"moe.expert_groups: a group of {group.num_experts} experts does not spread over "
+                f"parallel.expert_parallel_size {ranks}; use a multiple of {ranks} in each group"
+            )
+        index = torch.arange(group.num_experts)
+        share = group.num_experts // ranks
+        slots.append(index // share * per_rank + before + index % share)
+        before += share
+    nowhere = torch.full((config.router_outputs - config.num_experts,), config.num_experts)
+    return torch.cat([*slots, nowhere])

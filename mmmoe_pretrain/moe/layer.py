@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.config_moe import MoEConfig
 from mmmoe_pretrain.moe.dispatch import make_dispatcher
-from mmmoe_pretrain.moe.experts import Experts
-from mmmoe_pretrain.moe.routing import ROUTERS, RoutingStats
+from mmmoe_pretrain.moe.experts import SharedExpert, make_experts, slot_of_expert
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.routing import Routing
+from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import Groups
 
 
 class MoELayer(nn.Module):
-    """A sparse feed-forward layer over the valid tokens of a stream.
-
-    ``router``: [E, D], read in fp32 whatever the compute type.
-    """
+    """A sparse feed-forward layer over the valid tokens of a stream."""
 
     def __init__(self, config: MoEConfig, hidden_size: int, layer: int, groups: Groups) -> None:
         super().__init__()
+        config = config.for_layer(layer)
         self.config = config
-        self.layer = layer
-        self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.route = ROUTERS[config.router]
-        self.experts = Experts(groups.local_experts(config.num_experts), hidden_size, config.expert_hidden_size)
-        self.dispatcher = make_dispatcher(config.num_experts, groups)
+        self.router = Router(config, hidden_size, layer)
+        self.experts = make_experts(config, hidden_size, groups)
+        self.shared: SharedExpert | None = None
+        if config.shared_expert_hidden_size:
+            self.shared = SharedExpert(config.shared_expert_hidden_size, hidden_size, config.activation)
+        self.dispatcher = make_dispatcher(config, groups)
+        self.register_buffer("slot_E", slot_of_expert(config, groups.expert_size), persistent=False)
 
-    def forward(self, x_nD: Tensor, modality_ids_n: Tensor) -> tuple[Tensor, RoutingStats]:
+    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> tuple[Tensor, RoutingStats]:
         """[n, D] valid tokens -> ([n, D], sums of this rank's routing)."""
-        logits_nE = F.linear(x_nD.float(), self.router.float())
-        routing = self.route(logits_nE, modality_ids_n, self.config)
-        dispatched = self.dispatcher.dispatch(x_nD, routing)
-        y_nD = self.experts(dispatched.x_nD, dispatched.counts)
-        out_nD = self.dispatcher.combine(y_nD, dispatched)
-        return out_nD, dataclasses.replace(routing.stats, layer=self.layer)
+        routing = self.router(x_nD, tokens)
+        num_slots = self.config.num_experts
+        slots_nK = self.get_buffer("slot_E")[routing.expert_ids_nK].masked_fill(~routing.kept_nK, num_slots)
+        shared = self.shared
+        out_nD, shared_nD = self.dispatcher.run(
+            x_nD, slots_nK, routing.weights_nK, self.experts, None if shared is None else lambda: shared(x_nD)
+        )
+        if shared_nD is not None:
+            out_nD = out_nD + shared_nD
+        if self.config.identity_experts:
+            out_nD = out_nD + self._identity_weight(routing)[:, None].to(x_nD.dtype) * x_nD
+        return out_nD, routing.stats
+
+    def _identity_weight(self, routing: Routing) -> Tensor:
+        """[n]: the weight that each token's identity experts have together."""
+        first = self.config.num_experts
+        ids_nK = routing.expert_ids_nK
+        is_identity = (ids_nK >= first) & (ids_nK < first + self.config.identity_experts)
+        return torch.where(is_identity, routing.weights_nK, 0.0).sum(-1)

@@ -1,7 +1,8 @@
 """Auxiliary losses of routing: pure functions of sums that were reduced over all ranks.
 
-Since the sums are global, one process and any data-parallel layout give the same losses.
-p_bar_m is the mean routing distribution of modality m, H the entropy in nats.
+Since the sums are global, one process and any data-parallel layout give the same losses, and padding,
+which never reaches a router, is in none of them. Over the microbatches of an optimizer step the loss
+is the mean of theirs. p_bar_m is the mean routing distribution of modality m, H the entropy in nats.
 """
 
 from __future__ import annotations
@@ -12,19 +13,60 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITY_ID
-from mmmoe_pretrain.config import RoutingLossConfig
-from mmmoe_pretrain.moe.routing import RoutingStats
+from mmmoe_pretrain.batch import MODALITIES, MODALITY_ID
+from mmmoe_pretrain.config_moe import RoutingLossConfig
+from mmmoe_pretrain.moe.balance import ALL, balance, importance, load, sequence_balance
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.collectives import all_reduce_sum
 from mmmoe_pretrain.parallel.groups import Group
+
+TERMS = ("importance", "load", "balance", "z")  # of all tokens, or by modality
 
 
 def reduce_stats(stats: Sequence[RoutingStats], group: Group) -> tuple[RoutingStats, ...]:
     """Each layer's sums over all ranks of ``group``, by one differentiable reduction."""
     if not stats:
         return ()
-    total = all_reduce_sum(torch.stack([layer.flatten() for layer in stats]), group)
-    return tuple(layer.unflatten(row) for layer, row in zip(stats, total.unbind(0), strict=True))
+    flat = [layer.flatten() for layer in stats]
+    total = all_reduce_sum(torch.cat(flat), group)
+    rows = total.split([row.numel() for row in flat])  # layers may have unlike numbers of experts
+    return tuple(layer.unflatten(row) for layer, row in zip(stats, rows, strict=True))
+
+
+class BalanceWindow:
+    """Assignments since the optimizer step began, for balance over the global batch.
+
+    After arXiv 2501.11873 (Qwen): counts are summed over the data-parallel ranks and kept in a buffer
+    over the microbatches of a step, so that experts need only be even over the whole of it. What is
+    equal to one big batch, and what is not:
+    - One microbatch: all of it. The step's tokens are all counted before the loss.
+    - Several: microbatch i sees the counts of 1 to i, since those of later ones do not exist yet. The
+      last one has the true shares, the first those of microbatch scope, and the mean over the
+      microbatches lies near the big batch's value without being it.
+    - The mean probabilities are always of the microbatch alone. With the step's full counts in every
+      microbatch, and as many tokens in each, the mean would be the big batch's value and gradient;
+      with unlike numbers of tokens it weighs microbatches alike, not tokens.
+
+    Call ``reset`` where a step begins, and ``add`` once for each microbatch of training with reduced
+    statistics, outside of anything that is recomputed. Without gradients (evaluation, or the first
+    pass of a reentrant recomputation) ``add`` remembers nothing.
+    """
+
+    def __init__(self) -> None:
+        self._counts: tuple[Tensor, ...] = ()
+
+    def reset(self) -> None:
+        """An optimizer step begins."""
+        self._counts = ()
+
+    def add(self, stats: Sequence[RoutingStats]) -> tuple[Tensor, ...]:
+        """Of each layer: [M, E] assignments of this step so far, those of ``stats`` included."""
+        counts = tuple(layer.counts_ME.detach() for layer in stats)
+        if self._counts:
+            counts = tuple(old + new for old, new in zip(self._counts, counts, strict=True))
+        if torch.is_grad_enabled():
+            self._counts = counts
+        return counts
 
 
 def local_entropy(stats: RoutingStats, modality: int) -> Tensor:
@@ -52,29 +94,35 @@ def marginal_entropy(stats: RoutingStats, modality: int) -> Tensor:
     return -torch.xlogy(p_E, p_E.clamp(min=torch.finfo(p_E.dtype).tiny)).sum()
 
 
-def balance(stats: RoutingStats) -> Tensor:
-    """E * sum_e f_e P_e over all tokens (Switch Transformer, arXiv 2101.03961); 1 when even."""
-    tokens = stats.tokens_M.sum().clamp(min=1)
-    counts_E = stats.counts_ME.sum(0)
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return counts_E.numel() * (share_E * stats.probability_ME.sum(0) / tokens).sum()
+def z_loss(stats: RoutingStats, rows: slice = ALL) -> Tensor:
+    """Mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906), over the experts that a token may choose."""
+    return stats.z_M[rows].sum() / stats.tokens_M[rows].sum().clamp(min=1)
 
 
-def z_loss(stats: RoutingStats) -> Tensor:
-    """Mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)."""
-    return stats.z_sum / stats.tokens_M.sum().clamp(min=1)
+def layer_losses(
+    stats: RoutingStats, config: RoutingLossConfig, counts_so_far_ME: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The weighted terms of one layer, by name. ``counts_so_far_ME`` (of ``BalanceWindow``, by default
+    those of ``stats``) is what balance at global-batch scope goes by.
 
-
-def layer_losses(stats: RoutingStats, config: RoutingLossConfig) -> dict[str, Tensor]:
-    """The weighted terms of one layer, by name; entropies are means over the modalities present."""
+    A term by modality is a mean over the modalities present, as entropies are; its names end in theirs.
+    The names depend on ``config`` alone: a modality without tokens has its term, a 0.
+    """
     losses: dict[str, Tensor] = {}
-    if config.balance:
-        losses["balance"] = config.balance * balance(stats)
-    if config.z:
-        losses["z"] = config.z * z_loss(stats)
-    if not (config.local_entropy or config.global_entropy):
-        return losses
     present_M = (stats.tokens_M > 0).to(stats.tokens_M.dtype)
+    for term in TERMS:
+        weight = getattr(config, term)
+        if not weight:
+            continue
+        if term not in config.per_modality:
+            losses[term] = weight * _term(term, stats, ALL, config, counts_so_far_ME)
+            continue
+        share_M = present_M / present_M.sum().clamp(min=1)
+        for m, name in enumerate(MODALITIES):
+            value = _term(term, stats, slice(m, m + 1), config, counts_so_far_ME)
+            losses[f"{term}/{name}"] = weight * share_M[m] * value
+    if config.orthogonality:
+        losses["orthogonality"] = config.orthogonality * stats.orthogonality
     taking_part = [MODALITY_ID[name] for name in config.entropy_modalities]
     share_M = present_M / present_M[taking_part].sum().clamp(min=1)
     for name in config.entropy_modalities:
@@ -82,14 +130,33 @@ def layer_losses(stats: RoutingStats, config: RoutingLossConfig) -> dict[str, Te
         if config.local_entropy:
             losses[f"local_entropy/{name}"] = config.local_entropy * share_M[m] * local_entropy(stats, m)
         if config.global_entropy:
-            term = global_entropy(stats, m, config.min_experts.get(name))
-            losses[f"global_entropy/{name}"] = config.global_entropy * share_M[m] * term
+            value = global_entropy(stats, m, config.min_experts.get(name))
+            losses[f"global_entropy/{name}"] = config.global_entropy * share_M[m] * value
     return losses
 
 
-def routing_losses(stats: Sequence[RoutingStats], config: RoutingLossConfig) -> dict[str, Tensor]:
-    """The weighted terms by name, means over the layers; ``stats`` are reduced ones."""
-    layers = [layer_losses(layer, config) for layer in stats]
+def _term(term: str, stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
+    if term == "importance":
+        return importance(stats, rows)
+    if term == "load":
+        return load(stats, rows)
+    if term == "z":
+        return z_loss(stats, rows)
+    if config.balance_scope == "sequence":
+        return sequence_balance(stats)
+    return balance(stats, rows, counts_ME if config.balance_scope == "global_batch" else None)
+
+
+def routing_losses(
+    stats: Sequence[RoutingStats], config: RoutingLossConfig, counts_so_far: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weighted terms by name, means over the layers; ``stats`` are reduced ones.
+
+    ``counts_so_far`` is what ``BalanceWindow.add`` gave for them; None counts this microbatch alone.
+    Thresholds and numbers of experts are each layer's own.
+    """
+    windows = [None] * len(stats) if counts_so_far is None else counts_so_far
+    layers = [layer_losses(layer, config, counts) for layer, counts in zip(stats, windows, strict=True)]
     if not layers:
         return {}
     return {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}

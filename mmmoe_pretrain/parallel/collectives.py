@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.parallel.runtime import local_device
@@ -56,21 +57,88 @@ class _GatherRows(torch.autograd.Function):
         return out[start : start + ctx.rows], None
 
 
-class _AllToAllRows(torch.autograd.Function):
+class RowExchange:
+    """One uneven all-to-all under way: ``send[r]`` rows leave for rank r of ``group``, and
+    ``receive[r]`` rows come from it. ``start``, then ``wait``; both once.
+
+    Differentiable, and as asynchronous backward as forward: autograd runs nodes in the reverse order
+    of their making, so the gradient of ``wait`` starts the way back, the gradient of ``start`` waits
+    for it, and whatever was computed in between lies in between again. Between the two stands an
+    empty tensor, a ticket: no buffer is seen before it is filled.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: Group) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self._under_way: tuple[dist.Work | None, Tensor, Tensor] | None = None
+        self._ticket: Tensor | None = None
+
+    def start(self, x: Tensor, riders: Tensor | None = None) -> None:
+        """x: [sum(send), ...]. ``riders``: int32 beside x: fp32 [sum(send)]; they travel in the same
+        message, 8 bytes a row, and no gradient of theirs comes back."""
+        self._ticket = _StartExchange.apply(x, riders, self)
+
+    def wait(self) -> Tensor:
+        """[sum(receive), ...], in the order of the senders."""
+        return _WaitExchange.apply(self._take_ticket(), False, self)[0]
+
+    def wait_with_riders(self) -> tuple[Tensor, Tensor]:
+        """The received x and riders, both [sum(receive)]."""
+        return _WaitExchange.apply(self._take_ticket(), True, self)
+
+    def _take_ticket(self) -> Tensor:
+        ticket, self._ticket = self._ticket, None
+        assert ticket is not None, "wait without start"
+        return ticket
+
+    def issue(self, x: Tensor, send: list[int], receive: list[int]) -> None:
+        """Put x on its way."""
+        x = x.contiguous()
+        if group_size(self.group) == 1:
+            self._under_way = (None, x, x)
+            return
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)
+        self._under_way = (work, out, x)  # x must outlive the transfer
+
+    def arrive(self) -> Tensor:
+        """What ``issue`` brought."""
+        assert self._under_way is not None
+        (work, out, _), self._under_way = self._under_way, None
+        if work is not None:
+            work.wait()
+        return out
+
+
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(x, send, receive, group)
+    def forward(ctx: Any, x: Tensor, riders: Tensor | None, exchange: RowExchange) -> Tensor:
+        ctx.exchange = exchange
+        packed = x if riders is None else torch.stack([x.view(torch.int32), riders], dim=1)
+        exchange.issue(packed, exchange.send, exchange.receive)
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, _ticket: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.arrive(), None, None
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
+class _WaitExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, riders: bool, exchange: RowExchange) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        arrived = exchange.arrive()
+        if not riders:
+            return (arrived,)
+        x, arrived_riders = arrived[:, 0].contiguous().view(torch.float32), arrived[:, 1].contiguous()
+        ctx.mark_non_differentiable(arrived_riders)
+        return x, arrived_riders
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_riders: Tensor) -> tuple[Tensor, None, None]:
+        ctx.exchange.issue(grad, ctx.exchange.receive, ctx.exchange.send)
+        return grad.new_empty(0), None, None
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
@@ -86,11 +154,6 @@ def gather_rows(x: Tensor, group: Group) -> Tensor:
     return x if group_size(group) == 1 else _GatherRows.apply(x, group)
 
 
-def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """Send ``send[r]`` rows to rank r and receive ``receive[r]`` from it, differentiable."""
-    return x if group_size(group) == 1 else _AllToAllRows.apply(x, send, receive, group)
-
-
 def all_reduce_counts(counts: Sequence[float] | np.ndarray, group: Group) -> list[int]:
     """Whole numbers summed over the ranks of ``group``."""
     total = torch.tensor(np.asarray(counts), dtype=torch.int64, device=local_device())
@@ -100,9 +163,10 @@ def all_reduce_counts(counts: Sequence[float] | np.ndarray, group: Group) -> lis
 
 
 def exchange_counts(counts_RE: Tensor, group: Group) -> Tensor:
-    """Row r goes to rank r; row r of the result came from rank r. [ranks, n] -> [ranks, n]."""
+    """Row r goes to rank r; row r of the result came from rank r. [ranks, ...] of equal shape."""
     if group_size(group) == 1:
         return counts_RE
+    counts_RE = counts_RE.contiguous()
     out = torch.empty_like(counts_RE)
-    dist.all_to_all_single(out, counts_RE.contiguous(), group=group)
+    dist.all_to_all_single(out, counts_RE, group=group)
     return out

@@ -5,6 +5,8 @@ The groups are made by megatron-core's parallel_state, so that its engine finds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from mmmoe_pretrain.config import ParallelConfig
@@ -12,25 +14,27 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
 
-def resolve_expert_parallel_size(requested: int | str, num_experts: int, world_size: int) -> int:
+def resolve_expert_parallel_size(requested: int | str, num_experts: int | Sequence[int], world_size: int) -> int:
     """The number of ranks that share one set of experts.
 
-    ``auto`` takes the largest number that divides both the experts and the ranks. Raises
+    ``num_experts``: of the mixture, or of each group and layer where they differ. ``auto`` takes the
+    largest number that divides both the experts and the ranks. Raises
     ValueError for a layout that cannot be, with the nearest that can.
     """
-    legal = [n for n in range(1, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
+    counts = [num_experts] if isinstance(num_experts, int) else list(num_experts)
+    legal = [n for n in range(1, world_size + 1) if world_size % n == 0 and all(c % n == 0 for c in counts)]
     if requested == "auto":
         return legal[-1]
     size = int(requested)
     if size not in legal:
         raise ValueError(
-            f"parallel.expert_parallel_size {size} does not fit moe.num_experts {num_experts} on "
+            f"parallel.expert_parallel_size {size} does not fit moe.num_experts {', '.join(map(str, counts))} on "
             f"{world_size} ranks: it must divide both; use one of {legal} or auto"
         )
     return size
 
 
-def build_groups(config: ParallelConfig, num_experts: int) -> Groups:
+def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Groups:
     """Create the groups of the running job; the default process group must exist."""
     with quiet_megatron():
         from megatron.core import parallel_state

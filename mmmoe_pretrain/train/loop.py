@@ -63,7 +63,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     """
     torch.set_num_threads(config.train.threads_per_rank)
     with process_group(config.parallel.timeout_minutes) as device:
-        groups = build_groups(config.parallel, config.moe.num_experts)
+        groups = build_groups(config.parallel, config.moe.group_sizes)
         try:
             _check_run_dir(config, resume, overwrite)
             codecs = build_codecs(config)

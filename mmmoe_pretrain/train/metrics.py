@@ -9,7 +9,6 @@ Shapes: M modalities, E experts.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.train import heatmap
+from mmmoe_pretrain.evaluate import heatmap
+from mmmoe_pretrain.train.telemetry import LayerRouting, layer_json, number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-SIGNIFICANT_DIGITS = 6
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """Routing in one mixture layer, over all ranks; a modality without tokens has zeros."""
-
-    layer: int
-    tokens_M: np.ndarray  # tokens routed
-    load_ME: np.ndarray  # share of the modality's assignments that each expert gets; rows sum to 1
-    entropy_M: np.ndarray  # nats; mean over tokens of the entropy of the router's distribution
-    marginal_entropy_M: np.ndarray  # nats; entropy of the mean distribution
-    dropped_M: np.ndarray  # share of the assignments for which an expert had no room
-
-    @property
-    def load_over_even_E(self) -> np.ndarray:
-        """Each expert's share of all assignments, times E: 1 is an even share, 0 a dead expert."""
-        return self.load_ME.shape[1] * (self.tokens_M @ self.load_ME) / max(1.0, float(self.tokens_M.sum()))
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ class MetricsLog:
 
     def write(self, record: StepRecord) -> None:
         """Log one step; a killed process loses no line that was written before."""
-        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(to_json(record), allow_nan=False, separators=(",", ":")) + "\n")
         self._file.flush()
         for tag, value in scalars(record):
             self._events.add_scalar(tag, value, record.step)
@@ -151,26 +132,16 @@ def to_json(record: StepRecord) -> dict[str, Any]:
     """The record in plain values, modalities by name; null stands for what is not finite."""
     return {
         "step": record.step,
-        "losses": {name: _number(value) for name, value in record.losses.items()},
-        "learning_rate": _number(record.learning_rate),
-        "grad_norm": _number(record.grad_norm),
+        "losses": {name: number(value) for name, value in record.losses.items()},
+        "learning_rate": number(record.learning_rate),
+        "grad_norm": number(record.grad_norm),
         "tokens": record.tokens,
-        "seconds": _number(record.seconds),
-        "data_seconds": _number(record.data_seconds),
+        "seconds": number(record.seconds),
+        "data_seconds": number(record.data_seconds),
         "bad_samples": record.bad_samples,
         "cut_audio": record.cut_audio,
         "cut_text": record.cut_text,
-        "routing": [
-            {
-                "layer": layer.layer,
-                "tokens": _by_modality(layer.tokens_M),
-                "load": {m: [_number(v) for v in row] for m, row in zip(MODALITIES, layer.load_ME, strict=True)},
-                "entropy": _by_modality(layer.entropy_M),
-                "marginal_entropy": _by_modality(layer.marginal_entropy_M),
-                "dropped": _by_modality(layer.dropped_M),
-            }
-            for layer in record.routing
-        ],
+        "routing": [layer_json(layer) for layer in record.routing],
     }
 
 
@@ -180,10 +151,10 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
         auxiliary = name.removeprefix("aux/")
         yield (f"1_loss/{name}" if auxiliary == name else f"4_auxiliary_loss/{auxiliary}"), value
     if record.routing:
-        load_LE = np.stack([layer.load_over_even_E for layer in record.routing])
-        yield "2_routing/load_over_even_min", float(load_LE.min())
-        yield "2_routing/load_over_even_max", float(load_LE.max())
-        yield "2_routing/dead_experts", float((load_LE == 0).sum())
+        load = np.concatenate([layer.load_over_even_E for layer in record.routing])
+        yield "2_routing/load_over_even_min", float(load.min())
+        yield "2_routing/load_over_even_max", float(load.max())
+        yield "2_routing/dead_experts", float((load == 0).sum())
         for name in ("entropy", "marginal_entropy", "dropped"):
             values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
             yield from _named(f"2_routing/{name}", values_LM.mean(axis=0))
@@ -206,15 +177,6 @@ def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
 
     # purge_step: events of an earlier run from this step on are hidden.
     return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _number(value: float) -> float | None:
-    value = float(value)
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
-
-
-def _by_modality(values_M: np.ndarray) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in zip(MODALITIES, values_M, strict=True)}
 
 
 def _named(prefix: str, values_M: np.ndarray) -> Iterator[tuple[str, float]]:

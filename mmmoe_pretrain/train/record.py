@@ -7,13 +7,11 @@ import time
 import numpy as np
 import torch.distributed as dist
 
-from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.moe.losses import marginal_entropy
-from mmmoe_pretrain.moe.routing import RoutingStats
 from mmmoe_pretrain.parallel.collectives import all_reduce_counts
-from mmmoe_pretrain.train.metrics import LayerRouting, StepRecord
+from mmmoe_pretrain.train.metrics import StepRecord
+from mmmoe_pretrain.train.telemetry import gather_routing
 
 
 class Recorder:
@@ -49,23 +47,7 @@ class Recorder:
             bad_samples=bad,
             cut_audio=cut_audio,
             cut_text=cut_text,
-            routing=tuple(layer_routing(stats) for stats in result.routing),
+            routing=gather_routing(result.routing, self._group),
         )
         self._began, self._tokens, self._data_seconds = now, 0, 0.0
         return record
-
-
-def layer_routing(stats: RoutingStats) -> LayerRouting:
-    """Shares and means from sums; zeros for a modality without tokens."""
-    tokens_M = stats.tokens_M.cpu().double().numpy()
-    counts_ME = stats.counts_ME.cpu().double().numpy()
-    assignments_M = counts_ME.sum(1)
-    marginal = [float(marginal_entropy(stats, m)) for m in range(len(MODALITIES))]
-    return LayerRouting(
-        layer=stats.layer,
-        tokens_M=tokens_M,
-        load_ME=counts_ME / np.maximum(assignments_M, 1)[:, None],
-        entropy_M=stats.entropy_M.detach().cpu().double().numpy() / np.maximum(tokens_M, 1),
-        marginal_entropy_M=np.asarray(marginal),
-        dropped_M=stats.dropped_M.cpu().double().numpy() / np.maximum(assignments_M, 1),
-    )

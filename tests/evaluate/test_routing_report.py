@@ -13,7 +13,9 @@ from mmmoe_pretrain.evaluate.routing_report import (
     dead_experts,
     experts_used,
     mutual_information,
+    strongest_pairs,
     summarise_layer,
+    summarise_tasks,
 )
 
 
@@ -80,6 +82,30 @@ def test_untrained_router_stands_beside_the_trained_one() -> None:
     layer = summarise_layer(split, half)
     assert layer["specialisation"] == pytest.approx(1.0)
     assert layer["specialisation_untrained"] == pytest.approx(0.5)  # by hand in the test above
+
+
+def test_tasks_are_scored_one_by_one_and_against_each_other() -> None:
+    counts = np.zeros((3, 2, 2))
+    counts[0] = [[8, 0], [0, 2]]  # image: contrastive to expert 0, captioning to expert 1
+    counts[2] = [[0, 4], [0, 9]]  # text: expert 1 whatever the task
+    found = summarise_tasks(counts)
+    # Contrastive tokens: the expert tells image from text. Captioning ones: all go to expert 1.
+    assert found["specialisation_by_task"] == pytest.approx({"contrastive": 1.0, "captioning": 0.0})
+    assert found["task_specialisation"] == pytest.approx({"image": 1.0, "text": 0.0})
+
+
+def test_a_single_task_has_nothing_to_tell_tasks_apart() -> None:
+    counts = np.zeros((3, 2, 2))
+    counts[:, 0] = [[1, 1], [0, 2], [2, 0]]
+    found = summarise_tasks(counts)
+    assert found["task_specialisation"] == {}
+    assert set(found["specialisation_by_task"]) == {"contrastive"}
+
+
+def test_pairs_are_sorted_by_the_tokens_that_both_served() -> None:
+    together = np.array([[9.0, 2, 0], [2, 9, 5], [0, 5, 9]])  # the diagonal is no pair
+    assert strongest_pairs(together, tokens=10, limit=8) == [(1, 2, 0.5), (0, 1, 0.2)]
+    assert strongest_pairs(together, tokens=10, limit=1) == [(1, 2, 0.5)]
 
 
 def test_totals_add_up_batch_by_batch() -> None:

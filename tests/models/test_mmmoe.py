@@ -102,3 +102,17 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a, b), name
         if a.ndim >= 2:
             assert not torch.equal(a, c), name
+
+
+def test_jitter_repeats_for_the_same_step_and_differs_between_its_forward_passes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "jitter": 0.5})
+    model, batch = PretrainingModel(config, VOCAB), random_batch(config, ["iat", "it"])
+
+    def two_passes(step: int) -> list[float]:
+        model.begin_step(step)
+        return [model(batch)[0].item() for _ in range(2)]
+
+    first, second = two_passes(3)
+    assert first != second
+    assert two_passes(3) == [first, second]
+    assert two_passes(4)[0] != first

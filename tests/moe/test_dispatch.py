@@ -1,61 +1,219 @@
-"""All-to-all dispatch over 1, 2 and 4 ranks gives what one process gives."""
+"""Both dispatchers against a dense reference, and mixture layers over ranks against one process.
 
+Every case runs on every rank beside its reference, in one process group for all of them. What a rank
+expects: its own tokens through all experts; for expert gradients, the sum of that over the ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmmoe_pretrain.config import MoEConfig, ParallelConfig
+from mmmoe_pretrain.config_moe import ExpertGroupConfig
 from mmmoe_pretrain.models.init import init_parameters
+from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
+from mmmoe_pretrain.moe.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
+from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.layer import MoELayer
+from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
 
-D, TOKENS = 8, 6  # tokens of a rank; rank 1 has none
+D, HIDDEN = 8, 16
+TOKENS_OF_RANK = (7, 0, 5, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``slots``: how tokens choose; see ``chosen_slots``."""
+
+    experts: int
+    top_k: int
+    chunks: int = 1
+    slots: str = "random"
+    dtype: torch.dtype = torch.float32
+
+
 CASES = [
-    MoEConfig(num_experts=4, experts_per_token=1, expert_hidden_size=16),
-    MoEConfig(num_experts=8, experts_per_token=2, expert_hidden_size=16),
-    MoEConfig(num_experts=4, experts_per_token=4, expert_hidden_size=16),
+    Case(4, 1),
+    Case(4, 4, slots="some nowhere"),
+    Case(8, 2),
+    Case(8, 2, slots="all to the last"),
+    Case(8, 2, slots="all nowhere"),
+    Case(8, 2, chunks=2),
+    Case(8, 8, chunks=3, slots="some nowhere"),
+    Case(32, 8, chunks=99, slots="some nowhere"),
+    Case(128, 1, chunks=2),
+    Case(128, 8),
+    Case(8, 2, dtype=torch.bfloat16),
+    Case(8, 8, chunks=3, dtype=torch.bfloat16),
 ]
 
 
-def tokens_of(rank: int) -> torch.Tensor:
-    x = torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(rank))
-    return x[:0] if rank == 1 else x
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def run(config: MoEConfig, groups: Groups, x: torch.Tensor) -> dict[str, Any]:
-    """Output, and the gradients of a fixed sum of squares."""
-    moe = MoELayer(config, D, 0, groups)
+def chosen_slots(case: Case, tokens: int, seed: int) -> Tensor:
+    """[n, K], the slots of a token all different save where they are ``experts`` (nowhere)."""
+    order = torch.rand(tokens, case.experts, generator=generator(seed)).argsort(-1)[:, : case.top_k]
+    if case.slots == "all nowhere":
+        return torch.full_like(order, case.experts)
+    if case.slots == "all to the last":
+        return torch.tensor([case.experts - 1, case.experts]).expand(tokens, 2)
+    if case.slots == "some nowhere":
+        order = order.masked_fill(torch.rand(order.shape, generator=generator(seed + 1)) < 0.4, case.experts)
+    return order
+
+
+def weights_of_all(case: Case) -> tuple[Tensor, Tensor]:
+    draw = generator(9)
+    up = torch.randn(case.experts, D, 2 * HIDDEN, generator=draw) / D**0.5
+    down = torch.randn(case.experts, HIDDEN, D, generator=draw) / HIDDEN**0.5
+    return up.to(case.dtype), down.to(case.dtype)
+
+
+def through_dispatcher(case: Case, dispatcher: Dispatcher, local: range, x: Tensor, slots: Tensor, weights: Tensor):
+    experts = Experts(local, D, HIDDEN, "swiglu", "auto")
+    up, down = weights_of_all(case)
+    experts.up.data, experts.down.data = up[local.start : local.stop], down[local.start : local.stop]
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out, beside = dispatcher.run(x, slots, weights, experts, lambda: x * 2)
+    (out.float().square().sum() + beside.float().sum()).backward()
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        "weights": weights.grad,
+        "up": experts.up.grad,
+        "down": experts.down.grad,
+    }
+
+
+def dense_reference(case: Case, x: Tensor, slots: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Every expert computes every token in fp32, and what was not chosen weighs nothing."""
+    up, down = (w.float().requires_grad_() for w in weights_of_all(case))
+    x, weights = x.float().requires_grad_(), weights.clone().requires_grad_()
+    gate, linear = torch.einsum("nd,edf->enf", x, up).chunk(2, -1)
+    each = torch.einsum("enf,efd->end", F.silu(gate) * linear, down)
+    share = (F.one_hot(slots, case.experts + 1) * weights[..., None]).sum(1)[:, : case.experts]
+    out = torch.einsum("end,ne->nd", each, share)
+    (out.square().sum() + (x * 2).sum()).backward()
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad}
+
+
+def check_dispatcher(case: Case, dispatcher: Dispatcher, groups: Groups, tokens: int, seed: int) -> None:
+    x = torch.randn(tokens, D, generator=generator(seed)).to(case.dtype)
+    slots = chosen_slots(case, tokens, seed)
+    weights = torch.rand(slots.shape, generator=generator(seed + 7))
+    local = groups.local_experts(case.experts)
+    found = through_dispatcher(case, dispatcher, local, x, slots, weights)
+    expected = dense_reference(case, x, slots, weights)
+    for name in ("up", "down"):
+        if groups.expert is not None:
+            dist.all_reduce(expected[name], group=groups.expert)
+        expected[name] = expected[name][local.start : local.stop]
+    for name, value in expected.items():
+        check_close(found[name], value, f"{case} {name}", case.dtype)
+
+
+def check_close(found: Tensor, expected: Tensor, what: str, computed_in: torch.dtype = torch.float32) -> None:
+    """Beside the largest value: sums of up to 64 terms in another order in fp32; and in bf16 eight
+    roundings (up, h, y, the rank's sum, the token's sum, and three gradients) of 2^-9 each."""
+    assert found.shape == expected.shape, what
+    bound = 8 * 2**-9 if computed_in == torch.bfloat16 else 64 * 2**-24
+    if expected.numel():
+        worst = (found.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        assert worst < bound, f"{what}: {worst:.1e} of the largest value, bound {bound:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_one_process_computes_the_weighted_sum_of_experts(case: Case, tokens: int) -> None:
+    check_dispatcher(case, LocalDispatcher(case.experts), SINGLE, tokens, seed=1)
+    check_dispatcher(case, AllToAllDispatcher(case.experts, SINGLE, case.chunks), SINGLE, tokens, seed=1)
+
+
+def test_a_group_of_one_rank_needs_no_transport() -> None:
+    assert make_dispatcher(MoEConfig(num_experts=6), SINGLE) == LocalDispatcher(6)
+
+
+def image_audio_text(n: int) -> Tensor:
+    return torch.arange(n) % 3
+
+
+UNLIKE = (
+    ExpertGroupConfig(modalities=("image",), num_experts=8, expert_hidden_size=24),
+    ExpertGroupConfig(modalities=("audio", "text"), num_experts=4),
+    ExpertGroupConfig(num_experts=4, expert_hidden_size=8),
+)
+BASE = MoEConfig(num_experts=8, expert_hidden_size=HIDDEN)
+LAYERS = {
+    "E 4, K 1": {"num_experts": 4, "experts_per_token": 1},
+    "E 128, K 8": {"num_experts": 128, "experts_per_token": 8, "dispatch_chunks": 2},
+    "capacity": {"capacity_factor": 0.6, "activation": "gelu"},
+    "priority": {"capacity_factor": 0.6, "batch_priority": True, "dispatch_chunks": 3},
+    "groups": {"num_experts": 16, "expert_groups": UNLIKE},
+    "groups, chunks": {"num_experts": 16, "expert_groups": UNLIKE, "dispatch_chunks": 2},
+    "shared": {"shared_expert_hidden_size": 12, "dispatch_chunks": 2},
+    "identity, null": {"identity_experts": 2, "null_experts": 2, "experts_per_token": 4},
+}
+
+
+def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What belongs to this rank's tokens, and the gradients of the experts."""
+    moe = MoELayer(config, D, 1, groups)
     init_parameters(moe, seed=5, num_layers=1)
     x = x.clone().requires_grad_()
-    out, _ = moe(x, torch.zeros(x.shape[0], dtype=torch.int64))
+    out, _ = moe(x, TokenInfo.of_modalities(image_audio_text(x.shape[0])))
     out.square().sum().backward()
-    return {"out": out.detach(), "x": x.grad, "router": moe.router.grad,
-            "gate_up": moe.experts.gate_up.grad, "down": moe.experts.down.grad}  # fmt: skip
+    own = {"out": out.detach(), "x": x.grad}
+    of_experts = {}
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient on a rank of {x.shape[0]} tokens"
+        (of_experts if name.startswith("experts.") else own)[name] = parameter.grad
+    return own, of_experts
 
 
-def rank_cases() -> list[dict[str, Any]]:
-    results = []
-    with process_group(timeout_minutes=0.5):
-        for config in CASES:
-            groups = build_groups(ParallelConfig(), config.num_experts)
-            results.append({k: v.numpy() for k, v in run(config, groups, tokens_of(groups.data_rank)).items()})
+def check_layer(config: MoEConfig, groups: Groups) -> None:
+    """Capacity is counted per rank, so the reference of a rank is one process with its tokens."""
+    rank = groups.data_rank
+    x = torch.randn(TOKENS_OF_RANK[rank], D, generator=generator(rank))
+    own, of_experts = through_layer(config, groups, x)
+    expected_own, expected_of_experts = through_layer(config, SINGLE, x)
+    for name, value in expected_own.items():
+        check_close(own[name], value, f"{config} {name}")
+    for name, value in expected_of_experts.items():
+        dist.all_reduce(value, group=groups.expert)
+        here = groups.local_experts(value.shape[0])
+        check_close(of_experts[name], value[here.start : here.stop], f"{config} {name}")
+
+
+def layouts(world_size: int, experts: int) -> Iterator[Groups]:
+    for size in (1, 2, 4):
+        if size <= world_size:
+            yield build_groups(ParallelConfig(expert_parallel_size=size), experts)
             destroy_groups()
-    return results
+
+
+def all_cases(world_size: int) -> Any:
+    with process_group(timeout_minutes=0.5):
+        for groups in layouts(world_size, 4):
+            rank = groups.data_rank
+            for case in CASES:
+                dispatcher = AllToAllDispatcher(case.experts, groups, case.chunks)
+                check_dispatcher(case, dispatcher, groups, TOKENS_OF_RANK[rank], seed=rank)
+            for override in LAYERS.values():
+                check_layer(MoEConfig.model_validate({**BASE.model_dump(), **override}), groups)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_all_to_all_equals_local(world_size: int) -> None:
-    ranks = run_ranks(world_size, rank_cases)
-    x = torch.cat([tokens_of(rank) for rank in range(world_size)])
-    for case, config in enumerate(CASES):
-        whole = run(config, SINGLE, x)
-        parts = [{k: torch.from_numpy(v) for k, v in rank[case].items()} for rank in ranks]
-        # fp32 sums in another order: a few units in the last place of values around 1.
-        close = {"rtol": 1e-5, "atol": 1e-6}
-        for name in ("out", "x", "gate_up", "down"):  # tokens by rank, experts by rank
-            torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], **close)
-        torch.testing.assert_close(sum(part["router"] for part in parts), whole["router"], **close)
+def test_ranks_compute_what_one_process_computes(world_size: int) -> None:
+    run_ranks(world_size, all_cases, world_size)

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.metrics import LayerRouting, MetricsLog, StepRecord, scalars, truncate_after
+from mmmoe_pretrain.train.telemetry import gather_routing, layer_json
+from tests.distributed import run_ranks
 
 
-def layer_routing(layer: int = 1) -> LayerRouting:
-    """Four experts: image uses 0 and 1, audio has no tokens, text uses 1 alone."""
+def layer_routing(layer: int = 1, experts: int = 4) -> LayerRouting:
+    """300 image tokens (200 of them in captions) and 100 text tokens, two experts each; audio has none.
+
+    Image: experts 0 and 1 in the contrastive task, 0 and 2 in captions. Text: 1 and 2, all contrastive.
+    The router gives each token's two experts 3/4 and 1/4, so that a token's entropy is that of a coin
+    thrown 3 to 1; a hundred image assignments of captions find no room.
+    """
+    coin = np.log(4) - 0.75 * np.log(3)
+    counts, probability = np.zeros((3, 2, experts)), np.zeros((3, 2, experts))
+    for modality, task, tokens, first, second in ((0, 0, 100, 0, 1), (0, 1, 200, 0, 2), (2, 0, 100, 1, 2)):
+        counts[modality, task, [first, second]] = tokens
+        probability[modality, task, [first, second]] = 0.75 * tokens, 0.25 * tokens
+    together = np.zeros((3, experts, experts))
+    for modality, tokens, a, b in ((0, 100, 0, 1), (0, 200, 0, 2), (2, 100, 1, 2)):
+        together[modality, a, b] = together[modality, b, a] = tokens
+    tokens_MX = np.array([[100.0, 200.0], [0, 0], [100, 0]])
     return LayerRouting(
         layer=layer,
-        tokens_M=np.array([300.0, 0.0, 100.0]),
-        load_ME=np.array([[0.5, 0.5, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]),
-        entropy_M=np.array([0.75, 0.0, 0.25]),
-        marginal_entropy_M=np.array([0.7, 0.0, 0.1]),
-        dropped_M=np.array([0.125, 0.0, 0.0]),
+        tokens_MX=tokens_MX,
+        counts_MXE=counts,
+        probability_MXE=probability,
+        entropy_MX=coin * tokens_MX,
+        dropped_MX=np.array([[0.0, 100.0], [0, 0], [0, 0]]),
+        coactivation_MEE=together,
     )
 
 
@@ -56,16 +78,89 @@ def test_a_record_becomes_one_json_line_with_modalities_by_name(tmp_path: Path) 
     assert line["step"] == 10
     assert line["losses"] == {"total": 3.0, "contrastive/image-text": 2.5, "aux/global_entropy/image": 0.5}
     assert (line["tokens"], line["seconds"], line["data_seconds"], line["bad_samples"]) == (4000, 2.0, 0.5, 1)
-    assert line["routing"] == [
-        {
-            "layer": 1,
-            "tokens": {"image": 300.0, "audio": 0.0, "text": 100.0},
-            "load": {"image": [0.5, 0.5, 0.0, 0.0], "audio": [0.0] * 4, "text": [0.0, 1.0, 0.0, 0.0]},
-            "entropy": {"image": 0.75, "audio": 0.0, "text": 0.25},
-            "marginal_entropy": {"image": 0.7, "audio": 0.0, "text": 0.1},
-            "dropped": {"image": 0.125, "audio": 0.0, "text": 0.0},
-        }
-    ]
+    (layer,) = line["routing"]
+    assert (layer["layer"], layer["tokens"]) == (1, {"image": 300.0, "audio": 0.0, "text": 100.0})
+    assert layer["assignments"] == {"image": 600.0, "audio": 0.0, "text": 200.0}
+
+
+def test_rates_of_a_modality_are_over_its_tokens_of_all_tasks() -> None:
+    layer = layer_json(layer_routing())
+    # Image: 300 tokens, of whose 600 assignments 300 go to expert 0, 100 to 1 and 200 to 2.
+    assert layer["load"] == {"image": [0.5, 0.1667, 0.3333, 0.0], "audio": [0.0] * 4, "text": [0, 0.5, 0.5, 0]}
+    # 0: 3/4 of every token; 1: 1/4 of a third of them; 2: 1/4 of two thirds.
+    assert layer["mean_probability"]["image"] == [0.75, 0.08333, 0.1667, 0.0]
+    assert layer["mean_probability"]["text"] == [0.0, 0.75, 0.25, 0.0]
+    coin = 0.562335  # -3/4 ln 3/4 - 1/4 ln 1/4
+    assert layer["entropy"] == {"image": coin, "audio": 0.0, "text": coin}
+    # -3/4 ln 3/4 - 1/12 ln 1/12 - 1/6 ln 1/6
+    assert layer["marginal_entropy"] == {"image": pytest.approx(0.721463, abs=2e-6), "audio": 0.0, "text": coin}
+    assert layer["dropped"] == {"image": 0.166667, "audio": 0.0, "text": 0.0}
+
+
+def test_tasks_are_told_apart_where_they_have_tokens() -> None:
+    tasks = layer_json(layer_routing())["tasks"]
+    assert {task: set(cells) for task, cells in tasks.items()} == {
+        "contrastive": {"image", "text"},
+        "captioning": {"image"},
+    }
+    assert tasks["captioning"]["image"] == {
+        "tokens": 200.0,
+        "load": [0.5, 0.0, 0.5, 0.0],
+        "mean_probability": [0.75, 0.0, 0.25, 0.0],
+        "entropy": 0.562335,
+        "dropped": 0.25,
+    }
+    assert tasks["contrastive"]["image"]["load"] == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_coactivation_is_logged_as_its_strongest_pairs() -> None:
+    pairs = layer_json(layer_routing())["coactivation"]
+    assert pairs == {"image": [[0, 2, 0.6667], [0, 1, 0.3333]], "text": [[1, 2, 1.0]]}
+
+
+def test_of_many_pairs_eight_are_logged() -> None:
+    layer = layer_routing(experts=6)
+    layer.coactivation_MEE[0] = 1.0  # fifteen pairs, and a diagonal that is no pair
+    pairs = layer_json(layer)["coactivation"]["image"]
+    assert len(pairs) == 8
+    assert all(a < b for a, b, _ in pairs)
+
+
+def test_layers_may_have_unlike_numbers_of_experts(tmp_path: Path) -> None:
+    both = dataclasses.replace(record(1), routing=(layer_routing(1, experts=4), layer_routing(3, experts=6)))
+    with MetricsLog(tmp_path, heatmap_every=1) as log:
+        log.write(both)
+    assert [len(layer["load"]["image"]) for layer in read_log(tmp_path)[0]["routing"]] == [4, 6]
+    assert dict(scalars(both))["2_routing/dead_experts"] == 1 + 3
+
+
+def test_sums_of_a_step_become_numbers_and_coactivation_is_summed_over_ranks() -> None:
+    """Two layers of 2 and 3 experts. What ``reduce_stats`` has summed already is the same on both
+    ranks and must not be added again; the pairs of rank r count r + 1 times, 1 + 2 in all."""
+
+    def gather() -> list[tuple[int, list[float], float, float]]:
+        with process_group(timeout_minutes=1):
+            layers = gather_routing((sums(0, 2), sums(1, 3)), dist.group.WORLD)
+        return [(r.layer, r.tokens_M.tolist(), r.counts_MXE.sum(), r.coactivation_MEE[0, 0, 1]) for r in layers]
+
+    def sums(layer: int, experts: int) -> RoutingStats:
+        pairs = torch.zeros(3, experts, experts)
+        pairs[0, 0, 1] = pairs[0, 1, 0] = (dist.get_rank() + 1) * 10.0**layer
+        return dataclasses.replace(
+            zero_stats(experts), layer=layer, tokens_MX=torch.full((3, 2), 2.0 + layer),
+            counts_MXE=torch.ones(3, 2, experts, requires_grad=True), coactivation_MEE=pairs)  # fmt: skip
+
+    expected = [(0, [4.0, 4.0, 4.0], 12.0, 3.0), (1, [6.0, 6.0, 6.0], 18.0, 30.0)]
+    assert run_ranks(2, gather) == [expected, expected]
+
+
+def zero_stats(experts: int) -> RoutingStats:
+    of_expert, of_cell, pairs = torch.zeros(3, 2, experts), torch.zeros(3, 2), torch.zeros(3, experts, experts)
+    return RoutingStats(
+        probability_MXE=of_expert, entropy_MX=of_cell, z_MX=of_cell, counts_MXE=of_expert, tokens_MX=of_cell,
+        dropped_MX=of_cell, load_ME=torch.zeros(3, experts), sequence_balance=torch.zeros(2), coactivation_MEE=pairs,
+        orthogonality=torch.zeros(()),
+    )  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_is_null_and_the_line_stays_valid_json(tmp_path: Path) -> None:
@@ -109,10 +204,9 @@ def test_a_foreign_line_is_refused_and_named(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 3
 
 
-def test_load_over_even_weighs_modalities_by_their_tokens() -> None:
-    # Assignments by expert: 300 * (0.5, 0.5, 0, 0) + 100 * (0, 1, 0, 0) = (150, 250, 0, 0) of 400,
-    # and an even share is 100.
-    np.testing.assert_allclose(layer_routing().load_over_even_E, [1.5, 2.5, 0.0, 0.0])
+def test_load_over_even_is_of_all_assignments() -> None:
+    # Assignments by expert: 300, 100 + 100, 200 + 100, 0 of 800, and an even share is 200.
+    np.testing.assert_allclose(layer_routing().load_over_even_E, [1.5, 1.0, 1.5, 0.0])
 
 
 def test_tensorboard_gets_derived_values_under_ordered_groups() -> None:
@@ -120,10 +214,10 @@ def test_tensorboard_gets_derived_values_under_ordered_groups() -> None:
     assert values["1_loss/total"] == 3.0
     assert values["1_loss/contrastive/image-text"] == 2.5
     assert values["4_auxiliary_loss/global_entropy/image"] == 0.5
-    assert values["2_routing/load_over_even_max"] == 2.5
-    assert values["2_routing/dead_experts"] == 2
-    assert values["2_routing/dropped/image"] == 0.125
-    assert values["6_layers/01/entropy/text"] == 0.25
+    assert values["2_routing/load_over_even_max"] == 1.5
+    assert values["2_routing/dead_experts"] == 1
+    assert values["2_routing/dropped/image"] == 1 / 6
+    assert values["6_layers/01/entropy/text"] == pytest.approx(0.562335)
     assert values["5_speed/tokens_per_second"] == 2000
     assert values["5_speed/data_wait_fraction"] == 0.25
 
@@ -154,7 +248,7 @@ def test_the_picture_shows_something(tmp_path: Path) -> None:
         assert image.width > 400 and image.height > 150
         colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
     assert (tmp_path / "routing_training.png").stat().st_size > 5_000
-    # Viridis at 100% (text uses expert 1 alone) and at 0%, and the grey of the absent modality.
+    # Viridis at its top (the largest share, 50%) and at 0%, and the grey of the absent modality.
     for expected in ((253, 231, 36), (68, 1, 84), (228, 228, 228)):
         assert np.abs(colours - np.array(expected)).max(axis=1).min() <= 1, expected
     assert not list(tmp_path.glob("*.tmp"))

@@ -10,15 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 MAX_COLUMNS = 6  # panels side by side
+MANY_CELLS = 1000
+BAR_INCHES = 6.0
 MAX_ANNOTATED_ROWS = 32  # with more experts the numbers would overlap
 INK, QUIET = "#222222", "#6B6B6B"
 ABSENT = "#E4E4E4"
@@ -39,7 +42,9 @@ def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     experts = max(len(panel.share_EM) for panel in panels)
-    top = _top_of_scale(panels)
+    even = max(1.0 / len(panel.share_EM) for panel in panels)
+    top, largest = scale_top([panel.share_EM for panel in panels])
+    top = 100 * min(1.0, max(top, 2 * even))  # so that noise looks even
     columns = min(MAX_COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     row_inches = 0.3 if experts <= MAX_ANNOTATED_ROWS else 0.12
@@ -53,12 +58,9 @@ def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
         image = _panel(ax, panel, top)
     for row in axes:
         row[0].set_ylabel("expert", color=QUIET, fontsize=9)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25, format="{x:.0f}%")
-    bar.set_label("share of the modality's assignments", color=QUIET, fontsize=9)
-    bar.ax.tick_params(labelsize=8, length=0, colors=QUIET)
-    bar.outline.set_visible(False)
-    even = 100 / experts
-    figure.suptitle(f"{title}  (even share: {even:.3g}%)", color=INK, fontsize=11)
+    colour_bar(figure, image, axes, "share of the modality's assignments", 100 * largest)
+    shares = {f"{100 / len(panel.share_EM):.3g}%" for panel in panels}
+    figure.suptitle(f"{title}  (even share: {', '.join(sorted(shares))})", color=INK, fontsize=11)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -72,11 +74,25 @@ def save(image_HWC: np.ndarray, path: Path) -> None:
     whole.replace(path)
 
 
-def _top_of_scale(panels: Sequence[Panel]) -> float:
-    """In percent: the largest share, and no less than twice an even one, so that noise looks even."""
-    largest = max(float(np.nan_to_num(panel.share_EM).max()) for panel in panels)
-    even = max(1.0 / len(panel.share_EM) for panel in panels)
-    return 100 * min(1.0, max(largest, 2 * even))
+def scale_top(shares: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Where the colours end, and the largest share. The two are one, save that among many shares a
+    hundredth may lie beyond the colours, lest a single one leave the rest in the dark."""
+    values = np.concatenate([np.ravel(share) for share in shares])
+    values = values[~np.isnan(values)]
+    largest = float(values.max(initial=0.0))
+    top = largest if values.size < MANY_CELLS else float(np.quantile(values, 0.99))
+    return top or largest or 1.0, largest
+
+
+def colour_bar(figure: Figure, image: Any, axes: Any, label: str, largest: float) -> None:
+    """Of percentages; with a point where colours end before the values do, and no taller than ``BAR_INCHES``."""
+    bar = figure.colorbar(
+        image, ax=axes, pad=0.02, aspect=25, shrink=min(1.0, BAR_INCHES / figure.get_size_inches()[1]),
+        anchor=(0, 1), format="{x:.3g}%", extend="max" if largest > image.norm.vmax else "neither",
+    )  # fmt: skip
+    bar.set_label(label, color=QUIET, fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=0, colors=QUIET)
+    bar.outline.set_visible(False)
 
 
 def _panel(ax: Axes, panel: Panel, top: float) -> AxesImage:

@@ -1,0 +1,262 @@
+"""The schema of the mixture: routers, losses, experts, dispatch, and what differs by layer.
+
+Owns every check of the ``moe`` section that needs no hardware and no other section.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Modality = Literal["image", "audio", "text"]
+RouterName = Literal["softmax_top_k", "sigmoid_top_k", "group_limited", "noisy_top_k", "expert_choice", "hash"]
+RoutingTerm = Literal["importance", "load", "balance", "z"]
+EVERYBODY: tuple[Modality, ...] = ("image", "audio", "text")
+WHOLE_MODEL_KEYS = ("every", "layers", "losses")  # one value for all layers
+
+
+class StrictModel(BaseModel):
+    """Frozen, and refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RoutingLossConfig(StrictModel):
+    """Weights of the auxiliary losses; a weight of 0 leaves the term out.
+
+    ``entropy_modalities`` take part in the LIMoE terms. ``min_experts[m]`` is S_m of the soft
+    threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
+    ``per_modality`` terms are computed on each modality's tokens alone and averaged over the
+    modalities present. ``balance_scope`` says over which tokens the shares are counted.
+    """
+
+    local_entropy: float = Field(0.0, ge=0)
+    global_entropy: float = Field(0.0, ge=0)
+    entropy_modalities: tuple[Modality, ...] = EVERYBODY
+    min_experts: dict[Modality, float] = {}
+    importance: float = Field(0.0, ge=0)
+    load: float = Field(0.0, ge=0)
+    balance: float = Field(0.0, ge=0)
+    balance_scope: Literal["sequence", "microbatch", "global_batch"] = "microbatch"
+    z: float = Field(0.0, ge=0)
+    orthogonality: float = Field(0.0, ge=0)
+    per_modality: tuple[RoutingTerm, ...] = ()
+
+    @model_validator(mode="after")
+    def _scope(self) -> Self:
+        if self.balance_scope == "sequence" and "balance" in self.per_modality:
+            raise ValueError(
+                "moe.losses.balance_scope sequence counts by segment, which has one modality already or is fused of "
+                "several, so balance by modality has no clear meaning there; take balance out of "
+                "moe.losses.per_modality, or use balance_scope microbatch or global_batch"
+            )
+        return self
+
+    @property
+    def any_of_tokens(self) -> bool:
+        """Some term needs gradients through the statistics of the tokens."""
+        return any((self.local_entropy, self.global_entropy, self.importance, self.load, self.balance, self.z))
+
+
+class ExpertGroupConfig(StrictModel):
+    """A run of experts that serve the tokens of ``modalities`` alone (MoMa, arXiv 2407.21770).
+
+    ``expert_hidden_size`` None takes that of the mixture.
+    """
+
+    modalities: tuple[Modality, ...] = EVERYBODY
+    num_experts: int = Field(ge=1)
+    expert_hidden_size: int | None = Field(None, ge=1)
+
+
+class BiasBalancingConfig(StrictModel):
+    """Experts are chosen by score + bias and weighed by score; the bias of an expert with less than
+    the mean load rises by ``rate`` after each optimizer step (arXiv 2408.15664). 0 is off."""
+
+    rate: float = Field(0.0, ge=0)
+    per_modality: bool = False
+
+
+class MoEConfig(StrictModel):
+    """One mixture layer; ``layers`` overrides single settings by block index."""
+
+    router: RouterName = "softmax_top_k"
+    gate: Literal["linear", "laplace"] = "linear"  # logits: w x, or -|x - w| (FuseMoE, arXiv 2402.03226)
+    every: int = Field(2, ge=1)  # block i is a mixture where (i + 1) % every == 0
+    num_experts: int = Field(8, ge=1)  # 1 is a dense model
+    experts_per_token: int = Field(2, ge=1)
+    expert_hidden_size: int = Field(256, ge=1)
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    expert_groups: tuple[ExpertGroupConfig, ...] = ()  # empty: every expert serves every modality
+    shared_expert_hidden_size: int = Field(0, ge=0)  # of the expert that every token visits; 0 is none
+    identity_experts: int = Field(0, ge=0)  # return the token itself (MoE++, arXiv 2410.07348)
+    null_experts: int = Field(0, ge=0)  # return nothing
+    capacity_factor: float | None = Field(None, gt=0)  # None is dropless
+    batch_priority: bool = False
+    renormalize: bool = True  # divide the chosen weights by their sum; never where K = 1
+    node_groups: int = Field(1, ge=1)  # of equally many experts, for router group_limited
+    groups_per_token: int = Field(1, ge=1)
+    task_conditioned: bool = False  # the router sees x plus a learned embedding of the token's task
+    jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
+    bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
+    wake_steps: int = Field(0, ge=0)  # over which experts that were added to a trained model wake; 0: none sleep
+    dispatch_chunks: int = Field(1, ge=1)  # pieces of the stream whose transfers overlap with computation
+    expert_backend: Literal["auto", "blocked", "grouped_mm"] = "auto"
+    losses: RoutingLossConfig = RoutingLossConfig()
+    layers: dict[int, dict[str, Any]] = {}  # block index -> settings that differ there
+
+    @property
+    def dense(self) -> bool:
+        return self.num_experts == 1
+
+    @property
+    def router_outputs(self) -> int:
+        """Experts that a token can choose, those without computation included; they stand last:
+        first the identity experts, then the null ones."""
+        return self.num_experts + self.identity_experts + self.null_experts
+
+    @property
+    def groups(self) -> tuple[ExpertGroupConfig, ...]:
+        """The expert groups with their sizes filled in; one of all experts where none is named."""
+        named = self.expert_groups or (ExpertGroupConfig(num_experts=self.num_experts),)
+        return tuple(
+            group.model_copy(update={"expert_hidden_size": group.expert_hidden_size or self.expert_hidden_size})
+            for group in named
+        )
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Numbers of experts that expert parallelism must divide: of every group of every layer."""
+        layers = [self, *(self.for_layer(index) for index in self.layers)]
+        return tuple(sorted({group.num_experts for layer in layers for group in layer.groups}))
+
+    def for_layer(self, index: int) -> MoEConfig:
+        """The settings of block ``index``."""
+        override = self.layers.get(index)
+        if not override:
+            return self
+        return MoEConfig.model_validate({**self.model_dump(exclude={"layers"}), **override})
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.experts_per_token > self.router_outputs:
+            idle = self.router_outputs - self.num_experts
+            raise ValueError(
+                f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts {self.num_experts}"
+                f"{f' and the {idle} without computation' if idle else ''}; lower the first or raise the second"
+            )
+        if self.batch_priority and self.capacity_factor is None:
+            raise ValueError(
+                "moe.batch_priority orders tokens for a limited capacity, and "
+                "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
+                "batch_priority: false"
+            )
+        for modality, count in self.losses.min_experts.items():
+            if not 1 <= count <= self.router_outputs and not self.dense:
+                raise ValueError(
+                    f"moe.losses.min_experts of {modality} is {count:g}, and there are "
+                    f"{self.router_outputs} experts; use 1 to {self.router_outputs}"
+                )
+        self._check_groups()
+        self._check_router()
+        return self
+
+    def _check_groups(self) -> None:
+        if not self.expert_groups:
+            return
+        total = sum(group.num_experts for group in self.expert_groups)
+        if total != self.num_experts:
+            raise ValueError(
+                f"moe.expert_groups hold {total} experts together, and moe.num_experts is {self.num_experts}; "
+                f"set num_experts: {total}"
+            )
+        for modality in EVERYBODY:
+            reach = sum(g.num_experts for g in self.expert_groups if modality in g.modalities)
+            reach += self.identity_experts + self.null_experts
+            if reach < self.experts_per_token:
+                raise ValueError(
+                    f"moe.expert_groups let {modality} reach {reach} experts, fewer than moe.experts_per_token "
+                    f"{self.experts_per_token}; add {modality} to a group, or lower experts_per_token"
+                )
+            threshold = self.losses.min_experts.get(modality, 1)
+            if threshold > reach:
+                raise ValueError(
+                    f"moe.losses.min_experts of {modality} is {threshold:g}, and moe.expert_groups let it reach "
+                    f"{reach} experts; use 1 to {reach}"
+                )
+        if self.router in ("hash", "group_limited"):
+            raise ValueError(
+                f"moe.router {self.router} chooses among all experts, and moe.expert_groups keep them apart by "
+                f"modality; use softmax_top_k, sigmoid_top_k, noisy_top_k or expert_choice, or drop expert_groups"
+            )
+
+    def _check_router(self) -> None:
+        if self.router == "group_limited":
+            self._check_node_groups()
+        if self.router == "expert_choice" and (self.batch_priority or self.bias_balancing.rate):
+            raise ValueError(
+                "moe.router expert_choice fills every expert by itself, so moe.batch_priority and "
+                "moe.bias_balancing have nothing to order; leave both out"
+            )
+        if self.losses.load and self.router in ("hash", "expert_choice"):
+            raise ValueError(
+                f"moe.losses.load is about an expert being among a token's top k, and moe.router {self.router} does "
+                f"not choose so; set moe.losses.load: 0 (importance works with it)"
+            )
+        if self.router == "hash" and (self.bias_balancing.rate or self.jitter or self.task_conditioned):
+            raise ValueError(
+                "moe.router hash does not look at the token's content, so moe.bias_balancing, moe.jitter and "
+                "moe.task_conditioned have no effect; leave them out"
+            )
+
+    def _check_node_groups(self) -> None:
+        if self.num_experts % self.node_groups or self.groups_per_token > self.node_groups:
+            raise ValueError(
+                f"moe.router group_limited splits moe.num_experts {self.num_experts} into moe.node_groups "
+                f"{self.node_groups} of equal size and takes moe.groups_per_token {self.groups_per_token} of them; "
+                f"use a divisor of {self.num_experts}, and at most that many groups a token"
+            )
+        reach = self.groups_per_token * (self.num_experts // self.node_groups)
+        if self.experts_per_token > reach:
+            raise ValueError(
+                f"moe.groups_per_token {self.groups_per_token} of {self.node_groups} leaves a token {reach} experts, "
+                f"fewer than moe.experts_per_token {self.experts_per_token}; raise groups_per_token"
+            )
+        if self.identity_experts or self.null_experts:
+            raise ValueError(
+                "moe.router group_limited knows experts on nodes alone; leave out moe.identity_experts and "
+                "moe.null_experts, or use softmax_top_k"
+            )
+
+    @model_validator(mode="after")
+    def _layers_are_possible(self) -> Self:
+        for index, override in self.layers.items():
+            whole = [key for key in WHOLE_MODEL_KEYS if key in override]
+            if whole:
+                raise ValueError(
+                    f"moe.layers.{index}.{whole[0]} holds for all layers together; set moe.{whole[0]} instead"
+                )
+            if index < 0 or (index + 1) % self.every:
+                raise ValueError(
+                    f"moe.layers.{index}: block {index} is no mixture under moe.every {self.every}; name one of "
+                    f"{', '.join(str(i) for i in range(self.every - 1, 4 * self.every, self.every))}, ..."
+                )
+            unknown = sorted(override.keys() - MoEConfig.model_fields.keys())
+            if unknown:
+                raise ValueError(
+                    f"moe.layers.{index}: unknown key {unknown[0]!r}; known keys: "
+                    f"{', '.join(k for k in MoEConfig.model_fields if k not in WHOLE_MODEL_KEYS)}"
+                )
+            if self._possible_layer(index).dense != self.dense:
+                raise ValueError(f"moe.layers.{index}: a mixture cannot be dense in one layer; use num_experts: 2 up")
+        return self
+
+    def _possible_layer(self, index: int) -> MoEConfig:
+        """``for_layer`` that says of which layer it complains."""
+        try:
+            return self.for_layer(index)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"][-1:])
+            raise ValueError(f"moe.layers.{index}: {where}{first['msg'].removeprefix('Value error, ')}") from None

@@ -1,0 +1,1 @@
+"""The interpretable routing report of a trained run: ``mmmoe routing RUN``."""

@@ -1,0 +1,81 @@
+"""How routing changed in training, from the records of ``metrics.jsonl``.
+
+Shapes: R records (logged steps), M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.evaluate.routing_report import mutual_information
+
+
+@dataclass(frozen=True)
+class LayerHistory:
+    """``load_RME``: share of the modality's assignments at each expert; NaN where a record has no token
+    of the modality."""
+
+    layer: int
+    steps_R: np.ndarray
+    load_RME: np.ndarray
+
+    @property
+    def change_RM(self) -> np.ndarray:
+        """[R - 1, M]: total variation distance between a record and the next, half the sum of the
+        absolute differences: the share of the modality's assignments that moved to other experts."""
+        return 0.5 * np.abs(np.diff(self.load_RME, axis=0)).sum(-1)
+
+    @property
+    def specialisation_R(self) -> np.ndarray:
+        """Mutual information of modality and expert over the bits that name a modality; NaN where fewer
+        than two modalities have tokens."""
+        return np.array([_specialisation(load_ME) for load_ME in self.load_RME])
+
+
+def read(path: Path) -> list[LayerHistory]:
+    """By layer; empty where there is no log, no mixture in it, or fewer than two records. A last line
+    that is still being written is left out, and so are records of another number of experts than the
+    last one's: what was before experts were added or removed."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    records = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    if not records:
+        return []
+    layers = [_layer(records, entry["layer"]) for entry in records[-1]["routing"]]
+    return [layer for layer in layers if len(layer.steps_R) > 1]
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return {"step": record["step"], "routing": record["routing"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}:{number} is no record of a step ({type(error).__name__}); mend the line or move the file away"
+        ) from error
+
+
+def _layer(records: list[dict[str, Any]], layer: int) -> LayerHistory:
+    found = [(r["step"], entry) for r in records for entry in r["routing"] if entry["layer"] == layer]
+    loads = [(step, _load(entry)) for step, entry in found]
+    experts = loads[-1][1].shape[1]
+    same = [(step, load_ME) for step, load_ME in loads if load_ME.shape[1] == experts]
+    return LayerHistory(layer, np.array([step for step, _ in same]), np.stack([load_ME for _, load_ME in same]))
+
+
+def _load(entry: dict[str, Any]) -> np.ndarray:
+    load_ME = np.array([entry["load"][m] for m in MODALITIES], dtype=float)
+    absent_M = np.array([not entry["tokens"][m] for m in MODALITIES])
+    return np.where(absent_M[:, None], np.nan, load_ME)
+
+
+def _specialisation(load_ME: np.ndarray) -> float:
+    seen = load_ME[~np.isnan(load_ME).any(1)]
+    return mutual_information(seen) / float(np.log2(len(seen))) if len(seen) > 1 else float("nan")

@@ -1,0 +1,242 @@
+"""The arithmetic of a stack of experts, by two back ends with one signature.
+
+``blocked`` takes one expert after another: a piece of its rows is gathered, multiplied, activated and
+multiplied while it is in the cache. It covers every type and shape. ``grouped_mm`` gathers all rows
+and makes two grouped products (torch.nn.functional.grouped_mm): the way of a GPU.
+
+Shapes: x_mD rows, weights_A routing weights in the plan's order, up_EDF [E, D, width F], down_EFD.
+Routing weights cost ``blocked`` no pass of their own: forward they are part of the sum over a row's
+experts, backward they multiply the gathered gradient, which is the narrowest tensor there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmmoe_pretrain.moe.activation import ACTIVATIONS, Activation
+from mmmoe_pretrain.moe.cores import side_by_side
+from mmmoe_pretrain.moe.memory import Buffers
+from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
+from mmmoe_pretrain.moe.products import product, product_into
+
+BLOCK_BYTES = 16 << 20  # of a piece's widest tensor: malloc recycles that size, and it nears the cache
+GROUPED_ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
+ExpertMath = Callable[[Tensor, Tensor, ExpertPlan, Tensor, Tensor, str, Buffers], Tensor]
+
+
+def blocked(
+    x_mD: Tensor,
+    weights_A: Tensor,
+    plan: ExpertPlan,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: str,
+    buffers: Buffers,
+) -> Tensor:
+    """[m, D] -> [m, D]: the weighted sum of each row's experts."""
+    keep = torch.is_grad_enabled()  # inside the function it never is
+    return _Blocked.apply(x_mD, weights_A, up_EDF, down_EFD, plan, activation, buffers, keep)
+
+
+def grouped_mm(
+    x_mD: Tensor,
+    weights_A: Tensor,
+    plan: ExpertPlan,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: str,
+    buffers: Buffers,
+) -> Tensor:
+    """The same by grouped products over all experts at once."""
+    ends = torch.tensor(plan.counts, device=x_mD.device).cumsum(0).to(torch.int32)
+    up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EDF, offs=ends)
+    h_AF = ACTIVATIONS[activation].forward(up_AF) * weights_A[:, None].to(x_mD.dtype)
+    return sum_rows(F.grouped_mm(h_AF, down_EFD, offs=ends), plan)
+
+
+EXPERT_BACKENDS: dict[str, ExpertMath] = {"blocked": blocked, "grouped_mm": grouped_mm}
+
+
+def choose_backend(name: str, x_mD: Tensor, plan: ExpertPlan, up_EDF: Tensor, down_EFD: Tensor) -> ExpertMath:
+    """``auto``: grouped products on a GPU, blocks on a CPU; blocks wherever grouped_mm has a hole."""
+    wants_grouped = name == "grouped_mm" or (name == "auto" and x_mD.device.type != "cpu")
+    if wants_grouped and _grouped_mm_fits(x_mD, plan, up_EDF, down_EFD):
+        return grouped_mm
+    return blocked
+
+
+def _grouped_mm_fits(x_mD: Tensor, plan: ExpertPlan, up_EDF: Tensor, down_EFD: Tensor) -> bool:
+    row_bytes = [size * x_mD.element_size() for w in (up_EDF, down_EFD) for size in w.shape[1:]]
+    return (
+        hasattr(F, "grouped_mm")
+        and plan.num_assignments > 0
+        and x_mD.dtype in (torch.float32, torch.bfloat16)
+        and all(size % GROUPED_ALIGNMENT == 0 for size in row_bytes)
+    )
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_mD: Tensor,
+        weights_A: Tensor,
+        up_EDF: Tensor,
+        down_EFD: Tensor,
+        plan: ExpertPlan,
+        activation: str,
+        buffers: Buffers,
+        keep: bool,
+    ) -> Tensor:
+        act = ACTIVATIONS[activation]
+        pieces = _pieces(plan.counts, up_EDF)
+        rows = plan.rows_A.split([piece.rows for piece in pieces])
+        y_AD = _rows_with_zero(plan.num_assignments, x_mD, buffers)
+        ups, downs = up_EDF.unbind(), down_EFD.unbind()
+        kept = [x_mD.new_empty(0)] * len(pieces)
+
+        def compute(index: int) -> None:
+            piece = pieces[index]
+            up = product(x_mD.index_select(0, rows[index]), ups[piece.expert])
+            product_into(y_AD[piece.start : piece.end], act.forward(up), downs[piece.expert])
+            if keep:
+                kept[index] = up
+
+        side_by_side(compute, [piece.rows for piece in pieces], x_mD.device)
+        ctx.plan, ctx.activation, ctx.pieces, ctx.buffers = plan, act, pieces, buffers
+        ctx.save_for_backward(x_mD, weights_A, up_EDF, down_EFD, y_AD, *kept)
+        return plan.sum_by_row(y_AD, weights_A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
+        x_mD, weights_A, up_EDF, down_EFD, y_AD, *kept = ctx.saved_tensors
+        plan, pieces = ctx.plan, ctx.pieces
+        needs_up, needs_down = ctx.needs_input_grad[2:4]
+        task = _Backward(
+            x_mD=x_mD,
+            y_AD=y_AD,
+            scale_A1=weights_A.to(x_mD.dtype)[:, None],
+            ups=up_EDF.unbind(),
+            downs=down_EFD.unbind(),
+            activation=ctx.activation,
+            grad_mD=grad_mD,
+            grad_x_AD=_rows_with_zero(plan.num_assignments, x_mD, ctx.buffers),
+            grad_weights_A=torch.empty_like(weights_A),
+            grad_up=_gradients_of(up_EDF, plan.counts, ctx.buffers) if needs_up else None,
+            grad_down=_gradients_of(down_EFD, plan.counts, ctx.buffers) if needs_down else None,
+        )
+        rows = plan.rows_A.split([piece.rows for piece in pieces])
+        work: dict[int, list[tuple[_Piece, Tensor, Tensor]]] = {}
+        for piece, rows_a, up in zip(pieces, rows, kept, strict=True):
+            work.setdefault(piece.expert, []).append((piece, rows_a, up))
+        busy = list(work)
+        side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [plan.counts[e] for e in busy], x_mD.device)
+        grad_x_mD = plan.sum_by_row(task.grad_x_AD)
+        return grad_x_mD, task.grad_weights_A, task.grad_up, task.grad_down, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The backward pass of all experts; ``expert`` writes one expert's part of the four gradients."""
+
+    x_mD: Tensor
+    y_AD: Tensor
+    scale_A1: Tensor
+    ups: tuple[Tensor, ...]
+    downs: tuple[Tensor, ...]
+    activation: Activation
+    grad_mD: Tensor
+    grad_x_AD: Tensor
+    grad_weights_A: Tensor
+    grad_up: Tensor | None  # None where the weights are frozen
+    grad_down: Tensor | None
+
+    def expert(self, e: int, pieces: list[tuple[_Piece, Tensor, Tensor]]) -> None:
+        """``pieces``: with the rows that each computes on, and the first product of the forward pass."""
+        into_up, into_down = (None if w is None else _Accumulator(w[e]) for w in (self.grad_up, self.grad_down))
+        for piece, rows, up in pieces:
+            here = slice(piece.start, piece.end)
+            grad_y = self.grad_mD.index_select(0, rows)
+            self.grad_weights_A[here] = (grad_y * self.y_AD[here]).sum(-1)
+            grad_y.mul_(self.scale_A1[here])
+            h, kept = self.activation.again(up)
+            if into_down is not None:
+                into_down.add_product(h.t(), grad_y)
+            grad = self.activation.backward(product(grad_y, self.downs[e].t()), up, kept)
+            if into_up is not None:
+                into_up.add_product(self.x_mD.index_select(0, rows).t(), grad)
+            product_into(self.grad_x_AD[here], grad, self.ups[e].t())
+        for accumulator in (into_up, into_down):
+            if accumulator is not None:
+                accumulator.close()
+
+
+class _Accumulator:
+    """Sums products into ``out``; in fp32 where several would be rounded to a half type in between."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out, self.products = out, 0
+        self.wide: Tensor | None = None
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        self.products += 1
+        if self.products == 1:
+            product_into(self.out, a, b)
+        elif self.out.dtype.itemsize >= 4:
+            self.out += product(a, b)
+        else:
+            if self.wide is None:
+                self.wide = self.out.float()
+            self.wide += product(a, b)
+
+    def close(self) -> None:
+        if self.wide is not None:
+            self.out.copy_(self.wide)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The assignments ``start`` to ``end``, all of one expert."""
+
+    expert: int
+    start: int
+    end: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+
+def _pieces(counts: list[int], up_EDF: Tensor) -> list[_Piece]:
+    """All sorted assignments in pieces; none for an idle expert."""
+    most = max(256, BLOCK_BYTES // (up_EDF.shape[-1] * up_EDF.element_size()))
+    pieces, first = [], 0
+    for e, count in enumerate(counts):
+        end = first + count
+        pieces += [_Piece(e, start, min(start + most, end)) for start in range(first, end, most)]
+        first = end
+    return pieces
+
+
+def _gradients_of(weight: Tensor, counts: list[int], buffers: Buffers) -> Tensor:
+    """A buffer for the gradient of stacked weights, zero where an expert had no rows."""
+    out = buffers.empty(tuple(weight.shape), weight.dtype, weight.device)
+    for e, count in enumerate(counts):
+        if count == 0:
+            out[e].zero_()
+    return out
+
+
+def _rows_with_zero(rows: int, like: Tensor, buffers: Buffers) -> Tensor:
+    """[rows + 1, D], the last row zeros: what a missing assignment adds."""
+    out = buffers.empty((rows + 1, like.shape[1]), like.dtype, like.device)
+    out[rows].zero_()
+    return out

@@ -1,0 +1,78 @@
+"""Large CPU buffers that cost no more than what is written to them.
+
+A fresh tensor of hundreds of megabytes is mapped page by page on its first touch, which is ten
+times dearer than writing it (measured: 537 MB filled in 231 ms, in 33 ms on pages of 2 MiB, in
+19 ms where it was mapped before). Gradients of expert weights are such tensors, new at each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MALLOC_RECYCLES = 24 << 20  # bytes; glibc keeps freed blocks below 32 MiB, pages and all
+
+
+class Buffers:
+    """Uninitialised tensors for one module; large ones take memory again that nobody holds any more.
+
+    On a GPU, where torch's allocator does that, and for small sizes, this is ``torch.empty``. A copy
+    of the module gets buffers of its own.
+    """
+
+    def __init__(self) -> None:
+        self._pages: list[mmap.mmap] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Like ``torch.empty``."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size <= MALLOC_RECYCLES or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype, device=device)
+        # A tensor made from pages holds a reference to them as long as anything shares its storage.
+        fitting = [p for p in self._pages if size <= len(p) <= 2 * size and _references(p) == 0]
+        pages = min(fitting, key=len, default=None)
+        if pages is None:  # those outgrown are let go: the number of rows varies from batch to batch
+            self._pages = [p for p in self._pages if not size <= 2 * len(p) < 2 * size or _references(p) > 0]
+            pages = _map(size)
+            self._pages.append(pages)
+        return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
+        return Buffers()
+
+    def __reduce__(self) -> tuple[type[Buffers], tuple[()]]:
+        return Buffers, ()
+
+
+def _references(pages: mmap.mmap) -> int:
+    """Holders of ``pages`` beside the list it stands in."""
+    return sys.getrefcount(pages) - IDLE
+
+
+def _map(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without huge pages serves small ones
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def _references_when_idle() -> int:
+    """What ``getrefcount`` says, in the same surroundings, of pages that only the list holds."""
+    found: list[int] = []
+
+    def ask(pages: object) -> int:
+        found.append(sys.getrefcount(pages))
+        return 0
+
+    held = [object()]
+    next((p for p in held if ask(p) == 1), None)
+    return found[0]
+
+
+IDLE = _references_when_idle()

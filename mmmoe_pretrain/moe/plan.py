@@ -1,0 +1,133 @@
+"""Which rows go to which local expert, and how their results come together again.
+
+Owns the index arithmetic between "one row a token" and "one row an assignment, sorted by expert";
+knows nothing of weights or ranks. Shapes: m rows, A assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """A assignments of m rows, sorted by local expert.
+
+    ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local
+    expert. ``place``: where the assignments of each row stand in that order: [m, K], or flat with
+    ``offsets_m`` (the start of each row's run) where rows have unlike numbers; an entry of A means
+    "none" and adds nothing; where ``complete`` there is none such.
+    """
+
+    rows_A: Tensor
+    counts: list[int]
+    place: Tensor
+    offsets_m: Tensor | None = None
+    complete: bool = False
+
+    @property
+    def num_assignments(self) -> int:
+        return self.rows_A.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.place.shape[0] if self.offsets_m is None else self.offsets_m.shape[0]
+
+    def part(self, start: int, end: int, counts: list[int]) -> ExpertPlan:
+        """The assignments ``start`` to ``end`` alone, of the experts that ``counts`` are of."""
+        inside = (self.place >= start) & (self.place < end)
+        place = torch.where(inside, self.place - start, end - start)
+        return ExpertPlan(self.rows_A[start:end], counts, place, self.offsets_m)
+
+    def sum_by_row(self, y_AD: Tensor, weights_A: Tensor | None = None) -> Tensor:
+        """[A + 1, D], the last row zeros -> [m, D]: each row's assignments summed, times ``weights_A`` if
+        given. No gradient. Where the plan is complete the row of zeros may be missing.
+        """
+        if self.num_rows == 0:
+            return y_AD.new_zeros(0, y_AD.shape[1])
+        weights = None
+        if weights_A is not None:
+            padded = weights_A if self.complete else F.pad(weights_A, (0, 1))
+            weights = padded.to(y_AD.dtype).index_select(0, self.place.reshape(-1)).view_as(self.place)
+        return F.embedding_bag(self.place, y_AD, self.offsets_m, mode="sum", per_sample_weights=weights)
+
+
+# rows [m, D], weight of each assignment [A] in the plan's order, the plan -> [m, D]
+Compute = Callable[[Tensor, Tensor, ExpertPlan], Tensor]
+
+
+def sort_slots(slots_nK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat assignments by rising slot (stable), where each stands then, and the counts [num_slots].
+
+    Slot ``num_slots`` stands for "goes nowhere" and sorts last.
+    """
+    slots, order = slots_nK.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(slots, torch.arange(num_slots, device=slots.device), right=True)
+    return order, inverse(order), ends.diff(prepend=ends.new_zeros(1))  # bincount would synchronise
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each element stands in a permutation."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    return place
+
+
+def plan_of_slots(order: Tensor, place: Tensor, counts: list[int], top_k: int) -> ExpertPlan:
+    """The plan of tokens with K slots each, from ``sort_slots``."""
+    total = sum(counts)
+    return ExpertPlan(order[:total].div(top_k, rounding_mode="floor"), counts, place.clamp(max=total).view(-1, top_k))
+
+
+def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows: int) -> tuple[ExpertPlan, Tensor]:
+    """The plan of assignments that stand row by row, and their order in it [A].
+
+    ``experts_A``: local expert. ``first_A``: 1 where a row's run of assignments begins, else 0; each
+    row has one at least. ``counts``: assignments of each local expert.
+    """
+    rows_A = first_A.cumsum(0) - 1
+    order = experts_A.argsort(stable=True)
+    offsets_m = torch.searchsorted(rows_A, torch.arange(num_rows, device=rows_A.device))
+    return ExpertPlan(rows_A[order], counts, inverse(order), offsets_m, complete=True), order
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_mD: Tensor, plan: ExpertPlan) -> Tensor:
+        ctx.plan = plan
+        return x_mD.index_select(0, plan.rows_A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan.sum_by_row(_with_zero_row(grad, ctx.plan)), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_AD: Tensor, plan: ExpertPlan) -> Tensor:
+        ctx.plan = plan
+        return plan.sum_by_row(_with_zero_row(y_AD, plan))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.plan.rows_A), None
+
+
+def _with_zero_row(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
+    return y_AD if plan.complete else torch.cat([y_AD, y_AD.new_zeros(1, y_AD.shape[1])])
+
+
+def take_rows(x_mD: Tensor, plan: ExpertPlan) -> Tensor:
+    """[m, D] -> [A, D], sorted by expert; differentiable."""
+    return _TakeRows.apply(x_mD, plan)
+
+
+def sum_rows(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
+    """[A, D] -> [m, D], each row's assignments summed; differentiable."""
+    return _SumRows.apply(y_AD, plan)

@@ -1,0 +1,104 @@
+"""Lifelong growth: new experts that sleep at first, so that a trained model goes on as it was.
+
+A new expert is a copy of a used one with noise, and so is its router row. The router's buffer
+``dormancy`` lowers its logit by 32, below the resolution of fp32, and falls to 0 over
+``moe.wake_steps`` optimizer steps; the expert is chosen more and more, and learns to differ.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.moe.router import DORMANT
+from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
+from mmmoe_pretrain.surgery.parameters import Layer, State, noise_like, select_experts, without_moments
+from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
+
+
+def add(
+    source: Source,
+    count: int,
+    copy_from: int | None,
+    layers: tuple[int, ...],
+    noise: float,
+    wake_steps: int,
+    lossy: bool,
+) -> Result:
+    """``count`` experts behind the others in each of ``layers`` (all where none is named): copies of
+    ``copy_from``, or of the most used ones in turn, with ``noise`` relative to their root mean square.
+
+    Moments: ``exp_avg`` of the new ones is zero, since nothing pulls them yet; ``exp_avg_sq`` is that of the
+    expert they come from, so that their first steps have its size.
+    """
+    if count < 1 or wake_steps < 1:
+        raise ValueError(f"--count {count} and --wake-steps {wake_steps} must be at least 1")
+    state, changes, did, exact = dict(source.state), {}, [], True
+    for layer in chosen_layers(source.config, layers):
+        _check_router(layer)
+        reason = capacity_reason(layer.moe)
+        if reason:
+            refuse_inexact(f"block {layer.index}: {reason}", lossy)
+            exact = False
+        parents = _parents(source, layer, count, copy_from)
+        state = _with_experts(state, layer, parents, noise)
+        changes[layer.index] = {"num_experts": layer.moe.num_experts + count, "wake_steps": wake_steps}
+        did.append(
+            f"block {layer.index}: experts {_span(layer.moe, count)} are copies of {', '.join(map(str, parents))} "
+            f"with noise {noise:g}, asleep; they wake over {wake_steps} optimizer steps"
+        )
+    return Result(with_layers(source.config, changes), state, tuple(did), exact)
+
+
+def _span(moe: MoEConfig, count: int) -> str:
+    return ", ".join(str(moe.num_experts + i) for i in range(count))
+
+
+def _check_router(layer: Layer) -> None:
+    moe = layer.moe
+    if moe.router == "group_limited":
+        raise ValueError(
+            f"block {layer.index}: router group_limited has {moe.node_groups} runs of equally many experts, and new "
+            f"ones behind the last would move their borders; divide the experts with mmmoe experts split instead"
+        )
+    if moe.expert_groups:
+        raise ValueError(
+            f"block {layer.index}: its experts belong to modalities (moe.expert_groups), and it is not said to which "
+            f"a new one would; divide them with mmmoe experts split instead"
+        )
+
+
+def _parents(source: Source, layer: Layer, count: int, copy_from: int | None) -> list[int]:
+    experts = layer.moe.num_experts
+    if copy_from is not None:
+        if not 0 <= copy_from < experts:
+            raise ValueError(f"--copy-from {copy_from}: block {layer.index} has experts 0 to {experts - 1}")
+        return [copy_from] * count
+    by_use = (-source.usage.share[layer.index][:experts]).argsort(kind="stable").tolist()
+    return [by_use[i % experts] for i in range(count)]
+
+
+def _with_experts(state: State, layer: Layer, parents: list[int], noise: float) -> State:
+    first = layer.moe.num_experts
+    dormancy = f"{layer.prefix}router.dormancy"
+    if dormancy not in state:
+        state = {**state, dormancy: without_moments(torch.zeros(layer.moe.router_outputs), moments=False)}
+    state = select_experts(state, layer, [*range(first), *parents])
+    new = slice(first, first + len(parents))
+    state[dormancy].value[new] = DORMANT
+    noisy = [f"{prefix}{name}" for prefix, _ in layer.stacks for name in ("up", "down")]
+    for name in (*noisy, f"{layer.prefix}router.weight"):
+        _perturb(state[name], range(new.start, new.stop), noise, name)
+    noise_rows = state.get(f"{layer.prefix}router.noise_weight")
+    if noise_rows is not None and noise_rows.exp_avg is not None:
+        noise_rows.exp_avg[new] = 0
+    return state
+
+
+def _perturb(parameter: ParameterState, new: range, noise: float, name: str) -> None:
+    """Of rows that ``select_experts`` made: they are nobody else's."""
+    for row in new:
+        parameter.value[row] += noise_like(parameter.value[row], noise, f"{name}/added/{row}")
+        if parameter.exp_avg is not None:
+            parameter.exp_avg[row] = 0

@@ -1,0 +1,130 @@
+"""``mmmoe experts``: one command an operation. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmmoe_pretrain.surgery.operation import Outcome
+
+experts = typer.Typer(no_args_is_help=True, help="Change the experts of a trained model; the result is a new run.")
+
+Run = Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo; it is not touched.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value of the new run, e.g. train.steps=2000.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder of the new run; its name becomes the run's.")]
+Layers = Annotated[list[int] | None, typer.Option("--layer", help="A block; repeat it. Default: all mixtures.")]
+Noise = Annotated[float, typer.Option(min=0, help="Of a weight matrix, relative to its root mean square.")]
+Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a change of the function.")]
+
+
+@experts.command()
+def upcycle(
+    run: Run,
+    out: Out,
+    num_experts: Annotated[int, typer.Option(help="Copies of each dense layer.")],
+    overrides: Overrides = None,
+    experts_per_token: int = 2,
+    noise: Noise = 0.0,
+    every: Annotated[int | None, typer.Option(min=1, help="Every how many blocks; default: moe.every.")] = None,
+) -> None:
+    """Turn a dense run into a mixture of copies of its feed-forward layers; outputs stay equal."""
+    from mmmoe_pretrain.surgery.operation import operate
+    from mmmoe_pretrain.surgery.upcycle import upcycle as make
+
+    _tell(operate(run, out, overrides or [], "upcycle",
+                  lambda source: make(source, num_experts, experts_per_token, noise, every)))  # fmt: skip
+
+
+@experts.command()
+def split(
+    run: Run,
+    out: Out,
+    factor: Annotated[int, typer.Option(help="Parts of each expert.")],
+    overrides: Overrides = None,
+    lossy: Lossy = False,
+) -> None:
+    """Divide every expert into finer ones, of which a token chooses as many times more; outputs stay equal."""
+    from mmmoe_pretrain.surgery.operation import operate
+    from mmmoe_pretrain.surgery.split import split as make
+
+    _tell(operate(run, out, overrides or [], "split", lambda source: make(source, factor, lossy)))
+
+
+@experts.command()
+def add(
+    run: Run,
+    out: Out,
+    count: Annotated[int, typer.Option(help="New experts in each layer.")],
+    overrides: Overrides = None,
+    copy_from: Annotated[int | None, typer.Option(help="The expert to copy; default: the most used ones.")] = None,
+    layer: Layers = None,
+    noise: Noise = 0.1,
+    wake_steps: Annotated[int, typer.Option(help="Optimizer steps until they are fully awake.")] = 1000,
+    lossy: Lossy = False,
+) -> None:
+    """Add experts that sleep at first and wake in training; outputs stay equal."""
+    from mmmoe_pretrain.surgery.add import add as make
+    from mmmoe_pretrain.surgery.operation import operate
+
+    layers = tuple(layer or ())
+    _tell(operate(run, out, overrides or [], "add",
+                  lambda source: make(source, count, copy_from, layers, noise, wake_steps, lossy)))  # fmt: skip
+
+
+@experts.command()
+def prune(
+    run: Run,
+    out: Out,
+    overrides: Overrides = None,
+    chosen: Annotated[str, typer.Option("--experts", help="The experts to remove, e.g. 3,5.")] = "",
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Remove those that nothing chose, by the run's log.")
+    ] = False,
+    below: Annotated[float, typer.Option(min=0, max=1, help="With --unused: up to this share of a layer.")] = 0.0,
+    layer: Layers = None,
+    lossy: Lossy = False,
+) -> None:
+    """Remove experts; outputs stay equal where nothing chose them, else only with --lossy."""
+    from mmmoe_pretrain.surgery.operation import operate
+    from mmmoe_pretrain.surgery.prune import prune as make
+
+    if bool(chosen) == unused:
+        raise ValueError("say which experts go: either --experts 3,5 or --unused")
+    numbers, layers, limit = _numbers(chosen), tuple(layer or ()), below if unused else None
+    _tell(operate(run, out, overrides or [], "prune", lambda source: make(source, numbers, limit, layers, lossy)))
+
+
+@experts.command()
+def merge(
+    run: Run,
+    out: Out,
+    layer: Annotated[int, typer.Option(help="The block.")],
+    chosen: Annotated[str, typer.Option("--experts", help="The two experts, e.g. 3,5.")],
+    overrides: Overrides = None,
+    lossy: Lossy = False,
+) -> None:
+    """Make one expert of two; outputs stay equal where one of them was not in use, else only with --lossy."""
+    from mmmoe_pretrain.surgery.merge import merge as make
+    from mmmoe_pretrain.surgery.operation import operate
+
+    numbers = _numbers(chosen)
+    if len(numbers) != 2:
+        raise ValueError(f"--experts {chosen}: name two, e.g. 3,5")
+    pair = numbers[0], numbers[1]
+    _tell(operate(run, out, overrides or [], "merge", lambda source: make(source, layer, pair, lossy)))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not part.isdigit()]
+    if wrong:
+        raise ValueError(f"--experts {text}: {wrong[0]!r} is no expert; give numbers, e.g. 3,5")
+    return tuple(int(part) for part in parts)
+
+
+def _tell(outcome: Outcome) -> None:
+    for line in outcome.lines:
+        print(line)

@@ -1,0 +1,106 @@
+"""Two experts become one: the mean of their weights and router rows, weighed by how much each is used.
+
+Exact where one of them takes no part: one that no token chooses, such as one added and still asleep.
+Two equal experts with sigmoid scores at K = 1 are exact too. Otherwise the two took two places
+among the K or shared a probability, and one cannot do the same; and the mean of unlike experts is
+neither of them, since their hidden units need not correspond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
+from mmmoe_pretrain.surgery.parameters import Layer, State, group_changes, select_experts
+from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
+
+WHY_NOT = "Pass --lossy to do it all the same"
+
+
+def merge(source: Source, layer_index: int, experts: tuple[int, int], lossy: bool) -> Result:
+    """The second of ``experts`` goes into the place of the first.
+
+    Moments: the merged expert gets the tokens of both, so its gradient is the sum of theirs; both moments
+    are summed over those of the two that are used (independent tokens: variances add).
+    """
+    layer = chosen_layers(source.config, (layer_index,))[0]
+    first, second = experts
+    _check(layer, first, second)
+    if capacity_reason(layer.moe):
+        refuse_inexact(f"block {layer.index}: {capacity_reason(layer.moe)}", lossy)
+    used = _shares(source, layer, first, second)
+    kept = [e for e in range(layer.moe.num_experts) if e != second]
+    state = select_experts(_merged(source.state, layer, first, second, used), layer, kept)
+    config = with_layers(source.config, {layer.index: group_changes(layer, kept)})
+    did = (
+        f"block {layer.index}: experts {first} and {second} are one, with weights {used[0]:.3f} and {used[1]:.3f} by "
+        f"their use ({source.usage.origin}); {len(kept)} experts are left",
+    )
+    return Result(config, state, did, exact=not lossy, on_data=True, why_not=WHY_NOT)
+
+
+def _check(layer: Layer, first: int, second: int) -> None:
+    moe = layer.moe
+    if first == second or not all(0 <= e < moe.num_experts for e in (first, second)):
+        raise ValueError(
+            f"--experts {first},{second}: name two different experts of block {layer.index}, which has 0 to "
+            f"{moe.num_experts - 1}"
+        )
+    if moe.num_experts == 2 or moe.router_outputs == moe.experts_per_token:
+        raise ValueError(
+            f"block {layer.index} has {moe.num_experts} experts, of which a token chooses {moe.experts_per_token}: "
+            f"with one less it would be no mixture"
+        )
+    if moe.router == "group_limited":
+        raise ValueError(
+            f"block {layer.index}: router group_limited needs {moe.node_groups} runs of equally many experts; remove "
+            f"one from each run with mmmoe experts prune"
+        )
+    if not any(first in stack and second in stack for _, stack in layer.stacks):
+        raise ValueError(
+            f"block {layer.index}: experts {first} and {second} serve different modalities (moe.expert_groups); name "
+            f"two of one group"
+        )
+
+
+def _shares(source: Source, layer: Layer, first: int, second: int) -> tuple[float, float]:
+    """How much each is used, of the two together; 0 for one that sleeps."""
+    dormancy = source.state.get(f"{layer.prefix}router.dormancy")
+    awake = [float(dormancy is None or dormancy.value[e] == 0) for e in (first, second)]
+    used = [source.usage.share[layer.index][e] * a for e, a in zip((first, second), awake, strict=True)]
+    for weights in (used, awake):
+        if sum(weights) > 0:
+            return weights[0] / sum(weights), weights[1] / sum(weights)
+    return 0.5, 0.5
+
+
+def _merged(state: State, layer: Layer, first: int, second: int, used: tuple[float, float]) -> State:
+    changed = dict(state)
+    for name, axis in layer.row_axis.items():
+        if name in state:
+            changed[name] = _combined(state[name], axis, (first, second), used)
+    for prefix, stack in layer.stacks:
+        if first in stack:
+            for name in (prefix + "up", prefix + "down"):
+                changed[name] = _combined(state[name], 0, (first - stack.start, second - stack.start), used)
+    return changed
+
+
+def _combined(
+    parameter: ParameterState, axis: int, rows: tuple[int, int], used: tuple[float, float]
+) -> ParameterState:
+    """Row ``rows[0]`` holds both: their weighted mean, and the sums of the moments of those in use."""
+
+    def write(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:
+        both = sum(tensor.select(axis, row) * factor for row, factor in zip(rows, factors, strict=True) if factor)
+        copy = tensor.clone()
+        copy.select(axis, rows[0]).copy_(torch.as_tensor(both))
+        return copy
+
+    summed = tuple(float(u > 0) for u in used)
+    first, second = (None if m is None else write(m, summed) for m in (parameter.exp_avg, parameter.exp_avg_sq))
+    return dataclasses.replace(parameter, value=write(parameter.value, used), exp_avg=first, exp_avg_sq=second)

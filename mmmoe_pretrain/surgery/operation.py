@@ -1,0 +1,153 @@
+"""The frame of every command: read a run, change its state, write a new run, and compare the two.
+
+The new run is written under ``NAME.tmp`` and takes its name only when the comparison holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.checkpoint.model import CONFIG
+from mmmoe_pretrain.config import MoEConfig, RunConfig
+from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.surgery.parameters import State
+from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
+from mmmoe_pretrain.surgery.settings import check_spread, named
+
+RECORD = "surgery.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The newest checkpoint of a run. ``config`` has the command's overrides applied; ``model`` is as
+    it was trained."""
+
+    run_dir: Path
+    config: RunConfig
+    model: MMMoE
+    step: int
+    meta: dict[str, Any]
+    state: State
+
+    @cached_property
+    def data(self) -> tuple[Batch, str]:
+        """A batch of the run's own data, or of noise where its shards are elsewhere; and what it is."""
+        noise = noise_batch(self.config, self.meta["vocab_size"]), "a batch of noise (the run's shards are not here)"
+        return held_out_batch(self.config) or noise
+
+    @cached_property
+    def usage(self) -> Usage:
+        """How much each expert of each layer is used."""
+        return usage(self.run_dir, self.step, self.model, *self.data)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command made of a source. ``exact`` promises the same function; ``why_not`` says what to
+    do where the promise turns out wrong. ``on_data`` compares on the run's data instead of noise."""
+
+    config: RunConfig
+    state: State
+    did: tuple[str, ...]
+    exact: bool = True
+    on_data: bool = False
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``lines``: what was done and how it compares, for people."""
+
+    largest_difference: float
+    lines: tuple[str, ...]
+
+
+def operate(
+    run_dir: Path, out: Path, overrides: Sequence[str], command: str, make: Callable[[Source], Result]
+) -> Outcome:
+    """Write the run ``out`` that ``make`` turns the newest checkpoint of ``run_dir`` into.
+
+    Raises ValueError where ``out`` exists, and where a promise of the same function is not kept: then
+    nothing is left behind. ``run_dir`` is never touched.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another --out, or remove it")
+    source = read_source(run_dir, overrides)
+    result = make(source)
+    config = named(result.config, out)
+    check_spread(config)
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        store.write_state(draft, source.step, result.state, source.meta)
+        run_config.dump(config, draft / CONFIG)
+        largest, probe = _compare(source, result, draft)
+        lines = (*result.did, _verdict(result, largest, probe, command))
+        record = {
+            "command": command, "source": str(run_dir), "step": source.step, "did": list(lines),
+            "largest_difference": largest,
+        }  # fmt: skip
+        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    stands = f"it stands at step {source.step} of {config.train.steps}"
+    wrote = f"wrote {out}; go on with: mmmoe train {out / CONFIG} --resume ({stands})"
+    return Outcome(largest, (*lines, wrote))
+
+
+def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
+    """The newest checkpoint of a run, whole in this process's memory."""
+    model, _, step = load_model(run_dir)
+    checkpoint = store.find_latest(run_dir)
+    assert checkpoint is not None  # load_model found it
+    config = run_config.load(run_dir / CONFIG, list(overrides))
+    return Source(run_dir, config, model, step, store.read_meta(checkpoint), store.read_state(checkpoint))
+
+
+def refuse_inexact(reason: str, lossy: bool) -> None:
+    """A change of the function needs the user's word."""
+    if not lossy:
+        raise ValueError(f"{reason}; pass --lossy to do it all the same")
+
+
+def capacity_reason(moe: MoEConfig) -> str:
+    """Why a change of the number of experts changes who finds room; empty where nobody is refused."""
+    if moe.router == "expert_choice":
+        return "router expert_choice gives each expert C = ceil(c n K / E) tokens, and E changes"
+    if moe.router == "hash":
+        return "router hash takes the token's hash modulo the number of experts, which changes"
+    if moe.capacity_factor is not None:
+        return f"capacity_factor {moe.capacity_factor:g} leaves each expert room for ceil(c n K / E), and E changes"
+    return ""
+
+
+def _compare(source: Source, result: Result, written: Path) -> tuple[float, str]:
+    new, _, _ = load_model(written)
+    if result.on_data:
+        batch, name = source.data
+    else:
+        batch, name = noise_batch(source.config, source.meta["vocab_size"]), "a batch of noise"
+    return largest_difference(source.model, new, batch), name
+
+
+def _verdict(result: Result, largest: float, probe: str, command: str) -> str:
+    numbers = f"largest difference of features and caption likelihoods {largest:.2g} on {probe}"
+    if not result.exact:
+        return f"the function changed as announced: {numbers}"
+    if largest > TOLERANCE:
+        raise ValueError(
+            f"{command} did not preserve the function: {numbers}, tolerance {TOLERANCE:g}; nothing was written"
+            + (f". {result.why_not}" if result.why_not else "")
+        )
+    return f"the function is preserved: {numbers} (tolerance {TOLERANCE:g})"

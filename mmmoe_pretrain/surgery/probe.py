@@ -1,0 +1,100 @@
+"""Is the function the same? Two models on one batch, and which experts its tokens choose.
+
+The batch is of noise, or of held-out samples where the run's shards are on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.evaluation import iterate_eval
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.models.mmmoe import MMMoE
+
+SAMPLES = 16
+LOGGED_STEPS = 20
+# Features are unit rows and compared absolutely, likelihoods relatively. fp32 rounding ends near 1e-6;
+# an expert with a wrong factor moves both by 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+def noise_batch(config: RunConfig, vocab_size: int) -> Batch:
+    """Samples of noise with all modalities, every one captioned."""
+    captioning = config.objectives.captioning
+    everyone = captioning.model_copy(update={"fraction": 1.0}) if captioning.weight > 0 else None
+    rng = np.random.default_rng(0)
+    size, audio, text = config.modalities.image.size, config.modalities.audio, config.modalities.text
+    samples = [
+        Sample(
+            SampleMeta(key=f"noise-{i}", group=str(i)),
+            image=rng.integers(0, 256, (3, size, size), dtype=np.uint8),
+            audio=rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32),
+            text=rng.integers(0, vocab_size, int(rng.integers(1, text.max_tokens))),
+        )
+        for i in range(SAMPLES)
+    ]
+    return pack(samples, PackSettings(config.modalities, 0, 0, everyone, config.seed))
+
+
+def held_out_batch(config: RunConfig) -> tuple[Batch, str] | None:
+    """Samples of the run's held-out shards, else of its training shards; None where neither is here."""
+    if not Path(config.data.tokenizer).is_file():
+        return None
+    for paths in (config.evaluate.test, tuple(source.path for source in config.data.train)):
+        if paths and all(Path(path).is_dir() for path in paths):
+            batch, _ = next(iterate_eval(paths, config, build_codecs(config), 4 * SAMPLES))
+            return batch, f"{len(batch.metas)} samples of {paths[0]}"
+    return None
+
+
+def largest_difference(old: MMMoE, new: MMMoE, batch: Batch) -> float:
+    """Over the features (absolute) and the captions' negative log-likelihoods (relative to max(1, nll))."""
+    with torch.inference_mode():
+        before, after = old(batch), new(batch)
+    differences = [(before.features[m] - after.features[m]).abs().max() for m in before.features]
+    nll = before.caption_nll
+    if nll.numel():
+        differences.append(((nll - after.caption_nll).abs() / nll.clamp(min=1)).max())
+    largest = float(torch.stack(differences).max())
+    if not np.isfinite(largest):
+        raise ValueError("the outputs are not finite, so that nothing can be compared; take an earlier checkpoint")
+    return largest
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Share of each layer's assignments that each expert has (identity and null experts stand last), and
+    where that is known from."""
+
+    share: dict[int, np.ndarray]
+    origin: str
+
+
+def usage(run_dir: Path, step: int, model: MMMoE, batch: Batch, batch_name: str) -> Usage:
+    """From the last logged steps up to ``step``; where there is no log of this model, from ``batch``."""
+    with torch.inference_mode():
+        counts = {stats.layer: stats.counts_ME.sum(0).double().numpy() for stats in model(batch).routing}
+    log = run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    records = [r for r in records if r["step"] <= step][-LOGGED_STEPS:]
+    if not records or any(_shape(r) != {layer: len(count) for layer, count in counts.items()} for r in records):
+        return Usage({layer: count / max(1.0, count.sum()) for layer, count in counts.items()}, batch_name)
+    logged = {layer: np.zeros_like(count) for layer, count in counts.items()}
+    for record in records:
+        for layer in record["routing"]:
+            for modality, count in layer.get("assignments", layer["tokens"]).items():
+                logged[layer["layer"]] += count * np.asarray(layer["load"][modality], dtype=np.float64)
+    origin = f"{log.name}, {len(records)} records of steps {records[0]['step']} to {records[-1]['step']}"
+    return Usage({layer: count / max(1.0, count.sum()) for layer, count in logged.items()}, origin)
+
+
+def _shape(record: dict) -> dict[int, int]:
+    return {layer["layer"]: len(next(iter(layer["load"].values()))) for layer in record["routing"]}

@@ -1,0 +1,143 @@
+"""Fine-grained experts: each becomes m experts of 1 / m of its hidden units (DeepSeekMoE, arXiv 2401.06066).
+
+Why it is exact. An expert is a sum over its hidden units, so its parts sum to it. Their router rows are
+copies, so their logits are equal, and above or below those of any other family as the old expert's was:
+the m K largest logits are the families of the K largest. (Two families of exactly equal logits can be
+torn apart; the old model's choice between them was arbitrary too.)
+The weight of a part: with softmax p, m copies share what one had, p / m; with weights divided by
+their sum, w / m; with bare sigmoid scores, s. What is missing goes into ``down``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmmoe_pretrain.config import MoEConfig, RunConfig
+from mmmoe_pretrain.moe.activation import ACTIVATIONS
+from mmmoe_pretrain.surgery.operation import Result, Source, refuse_inexact
+from mmmoe_pretrain.surgery.parameters import Layer, State, change_rows, each, scaled
+from mmmoe_pretrain.surgery.settings import mixture_layers, with_layers
+
+EXACT_ROUTERS = ("softmax_top_k", "sigmoid_top_k", "group_limited", "expert_choice")
+
+
+def split(source: Source, factor: int, lossy: bool) -> Result:
+    """Every expert of every mixture becomes ``factor`` experts, and a token chooses ``factor`` times as many."""
+    if factor < 2:
+        raise ValueError(f"--factor {factor} divides nothing; use 2 or more")
+    layers = mixture_layers(source.config)
+    if not layers:
+        raise ValueError("this run is dense; make it sparse with mmmoe experts upcycle")
+    state, changes, exact = dict(source.state), {}, True
+    for layer in layers:
+        reason = _reason(layer.moe, factor)
+        if reason:
+            refuse_inexact(f"block {layer.index}: {reason}", lossy)
+            exact = False
+        changes[layer.index] = _changes(layer.moe, factor)
+        state = _split_layer(state, layer, factor)
+    config = with_layers(_more_thresholds(source.config, factor), changes)
+    first = layers[0].moe
+    did = (
+        f"blocks {', '.join(str(layer.index) for layer in layers)}: every expert became {factor} with 1/{factor} of "
+        f"its hidden units (block {layers[0].index}: {first.num_experts} experts, {first.experts_per_token} a token, "
+        f"became {factor * first.num_experts}, {factor * first.experts_per_token} a token)",
+        f"z and local entropy see {factor} equal logits for one and rise by constants; balance does not change",
+    )
+    return Result(config, state, did, exact)
+
+
+def part_weight(moe: MoEConfig, factor: int) -> float:
+    """By how much the weight of a part is smaller than that of the whole."""
+    divided = moe.router != "sigmoid_top_k" or (moe.renormalize and moe.experts_per_token > 1)
+    return 1 / factor if divided else 1.0
+
+
+def _reason(moe: MoEConfig, factor: int) -> str:
+    """Why the function would change; empty where it would not."""
+    top_k, limit = moe.experts_per_token, moe.groups_per_token
+    if moe.router not in EXACT_ROUTERS:
+        return (
+            f"router {moe.router} tears the parts of an expert apart (its noise or hash differs between them); "
+            f"this is exact for {', '.join(EXACT_ROUTERS)}"
+        )
+    if moe.capacity_factor is not None and moe.router != "expert_choice":
+        return f"under capacity_factor {moe.capacity_factor:g} the parts of an expert may drop different tokens"
+    if moe.router_outputs > moe.num_experts and part_weight(moe, factor) == 1:
+        return "bare sigmoid scores weigh each copy of an identity or null expert as the one before"
+    if moe.router == "group_limited" and top_k >= limit and (factor * top_k) // limit != factor * (top_k // limit):
+        return (
+            f"groups are judged by their best K / groups_per_token experts, and {top_k} / {limit} is not whole, so "
+            f"that parts of an expert would be left out"
+        )
+    return ""
+
+
+def _changes(moe: MoEConfig, factor: int) -> dict[str, Any]:
+    for width in {group.expert_hidden_size for group in moe.groups}:
+        assert width is not None
+        if width % factor:
+            raise ValueError(
+                f"--factor {factor} does not divide the {width} hidden units of an expert; use a divisor"
+            )
+    changes: dict[str, Any] = {
+        "num_experts": factor * moe.num_experts,
+        "experts_per_token": factor * moe.experts_per_token,
+        "expert_hidden_size": moe.expert_hidden_size // factor,
+        "identity_experts": factor * moe.identity_experts,
+        "null_experts": factor * moe.null_experts,
+        "renormalize": moe.renormalize and moe.experts_per_token > 1,  # K = 1 never was
+    }
+    if moe.expert_groups:
+        changes["expert_groups"] = [
+            {"modalities": list(g.modalities), "num_experts": factor * g.num_experts,
+             "expert_hidden_size": g.expert_hidden_size and g.expert_hidden_size // factor}
+            for g in moe.expert_groups
+        ]  # fmt: skip
+    if moe.bias_balancing.rate and _scores_shrink(moe):
+        changes["bias_balancing"] = {
+            **moe.bias_balancing.model_dump(mode="json"), "rate": moe.bias_balancing.rate / factor,
+        }  # fmt: skip
+    return changes
+
+
+def _scores_shrink(moe: MoEConfig) -> bool:
+    """The scores that biases are added to are probabilities, which the parts share."""
+    return moe.router != "sigmoid_top_k"
+
+
+def _more_thresholds(config: RunConfig, factor: int) -> RunConfig:
+    """H(p) rises by log m, and so must log(S): m S experts are the same demand."""
+    losses = config.moe.losses
+    scaled_up = losses.model_copy(update={"min_experts": {m: factor * n for m, n in losses.min_experts.items()}})
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"losses": scaled_up})})
+
+
+def _split_layer(state: State, layer: Layer, factor: int) -> State:
+    state = change_rows(state, layer, lambda tensor, axis: tensor.repeat_interleave(factor, axis))
+    for name in layer.row_axis:
+        if name in state:  # copies: see parameters.py
+            state[name] = scaled(state[name], exp_avg=1 / factor, exp_avg_sq=1 / factor)
+    bias = f"{layer.prefix}router.bias"
+    if bias in state and _scores_shrink(layer.moe):
+        state[bias] = scaled(state[bias], weight=1 / factor)
+    width = ACTIVATIONS[layer.moe.activation].width
+    larger = 1 / part_weight(layer.moe, factor)
+    for prefix, _ in layer.stacks:
+        state[prefix + "up"] = each(state[prefix + "up"], lambda up: _parts_of_up(up, width, factor))
+        down = each(state[prefix + "down"], lambda down: _parts_of_down(down, factor))
+        state[prefix + "down"] = scaled(down, larger, 1 / larger, 1 / larger**2)
+    return state
+
+
+def _parts_of_up(up_EDF: Tensor, width: int, factor: int) -> Tensor:
+    """[E, D, width F] -> [m E, D, width F / m]: part j has hidden units j F / m onwards, gate and up."""
+    pieces = up_EDF.unflatten(-1, (width, factor, -1))  # [E, D, width, m, F / m]
+    return pieces.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+
+
+def _parts_of_down(down_EFD: Tensor, factor: int) -> Tensor:
+    """[E, F, D] -> [m E, F / m, D]."""
+    return down_EFD.unflatten(1, (factor, -1)).flatten(0, 1)

@@ -1,0 +1,127 @@
+"""A dense checkpoint becomes a sparse one (sparse upcycling, arXiv 2212.05055).
+
+Every expert is a copy of the block's dense layer and the router is new. Where the chosen weights sum
+to 1, K equal experts give what the one gave, whatever the router says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.config import MoEConfig, RunConfig
+from mmmoe_pretrain.models.block import dense_width
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.surgery.operation import Result, Source
+from mmmoe_pretrain.surgery.parameters import Layer, State, each, noise_like, scaled, without_moments
+from mmmoe_pretrain.surgery.settings import mixture_layers, with_layers
+
+WEIGHTS_SUM_TO_ONE = ("softmax_top_k", "sigmoid_top_k", "group_limited", "noisy_top_k")
+
+
+def upcycle(source: Source, num_experts: int, experts_per_token: int, noise: float, every: int | None) -> Result:
+    """Experts are copies; ``noise``, a standard deviation relative to each weight matrix's root mean
+    square, makes them differ and the function with them.
+
+    Moments: the copies' gradients sum to the dense layer's, and an expert sees K / E of the tokens at
+    weights of 1 / K. So ``exp_avg`` is divided by E, ``exp_avg_sq`` by E K (see ``parameters.py``).
+    """
+    config = _sparse_config(source.config, num_experts, experts_per_token, every or source.config.moe.every)
+    state = dict(source.state)
+    layers = mixture_layers(config)
+    for layer in layers:
+        state = _with_experts(state, layer, noise)
+    state |= _routers(config, source.meta["vocab_size"], layers)
+    blocks = ", ".join(str(layer.index) for layer in layers)
+    did = [f"blocks {blocks}: {num_experts} copies of the dense layer, {experts_per_token} a token, and a new router"]
+    if noise:
+        did.append(f"noise of {noise:g} times their root mean square on the experts' weights")
+    return Result(config, state, tuple(did), exact=not noise)
+
+
+def _sparse_config(config: RunConfig, num_experts: int, experts_per_token: int, every: int) -> RunConfig:
+    if not config.moe.dense:
+        raise ValueError(
+            f"this run has mixtures already (moe.num_experts {config.moe.num_experts}); add experts to them with "
+            f"mmmoe experts add, or divide them with mmmoe experts split"
+        )
+    if num_experts < 2:
+        raise ValueError(f"--num-experts {num_experts} is no mixture; use 2 or more")
+    _check_equality(config.moe, experts_per_token)
+    old = {i: dense_width(config.model, config.moe, i) for i in range(config.model.num_layers)}
+    changes: dict[str, Any] = {
+        "every": every, "num_experts": num_experts, "experts_per_token": experts_per_token, "activation": "swiglu",
+    }  # fmt: skip
+    sparse = [i for i in old if (i + 1) % every == 0]
+    for i, width in old.items():
+        if i not in sparse and width != config.model.ffn_hidden_size:
+            raise ValueError(
+                f"under --every {every} block {i} stays dense with width model.ffn_hidden_size "
+                f"{config.model.ffn_hidden_size}, and it was trained with {width}; use --every {config.moe.every}"
+            )
+    if sparse:  # else the config says that no block is a mixture
+        changes["expert_hidden_size"] = old[sparse[0]]
+    values = config.model_dump(mode="json")
+    values["moe"] |= changes
+    return with_layers(
+        run_config.parse(values, where="the new run"), {i: {"expert_hidden_size": old[i]} for i in sparse}
+    )
+
+
+def _check_equality(moe: MoEConfig, experts_per_token: int) -> None:
+    sums = moe.router in WEIGHTS_SUM_TO_ONE
+    remedies = {
+        "the weight of a single expert is its probability, below 1: use --experts-per-token 2": experts_per_token < 2,
+        "weights that are not renormalised sum to less than 1: add moe.renormalize=true": not moe.renormalize,
+        f"router {moe.router} does not weigh to 1: add moe.router=softmax_top_k": not sums,
+        "a limited capacity drops tokens: add moe.capacity_factor=null": moe.capacity_factor is not None,
+        "experts without computation take weight from the copies: add moe.identity_experts=0 moe.null_experts=0": (
+            moe.router_outputs > moe.num_experts
+        ),
+        "a shared expert adds to the copies: add moe.shared_expert_hidden_size=0": moe.shared_expert_hidden_size > 0,
+    }
+    wrong = [remedy for remedy, applies in remedies.items() if applies]
+    if wrong:
+        raise ValueError(f"the sparse model would not begin as the dense one: {'; '.join(wrong)}")
+
+
+def _with_experts(state: State, layer: Layer, noise: float) -> State:
+    copies, top_k = layer.moe.num_experts, layer.moe.experts_per_token
+    changed = dict(state)
+    dense = {"up": changed.pop(f"{layer.prefix}gate_up.weight"), "down": changed.pop(f"{layer.prefix}down.weight")}
+    for prefix, experts in layer.stacks:
+        for name, parameter in dense.items():
+            shared = scaled(parameter, exp_avg=1 / copies, exp_avg_sq=1 / (copies * top_k))
+            changed[prefix + name] = _stacked(shared, experts, noise, prefix + name)
+    return changed
+
+
+def _stacked(parameter: ParameterState, experts: range, noise: float, name: str) -> ParameterState:
+    """nn.Linear keeps [out, in], a stack [E, in, out]."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.t().expand(len(experts), -1, -1).contiguous()
+
+    stacked = each(parameter, copy)
+    for row, expert in enumerate(experts):
+        stacked.value[row] += noise_like(stacked.value[row], noise, f"{name}/{expert}")
+    return stacked
+
+
+def _routers(config: RunConfig, vocab_size: int, layers: list[Layer]) -> State:
+    """As a fresh run of this config would begin with them."""
+    fresh = PretrainingModel(config, vocab_size)
+    prefixes = tuple(f"{layer.prefix}router." for layer in layers)
+    found: State = {}
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if name.startswith(prefixes):
+                found[name] = without_moments(parameter.detach().clone(), moments=True)
+        for name, buffer in persistent_buffers(fresh).items():
+            if name.startswith(prefixes):
+                found[name] = without_moments(buffer.clone(), moments=False)
+    return found

@@ -1,0 +1,161 @@
+"""What is logged of routing: rates by layer, expert, modality and task, from sums over tokens.
+
+Owns the arithmetic from sums to rates and their form in ``metrics.jsonl``; the sums are made in
+``moe/stats.py``. Shapes: M modalities, X tasks, E experts (layers may differ in E).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmmoe_pretrain.batch import MODALITIES, TASKS
+from mmmoe_pretrain.evaluate.routing_report import strongest_pairs
+from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.parallel.collectives import all_reduce_sum
+from mmmoe_pretrain.parallel.groups import Group
+
+SIGNIFICANT_DIGITS = 6
+SHARE_DIGITS = 4  # of numbers by expert, of which there are many
+STRONGEST_PAIRS = 8  # of experts that serve tokens together, a modality; the matrix would be E^2 numbers
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Sums over the tokens of all ranks in one mixture layer, and the rates that they give. A rate of
+    a modality or task without tokens is 0."""
+
+    layer: int
+    tokens_MX: np.ndarray
+    counts_MXE: np.ndarray  # assignments, before any drop
+    probability_MXE: np.ndarray
+    entropy_MX: np.ndarray  # nats
+    dropped_MX: np.ndarray  # assignments for which an expert had no room
+    coactivation_MEE: np.ndarray  # tokens that both experts served
+
+    @property
+    def tokens_M(self) -> np.ndarray:
+        return self.tokens_MX.sum(1)
+
+    @property
+    def load_ME(self) -> np.ndarray:
+        """Share of the modality's assignments that each expert gets; rows sum to 1."""
+        return _over(self.counts_MXE.sum(1), self.counts_MXE.sum((1, 2))[:, None])
+
+    @property
+    def mean_probability_ME(self) -> np.ndarray:
+        """Mean over the modality's tokens of the router's distribution."""
+        return _over(self.probability_MXE.sum(1), self.tokens_M[:, None])
+
+    @property
+    def entropy_M(self) -> np.ndarray:
+        """Mean over tokens of the entropy of the router's distribution, nats."""
+        return _over(self.entropy_MX.sum(1), self.tokens_M)
+
+    @property
+    def marginal_entropy_M(self) -> np.ndarray:
+        """Entropy of the mean distribution, nats."""
+        p_ME = self.mean_probability_ME
+        return -(p_ME * np.log(np.where(p_ME > 0, p_ME, 1.0))).sum(1)
+
+    @property
+    def dropped_M(self) -> np.ndarray:
+        """Share of the modality's assignments for which an expert had no room."""
+        return _over(self.dropped_MX.sum(1), self.counts_MXE.sum((1, 2)))
+
+    @property
+    def load_over_even_E(self) -> np.ndarray:
+        """Each expert's share of all assignments, times E: 1 is an even share, 0 a dead expert."""
+        counts_E = self.counts_MXE.sum((0, 1))
+        return counts_E.size * _over(counts_E, counts_E.sum())
+
+
+def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[LayerRouting, ...]:
+    """Numbers on the host from the sums of a step, which ``reduce_stats`` has reduced save for
+    co-activation; that is summed over ``group`` here, for all layers at once. Every rank must call it."""
+    if not routing:
+        return ()
+    pairs = all_reduce_sum(torch.cat([s.coactivation_MEE.detach().double().reshape(-1) for s in routing]), group)
+    sums = torch.cat([s.flatten().detach().double() for s in routing])
+    host = torch.cat([sums, pairs]).cpu()  # one transfer
+    sizes = [s.flatten().numel() for s in routing] + [s.coactivation_MEE.numel() for s in routing]
+    parts = host.split(sizes)
+    return tuple(
+        _layer(stats.unflatten(part), pairs.view_as(stats.coactivation_MEE))
+        for stats, part, pairs in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True)
+    )
+
+
+def layer_json(routing: LayerRouting) -> dict[str, Any]:
+    """Plain values by name. Tasks hold only the modalities that have tokens, co-activation only the
+    strongest pairs: ``[expert, expert, share of the modality's tokens]``."""
+    seen = np.flatnonzero(routing.tokens_M).tolist()
+    return {
+        "layer": routing.layer,
+        "tokens": by_modality(routing.tokens_M),
+        "assignments": by_modality(routing.counts_MXE.sum((1, 2))),
+        "load": {m: shares(row) for m, row in zip(MODALITIES, routing.load_ME, strict=True)},
+        "mean_probability": {m: shares(row) for m, row in zip(MODALITIES, routing.mean_probability_ME, strict=True)},
+        "entropy": by_modality(routing.entropy_M),
+        "marginal_entropy": by_modality(routing.marginal_entropy_M),
+        "dropped": by_modality(routing.dropped_M),
+        "coactivation": {
+            MODALITIES[m]: [[a, b, number(share, SHARE_DIGITS)] for a, b, share in _pairs(routing, m)] for m in seen
+        },
+        "tasks": {
+            task: {MODALITIES[m]: _cell(routing, m, x) for m in np.flatnonzero(routing.tokens_MX[:, x]).tolist()}
+            for x, task in enumerate(TASKS)
+            if routing.tokens_MX[:, x].any()
+        },
+    }
+
+
+def number(value: float, digits: int = SIGNIFICANT_DIGITS) -> float | None:
+    """Rounded; None (null in JSON) where the value is not finite."""
+    value = float(value)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def shares(values_E: np.ndarray) -> list[float | None]:
+    return [number(value, SHARE_DIGITS) for value in values_E.tolist()]
+
+
+def by_modality(values_M: np.ndarray) -> dict[str, float | None]:
+    return {name: number(value) for name, value in zip(MODALITIES, values_M, strict=True)}
+
+
+def _layer(sums: RoutingStats, coactivation: torch.Tensor) -> LayerRouting:
+    return LayerRouting(
+        layer=sums.layer,
+        tokens_MX=sums.tokens_MX.numpy(),
+        counts_MXE=sums.counts_MXE.numpy(),
+        probability_MXE=sums.probability_MXE.numpy(),
+        entropy_MX=sums.entropy_MX.numpy(),
+        dropped_MX=sums.dropped_MX.numpy(),
+        coactivation_MEE=coactivation.numpy(),
+    )
+
+
+def _pairs(routing: LayerRouting, modality: int) -> list[tuple[int, int, float]]:
+    return strongest_pairs(routing.coactivation_MEE[modality], routing.tokens_M[modality], STRONGEST_PAIRS)
+
+
+def _cell(routing: LayerRouting, modality: int, task: int) -> dict[str, Any]:
+    tokens, counts_E = routing.tokens_MX[modality, task], routing.counts_MXE[modality, task]
+    return {
+        "tokens": number(tokens),
+        "load": shares(_over(counts_E, counts_E.sum())),
+        "mean_probability": shares(routing.probability_MXE[modality, task] / tokens),
+        "entropy": number(routing.entropy_MX[modality, task] / tokens),
+        "dropped": number(float(_over(routing.dropped_MX[modality, task], counts_E.sum()))),
+    }
+
+
+def _over(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``sums / counts``, with 0 where nothing was counted."""
+    return sums / np.maximum(counts, 1.0)

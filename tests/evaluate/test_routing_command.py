@@ -1,0 +1,256 @@
+"""The whole routing report: of a run that was trained, against routing worked out anew from the
+router's weights; and of runs that have less to show."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmmoe_pretrain.batch import MODALITIES, TASKS, Batch, Sample
+from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.cli import app
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.evaluation import iterate_eval
+from mmmoe_pretrain.evaluate import rows
+from mmmoe_pretrain.evaluate.routing import command
+from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.support import things, tiny_config, write_shards
+
+TOP = 4
+
+
+def held_out(folder: Path, lacking: tuple[str, ...] = ()) -> Path:
+    """Things with names that are not trained on."""
+    return write_shards(folder, [{**row, "name": f"number {row['name']}"} for row in things(12)], lacking=lacking)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Six steps of a model whose two blocks are mixtures of four experts, two a token."""
+    root = tmp_path_factory.mktemp("routing")
+    config = tiny_config(
+        root,
+        data={"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
+              "num_workers": 0},
+        moe={"num_experts": 4, "expert_hidden_size": 8, "every": 1},
+        train={"steps": 6, "global_batch_size": 8, "log_every": 1, "checkpoint_every": 6},
+        evaluate={"test": [str(held_out(root / "test"))]},
+    )  # fmt: skip
+    run_ranks(1, train, config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def report(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made in batches of five, so that favourites are found across batches."""
+    out = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BATCH_SIZE", 5)
+        result = CliRunner().invoke(app, ["routing", str(trained.run_dir), "--out", str(out), "--top", str(TOP)])
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out / 'index.md'}" in result.output.replace("\n", "")
+    return out
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "routing.json").read_text())
+
+
+def content(sample: Sample, modality: str) -> Any:
+    return sample.raw_text if modality == "text" else getattr(sample, modality).tobytes()
+
+
+def every_token(config: RunConfig) -> list[dict[tuple[str, str, int, str], tuple[np.ndarray, Any]]]:
+    """By layer: (modality, sample, place, task) -> (router's probabilities [E], content), from the
+    router's input and weight alone, the stream being walked as ``data/pack.py`` documents it."""
+    model, _, _ = load_model(config.run_dir)
+    inputs: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    batch, samples = next(iterate_eval(config.evaluate.test, config, build_codecs(config), 64))
+    with torch.no_grad():
+        model(batch)
+        p_LnE = [(x_nD @ router.weight.t()).softmax(-1).numpy() for x_nD, router in zip(inputs, routers, strict=True)]
+    names = [
+        ((modality, sample.meta.key, place, task), content(sample, modality))
+        for modality, sample, length, task in runs_of(config, batch, samples)
+        for place in range(length)
+    ]
+    assert len(names) == int(batch.valid.sum())
+    return [{name: (p_E, what) for (name, what), p_E in zip(names, p_nE, strict=True)} for p_nE in p_LnE]
+
+
+def runs_of(config: RunConfig, batch: Batch, samples: list[Sample]) -> Iterator[tuple[str, Sample, int, str]]:
+    """Modality, sample, length and task of every run of the stream: each sample by itself, then its
+    captions behind an image or a clip, which have no end mark."""
+    lengths = []
+    for sample in samples:
+        assert sample.audio is not None and sample.text is not None
+        frames = sample.audio.shape[1]
+        lengths.append(
+            {"image": 4, "audio": -(-frames // config.modalities.audio.patch), "text": len(sample.text) + 2}
+        )
+    start = 0
+    for sample, length in zip(samples, lengths, strict=True):
+        for modality in MODALITIES:
+            yield modality, sample, length[modality], "contrastive"
+            start += length[modality]
+    for sample, length in zip(samples, lengths, strict=True):
+        prefix = MODALITIES[int(batch.modality_ids[start])]
+        yield prefix, sample, length[prefix], "captioning"
+        yield "text", sample, length["text"] - 1, "captioning"
+        start += length[prefix] + length["text"] - 1
+
+
+def test_listed_favourites_are_the_most_probable_tokens_that_the_expert_served(
+    trained: RunConfig, report: Path
+) -> None:
+    """Tolerance: fp32 through two blocks, in batches of another size."""
+    checked = 0
+    for layer, tokens in zip(numbers(report)["layers"], every_token(trained), strict=True):
+        for expert, found in enumerate(layer["favourites"]):
+            for modality, listed in found.items():
+                served = [
+                    (float(np.log(p_E[expert])), what)
+                    for name, (p_E, what) in tokens.items()
+                    if name[0] == modality and expert in np.argsort(-p_E)[:2]
+                ]
+                best: dict[Any, float] = {}
+                for log_p, what in served:
+                    best[what] = max(log_p, best.get(what, -np.inf))
+                expected = sorted(best.values(), reverse=True)[:TOP]
+                names = [(modality, t["sample"], t["place"], t["task"]) for t in listed]
+                own = [float(np.log(tokens[name][0][expert])) for name in names]
+                np.testing.assert_allclose([t["log_probability"] for t in listed], own, atol=1e-4)
+                if len(best) >= TOP:  # enough distinct contents, and so no second token of any
+                    np.testing.assert_allclose(own, expected, atol=1e-4)
+                    assert len({tokens[name][1] for name in names}) == TOP
+                    checked += 1
+    assert checked > 12, "too few experts and modalities with enough tokens to check the order"
+
+
+def test_places_are_given_in_pixels_and_seconds(report: Path) -> None:
+    """Pictures of 16 pixels are 2 x 2 patches of 8; a token of sound is 8 frames of 10 ms."""
+    boxes = {0: [0, 0, 8, 8], 1: [8, 0, 16, 8], 2: [0, 8, 8, 16], 3: [8, 8, 16, 16]}
+    seen = set()
+    for layer in numbers(report)["layers"]:
+        for found in layer["favourites"]:
+            for token in found.get("image", []):
+                assert token["pixels"] == boxes[token["place"]]
+            for token in found.get("audio", []):
+                start, end = token["seconds"]
+                assert (start, end) == pytest.approx((0.08 * token["place"], 0.08 * (token["place"] + 1)))
+            seen |= found.keys()
+    assert seen == set(MODALITIES)
+
+
+def test_numbers_of_the_layers_are_those_of_the_tokens(trained: RunConfig, report: Path) -> None:
+    for layer, tokens in zip(numbers(report)["layers"], every_token(trained), strict=True):
+        for modality in MODALITIES:
+            p_nE = np.stack([p_E for name, (p_E, _) in tokens.items() if name[0] == modality])
+            chosen_nK = np.argsort(-p_nE, axis=1)[:, :2]
+            counts_E = np.bincount(chosen_nK.reshape(-1), minlength=4)
+            # One token of a close call may fall the other way in a batch of another size.
+            np.testing.assert_allclose(
+                layer["share"][modality], counts_E / counts_E.sum(), atol=1.01 / counts_E.sum()
+            )
+            np.testing.assert_allclose(layer["mean_probability"][modality], p_nE.mean(0), atol=1e-4)
+            assert layer["tokens"][modality] == len(p_nE)
+            pairs = {tuple(sorted(pair)): 0 for pair in chosen_nK.tolist()}
+            for pair in chosen_nK.tolist():
+                pairs[tuple(sorted(pair))] += 1
+            for a, b, share in layer["pairs"][modality]:
+                assert share == pytest.approx(pairs[a, b] / len(p_nE), abs=1.01 / len(p_nE))
+        assert set(layer["specialisation_by_task"]) == set(TASKS)
+
+
+def test_pages_show_every_file_that_they_name(report: Path) -> None:
+    pages = {"index.md", "layer_00.md", "layer_01.md"}
+    assert pages == {path.name for path in report.glob("*.md")}
+    named: set[str] = set()
+    for name in pages:
+        named |= set(re.findall(r"\]\(([^)]+)\)", (report / name).read_text()))
+    files = {path.name for path in report.iterdir()}
+    assert named == files - {"routing.json"}  # all pictures are shown, and none is missing
+    assert {"load.png", "coactivation.png", "training_load.png", "training_change.png"} <= named
+    for path in report.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run is an untrained model of ``config``."""
+    model = PretrainingModel(config, build_codecs(config).text.vocab_size).mmmoe.eval()
+    monkeypatch.setattr(command, "load_model", lambda _: (model, config, 7))
+
+
+def test_one_layer_one_expert_a_token_no_sound_and_no_log(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
+    random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
+    silent = held_out(tmp_path / "silent", lacking=("audio",))
+    out = command.write_report(tmp_path, [str(silent)])
+    (layer,) = numbers(out)["layers"]
+    assert out == tmp_path / "routing"
+    assert set(layer["share"]) == {"image", "text"}
+    assert not any("audio" in found for found in layer["favourites"])
+    text = (out / "index.md").read_text()
+    assert "Every token has one expert" in text
+    assert "has no two records" in text
+    assert {path.suffix for path in out.glob("*audio*")} == set()
+
+
+def test_many_experts_stay_legible(trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = trained.moe.model_copy(update={"num_experts": 128, "null_experts": 2, "experts_per_token": 8, "every": 2})
+    random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
+    out = command.write_report(tmp_path, trained.evaluate.test, top=1)
+    sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
+    assert len([name for name in sizes if name.startswith("layer_01_image")]) > 1
+    assert max(max(size) for size in sizes.values()) < 3000, sizes
+    assert "null: 128, 129" in (out / "layer_01.md").read_text()
+
+
+def test_a_second_report_leaves_nothing_of_the_first(
+    trained: RunConfig, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in report.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "mine.txt").write_text("kept")
+    moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
+    random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
+    command.write_report(tmp_path / "no run", trained.evaluate.test, out=tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not {"layer_00.md", "coactivation.png", "training_load.png"} & left
+    assert {"layer_01.md", "mine.txt"} <= left
+
+
+def test_what_cannot_be_shown_is_refused_with_a_remedy(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="--top 0 would list nothing"):
+        command.write_report(trained.run_dir, top=0)
+    bare = trained.model_copy(update={"evaluate": trained.evaluate.model_copy(update={"test": ()})})
+    random_run(bare, monkeypatch)
+    with pytest.raises(ValueError, match="names no held-out shards; give --test FOLDER"):
+        command.write_report(tmp_path)
+    dense = trained.model_copy(
+        update={"moe": trained.moe.model_copy(update={"num_experts": 1, "experts_per_token": 1})}
+    )
+    random_run(dense, monkeypatch)
+    with pytest.raises(ValueError, match=r"is a dense model .* no routing to show"):
+        command.write_report(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,102 @@
+"""Work side by side: everything is done once, on one thread each, and errors and settings come back."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmmoe_pretrain.moe.cores import ROWS_FOR_ALL_THREADS, side_by_side
+
+CPU = torch.device("cpu")
+SMALL = [1] * 8
+LARGE = ROWS_FOR_ALL_THREADS * 2  # for two threads
+PATIENCE = 10.0  # seconds to wait for the other thread; it is there in less than one
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def is_caller() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_everything_is_done_once_small_work_on_one_thread_and_large_on_all() -> None:
+    rows = [1, LARGE, 2, 3, LARGE + 1, 4, LARGE - 1, 0]
+    done: list[tuple[int, int]] = []
+    side_by_side(lambda i: done.append((i, torch.get_num_threads())), rows, CPU)
+    assert sorted(done) == [(i, 2 if n >= LARGE else 1) for i, n in enumerate(rows)]
+    assert torch.get_num_threads() == 2
+
+
+def test_both_threads_take_part() -> None:
+    met = threading.Barrier(2)  # broken if only one thread came
+
+    def work(index: int) -> None:
+        if index < 2:
+            met.wait(PATIENCE)
+
+    side_by_side(work, [100, 100, *SMALL], CPU)
+
+
+def test_too_little_work_stays_with_the_caller() -> None:
+    by_caller: list[bool] = []
+    side_by_side(lambda i: by_caller.append(is_caller() and torch.get_num_threads() == 2), [1, 1, 1], CPU)
+    assert by_caller == [True] * 3
+    side_by_side(lambda i: pytest.fail("there was nothing to do"), [], CPU)
+
+
+@pytest.mark.parametrize("fails_in_caller", [True, False])
+def test_an_error_in_either_thread_reaches_the_caller(fails_in_caller: bool) -> None:
+    met, before = threading.Barrier(2), set(threading.enumerate())
+
+    def work(index: int) -> None:
+        if index < 2:
+            met.wait(PATIENCE)  # so that each thread has one of the first two
+            if is_caller() == fails_in_caller:
+                raise FloatingPointError(f"work {index}")
+
+    with pytest.raises(FloatingPointError, match=r"work [01]"):
+        side_by_side(work, [100, 100, *SMALL], CPU)
+    assert torch.get_num_threads() == 2
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_among_large_work_leaves_the_threads_as_they_were() -> None:
+    def work(index: int) -> None:
+        raise FloatingPointError(str(index))
+
+    with pytest.raises(FloatingPointError, match="3"):
+        side_by_side(work, [1, 1, 1, LARGE, 1], CPU)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_helpers_work_in_the_callers_mode(mode: type) -> None:
+    with mode():
+        out = torch.zeros(10, 3)
+        modes: list[tuple[bool, bool]] = []
+        met = threading.Barrier(2)
+
+        def work(index: int) -> None:
+            if index < 2:
+                met.wait(PATIENCE)
+            out[index].add_(1)  # refused on a tensor of inference mode from outside of it
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+
+        side_by_side(work, [1] * 10, CPU)
+    assert set(modes) == {(False, mode is torch.inference_mode)}
+    assert out.eq(1).all()
+
+
+def test_a_counter_of_operations_sees_all_of_them() -> None:
+    a = torch.ones(4, 4)
+    with FlopCounterMode(display=False) as counter:
+        side_by_side(lambda i: torch.mm(a, a), SMALL, CPU)
+    assert counter.get_total_flops() == 8 * 2 * 4**3

@@ -1,0 +1,293 @@
+"""The back ends of the experts against a loop in fp64 and against each other, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain.moe import expert_math
+from mmmoe_pretrain.moe.activation import ACTIVATIONS
+from mmmoe_pretrain.moe.expert_math import EXPERT_BACKENDS, blocked, choose_backend
+from mmmoe_pretrain.moe.memory import Buffers
+from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, sort_slots
+from tests.moe.plain_experts import weighted_experts
+
+D, FF = 8, 16  # rows of 16 bytes and more in bf16: grouped_mm takes them
+# fp64 sums of tens of terms near 1 in another order.
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Leaves x [n, D], weights [n, K], up, down; slots [n, K], E meaning nowhere; and a target [n, D]."""
+
+    x: Tensor
+    weights: Tensor
+    up: Tensor
+    down: Tensor
+    slots: Tensor
+    target: Tensor
+    activation: str
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.x, self.weights, self.up, self.down
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values as leaves of another type; routing weights fp32 at least, as a router gives them."""
+        x, up, down = (t.detach().to(dtype).requires_grad_() for t in (self.x, self.up, self.down))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weights = self.weights.detach().to(wide).requires_grad_()
+        return Case(x, weights, up, down, self.slots, self.target.to(dtype), self.activation)
+
+    def plan(self) -> tuple[ExpertPlan, Tensor]:
+        """The plan, and the routing weights in its order."""
+        order, place, counts = sort_slots(self.slots, self.up.shape[0])
+        plan = plan_of_slots(order, place, counts.tolist(), self.slots.shape[1])
+        return plan, self.weights.reshape(-1)[order[: plan.num_assignments]]
+
+    def run(self, backend: str = "blocked") -> Tensor:
+        plan, weights_A = self.plan()
+        return EXPERT_BACKENDS[backend](self.x, weights_A, plan, self.up, self.down, self.activation, Buffers())
+
+    def loop(self) -> Tensor:
+        return weighted_experts(self.x, self.slots, self.weights, list(self.up), list(self.down), self.activation)
+
+    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((out * self.target).sum(), self.leaves, retain_graph=True)
+
+
+def make_case(
+    slots: Tensor, num_experts: int, activation: str = "swiglu", dtype: torch.dtype = torch.float64, size: int = D
+) -> Case:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    width = ACTIVATIONS[activation].width * FF
+    n = slots.shape[0]
+    weights = torch.rand(slots.shape, generator=generator, dtype=torch.float64)
+    up, down = normal(num_experts, size, width) / size**0.5, normal(num_experts, FF, size) / FF**0.5
+    return Case(normal(n, size), weights, up, down, slots, normal(n, size), activation).to(dtype)
+
+
+def random_slots(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Unlike experts of each token."""
+    scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(tokens + num_experts))
+    return scores.topk(top_k).indices
+
+
+def assert_equals_loop(case: Case, backend: str = "blocked", **tolerance: float) -> None:
+    ours, loop = case.run(backend), case.loop()
+    torch.testing.assert_close(ours, loop, **tolerance)
+    for mine, theirs in zip(case.gradients(ours), case.gradients(loop), strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "num_experts,top_k,tokens",
+    [(4, 1, 9), (4, 2, 9), (8, 8, 5), (16, 2, 1), (32, 2, 40), (128, 8, 30), (128, 1, 3), (4, 2, 0)],
+)
+def test_blocks_equal_a_loop_over_experts(num_experts: int, top_k: int, tokens: int, activation: str) -> None:
+    case = make_case(random_slots(tokens, num_experts, top_k), num_experts, activation)
+    assert_equals_loop(case, **EXACT)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param(torch.full((40, 1), 2), id="all tokens to one expert"),
+        pytest.param(torch.tensor([[0, 4], [4, 4], [3, 0], [4, 1]]), id="some assignments nowhere"),
+        pytest.param(torch.full((5, 2), 4), id="all assignments nowhere"),
+        pytest.param(torch.tensor([[1, 1], [0, 0], [1, 0]]), id="the same expert twice"),
+    ],
+)
+def test_lopsided_routing_equals_a_loop_over_experts(slots: Tensor, activation: str) -> None:
+    assert_equals_loop(make_case(slots, 4, activation), **EXACT)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("num_experts,top_k,tokens", [(4, 1, 9), (8, 2, 40), (8, 8, 5), (128, 2, 30), (16, 2, 1)])
+def test_grouped_products_in_fp32_equal_blocks_and_the_loop(
+    num_experts: int, top_k: int, tokens: int, activation: str
+) -> None:
+    case = make_case(random_slots(tokens, num_experts, top_k), num_experts, activation, torch.float32)
+    plan, _ = case.plan()
+    assert choose_backend("grouped_mm", case.x, plan, case.up, case.down) is EXPERT_BACKENDS["grouped_mm"]
+    # Chains of sums of up to 40 terms near 1, each a unit or two of 6e-8 off.
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    assert_equals_loop(case, "grouped_mm", **close)
+    assert_equals_loop(case, "blocked", **close)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_bf16_is_off_by_its_own_rounding_alone(backend: str, activation: str) -> None:
+    case = make_case(random_slots(60, 8, 2), 8, activation, torch.bfloat16)
+    exact = case.to(torch.float64)
+    out, loop = case.run(backend), exact.loop()
+    # Roundings one after another on the way back: weight, up, activation, h, y, gradient, sum over K, and
+    # the product itself. Each is at most eps / 2 of its value and they are independent: about
+    # sqrt(8) / 2 eps in the norm; twice that is the bound.
+    bound = 2 * 8**0.5 / 2 * torch.finfo(torch.bfloat16).eps
+    for ours, theirs in zip((out, *case.gradients(out)), (loop, *exact.gradients(loop)), strict=True):
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() < bound
+
+
+@pytest.mark.parametrize(
+    "why,case",
+    [
+        ("no fp64", make_case(random_slots(6, 4, 2), 4)),
+        ("rows not a multiple of 16 bytes", make_case(random_slots(6, 4, 2), 4, dtype=torch.float32, size=5)),
+        ("no rows at all", make_case(torch.full((6, 2), 4), 4, dtype=torch.float32)),
+        ("no fp16 on a CPU", make_case(random_slots(6, 4, 2), 4, dtype=torch.float16)),
+    ],
+)
+def test_blocks_step_in_where_grouped_mm_has_a_hole(why: str, case: Case) -> None:
+    plan, weights_A = case.plan()
+    backend = choose_backend("grouped_mm", case.x, plan, case.up, case.down)
+    assert backend is blocked, why
+    out = backend(case.x, weights_A, plan, case.up, case.down, case.activation, Buffers())
+    # fp16 rounds h and y to 11 bits; values are near 1.
+    torch.testing.assert_close(out.double(), case.to(torch.float64).loop(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_cpu_takes_blocks_by_itself_and_grouped_products_when_told() -> None:
+    case = make_case(random_slots(6, 4, 2), 4, dtype=torch.float32)
+    plan, _ = case.plan()
+    names = {name: choose_backend(name, case.x, plan, case.up, case.down) for name in ("auto", *EXPERT_BACKENDS)}
+    assert names == {"auto": blocked, **EXPERT_BACKENDS}
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # the least block: 256 rows
+    slots = torch.cat([torch.full((700, 1), 1), torch.full((257, 1), 3), torch.full((256, 1), 0)])
+    case = make_case(slots, 4, activation)
+    lengths = [(piece.expert, piece.rows) for piece in expert_math._pieces(case.plan()[0].counts, case.up)]
+    assert lengths == [(0, 256), (1, 256), (1, 256), (1, 188), (3, 256), (3, 1)]
+    assert_equals_loop(case, **EXACT)
+
+
+def test_pieces_of_half_precision_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)
+    rows, piece = 5 * 256, 256
+    # One expert; every row is 16 in its first column, so is its first GELU (16 Phi(16) = 16): h = 16.
+    x = torch.zeros(rows, D, dtype=torch.bfloat16)
+    x[:, 0] = 16
+    up, down = torch.zeros(1, D, FF, dtype=torch.bfloat16), torch.zeros(1, FF, D, dtype=torch.bfloat16)
+    up[0, 0, 0] = down[0, 0, 0] = 1
+    target = torch.zeros(rows, D, dtype=torch.bfloat16)
+    target[:piece, 0], target[piece:, 0] = 1, 1 / 256
+    case = Case(x, torch.ones(rows, 1), up, down, torch.zeros(rows, 1, dtype=torch.int64), target, "gelu")
+    case = case.to(torch.bfloat16)
+    _, _, grad_up, grad_down = case.gradients(case.run())
+    # The first piece gives 16 * 256 = 4096, each other 16; steps of bf16 there are 32, so that adding
+    # piece by piece in bf16 would stay at 4096. 4096 + 4 * 16 = 4160 is a bf16 number.
+    assert grad_down[0, 0, 0].item() == 4160
+    assert grad_up[0, 0, 0].item() == 4160
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_two_threads_equal_one(activation: str, two_threads: None) -> None:
+    slots = torch.cat([random_slots(60, 16, 2), torch.full((200, 2), 5)])  # expert 5 takes all threads
+    case = make_case(slots, 16, activation)
+    assert_equals_loop(case, **EXACT)
+    assert torch.get_num_threads() == 2
+
+
+def test_gradients_that_are_expanded_or_transposed_are_read_right() -> None:
+    for backend, dtype in (("blocked", torch.float64), ("grouped_mm", torch.float32)):
+        case = make_case(random_slots(12, 4, 2), 4, dtype=dtype)
+        for target in (torch.ones((), dtype=dtype).expand(12, D), case.target.t().contiguous().t()):
+            ours = torch.autograd.grad(case.run(backend), case.leaves, target)
+            theirs = torch.autograd.grad(case.loop(), case.leaves, target)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # fp32, as above
+
+
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+def test_a_transposed_x_is_read_right(backend: str) -> None:
+    case = make_case(random_slots(16, 4, 2), 4, dtype=torch.float32)
+    plan, weights_A = case.plan()
+    transposed = case.x.t().contiguous().t()
+    assert not transposed.is_contiguous()
+    run = EXPERT_BACKENDS[backend]
+    ours = run(transposed, weights_A, plan, case.up, case.down, case.activation, Buffers())
+    torch.testing.assert_close(ours, case.loop(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+@pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("x", "weights"), ("weights", "up", "down"), ("down",)])
+def test_what_needs_no_gradient_gets_none_and_the_rest_the_same(backend: str, frozen: tuple[str, ...]) -> None:
+    case = make_case(random_slots(12, 4, 2), 4, dtype=torch.float32)
+    expected = dict(zip(("x", "weights", "up", "down"), case.gradients(case.loop()), strict=True))
+    for name in frozen:
+        getattr(case, name).requires_grad_(False)
+    case.run(backend).mul(case.target).sum().backward()
+    for name, gradient in expected.items():
+        if name in frozen:
+            assert getattr(case, name).grad is None
+        else:
+            torch.testing.assert_close(getattr(case, name).grad, gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_modes_give_the_same_output(backend: str, mode: type, two_threads: None) -> None:
+    case = make_case(random_slots(40, 16, 2), 16, dtype=torch.float32)  # 16 small experts: both threads work
+    with mode():
+        out = case.run(backend)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, case.run(backend).detach(), rtol=0, atol=0)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients() -> None:
+    case = make_case(random_slots(12, 4, 2), 4)
+    out = case.run()
+    first = [gradient.clone() for gradient in case.gradients(out)]
+    for a, b in zip(first, case.gradients(out), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_inputs_stay_as_they_were() -> None:
+    case = make_case(random_slots(12, 4, 2), 4)
+    before = [leaf.detach().clone() for leaf in case.leaves]
+    case.gradients(case.run())
+    assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_gradients_of_blocks_are_those_of_finite_differences(activation: str) -> None:
+    case = make_case(torch.tensor([[0, 2], [2, 3], [3, 0]]), 3, activation)  # expert 1 idle, 3 is nowhere
+
+    def function(*leaves: Tensor) -> Tensor:
+        x, weights, up, down = leaves
+        return Case(x, weights, up, down, case.slots, case.target, activation).run()
+
+    assert torch.autograd.gradcheck(function, case.leaves)
+
+
+def test_idle_experts_get_gradients_of_zeros() -> None:
+    for backend, dtype in (("blocked", torch.float64), ("grouped_mm", torch.float32)):
+        case = make_case(torch.full((5, 1), 2), 4, dtype=dtype)
+        _, _, grad_up, grad_down = case.gradients(case.run(backend))
+        for gradient in (grad_up, grad_down):
+            assert (gradient.abs().sum((1, 2)) > 0).tolist() == [False, False, True, False]

@@ -1,0 +1,133 @@
+"""Stacks of experts: their sizes, their places over the ranks, and what a copy of them keeps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.models.init import init_parameters
+from mmmoe_pretrain.moe.experts import ExpertGroups, Experts, SharedExpert, make_experts, slot_of_expert
+from mmmoe_pretrain.moe.plan import plan_of_slots, sort_slots
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from tests.moe.plain_experts import expert, weighted_experts
+
+D = 8
+UNLIKE = MoEConfig(
+    num_experts=6,
+    expert_hidden_size=16,
+    expert_groups=[
+        {"modalities": ["image"], "num_experts": 2, "expert_hidden_size": 24},
+        {"modalities": ["audio", "text"], "num_experts": 4},
+    ],
+)
+
+
+def built(config: MoEConfig, groups: Groups = SINGLE) -> nn.Module:
+    made = make_experts(config, D, groups)
+    init_parameters(made, seed=3, num_layers=1)
+    return made.double()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param([[0, 4], [1, 5], [3, 2], [6, 1], [6, 6]], id="both groups"),
+        pytest.param([[3, 4], [2, 5], [6, 3]], id="a group without tokens"),
+        pytest.param([[6, 6]], id="nobody at work"),
+    ],
+)
+def test_groups_of_unlike_size_equal_a_loop_over_experts(slots: list[list[int]], activation: str) -> None:
+    experts = built(UNLIKE.model_copy(update={"activation": activation}))
+    assert isinstance(experts, ExpertGroups)
+    ids = torch.tensor(slots)
+    x, weights = normal(len(slots), D).requires_grad_(), normal(*ids.shape, seed=1).requires_grad_()
+    order, place, counts = sort_slots(ids, 6)
+    plan = plan_of_slots(order, place, counts.tolist(), ids.shape[1])
+    ours = experts(x, weights.reshape(-1)[order[: plan.num_assignments]], plan)
+    ups, downs = ([w for s in experts.stacks for w in getattr(s, name)] for name in ("up", "down"))
+    loop = weighted_experts(x, ids, weights, ups, downs, activation)
+    exact = {"rtol": 1e-11, "atol": 1e-12}  # fp64 sums of tens of terms near 1 in another order
+    torch.testing.assert_close(ours, loop, **exact)
+    leaves = [x, weights, *experts.parameters()]
+    target = normal(*ours.shape, seed=2)
+    for mine, theirs in zip(torch.autograd.grad((ours * target).sum(), leaves),
+                            torch.autograd.grad((loop * target).sum(), leaves), strict=True):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, **exact)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_shared_expert_is_one_expert_for_all(activation: str) -> None:
+    shared = SharedExpert(16, D, activation)
+    init_parameters(shared, seed=3, num_layers=1)
+    shared.double()
+    x = normal(5, D)
+    torch.testing.assert_close(shared(x), expert(x, shared.up.weight.t(), shared.down.weight.t(), activation))
+
+
+def test_sizes_follow_group_activation_and_rank() -> None:
+    half = Groups(expert_rank=1, expert_size=2)
+    image, others = make_experts(UNLIKE, D, half).stacks
+    assert [tuple(w.shape) for w in (image.up, image.down, others.up, others.down)] == [
+        (1, D, 48), (1, 24, D), (2, D, 32), (2, 16, D)]  # fmt: skip
+    assert (image.local_experts, others.local_experts) == (range(1, 2), range(2, 4))
+    gelu = make_experts(MoEConfig(num_experts=4, expert_hidden_size=16, activation="gelu"), D, half)
+    assert isinstance(gelu, Experts)
+    assert (tuple(gelu.up.shape), gelu.local_experts) == ((2, D, 16), range(2, 4))
+
+
+def test_a_share_of_the_ranks_starts_with_the_weights_of_the_whole() -> None:
+    whole = built(UNLIKE).state_dict()
+    halves = [built(UNLIKE, Groups(expert_rank=rank, expert_size=2)).state_dict() for rank in range(2)]
+    for name, weight in whole.items():
+        assert torch.equal(torch.cat([half[name] for half in halves]), weight)
+
+
+def test_slots_go_by_rank_and_then_by_group() -> None:
+    assert slot_of_expert(MoEConfig(num_experts=4), 2).tolist() == [0, 1, 2, 3]
+    # Rank 0 holds image expert 0 and others 2, 3; rank 1 image expert 1 and others 4, 5.
+    assert slot_of_expert(UNLIKE, 2).tolist() == [0, 3, 1, 2, 4, 5]
+    assert slot_of_expert(UNLIKE, 1).tolist() == [0, 1, 2, 3, 4, 5]
+    free = UNLIKE.model_copy(update={"identity_experts": 1, "null_experts": 2})
+    assert slot_of_expert(free, 2).tolist() == [0, 3, 1, 2, 4, 5, 6, 6, 6]  # 6 is nowhere
+
+
+def test_a_group_that_does_not_spread_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"group of 2 experts .*expert_parallel_size 4; use a multiple of 4"):
+        slot_of_expert(UNLIKE, 4)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_is_marked_as_experts_too(twin_of: Callable[[nn.Module], nn.Module]) -> None:
+    experts = built(UNLIKE)
+    twin = twin_of(experts)
+    for a, b in zip(experts.parameters(), twin.parameters(), strict=True):
+        # megatron-core would otherwise sum the gradients of different experts
+        assert a.allreduce is False and b.allreduce is False
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+def test_experts_are_modules_like_any_other() -> None:
+    for experts in (built(UNLIKE), built(MoEConfig(num_experts=4))):
+        assert list(experts.buffers()) == []  # nothing of theirs hides what every module has
+
+
+def test_weights_survive_a_state_dict() -> None:
+    experts, other = built(UNLIKE), make_experts(UNLIKE, D, SINGLE).double()
+    file = io.BytesIO()
+    torch.save(experts.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert sorted(experts.state_dict()) == ["stacks.0.down", "stacks.0.up", "stacks.1.down", "stacks.1.up"]
+    assert all(torch.equal(a, b) for a, b in zip(experts.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,53 @@
+"""The layer on a GPU against the layer on the CPU; needs CUDA, and is left out without it."""
+
+import pytest
+import torch
+
+from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.models.init import init_parameters
+from mmmoe_pretrain.moe.layer import MoELayer
+from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.parallel.groups import SINGLE
+
+CASES = [
+    MoEConfig(num_experts=16, experts_per_token=2, expert_hidden_size=64),
+    MoEConfig(num_experts=16, experts_per_token=2, expert_hidden_size=64, expert_backend="blocked"),
+    MoEConfig(num_experts=16, experts_per_token=4, expert_hidden_size=64, capacity_factor=1.0, activation="gelu"),
+    MoEConfig(num_experts=8, experts_per_token=2, expert_hidden_size=64, shared_expert_hidden_size=32,
+              identity_experts=2),
+]  # fmt: skip
+
+
+def run(config: MoEConfig, device: str, dtype: torch.dtype, tokens: int) -> list[torch.Tensor]:
+    """Output and gradients, in fp32 on the CPU."""
+    moe = MoELayer(config, 64, 0, SINGLE)
+    init_parameters(moe, seed=1, num_layers=1)
+    moe.to(device)
+    for name, parameter in moe.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+    modality = (torch.arange(tokens) % 3).to(device)
+    out, _ = moe(x, TokenInfo.of_modalities(modality))
+    out.float().square().sum().backward()
+    found = [out, x.grad, *(p.grad for p in moe.parameters())]
+    return [tensor.detach().float().cpu() for tensor in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize("tokens", [0, 1, 200])
+def test_gpu_equals_cpu_in_fp32(config: MoEConfig, tokens: int) -> None:
+    # TF32 is off by default for matrix products; fp32 sums in another order.
+    for ours, reference in zip(run(config, "cuda", torch.float32, tokens),
+                               run(config, "cpu", torch.float32, tokens), strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpu_in_bf16_stays_near_fp32() -> None:
+    # Routing is decided in fp32 from bf16 inputs, so both must start from the same rounded x: few ties flip.
+    for ours, reference in zip(run(CASES[0], "cuda", torch.bfloat16, 200),
+                               run(CASES[0], "cpu", torch.bfloat16, 200), strict=True):  # fmt: skip
+        scale = reference.abs().max().clamp(min=1e-3)
+        assert ((ours - reference).abs().max() / scale).item() < 0.05  # eight bits of mantissa, three products

@@ -1,0 +1,212 @@
+"""From a router's decision to its sums: values by hand, and a loop over tokens in fp64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.moe.losses import layer_losses, routing_losses
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.routing import MASKED, RouterInputs
+from mmmoe_pretrain.moe.statistics import orthogonality, sequence_balance, smooth_load
+from mmmoe_pretrain.moe.tokens import TokenInfo
+from tests.moe.plain_losses import PlainRouting
+
+D = 6
+EVERY_TERM = {
+    "local_entropy": 1,
+    "global_entropy": 1,
+    "importance": 1,
+    "load": 1,
+    "balance": 1,
+    "z": 1,
+    "orthogonality": 1,
+}
+GROUPS = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["text", "audio"], "num_experts": 3},
+          {"modalities": ["image", "audio", "text"], "num_experts": 1}]  # fmt: skip
+
+
+def make_config(**settings: Any) -> MoEConfig:
+    return MoEConfig.model_validate({"num_experts": 6, "experts_per_token": 2, **settings})
+
+
+def make_router(config: MoEConfig, seed: int = 0) -> Router:
+    router = Router(config, D, 0)
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(seed))
+    return router
+
+
+def make_tokens(modalities: list[int], segments: list[int] | None = None) -> TokenInfo:
+    ids = torch.tensor(modalities, dtype=torch.int64)
+    zeros = torch.zeros_like(ids)
+    return TokenInfo(ids, zeros, zeros if segments is None else torch.tensor(segments), torch.arange(len(modalities)))
+
+
+def inputs_of(logits: list[list[float]], top_k: int, **more: Any) -> RouterInputs:
+    config = MoEConfig(num_experts=len(logits[0]), experts_per_token=top_k)
+    return RouterInputs(torch.tensor(logits), make_tokens([0] * len(logits)), config, **more)
+
+
+def phi(x: float) -> float:
+    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def test_smooth_load_is_the_chance_to_beat_the_kth_logit_under_noise_of_one_over_e() -> None:
+    first_of_two = smooth_load(inputs_of([[0.5, 0.0]], top_k=1), None)
+    assert first_of_two[0].tolist() == pytest.approx([0.5, phi(-0.5 * 2)])
+    two_of_three = smooth_load(inputs_of([[1.0, 0.5, 0.25]], top_k=2), None)
+    assert two_of_three[0].tolist() == pytest.approx([phi(0.5 * 3), 0.5, phi(-0.25 * 3)])
+
+
+def test_smooth_load_of_noisy_top_k_has_its_learned_noise_and_its_noisy_threshold() -> None:
+    noise = {"noise_std_nE": torch.tensor([[1.0, 2.0]]), "normal_nE": torch.tensor([[-1.0, 0.0]])}
+    load = smooth_load(inputs_of([[0.5, 0.0]], top_k=1, **noise), None)
+    assert load[0].tolist() == pytest.approx([phi(0.5), 0.5])  # the noisy logits are -0.5 and 0, so eta is 0
+    del noise["normal_nE"]  # outside training
+    load = smooth_load(inputs_of([[0.5, 0.0]], top_k=1, **noise), None)
+    assert load[0].tolist() == pytest.approx([0.5, phi(-0.25)])
+
+
+def test_an_expert_that_a_token_may_not_choose_has_no_smooth_load() -> None:
+    load = smooth_load(inputs_of([[0.5, MASKED, 0.0]], top_k=2), torch.tensor([[True, False, True]]))
+    assert load[0].tolist() == pytest.approx([phi(0.5 * 3), 0, 0.5])
+
+
+def test_sequence_balance_by_hand() -> None:
+    """Segment 9, whose tokens lie apart, is even over two experts; segment 4 has both tokens on one."""
+    p = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    ids, segments = torch.tensor([[0], [0], [1], [0]]), torch.tensor([9, 4, 9, 4])
+    assert sequence_balance(p, ids, None, segments, None).tolist() == [1 + 2, 2]
+    none_chosen = torch.zeros(4, 1, dtype=torch.bool)
+    assert sequence_balance(p, ids, none_chosen, segments, None).tolist() == [0, 2]
+
+
+def test_routers_that_listen_alike_are_not_orthogonal() -> None:
+    assert orthogonality(torch.tensor([[2.0, 0], [0, 5]])).item() == pytest.approx(0)
+    assert orthogonality(torch.tensor([[2.0, 0], [5, 0]])).item() == pytest.approx(2 / 4)
+    diagonal = torch.tensor([[2.0, 0], [5, 5]])  # cosine 1/sqrt 2
+    assert orthogonality(diagonal).item() == pytest.approx(2 * 0.5 / 4)
+
+
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["free", "groups"])
+def test_every_term_and_its_gradient_equal_a_loop_over_tokens(groups: list[Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    modalities = [0, 2, 0, 1, 0, 2, 2, 0, 1]
+    segments = [0, 0, 0, 3, 3, 5, 5, 5, 5]
+    x = torch.randn(len(modalities), D, generator=generator)
+    for scope in ("microbatch", "sequence"):
+        by_modality = ["importance", "load", "z"] + (["balance"] if scope == "microbatch" else [])
+        for per_modality in ([], by_modality):
+            losses = {**EVERY_TERM, "balance_scope": scope, "per_modality": per_modality}
+            config = make_config(losses=losses, expert_groups=groups)
+            router = make_router(config)
+            ours = layer_losses(router(x, make_tokens(modalities, segments)).stats, config.losses)
+            weight = router.weight.detach().double().requires_grad_()
+            plain = PlainRouting(config, weight, x.double(), modalities)
+            theirs = expected(plain, per_modality, scope, segments)
+            assert theirs.keys() == ours.keys()
+            for name, value in theirs.items():
+                assert_close_with_gradients(name, ours[name], router.weight, value, weight)
+
+
+def expected(plain: PlainRouting, per_modality: list[str], scope: str, segments: list[int]) -> dict[str, Tensor]:
+    terms = {"importance": lambda tokens: plain.unevenness(plain.p, tokens),
+             "load": lambda tokens: plain.unevenness(plain.load, tokens),
+             "balance": plain.balance, "z": plain.z_loss}  # fmt: skip
+    everything = list(range(len(segments)))
+    values = {"orthogonality": plain.orthogonality()}
+    for i, m in enumerate(MODALITIES):
+        values[f"local_entropy/{m}"] = plain.local_entropy(plain.tokens_of(i)) / 3
+        values[f"global_entropy/{m}"] = plain.global_entropy(plain.tokens_of(i)) / 3
+    for name, term in terms.items():
+        if name in per_modality:
+            values |= {f"{name}/{m}": term(plain.tokens_of(i)) / 3 for i, m in enumerate(MODALITIES)}
+        elif name == "balance" and scope == "sequence":
+            runs = [[t for t in everything if segments[t] == s] for s in sorted(set(segments))]
+            values[name] = sum(term(run) for run in runs) / len(runs)
+        else:
+            values[name] = term(everything)
+    return values
+
+
+def assert_close_with_gradients(
+    name: str, ours: Tensor, weight: Tensor, theirs: Tensor, plain_weight: Tensor
+) -> None:
+    # The router works in fp32: a few units in the last place of sums over nine tokens.
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(ours.double(), theirs, **close, msg=lambda text: f"{name}: {text}")
+    (mine,) = torch.autograd.grad(ours, weight, retain_graph=True)
+    (reference,) = torch.autograd.grad(theirs, plain_weight, retain_graph=True)
+    assert reference.abs().max() > 1e-3, f"{name}: a gradient of nothing proves nothing"
+    torch.testing.assert_close(mine.double(), reference, **close, msg=lambda text: f"gradient of {name}: {text}")
+
+
+@pytest.mark.parametrize("router", ["softmax_top_k", "sigmoid_top_k", "noisy_top_k", "expert_choice", "hash"])
+@pytest.mark.parametrize("scope", ["sequence", "global_batch"])
+def test_losses_and_gradients_are_finite_at_the_edges(router: str, scope: str) -> None:
+    losses = {**EVERY_TERM, "balance_scope": scope, "per_modality": ["importance", "z"]}
+    losses["load"] = float(router not in ("hash", "expert_choice"))
+    cases = {"no tokens": [], "one token": [1], "no audio": [0, 0, 2], "all": [0, 1, 2, 2]}
+    for groups in [[]] if router == "hash" else [[], GROUPS]:
+        config = make_config(router=router, losses=losses, expert_groups=groups)
+        for scale in (1.0, 1e4):  # logits of 1e4 send everything to one expert
+            made = make_router(config)
+            made.weight.data.mul_(scale)
+            if made.noise_weight is not None:
+                made.noise_weight.data.fill_(-scale)  # a learned noise of nothing
+            for name, modalities in cases.items():
+                x = torch.ones(len(modalities), D)
+                values = routing_losses([made(x, make_tokens(modalities)).stats], config.losses)
+                made.zero_grad()
+                sum(values.values()).backward()
+                assert all(math.isfinite(v.item()) for v in values.values()), (name, scale, values)
+                for parameter in made.parameters():
+                    assert parameter.grad is None or parameter.grad.isfinite().all(), (name, scale)
+
+
+def test_zero_rows_of_the_router_have_a_finite_gradient() -> None:
+    weight = torch.zeros(3, D, requires_grad=True)
+    orthogonality(weight).backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_orthogonality_alone_reaches_the_router_and_nothing_else_needs_gradients() -> None:
+    config = make_config(losses={"orthogonality": 1.0})
+    router = make_router(config)
+    stats = router(torch.randn(4, D), make_tokens([0, 1, 2, 2])).stats
+    assert not stats.probability_MXE.requires_grad
+    losses = layer_losses(stats, config.losses)
+    losses["orthogonality"].backward()
+    assert set(losses) == {"orthogonality"}
+    assert router.weight.grad.abs().max() > 1e-3
+
+
+def test_without_losses_no_sum_needs_gradients() -> None:
+    stats = make_router(make_config())(torch.randn(4, D), make_tokens([0, 1, 2, 2])).stats
+    assert not stats.flatten().requires_grad
+    assert not stats.load_ME.any() and not stats.sequence_balance.any()
+
+
+def test_z_counts_the_experts_that_a_token_may_choose() -> None:
+    """Two experts of image with logits 0: logsumexp is log 2, whatever the other experts' logits."""
+    groups = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["audio", "text"], "num_experts": 4}]
+    router = make_router(make_config(losses={"z": 1}, expert_groups=groups))
+    router.weight.data[:2] = 0
+    stats = router(torch.ones(1, D), make_tokens([0])).stats
+    assert stats.z_M[0].item() == pytest.approx(math.log(2) ** 2)
+
+
+def test_stats_of_microbatches_add_up_and_survive_flattening() -> None:
+    config = make_config(losses={**EVERY_TERM, "balance_scope": "sequence"}, expert_groups=GROUPS)
+    router = make_router(config)
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    tokens = make_tokens([0, 0, 1, 2, 2], [0, 0, 1, 2, 2])
+    whole = router(x, tokens).stats
+    parts = router(x[:2], tokens.slice(0, 2)).stats + router(x[2:], tokens.slice(2, 5)).stats
+    torch.testing.assert_close(parts.flatten(), whole.flatten())
+    torch.testing.assert_close(whole.unflatten(whole.flatten()).load_ME, whole.load_ME)
+    assert not whole.detach().flatten().requires_grad

@@ -1,0 +1,173 @@
+"""The frame of all commands: a run goes in untouched, a run that trains on comes out, or nothing does."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmmoe_pretrain import cli
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.surgery import operation
+from mmmoe_pretrain.surgery.operation import Result, Source, operate
+from mmmoe_pretrain.surgery.split import split
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.support import tiny_config
+
+BLOCK = "mmmoe.trunk.blocks.1.ffn."
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> RunConfig:
+    """Three steps of a run with two of four experts a token."""
+    return trained_run(tmp_path_factory.mktemp("trained"), tiny_data, {"num_experts": 4, "expert_hidden_size": 8})
+
+
+def trained_run(root: Path, tiny_data: Path, moe: dict) -> RunConfig:
+    data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0}  # fmt: skip
+    steps = {"steps": 3, "global_batch_size": 8, "log_every": 1, "checkpoint_every": 3}
+    config = tiny_config(root, data=data, train=steps, moe=moe)
+    run_ranks(1, train, config)
+    return config
+
+
+def mmmoe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The command line; 0 is the only exit code that passes."""
+    monkeypatch.setattr(sys, "argv", ["mmmoe", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_split_run_trains_on_from_the_same_step_and_the_old_one_is_untouched(
+    tmp_path: Path, trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, new = contents(trained.run_dir), tmp_path / "finer"
+    mmmoe(monkeypatch, "experts", "split", trained.run_dir, "--out", new, "--factor", 2, "train.steps=5")
+    said = capsys.readouterr().out
+    assert "the function is preserved" in said and f"mmmoe train {new / 'config.yaml'} --resume" in said
+    config = run_config.load(new / "config.yaml")
+    assert (config.run_dir, config.moe.num_experts, config.moe.experts_per_token) == (new, 8, 4)
+    run_ranks(1, train, config, True)
+    steps = [json.loads(line)["step"] for line in (new / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 5]
+    assert contents(trained.run_dir) == before
+
+
+def test_a_grown_run_trains_on_and_its_new_experts_wake(
+    tmp_path: Path, trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "grown"
+    mmmoe(monkeypatch, "experts", "add", trained.run_dir, "--out", new, "--count", 2, "--wake-steps", 4,
+          "train.steps=5")  # fmt: skip
+    assert "metrics.jsonl" not in contents(new)
+    run_ranks(1, train, run_config.load(new / "config.yaml"), True)
+    checkpoint = store.find_latest(new)
+    assert checkpoint is not None
+    dormancy = store.read_state(checkpoint)[BLOCK + "router.dormancy"]
+    assert dormancy.value.tolist() == [0, 0, 0, 0, 16, 16]  # two of four steps on the way
+    mmmoe(monkeypatch, "experts", "merge", new, "--out", tmp_path / "merged", "--layer", 1, "--experts", "0,5",
+          "--lossy")  # fmt: skip
+    mmmoe(monkeypatch, "experts", "prune", new, "--out", tmp_path / "pruned", "--unused", "--lossy")
+    assert "on 48 samples of" in capsys.readouterr().out  # compared on the run's own data
+    assert load_model(tmp_path / "merged")[2] == load_model(tmp_path / "pruned")[2] == 5
+
+
+def test_a_dense_run_goes_on_as_a_mixture(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = trained_run(tmp_path, tiny_data, {"num_experts": 1, "experts_per_token": 1, "expert_hidden_size": 8})
+    new = tmp_path / "sparse"
+    mmmoe(monkeypatch, "experts", "upcycle", dense.run_dir, "--out", new, "--num-experts", 4, "train.steps=4")
+    assert "the function is preserved" in capsys.readouterr().out
+    run_ranks(1, train, run_config.load(new / "config.yaml"), True)
+    assert json.loads((new / "metrics.jsonl").read_text())["step"] == 4
+
+
+def test_the_checkpoint_keeps_step_and_facts_and_says_where_it_is_from(tmp_path: Path, trained: RunConfig) -> None:
+    new = tmp_path / "new"
+    outcome = operate(trained.run_dir, new, (), "split", lambda source: split(source, 2, lossy=False))
+    old_checkpoint, checkpoint = store.find_latest(trained.run_dir), store.find_latest(new)
+    assert old_checkpoint is not None and checkpoint is not None
+    assert checkpoint.name == "step_00000003"
+    assert store.read_meta(checkpoint) == store.read_meta(old_checkpoint)
+    record = json.loads((new / "surgery.json").read_text())
+    assert (record["command"], record["source"], record["step"]) == ("split", str(trained.run_dir), 3)
+    assert record["largest_difference"] == outcome.largest_difference < 1e-5
+
+
+def test_a_state_reads_and_writes_alone_as_it_was(tmp_path: Path, trained: RunConfig) -> None:
+    found = store.find_latest(trained.run_dir)
+    assert found is not None
+    state = store.read_state(found)
+    again = store.read_state(store.write_state(tmp_path, 3, state, {}))
+    assert again.keys() == state.keys()
+    for name, parameter in state.items():
+        for key, tensor in parameter.tensors(name).items():
+            assert torch.equal(again[name].tensors(name)[key], tensor), key
+    assert state[BLOCK + "experts.up"].exp_avg is not None
+
+
+def wrong(source: Source) -> Result:
+    """A split that forgets the factor of the second product."""
+    result = split(source, 2, lossy=False)
+    result.state[BLOCK + "experts.down"].value.mul_(0.5)
+    return result
+
+
+def test_a_broken_promise_leaves_nothing_behind(tmp_path: Path, trained: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"split did not preserve the function: .* nothing was written"):
+        operate(trained.run_dir, tmp_path / "new", (), "split", wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_announced_change_is_measured_and_written(tmp_path: Path, trained: RunConfig) -> None:
+    def changed(source: Source) -> Result:
+        result = wrong(source)
+        return Result(result.config, result.state, result.did, exact=False)
+
+    outcome = operate(trained.run_dir, tmp_path / "new", (), "split", changed)
+    assert outcome.largest_difference > operation.TOLERANCE
+    assert "the function changed as announced" in outcome.lines[-2]
+
+
+def test_what_is_in_the_way_or_cannot_be_is_refused(tmp_path: Path, trained: RunConfig) -> None:
+    def halves(source: Source) -> Result:
+        return split(source, 2, lossy=False)
+
+    with pytest.raises(ValueError, match=r"exists; choose another --out"):
+        operate(trained.run_dir, tmp_path, (), "split", halves)
+    with pytest.raises(ValueError, match=r"--out .*-new: name: "):
+        operate(trained.run_dir, tmp_path / "-new", (), "split", halves)
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        operate(tmp_path / "empty", tmp_path / "new", (), "split", halves)
+    with pytest.raises(ValueError, match=r"8 experts do not spread .*; choose another .*expert_parallel_size=auto"):
+        operate(trained.run_dir, tmp_path / "new", ("parallel.expert_parallel_size=3",), "split", halves)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("prune", "run", "--out", "new"), "either --experts 3,5 or --unused"),
+        (("prune", "run", "--out", "new", "--experts", "a,2"), "'a' is no expert"),
+        (("merge", "run", "--out", "new", "--layer", "1", "--experts", "1"), "name two"),
+    ],
+)
+def test_the_command_line_says_what_it_wants(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], error: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmmoe", "experts", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert error in capsys.readouterr().err

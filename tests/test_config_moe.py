@@ -1,0 +1,93 @@
+"""What the ``moe`` section refuses, and with which words; every message names the value and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config_moe import MoEConfig
+from tests.support import tiny_values
+
+IMAGE_ALONE = {"num_experts": 2, "modalities": ["image"]}
+OTHERS = {"num_experts": 2, "modalities": ["audio", "text"]}
+
+
+def refusal(moe: dict[str, Any], **sections: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        run_config.parse(tiny_values(Path("unused"), moe={"num_experts": 4, **moe}, **sections))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("moe,value,remedy", [
+    ({"experts_per_token": 5}, "experts_per_token 5 exceeds moe.num_experts 4;", "lower the first"),
+    ({"experts_per_token": 7, "null_experts": 2}, "moe.num_experts 4 and the 2 without computation",
+     "raise the second"),
+    ({"batch_priority": True}, "moe.capacity_factor null", "capacity_factor: 1.25"),
+    ({"losses": {"min_experts": {"image": 5}}}, "min_experts of image is 5", "use 1 to 4"),
+    ({"losses": {"balance_scope": "sequence", "per_modality": ["balance"]}}, "balance_scope sequence",
+     "take balance out"),
+    ({"expert_groups": [IMAGE_ALONE]}, "hold 2 experts together, and moe.num_experts is 4", "set num_experts: 2"),
+    ({"expert_groups": [IMAGE_ALONE, {"num_experts": 2, "modalities": ["text"]}]}, "let audio reach 0 experts",
+     "add audio to a group"),
+    ({"expert_groups": [IMAGE_ALONE, OTHERS], "losses": {"min_experts": {"text": 3}}}, "min_experts of text is 3",
+     "use 1 to 2"),
+    ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "hash"}, "moe.router hash", "use softmax_top_k"),
+    ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "group_limited"}, "moe.router group_limited",
+     "drop expert_groups"),
+    ({"router": "expert_choice", "batch_priority": True, "capacity_factor": 1.0}, "moe.router expert_choice",
+     "leave both out"),
+    ({"router": "expert_choice", "bias_balancing": {"rate": 0.001}}, "moe.bias_balancing", "leave both out"),
+    ({"router": "hash", "losses": {"load": 0.1}}, "moe.router hash does not choose so", "losses.load: 0"),
+    ({"router": "expert_choice", "losses": {"load": 0.1}}, "moe.router expert_choice does not", "losses.load: 0"),
+    ({"router": "hash", "jitter": 0.1}, "moe.router hash", "leave them out"),
+    ({"router": "hash", "task_conditioned": True}, "moe.task_conditioned", "leave them out"),
+    ({"router": "hash", "bias_balancing": {"rate": 0.1}}, "moe.bias_balancing", "leave them out"),
+    ({"router": "group_limited", "node_groups": 3}, "moe.node_groups 3", "use a divisor of 4"),
+    ({"router": "group_limited", "node_groups": 2, "groups_per_token": 3}, "moe.groups_per_token 3",
+     "at most that many groups"),
+    ({"router": "group_limited", "node_groups": 4}, "1 of 4 leaves a token 1 experts", "raise groups_per_token"),
+    ({"router": "group_limited", "node_groups": 2, "null_experts": 1}, "moe.null_experts", "use softmax_top_k"),
+    ({"layers": {1: {"losses": {"z": 1}}}}, "moe.layers.1.losses holds for all layers", "set moe.losses instead"),
+    ({"layers": {0: {"router": "hash"}}}, "block 0 is no mixture under moe.every 2", "name one of 1, 3, 5, 7"),
+    ({"layers": {-1: {"router": "hash"}}}, "block -1 is no mixture", "name one of 1, 3, 5, 7"),
+    ({"layers": {1: {"ruter": "hash"}}}, "moe.layers.1: unknown key 'ruter'", "known keys: router"),
+    ({"layers": {1: {"num_experts": 1, "experts_per_token": 1}}}, "moe.layers.1", "use num_experts: 2 up"),
+    ({"layers": {1: {"experts_per_token": 9}}}, "moe.layers.1: moe.experts_per_token 9 exceeds", "lower the first"),
+    ({"layers": {1: {"router": "hashing"}}}, "moe.layers.1: router: Input should be", "'hash'"),
+    ({"layers": {3: {"router": "hash"}}}, "moe.layers.3: there is no such block", "model.num_layers is 2"),
+    ({"router": "softmax"}, "got 'softmax'", "'softmax_top_k'"),
+    ({"jitter": 1.0}, "got 1.0", "less than 1"),
+])  # fmt: skip
+def test_impossible_mixtures_are_refused_with_the_value_and_the_remedy(
+    moe: dict[str, Any], value: str, remedy: str
+) -> None:
+    message = refusal(moe)
+    assert value in message and remedy in message
+
+
+@pytest.mark.parametrize("moe", [{"router": "expert_choice"}, {"layers": {1: {"router": "expert_choice"}}}],
+                         ids=["everywhere", "in one layer"])  # fmt: skip
+def test_expert_choice_is_refused_where_segments_are_causal(moe: dict[str, Any]) -> None:
+    message = refusal(moe, objectives={"captioning": {"weight": 0.1}})
+    assert "moe.router expert_choice" in message and "set objectives.captioning.weight: 0" in message
+
+
+def test_expert_choice_serves_contrastive_objectives() -> None:
+    values = tiny_values(Path("unused"), moe={"router": "expert_choice"}, objectives={})
+    assert run_config.parse(values).moe.router == "expert_choice"
+
+
+def test_layers_differ_in_what_they_name_alone() -> None:
+    config = MoEConfig(num_experts=8, jitter=0.1, layers={3: {"router": "group_limited", "node_groups": 4,
+                                                               "groups_per_token": 2}})  # fmt: skip
+    usual, odd = config.for_layer(1), config.for_layer(3)
+    assert (usual.router, odd.router, odd.node_groups) == ("softmax_top_k", "group_limited", 4)
+    assert usual.jitter == odd.jitter == 0.1 and odd.num_experts == 8
+
+
+def test_groups_without_a_size_take_that_of_the_mixture() -> None:
+    sized = {**OTHERS, "expert_hidden_size": 64}
+    config = MoEConfig(num_experts=4, expert_hidden_size=256, expert_groups=(IMAGE_ALONE, sized))
+    assert [group.expert_hidden_size for group in config.groups] == [256, 64]
+    assert [group.num_experts for group in MoEConfig(num_experts=4).groups] == [4]
