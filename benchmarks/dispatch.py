@@ -1,0 +1,227 @@
+"""Bytes and seconds of token dispatch and combine over ranks, beside megatron-core's and DeepSpeed's.
+
+Ranks are forked processes with gloo. Everybody gets the same tokens and router logits, moves tokens to
+experts that only weigh them, and brings them back, forward and backward, in turn in the same processes;
+medians over repeats, of the slowest rank. Outputs and gradients are compared with ours first.
+
+Legend. sent: bytes that leave a rank for another, all ranks, forward and backward. / bound: sent over the
+least that can be, a row there and back for each (token, other rank that has an expert of it). bytes ours
+/ theirs: below 1, we send less. time theirs / ours: above 1, we are faster. On gloo ranks that share a
+machine a transfer is a copy in memory, so times say little of a network.
+
+Prints a table and, as its last line, one JSON object: ``bytes_vs_bound`` (ours / bound),
+``bytes_vs_megatron`` and ``bytes_vs_deepspeed`` (ours / theirs), ``time_vs_megatron`` and
+``time_vs_deepspeed`` (theirs / ours): geometric means over the points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import queue
+import socket
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
+
+from benchmarks.dispatching.contenders import (
+    DEEPSPEED,
+    LOSSY,
+    MEGATRON,
+    OURS,
+    Contender,
+    Task,
+    available,
+    start_deepspeed,
+)
+from benchmarks.dispatching.traffic import Traffic, least_bytes
+from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.runtime import process_group
+
+EXPERTS, RANKS = 32, (2, 4)
+TIMEOUT = 900.0  # seconds for all points of a number of ranks
+CLOSE = 1e-5  # of the largest value: fp32 sums in another order
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one point: bytes of all ranks, and seconds."""
+
+    sent: float
+    bound: float
+    seconds: float
+
+
+Results = dict[str, dict[str, Row]]  # point -> contender -> row
+
+
+def forward_backward(contender: Contender, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and the gradients of tokens and logits of half its sum of squares."""
+    out = contender(x, logits)
+    x_grad, logits_grad = torch.autograd.grad(out, (x, logits), out.detach())
+    return out.detach(), x_grad, logits_grad
+
+
+def measure(tasks: list[Task], repeats: int) -> Results:
+    """On every rank; all ranks know the same results."""
+    results: Results = {}
+    with process_group(timeout_minutes=5):
+        contenders = available()
+        if DEEPSPEED in contenders:
+            start_deepspeed()
+        for task in tasks:
+            groups = build_groups(ParallelConfig(expert_parallel_size=dist.get_world_size()), task.experts)
+            built = {name: build(task, groups) for name, build in contenders.items()}
+            results[task.name] = measure_task(task, groups, built, repeats)
+            destroy_groups()
+    return results
+
+
+def measure_task(task: Task, groups: Groups, contenders: dict[str, Contender], repeats: int) -> dict[str, Row]:
+    rank, ranks = groups.expert_rank, groups.expert_size
+    x, logits = task.inputs(rank)
+    expert_ids = logits.detach().topk(task.top_k).indices
+    bound = least_bytes(expert_ids, task.experts, rank, ranks, task.hidden_size * x.element_size())
+    sent = {}
+    reference = forward_backward(contenders[OURS], x, logits)
+    for name, contender in contenders.items():  # also the warm-up
+        with Traffic(rank, ranks) as traffic:
+            found = forward_backward(contender, x, logits)
+        sent[name] = traffic.sent
+        if name not in LOSSY:
+            check_equal(name, found, reference)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            times[name].append(slowest_rank(seconds(contender, x, logits)))
+    return {
+        name: Row(over_ranks(sent[name]), over_ranks(bound), statistics.median(times[name])) for name in contenders
+    }
+
+
+def check_equal(name: str, found: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:
+    """Raises AssertionError where a contender computes something else than ours."""
+    for what, a, b in zip(("output", "token gradient", "logit gradient"), found, reference, strict=True):
+        apart = float((a - b).abs().max() / b.abs().max())
+        assert apart < CLOSE, f"{name}: {what} is {apart:.1e} of the largest value from ours"
+
+
+def seconds(contender: Contender, x: Tensor, logits: Tensor) -> float:
+    dist.barrier()
+    began = time.perf_counter()
+    forward_backward(contender, x, logits)
+    return time.perf_counter() - began
+
+
+def over_ranks(value: float) -> float:
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def slowest_rank(value: float) -> float:
+    slowest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def on_ranks(ranks: int, tasks: list[Task], repeats: int) -> Results:
+    """``measure`` on forked processes. Raises RuntimeError where one fails or they take too long."""
+    context = multiprocessing.get_context("fork")  # libraries are imported once, before
+    results: Any = context.Queue()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def rank_main(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        found = measure(tasks, repeats)
+        if rank == 0:
+            results.put(found)
+
+    processes = [context.Process(target=rank_main, args=(rank,), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        return first_result(results, processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def first_result(results: Any, processes: list[Any]) -> Results:
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            return results.get(timeout=0.2)
+        except queue.Empty:
+            failed = [i for i, process in enumerate(processes) if process.exitcode not in (None, 0)]
+            if failed:
+                raise RuntimeError(f"ranks {failed} failed; what they raised stands above") from None
+    raise RuntimeError(f"the ranks took longer than {TIMEOUT:.0f} s")
+
+
+def summary(points: list[dict[str, Row]]) -> dict[str, float]:
+    """Geometric means over the points."""
+
+    def mean(values: list[float]) -> float:
+        return round(statistics.geometric_mean(values), 3)
+
+    found = {"bytes_vs_bound": mean([point[OURS].sent / point[OURS].bound for point in points])}
+    for peer in (MEGATRON, DEEPSPEED):
+        if peer in points[0]:
+            found[f"bytes_vs_{peer}"] = mean([point[OURS].sent / point[peer].sent for point in points])
+            found[f"time_vs_{peer}"] = mean([point[peer].seconds / point[OURS].seconds for point in points])
+    return found
+
+
+def print_rows(ranks: int, results: Results) -> None:
+    for point, rows in results.items():
+        for name, row in rows.items():
+            our_share, their_time = rows[OURS].sent / row.sent, row.seconds / rows[OURS].seconds
+            print(f"{ranks:>5} {point:<12} {name:<17}{row.sent / 1e6:>9.2f}{row.sent / row.bound:>9.3f}"
+                  f"{our_share:>14.3f}{1e3 * row.seconds:>9.1f}{their_time:>14.2f}")  # fmt: skip
+
+
+def main() -> None:
+    """Measure over 2 and 4 ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller tokens, few repeats")
+    args = parser.parse_args()
+    tokens, hidden_size, repeats = (512, 256, 3) if args.quick else (4096, 512, 7)
+    tasks = [Task(tokens, hidden_size, EXPERTS, top_k, skewed) for top_k in (2, 8) for skewed in (False, True)]
+    torch.set_num_threads(1)
+    available()
+    print(f"T = {tokens} tokens a rank, D = {hidden_size}, fp32, E = {EXPERTS}")
+    print(f"{'ranks':>5} {'point':<12} {'':<17}{'sent MB':>9}{'/ bound':>9}{'ours / theirs':>14}{'ms':>9}"
+          f"{'theirs / ours':>14}")  # fmt: skip
+    points: list[dict[str, Row]] = []
+    for ranks in RANKS:
+        results = on_ranks(ranks, tasks, repeats)
+        print_rows(ranks, results)
+        points += results.values()
+    print(json.dumps(summary(points)))
+
+
+if __name__ == "__main__":
+    main()

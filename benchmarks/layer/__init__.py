@@ -1,0 +1,1 @@
+"""What the benchmark of the mixture layer is made of: the task, the implementations, the bounds."""
