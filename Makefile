@@ -26,8 +26,9 @@ check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
 
-bench: $(STAMP) ## Run every benchmark with --quick
-	@set -e; for file in $(wildcard benchmarks/*.py); do \
+bench: $(STAMP) ## Run every benchmark with --quick, beside its peers
+	@set -e; $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'; \
+	 for file in $(wildcard benchmarks/*.py); do \
 	  echo "== $$file"; PYTHONPATH=. $(BIN)/python "$$file" --quick; \
 	done
 

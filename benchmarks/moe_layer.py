@@ -252,6 +252,8 @@ def main() -> None:
     if args.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda needs a GPU that torch can see; leave it out to measure on the CPU")
+        if args.curve or args.points or args.peers or args.even:
+            parser.error("--device cuda measures its one point; leave out --curve, --points, --peers and --even")
         from benchmarks.layer.gpu import gpu_point
 
         found = gpu_point(machine, args.repeats)

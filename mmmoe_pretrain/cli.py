@@ -1,4 +1,4 @@
-"""The command line: ``mmmoe train``, ``mmmoe evaluate`` and ``mmmoe routing``.
+"""The command line: ``mmmoe train``, ``evaluate``, ``routing`` and ``experts``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. What a user can
 mend (ValueError) ends with one line and exit code 2; anything else is a defect and shows its
@@ -43,7 +43,9 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
-    test: Annotated[list[str] | None, typer.Option(help="Held-out shards; default: evaluate.test.")] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help="Held-out shards (repeat it for several); default: evaluate.test.")
+    ] = None,
     dense_results: Annotated[Path, typer.Option(help="Recorded results of the dense baseline.")] = Path(
         "docs/results.json"
     ),
@@ -57,7 +59,9 @@ def evaluate(
 @app.command()
 def routing(
     run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
-    test: Annotated[list[str] | None, typer.Option(help="Held-out shards; default: evaluate.test.")] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help="Held-out shards (repeat it for several); default: evaluate.test.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/routing.")] = None,
     top: Annotated[int, typer.Option(help="Favourite tokens shown of each expert and modality.")] = 8,
 ) -> None:

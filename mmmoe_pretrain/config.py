@@ -226,7 +226,7 @@ class RunConfig(_Model):
         if not self.moe.dense and self.moe.every > self.model.num_layers:
             raise ValueError(
                 f"moe.every {self.moe.every} exceeds model.num_layers {self.model.num_layers}, so no block would be "
-                f"a mixture; lower moe.every, or set moe.num_experts: 1 for a dense model"
+                f"a mixture; lower moe.every, or set moe.num_experts: 1 and moe.experts_per_token: 1 for a dense one"
             )
         absent = [index for index in self.moe.layers if index >= self.model.num_layers]
         if absent:
@@ -291,13 +291,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         node[_list_index(node, leaf, override)] = value
     else:
-        node[leaf] = value
+        node[_key(node, leaf)] = value
+
+
+def _key(node: dict[Any, Any], part: str) -> Any:
+    """The key that reads ``part``: YAML makes numbers of some (moe.layers: {3: ...})."""
+    return next((key for key in node if str(key) == part), part)
 
 
 def _descend(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_list_index(node, part, override)]
-    child = node.setdefault(part, {})
+    child = node.setdefault(_key(node, part), {})
     if not isinstance(child, dict | list):
         raise ValueError(f"override {override!r}: {part!r} is a value ({child!r}), not a section")
     return child

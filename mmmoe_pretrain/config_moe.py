@@ -72,10 +72,15 @@ class ExpertGroupConfig(StrictModel):
 
 class BiasBalancingConfig(StrictModel):
     """Experts are chosen by score + bias and weighed by score; the bias of an expert with less than
-    the mean load rises by ``rate`` after each optimizer step (arXiv 2408.15664). 0 is off."""
+    the mean load rises by ``rate`` after each optimizer step (arXiv 2408.15664). None is off; 0 keeps the
+    biases that were learned, as DeepSeek-V3 does at the end of its training."""
 
-    rate: float = Field(0.0, ge=0)
+    rate: float | None = Field(None, ge=0)
     per_modality: bool = False
+
+    @property
+    def on(self) -> bool:
+        return self.rate is not None
 
 
 class MoEConfig(StrictModel):
@@ -95,13 +100,13 @@ class MoEConfig(StrictModel):
     capacity_factor: float | None = Field(None, gt=0)  # None is dropless
     batch_priority: bool = False
     renormalize: bool = True  # divide the chosen weights by their sum; never where K = 1
-    node_groups: int = Field(1, ge=1)  # of equally many experts, for router group_limited
+    node_groups: int = Field(1, ge=1)  # of equally many experts, for routers group_limited and sigmoid_top_k
     groups_per_token: int = Field(1, ge=1)
     task_conditioned: bool = False  # the router sees x plus a learned embedding of the token's task
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
     wake_steps: int = Field(0, ge=0)  # over which experts that were added to a trained model wake; 0: none sleep
-    dispatch_chunks: int = Field(1, ge=1)  # pieces of the stream whose transfers overlap with computation
+    dispatch_chunks: int = Field(1, ge=1)  # pieces whose transfers overlap; each reads all weights anew
     expert_backend: Literal["auto", "blocked", "grouped_mm"] = "auto"
     losses: RoutingLossConfig = RoutingLossConfig()
     layers: dict[int, dict[str, Any]] = {}  # block index -> settings that differ there
@@ -144,7 +149,8 @@ class MoEConfig(StrictModel):
             idle = self.router_outputs - self.num_experts
             raise ValueError(
                 f"moe.experts_per_token {self.experts_per_token} exceeds moe.num_experts {self.num_experts}"
-                f"{f' and the {idle} without computation' if idle else ''}; lower the first or raise the second"
+                f"{f' and the {idle} without computation' if idle else ''}; lower the first (a dense model has 1 and "
+                f"1) or raise the second"
             )
         if self.batch_priority and self.capacity_factor is None:
             raise ValueError(
@@ -185,16 +191,17 @@ class MoEConfig(StrictModel):
                     f"moe.losses.min_experts of {modality} is {threshold:g}, and moe.expert_groups let it reach "
                     f"{reach} experts; use 1 to {reach}"
                 )
-        if self.router in ("hash", "group_limited"):
+        if self.router == "hash" or self.node_groups > 1:
             raise ValueError(
-                f"moe.router {self.router} chooses among all experts, and moe.expert_groups keep them apart by "
-                f"modality; use softmax_top_k, sigmoid_top_k, noisy_top_k or expert_choice, or drop expert_groups"
+                f"moe.router {self.router} (moe.node_groups {self.node_groups}) chooses among all experts, and "
+                f"moe.expert_groups keep them apart by modality; use softmax_top_k, sigmoid_top_k, noisy_top_k or "
+                f"expert_choice without node groups, or drop expert_groups"
             )
 
     def _check_router(self) -> None:
-        if self.router == "group_limited":
+        if self.node_groups > 1 or self.groups_per_token > 1 or self.router == "group_limited":
             self._check_node_groups()
-        if self.router == "expert_choice" and (self.batch_priority or self.bias_balancing.rate):
+        if self.router == "expert_choice" and (self.batch_priority or self.bias_balancing.on):
             raise ValueError(
                 "moe.router expert_choice fills every expert by itself, so moe.batch_priority and "
                 "moe.bias_balancing have nothing to order; leave both out"
@@ -204,16 +211,21 @@ class MoEConfig(StrictModel):
                 f"moe.losses.load is about an expert being among a token's top k, and moe.router {self.router} does "
                 f"not choose so; set moe.losses.load: 0 (importance works with it)"
             )
-        if self.router == "hash" and (self.bias_balancing.rate or self.jitter or self.task_conditioned):
+        if self.router == "hash" and (self.bias_balancing.on or self.jitter or self.task_conditioned):
             raise ValueError(
                 "moe.router hash does not look at the token's content, so moe.bias_balancing, moe.jitter and "
                 "moe.task_conditioned have no effect; leave them out"
             )
 
     def _check_node_groups(self) -> None:
+        if self.router not in ("group_limited", "sigmoid_top_k"):
+            raise ValueError(
+                f"moe.node_groups {self.node_groups} and moe.groups_per_token {self.groups_per_token} are for the "
+                f"routers group_limited and sigmoid_top_k, and moe.router is {self.router}; leave them out"
+            )
         if self.num_experts % self.node_groups or self.groups_per_token > self.node_groups:
             raise ValueError(
-                f"moe.router group_limited splits moe.num_experts {self.num_experts} into moe.node_groups "
+                f"moe.router {self.router} splits moe.num_experts {self.num_experts} into moe.node_groups "
                 f"{self.node_groups} of equal size and takes moe.groups_per_token {self.groups_per_token} of them; "
                 f"use a divisor of {self.num_experts}, and at most that many groups a token"
             )
@@ -225,8 +237,8 @@ class MoEConfig(StrictModel):
             )
         if self.identity_experts or self.null_experts:
             raise ValueError(
-                "moe.router group_limited knows experts on nodes alone; leave out moe.identity_experts and "
-                "moe.null_experts, or use softmax_top_k"
+                "moe.node_groups know experts on nodes alone; leave out moe.identity_experts and moe.null_experts, "
+                "or moe.node_groups"
             )
 
     @model_validator(mode="after")

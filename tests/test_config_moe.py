@@ -1,12 +1,18 @@
 """What the ``moe`` section refuses, and with which words; every message names the value and the remedy."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import yaml
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config_moe import MoEConfig, RouterName, RoutingTerm
+from mmmoe_pretrain.moe.activation import ACTIVATIONS
+from mmmoe_pretrain.moe.expert_math import EXPERT_BACKENDS
+from mmmoe_pretrain.moe.gates import GATES
+from mmmoe_pretrain.moe.losses import TERMS
+from mmmoe_pretrain.moe.routers import ROUTERS
 from tests.support import tiny_values
 
 IMAGE_ALONE = {"num_experts": 2, "modalities": ["image"]}
@@ -33,7 +39,7 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "losses": {"min_experts": {"text": 3}}}, "min_experts of text is 3",
      "use 1 to 2"),
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "hash"}, "moe.router hash", "use softmax_top_k"),
-    ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "group_limited"}, "moe.router group_limited",
+    ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "group_limited", "node_groups": 2}, "moe.node_groups 2",
      "drop expert_groups"),
     ({"router": "expert_choice", "batch_priority": True, "capacity_factor": 1.0}, "moe.router expert_choice",
      "leave both out"),
@@ -47,7 +53,8 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"router": "group_limited", "node_groups": 2, "groups_per_token": 3}, "moe.groups_per_token 3",
      "at most that many groups"),
     ({"router": "group_limited", "node_groups": 4}, "1 of 4 leaves a token 1 experts", "raise groups_per_token"),
-    ({"router": "group_limited", "node_groups": 2, "null_experts": 1}, "moe.null_experts", "use softmax_top_k"),
+    ({"router": "group_limited", "node_groups": 2, "null_experts": 1}, "moe.null_experts", "or moe.node_groups"),
+    ({"node_groups": 2}, "moe.node_groups 2", "leave them out"),
     ({"layers": {1: {"losses": {"z": 1}}}}, "moe.layers.1.losses holds for all layers", "set moe.losses instead"),
     ({"layers": {0: {"router": "hash"}}}, "block 0 is no mixture under moe.every 2", "name one of 1, 3, 5, 7"),
     ({"layers": {-1: {"router": "hash"}}}, "block -1 is no mixture", "name one of 1, 3, 5, 7"),
@@ -91,3 +98,20 @@ def test_groups_without_a_size_take_that_of_the_mixture() -> None:
     config = MoEConfig(num_experts=4, expert_hidden_size=256, expert_groups=(IMAGE_ALONE, sized))
     assert [group.expert_hidden_size for group in config.groups] == [256, 64]
     assert [group.num_experts for group in MoEConfig(num_experts=4).groups] == [4]
+
+
+def test_the_names_that_a_config_may_use_are_those_of_the_tables() -> None:
+    fields = MoEConfig.model_fields
+    assert set(get_args(RouterName)) == ROUTERS.keys()
+    assert set(get_args(RoutingTerm)) == TERMS.keys()
+    assert set(get_args(fields["gate"].annotation)) == GATES.keys()
+    assert set(get_args(fields["activation"].annotation)) == ACTIVATIONS.keys()
+    assert set(get_args(fields["expert_backend"].annotation)) == EXPERT_BACKENDS.keys() | {"auto"}
+
+
+def test_an_override_reaches_into_a_layer_that_yaml_names_by_a_number(tmp_path: Path) -> None:
+    values = tiny_values(tmp_path, moe={"layers": {1: {"num_experts": 16}}})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    layers = run_config.load(path, ["moe.layers.1.jitter=0.5"]).moe.layers
+    assert layers == {1: {"num_experts": 16, "jitter": 0.5}}

@@ -8,6 +8,7 @@ import yaml
 
 from data_prep.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config_moe import MoEConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -19,6 +20,12 @@ def blocks(language: str) -> list[str]:
 def test_the_run_of_the_tour_is_a_valid_config() -> None:
     (block,) = blocks("yaml")
     assert run_config.parse(yaml.safe_load(block)).train.precision == "bf16"
+
+
+def test_the_mixture_of_the_layer_s_page_is_valid() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "expert_layer.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert MoEConfig.model_validate(yaml.safe_load(block)["moe"]).for_layer(3).experts_per_token == 4
 
 
 def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:
@@ -33,7 +40,8 @@ def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:
 
 
 def test_no_placeholder_is_left() -> None:
-    assert not re.search(r"\b(DEMO_MINUTES|RESULTS_TABLE)\b", README)
+    pages = [README, *(p.read_text(encoding="utf-8") for p in Path(__file__).parents[1].glob("*/*.md"))]
+    assert not [page[:80] for page in pages if re.search(r"\b(DEMO_MINUTES|RESULTS_TABLE|To be filled)\b", page)]
 
 
 def test_every_file_that_it_names_is_there() -> None:

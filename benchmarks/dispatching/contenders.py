@@ -169,7 +169,7 @@ def available() -> dict[str, Callable[[Task, Groups], Contender]]:
     megatron_engine.prepare()
     found: dict[str, Callable[[Task, Groups], Contender]] = {OURS: ours, MEGATRON: megatron}
     if importlib.util.find_spec("deepspeed") is None:
-        print("deepspeed is left out: it is not installed (pip install -e '.[deepspeed]')")
+        print("deepspeed is left out: it is not installed (pip install -e '.[bench]')")
         return found
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -60,7 +60,9 @@ class PretrainingModel(nn.Module):
         for name, loss in routing_losses(routing, self.config.moe.losses, counts).items():
             losses[f"aux/{name}"] = loss
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return torch.stack(list(losses.values())).sum(), LossReport(detached, routing)
+        return torch.stack(list(losses.values())).sum(), LossReport(
+            detached, tuple(stats.detach() for stats in routing)
+        )
 
     def begin_step(self, step: int) -> None:
         """Before the microbatches of optimizer step ``step`` (from 0): what is random in routing becomes

@@ -40,7 +40,7 @@ def importance(stats: RoutingStats, rows: slice = ALL) -> Tensor:
 
 
 def load(stats: RoutingStats, rows: slice = ALL) -> Tensor:
-    """CV^2 over experts of the smooth load (V-MoE, as above); see ``statistics.smooth_load``."""
+    """CV^2 over experts of the smooth load (V-MoE, as above); see ``loss_sums.smooth_load``."""
     return unevenness(stats.load_ME[rows], stats.reach_ME[rows])
 
 

@@ -26,7 +26,8 @@ def updated_bias(bias: Tensor, stats: RoutingStats, rate: float, allowed_ME: Ten
     reach_ME = torch.ones_like(stats.counts_ME) if allowed_ME is None else allowed_ME.to(stats.counts_ME.dtype)
     if bias.shape[0] == 1:
         moved = bias[0] + rate * _direction(stats.counts_ME, reach_ME)
-        return (moved - moved.mean())[None]
+        reached = (reach_ME.sum(0) > 0).to(moved.dtype)  # the others are out of the contest for now
+        return (moved - (moved * reached).sum() / reached.sum().clamp(min=1))[None]
     rows = [_updated_row(row, stats.counts_ME[m : m + 1], rate, reach_ME[m : m + 1]) for m, row in enumerate(bias)]
     return torch.stack(rows)
 

@@ -8,7 +8,7 @@ is the mean of theirs. p_bar_m is the mean routing distribution of modality m, H
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from mmmoe_pretrain.moe.balance import ALL, balance, importance, load, sequence_
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.collectives import all_reduce_sum
 from mmmoe_pretrain.parallel.groups import Group
-
-TERMS = ("importance", "load", "balance", "z")  # of all tokens, or by modality
 
 
 def reduce_stats(stats: Sequence[RoutingStats], group: Group) -> tuple[RoutingStats, ...]:
@@ -110,21 +108,23 @@ def layer_losses(
     """
     losses: dict[str, Tensor] = {}
     present_M = (stats.tokens_M > 0).to(stats.tokens_M.dtype)
-    for term in TERMS:
+    for term, compute in TERMS.items():
         weight = getattr(config, term)
         if not weight:
             continue
         if term not in config.per_modality:
-            losses[term] = weight * _term(term, stats, ALL, config, counts_so_far_ME)
+            losses[term] = weight * compute(stats, ALL, config, counts_so_far_ME)
             continue
         share_M = present_M / present_M.sum().clamp(min=1)
         for m, name in enumerate(MODALITIES):
-            value = _term(term, stats, slice(m, m + 1), config, counts_so_far_ME)
+            value = compute(stats, slice(m, m + 1), config, counts_so_far_ME)
             losses[f"{term}/{name}"] = weight * share_M[m] * value
     if config.orthogonality:
         losses["orthogonality"] = config.orthogonality * stats.orthogonality
-    taking_part = [MODALITY_ID[name] for name in config.entropy_modalities]
-    share_M = present_M / present_M[taking_part].sum().clamp(min=1)
+    if not (config.local_entropy or config.global_entropy):
+        return losses
+    taking_part = sum((present_M[MODALITY_ID[name]] for name in config.entropy_modalities), present_M.new_zeros(()))
+    share_M = present_M / taking_part.clamp(min=1)
     for name in config.entropy_modalities:
         m = MODALITY_ID[name]
         if config.local_entropy:
@@ -135,16 +135,19 @@ def layer_losses(
     return losses
 
 
-def _term(term: str, stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
-    if term == "importance":
-        return importance(stats, rows)
-    if term == "load":
-        return load(stats, rows)
-    if term == "z":
-        return z_loss(stats, rows)
+def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
     if config.balance_scope == "sequence":
         return sequence_balance(stats)
     return balance(stats, rows, counts_ME if config.balance_scope == "global_batch" else None)
+
+
+# Of all tokens, or by modality: the statistics, the modalities' rows, the settings, the counts so far.
+TERMS: dict[str, Callable[[RoutingStats, slice, RoutingLossConfig, Tensor | None], Tensor]] = {
+    "importance": lambda stats, rows, config, counts_ME: importance(stats, rows),
+    "load": lambda stats, rows, config, counts_ME: load(stats, rows),
+    "balance": _balance,
+    "z": lambda stats, rows, config, counts_ME: z_loss(stats, rows),
+}
 
 
 def routing_losses(

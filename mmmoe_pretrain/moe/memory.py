@@ -22,26 +22,25 @@ MALLOC_RECYCLES = 24 << 20  # bytes; glibc keeps freed blocks below 32 MiB, page
 class Buffers:
     """Uninitialised tensors for one module; large ones take memory again that nobody holds any more.
 
-    On a GPU, where torch's allocator does that, and for small sizes, this is ``torch.empty``. A copy
-    of the module gets buffers of its own.
+    On a GPU, where torch's allocator does that, and for small sizes, this is ``torch.empty``. A module
+    keeps what its largest step needed. A copy of the module gets buffers of its own.
     """
 
     def __init__(self) -> None:
-        self._pages: list[mmap.mmap] = []
+        self._pages: list[_Pages] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Like ``torch.empty``."""
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size <= MALLOC_RECYCLES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype, device=device)
-        # A tensor made from pages holds a reference to them as long as anything shares its storage.
-        fitting = [p for p in self._pages if size <= len(p) <= 2 * size and _references(p) == 0]
-        pages = min(fitting, key=len, default=None)
+        fitting = [p for p in self._pages if size <= p.size <= 2 * size and p.idle]
+        pages = min(fitting, key=lambda p: p.size, default=None)
         if pages is None:  # those outgrown are let go: the number of rows varies from batch to batch
-            self._pages = [p for p in self._pages if not size <= 2 * len(p) < 2 * size or _references(p) > 0]
-            pages = _map(size)
+            self._pages = [p for p in self._pages if not size <= 2 * p.size < 2 * size or not p.idle]
+            pages = _Pages(size)
             self._pages.append(pages)
-        return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+        return torch.frombuffer(pages.map, dtype=dtype, count=math.prod(shape)).view(shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
         return Buffers()
@@ -50,9 +49,21 @@ class Buffers:
         return Buffers, ()
 
 
-def _references(pages: mmap.mmap) -> int:
-    """Holders of ``pages`` beside the list it stands in."""
-    return sys.getrefcount(pages) - IDLE
+class _Pages:
+    """Mapped memory. A tensor made from it holds a reference as long as anything shares its storage, so
+    it is idle when it has as many references as before the first tensor, counted in the same way."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.map = _map(size)
+        self._when_idle = self._references()
+
+    @property
+    def idle(self) -> bool:
+        return self._references() == self._when_idle
+
+    def _references(self) -> int:
+        return sys.getrefcount(self.map)
 
 
 def _map(size: int) -> mmap.mmap:
@@ -60,19 +71,3 @@ def _map(size: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a kernel built without huge pages serves small ones
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
-
-
-def _references_when_idle() -> int:
-    """What ``getrefcount`` says, in the same surroundings, of pages that only the list holds."""
-    found: list[int] = []
-
-    def ask(pages: object) -> int:
-        found.append(sys.getrefcount(pages))
-        return 0
-
-    held = [object()]
-    next((p for p in held if ask(p) == 1), None)
-    return found[0]
-
-
-IDLE = _references_when_idle()

@@ -82,7 +82,13 @@ def inverse(order: Tensor) -> Tensor:
 def plan_of_slots(order: Tensor, place: Tensor, counts: list[int], top_k: int) -> ExpertPlan:
     """The plan of tokens with K slots each, from ``sort_slots``."""
     total = sum(counts)
-    return ExpertPlan(order[:total].div(top_k, rounding_mode="floor"), counts, place.clamp(max=total).view(-1, top_k))
+    rows_A = order[:total].div(top_k, rounding_mode="floor")
+    if total == order.numel():
+        return ExpertPlan(rows_A, counts, place.view(-1, top_k), complete=True)
+    kept = order[:total].sort().values  # row by row; dropped assignments, and those to nowhere, cost nothing
+    rows = torch.arange(order.numel() // top_k, device=order.device)
+    offsets_m = torch.searchsorted(kept.div(top_k, rounding_mode="floor"), rows)
+    return ExpertPlan(rows_A, counts, place.index_select(0, kept), offsets_m, complete=True)
 
 
 def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows: int) -> tuple[ExpertPlan, Tensor]:

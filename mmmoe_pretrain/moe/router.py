@@ -18,9 +18,9 @@ from mmmoe_pretrain.config_moe import MoEConfig
 from mmmoe_pretrain.moe.bias_balancing import updated_bias
 from mmmoe_pretrain.moe.capacity import expert_capacity, within_capacity
 from mmmoe_pretrain.moe.gates import GATES
+from mmmoe_pretrain.moe.loss_sums import statistics
 from mmmoe_pretrain.moe.routers import ROUTERS
 from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs, Routing
-from mmmoe_pretrain.moe.statistics import statistics
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
@@ -49,7 +49,7 @@ class Router(nn.Module):
         noisy = config.router == "noisy_top_k"
         self.noise_weight = nn.Parameter(torch.zeros(experts, hidden_size)) if noisy else None
         rows = len(MODALITY_ID) if config.bias_balancing.per_modality else 1
-        if config.bias_balancing.rate:
+        if config.bias_balancing.on:
             self.register_buffer("bias", torch.zeros(rows, experts))
         if config.wake_steps:
             self.register_buffer("dormancy", torch.zeros(experts))
@@ -63,11 +63,11 @@ class Router(nn.Module):
     def end_step(self, stats: RoutingStats) -> None:
         """After an optimizer step whose routing over all ranks and microbatches was ``stats``."""
         if self.config.bias_balancing.rate:
-            allowed_ME = self.get_buffer("allowed_ME") if self.config.expert_groups else None
+            allowed_ME = self.get_buffer("allowed_ME")
+            if self.config.wake_steps:  # a sleeping expert takes no part: it has no load, and would only rise
+                allowed_ME = allowed_ME & (self.dormancy <= 0)
             bias = updated_bias(self.bias, stats, self.config.bias_balancing.rate, allowed_ME)
-            if self.config.wake_steps:  # a sleeping expert has no load, and its bias would only rise
-                bias = torch.where(self.dormancy > 0, self.bias, bias)
-            self.bias.copy_(bias)
+            self.bias.copy_(torch.where(self.dormancy > 0, self.bias, bias) if self.config.wake_steps else bias)
         if self.config.wake_steps:
             self.dormancy.sub_(DORMANT / self.config.wake_steps).clamp_(min=0)
 
@@ -100,7 +100,7 @@ class Router(nn.Module):
         self, seen_nD: Tensor, logits_nE: Tensor, tokens: TokenInfo, generator: torch.Generator | None
     ) -> RouterInputs:
         bias_nE = None
-        if self.config.bias_balancing.rate:
+        if self.config.bias_balancing.on:
             bias_nE = self.bias[tokens.modality_ids_n] if self.config.bias_balancing.per_modality else self.bias
             if self.config.wake_steps:  # no bias lifts a sleeping expert into the choice
                 bias_nE = bias_nE - self.dormancy

@@ -94,7 +94,7 @@ class RowExchange:
         """Put x on its way."""
         x = x.contiguous()
         if group_size(self.group) == 1:
-            self._under_way = (None, x, x)
+            self._under_way = (None, x.view_as(x), x)
             return
         out = x.new_empty((sum(receive), *x.shape[1:]))
         work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)

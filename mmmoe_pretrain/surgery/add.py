@@ -57,9 +57,9 @@ def _span(moe: MoEConfig, count: int) -> str:
 
 def _check_router(layer: Layer) -> None:
     moe = layer.moe
-    if moe.router == "group_limited":
+    if moe.node_groups > 1:
         raise ValueError(
-            f"block {layer.index}: router group_limited has {moe.node_groups} runs of equally many experts, and new "
+            f"block {layer.index}: router {moe.router} has {moe.node_groups} runs of equally many experts, and new "
             f"ones behind the last would move their borders; divide the experts with mmmoe experts split instead"
         )
     if moe.expert_groups:

@@ -26,7 +26,7 @@ def upcycle(
     out: Out,
     num_experts: Annotated[int, typer.Option(help="Copies of each dense layer.")],
     overrides: Overrides = None,
-    experts_per_token: int = 2,
+    experts_per_token: Annotated[int, typer.Option(help="Copies that each token visits; 2 or more.")] = 2,
     noise: Noise = 0.0,
     every: Annotated[int | None, typer.Option(min=1, help="Every how many blocks; default: moe.every.")] = None,
 ) -> None:

@@ -55,9 +55,9 @@ def _check(layer: Layer, first: int, second: int) -> None:
             f"block {layer.index} has {moe.num_experts} experts, of which a token chooses {moe.experts_per_token}: "
             f"with one less it would be no mixture"
         )
-    if moe.router == "group_limited":
+    if moe.node_groups > 1:
         raise ValueError(
-            f"block {layer.index}: router group_limited needs {moe.node_groups} runs of equally many experts; remove "
+            f"block {layer.index}: router {moe.router} needs {moe.node_groups} runs of equally many experts; remove "
             f"one from each run with mmmoe experts prune"
         )
     if not any(first in stack and second in stack for _, stack in layer.stacks):

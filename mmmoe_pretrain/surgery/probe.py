@@ -90,7 +90,7 @@ def usage(run_dir: Path, step: int, model: MMMoE, batch: Batch, batch_name: str)
     logged = {layer: np.zeros_like(count) for layer, count in counts.items()}
     for record in records:
         for layer in record["routing"]:
-            for modality, count in layer.get("assignments", layer["tokens"]).items():
+            for modality, count in layer["assignments"].items():
                 logged[layer["layer"]] += count * np.asarray(layer["load"][modality], dtype=np.float64)
     origin = f"{log.name}, {len(records)} records of steps {records[0]['step']} to {records[-1]['step']}"
     return Usage({layer: count / max(1.0, count.sum()) for layer, count in logged.items()}, origin)

@@ -71,12 +71,12 @@ def _check_kept(layer: Layer, kept: list[int]) -> None:
                 f"block {layer.index}: experts {stack.start} to {stack.stop - 1} are a group of moe.expert_groups "
                 f"and would all go; keep one of them"
             )
-    if moe.router == "group_limited":
+    if moe.node_groups > 1:
         size = moe.num_experts // moe.node_groups
         left = {sum(e // size == g for e in kept) for g in range(moe.node_groups)}
         if len(left) > 1:
             raise ValueError(
-                f"block {layer.index}: router group_limited needs {moe.node_groups} runs of equally many experts, "
+                f"block {layer.index}: router {moe.router} needs {moe.node_groups} runs of equally many experts, "
                 f"and {sorted(left)} would be left in them; remove as many from each run of {size}"
             )
 

@@ -67,7 +67,7 @@ def _reason(moe: MoEConfig, factor: int) -> str:
         return f"under capacity_factor {moe.capacity_factor:g} the parts of an expert may drop different tokens"
     if moe.router_outputs > moe.num_experts and part_weight(moe, factor) == 1:
         return "bare sigmoid scores weigh each copy of an identity or null expert as the one before"
-    if moe.router == "group_limited" and top_k >= limit and (factor * top_k) // limit != factor * (top_k // limit):
+    if moe.node_groups > 1 and top_k >= limit and (factor * top_k) // limit != factor * (top_k // limit):
         return (
             f"groups are judged by their best K / groups_per_token experts, and {top_k} / {limit} is not whole, so "
             f"that parts of an expert would be left out"

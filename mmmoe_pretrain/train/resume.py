@@ -11,6 +11,8 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 
+HOW_IT_IS_COMPUTED = ("dispatch_chunks", "expert_backend", "jitter")  # of a mixture; its function is the same
+
 
 def check_same_model(config: RunConfig, saved: Path) -> None:
     """Compare with the config saved beside the checkpoints; ValueError names what differs."""
@@ -29,6 +31,11 @@ def check_same_model(config: RunConfig, saved: Path) -> None:
 def _defining(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["moe"].pop("losses")
+    for settings in (values["moe"], *values["moe"]["layers"].values()):
+        for key in HOW_IT_IS_COMPUTED:
+            settings.pop(key, None)
+        balancing = settings.get("bias_balancing") or {}
+        settings["bias_balancing"] = {**balancing, "rate": balancing.get("rate") is not None}
     objectives = {
         "pairs": sorted(config.objectives.contrastive.pairs) if config.objectives.contrastive.weight > 0 else [],
         "captioning": config.objectives.captioning.weight > 0,

@@ -28,7 +28,8 @@ MIXTURES = {
     "node groups in one layer, GELU experts of another number in the next": MoEConfig(
         every=1, num_experts=4, expert_hidden_size=8, router="group_limited", node_groups=2, groups_per_token=1,
         losses={"balance": 0.01, "balance_scope": "sequence"},
-        layers={1: {"num_experts": 8, "router": "softmax_top_k", "activation": "gelu", "experts_per_token": 3}},
+        layers={1: {"num_experts": 8, "router": "softmax_top_k", "node_groups": 1, "activation": "gelu",
+                    "experts_per_token": 3}},
     ),
     "hash": MoEConfig(router="hash", num_experts=4, expert_hidden_size=8),
 }  # fmt: skip

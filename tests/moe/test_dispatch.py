@@ -163,6 +163,9 @@ LAYERS = {
     "groups": {"num_experts": 16, "expert_groups": UNLIKE},
     "groups, chunks": {"num_experts": 16, "expert_groups": UNLIKE, "dispatch_chunks": 2},
     "shared": {"shared_expert_hidden_size": 12, "dispatch_chunks": 2},
+    "sigmoid, node groups": {"router": "sigmoid_top_k", "num_experts": 16, "node_groups": 4, "groups_per_token": 2},
+    "expert choice": {"router": "expert_choice", "dispatch_chunks": 2},
+    "noise": {"router": "noisy_top_k"},
     "identity, null": {"identity_experts": 2, "null_experts": 2, "experts_per_token": 4},
 }
 

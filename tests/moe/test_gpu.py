@@ -45,9 +45,11 @@ def test_gpu_equals_cpu_in_fp32(config: MoEConfig, tokens: int) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_in_bf16_stays_near_fp32() -> None:
+@pytest.mark.parametrize("tokens", [0, 1, 200])  # 1: most experts have no row
+def test_gpu_equals_cpu_in_bf16(tokens: int) -> None:
     # Routing is decided in fp32 from bf16 inputs, so both must start from the same rounded x: few ties flip.
-    for ours, reference in zip(run(CASES[0], "cuda", torch.bfloat16, 200),
-                               run(CASES[0], "cpu", torch.bfloat16, 200), strict=True):  # fmt: skip
-        scale = reference.abs().max().clamp(min=1e-3)
-        assert ((ours - reference).abs().max() / scale).item() < 0.05  # eight bits of mantissa, three products
+    for ours, reference in zip(run(CASES[0], "cuda", torch.bfloat16, tokens),
+                               run(CASES[0], "cpu", torch.bfloat16, tokens), strict=True):  # fmt: skip
+        scale = reference.abs().max().item() if reference.numel() else 0.0
+        largest = (ours - reference).abs().max().item() if reference.numel() else 0.0
+        assert largest <= 0.05 * scale + 1e-3  # eight bits of mantissa, three products

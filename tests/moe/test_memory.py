@@ -105,7 +105,7 @@ def test_sizes_that_vary_do_not_pile_up(maps: list[int]) -> None:
         del weight_gradient, tokens
     # Fewer rows fit where more have been; more take new memory, and the old is let go.
     assert maps == [40_000, 4_000, 4_040, 4_080, 4_120]
-    assert sorted(len(pages) for pages in buffers._pages) == [4_120, 40_000]
+    assert sorted(pages.size for pages in buffers._pages) == [4_120, 40_000]
 
 
 def test_what_is_held_while_another_takes_new_memory_is_taken_again_later(maps: list[int]) -> None:

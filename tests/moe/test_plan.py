@@ -23,8 +23,16 @@ def test_assignments_sort_by_expert_and_keep_the_order_of_tokens() -> None:
     plan = plan_by_hand()
     assert plan.rows_A.tolist() == [0, 2, 0, 2]
     assert plan.counts == [2, 0, 2]
-    assert plan.place.tolist() == [[2, 0], [4, 4], [1, 3]]  # 4 is none
+    assert plan.offsets_m is not None  # token 1 has no assignment
+    assert (plan.place.tolist(), plan.offsets_m.tolist()) == ([2, 0, 1, 3], [0, 2, 2])
     assert (plan.num_assignments, plan.num_rows) == (4, 3)
+
+
+def test_where_every_assignment_is_kept_the_plan_has_a_place_for_each() -> None:
+    order, place, counts = sort_slots(torch.tensor([[1, 0], [0, 1]]), 2)
+    plan = plan_of_slots(order, place, counts.tolist(), top_k=2)
+    assert plan.complete and plan.offsets_m is None
+    assert plan.place.tolist() == [[2, 0], [1, 3]]
 
 
 def test_rows_are_taken_and_summed_by_the_plan() -> None:
@@ -42,7 +50,7 @@ def test_rows_are_taken_and_summed_by_the_plan() -> None:
 def test_a_part_of_a_plan_sums_its_experts_alone() -> None:
     part = plan_by_hand().part(2, 4, [0, 2])
     assert part.rows_A.tolist() == [0, 2]
-    assert part.place.tolist() == [[0, 2], [2, 2], [2, 1]]  # 2 is none
+    assert part.place.tolist() == [0, 2, 2, 1]  # 2 is none
     assert part.sum_by_row(torch.tensor([[5.0], [7.0], [0.0]])).flatten().tolist() == [5.0, 0.0, 7.0]
 
 

@@ -275,3 +275,26 @@ def test_routers_decide_in_fp32_whatever_the_type_of_the_tokens() -> None:
     routing = router(x, tokens_of([0] * 4))
     assert routing.weights_nK.dtype == torch.float32
     assert torch.equal(routing.weights_nK, router(x.float(), tokens_of([0] * 4)).weights_nK)
+
+
+def test_awake_experts_are_balanced_among_themselves_while_others_sleep() -> None:
+    """Loads of 6, 2 and 2 of 10 all exceed 10 / 8, but not the mean of the three that are awake."""
+    router = Router(MoEConfig(num_experts=8, experts_per_token=1, wake_steps=1000,
+                              bias_balancing={"rate": 0.1}), 8, layer=0)  # fmt: skip
+    router.dormancy[3:] = 32.0
+    counts = torch.zeros(3, 2, 8)
+    counts[IMAGE, 0, :3] = torch.tensor([6.0, 2.0, 2.0])
+    stats = router(torch.zeros(0, 8), tokens_of([])).stats
+    router.end_step(dataclasses.replace(stats, counts_MXE=counts))
+    third = 0.1 / 3  # the mean of -0.1, 0.1 and 0.1
+    expected = torch.tensor([[-0.1 - third, 0.1 - third, 0.1 - third, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(router.bias, expected)
+
+
+def test_a_rate_of_zero_keeps_the_bias_and_goes_by_it() -> None:
+    router = identity_router(2, experts_per_token=1, bias_balancing={"rate": 0.0})
+    router.bias.copy_(torch.tensor([[0.0, 5.0]]))
+    routing = router(torch.tensor([[1.0, 0.0]]), tokens_of([IMAGE]))
+    router.end_step(routing.stats)
+    assert routing.expert_ids_nK.tolist() == [[1]]
+    assert router.bias.tolist() == [[0.0, 5.0]]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.moe.loss_sums import orthogonality, sequence_balance, smooth_load
 from mmmoe_pretrain.moe.losses import layer_losses, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.routing import MASKED, RouterInputs
-from mmmoe_pretrain.moe.statistics import orthogonality, sequence_balance, smooth_load
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from tests.moe.plain_losses import PlainRouting
 

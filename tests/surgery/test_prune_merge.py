@@ -35,7 +35,8 @@ def write_log(source: Source, load: list[float]) -> None:
     even = [0.25] * 4
     records = [
         {"step": step, "routing": [
-            {"layer": layer, "tokens": {"image": 30, "audio": 10, "text": 0},
+            {"layer": layer, "tokens": {"image": 15, "audio": 5, "text": 0},
+             "assignments": {"image": 30, "audio": 10, "text": 0},
              "load": {"image": row, "audio": even, "text": [0.0] * 4}} for layer in (1, 3)]}
         for step, row in ((5, load), (6, even))
     ]  # fmt: skip

@@ -51,7 +51,7 @@ def routing_command(run_dir: Path, test: Sequence[str], out: Path | None, top: i
 
 
 def write_report(
-    run_dir: Path, test_paths: Sequence[str] | None = None, out: Path | None = None, top: int = 8
+    run_dir: Path, test_paths: Sequence[str] | None = None, out: Path | None = None, top: int = TOP
 ) -> Path:
     """The report of the newest checkpoint in ``out`` (default: ``run_dir``/routing); returns the folder.
 

@@ -59,3 +59,10 @@ def test_a_masked_expert_has_no_probability_and_breaks_no_gradient() -> None:
     torch.testing.assert_close(entropy, torch.tensor(expected))
     (gradient,) = torch.autograd.grad(entropy + choice.weights_nK[0, 0], logits)
     assert gradient.isfinite().all() and gradient[0, 1] == 0 and gradient[0, 0] != 0
+
+
+def test_node_groups_limit_the_choice_to_the_groups_worth_most() -> None:
+    s = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.4, 0.45]])  # groups of two are worth 1.0, 1.1 and 0.85
+    choice = sigmoid_top_k(inputs_of(s.logit(), router="sigmoid_top_k", node_groups=3))
+    assert choice.expert_ids_nK.tolist() == [[2, 3]]  # not expert 0, the best of all
+    torch.testing.assert_close(choice.weights_nK, torch.tensor([[0.6 / 1.1, 0.5 / 1.1]]))
