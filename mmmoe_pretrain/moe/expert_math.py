@@ -4,7 +4,8 @@
 multiplied while it is in the cache. It covers every type and shape. ``grouped_mm`` gathers all rows
 and makes two grouped products (torch.nn.functional.grouped_mm): the way of a GPU.
 
-Shapes: x_mD rows, weights_A routing weights in the plan's order, up_EDF [E, D, width F], down_EFD.
+Shapes: x_mD rows, weights_A routing weights in the plan's order, P assignments with padding
+(``layout.py``), up_EDF [E, D, width F], down_EFD.
 Routing weights cost ``blocked`` no pass of their own: forward they are part of the sum over a row's
 experts, backward they multiply the gathered gradient, which is the narrowest tensor there is.
 """
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from mmmoe_pretrain.moe.activation import ACTIVATIONS, Activation
 from mmmoe_pretrain.moe.cores import side_by_side
 from mmmoe_pretrain.moe.host import to_device
+from mmmoe_pretrain.moe.layout import Piece, lay_out
 from mmmoe_pretrain.moe.memory import Buffers
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.moe.products import product, product_into
@@ -100,51 +102,55 @@ class _Blocked(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         act = ACTIVATIONS[activation]
-        pieces = _pieces(plan.counts, up_EDF)
-        rows = plan.rows_A.split([piece.rows for piece in pieces])
-        y_AD = _rows_with_zero(plan.num_assignments, x_mD, buffers)
+        pad = x_mD.device.type == "cpu" and x_mD.dtype is not torch.float64
+        layout = lay_out(plan, weights_A.detach(), _most_rows(up_EDF), pad)
+        rows = layout.plan.rows_A.split(layout.lengths)
+        y_PD = _rows_with_zero(layout.plan.num_assignments, x_mD, buffers)
         ups, downs = up_EDF.unbind(), down_EFD.unbind()
-        kept = [x_mD.new_empty(0)] * len(pieces)
+        kept = [x_mD.new_empty(0)] * len(layout.pieces)
 
         def compute(index: int) -> None:
-            piece = pieces[index]
+            piece = layout.pieces[index]
             up = product(x_mD.index_select(0, rows[index]), ups[piece.expert])
-            product_into(y_AD[piece.start : piece.end], act.forward(up), downs[piece.expert])
+            product_into(y_PD[piece.start : piece.end], act.forward(up), downs[piece.expert])
             if keep:
                 kept[index] = up
 
-        side_by_side(compute, [piece.rows for piece in pieces], x_mD.device)
-        ctx.plan, ctx.activation, ctx.pieces, ctx.buffers = plan, act, pieces, buffers
-        ctx.save_for_backward(x_mD, weights_A, up_EDF, down_EFD, y_AD, *kept)
-        return plan.sum_by_row(y_AD, weights_A)
+        side_by_side(compute, layout.lengths, x_mD.device)
+        ctx.layout, ctx.activation, ctx.buffers = layout, act, buffers
+        ctx.save_for_backward(x_mD, up_EDF, down_EFD, y_PD, *kept)
+        return layout.plan.sum_by_row(y_PD, layout.weights_P)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
-        x_mD, weights_A, up_EDF, down_EFD, y_AD, *kept = ctx.saved_tensors
-        plan, pieces = ctx.plan, ctx.pieces
+        x_mD, up_EDF, down_EFD, y_PD, *kept = ctx.saved_tensors
+        layout = ctx.layout
+        counts = [0] * up_EDF.shape[0]
+        for piece in layout.pieces:
+            counts[piece.expert] += piece.end - piece.start
         needs_up, needs_down = ctx.needs_input_grad[2:4]
         task = _Backward(
             x_mD=x_mD,
-            y_AD=y_AD,
-            scale_A1=weights_A.to(x_mD.dtype)[:, None],
+            y_PD=y_PD,
+            scale_P1=layout.weights_P.to(x_mD.dtype)[:, None],
             ups=up_EDF.unbind(),
             downs=down_EFD.unbind(),
             activation=ctx.activation,
             grad_mD=grad_mD,
-            grad_x_AD=_rows_with_zero(plan.num_assignments, x_mD, ctx.buffers),
-            grad_weights_A=torch.empty_like(weights_A),
-            grad_up=_gradients_of(up_EDF, plan.counts, ctx.buffers) if needs_up else None,
-            grad_down=_gradients_of(down_EFD, plan.counts, ctx.buffers) if needs_down else None,
+            grad_x_PD=_rows_with_zero(layout.plan.num_assignments, x_mD, ctx.buffers),
+            grad_weights_P=torch.empty_like(layout.weights_P),
+            grad_up=_gradients_of(up_EDF, counts, ctx.buffers) if needs_up else None,
+            grad_down=_gradients_of(down_EFD, counts, ctx.buffers) if needs_down else None,
         )
-        rows = plan.rows_A.split([piece.rows for piece in pieces])
-        work: dict[int, list[tuple[_Piece, Tensor, Tensor]]] = {}
-        for piece, rows_a, up in zip(pieces, rows, kept, strict=True):
-            work.setdefault(piece.expert, []).append((piece, rows_a, up))
+        work: dict[int, list[tuple[Piece, Tensor, Tensor]]] = {}
+        for piece, rows, up in zip(layout.pieces, layout.plan.rows_A.split(layout.lengths), kept, strict=True):
+            work.setdefault(piece.expert, []).append((piece, rows, up))
         busy = list(work)
-        side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [plan.counts[e] for e in busy], x_mD.device)
-        grad_x_mD = plan.sum_by_row(task.grad_x_AD)
-        return grad_x_mD, task.grad_weights_A, task.grad_up, task.grad_down, None, None, None, None
+        side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [counts[e] for e in busy], x_mD.device)
+        grad_x_mD = layout.plan.sum_by_row(task.grad_x_PD)
+        grad_weights_A = task.grad_weights_P.index_select(0, layout.position_A)
+        return grad_x_mD, grad_weights_A, task.grad_up, task.grad_down, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -152,32 +158,32 @@ class _Backward:
     """The backward pass of all experts; ``expert`` writes one expert's part of the four gradients."""
 
     x_mD: Tensor
-    y_AD: Tensor
-    scale_A1: Tensor
+    y_PD: Tensor
+    scale_P1: Tensor
     ups: tuple[Tensor, ...]
     downs: tuple[Tensor, ...]
     activation: Activation
     grad_mD: Tensor
-    grad_x_AD: Tensor
-    grad_weights_A: Tensor
+    grad_x_PD: Tensor
+    grad_weights_P: Tensor
     grad_up: Tensor | None  # None where the weights are frozen
     grad_down: Tensor | None
 
-    def expert(self, e: int, pieces: list[tuple[_Piece, Tensor, Tensor]]) -> None:
+    def expert(self, e: int, pieces: list[tuple[Piece, Tensor, Tensor]]) -> None:
         """``pieces``: with the rows that each computes on, and the first product of the forward pass."""
         into_up, into_down = (None if w is None else _Accumulator(w[e]) for w in (self.grad_up, self.grad_down))
         for piece, rows, up in pieces:
             here = slice(piece.start, piece.end)
             grad_y = self.grad_mD.index_select(0, rows)
-            self.grad_weights_A[here] = (grad_y * self.y_AD[here]).sum(-1, dtype=self.grad_weights_A.dtype)
-            grad_y.mul_(self.scale_A1[here])
+            self.grad_weights_P[here] = (grad_y * self.y_PD[here]).sum(-1, dtype=self.grad_weights_P.dtype)
+            grad_y.mul_(self.scale_P1[here])  # and so padding is 0 from here on
             h, kept = self.activation.again(up)
             if into_down is not None:
                 into_down.add_product(h.t(), grad_y)
             grad = self.activation.backward(product(grad_y, self.downs[e].t()), up, kept)
             if into_up is not None:
                 into_up.add_product(self.x_mD.index_select(0, rows).t(), grad)
-            product_into(self.grad_x_AD[here], grad, self.ups[e].t())
+            product_into(self.grad_x_PD[here], grad, self.ups[e].t())
         for accumulator in (into_up, into_down):
             if accumulator is not None:
                 accumulator.close()
@@ -206,28 +212,8 @@ class _Accumulator:
             self.out.copy_(self.wide)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The assignments ``start`` to ``end``, all of one expert."""
-
-    expert: int
-    start: int
-    end: int
-
-    @property
-    def rows(self) -> int:
-        return self.end - self.start
-
-
-def _pieces(counts: list[int], up_EDF: Tensor) -> list[_Piece]:
-    """All sorted assignments in pieces; none for an idle expert."""
-    most = max(256, BLOCK_BYTES // (up_EDF.shape[-1] * up_EDF.element_size()))
-    pieces, first = [], 0
-    for e, count in enumerate(counts):
-        end = first + count
-        pieces += [_Piece(e, start, min(start + most, end)) for start in range(first, end, most)]
-        first = end
-    return pieces
+def _most_rows(up_EDF: Tensor) -> int:
+    return max(256, BLOCK_BYTES // (up_EDF.shape[-1] * up_EDF.element_size()))
 
 
 def _gradients_of(weight: Tensor, counts: list[int], buffers: Buffers) -> Tensor:

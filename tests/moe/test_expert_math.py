@@ -12,6 +12,7 @@ from torch import Tensor
 from mmmoe_pretrain.moe import expert_math
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.expert_math import EXPERT_BACKENDS, blocked, choose_backend
+from mmmoe_pretrain.moe.layout import lay_out
 from mmmoe_pretrain.moe.memory import Buffers
 from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, sort_slots
 from tests.moe.plain_experts import weighted_experts
@@ -181,7 +182,9 @@ def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
     monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # the least block: 256 rows
     slots = torch.cat([torch.full((700, 1), 1), torch.full((257, 1), 3), torch.full((256, 1), 0)])
     case = make_case(slots, 4, activation)
-    lengths = [(piece.expert, piece.rows) for piece in expert_math._pieces(case.plan()[0].counts, case.up)]
+    plan, weights = case.plan()[0], torch.ones(sum(case.plan()[0].counts))
+    layout = lay_out(plan, weights, expert_math._most_rows(case.up), pad=False)
+    lengths = [(piece.expert, piece.count) for piece in layout.pieces]
     assert lengths == [(0, 256), (1, 256), (1, 256), (1, 188), (3, 256), (3, 1)]
     assert_equals_loop(case, **EXACT)
 

@@ -1,0 +1,87 @@
+"""How sorted assignments are laid out for computation: in pieces, of few different lengths.
+
+oneDNN builds a kernel for every shape that it does not remember, and it remembers 1,024, while experts
+have other numbers of rows at every step. So on a CPU a piece is lengthened to one of sixteen lengths an
+octave, 3% more rows in the mean (measured, 8,192 tokens over 128 experts in bf16: 571 ms for the second
+step against 682, and skewed routing as fast as balanced where it took half as long again). Rows of
+padding repeat row 0 of the input with a weight of 0, so that they add nothing anywhere.
+
+Shapes: A assignments, P of them with padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain.moe.host import to_device
+from mmmoe_pretrain.moe.plan import ExpertPlan
+
+LEAST = 4  # rows; also the least difference of two lengths
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Assignments of one expert, at ``start`` to ``end`` with padding, ``count`` without."""
+
+    expert: int
+    start: int
+    end: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``plan`` with ``rows_A`` and ``place`` of the padded assignments; ``weights_P`` are 0 in padding;
+    ``position_A`` is where each assignment stands."""
+
+    plan: ExpertPlan
+    pieces: list[Piece]
+    weights_P: Tensor
+    position_A: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [piece.end - piece.start for piece in self.pieces]
+
+
+def lay_out(plan: ExpertPlan, weights_A: Tensor, most_rows: int, pad: bool) -> Layout:
+    """Pieces of at most ``most_rows`` assignments, none for an idle expert."""
+    pieces = list(_pieces(plan.counts, most_rows, pad))
+    total = pieces[-1].end if pieces else 0
+    if total == plan.num_assignments:
+        return Layout(plan, pieces, weights_A, torch.arange(total, device=weights_A.device))
+    counts = [piece.count for piece in pieces]
+    without = list(itertools.accumulate(counts, initial=0))[:-1]  # where each piece would start
+    ahead = [piece.start - start for piece, start in zip(pieces, without, strict=True)]
+    device = weights_A.device
+    shifts = to_device(ahead, torch.int64, device)
+    repeats = to_device(counts, torch.int64, device)
+    position_A = torch.arange(plan.num_assignments, device=device)
+    position_A = position_A + shifts.repeat_interleave(repeats, output_size=plan.num_assignments)
+    none = position_A.new_full((1,), total)
+    padded = replace(
+        plan,
+        rows_A=plan.rows_A.new_zeros(total).index_copy_(0, position_A, plan.rows_A),
+        place=torch.cat([position_A, none])[plan.place],
+    )
+    return Layout(padded, pieces, weights_A.new_zeros(total).index_copy_(0, position_A, weights_A), position_A)
+
+
+def padded_length(count: int) -> int:
+    """The least of sixteen lengths an octave (multiples of ``LEAST``) that holds ``count``."""
+    step = max(LEAST, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
+def _pieces(counts: list[int], most_rows: int, pad: bool) -> list[Piece]:
+    pieces, end = [], 0
+    for expert, count in enumerate(counts):
+        for done in range(0, count, most_rows):
+            rows = min(most_rows, count - done)
+            start, end = end, end + (padded_length(rows) if pad else rows)
+            pieces.append(Piece(expert, start, end, rows))
+    return pieces

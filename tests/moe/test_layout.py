@@ -1,0 +1,44 @@
+"""Pieces and their padding, by hand."""
+
+import torch
+
+from mmmoe_pretrain.moe.layout import lay_out, padded_length
+from mmmoe_pretrain.moe.plan import plan_of_slots, sort_slots
+
+# Five tokens of one slot each: expert 0 has tokens 1 and 3, expert 2 tokens 0, 2 and 4.
+SLOTS = torch.tensor([[2], [0], [2], [0], [2]])
+WEIGHTS = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_lengths_are_sixteen_an_octave_and_multiples_of_four() -> None:
+    assert [padded_length(n) for n in (1, 4, 5, 63, 64, 65, 129, 1025, 2048)] == [
+        4,
+        4,
+        8,
+        64,
+        64,
+        68,
+        136,
+        1088,
+        2048,
+    ]
+    octave = {padded_length(n) for n in range(1025, 2049)}
+    assert len(octave) == 16
+    assert all(n <= padded_length(n) <= 1.07 * n for n in range(64, 5000))
+
+
+def test_assignments_keep_their_order_and_padding_weighs_nothing() -> None:
+    order, place, counts = sort_slots(SLOTS, 3)
+    plan = plan_of_slots(order, place, counts.tolist(), top_k=1)
+    layout = lay_out(plan, WEIGHTS, most_rows=2, pad=True)
+    assert [(p.expert, p.start, p.end, p.count) for p in layout.pieces] == [(0, 0, 4, 2), (2, 4, 8, 2), (2, 8, 12, 1)]
+    assert layout.position_A.tolist() == [0, 1, 4, 5, 8]
+    assert layout.plan.rows_A.tolist() == [1, 3, 0, 0, 0, 2, 0, 0, 4, 0, 0, 0]
+    assert layout.weights_P.tolist() == [*WEIGHTS[:2].tolist(), 0, 0, *WEIGHTS[2:4].tolist(), 0, 0, 0.5, 0, 0, 0]
+    assert layout.plan.place.tolist() == [[4], [0], [5], [1], [8]]  # of tokens 0 to 4
+
+
+def test_without_padding_the_plan_stays_as_it_is() -> None:
+    order, place, counts = sort_slots(SLOTS, 3)
+    plan = plan_of_slots(order, place, counts.tolist(), top_k=1)
+    assert lay_out(plan, WEIGHTS, most_rows=100, pad=False).plan is plan
