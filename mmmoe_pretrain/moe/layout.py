@@ -20,7 +20,8 @@ from torch import Tensor
 from mmmoe_pretrain.moe.host import to_device
 from mmmoe_pretrain.moe.plan import ExpertPlan
 
-LEAST = 4  # rows; also the least difference of two lengths
+SHORT = 32  # rows; up to here every length is met soon, and padding would weigh most
+LEAST = 4  # difference of two lengths
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def lay_out(plan: ExpertPlan, weights_A: Tensor, most_rows: int, pad: bool) -> L
 
 
 def padded_length(count: int) -> int:
-    """The least of sixteen lengths an octave (multiples of ``LEAST``) that holds ``count``."""
+    """``count`` up to ``SHORT``, then the least of sixteen lengths an octave that holds it."""
+    if count <= SHORT:
+        return count
     step = max(LEAST, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
