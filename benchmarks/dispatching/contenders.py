@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.layer.peers import as_on_cpu
 from mmmoe_pretrain.engines import megatron as megatron_engine
 from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
@@ -84,7 +85,7 @@ def megatron(task: Task, groups: Groups) -> Contender:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     if not torch.cuda.is_available():
-        token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
+        token_dispatcher.maybe_move_tensor_to_cpu = as_on_cpu
     with quiet_megatron():
         config = TransformerConfig(
             num_layers=1,
@@ -111,11 +112,6 @@ def megatron(task: Task, groups: Groups) -> Contender:
         return dispatcher.combine_postprocess(back)
 
     return run
-
-
-def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """What megatron-core's helper gives for a CUDA tensor: numpy where it asks for numpy."""
-    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 def deepspeed(task: Task, groups: Groups, drops: bool = False) -> Contender:

@@ -228,7 +228,7 @@ def _megatron() -> tuple[Any, Any, Any]:
     if not hasattr(moe_utils, "te_general_gemm"):  # unbound there without Transformer Engine
         moe_utils.te_general_gemm = None
     if not torch.cuda.is_available():
-        token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
+        token_dispatcher.maybe_move_tensor_to_cpu = as_on_cpu
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
@@ -238,7 +238,7 @@ def _megatron() -> tuple[Any, Any, Any]:
     return moe_layer.MoELayer, parts, TransformerConfig
 
 
-def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """What the dispatcher's own function returns for a tensor of a GPU; it leaves others as they are."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 

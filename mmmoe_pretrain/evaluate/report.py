@@ -159,12 +159,7 @@ def _routing_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
             top = sorted(range(len(share)), key=lambda e: -share[e])[:4]
             rows.append(
                 [
-                    str(layer["layer"]),
-                    name,
-                    f"{layer['tokens'][name]:,.0f}",
-                    f"{layer['experts_used'][name]:.1f} of {layer['experts']}",
-                    f"{layer['entropy_bits'][name]:.2f}",
-                    f"{layer['dropped'][name]:.1%}",
+                    *modality_cells(layer, name),
                     ", ".join(f"{e}: {share[e]:.0%}" for e in top),
                 ]
             )
@@ -176,6 +171,18 @@ def _routing_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
         "rows: not 0%, since the modalities enter with different embeddings."
     )
     return [*summary, "", *table(columns, rows), "", legend]
+
+
+def modality_cells(layer: dict[str, Any], name: str) -> list[str]:
+    """Layer, modality, tokens, experts used, entropy and share dropped, as a table shows them."""
+    return [
+        str(layer["layer"]),
+        name,
+        f"{layer['tokens'][name]:,.0f}",
+        f"{layer['experts_used'][name]:.1f} of {layer['experts']}",
+        f"{layer['entropy_bits'][name]:.2f}",
+        f"{layer['dropped'][name]:.1%}",
+    ]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

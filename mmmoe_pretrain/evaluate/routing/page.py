@@ -11,7 +11,7 @@ from typing import Any
 
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.config import AudioConfig
-from mmmoe_pretrain.evaluate.report import specialisation_line, table
+from mmmoe_pretrain.evaluate.report import modality_cells, specialisation_line, table
 from mmmoe_pretrain.evaluate.routing.favourites import Favourite
 from mmmoe_pretrain.evaluate.routing.sheets import percent, seconds
 from mmmoe_pretrain.modalities import TextCodec
@@ -102,12 +102,7 @@ def _modality_section(layers: Sequence[dict[str, Any]], pictures: Sequence[str])
     columns = ("layer", "modality", "tokens", "experts used", "entropy (bits)", "dropped", "dead experts")
     rows = [
         [
-            str(layer["layer"]),
-            name,
-            f"{layer['tokens'][name]:,.0f}",
-            f"{layer['experts_used'][name]:.1f} of {layer['experts']}",
-            f"{layer['entropy_bits'][name]:.2f}",
-            f"{layer['dropped'][name]:.1%}",
+            *modality_cells(layer, name),
             _numbers(layer["dead"]),
         ]
         for layer in layers
