@@ -81,7 +81,7 @@ class Ours(Layer):
         )
         self.layer: Any = MoELayer(config, point.hidden_size, 0, SINGLE).to(task.x_TD.device)
         self.layer.router.weight.data = task.router_ED.float()
-        self.layer.experts.up.data, self.layer.experts.down.data = task.up_EDF, task.down_EFD
+        self.layer.experts.up.data, self.layer.experts.down.data = task.up_EFD, task.down_EDF
         self.tokens = TokenInfo.of_modalities(torch.zeros(point.tokens, dtype=torch.int64, device=task.x_TD.device))
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -111,16 +111,15 @@ class Transformers(Layer):
         assert config._experts_implementation == "grouped_mm", config._experts_implementation
         self.block: Any = MixtralSparseMoeBlock(config)
         self.block.gate.weight.data = task.router_ED
-        self.block.experts.gate_up_proj.data = task.up_EDF.transpose(1, 2).contiguous()
-        self.block.experts.down_proj.data = task.down_EFD.transpose(1, 2).contiguous()
+        self.block.experts.gate_up_proj.data = task.up_EFD
+        self.block.experts.down_proj.data = task.down_EDF
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.block(x_TD[None])[0]
 
     def gradients(self) -> Gradients:
         experts = self.block.experts
-        up, down = experts.gate_up_proj.grad, experts.down_proj.grad
-        return self.block.gate.weight.grad, up.transpose(1, 2), down.transpose(1, 2)
+        return self.block.gate.weight.grad, experts.gate_up_proj.grad, experts.down_proj.grad
 
 
 class DeepSpeed(Layer):
@@ -149,15 +148,15 @@ class DeepSpeed(Layer):
         self.gate, self.experts = self.layer.deepspeed_moe.gate.wg, self.layer.deepspeed_moe.experts.deepspeed_experts
         self.gate.weight.data = task.router_ED.float()
         for e, expert in enumerate(self.experts):
-            expert.up.weight.data = task.up_EDF[e].t().contiguous()
-            expert.down.weight.data = task.down_EFD[e].t().contiguous()
+            expert.up.weight.data = task.up_EFD[e]
+            expert.down.weight.data = task.down_EDF[e]
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.layer(x_TD[None])[0][0]
 
     def gradients(self) -> Gradients:
-        up = torch.stack([expert.up.weight.grad.t() for expert in self.experts])
-        return self.gate.weight.grad, up, torch.stack([expert.down.weight.grad.t() for expert in self.experts])
+        up = torch.stack([expert.up.weight.grad for expert in self.experts])
+        return self.gate.weight.grad, up, torch.stack([expert.down.weight.grad for expert in self.experts])
 
 
 class Megatron(Layer):
@@ -195,16 +194,16 @@ class Megatron(Layer):
             self.layer: Any = layer_class(config, submodules)
         self.layer.router.weight.data = task.router_ED
         for e, expert in enumerate(self.layer.experts.local_experts):
-            expert.linear_fc1.weight.data = task.up_EDF[e].t().contiguous()
-            expert.linear_fc2.weight.data = task.down_EFD[e].t().contiguous()
+            expert.linear_fc1.weight.data = task.up_EFD[e]
+            expert.linear_fc2.weight.data = task.down_EDF[e]
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.layer(x_TD[:, None])[0][:, 0]
 
     def gradients(self) -> Gradients:
         experts = self.layer.experts.local_experts
-        up = torch.stack([expert.linear_fc1.weight.grad.t() for expert in experts])
-        down = torch.stack([expert.linear_fc2.weight.grad.t() for expert in experts])
+        up = torch.stack([expert.linear_fc1.weight.grad for expert in experts])
+        down = torch.stack([expert.linear_fc2.weight.grad for expert in experts])
         return self.layer.router.weight.grad, up, down
 
 
@@ -250,14 +249,14 @@ class Plain(Layer):
         super().__init__()
         self.top_k = task.point.top_k
         self.router = nn.Parameter(task.router_ED.float())
-        self.up, self.down = nn.Parameter(task.up_EDF), nn.Parameter(task.down_EFD)
+        self.up, self.down = nn.Parameter(task.up_EFD), nn.Parameter(task.down_EDF)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights_A, experts_A, order = self._route(x_TD)
         ends = torch.bincount(experts_A, minlength=self.up.shape[0]).cumsum(0).to(torch.int32)
         tokens_A = order // self.top_k
-        gate, up = F.grouped_mm(x_TD[tokens_A], self.up, offs=ends).chunk(2, dim=-1)
-        y_AD = F.grouped_mm(F.silu(gate) * up, self.down, offs=ends)
+        gate, up = F.grouped_mm(x_TD[tokens_A], self.up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        y_AD = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         return torch.zeros_like(x_TD).index_add(0, tokens_A, y_AD * weights_A[:, None].to(y_AD.dtype))
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,8 +278,8 @@ class Loop(Plain):
         out_TD, first = torch.zeros_like(x_TD), 0
         for e, count in enumerate(torch.bincount(experts_A, minlength=self.up.shape[0]).tolist()):
             tokens = order[first : first + count] // self.top_k
-            gate, up = (x_TD[tokens] @ self.up[e]).chunk(2, dim=-1)
-            y = (F.silu(gate) * up) @ self.down[e]
+            gate, up = (x_TD[tokens] @ self.up[e].t()).chunk(2, dim=-1)
+            y = (F.silu(gate) * up) @ self.down[e].t()
             out_TD = out_TD.index_add(0, tokens, y * weights_A[first : first + count, None].to(y.dtype))
             first += count
         return out_TD

@@ -46,14 +46,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Task:
-    """The inputs and weights of a point. ``up_EDF``: [E, D, 2F], gate and up side by side."""
+    """The inputs and weights of a point. ``up_EFD``: [E, 2F, D], the gate before the up projection."""
 
     point: Point
     x_TD: Tensor
     grad_TD: Tensor
     router_ED: Tensor
-    up_EDF: Tensor
-    down_EFD: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
     counts_E: list[int]
 
 
@@ -108,9 +108,9 @@ def make_task(point: Point, device: torch.device, seed: int = 0) -> Task:
     x_TD = _tokens_for(ids_TK, router_ED.float(), generator).to(point.dtype)
     grad_TD = torch.randn(x_TD.shape, generator=generator).to(point.dtype)
     made = torch.Generator(device).manual_seed(seed)
-    sizes = (point.experts, point.hidden_size, 2 * point.expert_hidden_size)
+    sizes = (point.experts, 2 * point.expert_hidden_size, point.hidden_size)
     up = torch.empty(sizes, dtype=point.dtype, device=device).normal_(0, WEIGHT_STD, generator=made)
-    sizes = (point.experts, point.expert_hidden_size, point.hidden_size)
+    sizes = (point.experts, point.hidden_size, point.expert_hidden_size)
     down = torch.empty(sizes, dtype=point.dtype, device=device).normal_(0, WEIGHT_STD, generator=made)
     task = Task(point, x_TD.to(device), grad_TD.to(device), router_ED.to(device), up, down, counts)
     chosen = (task.x_TD.float() @ task.router_ED.float().t()).topk(point.top_k).indices.cpu()

@@ -43,7 +43,7 @@ def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
 
 
 def _init_experts(parameter: Tensor, name: str, owned: range, seed: int, num_layers: int) -> None:
-    std = parameter.shape[1] ** -0.5 * _residual_scale(name, num_layers)
+    std = parameter.shape[2] ** -0.5 * _residual_scale(name, num_layers)
     for local, index in enumerate(owned):
         _normal_(parameter[local], std, f"{seed}/{name}/{index}")
 

@@ -23,9 +23,9 @@ from mmmoe_pretrain.parallel.groups import Groups
 class Experts(nn.Module):
     """A stack of equal experts; ``local_experts`` are their indices within their group.
 
-    ``up``: [E_local, D, F], or [E_local, D, 2F] with gate and up side by side (SwiGLU).
-    ``down``: [E_local, F, D]. Both are marked so that the engines reduce their gradients over the
-    replicas of the expert alone.
+    ``up``: [E_local, F, D], or [E_local, 2F, D] with the gate before the up projection (SwiGLU).
+    ``down``: [E_local, D, F]. Each expert stands as in ``nn.Linear``.
+    Both are marked so that the engines reduce their gradients over the replicas of the expert alone.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Experts(nn.Module):
         self._memory = Buffers()
         self.local_experts, self.activation, self.backend = local_experts, activation, backend
         width = ACTIVATIONS[activation].width * expert_hidden_size
-        self.up = nn.Parameter(torch.empty(count, hidden_size, width))
-        self.down = nn.Parameter(torch.empty(count, expert_hidden_size, hidden_size))
+        self.up = nn.Parameter(torch.empty(count, width, hidden_size))
+        self.down = nn.Parameter(torch.empty(count, hidden_size, expert_hidden_size))
         self._mark()
 
     def _mark(self) -> None:

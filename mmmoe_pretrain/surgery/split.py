@@ -132,12 +132,12 @@ def _split_layer(state: State, layer: Layer, factor: int) -> State:
     return state
 
 
-def _parts_of_up(up_EDF: Tensor, width: int, factor: int) -> Tensor:
-    """[E, D, width F] -> [m E, D, width F / m]: part j has hidden units j F / m onwards, gate and up."""
-    pieces = up_EDF.unflatten(-1, (width, factor, -1))  # [E, D, width, m, F / m]
-    return pieces.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+def _parts_of_up(up_EFD: Tensor, width: int, factor: int) -> Tensor:
+    """[E, width F, D] -> [m E, width F / m, D]: part j has hidden units j F / m onwards, gate and up."""
+    pieces = up_EFD.unflatten(1, (width, factor, -1))  # [E, width, m, F / m, D]
+    return pieces.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def _parts_of_down(down_EFD: Tensor, factor: int) -> Tensor:
-    """[E, F, D] -> [m E, F / m, D]."""
-    return down_EFD.unflatten(1, (factor, -1)).flatten(0, 1)
+def _parts_of_down(down_EDF: Tensor, factor: int) -> Tensor:
+    """[E, D, F] -> [m E, D, F / m]."""
+    return down_EDF.unflatten(2, (factor, -1)).transpose(1, 2).flatten(0, 1)

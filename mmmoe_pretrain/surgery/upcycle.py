@@ -101,10 +101,10 @@ def _with_experts(state: State, layer: Layer, noise: float) -> State:
 
 
 def _stacked(parameter: ParameterState, experts: range, noise: float, name: str) -> ParameterState:
-    """nn.Linear keeps [out, in], a stack [E, in, out]."""
+    """[out, in], as nn.Linear keeps it -> [E, out, in]."""
 
     def copy(tensor: Tensor) -> Tensor:
-        return tensor.t().expand(len(experts), -1, -1).contiguous()
+        return tensor.expand(len(experts), -1, -1).contiguous()
 
     stacked = each(parameter, copy)
     for row, expert in enumerate(experts):

@@ -130,13 +130,13 @@ def outcomes(name: str) -> list[list[torch.Tensor]]:
 def by_hand(dtype: torch.dtype) -> list[torch.Tensor]:
     """The same in fp64: every expert on every token, weighted by what the router gives it."""
     task = make_task(SKEWED_SMALL[dtype], CPU)
-    leaves = [t.double().requires_grad_() for t in (task.x_TD, task.router_ED, task.up_EDF, task.down_EFD)]
+    leaves = [t.double().requires_grad_() for t in (task.x_TD, task.router_ED, task.up_EFD, task.down_EDF)]
     x, router, up, down = leaves
     logits = x @ router.t()
     kept = logits >= logits.topk(2).values[:, 1:]
     weights = logits.masked_fill(~kept, -math.inf).softmax(-1)
-    gate, value = torch.einsum("td,edf->etf", x, up).chunk(2, dim=-1)
-    y = torch.einsum("etf,efd,te->td", gate * gate.sigmoid() * value, down, weights)
+    gate, value = torch.einsum("td,efd->etf", x, up).chunk(2, dim=-1)
+    y = torch.einsum("etf,edf,te->td", gate * gate.sigmoid() * value, down, weights)
     return [y.detach(), *torch.autograd.grad(y, leaves, task.grad_TD.double())]
 
 

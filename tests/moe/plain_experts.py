@@ -27,12 +27,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def expert(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """[..., D] through one expert."""
-    first = x @ up
+    """[..., D] through one expert; up [F, D] (or gate and up [2F, D]) and down [D, F]."""
+    first = x @ up.t()
     if activation == "gelu":
-        return gelu(first) @ down
+        return gelu(first) @ down.t()
     width = first.shape[-1] // 2
-    return (silu(first[..., :width]) * first[..., width:]) @ down
+    return (silu(first[..., :width]) * first[..., width:]) @ down.t()
 
 
 def weighted_experts(
@@ -92,6 +92,6 @@ def plain_layer(moe: MoELayer, x_nD: Tensor, tokens: TokenInfo) -> Tensor:
     is_identity = (ids_nK >= config.num_experts) & (ids_nK < config.num_experts + config.identity_experts)
     out_nD = out_nD + (weights_nK * is_identity).sum(1, keepdim=True) * x_nD
     if moe.shared is not None:
-        up, down = moe.shared.up.weight.t(), moe.shared.down.weight.t()
+        up, down = moe.shared.up.weight, moe.shared.down.weight
         out_nD = out_nD + expert(x_nD, up, down, config.activation)
     return out_nD

@@ -1,7 +1,9 @@
 """Work side by side: everything is done once, on one thread each, and errors and settings come back."""
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,11 +30,40 @@ def is_caller() -> bool:
 
 
 def test_everything_is_done_once_small_work_on_one_thread_and_large_on_all() -> None:
-    rows = [1, LARGE, 2, 3, LARGE + 1, 4, LARGE - 1, 0]
+    rows = [1, LARGE, 2, 3, LARGE + 1, 4, *[LARGE - 1] * 3, 0]
     done: list[tuple[int, int]] = []
     side_by_side(lambda i: done.append((i, torch.get_num_threads())), rows, CPU)
     assert sorted(done) == [(i, 2 if n >= LARGE else 1) for i, n in enumerate(rows)]
     assert torch.get_num_threads() == 2
+
+
+def test_where_most_work_is_large_all_of_it_takes_all_threads() -> None:
+    done: list[tuple[int, int]] = []
+    side_by_side(lambda i: done.append((i, torch.get_num_threads())), [LARGE, *SMALL], CPU)
+    assert sorted(done) == [(i, 2) for i in range(9)]
+
+
+def test_a_fork_has_threads_of_its_own() -> None:
+    side_by_side(lambda i: None, SMALL, CPU)  # this process has its threads now
+
+    def child(results: multiprocessing.SimpleQueue) -> None:
+        done: list[int] = []
+        side_by_side(done.append, SMALL, CPU)
+        results.put(sorted(done))
+
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=child, args=(results,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert results.get() == list(range(8))
+
+
+def test_a_new_thread_still_gets_the_number_of_the_process() -> None:
+    side_by_side(lambda i: None, SMALL, CPU)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_both_threads_take_part() -> None:
@@ -42,7 +73,7 @@ def test_both_threads_take_part() -> None:
         if index < 2:
             met.wait(PATIENCE)
 
-    side_by_side(work, [100, 100, *SMALL], CPU)
+    side_by_side(work, [LARGE - 1, LARGE - 1, *SMALL], CPU)
 
 
 def test_too_little_work_stays_with_the_caller() -> None:
@@ -52,20 +83,21 @@ def test_too_little_work_stays_with_the_caller() -> None:
     side_by_side(lambda i: pytest.fail("there was nothing to do"), [], CPU)
 
 
-@pytest.mark.parametrize("fails_in_caller", [True, False])
-def test_an_error_in_either_thread_reaches_the_caller(fails_in_caller: bool) -> None:
-    met, before = threading.Barrier(2), set(threading.enumerate())
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_either_thread_reaches_the_caller_after_the_other_has_ended(failing: int) -> None:
+    met, done = threading.Barrier(2), []
 
     def work(index: int) -> None:
         if index < 2:
             met.wait(PATIENCE)  # so that each thread has one of the first two
-            if is_caller() == fails_in_caller:
+            if index == failing:
                 raise FloatingPointError(f"work {index}")
+        done.append(index)
 
-    with pytest.raises(FloatingPointError, match=r"work [01]"):
-        side_by_side(work, [100, 100, *SMALL], CPU)
+    with pytest.raises(FloatingPointError, match=f"work {failing}"):
+        side_by_side(work, [LARGE - 1, LARGE - 1, *SMALL], CPU)
     assert torch.get_num_threads() == 2
-    assert set(threading.enumerate()) == before
+    assert sorted(done) == [i for i in range(10) if i != failing]
 
 
 def test_an_error_among_large_work_leaves_the_threads_as_they_were() -> None:
@@ -73,7 +105,7 @@ def test_an_error_among_large_work_leaves_the_threads_as_they_were() -> None:
         raise FloatingPointError(str(index))
 
     with pytest.raises(FloatingPointError, match="3"):
-        side_by_side(work, [1, 1, 1, LARGE, 1], CPU)
+        side_by_side(work, [1, 1, 1, LARGE, *[LARGE - 1] * 4], CPU)
     assert torch.get_num_threads() == 2
 
 

@@ -76,8 +76,8 @@ def chosen_slots(case: Case, tokens: int, seed: int) -> Tensor:
 
 def weights_of_all(case: Case) -> tuple[Tensor, Tensor]:
     draw = generator(9)
-    up = torch.randn(case.experts, D, 2 * HIDDEN, generator=draw) / D**0.5
-    down = torch.randn(case.experts, HIDDEN, D, generator=draw) / HIDDEN**0.5
+    up = torch.randn(case.experts, 2 * HIDDEN, D, generator=draw) / D**0.5
+    down = torch.randn(case.experts, D, HIDDEN, generator=draw) / HIDDEN**0.5
     return up.to(case.dtype), down.to(case.dtype)
 
 
@@ -101,8 +101,8 @@ def dense_reference(case: Case, x: Tensor, slots: Tensor, weights: Tensor) -> di
     """Every expert computes every token in fp32, and what was not chosen weighs nothing."""
     up, down = (w.float().requires_grad_() for w in weights_of_all(case))
     x, weights = x.float().requires_grad_(), weights.clone().requires_grad_()
-    gate, linear = torch.einsum("nd,edf->enf", x, up).chunk(2, -1)
-    each = torch.einsum("enf,efd->end", F.silu(gate) * linear, down)
+    gate, linear = torch.einsum("nd,efd->enf", x, up).chunk(2, -1)
+    each = torch.einsum("enf,edf->end", F.silu(gate) * linear, down)
     share = (F.one_hot(slots, case.experts + 1) * weights[..., None]).sum(1)[:, : case.experts]
     out = torch.einsum("end,ne->nd", each, share)
     (out.square().sum() + (x * 2).sum()).backward()

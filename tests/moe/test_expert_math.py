@@ -73,7 +73,7 @@ def make_case(
     width = ACTIVATIONS[activation].width * FF
     n = slots.shape[0]
     weights = torch.rand(slots.shape, generator=generator, dtype=torch.float64)
-    up, down = normal(num_experts, size, width) / size**0.5, normal(num_experts, FF, size) / FF**0.5
+    up, down = normal(num_experts, width, size) / size**0.5, normal(num_experts, size, FF) / FF**0.5
     return Case(normal(n, size), weights, up, down, slots, normal(n, size), activation).to(dtype)
 
 
@@ -179,7 +179,7 @@ def test_a_cpu_takes_blocks_by_itself_and_grouped_products_when_told() -> None:
 def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
     activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # the least block: 256 rows
+    monkeypatch.setattr(expert_math, "BLOCK_ELEMENTS", 1)  # the least block: 256 rows
     slots = torch.cat([torch.full((700, 1), 1), torch.full((257, 1), 3), torch.full((256, 1), 0)])
     case = make_case(slots, 4, activation)
     plan, weights = case.plan()[0], torch.ones(sum(case.plan()[0].counts))
@@ -190,12 +190,12 @@ def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
 
 
 def test_pieces_of_half_precision_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(expert_math, "BLOCK_ELEMENTS", 1)
     rows, piece = 5 * 256, 256
     # One expert; every row is 16 in its first column, so is its first GELU (16 Phi(16) = 16): h = 16.
     x = torch.zeros(rows, D, dtype=torch.bfloat16)
     x[:, 0] = 16
-    up, down = torch.zeros(1, D, FF, dtype=torch.bfloat16), torch.zeros(1, FF, D, dtype=torch.bfloat16)
+    up, down = torch.zeros(1, FF, D, dtype=torch.bfloat16), torch.zeros(1, D, FF, dtype=torch.bfloat16)
     up[0, 0, 0] = down[0, 0, 0] = 1
     target = torch.zeros(rows, D, dtype=torch.bfloat16)
     target[:piece, 0], target[piece:, 0] = 1, 1 / 256

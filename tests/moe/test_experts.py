@@ -73,18 +73,18 @@ def test_a_shared_expert_is_one_expert_for_all(activation: str) -> None:
     init_parameters(shared, seed=3, num_layers=1)
     shared.double()
     x = normal(5, D)
-    torch.testing.assert_close(shared(x), expert(x, shared.up.weight.t(), shared.down.weight.t(), activation))
+    torch.testing.assert_close(shared(x), expert(x, shared.up.weight, shared.down.weight, activation))
 
 
 def test_sizes_follow_group_activation_and_rank() -> None:
     half = Groups(expert_rank=1, expert_size=2)
     image, others = make_experts(UNLIKE, D, half).stacks
     assert [tuple(w.shape) for w in (image.up, image.down, others.up, others.down)] == [
-        (1, D, 48), (1, 24, D), (2, D, 32), (2, 16, D)]  # fmt: skip
+        (1, 48, D), (1, D, 24), (2, 32, D), (2, D, 16)]  # fmt: skip
     assert (image.local_experts, others.local_experts) == (range(1, 2), range(2, 4))
     gelu = make_experts(MoEConfig(num_experts=4, expert_hidden_size=16, activation="gelu"), D, half)
     assert isinstance(gelu, Experts)
-    assert (tuple(gelu.up.shape), gelu.local_experts) == ((2, D, 16), range(2, 4))
+    assert (tuple(gelu.up.shape), gelu.local_experts) == ((2, 16, D), range(2, 4))
 
 
 def test_a_share_of_the_ranks_starts_with_the_weights_of_the_whole() -> None:

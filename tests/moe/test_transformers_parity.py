@@ -37,11 +37,11 @@ def olmoe(num_experts: int, top_k: int, renormalize: bool) -> nn.Module:
 
 
 def with_weights_of(block: nn.Module, moe: MoELayer) -> nn.Module:
-    """Theirs are transposed: [E, 2F, D] with the gate first, and [E, D, F]."""
+    """Theirs are laid out as ours: [E, 2F, D] with the gate first, and [E, D, F]."""
     state = {
         "gate.weight": moe.router.weight,
-        "experts.gate_up_proj": moe.experts.up.transpose(1, 2),
-        "experts.down_proj": moe.experts.down.transpose(1, 2),
+        "experts.gate_up_proj": moe.experts.up,
+        "experts.down_proj": moe.experts.down,
     }
     block.load_state_dict({name: value.detach().clone() for name, value in state.items()})
     return block.train()
@@ -59,8 +59,8 @@ def ours_and_theirs(moe: MoELayer, block: nn.Module) -> tuple[dict[str, Tensor],
     ours = {"out": out, "x": a.grad, "router": moe.router.weight.grad,
             "up": moe.experts.up.grad, "down": moe.experts.down.grad}  # fmt: skip
     theirs = {"out": their_out, "x": b.grad, "router": block.gate.weight.grad,
-              "up": block.experts.gate_up_proj.grad.transpose(1, 2),
-              "down": block.experts.down_proj.grad.transpose(1, 2)}  # fmt: skip
+              "up": block.experts.gate_up_proj.grad,
+              "down": block.experts.down_proj.grad}  # fmt: skip
     return ours, theirs
 
 

@@ -46,8 +46,8 @@ def test_every_expert_is_the_dense_layer_transposed_and_the_router_is_a_fresh_on
     result = upcycle(source, 4, 2, noise=0.0, every=None)
     before, now = source.state, result.state
     for expert in range(4):
-        assert torch.equal(now[BLOCK + "experts.up"].value[expert], before[BLOCK + "gate_up.weight"].value.t())
-        assert torch.equal(now[BLOCK + "experts.down"].value[expert], before[BLOCK + "down.weight"].value.t())
+        assert torch.equal(now[BLOCK + "experts.up"].value[expert], before[BLOCK + "gate_up.weight"].value)
+        assert torch.equal(now[BLOCK + "experts.down"].value[expert], before[BLOCK + "down.weight"].value)
     fresh = dict(PretrainingModel(result.config, VOCAB).named_parameters())[BLOCK + "router.weight"]
     assert torch.equal(now[BLOCK + "router.weight"].value, fresh.detach())
     assert not moments(now, BLOCK + "router.weight")[0].any()
@@ -61,10 +61,10 @@ def test_moments_add_up_as_the_gradients_of_the_copies_do(tmp_path: Path) -> Non
     dense, sparse = gradients(source.model, batch), gradients(model_of(result.config, result.state), batch)
     for ours, theirs in (("experts.up", "gate_up.weight"), ("experts.down", "down.weight")):
         # sums of some hundred fp32 terms in another order
-        torch.testing.assert_close(sparse[BLOCK + ours].sum(0), dense[BLOCK + theirs].t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sparse[BLOCK + ours].sum(0), dense[BLOCK + theirs], rtol=1e-4, atol=1e-4)
         before, now = moments(source.state, BLOCK + theirs), moments(result.state, BLOCK + ours)
-        torch.testing.assert_close(now[0].sum(0), before[0].t())
-        torch.testing.assert_close(now[1][2], before[1].t() / 8)  # E K
+        torch.testing.assert_close(now[0].sum(0), before[0])
+        torch.testing.assert_close(now[1][2], before[1] / 8)  # E K
 
 
 def test_noise_breaks_the_ties_and_promises_nothing(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_noise_breaks_the_ties_and_promises_nothing(tmp_path: Path) -> None:
     result = upcycle(source, 4, 2, noise=0.1, every=None)
     assert not result.exact
     assert difference(source, result) > 1e-3
-    up, dense = result.state[BLOCK + "experts.up"].value, source.state[BLOCK + "gate_up.weight"].value.t()
+    up, dense = result.state[BLOCK + "experts.up"].value, source.state[BLOCK + "gate_up.weight"].value
     relative = (up - dense).square().mean().sqrt() / dense.square().mean().sqrt()
     assert float(relative) == pytest.approx(0.1, rel=0.1)  # of 1,024 draws
     assert not torch.equal(up[0], up[1])
