@@ -9,7 +9,7 @@ SHELL_FILES := $(wildcard launch/*.sh) .ci/run
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench compare clean
+.PHONY: help demo test check parity bench compare clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
+
+parity: $(STAMP) ## Train every layout on both engines against one process; write docs/parallelism.md
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[deepspeed]'
+	$(BIN)/python -m tests.layouts.golden
+	$(BIN)/python -m tests.layouts.matrix --write docs/parallelism.md
 
 bench: $(STAMP) ## Run every benchmark with --quick, beside its peers
 	@set -e; $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'; \

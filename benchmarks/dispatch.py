@@ -18,16 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import queue
-import socket
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
+from benchmarks.common.forked import on_ranks, over_ranks, slowest_rank
+from benchmarks.common.start_deepspeed import start_deepspeed
 from benchmarks.dispatching.contenders import (
     DEEPSPEED,
     LOSSY,
@@ -43,10 +40,10 @@ from benchmarks.dispatching.contenders import (
     Contender,
     Task,
     available,
-    start_deepspeed,
 )
-from benchmarks.dispatching.traffic import Traffic, least_bytes
+from benchmarks.dispatching.traffic import least_bytes
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.parallel.counting import CollectiveCounter
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -98,9 +95,9 @@ def measure_task(task: Task, groups: Groups, contenders: dict[str, Contender], r
     sent = {}
     reference = forward_backward(contenders[OURS], x, logits)
     for name, contender in contenders.items():  # also the warm-up
-        with Traffic(rank, ranks) as traffic:
+        with CollectiveCounter() as counter:
             found = forward_backward(contender, x, logits)
-        sent[name] = traffic.sent
+        sent[name] = counter.sent
         if name not in LOSSY:
             check_equal(name, found, reference)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -124,61 +121,6 @@ def seconds(contender: Contender, x: Tensor, logits: Tensor) -> float:
     began = time.perf_counter()
     forward_backward(contender, x, logits)
     return time.perf_counter() - began
-
-
-def over_ranks(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total)
-
-
-def slowest_rank(value: float) -> float:
-    slowest = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest)
-
-
-def on_ranks(ranks: int, tasks: list[Task], repeats: int) -> Results:
-    """``measure`` on forked processes. Raises RuntimeError where one fails or they take too long."""
-    context = multiprocessing.get_context("fork")  # libraries are imported once, before
-    results: Any = context.Queue()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-
-    def rank_main(rank: int) -> None:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        found = measure(tasks, repeats)
-        if rank == 0:
-            results.put(found)
-
-    processes = [context.Process(target=rank_main, args=(rank,), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    try:
-        return first_result(results, processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def first_result(results: Any, processes: list[Any]) -> Results:
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            return results.get(timeout=0.2)
-        except queue.Empty:
-            failed = [i for i, process in enumerate(processes) if process.exitcode not in (None, 0)]
-            if failed:
-                raise RuntimeError(f"ranks {failed} failed; what they raised stands above") from None
-    raise RuntimeError(f"the ranks took longer than {TIMEOUT:.0f} s")
 
 
 def summary(points: list[dict[str, Row]]) -> dict[str, float]:
@@ -217,7 +159,7 @@ def main() -> None:
           f"{'theirs / ours':>14}")  # fmt: skip
     points: list[dict[str, Row]] = []
     for ranks in RANKS:
-        results = on_ranks(ranks, tasks, repeats)
+        results = on_ranks(ranks, measure, tasks, repeats, timeout=TIMEOUT)
         print_rows(ranks, results)
         points += results.values()
     print(json.dumps(summary(points)))

@@ -1,70 +1,235 @@
-"""Tokens a second of whole training steps: the mixture beside the dense model of equal active FLOPs.
+"""Tokens a second of whole training steps over two ranks, beside the expert layers of others.
 
-One process, the demo's model, random samples of the demo's sizes; both models step in turn in one
-run, medians over repeats. It measures compute (forward, backward, optimizer), not data loading.
-Prints a table and, as its last line, one JSON object.
+One model (embedders, attention, objectives, data, initial weights, optimizer: all the same) at four
+sizes; the expert layer and the engine are swapped:
+  ours       this repository's expert layer under its engine on megatron-core
+  megatron   megatron-core's MoELayer (SequentialMLP, all-to-all) under the same engine: Megatron's
+             schedule, DistributedDataParallel and optimizer
+  deepspeed  DeepSpeed's MoE (no drops) under DeepSpeed's engine, without ZeRO
+Two gloo ranks with one thread each, experts spread over both, K = 2, fp32. Everybody takes a step of the
+same batch in turn, in one run; a ratio is the median over the repeats of (their seconds / ours), of the
+slower rank. Before they are timed, all must have the same weights outside of the experts and the same
+losses over some steps. ``where`` says on what our step spends its time, as shares of the wall clock.
+
+Prints a table and, as its last line, one JSON object: ``vs_deepspeed`` and ``vs_megatron`` (geometric
+means over the sizes, above 1 in our favour), ``worst``, and ``shares`` (means over the sizes).
+
+    python benchmarks/step.py            about six minutes on two cores
+    python benchmarks/step.py --quick    fewer samples and repeats
+    python benchmarks/step.py --busy     by CPU time: for a machine that others use
+    python benchmarks/step.py --dense    one rank: the mixture beside the dense model of equal active FLOPs
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
+from benchmarks.common.forked import on_ranks, slowest_rank
+from benchmarks.common.start_deepspeed import prepare_deepspeed, start_deepspeed
+from benchmarks.stepping.clock import PARTS, time_parts
+from benchmarks.stepping.peers import (
+    DEEPSPEED,
+    MEGATRON,
+    DeepSpeedEngine,
+    DeepSpeedLayer,
+    MegatronLayer,
+    PeerLayer,
+    replace_mixtures,
+)
+from benchmarks.stepping.workload import SIZES, VOCAB_SIZE, Size, random_batch, step_config, valid_tokens
 from launch.compare import dense_overrides
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.engines.megatron import MegatronEngine, prepare
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
-VOCAB_SIZE, BOS, EOS = 1024, 1, 2
+OURS = "ours"
 ROOT = Path(__file__).resolve().parents[1]
+RANKS, TIMEOUT = 2, 600.0  # seconds for one size
+LEARNING_RATE = 1e-4
+# Losses of the first steps, relative. The first: sums in another order, through some layers. After it, Adam
+# divides each gradient by its own size, so roundings of gradients near 0 become steps of the learning rate.
+CLOSE = (1e-5, 1e-3, 1e-3)
 
 
-def random_batch(config: RunConfig, samples: int, seed: int) -> Batch:
-    """Picture, about 1.4 s of sound and about ten pieces of text a sample, as in the demo's data."""
-    rng = np.random.default_rng(seed)
-    side, audio = config.modalities.image.size, config.modalities.audio
-    made = [
-        Sample(
-            SampleMeta(f"s{i}"),
-            image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
-            audio=rng.normal(size=(audio.n_mels, audio.patch * int(rng.integers(10, 26)))).astype(np.float32),
-            text=rng.integers(4, VOCAB_SIZE, int(rng.integers(4, 17))),
-        )
-        for i in range(samples)
-    ]
-    return pack(made, PackSettings(config.modalities, BOS, EOS, config.objectives.captioning, config.seed))
+Clock = Callable[[], float]
 
 
-def seconds_a_step(engine: Engine, batch: Batch) -> float:
-    began = time.perf_counter()
-    engine.step([batch], 1e-4)
-    return time.perf_counter() - began
+class Stepper(Protocol):
+    def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult: ...
 
 
-def main() -> None:
-    """Measure at one or several microbatch sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one size, few repeats")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml")
-    args = parser.parse_args()
-    sizes, repeats = ([16], 3) if args.quick else ([16, 64, 128], 9)
+@dataclass(frozen=True)
+class Row:
+    """One size as measured: tokens of a step over all ranks, seconds of the repeats, shares of our time."""
+
+    tokens: int
+    seconds: dict[str, list[float]]
+    shares: dict[str, float]
+
+    def against(self, name: str) -> float:
+        """Their seconds over ours."""
+        pairs = zip(self.seconds[name], self.seconds[OURS], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    def rate(self, name: str) -> float:
+        """Tokens a second."""
+        return self.tokens / statistics.median(self.seconds[name])
+
+
+def build(name: str, config: RunConfig, groups: Groups, device: torch.device) -> tuple[PretrainingModel, Stepper]:
+    """The model with the expert layer of ``name``, and what steps it."""
+    model = PretrainingModel(config, VOCAB_SIZE, groups)
+    layers: dict[str, type[PeerLayer]] = {DEEPSPEED: DeepSpeedLayer, MEGATRON: MegatronLayer}
+    if name in layers:
+        replace_mixtures(model, layers[name])
+    if name == DEEPSPEED:
+        return model, DeepSpeedEngine(model, config)
+    return model, MegatronEngine([model], config, device)
+
+
+def batches_of(config: RunConfig, size: Size, number: int) -> list[Batch]:
+    """This rank's, one a step."""
+    return [random_batch(config, size.samples, 1000 * dist.get_rank() + i) for i in range(number)]
+
+
+def check_same(size: Size, names: Sequence[str], groups: Groups, device: torch.device) -> dict[str, list[float]]:
+    """Loss of each of the first steps by name. Without balance losses, which everybody counts differently,
+    and without clipping. Raises AssertionError where weights or losses differ."""
+    config = step_config(size, balance=0.0, clip_norm=0.0)
+    built = {name: build(name, config, groups, device) for name in names}
+    ours = dict(built[OURS][0].named_parameters())
+    for name, (model, _) in built.items():
+        for key, parameter in model.named_parameters():
+            assert ".ffn.layer." in key or torch.equal(parameter, ours[key]), f"{name}: {key} starts elsewhere"
+    batches = batches_of(config, size, len(CLOSE))
+    losses = {name: [step(engine, batch) for batch in batches] for name, (_, engine) in built.items()}
+    for name, found in losses.items():
+        for i, (a, b, close) in enumerate(zip(found, losses[OURS], CLOSE, strict=True)):
+            assert abs(a - b) <= close * abs(b), f"{name}: the loss of step {i} is {a}, ours {b}"
+    return losses
+
+
+def step(engine: Stepper, batch: Batch) -> float:
+    """One step; the loss without auxiliary terms, which peers keep to themselves."""
+    losses = engine.step([batch], LEARNING_RATE).losses
+    return sum(value for name, value in losses.items() if name != "total" and not name.startswith("aux/"))
+
+
+def measure(size: Size, names: Sequence[str], repeats: int, clock: Clock) -> Row:
+    """On every rank; all ranks know the same row."""
     torch.set_num_threads(1)
-    mixture = run_config.load(args.config)
-    configs = {"mixture": mixture, "dense": run_config.load(args.config, dense_overrides(mixture))}
+    with process_group(timeout_minutes=5) as device:
+        if DEEPSPEED in names:
+            start_deepspeed()
+        config = step_config(size)
+        groups = build_groups(config.parallel, config.moe.num_experts)
+        check_same(size, names, groups, device)
+        gc.collect()
+        engines = {name: build(name, config, groups, device)[1] for name in names}
+        batches = batches_of(config, size, repeats + 1)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for i, batch in enumerate(batches):  # the first warms up
+            for name in [*names[i % len(names) :], *names[: i % len(names)]]:
+                seconds[name].append(seconds_of_step(engines[name], batch, clock))
+        shares = shares_of_parts(engines[OURS], batches[1:])
+        tokens = torch.tensor([valid_tokens(batch) for batch in batches[1:]], dtype=torch.float64).mean()
+        dist.all_reduce(tokens)
+    return Row(round(float(tokens)), {name: values[1:] for name, values in seconds.items()}, shares)
+
+
+def seconds_of_step(engine: Stepper, batch: Batch, clock: Clock = time.perf_counter) -> float:
+    """Of the slowest rank."""
+    dist.barrier()
+    began = clock()
+    engine.step([batch], LEARNING_RATE)
+    return slowest_rank(clock() - began)
+
+
+def shares_of_parts(engine: Stepper, batches: Sequence[Batch]) -> dict[str, float]:
+    """Means over the ranks."""
+    assert isinstance(engine, MegatronEngine)
+    clock = time_parts(engine)
+    for batch in batches:
+        engine.step([batch], LEARNING_RATE)
+    shares = clock.shares()
+    values = torch.tensor([shares[part] for part in PARTS], dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(PARTS, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def summary(rows: Mapping[str, Row]) -> dict[str, object]:
+    """The last line."""
+    peers = [name for name in next(iter(rows.values())).seconds if name != OURS]
+    ratios = {(name, size): row.against(name) for size, row in rows.items() for name in peers}
+    worst = min(ratios, key=lambda key: ratios[key]) if ratios else None
+    return {
+        **{f"vs_{name}": geometric_mean([row.against(name) for row in rows.values()]) for name in peers},
+        "worst": worst and round(ratios[worst], 3),
+        "worst_point": worst and f"{worst[1]} {worst[0]}",
+        "shares": {part: round(statistics.mean(row.shares[part] for row in rows.values()), 4) for part in PARTS},
+        "sizes": len(rows),
+        "device": "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return round(statistics.geometric_mean(ratios), 3)
+
+
+def line(size: Size, row: Row) -> str:
+    peers = "".join(f"{row.rate(name):>11,.0f}{row.against(name):>7.2f}" for name in row.seconds if name != OURS)
+    where = "".join(f"{100 * row.shares[part]:>8.0f}" for part in PARTS)
+    return f"{size.name:<22}{row.tokens:>7}{row.rate(OURS):>11,.0f}{peers}{where}"
+
+
+def header(names: Sequence[str]) -> str:
+    peers = "".join(f"{name:>11}{'ratio':>7}" for name in names if name != OURS)
+    where = "".join(f"{part[:7]:>8}" for part in PARTS)
+    return f"{'size':<22}{'tokens':>7}{'ours':>11}{peers}{where}  (tokens a second; % of our step)"
+
+
+def beside_peers(quick: bool, busy: bool) -> dict[str, object]:
+    """The table over the sizes."""
+    clock = time.process_time if busy else time.perf_counter
+    prepare()
+    names = [OURS, MEGATRON, *([DEEPSPEED] if prepare_deepspeed() else [])]
+    print(header(names), flush=True)
+    rows = {}
+    for size in SIZES:
+        size = replace(size, samples=size.samples // 2) if quick else size
+        rows[size.name] = on_ranks(RANKS, measure, size, names, 2 if quick else 7, clock, timeout=TIMEOUT)
+        print(line(size, rows[size.name]), flush=True)
+    return {**summary(rows), "clock": "cpu time" if busy else "wall"}
+
+
+def beside_dense(path: Path, quick: bool) -> dict[str, object]:
+    """One rank, at several microbatch sizes: compute (forward, backward, optimizer), not data loading."""
+    sizes, repeats = ([16], 3) if quick else ([16, 64, 128], 9)
+    torch.set_num_threads(1)
+    mixture = run_config.load(path)
+    configs = {"mixture": mixture, "dense": run_config.load(path, dense_overrides(mixture))}
     print(f"{'samples':>8}{'tokens':>8}{'mixture tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:
@@ -75,13 +240,25 @@ def main() -> None:
             times: dict[str, list[float]] = {name: [] for name in engines}
             for _ in range(repeats + 1):  # the first warms up
                 for name, engine in engines.items():
-                    times[name].append(seconds_a_step(engine, batch))
+                    times[name].append(seconds_of_step(engine, batch))
             median = {name: statistics.median(values[1:]) for name, values in times.items()}
-            tokens = sum(rows.shape[0] for rows in batch.rows)
+            tokens = valid_tokens(batch)
             ratios.append(median["dense"] / median["mixture"])
             print(f"{size:>8}{tokens:>8}{tokens / median['mixture']:>16,.0f}{tokens / median['dense']:>14,.0f}"
                   f"{ratios[-1]:>8.2f}")  # fmt: skip
-    print(json.dumps({"vs_dense": round(statistics.geometric_mean(ratios), 3), "device": device.type}))
+    return {"vs_dense": geometric_mean(ratios), "device": device.type}
+
+
+def main() -> None:
+    """Measure, and print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer samples and repeats")
+    parser.add_argument("--busy", action="store_true", help="ratios of CPU time: for a machine that others use")
+    parser.add_argument("--dense", action="store_true", help="beside the dense model instead")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of --dense")
+    args = parser.parse_args()
+    found = beside_dense(args.config, args.quick) if args.dense else beside_peers(args.quick, args.busy)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Owns the schema, its defaults and every check that needs no hardware: unknown keys, bad values
 and combinations that cannot work. What depends on the number of ranks is checked in
-``parallel/mesh.py``. The README's tour explains the keys by example.
+``parallel/layout.py``. The README's tour explains the keys by example.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class ContrastiveConfig(_Model):
         {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}
     )
     initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
+    cached: bool = False  # negatives are those of the whole step, over all its microbatches (GradCache)
 
 
 class CaptioningConfig(_Model):
@@ -173,8 +174,23 @@ class OptimizerConfig(_Model):
 
 
 class ParallelConfig(_Model):
-    engine: Literal["megatron"] = "megatron"
+    """Degrees of parallelism. What depends on the number of ranks is checked in ``parallel/layout.py``."""
+
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    data_parallel_size: int | Literal["auto"] = "auto"  # what the other degrees leave of the ranks
+    tensor_parallel_size: int = Field(1, ge=1)  # ranks that share each matrix
+    sequence_parallel: bool = False  # between matrices, tensor ranks hold a share of the tokens each
+    pipeline_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_size: int = Field(1, ge=1)  # stages that a pipeline rank holds (interleaved schedule)
     expert_parallel_size: int | Literal["auto"] = "auto"  # ranks over which the experts are spread
+    expert_tensor_parallel_size: int | Literal["auto"] = "auto"  # ranks that share one expert's matrices
+    context_parallel_size: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0  # shards optimizer state (1), gradients (2), parameters (3)
+    overlap_grad_reduce: bool = False  # megatron: reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # megatron, zero_stage 1: gather parameters during the forward pass
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None  # a folder on a fast local disk, for offload_optimizer nvme
+    deepspeed: dict[str, Any] = Field({})  # DeepSpeed's own JSON, for what has no key here
     timeout_minutes: int = Field(5, ge=1)  # of a collective, before the job ends
 
 
@@ -183,6 +199,8 @@ class TrainConfig(_Model):
     global_batch_size: int = Field(128, ge=1)  # samples an optimizer step, over all ranks
     num_microbatches: int = Field(1, ge=1)  # gradient accumulation
     precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
+    compile: Literal["none", "blocks"] = "none"  # torch.compile of attention and dense layers
     threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
     log_every: int = Field(10, ge=1)
     heatmap_every: int = Field(200, ge=1)

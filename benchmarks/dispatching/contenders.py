@@ -8,12 +8,6 @@ the libraries' own code.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.start_deepspeed import prepare_deepspeed
 from benchmarks.layer.peers import as_on_cpu
 from mmmoe_pretrain.engines import megatron as megatron_engine
 from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
@@ -164,22 +159,6 @@ def available() -> dict[str, Callable[[Task, Groups], Contender]]:
     """Imports what is installed, once, before ranks are forked; says what is not."""
     megatron_engine.prepare()
     found: dict[str, Callable[[Task, Groups], Contender]] = {OURS: ours, MEGATRON: megatron}
-    if importlib.util.find_spec("deepspeed") is None:
-        print("deepspeed is left out: it is not installed (pip install -e '.[bench]')")
+    if not prepare_deepspeed():
         return found
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    warnings.filterwarnings("ignore", "(?s).*(deprecated|all_gather_single)", FutureWarning)  # what peers call
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
-        importlib.import_module("deepspeed.moe.sharded_moe")
-        ops = importlib.import_module("deepspeed.ops")
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or its first use compiles for minutes
     return {**found, DEEPSPEED: deepspeed, DEEPSPEED_DROPS: deepspeed_with_drops}
-
-
-def start_deepspeed() -> None:
-    """On each rank, once the process group is there."""
-    importlib.import_module("deepspeed").init_distributed("gloo")

@@ -167,31 +167,8 @@ class Megatron(Layer):
     """
 
     def __init__(self, task: Task) -> None:
-        layer_class, submodules, config_class = _megatron()
         super().__init__()
-        point = task.point
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # packages for GPUs, and its advice on fp32 routers
-            config = config_class(
-                num_layers=1,
-                hidden_size=point.hidden_size,
-                num_attention_heads=1,
-                ffn_hidden_size=point.expert_hidden_size,
-                moe_ffn_hidden_size=point.expert_hidden_size,
-                num_moe_experts=point.experts,
-                moe_router_topk=point.top_k,
-                moe_router_load_balancing_type="none",
-                moe_token_dispatcher_type="alltoall",
-                gated_linear_unit=True,
-                activation_func=F.silu,
-                bias_activation_fusion=False,
-                add_bias_linear=False,
-                use_cpu_initialization=True,
-                perform_initialization=False,
-                params_dtype=point.dtype,
-                bf16=point.dtype == torch.bfloat16,
-            )
-            self.layer: Any = layer_class(config, submodules)
+        self.layer: Any = make_megatron_layer(task.point)
         self.layer.router.weight.data = task.router_ED
         for e, expert in enumerate(self.layer.experts.local_experts):
             expert.linear_fc1.weight.data = task.up_EFD[e]
@@ -205,6 +182,33 @@ class Megatron(Layer):
         up = torch.stack([expert.linear_fc1.weight.grad for expert in experts])
         down = torch.stack([expert.linear_fc2.weight.grad for expert in experts])
         return self.layer.router.weight.grad, up, down
+
+
+def make_megatron_layer(point: Point, **settings: Any) -> Any:
+    """``MoELayer`` with ``settings`` beside those of a single rank without a balance loss."""
+    layer_class, submodules, config_class = _megatron()
+    common = {
+        "num_layers": 1,
+        "hidden_size": point.hidden_size,
+        "num_attention_heads": 1,
+        "ffn_hidden_size": point.expert_hidden_size,
+        "moe_ffn_hidden_size": point.expert_hidden_size,
+        "num_moe_experts": point.experts,
+        "moe_router_topk": point.top_k,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "bias_activation_fusion": False,
+        "add_bias_linear": False,
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        "params_dtype": point.dtype,
+        "bf16": point.dtype == torch.bfloat16,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # packages for GPUs, and its advice on fp32 routers
+        return layer_class(config_class(**{**common, **settings}), submodules)
 
 
 def _megatron() -> tuple[Any, Any, Any]:

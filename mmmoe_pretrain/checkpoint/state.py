@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one parameter."""
+"""What a checkpoint holds of one parameter, whole in one process."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter by its logical name, as this rank holds it; a buffer has no moments.
-
-    ``value`` is the fp32 master weight; ``expert_axis`` is True where dimension 0 runs over the
-    experts of this rank and the logical tensor over all of them.
-    """
+    """One parameter: ``value`` is the fp32 master weight, the others Adam's moments. A buffer has no moments."""
 
     value: Tensor
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
-    expert_axis: bool
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """By their names in a checkpoint."""
@@ -32,7 +27,7 @@ class ParameterState:
     def clone(self) -> ParameterState:
         """The same with tensors of its own."""
         first, second = (None if m is None else m.clone() for m in (self.exp_avg, self.exp_avg_sq))
-        return ParameterState(self.value.clone(), first, second, self.expert_axis)
+        return ParameterState(self.value.clone(), first, second)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder ``step_00000100`` under ``RUN/checkpoints``: the tensors by
 torch.distributed.checkpoint under ``model/NAME`` and ``optimizer/NAME/exp_avg(_sq)`` in their
-full logical shape, and ``meta.json``. It is written under ``.tmp``, renamed when it is whole,
-and only then does the file ``latest`` name it; a killed writer leaves the one before.
+full logical shape, as boxes that the ranks held (planner.py), and ``meta.json``. It is written under
+``.tmp``, renamed when it is whole, and only then does the file ``latest`` name it; a killed writer
+leaves the one before.
 """
 
 from __future__ import annotations
@@ -22,27 +23,31 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalSavePlanner, LogicalTensor
+from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.checkpoint.state import ParameterState
-from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 STEP = re.compile(r"step_(\d{8})")
 
 
-def save(
-    run_dir: Path, step: int, state: dict[str, ParameterState], groups: Groups, meta: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of ``step`` from all ranks and keep the last ``keep`` of them."""
+def save(run_dir: Path, step: int, state: ShardedState, meta: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` from all ranks and keep the last ``keep`` of them.
+
+    Raises ValueError on every rank, and writes nothing, where the pieces of all ranks do not make up each
+    tensor that one of them names; what several ranks hold must be cut alike and is written once.
+    """
     root = run_dir / FOLDER
     final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
     dist.barrier()
-    dcp.save(_tensors(state, groups), checkpoint_id=draft)
+    _write(draft, _tensors(state))
     if dist.get_rank() == 0:
         _commit(draft, final, {"step": step, **meta})
         for old in _complete(root)[:-keep]:
@@ -68,21 +73,21 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
 
 
-def load(checkpoint: Path, like: dict[str, ParameterState], groups: Groups) -> dict[str, ParameterState]:
-    """The state of ``checkpoint`` cut for this rank; ``like`` gives names and local shapes."""
-    state = {name: parameter.clone() for name, parameter in like.items()}
-    tensors = _tensors(state, groups)
-    _check_tensors(checkpoint, tensors, exactly=True)
-    dcp.load(tensors, checkpoint_id=checkpoint)
+def load(checkpoint: Path, like: ShardedState) -> ShardedState:
+    """The numbers of ``checkpoint`` for the pieces that ``like`` has, in tensors of their own.
+
+    Called on all ranks, each with the names and pieces that it holds. Raises ValueError on every rank where
+    the names of all ranks together, or a shape, are not the checkpoint's.
+    """
+    state = {name: parameter.empty_like() for name, parameter in like.items()}
+    _read(checkpoint, _tensors(state), exactly=True)
     return state
 
 
 def load_weights(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Fill full tensors in place, by logical name, in a process without a process group."""
-    tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-    _check_tensors(checkpoint, tensors, exactly=False)
-    with _alone():
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    tensors = {f"model/{name}": LogicalTensor.whole(tensor) for name, tensor in weights.items()}
+    _read(checkpoint, tensors, exactly=False, alone=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, ParameterState]:
@@ -93,15 +98,13 @@ def read_state(checkpoint: Path) -> dict[str, ParameterState]:
         for key, item in stored.items()
         if isinstance(item, TensorStorageMetadata)
     }
-    with _alone():
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    _read(checkpoint, {key: LogicalTensor.whole(t) for key, t in tensors.items()}, exactly=True, alone=True)
     names = [key.removeprefix("model/") for key in tensors if key.startswith("model/")]
     return {
         name: ParameterState(
             tensors[f"model/{name}"],
             tensors.get(f"optimizer/{name}/exp_avg"),
             tensors.get(f"optimizer/{name}/exp_avg_sq"),
-            expert_axis=False,  # nothing is cut
         )
         for name in names
     }
@@ -113,58 +116,41 @@ def write_state(run_dir: Path, step: int, state: dict[str, ParameterState], meta
     final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(draft, ignore_errors=True)
-    with _alone():
-        dcp.save(_tensors(state, SINGLE), checkpoint_id=draft, no_dist=True)
+    named = {key: t for name, parameter in state.items() for key, t in parameter.tensors(name).items()}
+    _write(draft, {key: LogicalTensor.whole(t) for key, t in named.items()}, alone=True)
     _commit(draft, final, {**meta, "step": step})
     return final
 
 
+def _tensors(state: ShardedState) -> dict[str, LogicalTensor]:
+    return {
+        key: LogicalTensor(parameter.shape, pieces)
+        for name, parameter in state.items()
+        for key, pieces in parameter.named(name).items()
+    }
+
+
+def _write(draft: Path, tensors: dict[str, LogicalTensor], alone: bool = False) -> None:
+    with _plain_errors():
+        dcp.save(tensors, checkpoint_id=draft, planner=LogicalSavePlanner(), no_dist=alone)
+
+
+def _read(checkpoint: Path, tensors: dict[str, LogicalTensor], exactly: bool, alone: bool = False) -> None:
+    with _plain_errors():
+        dcp.load(tensors, checkpoint_id=checkpoint, planner=LogicalLoadPlanner(checkpoint, exactly), no_dist=alone)
+
+
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's remarks that a process group is missing."""
+def _plain_errors() -> Iterator[None]:
+    """What a rank raised, on every rank, in place of torch's wrapping of it, which is no Exception; and
+    without torch's remarks that a process group is missing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
-        yield
-
-
-def _tensors(state: dict[str, ParameterState], groups: Groups) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in state.items():
-        tensors |= {key: _logical(t, parameter, groups) for key, t in parameter.tensors(name).items()}
-    return tensors
-
-
-def _logical(tensor: Tensor, parameter: ParameterState, groups: Groups) -> Tensor:
-    """This rank's experts as a piece of the tensor over all experts."""
-    if not parameter.expert_axis or groups.expert_size == 1:
-        return tensor
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    ranks = torch.arange(groups.data_size).view(groups.expert_data_size, groups.expert_size)
-    assert groups.expert is not None and groups.expert_data is not None
-    assert dist.get_process_group_ranks(groups.expert) == ranks[groups.data_rank // groups.expert_size].tolist()
-    mesh = DeviceMesh.from_group(
-        [groups.expert_data, groups.expert], tensor.device.type, mesh=ranks, mesh_dim_names=("expert_data", "expert")
-    )
-    return DTensor.from_local(tensor, mesh, [Replicate(), Shard(0)], run_check=False)
-
-
-def _check_tensors(checkpoint: Path, wanted: dict[str, Tensor], exactly: bool) -> None:
-    """Refuse names that are missing, names too many (if ``exactly``) and other shapes."""
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    problems = [f"lacks {name}" for name in sorted(wanted.keys() - stored.keys())]
-    if exactly:
-        problems += [f"has {name}, which this model has not" for name in sorted(stored.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & stored.keys()):
-        size = getattr(stored[name], "size", None)
-        if size != wanted[name].shape:
-            problems.append(f"has {name} as {list(size or [])}, and this model {list(wanted[name].shape)}")
-    if problems:
-        raise ValueError(
-            f"{checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in all); "
-            f"it was saved under the config in {checkpoint.parents[1] / 'config.yaml'}"
-        )
+        try:
+            yield
+        except CheckpointException as error:
+            first, _ = error.failures[min(error.failures)]
+            raise first from error
 
 
 def _commit(draft: Path, final: Path, meta: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """From a config to a running engine: the one place where the order of application shows.
 
-Groups exist (``parallel/mesh.py``) -> the model is built for them, experts cut by the expert
-group -> precision -> the engine wraps it (data parallelism, optimizer).
+Groups exist (``parallel/mesh.py``) -> the trunk is cut into pipeline stages -> this rank's stages are
+built, matrices cut by the tensor group and experts by the expert group -> activation recomputation and
+compilation -> precision -> the engine wraps them (data parallelism, optimizer).
 """
 
 from __future__ import annotations
@@ -10,14 +11,30 @@ import torch
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import Engine
-from mmmoe_pretrain.engines.megatron import MegatronEngine
+from mmmoe_pretrain.models.compiling import compile_blocks
+from mmmoe_pretrain.models.costs import block_costs
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.models.recompute import recompute_experts
 from mmmoe_pretrain.parallel.groups import Groups
-
-ENGINES = {"megatron": MegatronEngine}
+from mmmoe_pretrain.parallel.stages import cut_stages, stages_of_rank
 
 
 def build_engine(config: RunConfig, vocab_size: int, groups: Groups, device: torch.device) -> Engine:
-    """The engine that ``parallel.engine`` names, around a freshly initialised model."""
-    model = PretrainingModel(config, vocab_size, groups)
-    return ENGINES[config.parallel.engine](model, config, device)
+    """The engine that ``parallel.engine`` names, around freshly initialised models."""
+    costs, first, last = block_costs(config, vocab_size)
+    stages = cut_stages(costs, groups.num_stages, first, last)
+    own = stages_of_rank(stages, groups.pipeline_rank, groups.pipeline_size, groups.virtual_size)
+    models = [PretrainingModel(config, vocab_size, groups, stage) for stage in own]
+    for model in models:
+        if config.train.recompute == "experts":
+            recompute_experts(model)
+        model.mmmoe.trunk.recompute = config.train.recompute == "blocks"
+        if config.train.compile == "blocks":
+            compile_blocks(model, device)
+    if config.parallel.engine == "megatron":
+        from mmmoe_pretrain.engines.megatron import MegatronEngine
+
+        return MegatronEngine(models, config, device)
+    from mmmoe_pretrain.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(models[0], config, device)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.moe.stats import RoutingStats
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the microbatches and data-parallel ranks of one optimizer step.
+    """Means over the microbatches and data-parallel ranks of one optimizer step, equal on every rank.
 
-    ``routing`` holds sums over all of them. ``grad_norm`` is the norm before clipping, over
-    dense and expert parameters together.
+    ``routing`` holds sums over all of them, of the mixtures on this rank's stages. ``grad_norm`` is the
+    norm before clipping, over all parameters of the model, experts included.
     """
 
     losses: dict[str, float]
@@ -33,10 +33,11 @@ class Engine(Protocol):
         """One optimizer step over the microbatches of this rank."""
         ...
 
-    def export_state(self) -> dict[str, ParameterState]:
-        """Every parameter with its optimizer moments, by logical name; views, not copies."""
+    def export_state(self) -> ShardedState:
+        """What this rank holds of each parameter and its optimizer moments, by logical name; views of live
+        memory, not copies."""
         ...
 
-    def import_state(self, state: dict[str, ParameterState], steps_done: int) -> None:
-        """Take over what ``export_state`` of an engine with this layout gave."""
+    def import_state(self, state: ShardedState, steps_done: int) -> None:
+        """Take over a state with the same pieces as ``export_state`` gives."""
         ...

@@ -1,5 +1,5 @@
 """The engine on megatron-core: its schedules, DistributedDataParallel, gradient finalisation
-and optimizer step a PretrainingModel.
+and optimizer step a PretrainingModel, or the pipeline stages of one that this rank holds.
 
 Expert parameters (``allreduce = False``) are reduced over their replicas alone, and everything
 is averaged over the data-parallel ranks; megatron-core does both.
@@ -7,230 +7,164 @@ is averaged over the data-parallel ranks; megatron-core does both.
 
 from __future__ import annotations
 
-import functools
-import operator
-import os
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.engines.megatron_setup import data_parallel, make_optimizer, prepare, transformer_config
+from mmmoe_pretrain.engines.megatron_state import MegatronState
+from mmmoe_pretrain.engines.results import add_routing, mean_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
-from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
-NEVER_CLIPS = 1e30  # megatron-core reports a norm only where it clips
-
-
-class _Stage(nn.Module):
-    """A PretrainingModel with the attributes that Megatron's schedules and wrappers ask for."""
-
-    def __init__(self, model: PretrainingModel, config: Any, model_type: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.model_type = model_type
-        self.pre_process = self.post_process = True
-        self.share_embeddings_and_output_weights = False
-
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Activations of the stage before; there is none where the whole model is one stage."""
-
-    def forward(self, batch: Batch) -> tuple[Tensor, LossReport]:
-        return self.model(batch)
+__all__ = ["MegatronEngine", "prepare"]
 
 
 class MegatronEngine:
-    """Implements the ``Engine`` protocol; needs ``parallel.mesh.build_groups`` to have run."""
+    """Implements the ``Engine`` protocol; needs ``parallel.mesh.build_groups`` to have run.
 
-    def __init__(self, model: PretrainingModel, config: RunConfig, device: torch.device) -> None:
+    ``models``: the stages of this rank in the order of the data's way through them.
+    """
+
+    def __init__(self, models: Sequence[PretrainingModel], config: RunConfig, device: torch.device) -> None:
         prepare()
-        from megatron.core.enums import ModelType
-
-        if config.train.precision == "bf16":
-            model.use_bf16()
-        self.config = config
-        self.model = model.to(device)
-        self.device = device
+        self.config, self.device = config, device
+        self.models = [model.to(device) for model in models]
+        self.groups = self.models[0].groups
         self.steps_done = 0
+        if config.train.precision == "bf16":
+            for model in self.models:
+                model.use_bf16()
         with quiet_megatron():
-            transformer = _transformer_config(config, model)
-            stage = _Stage(model, transformer, ModelType.encoder_or_decoder)
-            self.wrapped = _data_parallel(stage, transformer)
-            self.optimizer = _make_optimizer(self.wrapped, config)
+            self.transformer = transformer_config(config, self.groups)
+            self.stages = [_Stage(model, self.transformer, i) for i, model in enumerate(self.models)]
+            self.wrapped = data_parallel(self.stages, self.transformer, config)
+            self.optimizer = make_optimizer(self.wrapped, config)
+        self._state = MegatronState(self.models, self.wrapped, self.optimizer)
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
-        self.model.begin_step(self.steps_done)
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         batches = [batch.to(self.device) for batch in microbatches]
-        reports = self._forward_backward(batches)
+        if self.config.objectives.contrastive.cached:
+            self._fill_cache(batches)
+        reports = self._run(batches)
         with megatron_cpu.optimizer_calls():
             _, grad_norm, _ = self.optimizer.step()
-        losses, tokens = _mean_over_ranks(reports, batches, self.model.groups.data)
-        routing = _add_routing([r.routing for r in reports])
-        self.model.end_step(routing)
+        everything = list(itertools.chain.from_iterable(reports))
+        losses, tokens = mean_losses(everything, self.models[0].loss_names, batches, self.groups, self.device)
+        routing = [add_routing([report.routing for report in own]) for own in reports]
+        for model, stats in zip(self.models, routing, strict=True):
+            model.end_step(stats)
         self.steps_done += 1
-        return StepResult(losses, float(grad_norm), tokens, routing)
+        return StepResult(losses, float(grad_norm), tokens, tuple(itertools.chain.from_iterable(routing)))
 
-    def _forward_backward(self, batches: list[Batch]) -> list[LossReport]:
+    def _fill_cache(self, batches: list[Batch]) -> None:
+        """The first pass of a step whose contrastive loss is of all its microbatches."""
+        for model in self.models:
+            model.begin_caching()
+        with torch.no_grad():
+            self._run(batches, forward_only=True)
+        for model in self.models:
+            model.end_caching()
+
+    def _run(self, batches: list[Batch], forward_only: bool = False) -> list[list[LossReport]]:
+        """Run the schedule; the reports of each stage of this rank, by microbatch."""
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-        def forward_step(batch_iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            loss, report = model(next(batch_iterator))
-            return loss, lambda output: (output, report)
+        for model in self.models:
+            model.begin_step(self.steps_done, len(batches))
+        reports: list[list[LossReport]] = [[] for _ in self.models]
 
-        return get_forward_backward_func()(
+        def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            output, report = wrapped(next(batch_iterator))
+            chunk = next(i for i, other in enumerate(self.wrapped) if other is wrapped)
+            reports[chunk].append(report)
+            return output, lambda loss: (loss, None)
+
+        iterators = [iter(batches) for _ in self.models]
+        rows = max(rows_of(batch, self.groups) for batch in batches)
+        for stage in self.stages:
+            stage.rows = rows
+        get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.wrapped],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
             num_microbatches=len(batches),
-            seq_length=1,  # of activations between stages; one stage sends none
+            seq_length=rows * (self.groups.tensor_size if self.groups.sequence_parallel else 1),
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
         )
+        return reports
 
-    def export_state(self) -> dict[str, ParameterState]:
-        """See ``Engine.export_state``; moments are zeros before the first step."""
-        moments = self._torch_state()
-        state = {}
-        for name, parameter in self.model.named_parameters():
-            main = getattr(parameter, "main_param", parameter)
-            moment = moments.get(main)  # none before the first step
-            exp_avg, exp_avg_sq = (moment[k] if moment else torch.zeros_like(main) for k in ("exp_avg", "exp_avg_sq"))
-            expert_axis = not getattr(parameter, "allreduce", True)
-            state[name] = ParameterState(main.detach(), exp_avg, exp_avg_sq, expert_axis)
-        for name, buffer in persistent_buffers(self.model).items():
-            state[name] = ParameterState(buffer, None, None, expert_axis=False)
-        return state
+    def export_state(self) -> ShardedState:
+        """See ``Engine.export_state``."""
+        return self._state.export()
 
-    @torch.no_grad()
-    def import_state(self, state: dict[str, ParameterState], steps_done: int) -> None:
+    def import_state(self, state: ShardedState, steps_done: int) -> None:
         """See ``Engine.import_state``."""
         self.steps_done = steps_done
-        for name, buffer in persistent_buffers(self.model).items():
-            buffer.copy_(state[name].value)
-        owner = {
-            parameter: inner.optimizer
-            for inner in self._inner_optimizers()
-            for group in inner.optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for inner in self._inner_optimizers():
-            if not type(inner.optimizer).__module__.startswith("torch."):  # TE's and Apex's count by group
-                for group in inner.optimizer.param_groups:
-                    group["step"] = steps_done
-        for name, parameter in self.model.named_parameters():
-            main = getattr(parameter, "main_param", parameter)
-            saved = state[name]
-            assert saved.exp_avg is not None and saved.exp_avg_sq is not None
-            main.copy_(saved.value)
-            parameter.copy_(main)
-            owner[main].state[main] = {
-                "step": torch.tensor(float(steps_done)),
-                "exp_avg": saved.exp_avg.clone(),
-                "exp_avg_sq": saved.exp_avg_sq.clone(),
-            }
-
-    def _inner_optimizers(self) -> list[Any]:
-        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
-    def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        return {
-            parameter: state
-            for inner in self._inner_optimizers()
-            for parameter, state in inner.optimizer.state.items()
-        }
+        self._state.load(state, steps_done)
 
 
-def prepare() -> None:
-    """Import megatron-core (seconds, once) without its notes on optional packages; shim it on CPUs."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its fused helpers compile for a minute
-    with quiet_megatron():
-        megatron_cpu.install()
+class _Stage(nn.Module):
+    """A PretrainingModel with the attributes that Megatron's schedules and wrappers ask for.
+
+    Between stages hidden states are [rows, 1, D] for every microbatch of a step: the longest one's, which
+    each stage knows from its own copy of the batches, so that no sizes travel. The others are padded.
+    """
+
+    def __init__(self, model: PretrainingModel, config: Any, chunk: int) -> None:
+        from megatron.core.enums import ModelType
+
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = chunk if model.groups.virtual_size > 1 else None
+        self.pre_process, self.post_process = model.stage.first, model.stage.last
+        self.share_embeddings_and_output_weights = False
+        self.rows = 1  # of hidden states between stages in this step
+        self._received: Tensor | None = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Activations of the stage before; None on the first."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, batch: Batch) -> tuple[Tensor, LossReport]:
+        received = None
+        if not self.model.stage.first:
+            assert self._received is not None
+            received = self._received[: _shard(_valid(batch), self.model.groups), 0]
+        output, report = self.model(batch, received)
+        if not self.model.stage.last:
+            output = F.pad(output, (0, 0, 0, self.rows - output.shape[0]))[:, None]
+        return output, report
 
 
-def _transformer_config(config: RunConfig, model: PretrainingModel) -> Any:
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    bf16 = config.train.precision == "bf16"
-    return TransformerConfig(
-        num_layers=config.model.num_layers,
-        hidden_size=config.model.hidden_size,
-        num_attention_heads=config.model.num_heads,
-        num_moe_experts=None if config.moe.dense else config.moe.num_experts,
-        expert_model_parallel_size=model.groups.expert_size,
-        moe_token_dispatcher_type="alltoall",
-        add_bias_linear=False,
-        use_cpu_initialization=True,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        finalize_model_grads_func=finalize_model_grads,
-    )
+def rows_of(batch: Batch, groups: Groups) -> int:
+    """Rows of hidden states that a tensor rank sends of ``batch``; one at least: messages are never empty."""
+    return max(1, _shard(_valid(batch), groups))
 
 
-def _data_parallel(stage: _Stage, transformer: Any) -> Any:
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    wrapped = DistributedDataParallel(transformer, settings, stage)
-    transformer.no_sync_func = wrapped.no_sync  # reduce once a step, not once a microbatch
-    return wrapped
+def _valid(batch: Batch) -> int:
+    return sum(rows.shape[0] for rows in batch.rows)
 
 
-def _make_optimizer(wrapped: Any, config: RunConfig) -> Any:
-    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import ParamPredicate
-    from megatron.core.optimizer_param_scheduler import ParamGroupOverride
-
-    settings = config.optimizer
-    optimizer = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        clip_grad=settings.clip_norm or NEVER_CLIPS,
-        bf16=config.train.precision == "bf16",
-        use_distributed_optimizer=False,
-    )
-    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda parameter: parameter.ndim < 2))
-    with megatron_cpu.optimizer_calls():
-        return get_megatron_optimizer(optimizer, [wrapped], {vectors: ParamGroupOverride(wd_mult=0.0)})
-
-
-def _mean_over_ranks(
-    reports: list[LossReport], batches: list[Batch], group: dist.ProcessGroup | None
-) -> tuple[dict[str, float], int]:
-    """Losses averaged over microbatches and ranks, and valid tokens summed, by one reduction."""
-    names = list(reports[0].losses)
-    sums = torch.stack([torch.stack([r.losses[name].float() for name in names]) for r in reports]).mean(0)
-    tokens = torch.tensor([float(sum(rows.shape[0] for b in batches for rows in b.rows))], device=sums.device)
-    values = torch.cat([sums, tokens])
-    dist.all_reduce(values, group=group)
-    *means, total_tokens = values.tolist()
-    ranks = dist.get_world_size(group)
-    losses = {name: value / ranks for name, value in zip(names, means, strict=True)}
-    return {"total": sum(losses.values()), **losses}, round(total_tokens)
-
-
-def _add_routing(reports: list[tuple[RoutingStats, ...]]) -> tuple[RoutingStats, ...]:
-    """Sums over the microbatches; each report is over all ranks already."""
-    layers = []
-    for stats in zip(*reports, strict=True):
-        layers.append(functools.reduce(operator.add, [layer.detach() for layer in stats]))
-    return tuple(layers)
+def _shard(valid: int, groups: Groups) -> int:
+    return -(-valid // groups.tensor_size) if groups.sequence_parallel else valid

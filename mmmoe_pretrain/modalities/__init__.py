@@ -15,6 +15,7 @@ from mmmoe_pretrain.modalities.audio import AudioCodec, AudioEmbedder
 from mmmoe_pretrain.modalities.errors import BadSampleError
 from mmmoe_pretrain.modalities.image import ImageCodec, ImageEmbedder
 from mmmoe_pretrain.modalities.text import TextCodec, TextEmbedder
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 __all__ = [
     "AudioCodec",
@@ -48,10 +49,13 @@ def build_codecs(config: RunConfig, expected_fingerprint: str | None = None) -> 
     )
 
 
-def build_embedders(config: ModalitiesConfig, hidden_size: int, vocab_size: int) -> dict[str, nn.Module]:
-    """The embedder of each modality by name; text's also takes the tokens' positions."""
+def build_embedders(
+    config: ModalitiesConfig, hidden_size: int, vocab_size: int, groups: Groups = SINGLE
+) -> dict[str, nn.Module]:
+    """The embedder of each modality by name; text's also takes the tokens' positions. Every tensor rank
+    computes all rows alike."""
     return {
         "image": ImageEmbedder(config.image, hidden_size),
         "audio": AudioEmbedder(config.audio, hidden_size),
-        "text": TextEmbedder(vocab_size, hidden_size, config.text),
+        "text": TextEmbedder(vocab_size, hidden_size, config.text, groups),
     }

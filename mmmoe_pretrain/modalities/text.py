@@ -15,6 +15,8 @@ import xxhash
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config import TextConfig
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from mmmoe_pretrain.parallel.tensor import vocab_embedding
 
 
 class TextCodec:
@@ -117,10 +119,10 @@ def _load_model(data: bytes, path: str | Path) -> sentencepiece.SentencePiecePro
 class TextEmbedder(nn.Module):
     """ids [n] -> [n, D]; ``positions`` [n] count from the begin mark of each run."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, config: TextConfig) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, config: TextConfig, groups: Groups = SINGLE) -> None:
         super().__init__()
-        self.table = nn.Embedding(vocab_size, hidden_size)
-        nn.init.normal_(self.table.weight, std=0.02)
+        self.table = vocab_embedding(vocab_size, hidden_size, groups)
+        nn.init.normal_(self.table.get_parameter("weight"), std=0.02)
         self.positions: nn.Parameter | None = None
         if config.positions == "learned":
             self.positions = nn.Parameter(0.02 * torch.randn(config.max_tokens + 2, hidden_size))

@@ -1,8 +1,9 @@
 """Self-attention that is block-diagonal over the segments of a packed stream.
 
 Segments of similar length are attended to together, one call a bucket: the path that runs on
-every device. Shapes: n valid tokens, D hidden size, H heads, d head size, S segments of one
-bucket, L its padded length.
+every device. Shapes: n valid tokens, D hidden size, H heads of this rank (tensor parallelism cuts
+them), d head size, S segments of one bucket, L its padded length, t rows of this rank (n, or under
+sequence parallelism its share of them).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import AttentionBucket, Batch
 from mmmoe_pretrain.moe.tokens import TokenInfo, token_info
+from mmmoe_pretrain.parallel.cuts import tensor_share
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from mmmoe_pretrain.parallel.tensor import column_linear, pad_rows, row_linear
 
 
 @dataclass(frozen=True)
@@ -64,30 +68,36 @@ def _place_in_buckets(buckets: tuple[AttentionBucket, ...], num_valid: int, devi
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; queries and keys are normalised per head."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, groups: Groups = SINGLE) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.groups = groups
+        self.num_heads = tensor_share(num_heads, groups)
+        self.head_size = hidden_size // num_heads
+        self.qkv = column_linear(hidden_size, 3 * hidden_size, groups, blocks=3)
+        self.out = row_linear(hidden_size, hidden_size, groups)
+        self.prepare = prepare_heads  # or the same compiled: models/compiling.py
 
-    def forward(self, x_nD: Tensor, plan: StreamPlan) -> Tensor:
-        """[n, D] -> [n, D]."""
-        num_valid, hidden = x_nD.shape
-        head_size = hidden // self.num_heads
-        q, k, v = self.qkv(x_nD).view(num_valid, 3, self.num_heads, head_size).unbind(1)
-        q, k = _rotate(_unit(q), plan), _rotate(_unit(k), plan)
-        qkv = torch.cat([q, k, v], dim=-1)  # [n, H, 3d]: one gather a bucket serves all three
+    def forward(self, x_tD: Tensor, plan: StreamPlan) -> Tensor:
+        """[t, D] -> [t, D]."""
+        qkv = self.qkv(x_tD)[: plan.num_valid].view(plan.num_valid, 3, self.num_heads, self.head_size)
+        qkv = self.prepare(qkv, plan.cos_nh, plan.sin_nh)  # [n, H, 3d]: one gather a bucket serves all three
         parts = [_attend(qkv, bucket) for bucket in plan.buckets]
-        mixed = torch.cat(parts) if parts else qkv[..., :head_size].reshape(0, hidden)
-        return self.out(mixed.index_select(0, plan.place_n))
+        mixed = torch.cat(parts) if parts else qkv[..., : self.head_size].flatten(1)  # no bucket: no token
+        return self.out(pad_rows(mixed.index_select(0, plan.place_n), self.groups))
+
+
+def prepare_heads(qkv_n3Hd: Tensor, cos_nh: Tensor, sin_nh: Tensor) -> Tensor:
+    """[n, 3, H, d] -> [n, H, 3d]: queries and keys normalised and rotated, and values, side by side."""
+    q, k, v = qkv_n3Hd.unbind(1)
+    return torch.cat([_rotate(_unit(q), cos_nh, sin_nh), _rotate(_unit(k), cos_nh, sin_nh), v], dim=-1)
 
 
 def _unit(x_nHd: Tensor) -> Tensor:
     return F.rms_norm(x_nHd, x_nHd.shape[-1:])
 
 
-def _rotate(x_nHd: Tensor, plan: StreamPlan) -> Tensor:
-    cos, sin = plan.cos_nh[:, None].to(x_nHd.dtype), plan.sin_nh[:, None].to(x_nHd.dtype)
+def _rotate(x_nHd: Tensor, cos_nh: Tensor, sin_nh: Tensor) -> Tensor:
+    cos, sin = cos_nh[:, None].to(x_nHd.dtype), sin_nh[:, None].to(x_nHd.dtype)
     a, b = x_nHd.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 

@@ -1,4 +1,7 @@
-"""One pre-norm transformer block: attention, then a dense or a sparse feed-forward layer."""
+"""One pre-norm transformer block: attention, then a dense or a sparse feed-forward layer.
+
+Shapes: t rows of this rank: the n tokens of the stream, or under sequence parallelism a share of them.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,44 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.models.attention import Attention, StreamPlan
+from mmmoe_pretrain.moe.activation import swiglu
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.cuts import mark_partial_gradient
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from mmmoe_pretrain.parallel.tensor import column_linear, row_linear
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation in fp32 (arXiv 1910.07467), whatever the type of x."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, groups: Groups = SINGLE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        mark_partial_gradient(self.weight, groups)
+        self.normalise = rms_norm  # or the same compiled: models/compiling.py
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).to(x.dtype)
+        return self.normalise(x, self.weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., D], [D] -> [..., D]."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps=1e-6).to(x.dtype)
 
 
 class FeedForward(nn.Module):
     """Dense SwiGLU (arXiv 2002.05202), the shape of one expert."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, groups: Groups = SINGLE) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.gate_up = column_linear(hidden_size, 2 * ffn_hidden_size, groups, blocks=2)
+        self.down = row_linear(ffn_hidden_size, hidden_size, groups)
+        self.activate = swiglu
 
-    def forward(self, x_nD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_nD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x_tD: Tensor) -> Tensor:
+        """[t, D] -> [t, D]."""
+        return self.down(self.activate(self.gate_up(x_tD)))
 
 
 class Block(nn.Module):
@@ -43,23 +57,23 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, groups: Groups) -> None:
         super().__init__()
         size = model.hidden_size
-        self.attention_norm = RMSNorm(size)
-        self.attention = Attention(size, model.num_heads)
-        self.ffn_norm = RMSNorm(size)
+        self.attention_norm = RMSNorm(size, groups)
+        self.attention = Attention(size, model.num_heads, groups)
+        self.ffn_norm = RMSNorm(size, groups)
         self.ffn: MoELayer | FeedForward
         if is_sparse(moe, index):
             self.ffn = MoELayer(moe, size, index, groups)
         else:
-            self.ffn = FeedForward(size, dense_width(model, moe, index))
+            self.ffn = FeedForward(size, dense_width(model, moe, index), groups)
 
-    def forward(self, x_nD: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats | None]:
-        """[n, D] -> ([n, D], routing sums of a sparse block)."""
-        x_nD = x_nD + self.attention(self.attention_norm(x_nD), plan)
-        h_nD = self.ffn_norm(x_nD)
+    def forward(self, x_tD: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats | None]:
+        """[t, D] -> ([t, D], routing sums of a sparse block)."""
+        x_tD = x_tD + self.attention(self.attention_norm(x_tD), plan)
+        h_tD = self.ffn_norm(x_tD)
         if isinstance(self.ffn, MoELayer):
-            y_nD, stats = self.ffn(h_nD, plan.tokens)
-            return x_nD + y_nD, stats
-        return x_nD + self.ffn(h_nD), None
+            y_tD, stats = self.ffn(h_tD, plan.tokens)
+            return x_tD + y_tD, stats
+        return x_tD + self.ffn(h_tD), None
 
 
 def has_mixture_place(moe: MoEConfig, index: int) -> bool:

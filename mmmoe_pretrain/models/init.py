@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed and the parameter's logical name alone.
 
-Every layout then starts from the same model: a rank that holds experts 4 to 7 draws exactly
-what one process would have drawn for them.
+Every layout then starts from the same model: a rank that holds experts 4 to 7, or a part of a matrix,
+draws what one process would have drawn and keeps its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.moe.experts import Experts
+from mmmoe_pretrain.parallel.placement import Placement, logical_shape, part_of, placements
 
 RESIDUAL_OUTPUTS = re.compile(
     r"(attention\.out|ffn\.down|ffn\.shared\.down)\.weight$|ffn\.experts\.(stacks\.\d+\.)?down$"
@@ -27,40 +28,45 @@ def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
     ``EMBEDDING_STD``, biases zero, scales one. What an objective brings keeps its own value.
     """
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    # an embedding, cut or not, has this attribute
+    tables = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "num_embeddings")}
+    cuts = placements(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner = experts.get(name.rpartition(".")[0])
             if owner is not None:
-                _init_experts(parameter, name, owner.local_experts, seed, num_layers)
+                _init_experts(parameter, cuts[name], name, owner.local_experts, seed, num_layers)
             elif name.endswith("noise_weight"):  # noisy top-k starts with the same noise for all
                 parameter.zero_()
             elif parameter.ndim >= 2:
-                std = EMBEDDING_STD if name in tables or _is_table(name) else _fan_in_std(parameter)
-                _normal_(parameter, std * _residual_scale(name, num_layers), f"{seed}/{name}")
+                shape = logical_shape(tuple(parameter.shape), cuts[name])
+                std = EMBEDDING_STD if name in tables or _is_table(name) else math.prod(shape[1:]) ** -0.5
+                whole = _normal(shape, std * _residual_scale(name, num_layers), f"{seed}/{name}")
+                parameter.copy_(part_of(whole, cuts[name]))
             elif name.endswith("bias"):
                 parameter.zero_()
 
 
-def _init_experts(parameter: Tensor, name: str, owned: range, seed: int, num_layers: int) -> None:
-    std = parameter.shape[2] ** -0.5 * _residual_scale(name, num_layers)
+def _init_experts(
+    parameter: Tensor, placement: Placement, name: str, owned: range, seed: int, num_layers: int
+) -> None:
+    within = tuple(cut for cut in placement if cut.dim > 0)  # of one expert
+    _, *shape = logical_shape(tuple(parameter.shape), within)
+    std = shape[-1] ** -0.5 * _residual_scale(name, num_layers)
     for local, index in enumerate(owned):
-        _normal_(parameter[local], std, f"{seed}/{name}/{index}")
+        whole = _normal((1, *shape), std, f"{seed}/{name}/{index}")
+        parameter[local].copy_(part_of(whole, within)[0])
 
 
 def _is_table(name: str) -> bool:
     return name.endswith(("positions", "position_embedding", "task_embedding"))
 
 
-def _fan_in_std(parameter: Tensor) -> float:
-    return math.prod(parameter.shape[1:]) ** -0.5
-
-
 def _residual_scale(name: str, num_layers: int) -> float:
     return (2 * num_layers) ** -0.5 if RESIDUAL_OUTPUTS.search(name) else 1.0
 
 
-def _normal_(tensor: Tensor, std: float, key: str) -> None:
+def _normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
     digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    return torch.randn(shape, generator=generator) * std

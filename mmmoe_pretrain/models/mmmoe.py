@@ -6,6 +6,7 @@ Shapes: n valid tokens, D hidden size, B samples, P size of the joint embedding 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from mmmoe_pretrain.models.trunk import Trunk
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from mmmoe_pretrain.parallel.stages import Stage, whole
+from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,30 @@ class ModelOutput:
 
 
 class MMMoE(nn.Module):
-    """A multimodal mixture-of-experts transformer.
+    """A multimodal mixture-of-experts transformer, or one pipeline stage of it.
 
     Every parameter takes part in every forward pass, whatever the batch lacks: an absent
     modality runs its embedder on zero rows.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, groups: Groups = SINGLE) -> None:
+    def __init__(
+        self, config: RunConfig, vocab_size: int, groups: Groups = SINGLE, stage: Stage | None = None
+    ) -> None:
         super().__init__()
         hidden, joint = config.model.hidden_size, config.model.embedding_size
-        self.config = config
+        self.config, self.groups = config, groups
+        self.stage = stage or whole(config.model.num_layers)
         self.compute_dtype = torch.float32
         self._passes = 0  # forward passes since begin_step
-        self.embedders = nn.ModuleDict(build_embedders(config.modalities, hidden, vocab_size))
-        self.modality_embedding = nn.Embedding(len(MODALITIES), hidden)
-        self.trunk = Trunk(config.model, config.moe, groups)
-        self.joint_heads = nn.ModuleDict({m: nn.Linear(hidden, joint, bias=False) for m in MODALITIES})
-        self.language_head: nn.Linear | None = None
-        if config.objectives.captioning.weight > 0:
-            self.language_head = nn.Linear(hidden, vocab_size, bias=False)
+        if self.stage.first:
+            self.embedders = nn.ModuleDict(build_embedders(config.modalities, hidden, vocab_size, groups))
+            self.modality_embedding = nn.Embedding(len(MODALITIES), hidden)
+        self.trunk = Trunk(config.model, config.moe, groups, self.stage)
+        self.language_head: Any = None
+        if self.stage.last:
+            self.joint_heads = nn.ModuleDict({m: nn.Linear(hidden, joint, bias=False) for m in MODALITIES})
+            if config.objectives.captioning.weight > 0:
+                self.language_head = vocab_head(hidden, vocab_size, groups)
         rotary = [getattr(config.modalities, m).positions == "rotary" for m in MODALITIES]
         self.register_buffer("rotary_M", torch.tensor(rotary), persistent=False)
 
@@ -65,12 +73,26 @@ class MMMoE(nn.Module):
                 module.begin_step(seed)
 
     def forward(self, batch: Batch) -> ModelOutput:
+        """All of the model on one batch."""
+        assert self.stage.first and self.stage.last
+        x_nD, routing = self.run_stage(batch, None)
+        return self.heads(x_nD, batch, routing)
+
+    def run_stage(self, batch: Batch, received_nD: Tensor | None) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+        """This stage's blocks on what the stage before sent (the first one embeds ``batch``): the hidden
+        states for the next stage or the heads, and the routing sums of each sparse block."""
         model = self.config.model
         head_size = model.hidden_size // model.num_heads
         plan = plan_stream(batch, head_size, model.rotary_base, self.get_buffer("rotary_M"), self._passes)
         self._passes += 1
-        x_nD, routing = self.trunk(self._embed(batch, plan), plan)
-        return ModelOutput(self._features(x_nD, batch), self._caption_nll(x_nD, batch), routing)
+        if self.stage.first:
+            received_nD = self._embed(batch, plan)
+        assert received_nD is not None
+        return self.trunk(received_nD, plan)
+
+    def heads(self, x_nD: Tensor, batch: Batch, routing: tuple[RoutingStats, ...]) -> ModelOutput:
+        """What the last stage makes of the trunk's output."""
+        return ModelOutput(self.features(x_nD, batch), self._caption_nll(x_nD, batch), routing)
 
     def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
         text_rows = batch.rows[MODALITIES.index("text")]
@@ -86,7 +108,7 @@ class MMMoE(nn.Module):
         x_nD = tokens.index_select(0, place) + self.modality_embedding(plan.tokens.modality_ids_n)
         return x_nD.to(self.compute_dtype)
 
-    def _features(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def features(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean over each unimodal segment, projected and normalised."""
         num_samples, num_segments = len(batch.metas), batch.pool_sample.shape[0]
         segment_n = batch.segment_ids[: x_nD.shape[0]]
@@ -108,7 +130,7 @@ class MMMoE(nn.Module):
         targets_n = batch.targets[: x_nD.shape[0]]
         rows = (targets_n != IGNORE).nonzero().squeeze(1)
         logits_NV = self.language_head(x_nD.index_select(0, rows)).float()
-        return F.cross_entropy(logits_NV, targets_n.index_select(0, rows), reduction="none")
+        return vocab_cross_entropy(logits_NV, targets_n.index_select(0, rows), self.groups)
 
 
 def _segment_of_sample(batch: Batch, num_segments: int, num_samples: int) -> Tensor:

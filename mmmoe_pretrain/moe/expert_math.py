@@ -10,19 +10,22 @@ Shapes: x_mD rows, weights_A routing weights in the plan's order, P assignments 
 16 rows in bf16: 163 GFLOP/s against 103 for the first product, 223 against 128 for its weight gradient).
 Routing weights cost ``blocked`` no pass of their own: forward they are part of the sum over a row's
 experts, backward they multiply the gathered gradient, which is the narrowest tensor there is.
+
+With ``recompute`` no tensor of the width of the first product is kept: the backward pass multiplies it
+again, piece by piece, with the same arithmetic and so the same result (in SwiGLU 2/9 more of it).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from mmmoe_pretrain.moe.activation import ACTIVATIONS, Activation
 from mmmoe_pretrain.moe.cores import side_by_side
@@ -32,9 +35,24 @@ from mmmoe_pretrain.moe.memory import Buffers
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.moe.products import product, product_into
 
-BLOCK_ELEMENTS = 2 << 20  # of a piece's widest tensor: near the cache, and few enough sums of weight gradients
+BLOCK_BYTES = 16 << 20  # of a piece's widest tensor: malloc recycles that size, and weight gradients are few sums
 GROUPED_ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
-ExpertMath = Callable[[Tensor, Tensor, ExpertPlan, Tensor, Tensor, str, Buffers], Tensor]
+
+
+class ExpertMath(Protocol):
+    def __call__(
+        self,
+        x_mD: Tensor,
+        weights_A: Tensor,
+        plan: ExpertPlan,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        activation: str,
+        buffers: Buffers,
+        recompute: bool = False,
+    ) -> Tensor:
+        """[m, D] -> [m, D]: the weighted sum of each row's experts."""
+        ...
 
 
 def blocked(
@@ -45,9 +63,10 @@ def blocked(
     down_EDF: Tensor,
     activation: str,
     buffers: Buffers,
+    recompute: bool = False,
 ) -> Tensor:
-    """[m, D] -> [m, D]: the weighted sum of each row's experts."""
-    keep = torch.is_grad_enabled()  # inside the function it never is
+    """See ``ExpertMath``."""
+    keep = torch.is_grad_enabled() and not recompute  # inside the function gradients never are enabled
     return _Blocked.apply(x_mD, weights_A, up_EFD, down_EDF, plan, activation, buffers, keep)
 
 
@@ -59,12 +78,21 @@ def grouped_mm(
     down_EDF: Tensor,
     activation: str,
     buffers: Buffers,
+    recompute: bool = False,
 ) -> Tensor:
     """The same by grouped products over all experts at once."""
     ends = to_device(list(itertools.accumulate(plan.counts)), torch.int32, x_mD.device)
-    up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
-    h_AF = ACTIVATIONS[activation].forward(up_AF) * weights_A[:, None].to(x_mD.dtype)
-    return sum_rows(F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends), plan)
+
+    def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+        up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
+        h_AF = ACTIVATIONS[activation].forward(up_AF) * weights_A[:, None].to(x_mD.dtype)
+        return F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends)
+
+    if recompute:  # it stops before the second product, whose inputs are all that is wanted
+        y_AD = checkpoint(products, x_mD, weights_A, up_EFD, down_EDF, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y_AD = products(x_mD, weights_A, up_EFD, down_EDF)
+    return sum_rows(y_AD, plan)
 
 
 EXPERT_BACKENDS: dict[str, ExpertMath] = {"blocked": blocked, "grouped_mm": grouped_mm}
@@ -109,18 +137,18 @@ class _Blocked(torch.autograd.Function):
         rows = layout.plan.rows_A.split(layout.lengths)
         y_PD = _rows_with_zero(layout.plan.num_assignments, x_mD, buffers)
         ups, downs = up_EFD.unbind(), down_EDF.unbind()
-        kept = [x_mD.new_empty(0)] * len(layout.pieces)
+        kept = [x_mD] * len(layout.pieces)
 
         def compute(index: int) -> None:
             piece = layout.pieces[index]
             up = product(x_mD.index_select(0, rows[index]), ups[piece.expert].t())
-            product_into(y_PD[piece.start : piece.end], act.forward(up), downs[piece.expert].t())
+            product_into(y_PD[piece.start : piece.end], act.in_chunks(up), downs[piece.expert].t())
             if keep:
                 kept[index] = up
 
         side_by_side(compute, layout.lengths, x_mD.device)
         ctx.layout, ctx.activation, ctx.buffers = layout, act, buffers
-        ctx.save_for_backward(x_mD, up_EFD, down_EDF, y_PD, *kept)
+        ctx.save_for_backward(x_mD, up_EFD, down_EDF, y_PD, *(kept if keep else ()))
         return layout.plan.sum_by_row(y_PD, layout.weights_P)
 
     @staticmethod
@@ -128,6 +156,7 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
         x_mD, up_EFD, down_EDF, y_PD, *kept = ctx.saved_tensors
         layout = ctx.layout
+        first_products = kept or [None] * len(layout.pieces)
         counts = [0] * up_EFD.shape[0]
         for piece in layout.pieces:
             counts[piece.expert] += piece.end - piece.start
@@ -145,8 +174,9 @@ class _Blocked(torch.autograd.Function):
             grad_up=_gradients_of(up_EFD, counts, ctx.buffers) if needs_up else None,
             grad_down=_gradients_of(down_EDF, counts, ctx.buffers) if needs_down else None,
         )
-        work: dict[int, list[tuple[Piece, Tensor, Tensor]]] = {}
-        for piece, rows, up in zip(layout.pieces, layout.plan.rows_A.split(layout.lengths), kept, strict=True):
+        work: dict[int, list[tuple[Piece, Tensor, Tensor | None]]] = {}
+        rows_of = layout.plan.rows_A.split(layout.lengths)
+        for piece, rows, up in zip(layout.pieces, rows_of, first_products, strict=True):
             work.setdefault(piece.expert, []).append((piece, rows, up))
         busy = list(work)
         side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [counts[e] for e in busy], x_mD.device)
@@ -171,20 +201,23 @@ class _Backward:
     grad_up: Tensor | None  # None where the weights are frozen
     grad_down: Tensor | None
 
-    def expert(self, e: int, pieces: list[tuple[Piece, Tensor, Tensor]]) -> None:
-        """``pieces``: with the rows that each computes on, and the first product of the forward pass."""
+    def expert(self, e: int, pieces: list[tuple[Piece, Tensor, Tensor | None]]) -> None:
+        """``pieces``: with the rows that each computes on, and the forward pass's first product if kept."""
         into_up, into_down = (None if w is None else _Accumulator(w[e]) for w in (self.grad_up, self.grad_down))
         for piece, rows, up in pieces:
             here = slice(piece.start, piece.end)
             grad_y = self.grad_mD.index_select(0, rows)
             self.grad_weights_P[here] = (grad_y * self.y_PD[here]).sum(-1, dtype=self.grad_weights_P.dtype)
             grad_y.mul_(self.scale_P1[here])  # and so padding is 0 from here on
-            h, kept = self.activation.again(up)
+            x = None
+            if up is None:
+                x = self.x_mD.index_select(0, rows)
+                up = product(x, self.ups[e].t())
+            h, grad = self.activation.backward(product(grad_y, self.downs[e]), up)
             if into_down is not None:
                 into_down.add_product(grad_y.t(), h)
-            grad = self.activation.backward(product(grad_y, self.downs[e]), up, kept)
             if into_up is not None:
-                into_up.add_product(grad.t(), self.x_mD.index_select(0, rows))
+                into_up.add_product(grad.t(), self.x_mD.index_select(0, rows) if x is None else x)
             product_into(self.grad_x_PD[here], grad, self.ups[e])
         for accumulator in (into_up, into_down):
             if accumulator is not None:
@@ -215,7 +248,7 @@ class _Accumulator:
 
 
 def _most_rows(up_EFD: Tensor) -> int:
-    return max(256, BLOCK_ELEMENTS // up_EFD.shape[1])
+    return max(256, BLOCK_BYTES // (up_EFD.shape[1] * up_EFD.element_size()))
 
 
 def _gradients_of(weight: Tensor, counts: list[int], buffers: Buffers) -> Tensor:

@@ -135,6 +135,19 @@ def layer_losses(
     return losses
 
 
+def loss_names(config: RoutingLossConfig) -> tuple[str, ...]:
+    """The terms of ``layer_losses``, in its order."""
+    names: list[str] = []
+    for term in TERMS:
+        if getattr(config, term):
+            names += [f"{term}/{m}" for m in MODALITIES] if term in config.per_modality else [term]
+    if config.orthogonality:
+        names.append("orthogonality")
+    for m in config.entropy_modalities:
+        names += [f"{term}/{m}" for term in ("local_entropy", "global_entropy") if getattr(config, term)]
+    return tuple(names)
+
+
 def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
     if config.balance_scope == "sequence":
         return sequence_balance(stats)

@@ -13,8 +13,10 @@ Group = dist.ProcessGroup | None
 class Groups:
     """Where this rank stands. A group of None is a group of this process alone.
 
-    ``data`` holds the ranks that see different samples; it splits into ``expert`` (the ranks
-    that together hold all experts) times ``expert_data`` (the replicas of one expert).
+    ``data``: the ranks that see different samples and are otherwise alike (same pipeline stage, same
+    tensor rank); it splits into ``expert`` (the ranks that together hold all experts) times
+    ``expert_data`` (the replicas of one expert). ``tensor``: the ranks that share each matrix, experts'
+    included; all see the same samples. ``pipeline``: the ranks that hold the stages of one model.
     """
 
     data: Group = None
@@ -24,10 +26,22 @@ class Groups:
     data_size: int = 1
     expert_rank: int = 0
     expert_size: int = 1
+    tensor: Group = None
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    sequence_parallel: bool = False  # between matrices each tensor rank holds a share of the tokens
+    pipeline: Group = None
+    pipeline_rank: int = 0
+    pipeline_size: int = 1
+    virtual_size: int = 1  # stages that a pipeline rank holds
 
     @property
     def expert_data_size(self) -> int:
         return self.data_size // self.expert_size
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline_size * self.virtual_size
 
     def local_experts(self, num_experts: int) -> range:
         """Global indices of the experts that live on this rank."""

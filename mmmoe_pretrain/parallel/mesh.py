@@ -1,6 +1,8 @@
 """The only creator of process groups: turns degrees of parallelism into ``Groups``.
 
-The groups are made by megatron-core's parallel_state, so that its engine finds the same ones.
+The groups are made by megatron-core's parallel_state, so that its engine finds the same ones. Ranks
+are numbered with the tensor rank fastest, then expert, expert-data and pipeline rank: the ranks that
+talk most are neighbours.
 """
 
 from __future__ import annotations
@@ -10,49 +12,52 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.parallel.degrees import Layout, resolve_degrees
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import quiet_megatron
-
-
-def resolve_expert_parallel_size(requested: int | str, num_experts: int | Sequence[int], world_size: int) -> int:
-    """The number of ranks that share one set of experts.
-
-    ``num_experts``: of the mixture, or of each group and layer where they differ. ``auto`` takes the
-    largest number that divides both the experts and the ranks. Raises
-    ValueError for a layout that cannot be, with the nearest that can.
-    """
-    counts = [num_experts] if isinstance(num_experts, int) else list(num_experts)
-    legal = [n for n in range(1, world_size + 1) if world_size % n == 0 and all(c % n == 0 for c in counts)]
-    if requested == "auto":
-        return legal[-1]
-    size = int(requested)
-    if size not in legal:
-        raise ValueError(
-            f"parallel.expert_parallel_size {size} does not fit moe.num_experts {', '.join(map(str, counts))} on "
-            f"{world_size} ranks: it must divide both; use one of {legal} or auto"
-        )
-    return size
+from mmmoe_pretrain.parallel.quiet import quiet_calls, quiet_megatron
 
 
 def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Groups:
-    """Create the groups of the running job; the default process group must exist."""
+    """Create the groups of the running job; the default process group must exist.
+
+    ``num_experts``: of the mixture, or of each group and layer where they differ. Raises ValueError for
+    degrees that do not fit the ranks; ``layout.resolve_layout`` says the rest.
+    """
+    layout = resolve_degrees(config, num_experts, dist.get_world_size())
     with quiet_megatron():
         from megatron.core import parallel_state
+    quiet_calls()
 
-    world_size = dist.get_world_size()
-    expert_size = resolve_expert_parallel_size(config.expert_parallel_size, num_experts, world_size)
     parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=expert_size,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         distributed_timeout_minutes=config.timeout_minutes,
     )
+    return _groups(layout)
+
+
+def _groups(layout: Layout) -> Groups:
+    from megatron.core import parallel_state as state
+
     return Groups(
-        data=parallel_state.get_data_parallel_group(),
-        expert=parallel_state.get_expert_model_parallel_group(),
-        expert_data=parallel_state.get_expert_data_parallel_group(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        expert_rank=parallel_state.get_expert_model_parallel_rank(),
-        expert_size=expert_size,
+        data=state.get_data_parallel_group(),
+        data_rank=state.get_data_parallel_rank(),
+        data_size=layout.data,
+        expert=state.get_expert_model_parallel_group(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_size=layout.expert,
+        expert_data=state.get_expert_data_parallel_group(),
+        tensor=state.get_tensor_model_parallel_group(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline=state.get_pipeline_model_parallel_group(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=layout.pipeline,
+        virtual_size=layout.virtual_pipeline,
     )
 
 

@@ -1,4 +1,4 @@
-"""Keeps megatron-core's notes on packages that are optional here out of every rank's output."""
+"""Keeps notes of megatron-core that nobody here can act on out of every rank's output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-OPTIONAL = "(?s).*(Transformer Engine|Apex|apex|moe_ffn_hidden_size|full scope is deprecated)"
+import torch
+
+OPTIONAL = (
+    "(?s).*(Transformer Engine|Apex|apex|moe_ffn_hidden_size|full scope is deprecated|without fp32 routing|"
+    "sequence parallelism must be used)"
+)
+RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 
 
 @contextlib.contextmanager
@@ -15,3 +21,12 @@ def quiet_megatron() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=OPTIONAL)
         yield
+
+
+def quiet_calls() -> None:
+    """For the rest of the process: megatron-core calls collectives by names that torch has since changed,
+    and gives a hint on CUDA's queues without CUDA too. A filter for good, since most of this happens in
+    backward passes."""
+    warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning)
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

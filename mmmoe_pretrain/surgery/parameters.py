@@ -42,7 +42,7 @@ def scaled(
 def without_moments(value: Tensor, moments: bool) -> ParameterState:
     """A parameter with moments of zero, or a buffer, which has none."""
     zeros = torch.zeros_like(value) if moments else None
-    return ParameterState(value, zeros, None if zeros is None else zeros.clone(), expert_axis=False)
+    return ParameterState(value, zeros, None if zeros is None else zeros.clone())
 
 
 def noise_like(value: Tensor, relative_std: float, key: str) -> Tensor:

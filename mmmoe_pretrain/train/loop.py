@@ -25,6 +25,7 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.modalities import Codecs, build_codecs
 from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.console import Console
@@ -63,10 +64,11 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     """
     torch.set_num_threads(config.train.threads_per_rank)
     with process_group(config.parallel.timeout_minutes) as device:
+        _check_run_dir(config, resume, overwrite)
+        codecs = build_codecs(config)
+        resolve_layout(config, dist.get_world_size(), codecs.text.vocab_size)
         groups = build_groups(config.parallel, config.moe.group_sizes)
         try:
-            _check_run_dir(config, resume, overwrite)
-            codecs = build_codecs(config)
             engine = build_engine(config, codecs.text.vocab_size, groups, device)
             job = _Job(config, groups, codecs, engine)
             start = _resume(job) if resume else 0
@@ -111,7 +113,7 @@ def _resume(job: _Job) -> int:
             f"(fingerprint {meta['tokenizer_fingerprint']}, now {job.codecs.text.fingerprint}); "
             f"set data.tokenizer to the one that it was trained with"
         )
-    state = store.load(checkpoint, job.engine.export_state(), job.groups)
+    state = store.load(checkpoint, job.engine.export_state())
     job.engine.import_state(state, steps_done=meta["step"])
     if dist.get_rank() == 0:
         log.info("resumed from %s", checkpoint)
@@ -121,7 +123,7 @@ def _resume(job: _Job) -> int:
 def _run(job: _Job, loader: Loader, start: int) -> None:
     config, settings = job.config, job.config.train
     main_rank = dist.get_rank() == 0
-    recorder = Recorder(job.groups.data)
+    recorder = Recorder(job.groups.data, job.groups.pipeline)
     with (
         Console(settings.steps, start, enabled=main_rank) as console,
         MetricsLog(config.run_dir, start, settings.heatmap_every) if main_rank else nullcontext() as metrics,
@@ -138,9 +140,8 @@ def _run(job: _Job, loader: Loader, start: int) -> None:
                 if metrics is not None:
                     metrics.write(record)
             if _due(step, settings.checkpoint_every, settings.steps):
-                path = store.save(
-                    config.run_dir, step, job.engine.export_state(), job.groups, job.meta, settings.keep_checkpoints
-                )
+                state = job.engine.export_state()
+                path = store.save(config.run_dir, step, state, job.meta, settings.keep_checkpoints)
                 console.say(f"saved {path}")
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch.distributed as dist
 
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.parallel.collectives import all_reduce_counts
+from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.train.metrics import StepRecord
-from mmmoe_pretrain.train.telemetry import gather_routing
+from mmmoe_pretrain.train.telemetry import gather_routing, of_all_stages
 
 
 class Recorder:
     """Turns steps into records: losses and routing are those of the logged step, so that a resumed
     run logs the same; times and tokens add up since the record before, bad samples since the start."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, group: Group = None, pipeline: Group = None) -> None:
+        self._group, self._pipeline = group, pipeline
         self._began = time.perf_counter()
         self._tokens = 0
         self._data_seconds = 0.0
@@ -32,7 +32,7 @@ class Recorder:
         self._counts += (len(stats.bad), stats.cut_audio, stats.cut_text)
 
     def record(self, step: int, result: StepResult, learning_rate: float) -> StepRecord:
-        """The record of ``step`` (the first is 1), the same on every rank of the group, all of which
+        """The record of ``step`` (the first is 1), the same on every rank, all of which
         must call it; begins a new interval."""
         now = time.perf_counter()
         bad, cut_audio, cut_text = all_reduce_counts(self._counts, self._group)
@@ -47,7 +47,7 @@ class Recorder:
             bad_samples=bad,
             cut_audio=cut_audio,
             cut_text=cut_text,
-            routing=gather_routing(result.routing, self._group),
+            routing=of_all_stages(gather_routing(result.routing, self._group), self._pipeline),
         )
         self._began, self._tokens, self._data_seconds = now, 0, 0.0
         return record

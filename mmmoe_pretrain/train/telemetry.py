@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mmmoe_pretrain.batch import MODALITIES, TASKS
 from mmmoe_pretrain.evaluate.routing_report import strongest_pairs
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.parallel.collectives import all_reduce_sum
+from mmmoe_pretrain.parallel.collectives import all_reduce_sum, group_size
 from mmmoe_pretrain.parallel.groups import Group
 
 SIGNIFICANT_DIGITS = 6
@@ -89,6 +90,16 @@ def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[Layer
         _layer(stats.unflatten(part), pairs.view_as(stats.coactivation_MEE))
         for stats, part, pairs in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True)
     )
+
+
+def of_all_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[LayerRouting, ...]:
+    """The layers of every pipeline stage in the order of the trunk. Every rank must call it; numbers on the
+    host, a few kB, at logged steps alone."""
+    if group_size(pipeline) == 1:
+        return layers
+    found: list[Any] = [None] * group_size(pipeline)
+    dist.all_gather_object(found, layers, group=pipeline)
+    return tuple(sorted((layer for stage in found for layer in stage), key=lambda layer: layer.layer))
 
 
 def layer_json(routing: LayerRouting) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
@@ -20,50 +21,96 @@ VOCAB = 48
 META = {"vocab_size": VOCAB, "tokenizer_fingerprint": "none"}
 
 
-def with_experts_on(config: RunConfig, ranks: int) -> RunConfig:
-    return config.model_copy(update={
-        "parallel": config.parallel.model_copy(update={"expert_parallel_size": ranks})})  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {  # of two ranks
+    "experts": {"expert_parallel_size": 2},
+    "matrices": {"tensor_parallel_size": 2},
+    "stages": {"pipeline_parallel_size": 2},
+    "moments": {"expert_parallel_size": 1, "zero_stage": 1},
+}
+
+
+def config_of(root: Path, layout: str) -> RunConfig:
+    """A run of its own; ``one`` has the degrees of a single process."""
+    return tiny_config(root / layout, parallel=LAYOUTS.get(layout, {}))
 
 
 def save(config: RunConfig, steps: tuple[int, ...] = (2,), keep: int = 2) -> None:
     with process_group(timeout_minutes=0.5) as device:
-        groups = build_groups(config.parallel, config.moe.num_experts)
-        engine = build_engine(config, VOCAB, groups, device)
-        for step in range(max(steps)):
-            engine.step([random_batch(config, ["iat", "it"], seed=10 * step + groups.data_rank)], 1e-2)
-            if step + 1 in steps:
-                store.save(config.run_dir, step + 1, engine.export_state(), groups, META, keep)
-        destroy_groups()
+        train_and_save(config, device, steps, keep)
 
 
-def load(config: RunConfig) -> dict[str, Any]:
-    """Each parameter's value and moments, and the loss of the next step."""
+def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ...], keep: int) -> dict[str, Any]:
+    """What this rank holds after the last save, and the loss of the step after it."""
+    groups = build_groups(config.parallel, config.moe.num_experts)
+    engine = build_engine(config, VOCAB, groups, device)
+    for step in range(max(steps)):
+        engine.step([random_batch(config, ["iat", "it"], seed=10 * step + groups.data_rank)], 1e-2)
+        if step + 1 in steps:
+            store.save(config.run_dir, step + 1, engine.export_state(), META, keep)
+    return pieces_and_next_loss(config, engine, groups.data_size)
+
+
+def load(config: RunConfig, run_dir: Path, device: torch.device) -> dict[str, Any]:
+    """What this rank holds of the run in ``run_dir``, and the loss of the next step."""
+    groups = build_groups(config.parallel, config.moe.num_experts)
+    engine = build_engine(config, VOCAB, groups, device)
+    checkpoint = store.find_latest(run_dir)
+    assert checkpoint is not None
+    engine.import_state(store.load(checkpoint, engine.export_state()), steps_done=2)
+    return pieces_and_next_loss(config, engine, groups.data_size)
+
+
+def pieces_and_next_loss(config: RunConfig, engine: Engine, data_size: int) -> dict[str, Any]:
+    pieces = {key: [(p.offset, p.tensor.numpy().copy()) for p in held]
+              for name, s in engine.export_state().items() for key, held in s.named(name).items()}  # fmt: skip
+    loss = engine.step([random_batch(config, ["iat", "it"], seed=99)], 1e-2).losses["total"]
+    destroy_groups()
+    return {"pieces": pieces, "loss": loss, "data_size": data_size}
+
+
+def whole(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The tensors put together from the pieces of all ranks."""
+    found = {}
+    for key in {key for rank in ranks for key in rank["pieces"]}:
+        pieces = [piece for rank in ranks for piece in rank["pieces"].get(key, [])]
+        ends = [np.add(offset, numbers.shape) for offset, numbers in pieces]
+        found[key] = np.full(np.max(ends, axis=0), np.nan, dtype=np.float32)
+        for offset, numbers in pieces:
+            found[key][tuple(slice(o, o + n) for o, n in zip(offset, numbers.shape, strict=True))] = numbers
+    return found
+
+
+def save_all(root: Path) -> dict[str, dict[str, Any]]:
     with process_group(timeout_minutes=0.5) as device:
-        groups = build_groups(config.parallel, config.moe.num_experts)
-        engine = build_engine(config, VOCAB, groups, device)
-        checkpoint = store.find_latest(config.run_dir)
-        assert checkpoint is not None
-        state = store.load(checkpoint, engine.export_state(), groups)
-        engine.import_state(state, steps_done=2)
-        tensors = {name: (s.value.numpy(), s.exp_avg.numpy(), s.exp_avg_sq.numpy(), s.expert_axis)
-                   for name, s in state.items()}  # fmt: skip
-        loss = engine.step([random_batch(config, ["iat", "it"], seed=99)], 1e-2).losses["total"]
-        destroy_groups()
-    return {"tensors": tensors, "loss": loss}
+        return {name: train_and_save(config_of(root, name), device, (2,), 1) for name in LAYOUTS}
 
 
-@pytest.mark.parametrize("ranks_then", [1, 2])
-def test_a_checkpoint_of_two_expert_ranks_loads_exactly_elsewhere(tmp_path: Path, ranks_then: int) -> None:
-    config = tiny_config(tmp_path)
-    run_ranks(2, save, with_experts_on(config, 2))
-    same = run_ranks(2, load, with_experts_on(config, 2))
-    other = run_ranks(ranks_then, load, with_experts_on(config, 1))
-    for name, (*arrays, expert_axis) in other[0]["tensors"].items():
-        for k, array in enumerate(arrays):
-            parts = [rank["tensors"][name][k] for rank in same]
-            np.testing.assert_array_equal(np.concatenate(parts) if expert_axis else parts[0], array, err_msg=name)
-    if ranks_then == 2:  # the same data on both: the next loss agrees too, up to the order of sums
-        assert other[0]["loss"] == pytest.approx(same[0]["loss"], rel=1e-5)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+    """A run of every layout, and what each rank held when it was saved."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, run_ranks(2, save_all, root)
+
+
+def load_all(root: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    with process_group(timeout_minutes=0.5) as device:
+        return {(then, now): load(config_of(root, now), config_of(root, then).run_dir, device) for then, now in pairs}
+
+
+def test_weights_and_moments_of_an_engine_go_to_other_layouts(saved: tuple[Path, list[Any]]) -> None:
+    root, ranks_then = saved
+    names = list(LAYOUTS)
+    one = run_ranks(1, load_all, root, [(name, "one") for name in names])
+    two = run_ranks(2, load_all, root, list(zip(names, names[1:] + names[:1], strict=True)))
+    for ranks in (one, two):
+        for then, now in ranks[0]:
+            expected, found = whole([rank[then] for rank in ranks_then]), whole([rank[then, now] for rank in ranks])
+            assert found.keys() == expected.keys()
+            for key, numbers in expected.items():
+                np.testing.assert_array_equal(found[key], numbers, err_msg=f"{then} -> {now}: {key}")
+            before, after = ranks_then[0][then], ranks[0][then, now]
+            if before["data_size"] == after["data_size"]:  # the same global batch: equal up to the order of sums
+                assert after["loss"] == pytest.approx(before["loss"], rel=1e-5), (then, now)
 
 
 def test_the_last_checkpoints_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
@@ -85,16 +132,16 @@ def test_a_torn_checkpoint_is_never_found(tmp_path: Path) -> None:
     assert found is not None and found.name == "step_00000001"
 
 
-def test_a_model_loads_whole_in_one_process(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    run_ranks(2, save, with_experts_on(config, 2))
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    run_config.dump(config, config.run_dir / "config.yaml")
-    model, loaded, step = load_model(config.run_dir)
-    assert (loaded, step) == (config, 2)
-    single = run_ranks(1, load, with_experts_on(config, 1))[0]["tensors"]
-    for name, parameter in model.named_parameters():
-        np.testing.assert_array_equal(parameter.detach().numpy(), single[f"mmmoe.{name}"][0], err_msg=name)
+def test_a_model_loads_whole_in_one_process(saved: tuple[Path, list[Any]]) -> None:
+    root, ranks = saved
+    for layout in LAYOUTS:
+        config = config_of(root, layout)
+        run_config.dump(config, config.run_dir / "config.yaml")
+        model, loaded, step = load_model(config.run_dir)
+        assert (loaded, step) == (config, 2)
+        held = whole([rank[layout] for rank in ranks])
+        for name, parameter in model.named_parameters():
+            np.testing.assert_array_equal(parameter.detach().numpy(), held[f"model/mmmoe.{name}"], err_msg=name)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
+from tests.layouts.train import assemble, held_by_name
 from tests.support import random_sample, tiny_config
 
 STEPS = 20
@@ -60,28 +61,19 @@ def train(config: RunConfig, microbatches: int) -> dict[str, Any]:
                        for a in range(microbatches)]  # fmt: skip
             result = engine.step(batches, 3e-3)
             history.append([*result.losses.values(), result.grad_norm, result.tokens])
-        parameters = {name: (state.value.numpy(), state.expert_axis, groups.expert_rank)
-                      for name, state in engine.export_state().items()}  # fmt: skip
+        parameters = held_by_name(engine)
         destroy_groups()
     return {"history": np.array(history), "parameters": parameters}
 
 
-def whole(ranks: list[dict[str, Any]], name: str, expert_parallel_size: int) -> np.ndarray:
-    """A parameter put together from the ranks of one expert group."""
-    if not ranks[0]["parameters"][name][1]:
-        return ranks[0]["parameters"][name][0]
-    return np.concatenate([rank["parameters"][name][0] for rank in ranks[:expert_parallel_size]])
-
-
-def assert_equal(ranks: list[dict[str, Any]], single: dict[str, Any], expert_parallel_size: int,
-                 rtol: float) -> None:  # fmt: skip
+def assert_equal(ranks: list[dict[str, Any]], single: dict[str, Any], rtol: float) -> None:
     for rank in ranks:
         np.testing.assert_allclose(rank["history"][:, LOSSES], single["history"][:, LOSSES], rtol=rtol, atol=rtol)
         np.testing.assert_allclose(rank["history"][:, NORM], single["history"][:, NORM], rtol=4 * rtol)
         np.testing.assert_array_equal(rank["history"][:, TOKENS], single["history"][:, TOKENS])
-    for name, (value, _, _) in single["parameters"].items():
-        np.testing.assert_allclose(whole(ranks, name, expert_parallel_size), value, rtol=0, atol=10 * rtol,
-                                   err_msg=name)  # fmt: skip
+    for name in single["parameters"]:
+        ours, alone = (assemble([rank["parameters"] for rank in some], name) for some in (ranks, [single]))
+        np.testing.assert_allclose(ours, alone, rtol=0, atol=10 * rtol, err_msg=name)
 
 
 @pytest.mark.parametrize("ranks,expert_parallel_size,microbatches", [(2, 2, 1), (2, 1, 2), (4, 2, 1), (4, 4, 2)])
@@ -90,13 +82,13 @@ def test_layouts_equal_one_process(tmp_path: Any, ranks: int, expert_parallel_si
     single = run_ranks(1, train, config_for(tmp_path), microbatches)[0]
     many = run_ranks(ranks, train, config_for(tmp_path, expert_parallel_size), microbatches)
     assert single["history"][-1, 0] < 0.8 * single["history"][0, 0]  # it learns, so there is something to compare
-    assert_equal(many, single, expert_parallel_size, rtol=5e-4)
+    assert_equal(many, single, rtol=5e-4)
 
 
 def test_dense_data_parallelism_equals_one_process(tmp_path: Any) -> None:
     single = run_ranks(1, train, config_for(tmp_path, num_experts=1), 1)[0]
     many = run_ranks(2, train, config_for(tmp_path, num_experts=1), 1)
-    assert_equal(many, single, 1, rtol=5e-4)
+    assert_equal(many, single, rtol=5e-4)
 
 
 def test_bf16_stays_near_fp32_and_its_layouts_agree(tmp_path: Any) -> None:

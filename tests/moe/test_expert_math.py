@@ -51,9 +51,10 @@ class Case:
         plan = plan_of_slots(order, place, counts.tolist(), self.slots.shape[1])
         return plan, self.weights.reshape(-1)[order[: plan.num_assignments]]
 
-    def run(self, backend: str = "blocked") -> Tensor:
+    def run(self, backend: str = "blocked", recompute: bool = False) -> Tensor:
         plan, weights_A = self.plan()
-        return EXPERT_BACKENDS[backend](self.x, weights_A, plan, self.up, self.down, self.activation, Buffers())
+        math = EXPERT_BACKENDS[backend]
+        return math(self.x, weights_A, plan, self.up, self.down, self.activation, Buffers(), recompute)
 
     def loop(self) -> Tensor:
         return weighted_experts(self.x, self.slots, self.weights, list(self.up), list(self.down), self.activation)
@@ -179,7 +180,7 @@ def test_a_cpu_takes_blocks_by_itself_and_grouped_products_when_told() -> None:
 def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
     activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_ELEMENTS", 1)  # the least block: 256 rows
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # the least block: 256 rows
     slots = torch.cat([torch.full((700, 1), 1), torch.full((257, 1), 3), torch.full((256, 1), 0)])
     case = make_case(slots, 4, activation)
     plan, weights = case.plan()[0], torch.ones(sum(case.plan()[0].counts))
@@ -190,7 +191,7 @@ def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
 
 
 def test_pieces_of_half_precision_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)
     rows, piece = 5 * 256, 256
     # One expert; every row is 16 in its first column, so is its first GELU (16 Phi(16) = 16): h = 16.
     x = torch.zeros(rows, D, dtype=torch.bfloat16)
@@ -286,6 +287,35 @@ def test_gradients_of_blocks_are_those_of_finite_differences(activation: str) ->
         return Case(x, weights, up, down, case.slots, case.target, activation).run()
 
     assert torch.autograd.gradcheck(function, case.leaves)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+def test_recomputed_activations_give_the_same_bits(
+    backend: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # pieces of 256 rows
+    slots = torch.cat([random_slots(40, 4, 2), torch.full((300, 2), 1), torch.full((3, 2), 4)])
+    case = make_case(slots, 4, activation, torch.float32)
+    plain, again = case.run(backend), case.run(backend, recompute=True)
+    assert torch.equal(plain, again)
+    first, second = (case.gradients(again) for _ in range(2))  # a graph that is kept serves twice
+    for expected, *found in zip(case.gradients(plain), first, second, strict=True):
+        assert all(torch.equal(gradient, expected) for gradient in found)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("weights",), ("up",)])
+def test_recomputation_where_something_needs_no_gradient(frozen: tuple[str, ...]) -> None:
+    for backend in EXPERT_BACKENDS:
+        case = make_case(random_slots(12, 4, 2), 4, dtype=torch.float32)
+        for name in frozen:
+            getattr(case, name).requires_grad_(False)
+        wanted = [leaf for leaf in case.leaves if leaf.requires_grad]
+        plain, again = (
+            torch.autograd.grad((case.run(backend, recompute) * case.target).sum(), wanted)
+            for recompute in (False, True)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_idle_experts_get_gradients_of_zeros() -> None:

@@ -180,7 +180,7 @@ def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, info = normal(700, D).requires_grad_(), mixed_tokens(700)
     whole = moe(x, info)[0]
     expected = gradients(moe, whole, x)
-    monkeypatch.setattr(expert_math, "BLOCK_ELEMENTS", 1)  # 256 rows
+    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # 256 rows
     pieces = moe(x, info)[0]
     # The same products over fewer rows at a time: fp64 sums of hundreds of terms in another order.
     torch.testing.assert_close(pieces, whole, rtol=1e-11, atol=1e-11)

@@ -1,21 +1,127 @@
-"""Which layouts are legal, and what is said of the others."""
+"""Which ranks stand together in each layout, and that every group works."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.mesh import resolve_expert_parallel_size
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.distributed import run_ranks
+
+RANKS = 8
+NUM_EXPERTS = 4
+KINDS = ("data", "expert", "expert_data", "tensor", "pipeline")
+ALONE = [[0], [1], [2], [3], [4], [5], [6], [7]]
+
+# By hand, with the tensor rank counted fastest, then expert, expert-data and pipeline rank.
+CASES: dict[str, tuple[dict[str, Any], dict[str, list[list[int]]]]] = {
+    "EP4 x EDP2": (
+        {},
+        {
+            "data": [[0, 1, 2, 3, 4, 5, 6, 7]],
+            "expert": [[0, 1, 2, 3], [4, 5, 6, 7]],
+            "expert_data": [[0, 4], [1, 5], [2, 6], [3, 7]],
+            "tensor": ALONE,
+            "pipeline": ALONE,
+        },
+    ),
+    "TP2 x EP2 x EDP2, sequence-parallel": (
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2, "sequence_parallel": True},
+        {
+            "data": [[0, 2, 4, 6], [1, 3, 5, 7]],
+            "expert": [[0, 2], [4, 6], [1, 3], [5, 7]],
+            "expert_data": [[0, 4], [2, 6], [1, 5], [3, 7]],
+            "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
+            "pipeline": ALONE,
+        },
+    ),
+    "TP2 x PP2 x EP2": (
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 2},
+        {
+            "data": [[0, 2], [1, 3], [4, 6], [5, 7]],
+            "expert": [[0, 2], [1, 3], [4, 6], [5, 7]],
+            "expert_data": ALONE,
+            "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
+            "pipeline": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        },
+    ),
+    "PP4 x VPP2 x DP2": (
+        {"pipeline_parallel_size": 4, "virtual_pipeline_size": 2, "expert_parallel_size": 1},
+        {
+            "data": [[0, 1], [2, 3], [4, 5], [6, 7]],
+            "expert": ALONE,
+            "expert_data": [[0, 1], [2, 3], [4, 5], [6, 7]],
+            "tensor": ALONE,
+            "pipeline": [[0, 2, 4, 6], [1, 3, 5, 7]],
+        },
+    ),
+    "TP4 x PP2": (
+        {"tensor_parallel_size": 4, "pipeline_parallel_size": 2},
+        {
+            "data": ALONE,
+            "expert": ALONE,
+            "expert_data": ALONE,
+            "tensor": [[0, 1, 2, 3], [4, 5, 6, 7]],
+            "pipeline": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        },
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("num_experts,world_size,expected", [(8, 1, 1), (8, 2, 2), (8, 6, 2), (6, 4, 2), (1, 4, 1)])
-def test_auto_takes_the_widest_spread_that_divides_experts_and_ranks(
-    num_experts: int, world_size: int, expected: int
-) -> None:
-    assert resolve_expert_parallel_size("auto", num_experts, world_size) == expected
+def ranks_met(group: dist.ProcessGroup | None) -> list[int]:
+    """The global ranks that a gather over ``group`` brings together: the group works, and is no other."""
+    assert group is not None  # torch would take the whole world
+    mine = torch.tensor([dist.get_rank()])
+    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    return [int(rank) for rank in found]
 
 
-def test_a_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match=r"expert_parallel_size 3 .*num_experts 8 on 4 ranks.*\[1, 2, 4\]"):
-        resolve_expert_parallel_size(3, 8, 4)
+def look_around() -> dict[str, tuple[dict[str, list[int]], dict[str, Any]]]:
+    """On every rank, each case's groups and the numbers that ``Groups`` says."""
+    seen = {}
+    with process_group(timeout_minutes=0.5):
+        for name, (parallel, _) in CASES.items():
+            groups = build_groups(ParallelConfig.model_validate(parallel), NUM_EXPERTS)
+            met = {kind: ranks_met(getattr(groups, kind)) for kind in KINDS}
+            numbers = {field: value for field, value in vars(groups).items() if isinstance(value, int)}
+            seen[name] = (met, numbers)
+            destroy_groups()
+        with pytest.raises(ValueError, match=r"tensor_parallel_size 3 .* the 8 that run"):
+            build_groups(ParallelConfig(tensor_parallel_size=3), NUM_EXPERTS)
+    return seen
+
+
+def test_groups_hold_the_ranks_that_the_layout_says() -> None:
+    seen_by_rank = run_ranks(RANKS, look_around)
+    for name, (parallel, expected) in CASES.items():
+        for rank, seen in enumerate(seen_by_rank):
+            met, numbers = seen[name]
+            mine = {kind: next(g for g in expected[kind] if rank in g) for kind in KINDS}
+            assert met == mine, (name, rank)
+            for kind in ("data", "expert", "tensor", "pipeline"):
+                place = (mine[kind].index(rank), len(mine[kind]))
+                assert (numbers[f"{kind}_rank"], numbers[f"{kind}_size"]) == place, (name, rank, kind)
+            assert numbers["virtual_size"] == parallel.get("virtual_pipeline_size", 1)
+            assert numbers["sequence_parallel"] == parallel.get("sequence_parallel", False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_expert_and_expert_data_ranks_cover_the_data_ranks_once(name: str) -> None:
+    """Of the table above; with the test before it, of the groups too."""
+    _, expected = CASES[name]
+    for data in expected["data"]:
+        experts = [group for group in expected["expert"] if set(group) <= set(data)]
+        replicas = [group for group in expected["expert_data"] if set(group) <= set(data)]
+        assert sorted(rank for group in experts for rank in group) == data
+        assert sorted(rank for group in replicas for rank in group) == data
+        assert all(len(set(a) & set(b)) == 1 for a in experts for b in replicas)
 
 
 def test_experts_are_cut_into_runs_by_expert_rank() -> None:

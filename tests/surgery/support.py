@@ -34,10 +34,10 @@ def random_source(root: Path, moe: dict[str, Any], **sections: Any) -> Source:
     for key, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         state[key] = ParameterState(
-            parameter.detach().clone(), torch.randn(parameter.shape), torch.rand(parameter.shape), expert_axis=False
+            parameter.detach().clone(), torch.randn(parameter.shape), torch.rand(parameter.shape)
         )
     for key, buffer in persistent_buffers(model).items():
-        state[key] = ParameterState(buffer.clone(), None, None, expert_axis=False)
+        state[key] = ParameterState(buffer.clone(), None, None)
     return source_of(root, config, state)
 
 

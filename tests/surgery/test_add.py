@@ -107,7 +107,7 @@ def test_experts_wake_over_wake_steps_and_then_get_tokens(tmp_path: Path) -> Non
     source = random_source(tmp_path, CASES["biases"])
     result = run_add(source, copy_from=0, noise=0.0)
     model = model_of(result.config, result.state)
-    layer = model.trunk.blocks[1].ffn
+    layer = model.trunk.blocks["1"].ffn
     assert isinstance(layer, MoELayer)
     router = layer.router
     x_nD = torch.randn(32, 16)

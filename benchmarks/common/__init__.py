@@ -1,0 +1,1 @@
+"""What several benchmarks need: ranks that are forks, and DeepSpeed without its notes."""

@@ -1,0 +1,77 @@
+"""Families of layouts over numbers of ranks, and their small model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import RunConfig
+
+MICROBATCHES, SAMPLES = 2, 8  # a step; samples a rank and microbatch
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layouts that grow with the ranks. ``degrees``: of ``parallel``; the data-parallel size is the rest.
+    ``experts_spread``: over all data-parallel ranks, else every rank holds them all."""
+
+    name: str
+    fewest: int
+    degrees: dict[str, Any] = field(default_factory=dict)
+    experts_spread: bool = False
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that see the same samples."""
+        return self.degrees.get("tensor_parallel_size", 1) * self.degrees.get("pipeline_parallel_size", 1)
+
+
+TP2 = {"tensor_parallel_size": 2}
+PP2 = {"pipeline_parallel_size": 2}
+FAMILIES = (
+    Family("DP", 1),
+    Family("DP, ZeRO-1", 2, {"zero_stage": 1}),
+    Family("EP", 2, experts_spread=True),
+    Family("EP, ZeRO-1", 2, {"zero_stage": 1}, experts_spread=True),
+    Family("EP, blocks recomputed", 2, experts_spread=True, train={"recompute": "blocks"}),
+    Family("EP2 x DP", 4, {"expert_parallel_size": 2}),
+    Family("EP, bf16", 2, experts_spread=True, train={"precision": "bf16"}),
+    Family("TP2 x EP", 2, TP2, experts_spread=True),
+    Family("TP2 + SP x EP", 2, {**TP2, "sequence_parallel": True}, experts_spread=True),
+    Family("PP2 x EP", 2, PP2, experts_spread=True),
+    Family("PP2 x VPP2 x EP", 2, {**PP2, "virtual_pipeline_size": 2}, experts_spread=True),
+    Family("TP2 x PP2 x EP", 4, {**TP2, **PP2}, experts_spread=True),
+)
+
+
+def layout_config(family: Family, ranks: int) -> RunConfig:
+    """Four blocks, every other one a mixture of 8 experts; all objectives and usual auxiliary losses."""
+    data = ranks // family.sharing
+    degrees = {"expert_parallel_size": data if family.experts_spread else 1, **family.degrees}
+    return run_config.parse(
+        {
+            "name": "growth",
+            "seed": 1,
+            "data": {"train": [{"path": "nowhere"}], "tokenizer": "none.model"},
+            "modalities": {"image": {"size": 64, "patch": 16, "stem_channels": 8}, "audio": {"stem_channels": 8}},
+            "model": {
+                "hidden_size": 64,
+                "num_layers": 4,
+                "num_heads": 4,
+                "ffn_hidden_size": 128,
+                "embedding_size": 32,
+            },
+            "moe": {
+                "every": 2,
+                "num_experts": 8,
+                "experts_per_token": 2,
+                "expert_hidden_size": 64,
+                "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001},
+            },
+            "objectives": {"captioning": {"weight": 0.25, "fraction": 0.25}},
+            "parallel": degrees,
+            "train": {"num_microbatches": MICROBATCHES, **family.train},
+        }
+    )

@@ -1,0 +1,102 @@
+"""How megatron-core is set up for a run: its configs, wrappers and optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.engines import megatron_cpu
+from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.quiet import quiet_megatron
+
+NEVER_CLIPS = 1e30  # megatron-core reports a norm only where it clips
+
+
+def prepare() -> None:
+    """Import megatron-core (seconds, once) without its notes on optional packages; shim it on CPUs."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its fused helpers compile for a minute
+    with quiet_megatron():
+        megatron_cpu.install()
+
+
+def transformer_config(config: RunConfig, groups: Groups) -> Any:
+    """What Megatron's schedules, wrappers and gradient finalisation read of a model."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    bf16 = config.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=groups.num_stages,  # it wants a multiple of the stages; which blocks they hold is ours
+        hidden_size=config.model.hidden_size,
+        num_attention_heads=config.model.num_heads,
+        num_moe_experts=None if config.moe.dense else config.moe.num_experts,
+        tensor_model_parallel_size=groups.tensor_size,
+        sequence_parallel=groups.sequence_parallel,
+        pipeline_model_parallel_size=groups.pipeline_size,
+        virtual_pipeline_model_parallel_size=groups.virtual_size if groups.virtual_size > 1 else None,
+        pipeline_dtype=dtype,
+        batch_p2p_comm=groups.virtual_size == 1,  # two ranks would mix up the two ways of an interleaved batch
+        expert_model_parallel_size=groups.expert_size,
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        bf16=bf16,
+        params_dtype=dtype,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConfig) -> list[Any]:
+    """Each stage in Megatron's DistributedDataParallel; gradients are reduced once a step."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    parallel = config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.zero_stage == 1,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(transformer, settings, stage, disable_bucketing=i > 0)
+        for i, stage in enumerate(stages)
+    ]
+    no_sync = [stage.no_sync for stage in wrapped]
+    transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
+    """AdamW over all stages of this rank; vectors do not decay."""
+    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
+    from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+    settings = config.optimizer
+    optimizer = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_norm or NEVER_CLIPS,
+        bf16=config.train.precision == "bf16",
+        use_distributed_optimizer=config.parallel.zero_stage == 1,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda parameter: parameter.ndim < 2))
+    with megatron_cpu.optimizer_calls():
+        made = get_megatron_optimizer(optimizer, wrapped, {vectors: ParamGroupOverride(wd_mult=0.0)})
+    if config.parallel.zero_stage == 1:
+        # One optimizer steps dense parameters and one experts, and each would then gather all of both.
+        for inner in getattr(made, "chained_optimizers", [])[:-1]:
+            inner.model_chunks = []
+    return made

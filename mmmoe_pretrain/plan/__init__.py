@@ -1,0 +1,1 @@
+"""What a layout will need, worked out without running it."""

@@ -1,0 +1,313 @@
+"""Communication of one optimizer step of a rank, in closed form: every call, and the bytes that leave the rank.
+
+Engine megatron. Bytes are counted as ``parallel/counting.py`` counts them, so that a plan can be held
+against a measurement (``benchmarks/scaling.py``). Everything is exact but for what routing decides: how
+many rows and assignments go to other ranks. Those are given, or ``expected_routed``.
+
+Not here: cached contrastive batches, DeepSpeed's engine, overlap (it changes when, not how much, but cuts
+the gradients into more calls), and more than one chunk of dispatch in flight (more calls, as many bytes).
+
+Shapes: n tokens, t rows of a tensor rank, D hidden size, K experts a token, E experts, R ranks of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmmoe_pretrain.batch import MODALITIES, TASKS
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.models.block import is_sparse
+from mmmoe_pretrain.moe.losses import loss_names
+from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
+from mmmoe_pretrain.parallel.degrees import Layout
+from mmmoe_pretrain.parallel.stages import Stage
+
+# Groups: those of ``Groups``, and megatron-core's for the gradient's norm.
+DATA, EXPERT, EXPERT_DATA, TENSOR, PIPELINE = "data", "expert", "expert_data", "tensor", "pipeline"
+MODEL, EXPERT_MODEL, WORLD = "tensor x pipeline", "tensor x expert x pipeline", "world"
+
+FP32, INT32, FP64, INT64 = 4, 4, 8, 8  # bytes
+RIDER = 4  # bytes beside an assignment's weight: its expert
+M, X = len(MODALITIES), len(TASKS)
+PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements, of megatron-core's sharded buffers
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """``calls`` of one kind in one group of ``ranks``, for one purpose; ``sent``: bytes of all of them."""
+
+    what: str
+    kind: str
+    group: str
+    ranks: int
+    calls: int
+    sent: float
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Of one mixture and microbatch: rows (token, rank) and assignments (token, expert) that leave for
+    other ranks of the expert group, and that come from them."""
+
+    rows_out: float
+    rows_in: float
+    assignments_out: float
+    assignments_in: float
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Of one data-parallel rank. ``routed``: of each mixture of this rank's stages, in their order."""
+
+    tokens: int
+    samples: int
+    text_tokens: int  # inputs of the text embedder
+    targets: int  # of captions
+    routed: tuple[Routed, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A rank's part of one. ``partial``: its gradient is summed over the tensor ranks, since it meets a
+    share of the tokens alone."""
+
+    numel: int
+    bytes: int  # of an element
+    expert: bool
+    partial: bool = False
+
+
+def step_traffic(
+    config: RunConfig,
+    layout: Layout,
+    stages: Sequence[Stage],
+    parameters: Sequence[Sequence[Parameter]],
+    microbatches: Sequence[Microbatch],
+) -> list[Transfer]:
+    """Of one rank: ``stages`` that it holds, ``parameters`` of each in the model's order."""
+    found: list[Transfer] = []
+    for batch in microbatches:
+        routed = iter(batch.routed)
+        for stage in stages:
+            found += _stage(config, layout, stage, batch, routed)
+    found += _between_stages(config, layout, stages, microbatches)
+    mixed = any(is_sparse(config.moe, index) for index in range(config.model.num_layers))
+    for held in parameters:
+        found += gradients(layout, held)
+    found += _partial_gradients(layout, [parameter for held in parameters for parameter in held])
+    found += _norm(layout, mixed)
+    found += _reports(config, layout)
+    return [transfer for transfer in found if transfer.ranks > 1]
+
+
+def _ring(what: str, kind: str, group: str, ranks: int, payload: float, calls: int = 1) -> Transfer:
+    """``payload``: bytes that go into all calls together."""
+    return Transfer(what, kind, group, ranks, calls, RING[kind](ranks) * payload)
+
+
+def _stage(
+    config: RunConfig, layout: Layout, stage: Stage, batch: Microbatch, routed: Iterator[Routed]
+) -> Iterator[Transfer]:
+    """One microbatch through one stage, forward and backward."""
+    element, hidden = _element(config), config.model.hidden_size
+    passes = 2 if config.train.recompute == "blocks" else 1
+    sequence = layout.sequence_parallel and layout.tensor > 1
+    rows = _padded(batch.tokens, layout.tensor) if sequence else batch.tokens
+    if stage.first:
+        yield from _embedding(layout, batch, hidden, rows * hidden * element if sequence else 0)
+    mixtures = [index for index in stage.blocks if is_sparse(config.moe, index)]
+    for index in stage.blocks:
+        yield from matrices(layout, rows * hidden * element, passes)
+        if index not in mixtures:
+            yield from matrices(layout, rows * hidden * element, passes)
+            continue
+        moe = config.moe.for_layer(index)
+        weights = batch.tokens * moe.experts_per_token * FP32
+        yield from _expert_parts(layout, rows * hidden * element, weights, passes)
+        yield from dispatch(
+            layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes
+        )
+    if mixtures:
+        yield from _statistics(config, layout, mixtures)
+    if stage.last:
+        yield from _objectives(config, layout, batch, rows * hidden * element if sequence else 0)
+
+
+def dispatch(
+    ranks: int, num_experts: int, chunks: int, routed: Routed, row_bytes: float, forward_passes: int = 1
+) -> Iterator[Transfer]:
+    """Tokens to their experts and back, forward and backward, for one mixture.
+
+    Sizes: int32 rows and assignments by local expert for each chunk. Assignments: weight and expert there,
+    the weight's gradient back. Rows: there and back, and their gradients the same two ways.
+    """
+    sizes = (ranks - 1) * chunks * (1 + num_experts // ranks) * INT32
+    both = routed.rows_out + routed.rows_in
+    yield Transfer("sizes", ALL_TO_ALL, EXPERT, ranks, forward_passes, forward_passes * sizes)
+    weights = forward_passes * routed.assignments_out * (FP32 + RIDER) + routed.assignments_in * FP32
+    yield Transfer("assignments", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * chunks, weights)
+    sent = (forward_passes + 1) * both * row_bytes
+    yield Transfer("rows", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * 2 * chunks, sent)
+
+
+def expected_routed(tokens: float, top_k: int, num_experts: int, ranks: int) -> Routed:
+    """If every set of K experts were as likely. A token visits a rank, and so leaves for it once, unless
+    all its K experts are among the E - E / R others: probability 1 - C(E - E / R, K) / C(E, K)."""
+    elsewhere = num_experts - num_experts // ranks
+    visits = 1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
+    rows, assignments = tokens * (ranks - 1) * visits, tokens * top_k * (ranks - 1) / ranks
+    return Routed(rows, rows, assignments, assignments)
+
+
+def most_rows(tokens: int, top_k: int, ranks: int) -> int:
+    """No routing makes more rows leave: a token goes once to each other rank, and for each of K at most once."""
+    return tokens * min(top_k, ranks - 1)
+
+
+def matrices(layout: Layout, activation: float, forward_passes: int = 1) -> Iterator[Transfer]:
+    """A column-parallel matrix and a row-parallel one behind it (attention, or a dense layer).
+    ``activation``: bytes of [n, D], padding included.
+
+    The sum of the products forward, of the gradients backward. Under sequence parallelism each is half an
+    all-reduce on either side, and the rows are gathered once more for the first matrix's gradient.
+    """
+    if not layout.sequence_parallel:
+        calls = forward_passes + 1
+        yield _ring("matrices", ALL_REDUCE, TENSOR, layout.tensor, calls * activation, calls)
+        return
+    part = activation / layout.tensor
+    gathers, scatters = forward_passes + 2, forward_passes + 1
+    yield _ring("matrices", ALL_GATHER, TENSOR, layout.tensor, gathers * part, gathers)
+    yield _ring("matrices", REDUCE_SCATTER, TENSOR, layout.tensor, scatters * activation, scatters)
+
+
+def _expert_parts(layout: Layout, activation: float, weights: float, forward_passes: int) -> Iterator[Transfer]:
+    """Around a mixture whose experts each tensor rank has a part of: the sum of the parts forward, of the
+    tokens' gradients and the routing weights' backward."""
+    yield _ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
+    calls = forward_passes + 1
+    if not layout.sequence_parallel:
+        yield _ring("experts' parts", ALL_REDUCE, TENSOR, layout.tensor, calls * activation, calls)
+        return
+    part = activation / layout.tensor
+    yield _ring("experts' parts", ALL_GATHER, TENSOR, layout.tensor, calls * part, calls)
+    yield _ring("experts' parts", REDUCE_SCATTER, TENSOR, layout.tensor, calls * activation, calls)
+
+
+def _embedding(layout: Layout, batch: Microbatch, hidden: int, divided: float) -> Iterator[Transfer]:
+    """The vocabulary's rows are summed; rows that were divided have their gradients gathered."""
+    yield _ring("vocabulary", ALL_REDUCE, TENSOR, layout.tensor, batch.text_tokens * hidden * FP32)
+    if divided:
+        yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
+
+
+def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
+    """Features and flags of all samples; the count of targets; the vocabulary's logits over its parts:
+    their maximum, the target's own and the sum of exponentials, and the gradient of the head's input."""
+    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
+    if divided:
+        yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
+    if contrastive.weight > 0:
+        features = batch.samples * M * config.model.embedding_size * FP32
+        flags = batch.samples * (M + 1) * INT64
+        yield _ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
+        yield _ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
+    if captioning.weight > 0:
+        yield _ring("targets", ALL_REDUCE, DATA, layout.data, FP32)
+        yield _ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3)
+        head = batch.targets * config.model.hidden_size * _element(config)
+        yield _ring("head", ALL_REDUCE, TENSOR, layout.tensor, head)
+
+
+def _statistics(config: RunConfig, layout: Layout, mixtures: Sequence[int]) -> Iterator[Transfer]:
+    """Routing statistics of a stage's mixtures, and their gradient where a loss asks for one."""
+    numel = sum(statistics_numel(config.moe.for_layer(index).router_outputs) for index in mixtures)
+    calls = 2 if config.moe.losses.any_of_tokens else 1
+    yield _ring("statistics", ALL_REDUCE, DATA, layout.data, calls * numel * FP32, calls)
+
+
+def statistics_numel(num_experts: int) -> int:
+    """Of what ``RoutingStats`` reduces: probabilities and counts [M, X, E], smooth load [M, E]; entropy, z,
+    tokens and drops [M, X]; and the sum and number of segments."""
+    return (2 * X + 1) * M * num_experts + 4 * M * X + 2
+
+
+def _between_stages(
+    config: RunConfig, layout: Layout, stages: Sequence[Stage], microbatches: Sequence[Microbatch]
+) -> Iterator[Transfer]:
+    """Hidden states to the next stage, their gradients to the one before; every microbatch has the rows of
+    the longest."""
+    rows = max(max(1, batch.tokens) for batch in microbatches)
+    if layout.sequence_parallel:
+        rows = -(-rows // layout.tensor)
+    messages = len(microbatches) * sum((not stage.last) + (not stage.first) for stage in stages)
+    sent = messages * rows * config.model.hidden_size * _element(config)
+    yield Transfer("hidden states", POINT_TO_POINT, PIPELINE, layout.pipeline, messages, sent)
+
+
+def gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
+    """One stage's gradients in fp32, once a step: dense ones over ``data``, an expert's over its replicas.
+
+    ZeRO-1 reduces and scatters them and, after the optimizer, gathers the parameters; its buffers, one for
+    each type of parameter, are padded.
+    """
+    for expert, group, ranks in ((False, DATA, layout.data), (True, EXPERT_DATA, layout.expert_data)):
+        for size in sorted({p.bytes for p in parameters if p.expert == expert}):
+            numels = [p.numel for p in parameters if p.expert == expert and p.bytes == size]
+            what = "expert gradients" if expert else "gradients"
+            if layout.zero_stage == 0:
+                yield _ring(what, ALL_REDUCE, group, ranks, sum(numels) * FP32)
+                continue
+            numel = padded_numel(numels, ranks)
+            yield _ring(what, REDUCE_SCATTER, group, ranks, numel * FP32)
+            yield _ring(what.replace("gradients", "parameters"), ALL_GATHER, group, ranks, numel // ranks * size)
+
+
+def padded_numel(numels: Sequence[int], ranks: int) -> int:
+    """Of megatron-core's buffer of parameters, laid out from the last to the first."""
+    end = 0
+    for numel in reversed(numels):
+        end = _padded(end, PARAMETER_ALIGNMENT) + numel
+    return _padded(end, math.lcm(ranks, BUCKET_ALIGNMENT))
+
+
+def _partial_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
+    numel = sum(p.numel for p in parameters if p.partial)
+    if numel and layout.sequence_parallel:
+        yield _ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, numel * FP32)
+
+
+def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
+    """Squares of the dense and the expert gradients, over the ranks that have different parts of them.
+    ``mixed``: some stage has experts."""
+    if layout.zero_stage == 1:
+        yield _ring("norm", ALL_REDUCE, WORLD, layout.world_size, FP32)
+        return
+    model = layout.tensor * layout.pipeline
+    yield _ring("norm", ALL_REDUCE, MODEL, model, FP32)
+    if mixed:
+        yield _ring("norm", ALL_REDUCE, EXPERT_MODEL, model * layout.expert, FP32)
+
+
+def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
+    """The losses by name, and the tokens."""
+    objectives, names = config.objectives, 0
+    if objectives.contrastive.weight > 0:
+        names += len(objectives.contrastive.pairs)
+    if objectives.captioning.weight > 0:
+        names += 1
+    if any(is_sparse(config.moe, index) for index in range(config.model.num_layers)):
+        names += len(loss_names(config.moe.losses))
+    for group, ranks in ((DATA, layout.data), (PIPELINE, layout.pipeline)):
+        yield _ring("losses", ALL_REDUCE, group, ranks, (names + 1) * FP64)
+
+
+def _element(config: RunConfig) -> int:
+    """Bytes of an element of the trunk's hidden states."""
+    return 2 if config.train.precision == "bf16" else 4
+
+
+def _padded(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor

@@ -1,0 +1,63 @@
+"""The benchmark of the levers counts live tensors, and compares steps of the same samples; no timing."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from benchmarks import levers
+from benchmarks.levers import LiveTensors, Row, batches, check_same
+from mmmoe_pretrain import config as run_config
+
+KIB = 256  # elements of fp32
+
+
+def test_tensors_count_from_their_making_to_their_end() -> None:
+    there = torch.ones(KIB)
+    with LiveTensors() as tensors:
+        there.add_(1)  # was there before, as are its views
+        there[:10].t()
+        a = torch.ones(2 * KIB)
+        view = a[:1]
+        assert (tensors.live, tensors.peak) == (2048, 2048)
+        torch.ones(4 * KIB)  # dropped at once
+        del a
+        assert (tensors.live, tensors.peak) == (2048, 6144)
+        del view
+        assert (tensors.live, tensors.peak) == (0, 6144)
+
+
+def test_what_a_backward_pass_keeps_is_live_until_it_is_used() -> None:
+    leaf = torch.ones(KIB, requires_grad=True)
+    gc.collect()
+    with LiveTensors() as tensors:
+        out = leaf.exp().sin().sum()  # exp keeps its output, which is sin's input; sin's output is dropped
+        assert tensors.live == 1024 + 4
+        out.backward()
+        del out
+        assert leaf.grad is not None
+        assert tensors.live == 1024  # the gradient
+
+
+def test_microbatches_are_of_the_samples_of_the_whole() -> None:
+    config = run_config.load(levers.ROOT / "configs" / "demo.yaml", levers.MODEL)
+    (whole,), parts = batches(config, 8, 1), batches(config, 8, 4)
+    assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
+    assert sum(len(part.text_ids) for part in parts) == len(whole.text_ids)  # captions of the same samples
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+def row(loss: float) -> Row:
+    return Row(1.0, 1, {"contrastive/image-text": loss, "captioning": -loss})
+
+
+def test_variants_that_compute_something_else_are_refused() -> None:
+    check_same(
+        {"none": row(2.0), "recompute_blocks": row(2.0), "compile": row(2.0001), "accumulated": row(1)}, "none"
+    )
+    with pytest.raises(RuntimeError, match=r"recompute_experts computes contrastive/image-text 2\.0001, none 2\.0"):
+        check_same({"none": row(2.0), "recompute_experts": row(2.0001)}, "none")
+    with pytest.raises(RuntimeError, match="cached"):
+        check_same({"one batch": row(2.0), "cached": row(2.001)}, "one batch")

@@ -1,0 +1,120 @@
+"""The layouts that must train like one process, and the run that they all train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from tests.support import random_sample, tiny_values
+
+VOCAB = 48
+MICROBATCHES = 4
+STEPS = 3
+LEARNING_RATE = 3e-3
+# Of a global microbatch. With two data-parallel ranks or more the later ones see no picture; one sample has
+# text alone, which no pair of the contrastive objective can use.
+GLOBAL = ("iat", "it", "ia", "iat", "t", "at", "a", "t")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout under an engine; ``parallel`` are values of the config's section."""
+
+    layout: str
+    ranks: int
+    engine: str
+    zero_stage: int
+    parallel: dict[str, Any] = field(default_factory=dict, hash=False)
+    precision: str = "fp32"
+    train: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
+    cached: bool = False  # contrastive learning alone, over the whole step
+    samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
+    one_expert: bool = False  # routers that send every token to the same experts
+
+    @property
+    def name(self) -> str:
+        zero = f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
+        return f"{self.layout} {self.engine}{zero} {self.precision}"
+
+    def config(self, root: Path) -> RunConfig:
+        parallel = {"expert_parallel_size": 1, **self.parallel, "engine": self.engine, "zero_stage": self.zero_stage}
+        config = config_of(root, parallel, self.precision, self.train)
+        return contrastive_alone(config) if self.cached else config
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
+    "DP2": (2, {}),
+    "DP4": (4, {}),
+    "EP2": (2, {"expert_parallel_size": 2}),
+    "EP4": (4, {"expert_parallel_size": 4}),
+    "EP2 x EDP2": (4, {"expert_parallel_size": 2}),
+    "TP2": (2, {"tensor_parallel_size": 2}),
+    "TP2 + SP": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    "PP2": (2, {"pipeline_parallel_size": 2}),
+    "PP4": (4, {"pipeline_parallel_size": 4}),
+    "PP2 x VPP2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
+    "TP2 x EP2": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+    "PP2 x EP2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "TP2 x PP2 x EP2": (8, {"tensor_parallel_size": 2, "sequence_parallel": True, "pipeline_parallel_size": 2,
+                            "expert_parallel_size": 2}),
+}  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    """Every layout under every engine and ZeRO stage that may run it, in fp32; bf16 without ZeRO and with 1."""
+    cases = []
+    for layout, (ranks, degrees) in LAYOUTS.items():
+        cases += [Case(layout, ranks, "megatron", zero, degrees) for zero in (0, 1)]
+        cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16")]
+        if "pipeline_parallel_size" in degrees:
+            continue  # refused: pipelines belong to the other engine
+        cases += [Case(layout, ranks, "deepspeed", zero, degrees) for zero in (1, 2, 3)]
+        cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16")]
+    return cases
+
+
+def contrastive_alone(config: RunConfig) -> RunConfig:
+    """The contrastive loss of all samples of a step at once, and nothing that goes by microbatches."""
+    values = config.model_dump(mode="json")
+    values["objectives"]["contrastive"]["cached"] = True
+    values["objectives"]["captioning"]["weight"] = 0.0
+    values["moe"] |= {"losses": {}, "bias_balancing": {}}
+    return run_config.parse(values)
+
+
+def config_of(
+    root: Path, parallel: dict[str, Any], precision: str = "fp32", train: dict[str, Any] | None = None
+) -> RunConfig:
+    """All objectives, all kinds of auxiliary losses, shared and identity experts, two mixtures in four blocks."""
+    values = tiny_values(
+        root,
+        parallel=parallel,
+        model={"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8},
+        moe={"num_experts": 4, "expert_hidden_size": 8, "every": 2, "shared_expert_hidden_size": 8,
+             "identity_experts": 1, "bias_balancing": {"rate": 0.001}, "router": "sigmoid_top_k",
+             "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "importance": 0.01, "balance": 0.01,
+                        "balance_scope": "global_batch", "z": 0.001, "orthogonality": 0.01}},
+        objectives={"captioning": {"weight": 0.5, "fraction": 1.0}},
+        optimizer={"learning_rate": LEARNING_RATE, "warmup_steps": 0, "clip_norm": 1.0, "eps": 1e-4},
+        train={"steps": STEPS, "global_batch_size": MICROBATCHES * len(GLOBAL), "num_microbatches": MICROBATCHES,
+               "precision": precision, **(train or {})},
+    )  # fmt: skip
+    return run_config.parse(values)
+
+
+def global_microbatch(
+    config: RunConfig, number: int, rank: int, ranks: int, modalities: Sequence[str] = GLOBAL
+) -> Batch:
+    """This data-parallel rank's share of global microbatch ``number``."""
+    share = len(modalities) // ranks
+    positions = range(rank * share, (rank + 1) * share)
+    samples = [random_sample(100 * number + i, modalities[i], config, VOCAB) for i in positions]
+    captioning = config.objectives.captioning
+    settings = PackSettings(config.modalities, 1, 2, captioning if captioning.weight else None, config.seed)
+    return pack(samples, settings, [100 * number + i for i in positions])

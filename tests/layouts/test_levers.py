@@ -1,0 +1,87 @@
+"""What saves memory or time changes nothing: under several layouts, against one process without it."""
+
+from pathlib import Path
+
+import pytest
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from tests.distributed import run_ranks
+from tests.layouts import matrix
+from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, STEPS, VOCAB, Case
+from tests.layouts.train import Outcome, adamw, start_ranks, whole_state
+from tests.support import random_sample
+
+
+def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more) -> Case:
+    ranks, degrees = LAYOUTS[layout]
+    parallel = {**degrees, **more.pop("parallel", {})}
+    return Case(layout, ranks, engine, zero_stage, parallel, **more)
+
+
+LEVERS = {
+    "experts computed again, EP2": case("EP2", train={"recompute": "experts"}),
+    "blocks computed again, EP2": case("EP2", train={"recompute": "blocks"}),
+    "blocks computed again, interleaved stages": case("PP2 x VPP2", train={"recompute": "blocks"}),
+    "blocks computed again, sequence parallel": case("TP2 + SP", train={"recompute": "blocks"}),
+    "gradients reduced during the backward pass": case("EP2", parallel={"overlap_grad_reduce": True}),
+    "gradients reduced during the backward pass of stages": case("PP2", parallel={"overlap_grad_reduce": True}),
+    "parameters gathered during the forward pass": case(
+        "DP2", 1, parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "parameters gathered during the forward pass of stages": case(
+        "PP2 x VPP2", 1, parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "ZeRO-2, blocks computed again": case("EP2", 2, "deepspeed", train={"recompute": "blocks"}),
+    "ZeRO-3, blocks computed again": case("DP2", 3, "deepspeed", train={"recompute": "blocks"}),
+    "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
+}  # fmt: skip
+CACHED = ["DP2", "EP2", "PP2", "PP2 x VPP2", "TP2 + SP"]
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Verdict]:
+    found = matrix.run(list(LEVERS.values()), tmp_path_factory.mktemp("levers"))
+    return dict(zip(LEVERS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_the_lever_changes_nothing(verdicts: dict[str, matrix.Verdict], name: str) -> None:
+    assert verdicts[name].passed, verdicts[name]
+
+
+def one_batch_a_step(config: RunConfig) -> Outcome:
+    """One process, one microbatch with all samples of the step, the plain contrastive loss."""
+    model = PretrainingModel(config, VOCAB)
+    optimizer = adamw(model, config)
+    losses, norms, tokens = [], [], []
+    settings = PackSettings(config.modalities, 1, 2, None, config.seed)
+    for step in range(STEPS):
+        numbers = [100 * (step * MICROBATCHES + a) + i for a in range(MICROBATCHES) for i in range(len(GLOBAL))]
+        samples = [random_sample(n, GLOBAL[n % 100], config, VOCAB) for n in numbers]
+        batch = pack(samples, settings, numbers)
+        loss, report = model(batch)
+        loss.backward()
+        losses.append({"total": float(loss), **{name: float(value) for name, value in report.losses.items()}})
+        norms.append(float(_clipped(model, config)))
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens.append(sum(rows.shape[0] for rows in batch.rows))
+    return Outcome(losses, norms, tokens, whole_state(model))
+
+
+def _clipped(model: PretrainingModel, config: RunConfig) -> float:
+    from torch.nn.utils import clip_grad_norm_
+
+    return float(clip_grad_norm_(model.parameters(), config.optimizer.clip_norm))
+
+
+def test_a_cached_contrastive_loss_is_that_of_one_large_batch(tmp_path: Path) -> None:
+    cases = [case(layout, cached=True) for layout in CACHED] + [case("DP2", 3, "deepspeed", cached=True)]
+    config = cases[0].config(tmp_path)
+    plain = config.objectives.contrastive.model_copy(update={"cached": False})
+    objectives = config.objectives.model_copy(update={"contrastive": plain})
+    alone = run_ranks(1, one_batch_a_step, config.model_copy(update={"objectives": objectives}))[0]
+    outcomes = start_ranks(2, cases, tmp_path, STEPS, 300)
+    for i, one in enumerate(cases):
+        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
+        assert verdict.passed, verdict

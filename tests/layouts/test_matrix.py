@@ -1,0 +1,58 @@
+"""The parity matrix, and that it would notice."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed import run_ranks
+from tests.layouts import matrix
+from tests.layouts.cases import LAYOUTS, STEPS, all_cases
+from tests.layouts.train import assemble, train_alone
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Verdict]:
+    return {verdict.case.name: verdict for verdict in matrix.run(all_cases(), tmp_path_factory.mktemp("matrix"))}
+
+
+@pytest.mark.parametrize("name", [case.name for case in all_cases()])
+def test_the_layout_equals_one_process(verdicts: dict[str, matrix.Verdict], name: str) -> None:
+    assert verdicts[name].passed, verdicts[name]
+
+
+def test_every_layout_is_there() -> None:
+    assert {case.layout for case in all_cases()} == set(LAYOUTS)
+    assert len({case.name for case in all_cases()}) == len(all_cases())
+
+
+def test_what_differs_is_seen(tmp_path: Path) -> None:
+    alone = run_ranks(1, train_alone, tmp_path, STEPS)[0]
+    case = all_cases()[0]
+    assert matrix.judge(case, [alone, alone], alone).passed
+    other_norm = dataclasses.replace(alone, norms=[norm * 1.001 for norm in alone.norms])
+    assert not matrix.judge(case, [alone, other_norm], alone).passed
+    other_loss = dataclasses.replace(alone, losses=[{**step, "total": step["total"] + 1e-3} for step in alone.losses])
+    assert not matrix.judge(case, [other_loss, alone], alone).passed
+    name = "mmmoe.trunk.blocks.1.ffn.experts.up"
+    shape, [(offset, numbers)] = alone.parameters[name]
+    half = numbers.shape[0] // 2
+    lost = dataclasses.replace(alone, parameters={**alone.parameters, name: (shape, [(offset, numbers[:half])])})
+    assert "on no rank" in matrix.judge(case, [lost], alone).problem
+    moved = dataclasses.replace(alone, parameters={**alone.parameters, name: (shape, [(offset, numbers + 1e-4)])})
+    assert not matrix.judge(case, [moved], alone).passed
+    assert "replicas" in matrix.judge(case, [alone, moved], alone).problem
+    np.testing.assert_array_equal(assemble([alone.parameters], name), numbers)
+
+
+def test_the_table_takes_its_place(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n", encoding="utf-8")
+    matrix.write(page, "| new |")
+    assert page.read_text(encoding="utf-8") == f"before\n{matrix.BEGIN}\n| new |\n{matrix.END}\nafter\n"
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        matrix.write(page, "| new |")

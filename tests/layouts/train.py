@@ -1,0 +1,140 @@
+"""Training a case over its ranks, and the same run by plain torch in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmmoe_pretrain.checkpoint.state import persistent_buffers
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.engines import deepspeed
+from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.distributed import run_ranks
+from tests.layouts.cases import GLOBAL, LEARNING_RATE, MICROBATCHES, STEPS, VOCAB, Case, config_of, global_microbatch
+
+Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses by step and name, gradient norms by step, and parameters by name at the end. On a rank of many
+    the parameters are pieces with their shape."""
+
+    losses: list[dict[str, float]]
+    norms: list[float]
+    tokens: list[int]
+    parameters: Held
+
+
+def start_ranks(ranks: int, cases: Sequence[Case], root: Path, steps: int, timeout: float) -> list[list[Outcome]]:
+    """``train_cases`` on forked ranks: of each rank, the outcome of each case."""
+    if any(case.engine == "deepspeed" for case in cases):
+        deepspeed.prepare()  # before the fork: its import takes seconds
+    return run_ranks(ranks, train_cases, cases, root, steps, timeout=timeout)
+
+
+def train_cases(cases: Sequence[Case], root: Path, steps: int = STEPS) -> list[Outcome]:
+    """On one rank of many: each case in turn, in one process group."""
+    with process_group(timeout_minutes=1) as device:
+        return [train_case(case, root, steps, device) for case in cases]
+
+
+def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outcome:
+    """On this rank; builds its groups and takes them down again."""
+    config = case.config(root)
+    groups = build_groups(config.parallel, config.moe.group_sizes)
+    engine = build_engine(config, VOCAB, groups, device)
+    if case.one_expert:
+        state = {name: held.clone() for name, held in engine.export_state().items()}
+        for name, held in state.items():
+            if name.endswith("router.bias"):
+                held.value[0].tensor[:, :2] = 10.0
+        engine.import_state(state, steps_done=0)
+    losses, norms, tokens = [], [], []
+    for step in range(steps):
+        batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size,
+                                     case.samples)
+                   for a in range(MICROBATCHES)]  # fmt: skip
+        result = engine.step(batches, LEARNING_RATE)
+        losses.append(result.losses)
+        norms.append(result.grad_norm)
+        tokens.append(result.tokens)
+    parameters = held_by_name(engine)
+    destroy_groups()
+    return Outcome(losses, norms, tokens, parameters)
+
+
+def held_by_name(engine: Engine) -> Held:
+    """The weights that this rank holds: their shape, and pieces of them."""
+    return {name: (held.shape, [(p.offset, p.tensor.float().cpu().numpy().copy()) for p in held.value])
+            for name, held in engine.export_state().items()}  # fmt: skip
+
+
+def train_alone(root: Path, steps: int = STEPS, samples: Sequence[str] = GLOBAL, one_expert: bool = False) -> Outcome:
+    """The same run without engine or process group: torch's AdamW on the whole model."""
+    config = config_of(root, {})
+    model = PretrainingModel(config, VOCAB)
+    if one_expert:
+        for name, bias in persistent_buffers(model).items():
+            if name.endswith("router.bias"):
+                bias[:, :2] = 10.0
+    optimizer = adamw(model, config)
+    losses, norms, tokens = [], [], []
+    for step in range(steps):
+        model.begin_step(step, MICROBATCHES)
+        batches = [global_microbatch(config, step * MICROBATCHES + a, 0, 1, samples) for a in range(MICROBATCHES)]
+        reports = []
+        for batch in batches:
+            loss, report = model(batch)
+            (loss / MICROBATCHES).backward()
+            reports.append(report)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        means = {name: sum(float(r.losses[name]) for r in reports) / MICROBATCHES for name in reports[0].losses}
+        losses.append({"total": sum(means.values()), **means})
+        tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows))
+        summed = [r.routing for r in reports]
+        model.end_step(tuple(sum(layer[1:], layer[0]) for layer in zip(*summed, strict=True)))
+    return Outcome(losses, norms, tokens, whole_state(model))
+
+
+def whole_state(model: PretrainingModel) -> Held:
+    """All weights of an uncut model, as ``held_by_name`` gives them."""
+    state = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    return {name: (tuple(t.shape), [((0,) * t.ndim, t.detach().numpy().copy())]) for name, t in state.items()}
+
+
+def adamw(model: PretrainingModel, config: RunConfig) -> torch.optim.AdamW:
+    """As the engines are set: vectors do not decay."""
+    settings = config.optimizer
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+    )  # fmt: skip
+
+
+def assemble(ranks: Sequence[Held], name: str) -> np.ndarray:
+    """A logical parameter from the pieces of all ranks. Replicas must agree bit for bit, and nothing be missing."""
+    shapes = {rank[name][0] for rank in ranks if name in rank}
+    assert len(shapes) == 1, (name, shapes)
+    whole = np.full(next(iter(shapes)), np.nan, dtype=np.float32)
+    for rank in ranks:
+        for offset, numbers in rank.get(name, ((), []))[1]:
+            here = tuple(slice(o, o + n) for o, n in zip(offset, numbers.shape, strict=True))
+            before = whole[here]
+            known = ~np.isnan(before)
+            np.testing.assert_array_equal(before[known], numbers[known], err_msg=f"replicas of {name} differ")
+            whole[here] = numbers
+    assert not np.isnan(whole).any(), f"{name}: part of it is on no rank"
+    return whole

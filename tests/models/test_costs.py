@@ -1,0 +1,116 @@
+"""The cost of each part, against what torch counts when the part runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.modalities.audio import AudioEmbedder
+from mmmoe_pretrain.modalities.image import ImageEmbedder
+from mmmoe_pretrain.models.block import FeedForward, dense_width
+from mmmoe_pretrain.models.costs import block_costs, feed_forward_flops
+from mmmoe_pretrain.moe.experts import SharedExpert
+from tests.support import tiny_config
+
+VOCAB = 48
+
+
+def config_of(**sections: Any) -> RunConfig:
+    return tiny_config(Path("."), **sections)
+
+
+def counted(run: Any, *inputs: Any) -> int:
+    with torch.device("cpu"), FlopCounterMode(display=False) as counter:
+        run(*inputs)
+    return counter.get_total_flops()
+
+
+def test_a_dense_block_costs_what_its_layer_runs() -> None:
+    config = config_of()
+    layer = FeedForward(16, dense_width(config.model, config.moe, 0))
+    assert feed_forward_flops(config, 0) == counted(layer, torch.zeros(7, 16)) / 7
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_mixture_costs_its_router_the_chosen_experts_and_the_shared_one(activation: str) -> None:
+    """An expert is a SharedExpert of its size; 2 of 4 are chosen, and the router is one product."""
+    moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "activation": activation,
+           "shared_expert_hidden_size": 12}  # fmt: skip
+    x = torch.zeros(7, 16)
+    expert, shared = (counted(SharedExpert(size, 16, activation), x) / 7 for size in (8, 12))
+    assert feed_forward_flops(config_of(moe=moe), 1) == 2 * expert + shared + 2 * 16 * 4
+
+
+def test_experts_of_unlike_size_count_by_their_number_and_those_without_computation_count_nothing() -> None:
+    """Of 4 equally likely outputs two have size 8, one 20, one none: (8 + 8 + 20 + 0) / 4 = 9 a choice."""
+    groups = [{"num_experts": 2}, {"num_experts": 1, "expert_hidden_size": 20}]
+    moe = {"num_experts": 3, "experts_per_token": 1, "expert_hidden_size": 8, "expert_groups": groups,
+           "null_experts": 1}  # fmt: skip
+    assert feed_forward_flops(config_of(moe=moe), 1) == 6 * 16 * 9 + 2 * 16 * 4
+
+
+def test_a_layers_own_settings_count() -> None:
+    narrow = {"num_experts": 4, "expert_hidden_size": 8, "every": 1}
+    config = config_of(moe={**narrow, "layers": {1: {"expert_hidden_size": 16}}})
+    difference = feed_forward_flops(config, 1) - feed_forward_flops(config, 0)
+    assert difference == 2 * 6 * 16 * 8  # two experts a token, 8 columns more in each of three matrices
+
+
+def test_attention_is_four_products_and_the_scores_over_a_segment() -> None:
+    """One text segment of 50 tokens is all there is next to pictures of 4 and clips of 5 tokens."""
+    modalities = {"image": {"size": 16, "stem_channels": 8}, "audio": {"max_seconds": 0.4, "stem_channels": 8},
+                  "text": {"max_tokens": 48}}  # fmt: skip
+    contrast_only = {"captioning": {"weight": 0.0}}
+    config = config_of(modalities=modalities, objectives=contrast_only)
+    image, audio, text = 4, config.modalities.audio.max_tokens, 50
+    attended = (image**2 + audio**2 + text**2) / (image + audio + text)
+    attention = block_costs(config, VOCAB).blocks[0] - feed_forward_flops(config, 0)
+    assert attention == pytest.approx(8 * 16**2 + 4 * attended * 16)
+
+
+@pytest.mark.parametrize("stem", ["conv", "linear"])
+@pytest.mark.parametrize("patch", [2, 4, 16])
+def test_the_first_stage_runs_the_stems(stem: str, patch: int) -> None:
+    modalities = {"image": {"size": 32, "patch": patch, "stem": stem, "stem_channels": 8},
+                  "audio": {"max_seconds": 0.4, "patch": patch, "stem": stem, "stem_channels": 8}}  # fmt: skip
+    config = config_of(modalities=modalities, objectives={"captioning": {"weight": 0.0}})
+    image, audio = config.modalities.image, config.modalities.audio
+    flops = counted(ImageEmbedder(image, 16), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    frames = audio.max_frames
+    flops += counted(AudioEmbedder(audio, 16), torch.zeros(1, audio.n_mels, frames), torch.tensor([frames]))
+    tokens = image.num_tokens + audio.max_tokens + config.modalities.text.max_tokens + 2
+    assert block_costs(config, VOCAB).first_extra == pytest.approx(flops / tokens)
+
+
+def test_the_language_head_costs_by_the_share_of_tokens_with_a_target() -> None:
+    """Half of the samples get a fused segment, after a picture or a clip, with 16 + 1 targets."""
+    fused = {"captioning": {"weight": 0.5, "fraction": 0.5}}
+    config = config_of(objectives=fused)
+    image, audio, text = 4, config.modalities.audio.max_tokens, 16
+    tokens = image + audio + text + 2 + 0.25 * (image + text + 1) + 0.25 * (audio + text + 1)
+    more = block_costs(config, 2 * VOCAB).last_extra - block_costs(config, VOCAB).last_extra
+    assert more == pytest.approx(2 * 16 * VOCAB * 0.5 * 17 / tokens)
+
+
+def test_without_captions_the_last_stage_holds_heads_and_similarities_alone() -> None:
+    """16 samples in 2 microbatches: 8 rows to compare with, three pairs, either way round, P = 8."""
+    config = config_of(objectives={"captioning": {"weight": 0.0}})
+    tokens = 4 + config.modalities.audio.max_tokens + 18
+    expected = 3 * 2 * 16 * 8 + 3 * 2 * 2 * 8 * 8
+    assert block_costs(config, VOCAB).last_extra == pytest.approx(expected / tokens)
+    assert block_costs(config, 1000 * VOCAB).last_extra == block_costs(config, VOCAB).last_extra
+
+
+def test_a_cached_contrast_compares_with_the_whole_step() -> None:
+    plain, cached = (
+        block_costs(config_of(objectives={"contrastive": {"cached": flag}}), VOCAB).last_extra
+        for flag in (False, True)
+    )
+    config = config_of(objectives={"contrastive": {"cached": True}})
+    tokens = 4 + config.modalities.audio.max_tokens + 18
+    assert cached - plain == pytest.approx(3 * 2 * 2 * 8 * (16 - 8) / tokens)

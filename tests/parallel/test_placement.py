@@ -1,0 +1,127 @@
+"""Parts, ranges and the rectangles they are made of, against numpy's indexing."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mmmoe_pretrain.checkpoint.sharded import Piece, pieces_of_part, pieces_of_range, whole_shape
+from mmmoe_pretrain.parallel.placement import Box, Cut, Placement, boxes, boxes_of_range, part_of, placements
+
+
+@st.composite
+def cut_tensors(draw: st.DrawFn) -> tuple[Tensor, list[Placement]]:
+    """A tensor whose numbers are its flat indices, and the placements of all ranks that hold it."""
+    shape, options = [], []
+    for dim in range(draw(st.integers(1, 4))):
+        parts, blocks, share = (draw(st.integers(1, 3)) for _ in range(3))
+        shape.append(parts * blocks * share)
+        options.append([Cut(dim, index, parts, blocks) for index in range(parts)])
+    kept = [dim for dim in options if draw(st.booleans())]  # the others are not cut at all
+    whole = torch.arange(float(np.prod(shape))).view(shape)
+    return whole, list(itertools.product(*kept))
+
+
+def rows_of(length: int, cut: Cut) -> list[int]:
+    """The indices along its dimension that a rank holds, one by one."""
+    return [
+        i for i in range(length) if i % (length // cut.blocks) // (length // cut.blocks // cut.parts) == cut.index
+    ]
+
+
+def held_by(whole: Tensor, placement: Placement) -> Tensor:
+    by_dim = {cut.dim: rows_of(whole.shape[cut.dim], cut) for cut in placement}
+    return torch.from_numpy(whole.numpy()[np.ix_(*(by_dim.get(d, range(n)) for d, n in enumerate(whole.shape)))])
+
+
+def inside(whole: Tensor, piece: Piece) -> Tensor:
+    return whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))]
+
+
+def test_queries_keys_and_values_are_cut_alike() -> None:
+    whole = torch.arange(12.0).view(12, 1)  # rows 0 to 3 are queries, 4 to 7 keys, 8 to 11 values
+    part = part_of(whole, (Cut(0, 1, 2, blocks=3),))
+    assert part.flatten().tolist() == [2, 3, 6, 7, 10, 11]
+    assert [(p.offset, p.tensor.flatten().tolist()) for p in pieces_of_part(part, (Cut(0, 1, 2, blocks=3),))] == [
+        ((2, 0), [2, 3]),
+        ((6, 0), [6, 7]),
+        ((10, 0), [10, 11]),
+    ]
+
+
+def test_a_range_of_a_matrix_is_an_end_of_a_row_whole_rows_and_a_beginning() -> None:
+    assert list(boxes_of_range((5, 5), 3, 19)) == [
+        (0, Box((0, 3), (1, 2))),
+        (2, Box((1, 0), (2, 5))),
+        (12, Box((3, 0), (1, 4))),
+    ]
+
+
+def test_an_empty_range_has_no_boxes() -> None:
+    assert list(boxes_of_range((5, 5), 7, 7)) == []
+    assert pieces_of_range(torch.zeros(0), 3, (5, 5), ()) == ()
+
+
+def test_blocks_that_are_not_cut_are_one_box() -> None:
+    assert list(boxes((6, 2), (Cut(0, 0, 1, blocks=3),))) == [(Box((0, 0), (6, 2)), Box((0, 0), (6, 2)))]
+
+
+@given(cut_tensors())
+@settings(max_examples=100, deadline=None)
+def test_the_pieces_of_all_parts_tile_the_tensor_and_hold_its_numbers(case: tuple[Tensor, list[Placement]]) -> None:
+    whole, ranks = case
+    times_held = torch.zeros_like(whole)
+    for placement in ranks:
+        part = part_of(whole, placement)
+        assert torch.equal(part, held_by(whole, placement))
+        assert whole_shape(part, placement) == whole.shape
+        for piece in pieces_of_part(part, placement):
+            assert torch.equal(piece.tensor, inside(whole, piece))
+            inside(times_held, piece).add_(1)
+    assert bool((times_held == 1).all())
+
+
+@given(cut_tensors(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_pieces_of_all_ranges_tile_the_tensor_and_are_live(
+    case: tuple[Tensor, list[Placement]], data: st.DataObject
+) -> None:
+    whole, ranks = case
+    new = -1.0 - whole
+    times_held = torch.zeros_like(whole)
+    for placement in ranks:
+        part = held_by(whole, placement).contiguous()
+        count = part.numel()
+        inner = data.draw(st.lists(st.integers(0, count), max_size=3))
+        for start, end in itertools.pairwise([0, *sorted(inner), count]):
+            memory = torch.cat([torch.full((2,), 0.5), part.flatten()[start:end]])  # as a slice of a buffer
+            for piece in pieces_of_range(memory[2:], start, tuple(part.shape), placement):
+                assert torch.equal(piece.tensor, inside(whole, piece))
+                inside(times_held, piece).add_(1)
+                piece.tensor.copy_(inside(new, piece))
+            expected = held_by(new, placement).flatten()[start:end]
+            assert torch.equal(memory, torch.cat([torch.full((2,), 0.5), expected]))
+    assert bool((times_held == 1).all())
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_range_takes_few_boxes(shape: list[int], data: st.DataObject) -> None:
+    start, end = sorted(data.draw(st.integers(0, int(np.prod(shape)))) for _ in range(2))
+    assert len(list(boxes_of_range(tuple(shape), start, end))) <= 2 * len(shape) - 1
+
+
+class Linear(nn.Linear):
+    def placements(self) -> dict[str, Placement]:
+        return {"weight": (Cut(0, 1, 2),)}
+
+
+def test_modules_say_how_their_parameters_are_cut() -> None:
+    model = nn.ModuleDict({"cut": Linear(2, 2), "whole": nn.Linear(2, 2, bias=False)})
+    assert placements(model) == {"cut.weight": (Cut(0, 1, 2),), "cut.bias": (), "whole.weight": ()}
+    assert placements(model["cut"]) == {"weight": (Cut(0, 1, 2),), "bias": ()}
