@@ -2,7 +2,7 @@
 
 Families of layouts over 1, 2, 4 and 8 forked gloo ranks, at fixed tokens a rank: a job of twice the ranks
 sees twice the samples. Every call of torch.distributed in one optimizer step of two microbatches is counted
-(mmmoe_pretrain/parallel/counting.py), those of megatron-core too, and held against what the planner says
+(mmmoe_pretrain/parallel/counting.py), those of megatron-core too, and held against what the plan says
 (mmmoe_pretrain/plan/communication.py), by kind and group on every rank. Nothing is timed.
 
 Legend. calls, KB: means over the ranks of what leaves one rank, as counted. plan: planned bytes over counted

@@ -16,6 +16,8 @@ if [[ -x $root/.venv/bin/python ]]; then
   python=$root/.venv/bin/python
 fi
 
+# Tensor parallelism on GPUs overlaps with communication only where kernels start in the order of their launch.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Workers get a store of their own: keys left in a shared one break restarts (pytorch #135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

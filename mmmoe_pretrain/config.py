@@ -188,8 +188,7 @@ class ParallelConfig(_Model):
     zero_stage: Literal[0, 1, 2, 3] = 0  # shards optimizer state (1), gradients (2), parameters (3)
     overlap_grad_reduce: bool = False  # megatron: reduce gradients during the backward pass
     overlap_param_gather: bool = False  # megatron, zero_stage 1: gather parameters during the forward pass
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None  # a folder on a fast local disk, for offload_optimizer nvme
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # nvme is refused: no checkpoint would hold its state
     deepspeed: dict[str, Any] = Field({})  # DeepSpeed's own JSON, for what has no key here
     timeout_minutes: int = Field(5, ge=1)  # of a collective, before the job ends
 
@@ -200,7 +199,7 @@ class TrainConfig(_Model):
     num_microbatches: int = Field(1, ge=1)  # gradient accumulation
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
-    compile: Literal["none", "blocks"] = "none"  # torch.compile of attention and dense layers
+    compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
     threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
     log_every: int = Field(10, ge=1)
     heatmap_every: int = Field(200, ge=1)

@@ -20,6 +20,7 @@ from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.parallel.collectives import exchange_counts
 from mmmoe_pretrain.parallel.counting import POINT_TO_POINT, CollectiveCounter, Ranks, Total
+from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups
@@ -141,6 +142,7 @@ def parameters_of(model: torch.nn.Module) -> Iterator[Parameter]:
             parameter.element_size(),
             expert=not getattr(parameter, "allreduce", True),
             partial=getattr(parameter, "sequence_parallel", False),
+            alike=computed_alike(parameter),
         )
 
 

@@ -49,8 +49,9 @@ class ShardedParameter:
         return self._with(lambda tensor: tensor.detach().clone())
 
     def empty_like(self) -> ShardedParameter:
-        """The same pieces, their tensors new and not filled."""
-        return self._with(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+        """The same pieces, their tensors new, not filled, and in host memory: a GPU that training fills has no
+        room for a second copy."""
+        return self._with(lambda t: torch.empty(t.shape, dtype=t.dtype))
 
     @torch.no_grad()
     def copy_(self, other: ShardedParameter) -> None:

@@ -24,9 +24,9 @@ from mmmoe_pretrain.engines.deepspeed_precision import compute_in_bf16
 from mmmoe_pretrain.engines.deepspeed_setup import (
     adopt_experts,
     join_process_group,
+    join_tensor_ranks,
     make_optimizer,
     prepare,
-    sum_partial_gradients,
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
 from mmmoe_pretrain.engines.results import add_routing, mean_losses
@@ -34,6 +34,8 @@ from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
 
 __all__ = ["DeepSpeedEngine", "prepare"]
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class DeepSpeedEngine:
@@ -54,7 +56,7 @@ class DeepSpeedEngine:
             compute_in_bf16(model, cast_again=config.train.recompute != "blocks")
         mpu = join_process_group(deepspeed, self.groups)
         adopt_experts(model, self.groups)
-        sum_partial_gradients(model, self.groups)
+        join_tensor_ranks(model, self.groups)
         finish = prepare_gathering(model) if self.stage == 3 else None
         self._state = DeepSpeedState(model, self.stage)
         self._engine: Any = deepspeed.initialize(
@@ -67,24 +69,21 @@ class DeepSpeedEngine:
         assert self._engine.has_moe_layers or self.groups.expert_size == 1, "it would average different experts"
         if finish is not None:
             finish()
-        self._on_files = config.parallel.offload_optimizer == "nvme"
-        if not self._on_files:
-            self._state.attach(self._engine)
+        self._state.attach(self._engine)
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
         self._ready_temperatures()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches = [batch.to(self.device) for batch in microbatches]
         if self.config.objectives.contrastive.cached:
-            self._fill_cache(batches)
-        reports = self._forward_backward(batches)
+            self._fill_cache(microbatches)
+        reports = self._forward_backward(microbatches)
         grad_norm = float(self._clip()) if self.stage == 0 else None
         self._engine.step()
         if grad_norm is None:
             grad_norm = self._norm()
-        losses, tokens = mean_losses(reports, self.model.loss_names, batches, self.groups, self.device)
+        losses, tokens = mean_losses(reports, self.model.loss_names, microbatches, self.groups, self.device)
         routing = add_routing([report.routing for report in reports])
         self.model.end_step(routing)
         self.steps_done += 1
@@ -96,7 +95,7 @@ class DeepSpeedEngine:
         self.model.begin_caching()
         with torch.no_grad():
             for batch in batches:
-                self._engine(batch)
+                self._engine(batch.to(self.device))
         self.model.end_caching()
 
     def _forward_backward(self, batches: list[Batch]) -> list[LossReport]:
@@ -104,7 +103,7 @@ class DeepSpeedEngine:
         reports = []
         for number, batch in enumerate(batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            loss, report = self._engine(batch)
+            loss, report = self._engine(batch.to(self.device))
             self._engine.backward(loss / len(batches), scale_wrt_gas=False)
             reports.append(report)
         return reports
@@ -115,9 +114,8 @@ class DeepSpeedEngine:
         module of theirs is ever called, for which ZeRO-3 would gather them."""
         if self.model.contrastive is None or self.stage == 0:
             return
-        if not self._on_files:
-            for master in self._state.masters(self.model.contrastive.parameters()):
-                master.clamp_(max=MAX_LOG_SCALE)
+        for master in self._state.masters(self.model.contrastive.parameters()):
+            master.clamp_(max=MAX_LOG_SCALE)
         if self.stage == 3:
             hold(self.model.contrastive.parameters())
 
@@ -141,23 +139,14 @@ class DeepSpeedEngine:
         norm = squares.sum().sqrt()
         limit = self.config.optimizer.clip_norm
         if limit:
-            torch._foreach_mul_([grad for _, grad in gradients], float((limit / (norm + 1e-6)).clamp(max=1)))
+            torch._foreach_mul_([grad for _, grad in gradients], float((limit / (norm + CLIP_EPS)).clamp(max=1)))
         return norm
 
     def export_state(self) -> ShardedState:
-        """See ``Engine.export_state``. ValueError where DeepSpeed keeps the state in files."""
-        self._refuse_files()
+        """See ``Engine.export_state``."""
         return self._state.export()
 
     def import_state(self, state: ShardedState, steps_done: int) -> None:
-        """See ``Engine.import_state``. ValueError where DeepSpeed keeps the state in files."""
-        self._refuse_files()
+        """See ``Engine.import_state``."""
         self.steps_done = steps_done
         self._state.load(state, steps_done)
-
-    def _refuse_files(self) -> None:
-        if self._on_files:
-            raise ValueError(
-                "parallel.offload_optimizer nvme: DeepSpeed keeps the optimizer's state in files of its own, and "
-                "no checkpoint is written or read past them; set offload_optimizer: cpu or none"
-            )

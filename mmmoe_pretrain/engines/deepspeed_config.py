@@ -71,7 +71,7 @@ OURS: dict[str, str] = {
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.cpu_offload": "parallel.offload_optimizer",
     "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "parallel.nvme_path",
+    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_optimizer",
     "zero_optimization.compute_grad_norm": "none: the gradient's norm is reported at every step",
 }
 
@@ -99,7 +99,7 @@ def _generated(config: RunConfig, groups: Groups, num_parameters: int) -> dict[s
     if parallel.zero_stage in (1, 2):
         zero["allgather_bucket_size"] = bucket
     if parallel.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(config)
+        zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": 1,  # these three have a meaning for its own loader alone
         "gradient_accumulation_steps": 1,
@@ -110,25 +110,6 @@ def _generated(config: RunConfig, groups: Groups, num_parameters: int) -> dict[s
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
-
-
-def _offload(config: RunConfig) -> dict[str, Any]:
-    parallel = config.parallel
-    if parallel.zero_stage == 0:
-        raise ValueError(
-            f"parallel.offload_optimizer {parallel.offload_optimizer} with parallel.zero_stage 0: what is not "
-            "sharded is not offloaded; use zero_stage 1, 2 or 3"
-        )
-    if parallel.offload_optimizer == "cpu":
-        return {"device": "cpu", "pin_memory": False}
-    if parallel.zero_stage != 3:
-        raise ValueError(
-            f"parallel.offload_optimizer nvme with parallel.zero_stage {parallel.zero_stage}: DeepSpeed offloads "
-            "to files at stage 3 alone; use zero_stage 3, or offload_optimizer cpu"
-        )
-    if not parallel.nvme_path:
-        raise ValueError("parallel.offload_optimizer nvme needs parallel.nvme_path, a folder on a fast local disk")
-    return {"device": "nvme", "nvme_path": parallel.nvme_path, "pin_memory": False}
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

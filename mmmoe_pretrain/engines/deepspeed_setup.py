@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import OptimizerConfig
 from mmmoe_pretrain.moe.layer import MoELayer
+from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Group, Groups
 
 
@@ -138,10 +139,12 @@ def adopt_experts(model: nn.Module, groups: Groups) -> None:
             module.num_experts = module.config.num_experts  # type: ignore[assignment]
 
 
-def sum_partial_gradients(model: nn.Module, groups: Groups) -> None:
-    """Under sequence parallelism: parameters that meet this rank's share of the tokens alone
-    (``sequence_parallel``, megatron-core's mark) get their gradient summed over the tensor ranks, which
-    megatron-core would do at the end of a step."""
+def join_tensor_ranks(model: nn.Module, groups: Groups) -> None:
+    """What the other engine does at the end of a step, here by gradient: parameters that meet a tensor rank's
+    share of the tokens alone (``sequence_parallel``, megatron-core's mark) get theirs summed over the tensor
+    ranks, and those that each of them computes alike averaged (``cuts.computed_alike``)."""
+    if groups.tensor_size == 1:
+        return
 
     def summed(grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
@@ -151,6 +154,8 @@ def sum_partial_gradients(model: nn.Module, groups: Groups) -> None:
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(summed)
+        elif computed_alike(parameter):
+            parameter.register_hook(lambda grad: summed(grad) / groups.tensor_size)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) -> torch.optim.AdamW:

@@ -60,14 +60,13 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-        batches = [batch.to(self.device) for batch in microbatches]
         if self.config.objectives.contrastive.cached:
-            self._fill_cache(batches)
-        reports = self._run(batches)
+            self._fill_cache(microbatches)
+        reports = self._run(microbatches)
         with megatron_cpu.optimizer_calls():
             _, grad_norm, _ = self.optimizer.step()
         everything = list(itertools.chain.from_iterable(reports))
-        losses, tokens = mean_losses(everything, self.models[0].loss_names, batches, self.groups, self.device)
+        losses, tokens = mean_losses(everything, self.models[0].loss_names, microbatches, self.groups, self.device)
         routing = [add_routing([report.routing for report in own]) for own in reports]
         for model, stats in zip(self.models, routing, strict=True):
             model.end_step(stats)
@@ -92,7 +91,7 @@ class MegatronEngine:
         reports: list[list[LossReport]] = [[] for _ in self.models]
 
         def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            output, report = wrapped(next(batch_iterator))
+            output, report = wrapped(next(batch_iterator).to(self.device))
             chunk = next(i for i, other in enumerate(self.wrapped) if other is wrapped)
             reports[chunk].append(report)
             return output, lambda loss: (loss, None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
+from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
@@ -27,7 +30,6 @@ def prepare() -> None:
 
 def transformer_config(config: RunConfig, groups: Groups) -> Any:
     """What Megatron's schedules, wrappers and gradient finalisation read of a model."""
-    from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     bf16 = config.train.precision == "bf16"
@@ -43,14 +45,31 @@ def transformer_config(config: RunConfig, groups: Groups) -> Any:
         virtual_pipeline_model_parallel_size=groups.virtual_size if groups.virtual_size > 1 else None,
         pipeline_dtype=dtype,
         batch_p2p_comm=groups.virtual_size == 1,  # two ranks would mix up the two ways of an interleaved batch
+        batch_p2p_sync=False,  # a wait of the host after every message, for versions of torch long gone
         expert_model_parallel_size=groups.expert_size,
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
         use_cpu_initialization=True,
         bf16=bf16,
         params_dtype=dtype,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=functools.partial(_finalize, groups),
     )
+
+
+def _finalize(groups: Groups, stages: list[Any], *args: Any, **kwargs: Any) -> None:
+    """megatron-core's, and the copies of the tensor ranks brought together; once a step."""
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(stages, *args, **kwargs)
+    if groups.tensor_size == 1:
+        return
+    alike = [p.main_grad for stage in stages for p in stage.parameters() if computed_alike(p)]
+    if alike:
+        together = torch.cat([grad.reshape(-1) for grad in alike])
+        dist.all_reduce(together, group=groups.tensor)
+        together /= groups.tensor_size  # gloo cannot average
+        for grad, mean in zip(alike, together.split([grad.numel() for grad in alike]), strict=True):
+            grad.copy_(mean.view_as(grad))
 
 
 def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConfig) -> list[Any]:

@@ -114,7 +114,9 @@ class MMMoE(nn.Module):
         segment_n = batch.segment_ids[: x_nD.shape[0]]
         total_SD = x_nD.new_zeros(num_segments + 1, x_nD.shape[1], dtype=torch.float32)
         total_SD = total_SD.index_add(0, segment_n, x_nD.float())
-        length_S = torch.bincount(segment_n, minlength=num_segments + 1).clamp(min=1)
+        length_S = torch.zeros(num_segments + 1, dtype=torch.int64, device=x_nD.device)
+        length_S.scatter_add_(0, segment_n, torch.ones_like(segment_n))  # bincount would make a GPU's host wait
+        length_S = length_S.clamp(min=1)
         mean_SD = total_SD / length_S[:, None]
         segment_MB = _segment_of_sample(batch, num_segments, num_samples)
         features = {}

@@ -25,9 +25,7 @@ class Trunk(nn.Module):
         self.groups, self.stage = groups, stage
         self.recompute = False  # keep each block's input alone for the backward pass
         self.blocks = nn.ModuleDict({str(i): Block(model, moe, i, groups) for i in stage.blocks})
-        self.norm = RMSNorm(model.hidden_size) if stage.last else None
-        if self.norm is not None and groups.sequence_parallel:
-            self.norm.weight.sequence_parallel = True  # type: ignore[attr-defined]  # its gradient is partial
+        self.norm = RMSNorm(model.hidden_size, groups) if stage.last else None
 
     def forward(self, x_nD: Tensor, plan: StreamPlan) -> tuple[Tensor, tuple[RoutingStats, ...]]:
         """[n, D] -> ([n, D], routing sums of each sparse block); n tokens, or this tensor rank's share."""

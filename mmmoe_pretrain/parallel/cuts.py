@@ -38,6 +38,13 @@ def mark_cut(parameter: nn.Parameter, groups: Groups) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
+def computed_alike(parameter: nn.Parameter) -> bool:
+    """Under tensor parallelism: every tensor rank holds the whole parameter and computes its whole gradient,
+    from the same numbers. Engines average it all the same: sums that are not deterministic on a GPU would let the
+    copies drift apart, and then a token near the edge between two experts would be sent to both."""
+    return not (getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "sequence_parallel", False))
+
+
 def mark_partial_gradient(parameter: nn.Parameter, groups: Groups) -> None:
     """For a whole parameter that meets a share of the tokens alone: an engine then sums its gradient
     over the tensor ranks. The mark is megatron-core's."""

@@ -104,8 +104,9 @@ def _clipping_without_zero(config: RunConfig, layout: Layout) -> str | None:
         return None
     return (
         f"parallel.zero_stage 0 with parallel.engine deepspeed, optimizer.clip_norm {config.optimizer.clip_norm:g} "
-        f"and parallel.expert_parallel_size {layout.expert}: DeepSpeed then clips by the mean of the ranks' norms, "
-        f"not by the gradient's (its issue 8475); use zero_stage 1, 2 or 3, expert_parallel_size: 1, or clip_norm: 0"
+        f"and parallel.expert_parallel_size {layout.expert}: without ZeRO, DeepSpeed takes the mean of the "
+        f"ranks' norms for the gradient's (its issue 8475); use zero_stage 1, 2 or 3, expert_parallel_size: 1, or "
+        f"clip_norm: 0"
     )
 
 
@@ -115,7 +116,7 @@ def _megatron_zero(config: RunConfig, layout: Layout) -> str | None:
     what = "gradients" if layout.zero_stage == 2 else "parameters"
     return (
         f"parallel.zero_stage {layout.zero_stage} shards {what}, and parallel.engine megatron shards optimizer state "
-        f"alone; use zero_stage: 1 (its distributed optimizer), or engine: deepspeed"
+        f"alone; use zero_stage: 1 (its distributed optimizer), or {_with_deepspeed(layout)}"
     )
 
 
@@ -152,42 +153,28 @@ def _overlap_param_gather(config: RunConfig, layout: Layout) -> str | None:
 
 def _offload(config: RunConfig, layout: Layout) -> str | None:
     target = config.parallel.offload_optimizer
-    if target == "none":
-        return None
-    needed = 3 if target == "nvme" else 1
-    stages = "3" if target == "nvme" else "1, 2 or 3"
-    if layout.engine == "megatron":
-        return (
-            f"parallel.offload_optimizer {target} with parallel.engine megatron, which keeps optimizer state on the "
-            f"device; use engine: deepspeed with zero_stage {stages}, or offload_optimizer: none with zero_stage: 1, "
-            f"which leaves each rank 1/{layout.data} of it"
-        )
-    if layout.zero_stage < needed:
-        return (
-            f"parallel.offload_optimizer {target} moves optimizer state that ZeRO sharded, and parallel.zero_stage "
-            f"is {layout.zero_stage}; use zero_stage {stages}, or offload_optimizer: none"
-        )
-    return None
-
-
-def _nvme_path(config: RunConfig, layout: Layout) -> str | None:
-    target, path = config.parallel.offload_optimizer, config.parallel.nvme_path
-    if target == "nvme" and not path:
-        return (
-            "parallel.offload_optimizer nvme needs parallel.nvme_path, a folder on a fast local disk; set it, or use "
-            "offload_optimizer: cpu"
-        )
-    if target != "nvme" and path:
-        return (
-            f"parallel.nvme_path {path} serves offload_optimizer nvme alone, and parallel.offload_optimizer is "
-            f"{target}; leave it out, or set offload_optimizer: nvme"
-        )
     if target == "nvme":
         return (
             "parallel.offload_optimizer nvme: DeepSpeed keeps optimizer state in files of its own, past which no "
             "checkpoint of a run is written or read yet, so that nothing could be resumed; use offload_optimizer: cpu"
         )
-    return None
+    if target == "none" or (layout.engine == "deepspeed" and layout.zero_stage > 0):
+        return None
+    if layout.engine == "deepspeed":
+        return (
+            "parallel.offload_optimizer cpu moves optimizer state that ZeRO sharded, and parallel.zero_stage is 0; "
+            "use zero_stage 1, 2 or 3, or offload_optimizer: none"
+        )
+    return (
+        f"parallel.offload_optimizer cpu with parallel.engine megatron, which keeps optimizer state on the device; "
+        f"use offload_optimizer: none with zero_stage: 1, which leaves each rank 1/{layout.data} of it, or "
+        f"{_with_deepspeed(layout)} and zero_stage 1, 2 or 3"
+    )
+
+
+def _with_deepspeed(layout: Layout) -> str:
+    """A remedy; that engine has no pipeline."""
+    return f"engine: deepspeed{' with pipeline_parallel_size: 1' if layout.pipeline > 1 else ''}"
 
 
 RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
@@ -200,5 +187,4 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _overlap_param_gather,
     _clipping_without_zero,
     _offload,
-    _nvme_path,
 )

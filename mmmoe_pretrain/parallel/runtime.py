@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+COUNTS_OF_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes of this start
+
 
 def local_device() -> torch.device:
     """The GPU of this rank, or the CPU where there is none. ValueError for more ranks than GPUs."""
@@ -22,6 +24,16 @@ def local_device() -> torch.device:
             f"(launch/torchrun.sh {gpus} ...), or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     return torch.device("cuda", rank)
+
+
+def _refuse_many_alone() -> None:
+    """Many processes of a launcher that each take themselves for the only one would write one run's folder."""
+    for variable in () if "WORLD_SIZE" in os.environ else COUNTS_OF_LAUNCHERS:
+        if int(os.environ.get(variable, "1")) > 1:
+            raise ValueError(
+                f"{variable} is {os.environ[variable]}, and WORLD_SIZE is not set: every process would train alone "
+                f"into the same folder; start the ranks by torchrun (launch/torchrun.sh), and that once a machine"
+            )
 
 
 @contextmanager
@@ -38,6 +50,7 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
         backend = "nccl"
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
+    _refuse_many_alone()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

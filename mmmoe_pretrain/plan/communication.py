@@ -4,8 +4,8 @@ Engine megatron. Bytes are counted as ``parallel/counting.py`` counts them, so t
 against a measurement (``benchmarks/scaling.py``). Everything is exact but for what routing decides: how
 many rows and assignments go to other ranks. Those are given, or ``expected_routed``.
 
-Not here: cached contrastive batches, DeepSpeed's engine, overlap (it changes when, not how much, but cuts
-the gradients into more calls), and more than one chunk of dispatch in flight (more calls, as many bytes).
+Not here: cached contrastive batches, DeepSpeed's engine, and overlap (it changes when, not how much, but cuts
+the gradients into more calls).
 
 Shapes: n tokens, t rows of a tensor rank, D hidden size, K experts a token, E experts, R ranks of the group.
 """
@@ -71,12 +71,13 @@ class Microbatch:
 @dataclass(frozen=True)
 class Parameter:
     """A rank's part of one. ``partial``: its gradient is summed over the tensor ranks, since it meets a
-    share of the tokens alone."""
+    share of the tokens alone. ``alike``: each tensor rank computes all of it, and they take the mean."""
 
     numel: int
     bytes: int  # of an element
     expert: bool
     partial: bool = False
+    alike: bool = False
 
 
 def step_traffic(
@@ -96,7 +97,7 @@ def step_traffic(
     mixed = any(is_sparse(config.moe, index) for index in range(config.model.num_layers))
     for held in parameters:
         found += gradients(layout, held)
-    found += _partial_gradients(layout, [parameter for held in parameters for parameter in held])
+    found += _joined_gradients(layout, [parameter for held in parameters for parameter in held])
     found += _norm(layout, mixed)
     found += _reports(config, layout)
     return [transfer for transfer in found if transfer.ranks > 1]
@@ -273,10 +274,14 @@ def padded_numel(numels: Sequence[int], ranks: int) -> int:
     return _padded(end, math.lcm(ranks, BUCKET_ALIGNMENT))
 
 
-def _partial_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
-    numel = sum(p.numel for p in parameters if p.partial)
-    if numel and layout.sequence_parallel:
-        yield _ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, numel * FP32)
+def _joined_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
+    """Between tensor ranks: sums of partial gradients, means of those that each computes alike."""
+    partial = sum(p.numel for p in parameters if p.partial)
+    if partial and layout.sequence_parallel:
+        yield _ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, partial * FP32)
+    alike = sum(p.numel for p in parameters if p.alike)
+    if alike:
+        yield _ring("gradients computed alike", ALL_REDUCE, TENSOR, layout.tensor, alike * FP32)
 
 
 def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:

@@ -20,7 +20,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import Loader, make_loader
+from mmmoe_pretrain.data.loader import Loader, make_loader, microbatch_size
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.modalities import Codecs, build_codecs
@@ -64,6 +64,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     """
     torch.set_num_threads(config.train.threads_per_rank)
     with process_group(config.parallel.timeout_minutes) as device:
+        layout = resolve_layout(config, dist.get_world_size())
+        microbatch_size(config, layout.data)
         _check_run_dir(config, resume, overwrite)
         codecs = build_codecs(config)
         resolve_layout(config, dist.get_world_size(), codecs.text.vocab_size)

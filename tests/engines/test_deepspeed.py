@@ -269,15 +269,6 @@ def test_own_json_goes_over_what_our_keys_say() -> None:
     assert found["gradient_clipping"] == 1.0
 
 
-def test_nvme_is_a_place_in_the_json() -> None:
-    found = settings(zero_stage=3, offload_optimizer="nvme", nvme_path="scratch")
-    assert found["zero_optimization"]["offload_optimizer"] == {
-        "device": "nvme",
-        "nvme_path": "scratch",
-        "pin_memory": False,
-    }
-
-
 @pytest.mark.parametrize("own,message", [
     ({"zero_optimisation": {}}, r"unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
     ({"zero_optimization": {"reduce_buket_size": 5}},
@@ -299,16 +290,6 @@ def test_nvme_is_a_place_in_the_json() -> None:
 def test_a_wrong_key_or_value_is_refused_by_name(own: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(zero_stage=1, deepspeed=own)
-
-
-@pytest.mark.parametrize("parallel,message", [
-    ({"zero_stage": 0, "offload_optimizer": "cpu"}, "use zero_stage 1, 2 or 3"),
-    ({"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "use zero_stage 3"),
-    ({"zero_stage": 3, "offload_optimizer": "nvme"}, "needs parallel.nvme_path"),
-])  # fmt: skip
-def test_offload_that_cannot_be_is_refused(parallel: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**parallel)
 
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
@@ -33,7 +33,10 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     precision: str = "fp32"
     train: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
-    cached: bool = False  # contrastive learning alone, over the whole step
+    cached: Literal["", "alone", "beside all"] = (
+        ""  # the contrastive loss over the whole step, beside all losses or not
+    )
+    chunks: int = 1  # in which tokens travel
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
     one_expert: bool = False  # routers that send every token to the same experts
 
@@ -44,8 +47,15 @@ class Case:
 
     def config(self, root: Path) -> RunConfig:
         parallel = {"expert_parallel_size": 1, **self.parallel, "engine": self.engine, "zero_stage": self.zero_stage}
-        config = config_of(root, parallel, self.precision, self.train)
-        return contrastive_alone(config) if self.cached else config
+        if self.zero_stage == 3:  # else it would leave parameters as small as these whole
+            parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
+        values = config_of(root, parallel, self.precision, self.train).model_dump(mode="json")
+        values["objectives"]["contrastive"]["cached"] = bool(self.cached)
+        values["moe"]["dispatch_chunks"] = self.chunks
+        if self.cached == "alone":  # nothing that goes by microbatches
+            values["objectives"]["captioning"]["weight"] = 0.0
+            values["moe"] |= {"losses": {}, "bias_balancing": {}}
+        return run_config.parse(values)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
@@ -61,7 +71,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
     "PP2 x VPP2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
     "TP2 x EP2": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     "PP2 x EP2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
-    "TP2 x PP2 x EP2": (8, {"tensor_parallel_size": 2, "sequence_parallel": True, "pipeline_parallel_size": 2,
+    "TP2 + SP x PP2 x EP2": (8, {"tensor_parallel_size": 2, "sequence_parallel": True, "pipeline_parallel_size": 2,
                             "expert_parallel_size": 2}),
 }  # fmt: skip
 
@@ -77,15 +87,6 @@ def all_cases() -> list[Case]:
         cases += [Case(layout, ranks, "deepspeed", zero, degrees) for zero in (1, 2, 3)]
         cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16")]
     return cases
-
-
-def contrastive_alone(config: RunConfig) -> RunConfig:
-    """The contrastive loss of all samples of a step at once, and nothing that goes by microbatches."""
-    values = config.model_dump(mode="json")
-    values["objectives"]["contrastive"]["cached"] = True
-    values["objectives"]["captioning"]["weight"] = 0.0
-    values["moe"] |= {"losses": {}, "bias_balancing": {}}
-    return run_config.parse(values)
 
 
 def config_of(

@@ -1,18 +1,12 @@
 """The losses of a hundred steps, on record, and every layout against them.
 
-    python -m tests.layouts.golden            every layout; the last line is "N passed, N failed"
-    python -m tests.layouts.golden --record   one process writes them anew: after a change that means to change them
-
 Bound: over the hundred steps layouts were seen to stay within 1e-6 of one process in the loss (which falls from
 10.8 to 5.8); ten times that leaves room for the sums of other processors. A wrong scale shows in the second decimal.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,25 +58,3 @@ def record(root: Path) -> None:
     losses = run_ranks(1, train_alone, root, STEPS, timeout=SECONDS_A_CASE)[0].losses
     rows = [json.dumps({name: round(value, 8) for name, value in step.items()}) for step in losses]
     RECORD.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write the record anew")
-    parser.add_argument("--only", nargs="+", help="cases whose name contains one of these")
-    args = parser.parse_args()
-    failed, cases = 0, [c for c in golden_cases() if not args.only or any(part in c.name for part in args.only)]
-    with tempfile.TemporaryDirectory() as folder:
-        if args.record:
-            record(Path(folder))
-            return 0
-        for case in cases:
-            difference = run(case, Path(folder))
-            failed += difference > BOUND
-            print(f"{case.name:<40} largest difference over {STEPS} steps {difference:.1e}", flush=True)
-    print(f"{len(cases) - failed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

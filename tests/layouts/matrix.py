@@ -1,8 +1,5 @@
 """The parity matrix: every layout under every engine against one process.
 
-    python -m tests.layouts.matrix                             print it; the last line is "N passed, N failed"
-    python -m tests.layouts.matrix --write docs/parallelism.md put the table there, between its marks
-
 Bounds. In fp32 layouts differ in the order of sums, about 1e-7 relative each. Adam divides by the root of
 the second moment plus eps; the run takes eps = 1e-4 so that a rounding of 1e-8 in a gradient moves a weight by
 no more than learning rate * 1e-8 / eps = 3e-7. A lost or doubled gradient shows in the second decimal. bf16
@@ -12,11 +9,8 @@ process in bf16 within 3% of a loss and 10% of a norm; weights can say no more t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.distributed import run_ranks
-from tests.layouts.cases import LEARNING_RATE, STEPS, Case, all_cases
+from tests.layouts.cases import LEARNING_RATE, STEPS, Case
 from tests.layouts.train import Outcome, assemble, start_ranks, train_alone
 
 LOSS, NORM, WEIGHT = (
@@ -123,24 +117,3 @@ def write(path: Path, text: str) -> None:
     if not (found and ended):
         raise ValueError(f"{path} has no place for the table; it needs the lines {BEGIN} and {END}")
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="a Markdown file with the marks of the table")
-    parser.add_argument("--only", nargs="+", help="cases whose name contains one of these")
-    args = parser.parse_args()
-    cases = [c for c in all_cases() if not args.only or any(part in c.name for part in args.only)]
-    with tempfile.TemporaryDirectory() as folder:
-        verdicts = run(cases, Path(folder))
-    text = table(verdicts)
-    print(text)
-    if args.write:
-        write(args.write, text)
-    failed = sum(not verdict.passed for verdict in verdicts)
-    print(f"{len(verdicts) - failed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

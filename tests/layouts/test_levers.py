@@ -31,6 +31,7 @@ LEVERS = {
         "DP2", 1, parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "parameters gathered during the forward pass of stages": case(
         "PP2 x VPP2", 1, parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tokens sent in chunks": case("EP2", chunks=2),
     "ZeRO-2, blocks computed again": case("EP2", 2, "deepspeed", train={"recompute": "blocks"}),
     "ZeRO-3, blocks computed again": case("DP2", 3, "deepspeed", train={"recompute": "blocks"}),
     "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
@@ -47,6 +48,19 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Verdi
 @pytest.mark.parametrize("name", LEVERS)
 def test_the_lever_changes_nothing(verdicts: dict[str, matrix.Verdict], name: str) -> None:
     assert verdicts[name].passed, verdicts[name]
+
+
+def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> None:
+    """Against one process of the megatron engine, which computes it in the same two passes."""
+    layouts = [case(name, cached="beside all") for name in ("DP2", "PP2 x VPP2", "TP2 + SP")]
+    layouts.append(case("DP2", 3, "deepspeed", cached="beside all"))
+    one_process = Case("one process", 1, "megatron", 0, {}, cached="beside all")
+    alone = start_ranks(1, [one_process], tmp_path, STEPS, 90)[0][0]
+    assert "captioning" in alone.losses[0] and "aux/balance" in alone.losses[0]
+    outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
+    for i, one in enumerate(layouts):
+        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
+        assert verdict.passed, verdict
 
 
 def one_batch_a_step(config: RunConfig) -> Outcome:
@@ -76,7 +90,7 @@ def _clipped(model: PretrainingModel, config: RunConfig) -> float:
 
 
 def test_a_cached_contrastive_loss_is_that_of_one_large_batch(tmp_path: Path) -> None:
-    cases = [case(layout, cached=True) for layout in CACHED] + [case("DP2", 3, "deepspeed", cached=True)]
+    cases = [case(layout, cached="alone") for layout in CACHED] + [case("DP2", 3, "deepspeed", cached="alone")]
     config = cases[0].config(tmp_path)
     plain = config.objectives.contrastive.model_copy(update={"cached": False})
     objectives = config.objectives.model_copy(update={"contrastive": plain})

@@ -20,6 +20,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
 from tests.layouts.cases import GLOBAL, LEARNING_RATE, MICROBATCHES, STEPS, VOCAB, Case, config_of, global_microbatch
 
+BEATS_ANY_SCORE = 10.0  # a bias on sigmoid scores, which are below 1
 Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
 
 
@@ -56,7 +57,7 @@ def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outc
         state = {name: held.clone() for name, held in engine.export_state().items()}
         for name, held in state.items():
             if name.endswith("router.bias"):
-                held.value[0].tensor[:, :2] = 10.0
+                held.value[0].tensor[:, :2] = BEATS_ANY_SCORE
         engine.import_state(state, steps_done=0)
     losses, norms, tokens = [], [], []
     for step in range(steps):
@@ -85,7 +86,7 @@ def train_alone(root: Path, steps: int = STEPS, samples: Sequence[str] = GLOBAL,
     if one_expert:
         for name, bias in persistent_buffers(model).items():
             if name.endswith("router.bias"):
-                bias[:, :2] = 10.0
+                bias[:, :2] = BEATS_ANY_SCORE
     optimizer = adamw(model, config)
     losses, norms, tokens = [], [], []
     for step in range(steps):

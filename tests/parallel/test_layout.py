@@ -185,24 +185,23 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     ),
     "offload under Megatron": (
         2, {"offload_optimizer": "cpu", "zero_stage": 1}, {},
-        "offload_optimizer cpu with parallel.engine megatron.*deepspeed with zero_stage 1, 2 or 3, or .*1/2 of it",
+        "offload_optimizer cpu with parallel.engine megatron.*1/2 of it, or engine: deepspeed and zero_stage 1",
     ),
     "offload without ZeRO": (
         2, {**DEEPSPEED, "offload_optimizer": "cpu", "expert_parallel_size": 1}, {},
         "offload_optimizer cpu .*zero_stage is 0; use zero_stage 1, 2 or 3, or offload_optimizer: none",
     ),
-    "nvme without ZeRO 3": (
-        2, {**DEEPSPEED, "offload_optimizer": "nvme", "nvme_path": "disk", "zero_stage": 2}, {},
-        "offload_optimizer nvme .*zero_stage is 2; use zero_stage 3",
-    ),
     "nvme, whose state no checkpoint holds": (
-        2, {**DEEPSPEED, "offload_optimizer": "nvme", "nvme_path": "disk", "zero_stage": 3}, {},
+        2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 3}, {},
         "nothing could be resumed; use offload_optimizer: cpu",
     ),
-    "nvme without a path": (
-        2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 3}, {}, "needs parallel.nvme_path.*set it",
+    "ZeRO 2 with a pipeline": (
+        2, {"pipeline_parallel_size": 2, "zero_stage": 2}, {},
+        "or engine: deepspeed with pipeline_parallel_size: 1",
     ),
-    "a path without nvme": (1, {"nvme_path": "disk"}, {}, "nvme_path disk .*offload_optimizer is none; leave it out"),
+    "ZeRO 2 with a pipeline under DeepSpeed": (
+        2, {**DEEPSPEED, "pipeline_parallel_size": 2, "zero_stage": 2}, {}, "set engine: megatron, or",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,49 @@
+"""All layouts against one process, and against the losses on record: what `make parity` runs.
+
+python -m tests.layouts.parity                                the last line is "N passed, N failed"
+python -m tests.layouts.parity --write docs/parallelism.md    put the table there, between its marks
+python -m tests.layouts.parity --only TP2 deepspeed           cases whose name contains one of these
+python -m tests.layouts.parity --record                       write the losses of one process anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.layouts import golden, matrix
+from tests.layouts.cases import Case, all_cases
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="a Markdown file with the marks of the table")
+    parser.add_argument("--only", nargs="+", default=[""])
+    parser.add_argument("--record", action="store_true")
+    args = parser.parse_args()
+
+    def wanted(cases: list[Case]) -> list[Case]:
+        return [case for case in cases if any(part in case.name for part in args.only)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.record:
+            golden.record(Path(folder))
+            return 0
+        verdicts = matrix.run(wanted(all_cases()), Path(folder))
+        text = matrix.table(verdicts)
+        print(text, flush=True)
+        if args.write:
+            matrix.write(args.write, text)
+        passed = [verdict.passed for verdict in verdicts]
+        for case in wanted(golden.golden_cases()):
+            difference = golden.run(case, Path(folder))
+            passed.append(difference <= golden.BOUND)
+            print(f"{case.name:<45} largest difference over {golden.STEPS} steps {difference:.1e}", flush=True)
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
