@@ -1,7 +1,10 @@
 """The losses of a hundred steps, on record, and every layout against them.
 
-Bound: over the hundred steps layouts were seen to stay within 1e-6 of one process in the loss (which falls from
-10.8 to 5.8); ten times that leaves room for the sums of other processors. A wrong scale shows in the second decimal.
+Bounds: layouts were seen to stay within 1e-6 of one process in the loss (which falls from 10.8 to 5.8) for 74 steps
+and more; ten times that leaves room for the sums of other processors. Of some 100,000 routing decisions one may then
+fall within rounding of two experts and go the other way, after which losses differed by up to 2e-3 (in two cases of
+eleven, in one of them from step 74 on): the second half is held to five times that. A wrong scale shows in the second
+decimal at once.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from tests.layouts.cases import LAYOUTS, Case
 from tests.layouts.train import Outcome, start_ranks, train_alone
 
 STEPS = 100
-BOUND = 1e-5
+BOUNDS = (1e-5, 1e-2)  # of the first half of the steps, and of the second
 RECORD = Path(__file__).resolve().parents[1] / "assets" / "golden_losses.json"
 SECONDS_A_CASE = 400.0
 
@@ -35,22 +38,25 @@ def recorded() -> list[dict[str, float]]:
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-def largest_difference(ranks: Sequence[Outcome]) -> float:
-    """Of any loss at any step on any rank from the record."""
+def largest_differences(ranks: Sequence[Outcome]) -> tuple[float, float]:
+    """Of any loss on any rank from the record, in the first half of the steps and in the second."""
     golden = recorded()
     assert all(len(rank.losses) == len(golden) for rank in ranks)
-    return max(
-        abs(mine[name] - value)
-        for rank in ranks
-        for mine, step in zip(rank.losses, golden, strict=True)
-        for name, value in step.items()
-    )
+    by_step = [
+        max(abs(rank.losses[i][name] - value) for rank in ranks for name, value in step.items())
+        for i, step in enumerate(golden)
+    ]
+    return max(by_step[: STEPS // 2]), max(by_step[STEPS // 2 :])
 
 
-def run(case: Case, root: Path) -> float:
-    """Train the case; its largest difference."""
+def within_bounds(differences: tuple[float, float]) -> bool:
+    return all(difference <= bound for difference, bound in zip(differences, BOUNDS, strict=True))
+
+
+def run(case: Case, root: Path) -> tuple[float, float]:
+    """Train the case; its largest differences."""
     outcomes = start_ranks(case.ranks, [case], root, STEPS, SECONDS_A_CASE)
-    return largest_difference([rank[0] for rank in outcomes])
+    return largest_differences([rank[0] for rank in outcomes])
 
 
 def record(root: Path) -> None:
