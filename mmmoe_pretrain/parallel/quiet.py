@@ -28,5 +28,7 @@ def quiet_calls() -> None:
     and gives a hint on CUDA's queues without CUDA too. A filter for good, since most of this happens in
     backward passes."""
     warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning)
+    # Its sharded optimizer looks for gradients on views of parameters, where there are none.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute", module=r"megatron\.core\.optimizer")
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
