@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +36,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
+from benchmarks.stepping.workload import BOS, EOS, VOCAB_SIZE, random_samples
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.engines.apply import build_engine
@@ -48,7 +48,6 @@ from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB_SIZE, BOS, EOS = 1024, 1, 2
 MODEL = ["model.num_layers=8", "moe.experts_per_token=2"]
 LEVERS = {
     "none": [],
@@ -106,24 +105,9 @@ class Row:
     losses: dict[str, float]  # of the first step
 
 
-def random_samples(config: RunConfig, count: int) -> list[Sample]:
-    """Picture, about 1.4 s of sound and about ten pieces of text a sample, as in the demo's data."""
-    rng = np.random.default_rng(count)
-    side, audio = config.modalities.image.size, config.modalities.audio
-    return [
-        Sample(
-            SampleMeta(f"s{i}", group=f"g{i}"),
-            image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
-            audio=rng.normal(size=(audio.n_mels, audio.patch * int(rng.integers(10, 26)))).astype(np.float32),
-            text=rng.integers(4, VOCAB_SIZE, int(rng.integers(4, 17))),
-        )
-        for i in range(count)
-    ]
-
-
 def batches(config: RunConfig, samples: int, parts: int) -> list[Batch]:
     """The same samples in ``parts`` microbatches; each sample keeps its position, and so its tasks."""
-    made, settings = random_samples(config, samples), PackSettings(
+    made, settings = random_samples(config, samples, seed=samples), PackSettings(
         config.modalities, BOS, EOS, config.objectives.captioning, config.seed
     )  # fmt: skip
     size = samples // parts

@@ -108,6 +108,11 @@ class Batch:
         """T, padding included."""
         return int(self.valid.shape[0])
 
+    @property
+    def num_valid(self) -> int:
+        """Tokens without padding; known on the host, so that no GPU is waited for."""
+        return sum(rows.shape[0] for rows in self.rows)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
         return dataclasses.replace(

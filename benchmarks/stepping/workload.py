@@ -66,19 +66,24 @@ def step_config(size: Size, balance: float = BALANCE, clip_norm: float = 1.0) ->
     )
 
 
-def random_batch(config: RunConfig, samples: int, seed: int) -> Batch:
+def random_samples(config: RunConfig, count: int, seed: int) -> list[Sample]:
     """Picture, about 1.4 s of sound and about ten pieces of text a sample, as in the demo's data."""
     rng = np.random.default_rng(seed)
     side, audio = config.modalities.image.size, config.modalities.audio
-    made = [
+    return [
         Sample(
             SampleMeta(f"s{seed}-{i}", group=f"g{seed}-{i}"),
             image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
             audio=rng.normal(size=(audio.n_mels, audio.patch * int(rng.integers(10, 26)))).astype(np.float32),
             text=rng.integers(4, VOCAB_SIZE, int(rng.integers(4, 17))),
         )
-        for i in range(samples)
+        for i in range(count)
     ]
+
+
+def random_batch(config: RunConfig, samples: int, seed: int) -> Batch:
+    """That many random samples, packed."""
+    made = random_samples(config, samples, seed)
     return pack(made, PackSettings(config.modalities, BOS, EOS, config.objectives.captioning, config.seed))
 
 

@@ -149,7 +149,7 @@ class _Stage(nn.Module):
         received = None
         if not self.model.stage.first:
             assert self._received is not None
-            received = self._received[: _shard(_valid(batch), self.model.groups), 0]
+            received = self._received[: _shard(batch.num_valid, self.model.groups), 0]
         output, report = self.model(batch, received)
         if not self.model.stage.last:
             output = F.pad(output, (0, 0, 0, self.rows - output.shape[0]))[:, None]
@@ -158,11 +158,7 @@ class _Stage(nn.Module):
 
 def rows_of(batch: Batch, groups: Groups) -> int:
     """Rows of hidden states that a tensor rank sends of ``batch``; one at least: messages are never empty."""
-    return max(1, _shard(_valid(batch), groups))
-
-
-def _valid(batch: Batch) -> int:
-    return sum(rows.shape[0] for rows in batch.rows)
+    return max(1, _shard(batch.num_valid, groups))
 
 
 def _shard(valid: int, groups: Groups) -> int:

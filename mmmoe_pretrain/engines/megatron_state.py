@@ -30,7 +30,7 @@ class MegatronState:
 
     def export(self) -> ShardedState:
         """Views of what this rank holds."""
-        shards = {parameter: (main, start) for _, parameter, main, start in self._shards()}
+        shards = {parameter: (main, start) for parameter, main, start in self._shards()}
         states = {main: state for inner in self._inner() for main, state in inner.optimizer.state.items()}
         found: ShardedState = {}
         for model in self._models:
@@ -90,7 +90,7 @@ class MegatronState:
         optimizers = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         return [inner for inner in optimizers if getattr(inner, "optimizer", None) is not None]
 
-    def _shards(self) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
+    def _shards(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Of the distributed optimizer: each parameter of which this rank holds a stretch, the stretch,
         and where it begins in the flat parameter."""
         if not self._distributed:
@@ -104,4 +104,4 @@ class MegatronState:
                 for parameters, mains in zip(of_model, of_shards, strict=True):
                     for parameter, main in zip(parameters, mains, strict=True):
                         held = inner._get_model_param_range_map(parameter)["param"]
-                        yield inner, parameter, main, held.start
+                        yield parameter, main, held.start

@@ -35,7 +35,7 @@ def mean_losses(
                 sums[i] += report.losses[name]
     sums[:-1] /= len(batches)
     if groups.pipeline_rank == 0:
-        sums[-1] = sum(rows.shape[0] for batch in batches for rows in batch.rows)
+        sums[-1] = sum(batch.num_valid for batch in batches)
     for group in (groups.data, groups.pipeline):
         if group_size(group) > 1:
             dist.all_reduce(sums, group=group)

@@ -48,7 +48,7 @@ class TokenInfo:
 
 def token_info(batch: Batch, draw: int = 0) -> TokenInfo:
     """The valid tokens of a packed batch; a fused segment is for captioning, the others for contrast."""
-    num_valid = sum(rows.shape[0] for rows in batch.rows)  # known on the host: no synchronisation
+    num_valid = batch.num_valid
     segment_ids_n = batch.segment_ids[:num_valid]
     fused_S = (batch.pool_sample < 0).to(torch.int64)  # TASKS: contrastive, captioning
     text = MODALITY_ID["text"]
