@@ -89,4 +89,4 @@ def random_batch(config: RunConfig, samples: int, seed: int) -> Batch:
 
 def valid_tokens(batch: Batch) -> int:
     """Without padding."""
-    return sum(rows.shape[0] for rows in batch.rows)
+    return batch.num_valid

@@ -66,7 +66,7 @@ def _served(routing: Routing) -> np.ndarray:
 
 def origins(batch: Batch, config: ModalitiesConfig) -> Origins:
     """The origins of the valid tokens. A fused segment is of the sample that its image or audio is of."""
-    num_valid = sum(rows.shape[0] for rows in batch.rows)
+    num_valid = batch.num_valid
     segment_n = _numpy(batch.segment_ids[:num_valid])
     sample_S = _numpy(batch.pool_sample).copy()
     inputs = {"image": config.image.num_tokens, "audio": batch.audio.shape[2] // config.audio.patch}
