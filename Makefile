@@ -9,7 +9,7 @@ SHELL_FILES := $(wildcard launch/*.sh) .ci/run
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity bench compare clean
+.PHONY: help demo test check parity reshard chaos fuzz bench compare clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ check: $(STAMP) ## Lint, check the format and the types
 
 parity: $(STAMP) ## Train every layout against one process (10 minutes on 2 cores); write docs/parallelism.md
 	@$(BIN)/python -W ignore -m tests.layouts.parity --write docs/parallelism.md
+
+reshard: $(STAMP) ## Save under each layout and engine, go on under every other (10 minutes)
+	@$(BIN)/python -W ignore -m tests.layouts.reshard
+
+chaos: $(STAMP) ## Kill ranks of a run 50 times, and compare it with an undisturbed one (10 minutes)
+	@$(BIN)/python -W ignore -m tests.chaos.run
+
+fuzz: $(STAMP) ## Feed 20,000 damaged files to everything that reads files (10 minutes)
+	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
 
 bench: $(STAMP) ## Run every benchmark with --quick, beside its peers
 	@set -e; $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'; \

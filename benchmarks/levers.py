@@ -1,175 +1,87 @@
-"""What the levers of memory and speed buy and cost: recomputation, torch.compile, the cached contrastive loss.
+"""What the levers of memory and speed buy and cost, each beside the same run without it.
 
-Whole optimizer steps of one process (data ready), a deeper demo with two experts a token. All variants step
-in turn in one run; medians. Memory is the largest sum of live tensors of a step beyond those that were there
-before it (on a CPU counted as operations make and drop them, on a GPU by the allocator), so that it holds
-activations, gradients in flight and temporaries, not parameters, main gradients or moments. (Of a CPU's
-buffers above ``moe.memory.MALLOC_RECYCLES``, which experts keep for reuse, it knows nothing; the sizes here
-stay below.) Time on a CPU is that of one thread.
+Recomputation, torch.compile, bf16 and fp16, and the cached contrastive loss in one process; tokens sent in
+chunks, overlapped reductions and gathers, and optimizer state on the host over two ranks. Whole optimizer steps
+(data ready) of a deeper demo with two experts a token. All variants of a table step in turn in one run; a time
+ratio is the median over the repeats of ratios of neighbouring steps. Memory is the largest sum of live tensors
+of a step beyond those that were there before it (on a CPU counted as operations make and drop them, on a GPU by
+the allocator), so that it holds activations, gradients in flight and temporaries, not parameters, main gradients
+or moments; but for the levers of two ranks on GPUs, where it is all that the engine holds. (Of a CPU's buffers
+above ``moe.memory.MALLOC_RECYCLES``, which experts keep for reuse, it knows nothing; the sizes here stay below.)
+Time on a CPU is that of one thread; of ranks, the wall clock of the slower.
 
 ``cached``: N microbatches whose contrastive loss is of them all, beside one batch of all their samples (the
 same loss) and beside plain accumulation (negatives of one microbatch alone). That variants compute the same
 is checked by their first losses.
 
+What a CPU cannot show, and is printed beside the numbers: half types are not faster where the processor has no
+arithmetic for them; overlap needs something that transfers while the ranks compute, and gloo takes the cores that
+compute; memory of the device and of the host are one, so that moving state between them saves nothing.
+
 Prints tables and, as its last line, one JSON object of ratios: below 1 is less memory or time.
-``*_recompute_*`` and ``time_compile`` are against the same step without the lever, ``*_cached_S`` against one
-batch of S samples, ``time_cached_S_vs_accumulated`` against the same microbatches with small negatives.
+``*_cached_S`` are against one batch of S samples, ``time_cached_S_vs_accumulated`` against the same microbatches
+with small negatives, all others against the same step without the lever.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
-from benchmarks.stepping.workload import BOS, EOS, VOCAB_SIZE, random_samples
+from benchmarks.common.forked import on_ranks
+from benchmarks.common.start_deepspeed import prepare_deepspeed
+from benchmarks.levering.measure import Row, Variant, batches, check_same, measure, show
+from benchmarks.levering.ranks import FAMILIES, RANKS, measure_family
+from benchmarks.stepping.workload import VOCAB_SIZE
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.engines.megatron import prepare
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ["model.num_layers=8", "moe.experts_per_token=2"]
+COMPILE = "compile"
 LEVERS = {
     "none": [],
     "recompute_experts": ["train.recompute=experts"],
     "recompute_blocks": ["train.recompute=blocks"],
-    "compile": ["train.compile=blocks"],
+    "bf16": ["train.precision=bf16"],
+    "fp16": ["train.precision=fp16"],
+    COMPILE: ["train.compile=blocks"],
 }
 MICROBATCHES = 4
 CACHED = ["objectives.contrastive.cached=true", f"train.num_microbatches={MICROBATCHES}"]
-# Of first losses. Recomputation comes after them; compiled and cached steps sum in another order in fp32.
-SAME = {"recompute_experts": 0.0, "recompute_blocks": 0.0, "compile": 1e-4, "cached": 1e-4}
+TIMEOUT = 600.0  # seconds for one layout of two ranks
+ON_A_CPU = (
+    "bf16, fp16: their time is of this processor's arithmetic in them, which may be emulated",
+    "overlap_*, dispatch_chunks: gloo's transfers take the cores that compute, so that there is little to hide",
+    "offload_cpu: the device's memory is the host's; the time is that of the copies, and nothing is saved",
+)
 
 
-class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that operations have made since and that are still held; ``peak`` of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and id(x.untyped_storage()) not in before | self._known:
-                self._see(x.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size).atexit = False
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-@dataclass(frozen=True)
-class Variant:
-    engine: Engine
-    microbatches: list[Batch]
-
-    def step(self) -> dict[str, float]:
-        return self.engine.step(self.microbatches, 1e-4).losses
-
-
-@dataclass(frozen=True)
-class Row:
-    seconds: float
-    peak: int  # bytes
-    losses: dict[str, float]  # of the first step
-
-
-def batches(config: RunConfig, samples: int, parts: int) -> list[Batch]:
-    """The same samples in ``parts`` microbatches; each sample keeps its position, and so its tasks."""
-    made, settings = random_samples(config, samples, seed=samples), PackSettings(
-        config.modalities, BOS, EOS, config.objectives.captioning, config.seed
-    )  # fmt: skip
-    size = samples // parts
-    return [pack(made[i : i + size], settings, range(i, i + size)) for i in range(0, samples, size)]
-
-
-def clock_for(device: torch.device) -> Callable[[], float]:
-    def cuda_clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return cuda_clock if device.type == "cuda" else time.process_time
-
-
-def peak_of(work: Callable[[], object], device: torch.device) -> int:
-    if device.type != "cuda":
-        with LiveTensors() as tensors:
-            work()
-        return tensors.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(variants: dict[str, Variant], repeats: int, device: torch.device) -> dict[str, Row]:
-    """The first step warms up, the last one is for memory: after a counter of operations torch runs no
-    compiled function any more."""
-    clock = clock_for(device)
-    losses = {name: variant.step() for name, variant in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, variant in variants.items():
-            began = clock()
-            variant.step()
-            seconds[name].append(clock() - began)
-    peaks = {name: peak_of(variant.step, device) for name, variant in variants.items()}
-    return {name: Row(statistics.median(seconds[name]), peaks[name], losses[name]) for name in variants}
-
-
-def check_same(rows: dict[str, Row], yardstick: str) -> None:
-    """Raise RuntimeError where a variant's contrastive losses are not those of the yardstick."""
+def ratios(rows: dict[str, Row], yardstick: str = "none") -> dict[str, float]:
+    """Of each lever's time and peak; compiled functions do not run under a counter of operations."""
+    found, base = {}, rows[yardstick]
     for name, row in rows.items():
-        for loss, expected in rows[yardstick].losses.items():
-            bound = SAME.get(name)
-            if bound is None or not loss.startswith("contrastive"):
-                continue
-            if abs(row.losses[loss] - expected) > bound * abs(expected):
-                raise RuntimeError(f"{name} computes {loss} {row.losses[loss]!r}, {yardstick} {expected!r}")
+        if name != yardstick:
+            found[f"time_{name}"] = row.time_against(base)
+            if name != COMPILE:
+                found[f"memory_{name}"] = row.peak / base.peak
+    return found
 
 
-def show(title: str, rows: dict[str, Row], yardstick: str) -> None:
-    print(f"{title:<32}{'ms a step':>12}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
-    for name, row in rows.items():
-        base = rows[yardstick]
-        print(f"{name:<32}{1e3 * row.seconds:>12.1f}{row.seconds / base.seconds:>8.2f}"
-              f"{row.peak / 1e6:>10.1f}{row.peak / base.peak:>8.2f}")  # fmt: skip
-
-
-def recompute_and_compile(path: Path, levers: list[str], samples: int, repeats: int, groups: Groups,
-                          device: torch.device) -> dict[str, float]:  # fmt: skip
-    """Ratios against the step without a lever."""
+def alone(path: Path, levers: list[str], samples: int, repeats: int, groups: Groups,
+          device: torch.device) -> dict[str, float]:  # fmt: skip
+    """The levers of one process."""
     variants = {}
     for name in levers:
         config = run_config.load(path, [*MODEL, *LEVERS[name]])
@@ -177,11 +89,25 @@ def recompute_and_compile(path: Path, levers: list[str], samples: int, repeats: 
     rows = measure(variants, repeats, device)
     check_same(rows, "none")
     show(f"{samples} samples", rows, "none")
-    found = {}
-    for name in levers[1:]:
-        found[f"time_{name}"] = rows[name].seconds / rows["none"].seconds
-        if name != "compile":  # it does not run under a counter of operations
-            found[f"memory_{name}"] = rows[name].peak / rows["none"].peak
+    return ratios(rows)
+
+
+def over_ranks(path: Path, samples: int, repeats: int) -> dict[str, float]:
+    """The levers of two ranks; those whose engine or device is missing are left out, with a line that says so."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < RANKS:
+        print(f"left out: the levers of {RANKS} ranks, since there is one GPU; CUDA_VISIBLE_DEVICES= takes the CPU")
+        return {}
+    found: dict[str, float] = {}
+    with_deepspeed = prepare_deepspeed()
+    prepare()
+    for family in FAMILIES:
+        if family.deepspeed and not with_deepspeed:
+            continue
+        rows = on_ranks(RANKS, measure_family, family, path, MODEL, samples, repeats, timeout=TIMEOUT)
+        check_same(rows, "none")
+        show(f"{family.title}, {samples} samples", rows, "none")
+        found |= ratios(rows)
     return found
 
 
@@ -207,8 +133,8 @@ def cached(path: Path, samples: int, repeats: int, groups: Groups, device: torch
     one, plain, ours = rows.values()
     return {
         f"memory_cached_{samples}": ours.peak / one.peak,
-        f"time_cached_{samples}": ours.seconds / one.seconds,
-        f"time_cached_{samples}_vs_accumulated": ours.seconds / plain.seconds,
+        f"time_cached_{samples}": ours.time_against(one),
+        f"time_cached_{samples}_vs_accumulated": ours.time_against(plain),
     }
 
 
@@ -221,13 +147,16 @@ def main() -> None:
     torch.set_num_threads(1)
     levers, samples, repeats = list(LEVERS), 64, 7
     if args.quick:
-        levers, samples, repeats = levers[:-1], 16, 2
+        levers, samples, repeats = [name for name in levers if name != COMPILE], 16, 2
+    found = over_ranks(args.config, samples, repeats)  # first: what has used a GPU cannot be forked
     config = run_config.load(args.config, MODEL)
     with process_group(timeout_minutes=5) as device:
         groups = build_groups(config.parallel, config.moe.group_sizes)
-        found = recompute_and_compile(args.config, levers, samples, repeats, groups, device)
+        found |= alone(args.config, levers, samples, repeats, groups, device)
         for size in (samples, 2 * samples):
             found |= cached(args.config, size, repeats, groups, device)
+    if device.type == "cpu":
+        print("\n".join(ON_A_CPU))
     print(json.dumps({**{name: round(value, 3) for name, value in found.items()}, "device": device.type}))
 
 

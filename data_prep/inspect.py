@@ -5,7 +5,6 @@ Counts rows, hours of sound and bytes by split, subset, language and modalities.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +14,10 @@ from rich.table import Table
 
 from data_prep.manifest import SPLITS, manifest_path, read_manifest
 from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, audio_seconds
-from data_prep.shard_files import index_path, read_json, walk_shard
 from data_prep.verify import split_folders
+from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.limits import MAX_MEMBER_BYTES, MAX_META_BYTES
+from mmmoe_pretrain.untrusted import parse_json, read_bytes
 
 
 class Kind(NamedTuple):
@@ -70,27 +71,22 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
         if row.image and (root / row.image).is_file():
             size += (root / row.image).stat().st_size
         if row.audio and (root / row.audio).is_file():
-            data = (root / row.audio).read_bytes()
+            data = read_bytes(root / row.audio, MAX_MEMBER_BYTES)
             seconds, size = _seconds(data), size + len(data)
         yield Kind(row.split, row.subset, row.language, "+".join(row.modalities)), Measure(1, seconds, size)
 
 
 def _of_shards(path: Path) -> Iterator[tuple[Kind, Measure]]:
     for folder in split_folders(path):
-        for shard in sorted(folder.glob("*.tar")):
-            index = index_path(shard)
-            samples = read_json(index)["samples"] if index.is_file() else walk_shard(shard)
-            with shard.open("rb") as file:
-                for sample in samples:
-                    members = {}
-                    for suffix, (offset, size) in sample["members"].items():
-                        file.seek(offset)
-                        members[suffix] = file.read(size)
-                    yield _of_sample(members, folder.name)
+        shards = ShardFolder(folder)
+        for i in range(len(shards)):
+            sample = shards.read(i)
+            yield _of_sample(sample.members, folder.name, f"sample {sample.key} in {folder}")
 
 
-def _of_sample(members: dict[str, bytes], folder: str) -> tuple[Kind, Measure]:
-    fields = json.loads(members.get("json", b"{}"))
+def _of_sample(members: dict[str, bytes], folder: str, where: str) -> tuple[Kind, Measure]:
+    row = parse_json(members.get("json", b"{}"), f"the json of {where}", MAX_META_BYTES)
+    fields = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
     present = [
         name
         for name, suffixes in (("image", IMAGE_SUFFIXES), ("audio", AUDIO_SUFFIXES))

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_META_BYTES, MAX_NAME_BYTES
+from mmmoe_pretrain.untrusted import brief, parse_json
+
 SPLITS = ("train", "val", "test")
 AUDIO_KINDS = ("", "speech", "effect")
 _KEY = re.compile(r"[0-9a-z_-]+")
@@ -71,8 +74,9 @@ def read_manifest(path: Path) -> list[Row]:
     """The rows of a manifest file, or of the ``manifest.jsonl`` of a folder."""
     path = manifest_path(path)
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(MAX_META_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 rows.append(_parse(line, f"{path} line {number}"))
     if not rows:
@@ -101,30 +105,31 @@ def filter_rows(rows: Iterable[Row], filters: Sequence[str]) -> list[Row]:
 
 def row_problem(row: Row) -> str | None:
     """Why a row breaks the format, or None."""
-    if not _KEY.fullmatch(row.key):
-        return "key must consist of 0-9, a-z, _ and -"
+    if not _KEY.fullmatch(row.key) or len(row.key) > MAX_KEY_BYTES:
+        return f"key must consist of at most {MAX_KEY_BYTES} of 0-9, a-z, _ and -"
+    if any("\ud800" <= letter <= "\udfff" for name in FIELDS for letter in getattr(row, name) or ""):
+        return "a text holds half of a character (a lone surrogate)"
     if not row.modalities:
         return "no image, audio or text"
     if row.split not in SPLITS:
-        return f"split {row.split!r} is not one of {', '.join(SPLITS)}"
+        return f"split {brief(row.split)} is not one of {', '.join(SPLITS)}"
     if row.audio_kind not in AUDIO_KINDS:
-        return f"audio_kind {row.audio_kind!r} is not speech, effect or empty"
+        return f"audio_kind {brief(row.audio_kind)} is not speech, effect or empty"
     for name in (row.image, row.audio):
-        if name and (Path(name).is_absolute() or ".." in Path(name).parts):
-            return f"path {name!r} leaves the manifest's folder"
+        if name and (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name):
+            return f"path {brief(name)} leaves the manifest's folder"
+        if name and (len(name.encode()) > MAX_NAME_BYTES or any(len(p.encode()) > 255 for p in Path(name).parts)):
+            return f"path {brief(name)} is longer than file systems have it"
     return None
 
 
-def _parse(line: str, where: str) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+def _parse(line: bytes, where: str) -> Row:
+    values = parse_json(line, where, MAX_META_BYTES)
     if not isinstance(values, dict) or "key" not in values:
         raise ValueError(f"{where} is not an object with a key")
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
-        raise ValueError(f"{where}: unknown field {', '.join(unknown)}; known: {', '.join(FIELDS)}")
+        raise ValueError(f"{where}: unknown field {', '.join(map(_shown, unknown))}; known: {', '.join(FIELDS)}")
     wrong = [name for name, value in values.items() if not isinstance(value, str | None)]
     if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)} must be a string or null")
@@ -132,8 +137,12 @@ def _parse(line: str, where: str) -> Row:
     row = Row(**{name: value if name in optional else value or "" for name, value in values.items()})
     problem = row_problem(row)
     if problem:
-        raise ValueError(f"{where}, key {row.key!r}: {problem}")
+        raise ValueError(f"{where}, key {brief(row.key)}: {problem}")
     return row
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) < 80 else brief(name)
 
 
 def _check_unique(rows: Iterable[Row], where: str) -> None:

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmmoe_pretrain.limits import DECODER_ERRORS, IMAGE_FORMATS, MAX_PIXELS, sound_problem
+from mmmoe_pretrain.limits import (
+    DECODER_ERRORS,
+    IMAGE_FORMATS,
+    MAX_CLIP_SAMPLES,
+    MAX_MEMBER_BYTES,
+    image_problem,
+    image_scans,
+    sound_problem,
+    sound_start_problem,
+)
+from mmmoe_pretrain.untrusted import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +35,7 @@ IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpeg", ".webp": "webp"
 AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav", ".mp3": "mp3"}
 
 _BLOCK = 1 << 16  # frames
+_LOUDEST = 1000.0  # 1 is full scale; what soxr does to floats that are much louder is not a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +64,9 @@ def _image_member(path: Path, size: int | None) -> Media:
     data = _read(path)
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}")
+            problem = image_problem(image.width, image.height, image_scans(data))
+            if problem:
+                raise ValueError(f"an image {problem}")
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
     except errors as error:
@@ -63,13 +75,10 @@ def _image_member(path: Path, size: int | None) -> Media:
 
 def audio_member(path: Path, rate: int | None) -> Media:
     """The sound, as mono FLAC at ``rate`` Hz (None: as it is)."""
-    import soundfile
-
     suffix = _suffix(path, AUDIO_SUFFIXES)
     data = _read(path)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            _check_header(file)
+        with _open_sound(data) as file:
             mono = _mono(file)
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
     except DECODER_ERRORS as error:
@@ -78,41 +87,36 @@ def audio_member(path: Path, rate: int | None) -> Media:
 
 def audio_seconds(data: bytes) -> float:
     """Length of an encoded sound within the limits, from its header."""
-    import soundfile
-
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            _check_header(file)
+        with _open_sound(data) as file:
             return float(file.frames / file.samplerate)
     except DECODER_ERRORS as error:
         raise ValueError(f"no readable sound: {_reason(error)}") from None
 
 
 def _shrunk_png(image: Image.Image, size: int) -> bytes:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    layer = _eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    from mmmoe_pretrain.flatten import upright_rgb
+
+    flat = upright_rgb(image)
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)  # never enlarges
     buffer = io.BytesIO()
     flat.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    import numpy as np
-    from PIL import Image
+def _open_sound(data: bytes) -> soundfile.SoundFile:
+    """Of a sound within the limits, by its header."""
+    import soundfile
 
-    if not image.mode.startswith("I"):
-        return image
-    levels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257  # Pillow's own conversion would clip
-    return Image.fromarray(levels.astype(np.uint8))
-
-
-def _check_header(file: soundfile.SoundFile) -> None:
-    problem = sound_problem(file.samplerate, file.channels, file.frames)
+    problem = sound_start_problem(data)
+    if problem is None:
+        file = soundfile.SoundFile(io.BytesIO(data))
+        problem = sound_problem(file.samplerate, file.channels, file.frames)
     if problem:
         raise ValueError(f"sound {problem}")
+    return file
 
 
 def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
@@ -120,8 +124,12 @@ def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
     import numpy as np
 
     blocks: list[NDArray[np.float32]] = []
+    held = 0
     while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
         blocks.append(block.mean(axis=1))
+        held += len(block)
+        if held > MAX_CLIP_SAMPLES:
+            raise ValueError(f"it holds more than {MAX_CLIP_SAMPLES} samples, and its header promises {file.frames}")
     mono = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
     if not len(mono) or (len(mono) < file.frames and file.format != "MP3"):  # an MP3's header only estimates
         raise ValueError(f"it holds {len(mono)} of the {file.frames} samples that its header promises")
@@ -136,7 +144,7 @@ def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
     import soxr
 
     if found_rate != rate:
-        mono = soxr.resample(mono, found_rate, rate, quality="HQ")
+        mono = soxr.resample(np.clip(mono, -_LOUDEST, _LOUDEST), found_rate, rate, quality="HQ")
     if not len(mono):
         raise ValueError(f"it is shorter than one sample at {rate} Hz")
     buffer = io.BytesIO()
@@ -158,6 +166,6 @@ def _suffix(path: Path, known: dict[str, str]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MAX_MEMBER_BYTES)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None

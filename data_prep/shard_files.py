@@ -17,6 +17,8 @@ from typing import Any
 
 import xxhash
 
+from mmmoe_pretrain.data import tar as tar_headers
+
 INDEX_VERSION = 1
 KIND = "wids-shard-index-v1"
 LIST_NAME = "shards.json"
@@ -57,16 +59,6 @@ def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
     write_json(folder / LIST_NAME, {"__kind__": KIND, "shardlist": entries})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not an object")
-    return value
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -84,15 +76,11 @@ def hash_file(path: Path) -> str:
 def walk_shard(path: Path) -> list[dict[str, Any]]:
     """The samples of a tar by its own headers, in the form that the index has."""
     samples: list[dict[str, Any]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                key, _, suffix = info.name.partition(".")
-                if not samples or samples[-1]["key"] != key:
-                    samples.append({"key": key, "members": {}})
-                samples[-1]["members"][suffix] = [info.offset_data, info.size]
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path.name} is a broken tar: {error}") from None
+    for member in tar_headers.members(path):
+        key, _, suffix = member.name.partition(".")
+        if not samples or samples[-1]["key"] != key:
+            samples.append({"key": key, "members": {}})
+        samples[-1]["members"][suffix] = [member.offset, member.size]
     return samples
 
 

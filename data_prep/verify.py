@@ -6,7 +6,6 @@ and that no key occurs twice and no group in two splits. Reads every byte once; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,9 @@ from rich.console import Console
 
 from data_prep.manifest import SPLITS
 from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
-from data_prep.shard_files import LIST_NAME, hash_file, index_path, read_json, walk_shard
+from data_prep.shard_files import LIST_NAME, hash_file, index_path, walk_shard
+from mmmoe_pretrain.limits import MAX_META_BYTES
+from mmmoe_pretrain.untrusted import brief, parse_json, read_json
 
 _MODALITY_SUFFIXES = frozenset({*IMAGE_SUFFIXES.values(), *AUDIO_SUFFIXES.values(), "txt"})
 _SHOWN = 50
@@ -76,17 +77,22 @@ def _verify_list(folder: Path, listed: dict[str, dict[str, Any]]) -> Iterator[st
     """Problems of ``shards.json`` itself; its entries go into ``listed``."""
     path = folder / LIST_NAME
     try:
-        listed.update({entry["url"]: entry for entry in read_json(path)["shardlist"]})
+        entries = {entry["url"]: dict(entry) for entry in read_json(path)["shardlist"]}
+        listed.update({name: entry for name, entry in entries.items() if isinstance(name, str)})
     except FileNotFoundError:
         yield f"{path}: missing"
     except (ValueError, KeyError, TypeError) as error:
-        yield f"{path}: not a list of shards ({error})"
+        yield f"{path}: not a list of shards ({brief(str(error))})"
+    present = {file.name for file in folder.iterdir()}
     for name in listed:
-        if not (folder / name).is_file():
-            yield f"{folder / name}: named in {LIST_NAME} and missing"
+        if name not in present:
+            yield f"{folder}/{name[:200]}: named in {LIST_NAME} and missing"
 
 
 def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iterator[str]:
+    if not shard.is_file():
+        yield "is no plain file"
+        return
     size, digest = shard.stat().st_size, hash_file(shard)
     index, index_name = _read_index(shard), index_path(shard).name
     if entry is None:
@@ -105,7 +111,7 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
     if index is not None and index.get("samples") != walked:
         yield f"{index_name} does not describe the members that are in the tar"
     if entry is not None and entry.get("nsamples") != len(walked):
-        yield f"has {len(walked)} samples, {LIST_NAME} says {entry.get('nsamples')}"
+        yield f"has {len(walked)} samples, {LIST_NAME} says {brief(entry.get('nsamples'))}"
     with shard.open("rb") as file:
         for sample in walked:
             yield from _verify_sample(sample, file, shard, seen)
@@ -113,9 +119,9 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
 
 def _differences(size: int, digest: str, said_size: Any, said_digest: Any, where: str) -> Iterator[str]:
     if size != said_size:
-        yield f"has {size} bytes, {where} says {said_size}"
+        yield f"has {size} bytes, {where} says {brief(said_size)}"
     elif digest != said_digest:
-        yield f"xxh3_128 is {digest}, {where} says {said_digest}"
+        yield f"xxh3_128 is {digest}, {where} says {brief(said_digest)}"
 
 
 def _verify_sample(sample: dict[str, Any], file: BinaryIO, shard: Path, seen: Seen) -> Iterator[str]:
@@ -131,15 +137,21 @@ def _verify_sample(sample: dict[str, Any], file: BinaryIO, shard: Path, seen: Se
         yield f"sample {key} has no json"
         return
     offset, size = members["json"]
+    if size > MAX_META_BYTES:
+        yield f"sample {key} has a json of {size} bytes, more than {MAX_META_BYTES}"
+        return
     file.seek(offset)
     try:
-        fields = json.loads(file.read(size))
+        fields = parse_json(file.read(size), "it")
         found, group, split = fields["key"], fields["group"] or key, fields["split"]
     except (ValueError, KeyError, TypeError) as error:
-        yield f"sample {key} has a json that cannot be read ({error})"
+        yield f"sample {key} has a json that cannot be read ({brief(str(error))})"
+        return
+    if not isinstance(group, str) or not isinstance(split, str):
+        yield f"sample {key} has a json whose group or split is no text"
         return
     if found != key:
-        yield f"sample {key} has the json of {found}"
+        yield f"sample {key} has the json of {brief(found)}"
     first = seen.split_of_group.setdefault(group, split)
     if first != split:
         yield f"sample {key} of group {group} is in {split}, another of its group in {first}"

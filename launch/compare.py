@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.untrusted import brief, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADLINE = ("image_to_text_r1", "image_to_text_r10", "text_to_image_r10", "speech_to_text_r1",
@@ -40,10 +42,29 @@ def train_and_evaluate(path: Path, name: str, overrides: list[str], ranks: int) 
     if saved.is_file() and run_config.load(saved) != config:
         raise ValueError(f"{config.run_dir} was trained under another config than {path} gives now; remove it first")
     if not report.is_file():
-        _call([str(ROOT / "launch" / "torchrun.sh"), str(ranks), "train", str(path), "--resume", f"name={name}",
-               *overrides])  # fmt: skip
+        _call([str(ROOT / "launch" / "torchrun.sh"), str(ranks), "train", str(path), f"name={name}", *overrides])
         _call([sys.executable, "-m", "mmmoe_pretrain.cli", "evaluate", str(config.run_dir)])
-    return json.loads(report.read_text(encoding="utf-8"))
+    return read_report(report)
+
+
+COLUMNS = {"metric": str, "value": int | float, "unit": str, "chance": int | float | None,
+           "majority": int | float | None, "n": int}  # fmt: skip
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report of a run, with the columns that are compared. Raises ValueError where it lacks them."""
+    report = read_json(path)
+    rows = report.get("results")
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not _is_row(row):
+            raise ValueError(f"{path} is no report (it has {brief(row)}); remove it, and the run is evaluated again")
+    return report
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name, ...), kind) for name, kind in COLUMNS.items()):
+        return False
+    return all(math.isfinite(row[name] or 0) for name in ("value", "chance", "majority", "n"))
 
 
 def _call(command: list[str]) -> None:

@@ -14,8 +14,8 @@ if [[ ! -e $(setting tokenizer "$config") ]]; then
   config=configs/demo_mini.yaml
 fi
 run=runs/$(setting name "$config")
-# --resume: goes on from the newest checkpoint, or begins where there is none.
-step "Train on two processes" launch/torchrun.sh 2 train "$config" --resume
+# It goes on from the newest checkpoint, or begins where there is none.
+step "Train on two processes" launch/torchrun.sh 2 train "$config"
 step "Evaluate" mmmoe evaluate "$run"
 
 echo

@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Run an mmmoe command on N processes of this machine: launch/torchrun.sh N COMMAND [ARGUMENT...]
 # More processes than cores is fine; it is slower, and the numbers are the same.
+#
+# SIGTERM, SIGUSR1 (Slurm: --signal=B:USR1@120) and Ctrl-C: training saves itself, and this script exits with 75,
+# "start me again". Where a rank dies, all are started again and go on from the last checkpoint, MAX_RESTARTS times
+# (3). Other exit codes: 0 done, 2 an error that a new start does not mend, 76 a rank hung, 1 any other failure.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -9,6 +13,11 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1
 shift
+restarts=${MAX_RESTARTS:-3}
+if [[ ! $restarts =~ ^[0-9]+$ ]]; then
+  echo "MAX_RESTARTS is '$restarts', not a number of restarts; e.g. MAX_RESTARTS=3" >&2
+  exit 2
+fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python
@@ -24,6 +33,46 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-# exec: signals reach torchrun itself, and it hands them on to the workers.
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-  -m mmmoe_pretrain.cli "$@"
+# What the script and its workers tell each other: stop, please; and why they ended (mmmoe_pretrain/exit_codes.py).
+talk=$(mktemp -d)
+trap 'rm -rf "$talk"' EXIT
+export MMMOE_STOP_FILE=$talk/stop MMMOE_EXIT_FILE=$talk/exit_code
+
+torchrun=
+# shellcheck disable=SC2329 # the traps call it
+ask_to_stop() {
+  if [[ $1 == SIGINT && -e $MMMOE_STOP_FILE && -n $torchrun ]]; then
+    echo "torchrun.sh: interrupted again: ending without saving" >&2
+    kill -HUP "$torchrun"
+    exit 130
+  fi
+  echo "torchrun.sh: $1: training saves itself and ends" >&2
+  echo "$1" >"$MMMOE_STOP_FILE"
+}
+for signal in TERM USR1 INT HUP; do
+  # shellcheck disable=SC2064 # the name of this signal, now
+  trap "ask_to_stop SIG$signal" "$signal"
+done
+
+set -m # torchrun gets a process group of its own: Ctrl-C reaches this script alone
+(
+  # torchrun kills its workers 30 s after a SIGTERM, and dies of SIGUSR1; schedulers may send both to every process.
+  trap '' TERM USR1
+  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    --max-restarts "$restarts" --signals-to-handle SIGHUP,SIGQUIT -m mmmoe_pretrain.cli "$@"
+) &
+torchrun=$!
+
+status=0
+while true; do
+  wait "$torchrun" && status=0 || status=$?
+  kill -0 "$torchrun" 2>/dev/null || break # a signal ended the wait, not torchrun
+done
+
+reason=$(cat "$MMMOE_EXIT_FILE" 2>/dev/null || true)
+case $status:$reason in
+  0:75 | 0:2) status=$reason ;; # stopped after saving; an error that ended workers which were started again
+  0:*) ;;
+  *:2 | *:76) status=$reason ;;
+esac
+exit "$status"

@@ -1,4 +1,4 @@
-"""The command line: ``mmmoe train``, ``evaluate``, ``routing`` and ``experts``.
+"""The command line: ``mmmoe train``, ``evaluate``, ``routing``, ``experts``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. What a user can
 mend (ValueError) ends with one line and exit code 2; anything else is a defect and shows its
@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from mmmoe_pretrain import exit_codes
+from mmmoe_pretrain.export.cli import export, import_
 from mmmoe_pretrain.surgery.cli import experts
 
 app = typer.Typer(
@@ -24,20 +26,26 @@ app = typer.Typer(
     help="Pretrain multimodal mixture-of-experts transformers.",
 )
 app.add_typer(experts, name="experts")
+app.command("export")(export)
+app.command("import")(import_)
 
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. configs/demo.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin afresh where no checkpoint is.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
 ) -> None:
-    """Train on this process, or on all ranks of torchrun."""
+    """Train on this process, or on all ranks of torchrun. A run that has a checkpoint goes on from it.
+
+    Exit codes: 0 done, 2 an error that you can mend, 75 told to stop, and saved: start it again; 76 a rank hung.
+    """
     from mmmoe_pretrain import config as run_config
     from mmmoe_pretrain.train.loop import train as run_training
 
-    run_training(run_config.load(config, overrides or []), resume=resume, overwrite=overwrite)
+    code = run_training(run_config.load(config, overrides or []), resume=resume, overwrite=overwrite)
+    raise typer.Exit(exit_codes.record(code))
 
 
 @app.command()
@@ -75,12 +83,16 @@ def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    if exit_codes.ended_for_good():
+        sys.exit(exit_codes.DONE)
     try:
         app()
     except ValueError as error:
         rank = os.environ.get("RANK")
         print(f"mmmoe: {'rank ' + rank + ': ' if rank else ''}{error}", file=sys.stderr)
-        sys.exit(2)
+        passing = isinstance(error, exit_codes.Restartable | OSError)  # a storage that does not answer now
+        code = exit_codes.FAULT if passing else exit_codes.USER_ERROR
+        sys.exit(exit_codes.record(code))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from mmmoe_pretrain.config_moe import MoEConfig, RoutingLossConfig
 from mmmoe_pretrain.config_moe import StrictModel as _Model
+from mmmoe_pretrain.config_reliability import CheckpointConfig, FaultsConfig
+from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
 
-__all__ = ["MoEConfig", "RoutingLossConfig", "RunConfig", "dump", "load", "parse"]
+__all__ = [
+    "CheckpointConfig", "FaultsConfig", "MoEConfig", "RoutingLossConfig", "RunConfig", "dump", "load", "parse",
+]  # fmt: skip
 
 
 class SourceConfig(_Model):
@@ -32,6 +36,7 @@ class DataConfig(_Model):
     tokenizer: str
     num_workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=1)  # microbatches a worker keeps ready
+    worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: timeout_minutes / 2
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
     image_augment: bool = True
     image_flip: bool = True  # false where pictures hold letters: a mirrored b is a d
@@ -68,7 +73,7 @@ class ImageConfig(_Model):
 
 class AudioConfig(_Model):
     sample_rate: int = Field(16_000, ge=4_000)  # Hz
-    n_fft: int = 512
+    n_fft: int = Field(512, ge=16)
     hop_length: int = Field(160, ge=1)  # samples between two frames
     n_mels: int = Field(64, ge=8)
     max_seconds: float = Field(4.0, gt=0)
@@ -110,7 +115,7 @@ class ModalitiesConfig(_Model):
 
 class ModelConfig(_Model):
     hidden_size: int = Field(128, ge=8)
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)  # checks go through them all
     num_heads: int = Field(4, ge=1)
     ffn_hidden_size: int = Field(256, ge=1)  # of the dense blocks
     embedding_size: int = Field(128, ge=2)  # of the joint space of the contrastive objective
@@ -188,23 +193,38 @@ class ParallelConfig(_Model):
     zero_stage: Literal[0, 1, 2, 3] = 0  # shards optimizer state (1), gradients (2), parameters (3)
     overlap_grad_reduce: bool = False  # megatron: reduce gradients during the backward pass
     overlap_param_gather: bool = False  # megatron, zero_stage 1: gather parameters during the forward pass
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # nvme is refused: no checkpoint would hold its state
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # nvme: zero_stage 3, nvme_path in deepspeed
     deepspeed: dict[str, Any] = Field({})  # DeepSpeed's own JSON, for what has no key here
     timeout_minutes: int = Field(5, ge=1)  # of a collective, before the job ends
+
+
+class LossScaleConfig(_Model):
+    """Of fp16: the loss is multiplied by a scale that keeps small gradients above zero, and that halves
+    where they overflow; such a step is left out (arXiv 1710.03740)."""
+
+    initial: float = Field(65536.0, gt=0)
+    minimum: float = Field(1.0, gt=0)
+    window: int = Field(1000, ge=1)  # steps without overflow before the scale doubles
+    hysteresis: int = Field(2, ge=1)  # overflows before the scale halves
+
+    @model_validator(mode="after")
+    def _begins_above_its_minimum(self) -> LossScaleConfig:
+        if self.initial < self.minimum:
+            raise ValueError(f"train.loss_scale.initial {self.initial:g} is below its minimum {self.minimum:g}")
+        return self
 
 
 class TrainConfig(_Model):
     steps: int = Field(1000, ge=1)
     global_batch_size: int = Field(128, ge=1)  # samples an optimizer step, over all ranks
     num_microbatches: int = Field(1, ge=1)  # gradient accumulation
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the trunk's activations; master weights are fp32
+    loss_scale: LossScaleConfig = LossScaleConfig()
     recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
     compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
     threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
     log_every: int = Field(10, ge=1)
     heatmap_every: int = Field(200, ge=1)
-    checkpoint_every: int = Field(200, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
 
 
 class EvaluateConfig(_Model):
@@ -236,6 +256,8 @@ class RunConfig(_Model):
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -258,9 +280,33 @@ class RunConfig(_Model):
             )
         return self
 
+    @model_validator(mode="after")
+    def _hang_before_timeout(self) -> RunConfig:
+        hang, timeout = self.faults.hang_minutes, self.parallel.timeout_minutes
+        if hang >= timeout:
+            raise ValueError(
+                f"faults.hang_minutes {hang:g} is not below parallel.timeout_minutes {timeout}: collectives would "
+                f"end the job first, without saying who waits for whom; set hang_minutes: {0.8 * timeout:g} or "
+                f"timeout_minutes: {int(hang) + 1}"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def checkpoint_root(self) -> str:
+        """Where the checkpoints of the run are: a path or an fsspec URL."""
+        return self.checkpoints_of(self.run_dir)
+
+    def checkpoints_of(self, run_dir: Path) -> str:
+        """Of a run folder that may have been moved; ``checkpoint.folder`` has a folder for each run's name."""
+        folder = self.checkpoint.folder
+        return f"{folder.rstrip('/')}/{self.name}" if folder else str(run_dir / "checkpoints")
+
+
+MOST_LINES, LONGEST_LINE = 8, 500  # of a message about a config, whatever stands in it
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -271,10 +317,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no config at {path}; the runs that come along are in configs/")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; see configs/demo.yaml")
     for override in overrides:
@@ -287,8 +330,9 @@ def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+        lines = [_explain(item)[:LONGEST_LINE] for item in error.errors(include_url=False)[:MOST_LINES]]
+        more = error.error_count() - len(lines)
+        raise ValueError(f"{where}: " + "; ".join(lines) + (f"; and {more} more" if more else "")) from None
 
 
 def dump(config: RunConfig, path: Path) -> None:
@@ -299,12 +343,12 @@ def dump(config: RunConfig, path: Path) -> None:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
-        raise ValueError(f"override {override!r} is not key=value; e.g. train.steps=100")
+        raise ValueError(f"override {brief(override)} is not key=value; e.g. train.steps=100")
     node: Any = raw
     *parents, leaf = key.split(".")
     for part in parents:
         node = _descend(node, part, override)
-    value = yaml.safe_load(text)
+    value = parse_yaml(text, f"override {brief(override)}")
     if isinstance(node, list):
         node[_list_index(node, leaf, override)] = value
     else:
@@ -321,13 +365,13 @@ def _descend(node: Any, part: str, override: str) -> Any:
         return node[_list_index(node, part, override)]
     child = node.setdefault(_key(node, part), {})
     if not isinstance(child, dict | list):
-        raise ValueError(f"override {override!r}: {part!r} is a value ({child!r}), not a section")
+        raise ValueError(f"override {brief(override)}: {brief(part)} is a value ({brief(child)}), not a section")
     return child
 
 
 def _list_index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ValueError(f"override {override!r}: {part!r} is not an index of a list of {len(node)}")
+    if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
+        raise ValueError(f"override {brief(override)}: {brief(part)} is not an index of a list of {len(node)}")
     return int(part)
 
 
@@ -343,7 +387,7 @@ def _explain(item: Any) -> str:
         return f"{location}: required, and missing"
     if item["type"] == "value_error":
         return message
-    return f"{location}: {message} (got {item['input']!r})"
+    return f"{location}: {message} (got {brief(item['input'])})"
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:

@@ -19,7 +19,7 @@ WHOLE_MODEL_KEYS = ("every", "layers", "losses")  # one value for all layers
 class StrictModel(BaseModel):
     """Frozen, and refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class RoutingLossConfig(StrictModel):

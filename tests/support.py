@@ -69,11 +69,11 @@ def _wav(row: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def write_tokenizer(path: Path) -> Path:
+def write_tokenizer(path: Path, vocab_size: int = 48) -> Path:
     """A sentencepiece model over the names of ``things``."""
     texts = [row["name"] for row in things(64)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), vocab_size=48,
+        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
         model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)  # fmt: skip
     return path
 
@@ -94,7 +94,8 @@ def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
         "objectives": {"captioning": {"weight": 0.5, "fraction": 0.5}},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "train": {"steps": 20, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1,
-                  "checkpoint_every": 10, "heatmap_every": 1000},
+                  "heatmap_every": 1000},
+        "checkpoint": {"every": 10},
     }  # fmt: skip
     return {**values, **sections}
 

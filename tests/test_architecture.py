@@ -15,15 +15,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
 
-_VALUES = {"batch", "config", "config_moe", "limits"}
+_VALUES = {"batch", "config", "config_moe", "flatten", "limits", "untrusted"}
 _LAYERS = _VALUES | {"parallel"}
 _PARTS = {"moe", "modalities", "objectives"}
 _MODEL = _LAYERS | _PARTS | {"models"}
 # Part of mmmoe_pretrain -> the parts that it may import. A new part gets its line here.
 ALLOWED: dict[str, set[str]] = {
-    "config": {"config_moe"},
+    "config": {"config_moe", "config_reliability", "untrusted"},
     "config_moe": set(),
+    "config_reliability": {"config_moe"},
+    "exit_codes": set(),
+    "flatten": set(),
     "limits": set(),
+    "untrusted": set(),
     "batch": {"config"},
     "parallel": _VALUES,
     "checkpoint": _MODEL,
@@ -36,8 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": _MODEL | {"checkpoint", "data"},
     "surgery": _MODEL | {"checkpoint", "data"},
     "plan": _MODEL,
-    "train": _MODEL | {"checkpoint", "data", "engines", "evaluate"},
-    "cli": _MODEL | {"checkpoint", "data", "engines", "evaluate", "surgery", "plan", "train"},
+    "export": _MODEL | {"checkpoint", "engines"},
+    "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes"},
+    "cli": _MODEL | {"checkpoint", "data", "engines", "evaluate", "surgery", "plan", "export", "train", "exit_codes"},
 }
 ENGINE_LIBRARIES = ("megatron", "deepspeed")
 MAY_IMPORT_ENGINE_LIBRARIES = ("mmmoe_pretrain.engines", "mmmoe_pretrain.parallel")

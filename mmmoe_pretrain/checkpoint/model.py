@@ -6,26 +6,36 @@ from pathlib import Path
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
-from mmmoe_pretrain.checkpoint.store import find_latest, load_weights, read_meta
+from mmmoe_pretrain.checkpoint.store import find_latest, load_weights, read_meta, verify
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 CONFIG = "config.yaml"
+EXAMPLE = "give the folder of a run that saved one, e.g. runs/demo"
 
 
 def load_model(run_dir: Path) -> tuple[MMMoE, RunConfig, int]:
     """The model of the newest checkpoint in eval mode and fp32, its config and its step.
 
-    Raises ValueError where the folder holds no finished checkpoint.
+    Raises ValueError where the folder holds no finished checkpoint, or where it is damaged.
     """
-    checkpoint = find_latest(run_dir)
-    if checkpoint is None or not (run_dir / CONFIG).is_file():
-        raise ValueError(
-            f"no finished checkpoint in {run_dir}; give the folder of a run that saved one, e.g. runs/demo"
-        )
+    if not (run_dir / CONFIG).is_file():
+        raise ValueError(f"no finished checkpoint in {run_dir}: it has no {CONFIG}; {EXAMPLE}")
     config = run_config.load(run_dir / CONFIG)
+    checkpoint = find_latest(root_of(run_dir, config))
+    if checkpoint is None:
+        raise ValueError(f"no finished checkpoint in {root_of(run_dir, config)}; {EXAMPLE}")
+    verify(checkpoint)
     meta = read_meta(checkpoint)
-    model = MMMoE(config, vocab_size=meta["vocab_size"])
+    vocab_size = meta.get("vocab_size")
+    if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 24:
+        raise ValueError(f"{checkpoint} is damaged: meta.json has vocab_size {str(vocab_size)[:40]}")
+    model = MMMoE(config, vocab_size=vocab_size)
     weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
     load_weights(checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
-    return model.eval(), config, meta["step"]
+    return model.eval(), config, checkpoint.step
+
+
+def root_of(run_dir: Path, config: RunConfig) -> str:
+    """Where the checkpoints of the run in ``run_dir`` are; it may have been moved since."""
+    return config.checkpoints_of(run_dir)

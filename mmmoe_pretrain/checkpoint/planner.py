@@ -1,8 +1,8 @@
-"""How torch.distributed.checkpoint writes and reads logical tensors of which each rank holds pieces.
+"""How torch.distributed.checkpoint reads logical tensors of which each rank wants pieces.
 
-Every rank offers the boxes that it holds and asks for the boxes that it wants, whatever cut either;
-nothing is gathered. Rank 0 sees everybody's boxes before a byte is written or read and refuses what
-is not whole, or of another model; every rank then raises its error.
+Every rank asks for the boxes that it wants, whatever cut the checkpoint or the rank; nothing is gathered.
+Rank 0 sees what everybody asks for before a byte is read and refuses what is of another model; every rank
+then raises its error.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, LoadPlan, Metadata, SavePlan
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, Metadata
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem
 
-from mmmoe_pretrain.checkpoint.sharded import Piece
+from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedState
 from mmmoe_pretrain.parallel.placement import Box
 
 Shape = tuple[int, ...]
@@ -53,17 +51,12 @@ class LogicalTensor:
     def size(self) -> torch.Size:
         return self.shape
 
+    def held(self) -> list[tuple[Box, torch.dtype]]:
+        """The boxes of this rank."""
+        return [(Box(tuple(offset), tuple(t.shape)), t.dtype) for offset, t in self._by_offset.items()]
+
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(fqn, offset),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    ChunkStorageMetadata(offset, tensor.shape), TensorProperties(tensor.dtype), self.shape
-                ),
-            )
-            for offset, tensor in self._by_offset.items()
-        ]
+        raise AssertionError("save_plan.py plans what is written")
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offset, tensor.shape) for offset, tensor in self._by_offset.items()]
@@ -73,24 +66,13 @@ class LogicalTensor:
         return self._by_offset[index.offset]
 
 
-class LogicalSavePlanner(DefaultSavePlanner):
-    """Writes what several ranks hold once, by the one with least to write.
-
-    Raises ValueError where the ranks' pieces of a tensor do not make up the whole of it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        return replace(super().create_local_plan(), planner_data=_shapes(self.state_dict))
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        _refuse_holes(all_plans)
-        return super().create_global_plan(_written_once([replace(plan, planner_data=None) for plan in all_plans]))
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+def logical_tensors(state: ShardedState) -> dict[str, LogicalTensor]:
+    """What a checkpoint holds of ``state``, by key."""
+    return {
+        key: LogicalTensor(parameter.shape, pieces)
+        for name, parameter in state.items()
+        for key, pieces in parameter.named(name).items()
+    }
 
 
 class LogicalLoadPlanner(DefaultLoadPlanner):
@@ -99,7 +81,7 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
     Raises ValueError for names that it lacks, other shapes, and, if ``exactly``, names that no rank asks for.
     """
 
-    def __init__(self, checkpoint: Path, exactly: bool) -> None:
+    def __init__(self, checkpoint: str, exactly: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.checkpoint = checkpoint
         self.exactly = exactly
@@ -125,7 +107,6 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
         for key, shape in itertools.chain.from_iterable(plan.planner_data.items() for plan in global_plan):
             wanted[key].add(shape)
         self._refuse_other_model(wanted, _stored_shapes(self.metadata))
-        self._refuse_damage(wanted.keys() & self.metadata.state_dict_metadata.keys())
         return [replace(plan, planner_data=None) for plan in global_plan]
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -141,20 +122,8 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
         if problems:
             raise ValueError(
                 f"{self.checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in "
-                f"all); it was saved under the config in {self.checkpoint.parents[1] / 'config.yaml'}"
+                f"all); its meta.json has the config that it was saved under"
             )
-
-    def _refuse_damage(self, keys: Iterable[str]) -> None:
-        assert self.metadata is not None
-        for key in sorted(keys):
-            item = self.metadata.state_dict_metadata[key]
-            assert isinstance(item, TensorStorageMetadata)
-            boxes = {Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks}
-            if not tiles(boxes, tuple(item.size)):
-                raise ValueError(
-                    f"{self.checkpoint} is damaged: it holds {_fill(boxes, tuple(item.size))} of {key}; "
-                    f"continue from an earlier checkpoint"
-                )
 
 
 def tiles(boxes: Iterable[Box], shape: Shape) -> bool:
@@ -171,54 +140,6 @@ def tiles(boxes: Iterable[Box], shape: Shape) -> bool:
     return not any(corners.values())
 
 
-def _refuse_holes(plans: list[SavePlan]) -> None:
-    """Of a save: every tensor that a rank names must be held whole, alike wherever it is held twice."""
-    shapes: dict[str, set[Shape]] = defaultdict(set)
-    boxes: dict[str, set[Box]] = defaultdict(set)
-    dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
-    for plan in plans:
-        for key, shape in plan.planner_data.items():
-            shapes[key].add(shape)
-        for item in plan.items:
-            assert item.tensor_data is not None
-            chunk = item.tensor_data.chunk
-            boxes[item.index.fqn].add(Box(tuple(chunk.offsets), tuple(chunk.sizes)))
-            dtypes[item.index.fqn].add(item.tensor_data.properties.dtype)
-    problems = []
-    for key in sorted(shapes):
-        if len(shapes[key]) > 1 or len(dtypes[key]) > 1:
-            told = [*sorted(shapes[key]), *sorted(map(str, dtypes[key]))]
-            problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, told))}")
-        elif not tiles(boxes[key], next(iter(shapes[key]))):
-            problems.append(f"hold {_fill(boxes[key], next(iter(shapes[key])))} of {key}")
-    if problems:
-        raise ValueError(
-            f"no checkpoint is written: the ranks {'; '.join(problems[:3])} ({len(problems)} such in all); "
-            f"the checkpoints before are untouched"
-        )
-
-
-def _written_once(plans: list[SavePlan]) -> list[SavePlan]:
-    """Leaves each box to one of the ranks that hold it: those of one holder first, then the largest first,
-    to the holder with the fewest bytes so far. torch's own choice weighs a box by its whole tensor."""
-    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
-    cost: dict[MetadataIndex, int] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            assert item.tensor_data is not None
-            holders[item.index].append(rank)
-            cost[item.index] = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-    written = [0] * len(plans)
-    writer: dict[MetadataIndex, int] = {}
-    for index in sorted(holders, key=lambda index: (len(holders[index]) > 1, -cost[index])):
-        writer[index] = min(holders[index], key=written.__getitem__)
-        written[writer[index]] += cost[index]
-    return [
-        replace(plan, items=[item for item in plan.items if writer[item.index] == rank])
-        for rank, plan in enumerate(plans)
-    ]
-
-
 def _shapes(tensors: Mapping[str, LogicalTensor]) -> dict[str, Shape]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
@@ -228,6 +149,7 @@ def _stored_shapes(metadata: Metadata) -> dict[str, Shape]:
     return {key: tuple(item.size) for key, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 
-def _fill(boxes: Iterable[Box], shape: Shape) -> str:
+def fill(boxes: Iterable[Box], shape: Shape) -> str:
+    """How much of a tensor boxes hold, for people."""
     held, whole = sum(math.prod(box.size) for box in boxes), math.prod(shape)
     return f"{held} of the {whole} numbers" + (", some twice," if held >= whole else "")

@@ -1,104 +1,126 @@
-"""Writing, finding and reading checkpoints of a run.
+"""Writing, finding and reading the checkpoints under a root, which is a path or any fsspec URL.
 
-A checkpoint is a folder ``step_00000100`` under ``RUN/checkpoints``: the tensors by
-torch.distributed.checkpoint under ``model/NAME`` and ``optimizer/NAME/exp_avg(_sq)`` in their
-full logical shape, as boxes that the ranks held (planner.py), and ``meta.json``. It is written under
-``.tmp``, renamed when it is whole, and only then does the file ``latest`` name it; a killed writer
-leaves the one before.
+A checkpoint is a folder (names.py) of safetensors files with the tensors ``model/NAME`` and
+``optimizer/NAME/exp_avg(_sq)`` in their full logical shape, as the boxes that ranks held. It is complete
+when its manifest stands and every file has the size that the manifest says.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalSavePlanner, LogicalTensor
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
+from mmmoe_pretrain.checkpoint.exchange import agree, exchange, on_first
+from mmmoe_pretrain.checkpoint.files import digest_of
+from mmmoe_pretrain.checkpoint.folders import (
+    checkpoints,
+    clean,
+    complete,
+    find_latest,
+    prune,
+    read_file,
+    read_meta,
+    rewind,
+)
+from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, boxes_of, parse_index
+from mmmoe_pretrain.checkpoint.names import INDEX, Checkpoint
+from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalTensor, fill, logical_tensors, tiles
+from mmmoe_pretrain.checkpoint.reader import CheckpointReader
+from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
+from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
 from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.storage import open_storage
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-STEP = re.compile(r"step_(\d{8})")
+__all__ = [
+    "Checkpoint", "Retention", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune", "read_meta",
+    "read_state", "rewind", "save", "verify", "write_state",
+]  # fmt: skip
 
 
-def save(run_dir: Path, step: int, state: ShardedState, meta: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step`` from all ranks and keep the last ``keep`` of them.
+def save(
+    root: str | Path,
+    step: int,
+    state: ShardedState,
+    meta: Mapping[str, Any],
+    group: ProcessGroup | None,
+    keep: Retention,
+    metric: float | None = None,
+) -> Checkpoint:
+    """Write the checkpoint of ``step`` from all ranks of ``group``, then delete those that ``keep`` does not keep.
 
-    Raises ValueError on every rank, and writes nothing, where the pieces of all ranks do not make up each
-    tensor that one of them names; what several ranks hold must be cut alike and is written once.
+    Raises ValueError (a StorageError where the disk or service is the cause) on every rank; the checkpoints
+    before are then as they were.
     """
-    root = run_dir / FOLDER
-    final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-    dist.barrier()
-    _write(draft, _tensors(state))
-    if dist.get_rank() == 0:
-        _commit(draft, final, {"step": step, **meta})
-        for old in _complete(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    storage = agree(group, lambda: open_storage(root))
+    on_first(group, lambda: clean(root))
+    plan = plan_save(state, group)
+    told = meta if metric is None else {**meta, "metric": metric}
+    checkpoint = write_checkpoint(storage, step, plan, plan.views(state), told, group)
+    on_first(group, lambda: prune(root, keep))
+    return checkpoint
 
 
-def find_latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    root = run_dir / FOLDER
-    pointer = root / LATEST
-    if pointer.is_file():
-        named = root / pointer.read_text(encoding="utf-8").strip()
-        if _is_complete(named):
-            return named
-    complete = _complete(root)
-    return complete[-1] if complete else None
+def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
+    """Read every file and compare its hash, the ranks sharing the files.
+
+    Raises ValueError on every rank; it names the damaged files.
+    """
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+
+    def damaged() -> list[str]:
+        storage = open_storage(checkpoint.root)
+        manifest = complete(storage, checkpoint)
+        found = []
+        for record in sorted(manifest.files.values(), key=lambda r: (-r.nbytes, r.name))[rank::size]:
+            if digest_of(storage, f"{checkpoint.name}/{record.name}", record.nbytes) != record.digest:
+                found.append(record.name)
+        return found
+
+    def refuse(ranks: list[list[str]]) -> list[None]:
+        bad = sorted(name for names in ranks for name in names)
+        if bad:
+            raise ValueError(
+                f"{checkpoint} is damaged: {', '.join(bad[:3])} ({len(bad)} files in all) are not as they were "
+                f"written; delete that folder to go on from the one before, or restore the files"
+            )
+        return [None] * len(ranks)
+
+    exchange(group, damaged, refuse)
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """The facts saved beside the tensors; ``step`` among them."""
-    return json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-
-
-def load(checkpoint: Path, like: ShardedState) -> ShardedState:
+def load(checkpoint: Checkpoint, like: ShardedState, group: ProcessGroup | None) -> ShardedState:
     """The numbers of ``checkpoint`` for the pieces that ``like`` has, in tensors of their own.
 
-    Called on all ranks, each with the names and pieces that it holds. Raises ValueError on every rank where
-    the names of all ranks together, or a shape, are not the checkpoint's.
+    Called on all ranks of ``group``, each with the names and pieces that it holds. Raises ValueError on every
+    rank where the names of all ranks together, or a shape, are not the checkpoint's, or where it is damaged
+    (``verify`` sees every damage; this what shows in sizes and places).
     """
     state = {name: parameter.empty_like() for name, parameter in like.items()}
-    _read(checkpoint, _tensors(state), exactly=True)
+    _read(checkpoint, logical_tensors(state), group, exactly=True)
     return state
 
 
-def load_weights(checkpoint: Path, weights: dict[str, Tensor]) -> None:
-    """Fill full tensors in place, by logical name, in a process without a process group."""
-    tensors = {f"model/{name}": LogicalTensor.whole(tensor) for name, tensor in weights.items()}
-    _read(checkpoint, tensors, exactly=False, alone=True)
+def load_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """Fill full tensors in place, by logical name, in one process."""
+    _read(checkpoint, {f"model/{name}": LogicalTensor.whole(t) for name, t in weights.items()}, None, exactly=False)
 
 
-def read_state(checkpoint: Path) -> dict[str, ParameterState]:
-    """Everything that a checkpoint holds, in full, in a process without a process group."""
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(item.size, dtype=item.properties.dtype)
-        for key, item in stored.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
-    _read(checkpoint, {key: LogicalTensor.whole(t) for key, t in tensors.items()}, exactly=True, alone=True)
+def read_state(checkpoint: Checkpoint) -> dict[str, ParameterState]:
+    """Everything that a checkpoint holds, in full, in one process."""
+    index = _index(checkpoint)
+    _refuse_holes(checkpoint, index)
+    tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in index.items()}
+    _read(checkpoint, {key: LogicalTensor.whole(t) for key, t in tensors.items()}, None, exactly=True)
     names = [key.removeprefix("model/") for key in tensors if key.startswith("model/")]
     return {
         name: ParameterState(
@@ -110,34 +132,50 @@ def read_state(checkpoint: Path) -> dict[str, ParameterState]:
     }
 
 
-def write_state(run_dir: Path, step: int, state: dict[str, ParameterState], meta: dict[str, Any]) -> Path:
-    """``save`` of full tensors from a process without a process group."""
-    root = run_dir / FOLDER
-    final, draft = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(draft, ignore_errors=True)
-    named = {key: t for name, parameter in state.items() for key, t in parameter.tensors(name).items()}
-    _write(draft, {key: LogicalTensor.whole(t) for key, t in named.items()}, alone=True)
-    _commit(draft, final, {**meta, "step": step})
-    return final
+def write_state(root: str | Path, step: int, state: dict[str, ParameterState], meta: Mapping[str, Any]) -> Checkpoint:
+    """``save`` of full tensors from one process; deletes none."""
 
+    def whole(tensor: Tensor | None) -> tuple[Piece, ...] | None:
+        return None if tensor is None else (Piece((0,) * tensor.dim(), tensor),)
 
-def _tensors(state: ShardedState) -> dict[str, LogicalTensor]:
-    return {
-        key: LogicalTensor(parameter.shape, pieces)
-        for name, parameter in state.items()
-        for key, pieces in parameter.named(name).items()
+    sharded = {
+        name: ShardedParameter(tuple(p.value.shape), whole(p.value) or (), whole(p.exp_avg), whole(p.exp_avg_sq))
+        for name, p in state.items()
     }
+    plan = plan_save(sharded, None)
+    return write_checkpoint(open_storage(root), step, plan, plan.views(sharded), meta, None)
 
 
-def _write(draft: Path, tensors: dict[str, LogicalTensor], alone: bool = False) -> None:
+def _read(
+    checkpoint: Checkpoint, tensors: dict[str, LogicalTensor], group: ProcessGroup | None, exactly: bool
+) -> None:
+    index = agree(group, lambda: _index(checkpoint))
+    on_first(group, lambda: _refuse_holes(checkpoint, index))
     with _plain_errors():
-        dcp.save(tensors, checkpoint_id=draft, planner=LogicalSavePlanner(), no_dist=alone)
+        dcp.load(
+            tensors,
+            storage_reader=CheckpointReader(open_storage(checkpoint.root), checkpoint.name, index),
+            planner=LogicalLoadPlanner(str(checkpoint), exactly),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
-def _read(checkpoint: Path, tensors: dict[str, LogicalTensor], exactly: bool, alone: bool = False) -> None:
-    with _plain_errors():
-        dcp.load(tensors, checkpoint_id=checkpoint, planner=LogicalLoadPlanner(checkpoint, exactly), no_dist=alone)
+def _index(checkpoint: Checkpoint) -> Index:
+    storage = open_storage(checkpoint.root)
+    files = complete(storage, checkpoint).files
+    sizes = {name: record.nbytes for name, record in files.items()}
+    return parse_index(read_file(storage, checkpoint, INDEX, MAX_INDEX), sizes, str(checkpoint))
+
+
+def _refuse_holes(checkpoint: Checkpoint, index: Index) -> None:
+    for key, tensor in index.items():
+        boxes = set(boxes_of(tensor))
+        if len(boxes) != len(tensor.boxes) or not tiles(boxes, tensor.shape):
+            raise ValueError(
+                f"{checkpoint} is damaged: it holds {fill(boxes, tensor.shape)} of {key}; "
+                f"delete that folder to go on from the one before"
+            )
 
 
 @contextmanager
@@ -145,32 +183,9 @@ def _plain_errors() -> Iterator[None]:
     """What a rank raised, on every rank, in place of torch's wrapping of it, which is no Exception; and
     without torch's remarks that a process group is missing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*")
+        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*|.*torch.distributed is disabled.*")
         try:
             yield
         except CheckpointException as error:
             first, _ = error.failures[min(error.failures)]
             raise first from error
-
-
-def _commit(draft: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Make a written draft the newest checkpoint."""
-    (draft / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    if final.exists():  # of a run that went on from an earlier checkpoint
-        shutil.rmtree(final)
-    os.replace(draft, final)
-    _point_latest(final.parent, final.name)
-
-
-def _point_latest(root: Path, name: str) -> None:
-    draft = root / f"{LATEST}.tmp"
-    draft.write_text(name + "\n", encoding="utf-8")
-    os.replace(draft, root / LATEST)
-
-
-def _complete(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step_*") if STEP.fullmatch(path.name) and _is_complete(path))
-
-
-def _is_complete(path: Path) -> bool:
-    return (path / "meta.json").is_file() and (path / ".metadata").is_file()

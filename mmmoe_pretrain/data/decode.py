@@ -7,7 +7,6 @@ position and modality) and the one place where a bad sample is caught.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -16,7 +15,9 @@ import numpy as np
 from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.shards import RawSample
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES
 from mmmoe_pretrain.modalities import BadSampleError, Codecs
+from mmmoe_pretrain.untrusted import parse_json
 
 EXTENSION_MODALITY: dict[str, str] = {
     "png": "image",
@@ -115,6 +116,8 @@ def _by_modality(members: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _text(data: bytes) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -123,13 +126,16 @@ def _text(data: bytes) -> str:
 
 def _meta(raw: RawSample) -> SampleMeta:
     try:
-        row = json.loads(raw.members.get("json", b"{}"))
+        row = parse_json(raw.members.get("json", b"{}"), "json", MAX_META_BYTES)
     except ValueError as error:
         raise BadSampleError(f"json is damaged: {error}") from error
     if not isinstance(row, dict):
         raise BadSampleError(f"json holds {type(row).__name__}, not an object")
     names = [field.name for field in fields(SampleMeta) if field.name != "key"]
-    return SampleMeta(raw.key, **{name: row[name] for name in names if isinstance(row.get(name), str)})
+    known = {name: row[name] for name in names if isinstance(row.get(name), str)}
+    if any("\ud800" <= letter <= "\udfff" for value in known.values() for letter in value):
+        raise BadSampleError("json holds half of a character (a lone surrogate)")
+    return SampleMeta(raw.key, **known)
 
 
 def _generator(seed: int, position: int, purpose: str) -> np.random.Generator:

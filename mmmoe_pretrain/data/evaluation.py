@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.budget import BadBudget
 from mmmoe_pretrain.data.decode import BadSample, decode
-from mmmoe_pretrain.data.loader import BadBudget, LoadStats, keep_slot
+from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.modalities import Codecs
@@ -34,7 +35,8 @@ def iterate_eval(
     for start in range(0, len(where), batch_size):
         decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
         bad = tuple(item for item in decoded if isinstance(item, BadSample))
-        budget.spend(LoadStats(len(decoded), bad))
+        budget.add(LoadStats(len(decoded), bad))
+        budget.judge(budget.bad, budget.read)
         samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
         if samples:
             yield pack(samples, settings, range(start, start + len(samples))), samples

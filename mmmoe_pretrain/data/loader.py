@@ -1,34 +1,29 @@
 """Training microbatches by number, so that any layout, worker count and restart reads the same.
 
-Owns the cut of the global order into microbatches, the worker processes, and the budget of bad
-samples. Rank r of dp ranks takes of microbatch a of step s the global positions
-``[(s * A + a) * dp * B + r * B, + B)``, with A microbatches a step and B samples each.
+Owns the cut of the global order into microbatches. Rank r of dp ranks takes of microbatch a of
+batch b the global positions ``[(b * A + a) * dp * B + r * B, + B)``, with A microbatches a batch and
+B samples each; the cursor says which batch a step trains on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.decode import Augment, BadSample, decode
 from mmmoe_pretrain.data.order import MixOrder
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.workers import ReadAhead, Workers
 from mmmoe_pretrain.modalities import Codecs
-
-logger = logging.getLogger(__name__)
-MIN_READ = 100  # samples, before the share of bad ones counts
-KEYS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -41,39 +36,28 @@ class LoadStats:
     cut_text: int = 0  # texts longer than max_tokens
     work_seconds: float = 0.0
     wait_seconds: float = 0.0
+    worker_restarts: int = 0  # of workers that died or hung
 
     def __add__(self, other: LoadStats) -> LoadStats:
         return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
 
-Loader = Iterator[tuple[int, list[Batch], LoadStats]]  # step, its microbatches, their statistics
+class StepData(NamedTuple):
+    """What one rank reads for a step: the microbatches of global batch ``batch``."""
+
+    step: int
+    batch: int
+    microbatches: list[Batch]
+    stats: LoadStats
+
+    @property
+    def keys(self) -> list[str]:
+        """Of all samples, in the order of ``positions_of``; bad ones included."""
+        return [meta.key for microbatch in self.microbatches for meta in microbatch.metas]
 
 
-@dataclass
-class BadBudget:
-    """Ends the run once more than ``limit`` of the samples read so far were bad."""
-
-    limit: float
-    read: int = 0
-    bad: list[BadSample] = field(default_factory=list)
-
-    def spend(self, stats: LoadStats) -> None:
-        """Count ``stats`` and log its bad samples. Raises ValueError past the limit."""
-        self.read += stats.samples
-        self.bad += stats.bad
-        for sample in stats.bad:
-            logger.warning("skipped sample %s: %s", sample.key, sample.reason)
-        if self.read >= MIN_READ and len(self.bad) > self.limit * self.read:
-            first = "; ".join(f"{sample.key}: {sample.reason}" for sample in self.bad[:KEYS_NAMED])
-            raise ValueError(
-                f"{len(self.bad)} of {self.read} samples read were bad, more than "
-                f"data.max_bad_fraction {self.limit} allows. The first: {first}. Repair or "
-                f"leave out these files and shard again (mmmoe-data shard), or raise data.max_bad_fraction"
-            )
-
-
-class MicrobatchDataset(Dataset[tuple[Batch, LoadStats]]):
-    """Item n is microbatch ``n = step * num_microbatches + a`` of one data-parallel rank."""
+class MicrobatchDataset:
+    """Item n is microbatch ``n = batch * num_microbatches + a`` of one data-parallel rank."""
 
     def __init__(
         self,
@@ -99,8 +83,7 @@ class MicrobatchDataset(Dataset[tuple[Batch, LoadStats]]):
         )
 
     def __getitem__(self, number: int) -> tuple[Batch, LoadStats]:
-        start = (number * self._dp_size + self._dp_rank) * self.batch_size
-        positions = np.arange(start, start + self.batch_size)
+        positions = self.positions(number)
         draws = self._order.at(positions)
         raws = (
             self._folders[source].read(index)
@@ -114,6 +97,18 @@ class MicrobatchDataset(Dataset[tuple[Batch, LoadStats]]):
             batch = pack([keep_slot(item) for item in decoded], self._settings, positions, self.tokens)
         return batch, counted.stats(decoded)
 
+    def positions(self, number: int) -> np.ndarray:
+        """Global positions of microbatch ``number``, int64 [batch_size]."""
+        return _positions(number, self._dp_rank, self._dp_size, self.batch_size)
+
+    def keys(self, number: int) -> list[str]:
+        """The keys of microbatch ``number``, without reading it."""
+        draws = self._order.at(self.positions(number))
+        return [
+            self._folders[source].key(index)
+            for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
+        ]
+
 
 def microbatch_size(config: RunConfig, dp_size: int) -> int:
     """Samples of a microbatch on one rank. Raises ValueError where the global batch does not divide."""
@@ -125,6 +120,20 @@ def microbatch_size(config: RunConfig, dp_size: int) -> int:
             f"{config.train.num_microbatches} x {dp_size} data-parallel ranks; use e.g. {near}"
         )
     return total // parts
+
+
+def positions_of(config: RunConfig, batch: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
+    """Global positions that a rank reads of global batch ``batch``, int64 [num_microbatches, microbatch size].
+
+    Over the ranks each position of ``[batch * G, (batch + 1) * G)`` stands there once, G samples a batch.
+    """
+    size, count = microbatch_size(config, dp_size), config.train.num_microbatches
+    return np.stack([_positions(batch * count + a, dp_rank, dp_size, size) for a in range(count)])
+
+
+def _positions(number: int, dp_rank: int, dp_size: int, size: int) -> np.ndarray:
+    start = (number * dp_size + dp_rank) * size
+    return np.arange(start, start + size)
 
 
 def keep_slot(item: Sample | BadSample) -> Sample:
@@ -166,63 +175,100 @@ def make_loader(
     start_step: int = 0,
     stop_step: int | None = None,
     tokens: int | None = None,
+    cursor: Cursor | None = None,
 ) -> Loader:
-    """Yield (step, its microbatches, their statistics) from ``start_step`` up to ``stop_step``.
+    """The data of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given), whose
+    batches ``cursor`` chooses (by default all, in order).
 
-    The default stop is train.steps. The first step of a resumed run equals the same step of an
-    uninterrupted one by construction.
+    The first step of a resumed run equals the same step of an uninterrupted one by construction.
     """
     dataset = MicrobatchDataset(config, codecs, dp_rank=dp_rank, dp_size=dp_size, tokens=tokens)
     stop = config.train.steps if stop_step is None else stop_step
-    return _steps(dataset, config, start_step, stop)
+    return Loader(dataset, config, start_step, stop, cursor or Cursor())
 
 
-def _steps(
-    dataset: MicrobatchDataset, config: RunConfig, start: int, stop: int
-) -> Iterator[tuple[int, list[Batch], LoadStats]]:
-    count = config.train.num_microbatches
-    budget = BadBudget(config.data.max_bad_fraction)
-    microbatches = _read_ahead(dataset, config, range(start * count, stop * count))
-    for step in range(start, stop):
-        began = time.perf_counter()
-        items = [next(microbatches) for _ in range(count)]
-        stats = sum((stats for _, stats in items), LoadStats())
-        budget.spend(stats)
-        stats = dataclasses.replace(stats, wait_seconds=time.perf_counter() - began)
-        yield step, [batch for batch, _ in items], stats
+class Loader:
+    """Iterates over ``StepData``. Holds nothing that must be saved: a step and a cursor make an equal one.
+
+    Its worker processes start with the first step, and end with the last one, with ``close`` (also
+    by ``with``), and with this process.
+    """
+
+    def __init__(self, dataset: MicrobatchDataset, config: RunConfig, start: int, stop: int, cursor: Cursor) -> None:
+        self._dataset, self._count = dataset, config.train.num_microbatches
+        self._step, self._stop, self._cursor = start, stop, cursor
+        self._items: list[tuple[Batch, LoadStats]] = []  # of the next step
+        workers = Workers(
+            config.data.num_workers,
+            config.data.prefetch,
+            config.data.worker_timeout or 30.0 * config.parallel.timeout_minutes,
+            config.faults.max_worker_restarts,
+        )
+        self._reader = ReadAhead(_Microbatches(dataset, cursor, self._count), self._numbers(), workers)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepData:
+        began, restarts = time.perf_counter(), self._reader.restarts
+        while len(self._items) < self._count:  # kept, should a signal's handler raise in between
+            self._items.append(_to_tensors(next(self._reader)))
+        items, self._items = self._items, []
+        stats = dataclasses.replace(
+            sum((stats for _, stats in items), LoadStats()),
+            wait_seconds=time.perf_counter() - began,
+            worker_restarts=self._reader.restarts - restarts,
+        )
+        step = self._step
+        self._step += 1
+        return StepData(step, self._cursor.batch(step), [batch for batch, _ in items], stats)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def seek(self, step: int, cursor: Cursor) -> None:
+        """Go on at ``step`` with ``cursor``, e.g. after a rollback: what was read ahead is dropped."""
+        self._step, self._cursor, self._items = step, cursor, []
+        self._reader.seek(_Microbatches(self._dataset, cursor, self._count), self._numbers())
+
+    def close(self) -> None:
+        """End the worker processes at once; nothing comes after it."""
+        self._reader.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The worker processes that run now."""
+        return self._reader.pids
+
+    def _numbers(self) -> range:
+        return range(self._step * self._count, self._stop * self._count)
 
 
-def _read_ahead(dataset: MicrobatchDataset, config: RunConfig, numbers: range) -> Iterator[tuple[Batch, LoadStats]]:
-    workers = config.data.num_workers
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_to_arrays if workers else _as_is,
-        prefetch_factor=config.data.prefetch if workers else None,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # else every iterator would draw a seed from the model's generator
-    )
-    try:
-        for item in loader:
-            yield _to_tensors(item)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error) and ("killed" in str(error) or "exited" in str(error)):
-            raise RuntimeError(
-                f"a data worker died ({error}); out of memory is the usual cause: lower "
-                f"data.num_workers or data.prefetch, then resume"
-            ) from error
-        raise
+@dataclass(frozen=True)
+class _Microbatches:
+    """The microbatches of all steps one after the other: number k is the ``k % count``-th of step ``k // count``."""
 
+    dataset: MicrobatchDataset
+    cursor: Cursor
+    count: int
 
-def _as_is(item: object) -> object:
-    return item
+    def read(self, k: int) -> Any:
+        return _to_arrays(self.dataset[self._number(k)])
+
+    def describe(self, k: int) -> str:
+        number = self._number(k)
+        return f"batch {number // self.count}, samples {', '.join(self.dataset.keys(number))[:400]}"
+
+    def _number(self, k: int) -> int:
+        step, part = divmod(k, self.count)
+        return self.cursor.batch(step) * self.count + part
 
 
 def _to_arrays(item: object) -> object:
-    """Tensors as arrays: they cross the pipe by value, where tensors would each take a descriptor
-    and room in /dev/shm, which containers keep small."""
+    """Tensors as arrays, which cross a pipe faster."""
     return _map_leaves(item, torch.Tensor, torch.Tensor.numpy)
 
 

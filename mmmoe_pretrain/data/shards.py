@@ -6,15 +6,17 @@ nothing of what the bytes mean. The index is a handful of arrays, whatever the n
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mmmoe_pretrain.data import tar
+from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
+from mmmoe_pretrain.untrusted import brief, read_json
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "flac", "ogg", "wav", "mp3", "txt", "json")
 MAX_OPEN_SHARDS = 256
@@ -111,14 +113,17 @@ def list_shards(folder: Path) -> list[Path]:
         if not paths:
             raise ValueError(f"{folder} holds no *.tar; fill it by mmmoe-data shard, or correct the path")
         return paths
-    entries = _load_json(listing, "make it again by mmmoe-data shard, or remove it").get("shardlist")
-    if not entries:
-        raise ValueError(f"{listing} lists no shard; make it again by mmmoe-data shard, or remove it")
+    remedy = "make it again by mmmoe-data shard, or remove it"
+    entries = _load_json(listing, remedy).get("shardlist")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{listing} lists no shard; {remedy}")
     return [_listed_shard(folder, entry, listing) for entry in entries]
 
 
 def read_index(path: Path) -> list[_Sample]:
     """The samples of one shard, by its sidecar where there is one, else by a walk over the headers."""
+    if not path.is_file():
+        raise ValueError(f"shard {path} is no plain file; put the tar itself there")  # a pipe would never end
     sidecar = path.with_suffix(".index.json")
     actual = path.stat().st_size
     samples = _from_sidecar(sidecar, path, actual) if sidecar.is_file() else _walk(path)
@@ -128,10 +133,10 @@ def read_index(path: Path) -> list[_Sample]:
 
 
 def _listed_shard(folder: Path, entry: dict[str, Any], listing: Path) -> Path:
-    url = str(entry.get("url", ""))
-    if "://" in url or url.startswith("/") or ".." in Path(url).parts or not url:
+    url = entry.get("url", "")
+    if not _is_relative_name(url):
         raise ValueError(
-            f"{listing} names {url!r}, which is no file under {folder}; only local shards are "
+            f"{listing} names {brief(url)}, which is no file under {folder}; only local shards are "
             f"read: copy them there and list them by their names"
         )
     path = folder / url
@@ -140,56 +145,61 @@ def _listed_shard(folder: Path, entry: dict[str, Any], listing: Path) -> Path:
     if entry.get("filesize", path.stat().st_size) != path.stat().st_size:
         raise ValueError(
             f"shard {path} has {path.stat().st_size} bytes, but {listing.name} says "
-            f"{entry['filesize']}: it is truncated or was replaced; copy or make it again"
+            f"{brief(entry['filesize'])}: it is truncated or was replaced; copy or make it again"
         )
     return path
+
+
+def _is_relative_name(url: object) -> bool:
+    if not isinstance(url, str) or not url or "://" in url or "\0" in url or not url.isprintable():
+        return False
+    parts = Path(url).parts
+    return not url.startswith("/") and ".." not in parts and all(len(part.encode()) < 256 for part in parts)
 
 
 def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[_Sample]:
     remedy = "remove it, and the headers are read instead"
     index = _load_json(sidecar, remedy)
     if index.get("version") != 1:
-        raise ValueError(f"{sidecar} has version {index.get('version')!r}, and 1 is read here; {remedy}")
+        raise ValueError(f"{sidecar} has version {brief(index.get('version'))}, and 1 is read here; {remedy}")
     if index.get("bytes") != actual:
         raise ValueError(
-            f"shard {path} has {actual} bytes, but its index says {index.get('bytes')}: it is "
+            f"shard {path} has {actual} bytes, but its index says {brief(index.get('bytes'))}: it is "
             f"truncated or was replaced; copy or make it again"
         )
     try:
         samples = [
             _Sample(
-                row["key"],
+                _checked_key(row["key"], sidecar),
                 tuple((_CODE[ext], start, size) for ext, (start, size) in row["members"].items() if ext in _CODE),
             )
             for row in index["samples"]
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{sidecar} is no shard index ({type(error).__name__}: {error}); {remedy}") from None
+        why = brief(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{sidecar} is no shard index ({why}); {remedy}") from None
     for sample in samples:
         for _, start, size in sample.members:
-            if start < 0 or size < 0 or start + size > actual:
+            if type(start) is not int or type(size) is not int or start < 0 or size < 0 or start + size > actual:
                 raise ValueError(f"{sidecar} puts sample {sample.key!r} outside of {path}; {remedy}")
+            _check_size(sample.key, size, path)
     return samples
 
 
 def _walk(path: Path) -> list[_Sample]:
     """One pass over the tar headers."""
     samples: dict[str, dict[int, tuple[int, int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isdir():
-                    _add_member(samples, member, path)
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(f"shard {path} is no whole tar file ({error}); copy or make it again") from None
-    _check_end(path, end)
+    for member in tar.members(path):
+        _add_member(samples, member, path)
     return [_Sample(key, tuple(members.values())) for key, members in samples.items()]
 
 
-def _add_member(samples: dict[str, dict[int, tuple[int, int, int]]], member: tarfile.TarInfo, path: Path) -> None:
-    key, extension = _split_name(member, path)
-    code = _CODE.get(extension, -1)
+def _add_member(samples: dict[str, dict[int, tuple[int, int, int]]], member: tar.Member, path: Path) -> None:
+    folder, slash, base = member.name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem:  # .DS_Store, ._a.png: what systems leave beside files
+        return
+    key, code = _checked_key(folder + slash + stem, path), _CODE.get(extension.lower(), -1)
     if key in samples and (key != next(reversed(samples)) or code in samples[key]):
         raise ValueError(
             f"shard {path} holds key {key!r} twice; the members of a sample must be adjacent and "
@@ -197,37 +207,26 @@ def _add_member(samples: dict[str, dict[int, tuple[int, int, int]]], member: tar
         )
     members = samples.setdefault(key, {})
     if code >= 0:
-        members[code] = code, member.offset_data, member.size
+        _check_size(key, member.size, path)
+        members[code] = code, member.offset, member.size
 
 
-def _check_end(path: Path, end: int) -> None:
-    """tarfile takes a file that stops between two members for whole; the end mark tells."""
-    with path.open("rb") as file:
-        file.seek(end)
-        tail = file.read(tarfile.BLOCKSIZE)
-    if len(tail) < tarfile.BLOCKSIZE or any(tail):
-        raise ValueError(f"shard {path} stops without tar's end mark: it is truncated; copy or make it again")
+def _checked_key(key: object, path: Path) -> str:
+    if not isinstance(key, str) or not key or "\0" in key or len(key.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"{path} holds key {brief(key)}, and a key is a text of 1 to {MAX_KEY_BYTES} bytes")
+    return key
 
 
-def _split_name(member: tarfile.TarInfo, path: Path) -> tuple[str, str]:
-    name = member.name.removeprefix("./")
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"shard {path} holds {member.name!r}, a path that leaves its folder; don't use it")
-    if not member.isreg() or member.issparse():
+def _check_size(key: str, size: int, path: Path) -> None:
+    if size > MAX_MEMBER_BYTES:
         raise ValueError(
-            f"shard {path} holds {member.name!r}, which is a link, a device or a sparse file; "
-            f"make it again with plain files"
+            f"shard {path} holds a file of {size} bytes in sample {key!r}, and samples are read whole; leave out "
+            f"what exceeds {MAX_MEMBER_BYTES} bytes"
         )
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
 
 
 def _load_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        return read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; {remedy}")
-    return value
+        raise ValueError(f"{error}; {remedy}") from None

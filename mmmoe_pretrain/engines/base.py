@@ -6,8 +6,12 @@ in by logical parameter name, so that a checkpoint knows neither engine nor layo
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
@@ -26,9 +30,43 @@ class StepResult:
     grad_norm: float
     tokens: int
     routing: tuple[RoutingStats, ...]
+    skipped: bool = False  # the loss or the gradient was not finite: weights, moments and routers are as before
+    loss_scale: float = 1.0  # that the gradient was computed with (fp16)
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The state of fp16's dynamic loss scale."""
+
+    scale: float
+    good_steps: int  # without overflow since the last change
+    hysteresis: int  # overflows left before the scale halves
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an engine counts, saved in a checkpoint's ``meta.json``. Steps that were left out are steps, but no
+    updates: Adam's bias correction counts updates."""
+
+    steps: int
+    updates: int
+    loss_scale: LossScale | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        scale = value["loss_scale"]
+        return cls(value["steps"], value["updates"], None if scale is None else LossScale(**scale))
 
 
 class Engine(Protocol):
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The stages of this rank, with the weights that they compute with."""
+        ...
+
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the microbatches of this rank."""
         ...
@@ -38,6 +76,10 @@ class Engine(Protocol):
         memory, not copies."""
         ...
 
-    def import_state(self, state: ShardedState, steps_done: int) -> None:
-        """Take over a state with the same pieces as ``export_state`` gives."""
+    def import_state(self, state: ShardedState, progress: Progress) -> None:
+        """Take over a state with the same pieces as ``export_state`` gives, and go on after ``progress.steps``."""
+        ...
+
+    def progress(self) -> Progress:
+        """How far this engine is."""
         ...

@@ -12,24 +12,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.engines.base import Progress, StepResult
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
 from mmmoe_pretrain.engines.deepspeed_gather import hold, prepare_gathering
-from mmmoe_pretrain.engines.deepspeed_precision import compute_in_bf16
+from mmmoe_pretrain.engines.deepspeed_precision import compute_in_half
 from mmmoe_pretrain.engines.deepspeed_setup import (
     adopt_experts,
     join_process_group,
     join_tensor_ranks,
     make_optimizer,
+    need_async_io,
     prepare,
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
-from mmmoe_pretrain.engines.results import add_routing, mean_losses
+from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, resumed
+from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, mean_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
 
@@ -49,11 +50,14 @@ class DeepSpeedEngine:
         deepspeed = prepare()
         self.config, self.device, self.groups = config, device, model.groups
         self.stage = int(config.parallel.zero_stage)
-        self.steps_done = 0
+        self._progress = first_progress(config.train)
         settings = deepspeed_json(config, self.groups, sum(p.numel() for p in model.parameters()))
         self.model = model.to(device)
-        if config.train.precision == "bf16":
-            compute_in_bf16(model, cast_again=config.train.recompute != "blocks")
+        self.models = [self.model]
+        if config.train.precision in HALF_TYPES:
+            compute_in_half(model, HALF_TYPES[config.train.precision], cast_again=config.train.recompute != "blocks")
+        if config.parallel.offload_optimizer == "nvme":
+            need_async_io()
         mpu = join_process_group(deepspeed, self.groups)
         adopt_experts(model, self.groups)
         join_tensor_ranks(model, self.groups)
@@ -70,6 +74,7 @@ class DeepSpeedEngine:
         if finish is not None:
             finish()
         self._state.attach(self._engine)
+        self._judge_norms()
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
@@ -78,16 +83,18 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         if self.config.objectives.contrastive.cached:
             self._fill_cache(microbatches)
-        reports = self._forward_backward(microbatches)
-        grad_norm = float(self._clip()) if self.stage == 0 else None
+        report = self._forward_backward(microbatches)
+        losses, tokens = mean_losses([report], self.model.loss_names, microbatches, self.groups, self.device)
+        self._total = losses["total"]
+        grad_norm = self._clip() if self.stage == 0 else None
         self._engine.step()
         if grad_norm is None:
             grad_norm = self._norm()
-        losses, tokens = mean_losses(reports, self.model.loss_names, microbatches, self.groups, self.device)
-        routing = add_routing([report.routing for report in reports])
-        self.model.end_step(routing)
-        self.steps_done += 1
-        return StepResult(losses, grad_norm, tokens, routing)
+        skipped = not math.isfinite(grad_norm)
+        self.model.end_step(None if skipped else report.routing)
+        result = StepResult(losses, grad_norm, tokens, report.routing, skipped, self._scale)
+        self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
+        return result
 
     def _fill_cache(self, batches: list[Batch]) -> None:
         """The first pass of a step whose contrastive loss is of all its microbatches."""
@@ -98,15 +105,50 @@ class DeepSpeedEngine:
                 self._engine(batch.to(self.device))
         self.model.end_caching()
 
-    def _forward_backward(self, batches: list[Batch]) -> list[LossReport]:
+    def _forward_backward(self, batches: list[Batch]) -> LossReport:
+        """The sums of the microbatches' reports."""
         self.model.begin_step(self.steps_done, len(batches))
-        reports = []
+        if self._progress.loss_scale is not None and self.stage:
+            self._engine.optimizer.override_loss_scale(self._scale)  # ZeRO scales losses and unscales gradients
+        share = (1.0 if self.stage else self._scale) / len(batches)
+        sums: LossReport | None = None
         for number, batch in enumerate(batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
             loss, report = self._engine(batch.to(self.device))
-            self._engine.backward(loss / len(batches), scale_wrt_gas=False)
-            reports.append(report)
-        return reports
+            self._engine.backward(loss * share, scale_wrt_gas=False)
+            sums = add_reports(sums, report)
+        assert sums is not None
+        return sums
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._progress.loss_scale is None else self._progress.loss_scale.scale
+
+    def _judge_norms(self) -> None:
+        """ZeRO leaves out a step whose norm it finds to be no number, on the ranks that find it. It is given such
+        a norm on all ranks where the loss or the norm of any is none."""
+        optimizer = self._engine.optimizer
+        if self.stage in (1, 2):
+            norm_of = optimizer.scaled_global_norm
+
+            def judged_norm() -> Any:
+                norm = norm_of()
+                return norm if self._is_finite(float(norm)) else torch.full_like(norm, math.inf)
+
+            optimizer.scaled_global_norm = judged_norm
+        elif self.stage == 3:
+            norms_of = optimizer._get_norm_groups
+
+            def judged_norms() -> list[Any]:
+                norms = norms_of()
+                invalid = any(float(norm) < 0 for norm in norms)  # -1 stands for no number
+                fine = self._is_finite(math.nan if invalid else sum(map(float, norms)))
+                return norms if fine else [torch.full_like(norm, math.inf) for norm in norms]
+
+            optimizer._get_norm_groups = judged_norms
+
+    def _is_finite(self, norm: float) -> bool:
+        return finite_everywhere((self._total, norm), self.groups, self.device)
 
     @torch.no_grad()
     def _ready_temperatures(self) -> None:
@@ -114,19 +156,20 @@ class DeepSpeedEngine:
         module of theirs is ever called, for which ZeRO-3 would gather them."""
         if self.model.contrastive is None or self.stage == 0:
             return
-        for master in self._state.masters(self.model.contrastive.parameters()):
-            master.clamp_(max=MAX_LOG_SCALE)
+        for masters in self._state.masters(self.model.contrastive.parameters()):
+            masters.clamp_(max=MAX_LOG_SCALE)
         if self.stage == 3:
             hold(self.model.contrastive.parameters())
 
     def _norm(self) -> float:
-        """Of the step just made. ZeRO leaves a step out whose gradient is not finite, and a norm of before."""
+        """Of the step just made; infinite where it was left out, when ZeRO has a norm of before."""
         return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """The norm of the reduced gradient, clipped to. DeepSpeed's own at stage 0 averages the norms of
-        different experts (its issue 8475)."""
+    def _clip(self) -> float:
+        """The norm of the reduced gradient, unscaled and clipped to; gradients are dropped where the step is to be
+        left out, and the norm is then infinite. DeepSpeed's own at stage 0 averages the norms of different
+        experts (its issue 8475)."""
         gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of experts, and of all else
         for parameter, grad in gradients:
@@ -136,17 +179,30 @@ class DeepSpeedEngine:
             dist.all_reduce(squares[:1], group=self.groups.expert)
         if self.groups.tensor_size > 1:
             dist.all_reduce(squares, group=self.groups.tensor)
-        norm = squares.sum().sqrt()
+        norm = float(squares.sum().sqrt()) / self._scale
+        if not self._is_finite(norm):
+            self._engine.zero_grad()  # torch's AdamW passes over parameters without a gradient
+            return math.inf
         limit = self.config.optimizer.clip_norm
-        if limit:
-            torch._foreach_mul_([grad for _, grad in gradients], float((limit / (norm + CLIP_EPS)).clamp(max=1)))
+        factor = (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / self._scale
+        if factor != 1.0:
+            torch._foreach_mul_([grad for _, grad in gradients], factor)
         return norm
+
+    @property
+    def steps_done(self) -> int:
+        """Those left out included."""
+        return self._progress.steps
+
+    def progress(self) -> Progress:
+        """See ``Engine.progress``."""
+        return self._progress
 
     def export_state(self) -> ShardedState:
         """See ``Engine.export_state``."""
         return self._state.export()
 
-    def import_state(self, state: ShardedState, steps_done: int) -> None:
+    def import_state(self, state: ShardedState, progress: Progress) -> None:
         """See ``Engine.import_state``."""
-        self.steps_done = steps_done
-        self._state.load(state, steps_done)
+        self._progress = resumed(progress, self.config.train)
+        self._state.load(state, progress.updates)

@@ -12,6 +12,7 @@ import importlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Union
 
 from pydantic import BaseModel, ValidationError
@@ -67,11 +68,12 @@ OURS: dict[str, str] = {
     "use_data_before_expert_parallelism": "parallel.expert_parallel_size",
     "sequence_parallel_size": "parallel.sequence_parallel",
     "pipeline": "parallel.pipeline_parallel_size with parallel.engine megatron",
-    "checkpoint": "train.checkpoint_every (checkpoints are ours, for every layout and engine)",
+    "checkpoint": "checkpoint.every (checkpoints are ours, for every layout and engine)",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.cpu_offload": "parallel.offload_optimizer",
     "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_optimizer",
+    "zero_optimization.offload_optimizer.pipeline_read": "none: it has no part in checkpoints of NVMe state",
+    "zero_optimization.offload_optimizer.pipeline_write": "none: it has no part in checkpoints of NVMe state",
     "zero_optimization.compute_grad_norm": "none: the gradient's norm is reported at every step",
 }
 
@@ -84,12 +86,25 @@ def deepspeed_json(config: RunConfig, groups: Groups, num_parameters: int) -> di
     _check(own, ALLOWED, "")
     settings = _generated(config, groups, num_parameters)
     merged = _merged(settings, own)
+    if config.parallel.offload_optimizer == "nvme":
+        _own_swap_folder(merged["zero_optimization"]["offload_optimizer"], config.name)
     zero = _model(ALLOWED["zero_optimization"])
     try:
         zero(**merged["zero_optimization"])
     except (ValidationError, AssertionError) as error:
         raise ValueError(f"parallel.deepspeed.zero_optimization: {_first_line(error)}") from None
     return merged
+
+
+def _own_swap_folder(offload: dict[str, Any], run: str) -> None:
+    """DeepSpeed names its files by rank alone, and two runs may share a disk."""
+    if not offload.get("nvme_path"):
+        raise ValueError(
+            "parallel.offload_optimizer nvme needs a folder on a local disk of every machine; set "
+            "parallel.deepspeed: {zero_optimization: {offload_optimizer: {nvme_path: /local/nvme}}}, or "
+            "offload_optimizer: cpu"
+        )
+    offload["nvme_path"] = str(Path(offload["nvme_path"]) / run)
 
 
 def _generated(config: RunConfig, groups: Groups, num_parameters: int) -> dict[str, Any]:

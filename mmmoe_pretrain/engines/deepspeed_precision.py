@@ -1,6 +1,6 @@
-"""bf16 under DeepSpeed: parameters stay fp32, and the modules of the trunk compute with bf16 copies.
+"""bf16 and fp16 under DeepSpeed: parameters stay fp32, and the modules of the trunk compute with half copies.
 
-DeepSpeed's own ``bf16`` mode casts every parameter, also those that we keep in fp32 on purpose (vectors,
+DeepSpeed's own ``bf16`` and ``fp16`` modes cast every parameter, also those that we keep in fp32 on purpose (vectors,
 routers, embedders, heads), and its ZeRO-3 knows one type for all parameters of a model. So it is given an
 fp32 model: what it partitions is the master weight, and gradients are accumulated and reduced in fp32, as
 by our other engine. The price is 2 bytes a parameter of the unsharded model (ZeRO 0 to 2), and twice the
@@ -19,32 +19,32 @@ from torch import Tensor, nn
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
 
-def compute_in_bf16(model: PretrainingModel, cast_again: bool) -> None:
-    """``PretrainingModel.use_bf16``, but the parameters themselves keep fp32 (rounded once, to what the
-    bf16 model would begin with). Each module that has bf16 ones finds bf16 copies in their place while it
+def compute_in_half(model: PretrainingModel, dtype: torch.dtype, cast_again: bool) -> None:
+    """``PretrainingModel.use_half``, but the parameters themselves keep fp32 (rounded once, to what the
+    half model would begin with). Each module that has half ones finds half copies in their place while it
     runs. ``cast_again``: the backward pass casts anew instead of keeping the copies; with ZeRO-3 they
     would add up to the model. Not within recomputed blocks, which keep none of them, and whose own hooks
     on saved tensors these would displace.
     """
-    model.use_bf16()
+    model.use_half(dtype)
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        names = [name for name, parameter in own.items() if parameter.dtype == torch.bfloat16]
+        names = [name for name, parameter in own.items() if parameter.dtype == dtype]
         for name in names:
             own[name].data = own[name].data.float()
         if names:
-            module.forward = _InBf16(module, names, cast_again)
+            module.forward = _InHalf(module, names, dtype, cast_again)
 
 
-class _InBf16:
+class _InHalf:
     """The forward pass of ``module`` with copies in place of its parameters ``names``."""
 
-    def __init__(self, module: nn.Module, names: list[str], cast_again: bool) -> None:
-        self.module, self.names, self.cast_again = module, names, cast_again
+    def __init__(self, module: nn.Module, names: list[str], dtype: torch.dtype, cast_again: bool) -> None:
+        self.module, self.names, self.dtype, self.cast_again = module, names, dtype, cast_again
         self.forward: Callable[..., Any] = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        copies = {name: getattr(self.module, name).bfloat16() for name in self.names}
+        copies = {name: getattr(self.module, name).to(self.dtype) for name in self.names}
         attributes = vars(self.module)  # found before the parameters of the same names
         attributes.update(copies)
         try:
@@ -69,7 +69,7 @@ class _InBf16:
             if isinstance(packed, Tensor):
                 return packed
             name, *view = packed
-            return getattr(self.module, name).detach().bfloat16().as_strided(*view)
+            return getattr(self.module, name).detach().to(self.dtype).as_strided(*view)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

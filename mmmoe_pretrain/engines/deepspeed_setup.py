@@ -41,6 +41,28 @@ def prepare() -> Any:
     return deepspeed
 
 
+def need_async_io() -> None:
+    """Build DeepSpeed's operator for files, which takes some minutes the first time on a machine.
+
+    Raises ValueError where that cannot be done.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    reason: Exception | None = None
+    if builder.is_compatible(verbose=False):
+        try:
+            builder.load(verbose=False)
+            return
+        except RuntimeError as error:
+            reason = error
+    raise ValueError(
+        "parallel.offload_optimizer nvme needs DeepSpeed's operator async_io, which is compiled when it is first "
+        "used, and that failed; install libaio with its headers, a C++ compiler and ninja (Debian, Ubuntu: apt-get "
+        "install libaio-dev g++ ninja-build), or set offload_optimizer: cpu"
+    ) from reason
+
+
 def join_process_group(deepspeed: Any, groups: Groups) -> Any:
     """Let DeepSpeed use the running process group and ``groups``; the ``mpu`` for its engine, or None.
 
@@ -52,6 +74,7 @@ def join_process_group(deepspeed: Any, groups: Groups) -> Any:
 
     mpu = _TensorRanks(groups) if groups.tensor_size > 1 else None
     registry.mpu = mpu  # it outlives an engine, and one without tensor ranks does not overwrite it
+    registry._WORLD_GROUP = None  # so does its copy of the group of all ranks, which ends with the other groups
     for name, group in (("_EXPERT_PARALLEL_GROUP", _all_experts(groups)),
                         ("_EXPERT_DATA_PARALLEL_GROUP", groups.expert_data)):  # fmt: skip
         of_groups, of_ranks = getattr(registry, name), getattr(registry, f"{name}_RANKS")

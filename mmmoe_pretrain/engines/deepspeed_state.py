@@ -7,6 +7,7 @@ flattens parts, lays them one behind the other, and gives each rank an equal str
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_Flat = tuple[Tensor, Tensor, Tensor]  # a flat master weight and its moments
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class _Stretch:
     length: int
 
     def of(self, tensor: Tensor, part: _Part) -> tuple[Piece, ...]:
-        """Views of ``tensor``, which is laid out like ``flat``."""
+        """Views of ``tensor``, which is laid out like ``flat``, or is a copy of it."""
         numbers = tensor.detach().view(-1).narrow(0, self.begin, self.length)
         return pieces_of_range(numbers, self.start, part.shape, part.placement)
 
@@ -67,7 +69,10 @@ class DeepSpeedState:
         self._reset_moments(0)
 
     def export(self) -> ShardedState:
-        """Views of what this rank holds."""
+        """Views of what this rank holds; of what is in files, copies in host memory."""
+        return self._export(self._copies_of_files())
+
+    def _export(self, copies: dict[Tensor, _Flat]) -> ShardedState:
         stretches = dict(self._stretches())
         found: ShardedState = {}
         for parameter, part in self._parts.items():
@@ -76,43 +81,88 @@ class DeepSpeedState:
             if stretch is None:
                 found[part.name] = ShardedParameter(shape, (), (), ())
                 continue
-            moments = self._torch_state[stretch.flat]
-            value, first, second = (stretch.of(t, part) for t in (stretch.flat, *(moments[k] for k in MOMENTS)))
+            tensors = copies.get(stretch.flat) or self._live(stretch.flat)
+            value, first, second = (stretch.of(tensor, part) for tensor in tensors)
             found[part.name] = ShardedParameter(shape, value, first, second)
         for name, buffer in persistent_buffers(self._model).items():
             found[name] = ShardedParameter(tuple(buffer.shape), pieces_of_part(buffer, ()), None, None)
         return found
 
     @torch.no_grad()
-    def load(self, state: ShardedState, steps_done: int) -> None:
-        """Take over a state with the pieces that ``export`` gives."""
-        self._reset_moments(steps_done)
-        for name, mine in self.export().items():
+    def load(self, state: ShardedState, updates: int) -> None:
+        """Take over a state with the pieces that ``export`` gives; ``updates`` made its moments."""
+        self._reset_moments(updates)
+        copies = self._copies_of_files()
+        for name, mine in self._export(copies).items():
             mine.copy_(state[name])
         optimizer = self._optimizer
         if self._stage == 3:
             optimizer._partition_all_parameters()  # some stay gathered between steps
-            for index in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                with self._resident(flat, changed=True):
+                    for live, copied in zip(self._live(flat), copies.get(flat, ()), strict=False):
+                        live.detach().copy_(copied)
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self._stage:
             optimizer.update_lp_params()
 
-    def masters(self, parameters: Iterator[nn.Parameter]) -> list[Tensor]:
-        """What this rank holds of their master weights, flat."""
+    def masters(self, parameters: Iterator[nn.Parameter]) -> Iterator[Tensor]:
+        """What this rank holds of their master weights, flat, to be changed one after the other."""
         wanted = set(parameters)
-        return [s.flat.detach().view(-1).narrow(0, s.begin, s.length) for p, s in self._stretches() if p in wanted]
+        for parameter, stretch in self._stretches():
+            if parameter in wanted:
+                with self._resident(stretch.flat, changed=True):
+                    yield stretch.flat.detach().view(-1).narrow(0, stretch.begin, stretch.length)
+
+    def _live(self, flat: Tensor) -> _Flat:
+        state = self._torch_state[flat]
+        return flat, state["exp_avg"], state["exp_avg_sq"]
+
+    @torch.no_grad()
+    def _copies_of_files(self) -> dict[Tensor, _Flat]:
+        copies: dict[Tensor, _Flat] = {}
+        for _, stretch in self._stretches(padding_too=True):
+            if self._in_files(stretch.flat) and stretch.flat not in copies:
+                with self._resident(stretch.flat, changed=False):
+                    value, first, second = (tensor.detach().clone() for tensor in self._live(stretch.flat))
+                    copies[stretch.flat] = value, first, second
+        return copies
+
+    def _in_files(self, flat: Tensor) -> bool:
+        """ZeRO-3 offloaded to NVMe keeps its large sub-groups there between steps, and they are empty here."""
+        swapper = getattr(self._optimizer, "optimizer_swapper", None)
+        return swapper is not None and flat.ds_id in swapper.swap_params_info  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _resident(self, flat: Tensor, changed: bool) -> Iterator[None]:
+        """Its numbers and moments are in memory meanwhile; they go back to their files where they ``changed``."""
+        if not self._in_files(flat):
+            yield
+            return
+        swapper = self._optimizer.optimizer_swapper
+        swapper.swap_in_optimizer_state(flat)
+        try:
+            yield
+        finally:
+            (swapper.swap_out_optimizer_state if changed else swapper.release_swap_buffers)(flat)
 
     @property
     def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
         return self._optimizer.optimizer.state if self._stage else self._optimizer.state
 
-    def _reset_moments(self, steps_done: int) -> None:
+    def _reset_moments(self, updates: int) -> None:
         for flat in {id(stretch.flat): stretch.flat for _, stretch in self._stretches(padding_too=True)}.values():
-            # Each its own step count: torch adds to it in place.
-            state = {"step": torch.tensor(float(steps_done)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-            self._torch_state[flat] = state
+            with self._resident(flat, changed=True):
+                moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+                state = self._torch_state[flat]
+                if self._in_files(flat) and state.keys() >= moments.keys():
+                    for key, zeros in moments.items():
+                        state[key].copy_(zeros)  # its file is known by the tensor that is there
+                else:
+                    state |= moments
+                state["step"] = torch.tensor(float(updates))  # each its own: torch adds to it in place
 
     def _stretches(self, padding_too: bool = False) -> Iterator[tuple[nn.Parameter, _Stretch]]:
         """Of each parameter of which this rank holds something; ``padding_too``: or nothing."""

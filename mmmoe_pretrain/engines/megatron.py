@@ -19,15 +19,24 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
-from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.engines.megatron_setup import data_parallel, make_optimizer, prepare, transformer_config
+from mmmoe_pretrain.engines.base import Progress, StepResult
+from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, resumed
+from mmmoe_pretrain.engines.megatron_setup import (
+    data_parallel,
+    inner_optimizers,
+    make_optimizer,
+    prepare,
+    transformer_config,
+)
 from mmmoe_pretrain.engines.megatron_state import MegatronState
-from mmmoe_pretrain.engines.results import add_routing, mean_losses
+from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, mean_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
 __all__ = ["MegatronEngine", "prepare"]
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class MegatronEngine:
@@ -41,12 +50,14 @@ class MegatronEngine:
         self.config, self.device = config, device
         self.models = [model.to(device) for model in models]
         self.groups = self.models[0].groups
-        self.steps_done = 0
-        if config.train.precision == "bf16":
+        self._progress = first_progress(config.train)
+        if config.train.precision in HALF_TYPES:
             for model in self.models:
-                model.use_bf16()
+                model.use_half(HALF_TYPES[config.train.precision])
         with quiet_megatron():
             self.transformer = transformer_config(config, self.groups)
+            if self._progress.loss_scale is not None:
+                self.transformer.grad_scale_func = lambda loss: loss * self._scale
             self.stages = [_Stage(model, self.transformer, i) for i, model in enumerate(self.models)]
             self.wrapped = data_parallel(self.stages, self.transformer, config)
             self.optimizer = make_optimizer(self.wrapped, config)
@@ -63,15 +74,34 @@ class MegatronEngine:
         if self.config.objectives.contrastive.cached:
             self._fill_cache(microbatches)
         reports = self._run(microbatches)
+        losses, tokens = mean_losses(reports, self.models[0].loss_names, microbatches, self.groups, self.device)
         with megatron_cpu.optimizer_calls():
-            _, grad_norm, _ = self.optimizer.step()
-        everything = list(itertools.chain.from_iterable(reports))
-        losses, tokens = mean_losses(everything, self.models[0].loss_names, microbatches, self.groups, self.device)
-        routing = [add_routing([report.routing for report in own]) for own in reports]
-        for model, stats in zip(self.models, routing, strict=True):
-            model.end_step(stats)
-        self.steps_done += 1
-        return StepResult(losses, float(grad_norm), tokens, tuple(itertools.chain.from_iterable(routing)))
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm()) / self._scale
+            skipped = not finite_everywhere((losses["total"], grad_norm), self.groups, self.device)
+            if not skipped:
+                self._update(grad_norm)
+        for model, report in zip(self.models, reports, strict=True):
+            model.end_step(None if skipped else report.routing)
+        routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
+        result = StepResult(losses, grad_norm, tokens, routing, skipped, self._scale)
+        self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
+        return result
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._progress.loss_scale is None else self._progress.loss_scale.scale
+
+    @torch.no_grad()
+    def _update(self, grad_norm: float) -> None:
+        """Unscale and clip the gradients, and step the optimizer."""
+        limit = self.config.optimizer.clip_norm
+        factor = (min(1.0, limit / (grad_norm + CLIP_EPS)) if limit else 1.0) / self._scale
+        mains = [main for inner in inner_optimizers(self.optimizer) for main in inner.get_parameters()]
+        gradients = [main.grad for main in mains if main.grad is not None]
+        if gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self.optimizer.step_with_ready_grads()
 
     def _fill_cache(self, batches: list[Batch]) -> None:
         """The first pass of a step whose contrastive loss is of all its microbatches."""
@@ -82,18 +112,18 @@ class MegatronEngine:
         for model in self.models:
             model.end_caching()
 
-    def _run(self, batches: list[Batch], forward_only: bool = False) -> list[list[LossReport]]:
-        """Run the schedule; the reports of each stage of this rank, by microbatch."""
+    def _run(self, batches: list[Batch], forward_only: bool = False) -> list[LossReport]:
+        """Run the schedule; of each stage of this rank, the sums of its reports over the microbatches."""
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
         for model in self.models:
-            model.begin_step(self.steps_done, len(batches))
-        reports: list[list[LossReport]] = [[] for _ in self.models]
+            model.begin_step(self.steps_done, len(batches), self._scale)
+        reports: list[LossReport | None] = [None for _ in self.models]
 
         def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             output, report = wrapped(next(batch_iterator).to(self.device))
             chunk = next(i for i, other in enumerate(self.wrapped) if other is wrapped)
-            reports[chunk].append(report)
+            reports[chunk] = add_reports(reports[chunk], report)
             return output, lambda loss: (loss, None)
 
         iterators = [iter(batches) for _ in self.models]
@@ -109,16 +139,25 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return reports
+        return [report for report in reports if report is not None]
+
+    @property
+    def steps_done(self) -> int:
+        """Those left out included."""
+        return self._progress.steps
+
+    def progress(self) -> Progress:
+        """See ``Engine.progress``."""
+        return self._progress
 
     def export_state(self) -> ShardedState:
         """See ``Engine.export_state``."""
         return self._state.export()
 
-    def import_state(self, state: ShardedState, steps_done: int) -> None:
+    def import_state(self, state: ShardedState, progress: Progress) -> None:
         """See ``Engine.import_state``."""
-        self.steps_done = steps_done
-        self._state.load(state, steps_done)
+        self._progress = resumed(progress, self.config.train)
+        self._state.load(state, progress.updates)
 
 
 class _Stage(nn.Module):

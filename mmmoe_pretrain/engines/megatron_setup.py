@@ -13,11 +13,10 @@ from torch import nn
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
+from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES
 from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
-
-NEVER_CLIPS = 1e30  # megatron-core reports a norm only where it clips
 
 
 def prepare() -> None:
@@ -32,8 +31,8 @@ def transformer_config(config: RunConfig, groups: Groups) -> Any:
     """What Megatron's schedules, wrappers and gradient finalisation read of a model."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    bf16 = config.train.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = config.train.precision
+    dtype = HALF_TYPES.get(precision, torch.float32)
     return TransformerConfig(
         num_layers=groups.num_stages,  # it wants a multiple of the stages; which blocks they hold is ours
         hidden_size=config.model.hidden_size,
@@ -50,7 +49,8 @@ def transformer_config(config: RunConfig, groups: Groups) -> Any:
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
         use_cpu_initialization=True,
-        bf16=bf16,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         params_dtype=dtype,
         finalize_model_grads_func=functools.partial(_finalize, groups),
     )
@@ -93,7 +93,8 @@ def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConf
 
 
 def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
-    """AdamW over all stages of this rank; vectors do not decay."""
+    """AdamW over all stages of this rank; vectors do not decay. Clipping and loss scaling are the engine's:
+    ``bf16`` says that there are half parameters of either type with fp32 masters, and no scale of its own."""
     from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -106,8 +107,8 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
         adam_eps=settings.eps,
-        clip_grad=settings.clip_norm or NEVER_CLIPS,
-        bf16=config.train.precision == "bf16",
+        clip_grad=0.0,
+        bf16=config.train.precision in HALF_TYPES,
         use_distributed_optimizer=config.parallel.zero_stage == 1,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
@@ -119,3 +120,9 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
         for inner in getattr(made, "chained_optimizers", [])[:-1]:
             inner.model_chunks = []
     return made
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """One of dense parameters and one of experts, or one of both; those that hold nothing left out."""
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner for inner in optimizers if getattr(inner, "optimizer", None) is not None]

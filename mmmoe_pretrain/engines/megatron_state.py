@@ -17,6 +17,7 @@ from mmmoe_pretrain.checkpoint.sharded import (
     whole_shape,
 )
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
+from mmmoe_pretrain.engines.megatron_setup import inner_optimizers
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.placement import Placement, placements
 
@@ -58,9 +59,9 @@ class MegatronState:
         return [pieces_of_range(tensor.detach().view(-1), start, shape, placement) for tensor in held]
 
     @torch.no_grad()
-    def load(self, state: ShardedState, steps_done: int) -> None:
-        """Take over a state with the pieces that ``export`` gives."""
-        self._reset_moments(steps_done)
+    def load(self, state: ShardedState, updates: int) -> None:
+        """Take over a state with the pieces that ``export`` gives; ``updates`` made its moments."""
+        self._reset_moments(updates)
         for name, mine in self.export().items():
             mine.copy_(state[name])
         for inner in self._inner():
@@ -70,16 +71,16 @@ class MegatronState:
             for stage in self._wrapped:
                 stage.start_param_sync(force_sync=True)
 
-    def _reset_moments(self, steps_done: int) -> None:
+    def _reset_moments(self, updates: int) -> None:
         for inner in self._inner():
             by_parameter = type(inner.optimizer).__module__.startswith("torch.")  # TE's and Apex's count by group
             for group in inner.optimizer.param_groups:
                 if not by_parameter:
-                    group["step"] = steps_done
+                    group["step"] = updates
                 for main in group["params"]:
                     state = {name: torch.zeros_like(main, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
                     if by_parameter:
-                        state["step"] = torch.tensor(float(steps_done))
+                        state["step"] = torch.tensor(float(updates))
                     inner.optimizer.state[main] = state
 
     @property
@@ -87,8 +88,7 @@ class MegatronState:
         return bool(self._wrapped[0].ddp_config.use_distributed_optimizer)
 
     def _inner(self) -> list[Any]:
-        optimizers = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
-        return [inner for inner in optimizers if getattr(inner, "optimizer", None) is not None]
+        return inner_optimizers(self._optimizer)
 
     def _shards(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Of the distributed optimizer: each parameter of which this rank holds a stretch, the stretch,

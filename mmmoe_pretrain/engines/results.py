@@ -1,9 +1,9 @@
-"""What a step reports: losses and routing from the microbatches, stages and ranks that had a part in it."""
+"""What a step reports: losses and routing from the microbatches, stages and ranks that had a part in it, and
+whether all of them can go on from it."""
 
 from __future__ import annotations
 
-import functools
-import operator
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.models.pretraining import LossReport
-from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -26,7 +25,8 @@ def mean_losses(
     """Losses by name, and ``total``: sums over the stages of means over microbatches and data-parallel
     ranks. And the valid tokens of all microbatches and ranks. Equal on every rank of the job.
 
-    ``reports``: of every microbatch and every stage of this rank. ``names``: every loss of the model.
+    ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``), or one of each
+    microbatch. ``names``: every loss of the model.
     """
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for report in reports:
@@ -44,9 +44,20 @@ def mean_losses(
     return {"total": sum(losses.values()), **losses}, round(tokens)
 
 
-def add_routing(reports: Sequence[tuple[RoutingStats, ...]]) -> tuple[RoutingStats, ...]:
-    """Sums over the microbatches of one stage; each report is over all data-parallel ranks already."""
-    layers = []
-    for stats in zip(*reports, strict=True):
-        layers.append(functools.reduce(operator.add, [layer.detach() for layer in stats]))
-    return tuple(layers)
+def add_reports(sums: LossReport | None, report: LossReport) -> LossReport:
+    """Sums over the microbatches of one stage, made as they come: a layer's co-activation alone has [M, E, E]
+    numbers. Losses add up in fp64. Routing is over all data-parallel ranks already."""
+    losses = {name: loss.double() for name, loss in report.losses.items()}
+    if sums is None:
+        return LossReport(losses, report.routing)
+    routing = tuple(a + b for a, b in zip(sums.routing, report.routing, strict=True))
+    return LossReport({name: sums.losses[name] + loss for name, loss in losses.items()}, routing)
+
+
+def finite_everywhere(numbers: Sequence[float], groups: Groups, device: torch.device) -> bool:
+    """Are the numbers of every rank of the job finite? The same answer on all of them."""
+    bad = torch.tensor(float(not all(map(math.isfinite, numbers))), device=device)
+    for group in (groups.tensor, groups.data, groups.pipeline):
+        if group_size(group) > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
+    return not bool(bad)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain.evaluate.scores import Score
+from mmmoe_pretrain.untrusted import brief, read_json
 
 NOT_RECORDED = "not recorded"
 LEGEND = (
@@ -45,13 +46,13 @@ def read_dense(path: Path | None, test: Sequence[str]) -> dict[str, float] | Non
     if path is None or not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))["dense"]
+        record = read_json(path)["dense"]
         if list(record["test"]) != list(test):
             return None
         return {row["metric"]: float(row["value"]) for row in record["results"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} records no dense run ({type(error).__name__}: {error}); it should hold "
+            f"{path} records no dense run ({brief(f'{type(error).__name__}: {error}')}); it should hold "
             f'{{"dense": {{"test": [...], "results": [...]}}}}; make compare records it'
         ) from error
 

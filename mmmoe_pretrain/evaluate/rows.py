@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.model import root_of
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate.leaks import LeakFilter
@@ -44,7 +45,7 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
         raise ValueError(
             f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
         )
-    codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(run_dir))
+    codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(root_of(run_dir, config)))
     return HeldOutRows(paths, config, codecs, LeakFilter(config) if not trains_on(paths, config) else None)
 
 
@@ -54,7 +55,7 @@ def trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:
     return [path for path in paths if Path(path).resolve() in trained_on]
 
 
-def _tokenizer_fingerprint(run_dir: Path) -> str | None:
+def _tokenizer_fingerprint(root: str) -> str | None:
     """What the run's checkpoint says of its tokenizer: another one of the same size would score noise."""
-    checkpoint = store.find_latest(run_dir)
+    checkpoint = store.find_latest(root)
     return store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import AudioConfig
-from mmmoe_pretrain.limits import sound_problem
+from mmmoe_pretrain.limits import sound_problem, sound_start_problem
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
@@ -64,9 +64,10 @@ class AudioCodec:
         peak = float(np.abs(wave).max(initial=0))
         if not np.isfinite(peak):
             raise BadSampleError("audio holds NaN or infinite samples")
+        wave = wave / peak if peak > 0 else wave  # before soxr, where loud floats would overflow
         if rate != self.config.sample_rate:
             wave = soxr.resample(wave, rate, self.config.sample_rate, quality="MQ")
-        return _trim(wave / peak if peak > 0 else wave, self.config.sample_rate)
+        return _trim(wave, self.config.sample_rate)
 
     def _log_mel(self, wave: np.ndarray, tempo: float, filters: np.ndarray) -> np.ndarray:
         config = self.config
@@ -105,6 +106,9 @@ def _mel(hertz: float) -> float:
 
 def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     """Mono float32 and its rate; of a longer clip no more than can be needed."""
+    problem = sound_start_problem(data)
+    if problem:
+        raise BadSampleError(f"audio {problem}")
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         _check_header(file)
         # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.

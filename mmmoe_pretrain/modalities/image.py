@@ -11,16 +11,16 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import ImageConfig
-from mmmoe_pretrain.limits import IMAGE_FORMATS, MAX_PIXELS
+from mmmoe_pretrain.flatten import WHITE, upright_rgb
+from mmmoe_pretrain.limits import IMAGE_FORMATS, image_problem, image_scans
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
-WHITE = (255, 255, 255)
 PIXEL_MEAN, PIXEL_STD = 0.7, 0.35  # of drawings on white; photographs land at -0.7 and 0.8
 
 CROP_SCALE = (0.7, 1.0)  # of the side
@@ -41,7 +41,7 @@ class ImageCodec:
         """uint8 [3, size, size]. Raises BadSampleError for anything that is no usable picture."""
         with quarantine("image"):
             image = _open_rgb(data, self.config.size)
-        canvas = _on_white_square(image, 2 * self.config.size)
+            canvas = _on_white_square(image, 2 * self.config.size)
         pixels = self._square(canvas) if rng is None else self._augmented(canvas, rng)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -69,22 +69,11 @@ class ImageCodec:
 
 def _open_rgb(data: bytes, size: int) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSampleError(
-            f"image of {image.width} x {image.height} pixels exceeds the limit of {MAX_PIXELS} pixels"
-        )
+    problem = image_problem(image.width, image.height, image_scans(data))
+    if problem:
+        raise BadSampleError(f"image {problem}")
     image.draft(None, (4 * size, 4 * size))  # a JPEG decodes straight to a smaller scale
-    return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip, not scale
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return upright_rgb(image)
 
 
 def _on_white_square(image: Image.Image, limit: int) -> Image.Image:

@@ -15,8 +15,10 @@ import xxhash
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config import TextConfig
+from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import vocab_embedding
+from mmmoe_pretrain.untrusted import read_bytes
 
 
 class TextCodec:
@@ -104,7 +106,7 @@ class TextCodec:
 def _read_model(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"no tokenizer at {path}; make one by mmmoe-data tokenizer, or correct data.tokenizer")
-    return path.read_bytes()
+    return read_bytes(path, MAX_MEMBER_BYTES)
 
 
 def _load_model(data: bytes, path: str | Path) -> sentencepiece.SentencePieceProcessor:

@@ -48,7 +48,7 @@ class PretrainingModel(nn.Module):
         self.groups = groups
         self.stage = stage or whole(config.model.num_layers)
         self.window = BalanceWindow()
-        self._microbatches = 1
+        self._share = 1.0  # of an auxiliary loss in the gradient
         self._cache: _Cache | None = None
         self.mmmoe = MMMoE(config, vocab_size, groups, self.stage)
         init_parameters(self.mmmoe, config.seed, config.model.num_layers)
@@ -79,7 +79,7 @@ class PretrainingModel(nn.Module):
             return self._total(losses, surrogate), report
         if auxiliary:
             total = torch.stack(list(auxiliary.values())).sum()
-            x_nD = _WithLoss.apply(x_nD, total, 1 / self._microbatches)
+            x_nD = _WithLoss.apply(x_nD, total, self._share)
         return x_nD, report
 
     @property
@@ -120,12 +120,13 @@ class PretrainingModel(nn.Module):
         losses = routing_losses(routing, self.config.moe.losses, counts)
         return {f"aux/{name}": share * loss for name, loss in losses.items()}
 
-    def begin_step(self, step: int, num_microbatches: int = 1) -> None:
+    def begin_step(self, step: int, num_microbatches: int = 1, loss_scale: float = 1.0) -> None:
         """Before the microbatches of optimizer step ``step`` (from 0): what is random in routing becomes
         a function of the run's seed, the step and the data-parallel rank, so that a resumed run repeats it.
-        The engine divides the loss of each microbatch by their number; so it is with auxiliary losses."""
+        The engine divides the loss of each microbatch by their number and multiplies it by ``loss_scale`` (fp16);
+        so it is with auxiliary losses."""
         seed = (self.config.seed * 1_000_003 + step) * 65_537 + self.groups.data_rank
-        self._microbatches = num_microbatches
+        self._share = loss_scale / num_microbatches
         self.window.reset()
         self.mmmoe.begin_step(seed)
 
@@ -152,25 +153,26 @@ class PretrainingModel(nn.Module):
         total = torch.stack(list(losses.values())).sum()
         return total if surrogate is None else total + surrogate
 
-    def end_step(self, routing: tuple[RoutingStats, ...]) -> None:
+    def end_step(self, routing: tuple[RoutingStats, ...] | None) -> None:
         """After the optimizer step: routers follow the load. ``routing``, of this stage's mixtures, is over
-        all data-parallel ranks and microbatches."""
+        all data-parallel ranks and microbatches; None where the step was left out."""
         self._cache = None
-        for router, stats in zip(self._routers(), routing, strict=True):
-            router.end_step(stats)
+        if routing is not None:
+            for router, stats in zip(self._routers(), routing, strict=True):
+                router.end_step(stats)
 
     def _routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def use_bf16(self) -> None:
-        """Compute the trunk in bfloat16; vectors, routers, embedders and heads stay fp32."""
-        self.mmmoe.compute_dtype = torch.bfloat16
+    def use_half(self, dtype: torch.dtype) -> None:
+        """Compute the trunk in bfloat16 or float16; vectors, routers, embedders and heads stay fp32."""
+        self.mmmoe.compute_dtype = dtype
         for name, parameter in self.mmmoe.trunk.named_parameters():
             if parameter.ndim >= 2 and ".router." not in name:
-                parameter.data = parameter.data.bfloat16()
+                parameter.data = parameter.data.to(dtype)
         if self.mmmoe.language_head is not None:
             for parameter in self.mmmoe.language_head.parameters():
-                parameter.data = parameter.data.bfloat16()
+                parameter.data = parameter.data.to(dtype)
 
 
 class _Cache:

@@ -49,4 +49,16 @@ class Groups:
         return range(self.expert_rank * share, (self.expert_rank + 1) * share)
 
 
+@dataclass(frozen=True)
+class HostGroups:
+    """All ranks of the job, talking through host memory (gloo) beside whatever the model's groups do.
+
+    ``control``: small messages of the main thread. ``storage``: saving, loading and deleting checkpoints; a
+    thread of a save in flight may own it. Collectives of two threads on one group would mix.
+    """
+
+    control: Group = None
+    storage: Group = None
+
+
 SINGLE = Groups()

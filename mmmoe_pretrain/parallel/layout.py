@@ -153,10 +153,11 @@ def _overlap_param_gather(config: RunConfig, layout: Layout) -> str | None:
 
 def _offload(config: RunConfig, layout: Layout) -> str | None:
     target = config.parallel.offload_optimizer
-    if target == "nvme":
+    if target == "nvme" and not (layout.engine == "deepspeed" and layout.zero_stage == 3):
         return (
-            "parallel.offload_optimizer nvme: DeepSpeed keeps optimizer state in files of its own, past which no "
-            "checkpoint of a run is written or read yet, so that nothing could be resumed; use offload_optimizer: cpu"
+            f"parallel.offload_optimizer nvme with parallel.engine {layout.engine} and parallel.zero_stage "
+            f"{layout.zero_stage}: DeepSpeed keeps optimizer state in files under ZeRO-3 alone; use "
+            f"{_with_deepspeed(layout)} and zero_stage: 3, or offload_optimizer: cpu with zero_stage 1, 2 or 3"
         )
     if target == "none" or (layout.engine == "deepspeed" and layout.zero_stage > 0):
         return None

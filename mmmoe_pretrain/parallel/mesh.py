@@ -8,13 +8,28 @@ talk most are neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.degrees import Layout, resolve_degrees
-from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.parallel.quiet import quiet_calls, quiet_megatron
+
+STORAGE_TIMEOUT = timedelta(hours=6)  # a rank may write a large share to a slow target while the others wait
+
+
+def build_host_groups(timeout_minutes: float) -> HostGroups:
+    """Create two groups of all ranks on the host, or none in one process. A rank that keeps the others
+    waiting on ``control`` for ``timeout_minutes`` ends the job."""
+    if dist.get_world_size() == 1:
+        return HostGroups()
+    return HostGroups(
+        control=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes), group_desc="control"),
+        storage=dist.new_group(backend="gloo", timeout=STORAGE_TIMEOUT, group_desc="storage"),
+    )
 
 
 def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Groups:
@@ -61,8 +76,17 @@ def _groups(layout: Layout) -> Groups:
     )
 
 
-def destroy_groups() -> None:
-    """Forget the groups; the process may then build others."""
+def destroy_groups(after_error: bool = False) -> None:
+    """End every group but the default one; the process may then build others.
+
+    Each holds threads and connections. ``after_error`` NCCL's are only forgotten: tearing them down while
+    peers wait in a collective can hang (``runtime.process_group``).
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    world = distributed_c10d._get_default_group()
+    # torch has no public list of the groups; megatron-core makes some that it hands out nowhere.
+    for group in [group for group in distributed_c10d._world.pg_map if group is not world]:
+        if not (after_error and dist.get_backend(group) == "nccl"):
+            dist.destroy_process_group(group)

@@ -57,6 +57,8 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     finished = False
     try:
+        if backend == "gloo":
+            dist.barrier()  # a rank that fails before the others have connected to it would leave them waiting
         yield device
         finished = True
     finally:

@@ -297,7 +297,7 @@ def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
 
 
 def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
-    """The losses by name, and the tokens."""
+    """The losses by name and the tokens; and whether the step is finite on every rank."""
     objectives, names = config.objectives, 0
     if objectives.contrastive.weight > 0:
         names += len(objectives.contrastive.pairs)
@@ -307,11 +307,13 @@ def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
         names += len(loss_names(config.moe.losses))
     for group, ranks in ((DATA, layout.data), (PIPELINE, layout.pipeline)):
         yield _ring("losses", ALL_REDUCE, group, ranks, (names + 1) * FP64)
+    for group, ranks in ((TENSOR, layout.tensor), (DATA, layout.data), (PIPELINE, layout.pipeline)):
+        yield _ring("finite", ALL_REDUCE, group, ranks, FP32)
 
 
 def _element(config: RunConfig) -> int:
     """Bytes of an element of the trunk's hidden states."""
-    return 2 if config.train.precision == "bf16" else 4
+    return 4 if config.train.precision == "fp32" else 2
 
 
 def _padded(number: int, divisor: int) -> int:

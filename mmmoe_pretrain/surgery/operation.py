@@ -17,7 +17,7 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.model import CONFIG
+from mmmoe_pretrain.checkpoint.model import CONFIG, root_of
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.surgery.parameters import State
@@ -89,7 +89,8 @@ def operate(
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        store.write_state(draft, source.step, result.state, source.meta)
+        meta = {**source.meta, "config": config.model_dump(mode="json")}
+        store.write_state(root_of(draft, config), source.step, result.state, meta)
         run_config.dump(config, draft / CONFIG)
         largest, probe = _compare(source, result, draft)
         lines = (*result.did, _verdict(result, largest, probe, command))
@@ -102,14 +103,14 @@ def operate(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     stands = f"it stands at step {source.step} of {config.train.steps}"
-    wrote = f"wrote {out}; go on with: mmmoe train {out / CONFIG} --resume ({stands})"
+    wrote = f"wrote {out}; go on with: mmmoe train {out / CONFIG} ({stands})"
     return Outcome(largest, (*lines, wrote))
 
 
 def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     """The newest checkpoint of a run, whole in this process's memory."""
-    model, _, step = load_model(run_dir)
-    checkpoint = store.find_latest(run_dir)
+    model, trained, step = load_model(run_dir)
+    checkpoint = store.find_latest(root_of(run_dir, trained))
     assert checkpoint is not None  # load_model found it
     config = run_config.load(run_dir / CONFIG, list(overrides))
     return Source(run_dir, config, model, step, store.read_meta(checkpoint), store.read_state(checkpoint))

@@ -5,9 +5,9 @@ The batch is of noise, or of held-out samples where the run's shards are on this
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.modalities import build_codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.untrusted import brief, parse_json
 
 SAMPLES = 16
 LOGGED_STEPS = 20
@@ -83,18 +84,35 @@ def usage(run_dir: Path, step: int, model: MMMoE, batch: Batch, batch_name: str)
     with torch.inference_mode():
         counts = {stats.layer: stats.counts_ME.sum(0).double().numpy() for stats in model(batch).routing}
     log = run_dir / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    records = [r for r in records if r["step"] <= step][-LOGGED_STEPS:]
-    if not records or any(_shape(r) != {layer: len(count) for layer, count in counts.items()} for r in records):
-        return Usage({layer: count / max(1.0, count.sum()) for layer, count in counts.items()}, batch_name)
-    logged = {layer: np.zeros_like(count) for layer, count in counts.items()}
-    for record in records:
-        for layer in record["routing"]:
-            for modality, count in layer["assignments"].items():
-                logged[layer["layer"]] += count * np.asarray(layer["load"][modality], dtype=np.float64)
+    logged = logged_usage(log, step, {layer: len(count) for layer, count in counts.items()})
+    return logged or Usage({layer: count / max(1.0, count.sum()) for layer, count in counts.items()}, batch_name)
+
+
+def logged_usage(log: Path, step: int, experts: dict[int, int]) -> Usage | None:
+    """By the last records of ``log`` up to ``step``; None where there are none, or they are of other ``experts``
+    (layer -> number). A last line without its end is left out. Raises ValueError that names the file."""
+    try:
+        records = [record for record in _records(log) if record["step"] <= step][-LOGGED_STEPS:]
+        if not records or any(_experts(record) != experts for record in records):
+            return None
+        logged = {layer: np.zeros(count) for layer, count in experts.items()}
+        for record in records:
+            for layer in record["routing"]:
+                for modality, count in layer["assignments"].items():
+                    logged[layer["layer"]] += count * np.asarray(layer["load"][modality], dtype=np.float64)
+        if not all(np.isfinite(count).all() and (count >= 0).all() for count in logged.values()):
+            raise ValueError("shares of experts are not finite or negative")
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:
+        why = brief(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{log} is no log of a run ({why}); mend the line or move the file away") from error
     origin = f"{log.name}, {len(records)} records of steps {records[0]['step']} to {records[-1]['step']}"
     return Usage({layer: count / max(1.0, count.sum()) for layer, count in logged.items()}, origin)
 
 
-def _shape(record: dict) -> dict[int, int]:
+def _records(log: Path) -> list[dict[str, Any]]:
+    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+    return [parse_json(line, f"line {i}") for i, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _experts(record: dict[str, Any]) -> dict[int, int]:
     return {layer["layer"]: len(next(iter(layer["load"].values()))) for layer in record["routing"]}

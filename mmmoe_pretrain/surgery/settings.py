@@ -64,8 +64,9 @@ def _fit_thresholds(config: RunConfig, moe: dict[str, Any]) -> None:
 
 
 def named(config: RunConfig, out: Path) -> RunConfig:
-    """The config of a run in the folder ``out``."""
+    """The config of a run in the folder ``out``, its checkpoints within."""
     values = {**config.model_dump(mode="json"), "name": out.name, "runs_dir": str(out.parent)}
+    values["checkpoint"]["folder"] = None  # those there are the source's
     return run_config.parse(values, where=f"--out {out}")
 
 

@@ -46,6 +46,12 @@ class Console:
             self._progress.stop()
             self._progress = None
 
+    def stand_at(self, step: int) -> None:
+        """``step`` steps are done, more or fewer than were shown: a run resumed, or went back."""
+        self._step = step
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
     def update(self, record: StepRecord) -> None:
         """Show a step."""
         if not self.enabled:

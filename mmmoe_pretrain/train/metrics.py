@@ -9,11 +9,12 @@ Shapes: M modalities, E experts.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from mmmoe_pretrain.train.telemetry import LayerRouting, layer_json, number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+TAIL_BYTES = 1 << 18  # of a log that are read at a time, from its end
 
 
 @dataclass(frozen=True)
@@ -108,24 +111,39 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Cut a log of ascending steps behind ``step``; a last line without its end is cut too."""
+    """Cut a log of ascending steps behind ``step``, and a last line without its end. Reads from the end of the
+    file, so that resuming a long run costs no more than resuming a short one."""
     if not path.exists():
         return
     keep = 0
     with path.open("r+b") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
+        for offset, line in _lines_backwards(file):
             try:
                 past = json.loads(line)["step"] > step
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}:{number} is no record of a step; mend the line or move the file away"
+                    f"{path}: the line at byte {offset} is no record of a step; mend the line or move the file away"
                 ) from error
-            if past:
+            if not past:
+                keep = offset + len(line)
                 break
-            keep += len(line)
         file.truncate(keep)
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Where each line begins, and the line, the last one first; without what has no end yet."""
+    position, held = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(TAIL_BYTES, position)
+        position -= size
+        file.seek(position)
+        held = file.read(size) + held
+        while (end := held.rfind(b"\n", 0, len(held) - 1)) >= 0:
+            line, held = held[end + 1 :], held[: end + 1]
+            if line.endswith(b"\n"):
+                yield position + len(held), line
+    if held.endswith(b"\n"):
+        yield 0, held
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:

@@ -20,13 +20,19 @@ class Recorder:
 
     def __init__(self, group: Group = None, pipeline: Group = None) -> None:
         self._group, self._pipeline = group, pipeline
+        self.steps = 0  # counted so far
+        self.begin_interval()
+        self._counts = np.zeros(3)  # bad samples, cut clips, cut texts of this rank since the start
+
+    def begin_interval(self) -> None:
+        """Times and tokens count from now on."""
         self._began = time.perf_counter()
         self._tokens = 0
         self._data_seconds = 0.0
-        self._counts = np.zeros(3)  # bad samples, cut clips, cut texts of this rank since the start
 
     def add(self, result: StepResult, stats: LoadStats) -> None:
         """Count a step."""
+        self.steps += 1
         self._tokens += result.tokens
         self._data_seconds += stats.wait_seconds
         self._counts += (len(stats.bad), stats.cut_audio, stats.cut_text)
@@ -49,5 +55,5 @@ class Recorder:
             cut_text=cut_text,
             routing=of_all_stages(gather_routing(result.routing, self._group), self._pipeline),
         )
-        self._began, self._tokens, self._data_seconds = now, 0, 0.0
+        self.begin_interval()
         return record

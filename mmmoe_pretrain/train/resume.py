@@ -5,6 +5,7 @@ Steps, learning rates, data, loss weights and the layout may change between one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,25 @@ from mmmoe_pretrain.config import RunConfig
 HOW_IT_IS_COMPUTED = ("dispatch_chunks", "expert_backend", "jitter")  # of a mixture; its function is the same
 
 
-def check_same_model(config: RunConfig, saved: Path) -> None:
-    """Compare with the config saved beside the checkpoints; ValueError names what differs."""
-    if not saved.is_file():
-        return
-    old, new = (_defining(c) for c in (run_config.load(saved), config))
+def check_same_model(
+    config: RunConfig, saved: Path, of_checkpoint: Callable[[], dict[str, Any] | None] = lambda: None
+) -> None:
+    """Compare with the config saved beside the run, or where there is none (another machine's disk) with the
+    checkpoint's own; ValueError names what differs."""
+    if saved.is_file():
+        before = run_config.load(saved)
+    else:
+        values = of_checkpoint()
+        if values is None:
+            return
+        before = run_config.parse(values, where="the checkpoint's config")
+    old, new = _defining(before), _defining(config)
     changes = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
                if old.get(key) != new.get(key)]  # fmt: skip
     if changes:
         raise ValueError(
-            f"--resume cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, or train "
-            f"under another name="
+            f"going on cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, train "
+            f"under another name=, or replace the run with --overwrite"
         )
 
 

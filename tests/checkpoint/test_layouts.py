@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,10 +22,12 @@ from mmmoe_pretrain.checkpoint.planner import tiles
 from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState, pieces_of_part, pieces_of_range
 from mmmoe_pretrain.parallel.placement import Box, Cut, Placement, part_of
 from mmmoe_pretrain.parallel.runtime import process_group
+from tests.checkpoint.support import rewrite
 from tests.distributed import run_ranks
 
 SHAPES = {"experts": (8, 16, 3), "qkv": (24, 5), "out": (5, 8), "norm": (7,), "scale": (1,), "router_bias": (8,)}
 BUFFERS = {"router_bias"}
+KEEP = store.Retention(last=1)
 
 
 @dataclass(frozen=True)
@@ -133,15 +137,15 @@ def exchange(folder: Path, world: int, saves: bool, load_from: list[str]) -> Non
     """Save under every layout of this many ranks; load under each what ``load_from`` saved."""
     mine = {name: layout for name, layout in LAYOUTS.items() if len(layout) == world}
     with process_group(timeout_minutes=0.5):
-        rank = torch.distributed.get_rank()
+        rank = dist.get_rank()
         for name, layout in mine.items() if saves else ():
-            store.save(root_of(folder, name), 1, state_of(layout[rank]), {}, keep=1)
+            store.save(root_of(folder, name), 1, state_of(layout[rank]), {}, dist.group.WORLD, KEEP)
         for source in load_from:
             checkpoint = store.find_latest(root_of(folder, source))
             assert checkpoint is not None
             for name, layout in mine.items():
                 expected = state_of(layout[rank])
-                found = store.load(checkpoint, state_of(layout[rank], zeros))
+                found = store.load(checkpoint, state_of(layout[rank], zeros), dist.group.WORLD)
                 assert_equal(found, expected, f"{source} -> {name}, rank {rank}")
 
 
@@ -193,30 +197,35 @@ def refusals(folder: Path) -> dict[str, str]:
     said = {}
     good = [uncut("qkv", "norm"), uncut("out", "norm")]
     with process_group(timeout_minutes=0.5):
-        rank = torch.distributed.get_rank()
+        rank = dist.get_rank()
         good_state = state_of(good[rank])
         if rank:  # a stretch of no length is no other copy of what begins there
             nothing = (Piece((0,), torch.empty(0)),)
             good_state["norm"] = ShardedParameter((7,), nothing, nothing, nothing)
-        path = store.save(folder, 1, good_state, {}, keep=2)
+
+        def save(step: int, state: ShardedState) -> store.Checkpoint:
+            return store.save(folder, step, state, {}, dist.group.WORLD, KEEP)
+
+        path = save(1, good_state)
 
         def refused(case: str, action: Callable[[], object]) -> None:
             try:
                 action()
             except ValueError as error:
                 said[case] = str(error)
-            assert_equal(store.load(path, good_state), good_state, case)  # the ranks are still in step
+            # the ranks are still in step
+            assert_equal(store.load(path, good_state, dist.group.WORLD), good_state, case)
 
         for case, (layout, _) in SAVES.items():
-            refused(case, lambda layout=layout: store.save(folder, 2, state_of(layout[rank]), {}, keep=2))
+            refused(case, lambda layout=layout: save(2, state_of(layout[rank])))
         for case, (layout, _) in LOADS.items():
-            refused(case, lambda layout=layout: store.load(path, state_of(layout[rank])))
+            refused(case, lambda layout=layout: store.load(path, state_of(layout[rank]), dist.group.WORLD))
         shape, named = (9,) if rank else (7,), good_state["norm"]
         other = good_state | {"norm": ShardedParameter(shape, named.value, named.exp_avg, named.exp_avg_sq)}
-        refused("one rank's shape", lambda: store.load(path, other))
-        refused("shapes disagree", lambda: store.save(folder, 2, other, {}, keep=2))
+        refused("one rank's shape", lambda: store.load(path, other, dist.group.WORLD))
+        refused("shapes disagree", lambda: save(2, other))
         without = good_state | ({} if rank else {"qkv": ShardedParameter((24, 5), good_state["qkv"].value, (), ())})
-        refused("moments lost", lambda: store.save(folder, 2, without, {}, keep=2))
+        refused("moments lost", lambda: save(2, without))
     return said
 
 
@@ -233,25 +242,25 @@ def test_what_is_not_whole_or_of_another_model_is_refused_by_name_on_every_rank(
         assert message in first[case], case
     found = store.find_latest(tmp_path)
     assert found is not None and found.name == "step_00000001"
-    assert not (found.parent / "step_00000002").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
 def save_copies(folder: Path) -> None:
     with process_group(timeout_minutes=0.5):
-        rank = torch.distributed.get_rank()
-        store.save(folder, 1, state_of([uncut("qkv"), uncut("qkv")][rank]), {}, keep=1)
-        store.save(folder, 2, state_of(expert_parallel(2)[rank]), {}, keep=1)
+        rank = dist.get_rank()
+        store.save(folder, 1, state_of([uncut("qkv"), uncut("qkv")][rank]), {}, dist.group.WORLD, KEEP)
+        store.save(folder, 2, state_of(expert_parallel(2)[rank]), {}, dist.group.WORLD, KEEP)
 
 
 def test_copies_are_written_once_and_spread_over_the_writers(tmp_path: Path) -> None:
     run_ranks(2, save_copies, tmp_path)
     found = store.find_latest(tmp_path)
     assert found is not None
-    metadata = pickle.loads((found / ".metadata").read_bytes())
-    held: Counter[str] = Counter()  # numbers by file; each rank writes one
-    for index, place in metadata.storage_data.items():
-        (box,) = (c for c in metadata.state_dict_metadata[index.fqn].chunks if c.offsets == index.offset)
-        held[place.relative_path] += box.sizes.numel()
+    index = json.loads(Path(str(found), "index.json").read_text())
+    held: Counter[int] = Counter()  # numbers by file; each rank writes one
+    for tensor in index["tensors"].values():
+        for file, _, _, size in tensor["boxes"]:
+            held[file] += math.prod(size)
     # Value and two moments of all but the buffer, once.
     total = 3 * sum(numbers(name, "value").numel() for name in SHAPES) - 2 * 8
     assert held.total() == total
@@ -264,9 +273,10 @@ def test_a_checkpoint_that_lost_a_box_is_not_loaded(tmp_path: Path) -> None:
     run_ranks(2, save_copies, tmp_path)
     found = store.find_latest(tmp_path)
     assert found is not None
-    metadata = pickle.loads((found / ".metadata").read_bytes())
-    del metadata.state_dict_metadata["model/experts"].chunks[1]
-    (found / ".metadata").write_bytes(pickle.dumps(metadata))
+    path = Path(str(found), "index.json")
+    index = json.loads(path.read_text())
+    del index["tensors"]["model/experts"]["boxes"][1]
+    rewrite(path, json.dumps(index).encode())
     with pytest.raises(ValueError, match="damaged: it holds 192 of the 384 numbers of model/experts"):
         store.read_state(found)
     with pytest.raises(ValueError, match="damaged"):

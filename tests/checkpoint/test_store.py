@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
@@ -46,18 +47,24 @@ def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ..
     for step in range(max(steps)):
         engine.step([random_batch(config, ["iat", "it"], seed=10 * step + groups.data_rank)], 1e-2)
         if step + 1 in steps:
-            store.save(config.run_dir, step + 1, engine.export_state(), META, keep)
+            store.save(config.checkpoint_root, step + 1, engine.export_state(), META | progress(engine),
+                       dist.group.WORLD, store.Retention(keep))  # fmt: skip
     return pieces_and_next_loss(config, engine, groups.data_size)
 
 
-def load(config: RunConfig, run_dir: Path, device: torch.device) -> dict[str, Any]:
-    """What this rank holds of the run in ``run_dir``, and the loss of the next step."""
+def load(config: RunConfig, root: str, device: torch.device) -> dict[str, Any]:
+    """What this rank holds of the run under ``root``, and the loss of the next step."""
     groups = build_groups(config.parallel, config.moe.num_experts)
     engine = build_engine(config, VOCAB, groups, device)
-    checkpoint = store.find_latest(run_dir)
+    checkpoint = store.find_latest(root)
     assert checkpoint is not None
-    engine.import_state(store.load(checkpoint, engine.export_state()), steps_done=2)
+    state = store.load(checkpoint, engine.export_state(), dist.group.WORLD)
+    engine.import_state(state, Progress.from_json(store.read_meta(checkpoint)["progress"]))
     return pieces_and_next_loss(config, engine, groups.data_size)
+
+
+def progress(engine: Engine) -> dict[str, Any]:
+    return {"progress": engine.progress().to_json()}
 
 
 def pieces_and_next_loss(config: RunConfig, engine: Engine, data_size: int) -> dict[str, Any]:
@@ -94,7 +101,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 def load_all(root: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
     with process_group(timeout_minutes=0.5) as device:
-        return {(then, now): load(config_of(root, now), config_of(root, then).run_dir, device) for then, now in pairs}
+        roots = {then: config_of(root, then).checkpoint_root for then, _ in pairs}
+        return {(then, now): load(config_of(root, now), roots[then], device) for then, now in pairs}
 
 
 def test_weights_and_moments_of_an_engine_go_to_other_layouts(saved: tuple[Path, list[Any]]) -> None:
@@ -118,7 +126,7 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_found(tmp_path: Path) -
     run_ranks(1, save, config, (1, 2, 3), 2)
     folders = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*"))
     assert folders == ["step_00000002", "step_00000003"]
-    newest = store.find_latest(config.run_dir)
+    newest = store.find_latest(config.checkpoint_root)
     assert newest is not None and store.read_meta(newest)["step"] == 3
 
 
@@ -126,9 +134,9 @@ def test_a_torn_checkpoint_is_never_found(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run_ranks(1, save, config, (1, 2), 2)
     root = config.run_dir / "checkpoints"
-    (root / "step_00000002" / ".metadata").unlink()  # as if killed before the last file
+    (root / "step_00000002" / "manifest.json").unlink()  # as if killed before the last file
     (root / "step_00000009.tmp").mkdir()  # as if killed before the rename
-    found = store.find_latest(config.run_dir)
+    found = store.find_latest(config.checkpoint_root)
     assert found is not None and found.name == "step_00000001"
 
 
@@ -147,7 +155,7 @@ def test_a_model_loads_whole_in_one_process(saved: tuple[Path, list[Any]]) -> No
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run_ranks(1, save, config)
-    checkpoint = store.find_latest(config.run_dir)
+    checkpoint = store.find_latest(config.checkpoint_root)
     assert checkpoint is not None
     with pytest.raises(ValueError, match=r"lacks model/mmmoe\.trunk\.unheard_of"):
         store.load_weights(checkpoint, {"mmmoe.trunk.unheard_of": torch.zeros(1)})

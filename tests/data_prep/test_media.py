@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep import media
 from data_prep.manifest import Row
 from data_prep.shard import ShardOptions, shard_manifest
+from mmmoe_pretrain import limits
 
 SMALL = ShardOptions(image_size=16, audio_rate=4000, workers=1)
 
@@ -114,9 +115,9 @@ def test_damaged_files_are_counted_and_skipped(tmp_path: Path, caplog, image_siz
 
 
 def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(media, "MAX_PIXELS", 799)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 799)
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png .* 40 x 20 pixels exceed"):
+    with pytest.raises(ValueError, match=r"a\.png .* 40 x 20 pixels exceeds"):
         media.image_member(tmp_path / "a.png", 16)
 
 

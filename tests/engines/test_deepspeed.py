@@ -17,9 +17,9 @@ import torch.distributed as dist
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.engines import deepspeed as deepspeed_engine
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
-from mmmoe_pretrain.engines.deepspeed_precision import compute_in_bf16
+from mmmoe_pretrain.engines.deepspeed_precision import compute_in_half
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
 from mmmoe_pretrain.parallel.groups import SINGLE
@@ -150,7 +150,7 @@ def hand_over(root: Path) -> dict[str, Any]:
         for turn, (engine, stage, degrees) in enumerate(HANDOVER):
             current = engine_of(root, device, engine, stage, **degrees)
             if whole is not None:
-                current.import_state(cut_for(current, whole), steps_done=2 * turn)
+                current.import_state(cut_for(current, whole), Progress(2 * turn, 2 * turn))
                 again = whole_state(current.export_state())
                 complete &= all(np.array_equal(again[key], numbers) for key, numbers in whole.items())
             found += steps(current, 2 * turn, 2)
@@ -190,7 +190,7 @@ def temperatures_of_a_step_from_above_the_bound(root: Path) -> list[float]:
             whole = whole_state(engine.export_state())
             names = [key for key in whole if key.startswith("model/contrastive.log_scale")]
             whole |= {name: np.full(1, 5.0, dtype=np.float32) for name in names}
-            engine.import_state(cut_for(engine, whole), steps_done=0)
+            engine.import_state(cut_for(engine, whole), Progress(0, 0))
             batch = global_microbatch(engine.config, 0, engine.groups.data_rank, engine.groups.data_size)
             engine.step([batch], learning_rate=0.0)
             after = whole_state(engine.export_state())
@@ -240,7 +240,7 @@ def test_the_backward_pass_casts_weights_anew_and_keeps_no_copies(cast_again: bo
         return plain(x)
 
     linear.forward = remember
-    compute_in_bf16(model, cast_again)
+    compute_in_half(model, torch.bfloat16, cast_again)
     x = torch.ones(3, linear.in_features, dtype=torch.bfloat16, requires_grad=True)
     y = linear(x)
     assert y.dtype == torch.bfloat16

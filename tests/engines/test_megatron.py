@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -61,7 +62,7 @@ def step_after_state_round_trip(root: Any, precision: str) -> tuple[float, float
         for batch in batches[:3]:
             first.step([batch], 1e-2)
         second = build_engine(config, VOCAB, groups, device)
-        second.import_state({name: s.clone() for name, s in first.export_state().items()}, steps_done=3)
+        second.import_state({name: s.clone() for name, s in first.export_state().items()}, Progress(3, 3))
         losses = [engine.step([batch], 1e-2).losses["total"] for batch in batches[2:] for engine in (first, second)]
         destroy_groups()
     return losses[0] - losses[1], losses[2] - losses[3]

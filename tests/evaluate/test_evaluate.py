@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import IGNORE
+from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate import run
@@ -161,10 +162,7 @@ def test_a_run_without_held_out_shards_is_told_what_to_give(
 
 
 def test_another_tokenizer_than_the_run_had_is_refused(run_dir: Path) -> None:
-    checkpoint = run_dir / "checkpoints" / "step_00000007"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / ".metadata").touch()
-    (checkpoint / "meta.json").write_text('{"step": 7, "tokenizer_fingerprint": "feed"}')
+    store.write_state(run_dir / "checkpoints", 7, {}, {"tokenizer_fingerprint": "feed"})
     with pytest.raises(ValueError, match="fingerprint"):
         run.evaluate(run_dir, dense_results=None)
 

@@ -46,7 +46,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
         data={"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
               "num_workers": 0},
         moe={"num_experts": 4, "expert_hidden_size": 8, "every": 1},
-        train={"steps": 6, "global_batch_size": 8, "log_every": 1, "checkpoint_every": 6},
+        train={"steps": 6, "global_batch_size": 8, "log_every": 1},
         evaluate={"test": [str(held_out(root / "test"))]},
     )  # fmt: skip
     run_ranks(1, train, config)

@@ -77,16 +77,33 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
 
 
 def all_cases() -> list[Case]:
-    """Every layout under every engine and ZeRO stage that may run it, in fp32; bf16 without ZeRO and with 1."""
+    """Every layout under every engine and ZeRO stage that may run it, in fp32; each in bf16 under both engines;
+    fp16 where something is cut in each way, and under every ZeRO stage."""
     cases = []
     for layout, (ranks, degrees) in LAYOUTS.items():
         cases += [Case(layout, ranks, "megatron", zero, degrees) for zero in (0, 1)]
         cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16")]
+        cases += [in_fp16(layout, stage, engine) for engine, stage in FP16.get(layout, ())]
         if "pipeline_parallel_size" in degrees:
             continue  # refused: pipelines belong to the other engine
         cases += [Case(layout, ranks, "deepspeed", zero, degrees) for zero in (1, 2, 3)]
         cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16")]
     return cases
+
+
+FP16 = {
+    "DP2": (("megatron", 0), ("deepspeed", 1)),
+    "EP2": (("megatron", 1), ("deepspeed", 3)),
+    "TP2": (("megatron", 1), ("deepspeed", 2)),
+    "PP2": (("megatron", 0),),
+    "PP2 x EP2": (("megatron", 1),),
+}
+
+
+def in_fp16(layout: str, zero_stage: int, engine: str) -> Case:
+    """At a scale at which this run, whose gradients are large, does not overflow: every step is an update."""
+    ranks, degrees = LAYOUTS.get(layout, (1, {}))
+    return Case(layout, ranks, engine, zero_stage, degrees, "fp16", {"loss_scale": {"initial": 1024.0}})
 
 
 def config_of(

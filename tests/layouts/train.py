@@ -13,7 +13,7 @@ from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -58,7 +58,7 @@ def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outc
         for name, held in state.items():
             if name.endswith("router.bias"):
                 held.value[0].tensor[:, :2] = BEATS_ANY_SCORE
-        engine.import_state(state, steps_done=0)
+        engine.import_state(state, Progress(0, 0))
     losses, norms, tokens = [], [], []
     for step in range(steps):
         batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size,

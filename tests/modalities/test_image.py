@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mmmoe_pretrain import limits
 from mmmoe_pretrain.config import ImageConfig
 from mmmoe_pretrain.modalities import BadSampleError, ImageCodec, ImageEmbedder
-from mmmoe_pretrain.modalities import image as image_module
 
 SIZE = 16
 CODEC = ImageCodec(ImageConfig(size=SIZE))
@@ -103,7 +103,7 @@ def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 99)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 99)
     with pytest.raises(BadSampleError, match="10 x 10 pixels exceeds the limit of 99"):
         CODEC.decode(encoded(flat("RGB", RED, (10, 10))))
     with pytest.raises(BadSampleError, match="DecompressionBomb"):

@@ -29,7 +29,7 @@ def train(root: Path, losses: dict[str, Any]) -> tuple[list[float], list[float]]
     model = PretrainingModel(config, codecs.text.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     probability_ME, entropy_M, tokens_M = torch.zeros(3, EXPERTS), torch.zeros(3), torch.zeros(3)
-    for step, (batch,), _ in make_loader(config, codecs):
+    for step, _, (batch,), _ in make_loader(config, codecs):
         optimizer.zero_grad()
         loss, report = model(batch)
         loss.backward()

@@ -191,9 +191,13 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         2, {**DEEPSPEED, "offload_optimizer": "cpu", "expert_parallel_size": 1}, {},
         "offload_optimizer cpu .*zero_stage is 0; use zero_stage 1, 2 or 3, or offload_optimizer: none",
     ),
-    "nvme, whose state no checkpoint holds": (
-        2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 3}, {},
-        "nothing could be resumed; use offload_optimizer: cpu",
+    "nvme under ZeRO-2": (
+        2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 2}, {},
+        "nvme with parallel.engine deepspeed and parallel.zero_stage 2.*use engine: deepspeed and zero_stage: 3, or",
+    ),
+    "nvme under Megatron": (
+        2, {"offload_optimizer": "nvme", "zero_stage": 1}, {},
+        "nvme with parallel.engine megatron and parallel.zero_stage 1.*use engine: deepspeed and zero_stage: 3, or",
     ),
     "ZeRO 2 with a pipeline": (
         2, {"pipeline_parallel_size": 2, "zero_stage": 2}, {},

@@ -96,7 +96,7 @@ def give_values(module: nn.Module) -> None:
 def make(kind: type[nn.Module], groups: Groups, dtype: torch.dtype = torch.float32) -> nn.Module:
     module = kind(groups)
     give_values(module)
-    for parameter in module.parameters():  # as PretrainingModel.use_bf16 does it
+    for parameter in module.parameters():  # as PretrainingModel.use_half does it
         parameter.data = parameter.data.to(dtype)
     return module
 

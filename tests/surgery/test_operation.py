@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> RunCon
 def trained_run(root: Path, tiny_data: Path, moe: dict) -> RunConfig:
     data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
             "num_workers": 0}  # fmt: skip
-    steps = {"steps": 3, "global_batch_size": 8, "log_every": 1, "checkpoint_every": 3}
+    steps = {"steps": 3, "global_batch_size": 8, "log_every": 1}
     config = tiny_config(root, data=data, train=steps, moe=moe)
     run_ranks(1, train, config)
     return config
@@ -54,7 +54,7 @@ def test_a_split_run_trains_on_from_the_same_step_and_the_old_one_is_untouched(
     before, new = contents(trained.run_dir), tmp_path / "finer"
     mmmoe(monkeypatch, "experts", "split", trained.run_dir, "--out", new, "--factor", 2, "train.steps=5")
     said = capsys.readouterr().out
-    assert "the function is preserved" in said and f"mmmoe train {new / 'config.yaml'} --resume" in said
+    assert "the function is preserved" in said and f"mmmoe train {new / 'config.yaml'} (it stands" in said
     config = run_config.load(new / "config.yaml")
     assert (config.run_dir, config.moe.num_experts, config.moe.experts_per_token) == (new, 8, 4)
     run_ranks(1, train, config, True)
@@ -71,7 +71,7 @@ def test_a_grown_run_trains_on_and_its_new_experts_wake(
           "train.steps=5")  # fmt: skip
     assert "metrics.jsonl" not in contents(new)
     run_ranks(1, train, run_config.load(new / "config.yaml"), True)
-    checkpoint = store.find_latest(new)
+    checkpoint = store.find_latest(new / "checkpoints")
     assert checkpoint is not None
     dormancy = store.read_state(checkpoint)[BLOCK + "router.dormancy"]
     assert dormancy.value.tolist() == [0, 0, 0, 0, 16, 16]  # two of four steps on the way
@@ -96,17 +96,18 @@ def test_a_dense_run_goes_on_as_a_mixture(
 def test_the_checkpoint_keeps_step_and_facts_and_says_where_it_is_from(tmp_path: Path, trained: RunConfig) -> None:
     new = tmp_path / "new"
     outcome = operate(trained.run_dir, new, (), "split", lambda source: split(source, 2, lossy=False))
-    old_checkpoint, checkpoint = store.find_latest(trained.run_dir), store.find_latest(new)
+    old_checkpoint, checkpoint = (store.find_latest(run / "checkpoints") for run in (trained.run_dir, new))
     assert old_checkpoint is not None and checkpoint is not None
     assert checkpoint.name == "step_00000003"
-    assert store.read_meta(checkpoint) == store.read_meta(old_checkpoint)
+    config = run_config.load(new / "config.yaml").model_dump(mode="json")
+    assert store.read_meta(checkpoint) == {**store.read_meta(old_checkpoint), "config": config}
     record = json.loads((new / "surgery.json").read_text())
     assert (record["command"], record["source"], record["step"]) == ("split", str(trained.run_dir), 3)
     assert record["largest_difference"] == outcome.largest_difference < 1e-5
 
 
 def test_a_state_reads_and_writes_alone_as_it_was(tmp_path: Path, trained: RunConfig) -> None:
-    found = store.find_latest(trained.run_dir)
+    found = store.find_latest(trained.checkpoint_root)
     assert found is not None
     state = store.read_state(found)
     again = store.read_state(store.write_state(tmp_path, 3, state, {}))

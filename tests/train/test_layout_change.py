@@ -10,8 +10,8 @@ from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.train.test_loop import config_in, logged, losses
 
-STEPS = {"steps": 12, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1, "checkpoint_every": 3,
-         "keep_checkpoints": 9}  # fmt: skip
+STEPS = {"steps": 12, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1}
+EVERY_LEG = {"every": 3, "keep_last": 9}
 LEGS: list[tuple[int, int, dict[str, Any]]] = [  # up to this step, on so many ranks, in this layout
     (3, 2, {"pipeline_parallel_size": 2}),
     (6, 2, {"expert_parallel_size": 2, "zero_stage": 1}),
@@ -32,11 +32,11 @@ def until(config: RunConfig, step: int, parallel: dict[str, Any]) -> RunConfig:
 
 def test_a_run_goes_on_under_other_layouts(tmp_path: Path, tiny_data: Path) -> None:
     constant = {"learning_rate": 3e-3, "min_learning_rate": 3e-3, "warmup_steps": 0, "eps": 1e-4}
-    straight = config_in(tmp_path / "straight", tiny_data, train=STEPS, optimizer=constant)
-    changing = config_in(tmp_path / "changing", tiny_data, train=STEPS, optimizer=constant)
+    straight = config_in(tmp_path / "straight", tiny_data, train=STEPS, checkpoint=EVERY_LEG, optimizer=constant)
+    changing = config_in(tmp_path / "changing", tiny_data, train=STEPS, checkpoint=EVERY_LEG, optimizer=constant)
     run_ranks(1, train, straight)
     for step, ranks, parallel in LEGS:
-        run_ranks(ranks, train, until(changing, step, parallel), True)
+        run_ranks(ranks, train, until(changing, step, parallel))
     assert [record["step"] for record in logged(changing)] == list(range(1, 13))
     # Layouts differ in the order of sums; with this eps Adam does not magnify it (tests/layouts/matrix.py).
     np.testing.assert_allclose(losses(changing), losses(straight), rtol=2e-5, atol=2e-5)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import things, tiny_config, write_shards
+from tests.support import things, tiny_config, write_shards, write_tokenizer
 
 
 def config_in(tmp_path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
@@ -48,19 +49,19 @@ def test_one_process_and_two_ranks_with_split_experts_log_the_same_losses(tmp_pa
 
 
 def test_a_run_killed_in_the_middle_resumes_to_the_same_losses(tmp_path: Path, tiny_data: Path) -> None:
-    steps = {"steps": 60, "global_batch_size": 16, "log_every": 1, "checkpoint_every": 5}
-    straight = config_in(tmp_path / "straight", tiny_data, train=steps)
-    killed = config_in(tmp_path / "killed", tiny_data, train=steps)
+    steps = {"steps": 60, "global_batch_size": 16, "log_every": 1}
+    straight = config_in(tmp_path / "straight", tiny_data, train=steps, checkpoint={"every": 5})
+    killed = config_in(tmp_path / "killed", tiny_data, train=steps, checkpoint={"every": 5})
     run_ranks(1, train, straight)
     process = start(killed, tmp_path)
     try:
-        wait_for((killed.run_dir / "checkpoints" / "latest").exists, process)
+        wait_for((killed.run_dir / "checkpoints" / "step_00000005").exists, process)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = len(logged(killed))
     assert 5 <= done < 60, "the run must die in the middle"
-    run_ranks(1, train, killed, True)
+    run_ranks(1, train, killed)  # nobody needs to say that it should go on
     assert [record["step"] for record in logged(killed)] == list(range(1, 61))
     np.testing.assert_array_equal(losses(killed), losses(straight))
 
@@ -81,14 +82,43 @@ def wait_for(condition: Any, process: "subprocess.Popen[bytes]", seconds: float 
         time.sleep(0.01)
 
 
-def test_a_second_run_of_the_same_name_is_refused_unless_told(tmp_path: Path, tiny_data: Path) -> None:
-    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+def test_a_run_that_is_done_stays_as_it_is_unless_it_is_replaced(tmp_path: Path, tiny_data: Path) -> None:
+    short = {"steps": 2, "global_batch_size": 8, "log_every": 1}
     config = config_in(tmp_path, tiny_data, train=short)
     run_ranks(1, train, config)
-    with pytest.raises(AssertionError, match="holds a run already; continue it with --resume"):
-        run_ranks(1, train, config)
+    (config.run_dir / "mark").touch()
+    assert run_ranks(1, train, config, True) == [exit_codes.DONE]
+    assert (config.run_dir / "mark").exists()
     run_ranks(1, train, config, False, True)
+    assert not (config.run_dir / "mark").exists()
     assert len(logged(config)) == 2
+
+
+def test_a_restarted_worker_does_not_replace_the_run_a_second_time(tmp_path: Path, tiny_data: Path) -> None:
+    config = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 8, "log_every": 1})
+    mark = config.run_dir / "mark"
+    run_ranks(2, train, config)
+
+    def start(job: str, restarted: bool) -> bool:
+        os.environ["TORCHELASTIC_RUN_ID"] = job
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"] if restarted else "0"  # one machine is new
+        before = mark.exists()
+        train(config, overwrite=True)
+        return before and not mark.exists()
+
+    for job, restarted, replaced in [("first", False, True), ("first", True, False), ("second", True, True)]:
+        mark.touch()
+        # A second job whose first start died before it had replaced anything replaces the run in the next one.
+        assert run_ranks(2, start, job, restarted) == [replaced] * 2
+
+
+def test_resume_refuses_to_begin_afresh(tmp_path: Path, tiny_data: Path) -> None:
+    config = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 8})
+    with pytest.raises(AssertionError, match=r"--resume: there is no finished checkpoint in .*leave --resume out"):
+        run_ranks(2, train, config, True)
+    with pytest.raises(AssertionError, match="give one of them, or neither"):
+        run_ranks(1, train, config, True, True)
+    assert not config.run_dir.exists()
 
 
 def test_a_modality_that_no_sample_has_does_not_hang_two_ranks(tmp_path: Path, tiny_data: Path) -> None:
@@ -102,17 +132,18 @@ def test_a_modality_that_no_sample_has_does_not_hang_two_ranks(tmp_path: Path, t
 
 
 def test_a_tokenizer_that_does_not_match_is_refused_on_resume(tmp_path: Path, tiny_data: Path) -> None:
-    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2}
+    short = {"steps": 2, "global_batch_size": 8}
     config = config_in(tmp_path, tiny_data, train=short)
     run_ranks(1, train, config)
-    meta = next((config.run_dir / "checkpoints").glob("step_*/meta.json"))
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokenizer_fingerprint": "another"}))
+    write_tokenizer(tmp_path / "other.model", vocab_size=44)
+    data = {**config.data.model_dump(), "tokenizer": str(tmp_path / "other.model")}
+    config = config_in(tmp_path, tiny_data, train=short, data=data)
     with pytest.raises(AssertionError, match="was trained with another tokenizer"):
         run_ranks(1, train, config, True)
 
 
 def test_resume_refuses_another_model_and_keeps_the_record_of_the_old_one(tmp_path: Path, tiny_data: Path) -> None:
-    short = {"steps": 2, "global_batch_size": 8, "checkpoint_every": 2}
+    short = {"steps": 2, "global_batch_size": 8}
     config = config_in(tmp_path, tiny_data, train=short)
     run_ranks(1, train, config)
     model = {**config.model.model_dump(), "num_heads": 1}
@@ -122,12 +153,12 @@ def test_resume_refuses_another_model_and_keeps_the_record_of_the_old_one(tmp_pa
 
 
 def test_overwrite_replaces_nothing_before_all_else_is_known_to_work(tmp_path: Path, tiny_data: Path) -> None:
-    config = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 8, "checkpoint_every": 2})
+    config = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 8})
     run_ranks(1, train, config)
     uneven = config_in(tmp_path, tiny_data, train={"steps": 2, "global_batch_size": 9, "num_microbatches": 2})
     with pytest.raises(AssertionError, match="global_batch_size 9 does not divide"):
         run_ranks(1, train, uneven, False, True)
-    assert store.find_latest(config.run_dir) is not None
+    assert store.find_latest(config.checkpoint_root) is not None
 
 
 def test_bad_samples_of_every_rank_are_counted(tmp_path: Path, tiny_data: Path) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.runtime import process_group
+from mmmoe_pretrain.train import metrics
 from mmmoe_pretrain.train.metrics import LayerRouting, MetricsLog, StepRecord, scalars, truncate_after
 from mmmoe_pretrain.train.telemetry import gather_routing, layer_json
 from tests.distributed import run_ranks
@@ -196,12 +197,33 @@ def test_a_torn_last_line_is_cut(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_foreign_line_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_foreign_line_behind_the_last_step_is_refused_and_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record"):
+    path.write_text('{"step": 1}\nnot json\n{"step": 9}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: the line at byte 12 is no record"):
         truncate_after(path, 5)
     assert path.read_text().count("\n") == 3
+
+
+def test_a_log_larger_than_a_block_is_cut_at_the_step_without_reading_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "TAIL_BYTES", 7)  # lines are longer, and end anywhere in a block
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "text": "x" * (step % 11)}) + "\n" for step in range(1, 40)]
+    path.write_text("nobody reads this\n" + "".join(lines) + '{"step": 40')
+    truncate_after(path, 23)
+    assert path.read_text() == "nobody reads this\n" + "".join(lines[:23])
+    truncate_after(path, 30)
+    assert path.read_text() == "nobody reads this\n" + "".join(lines[:23])
+
+
+def test_a_log_of_later_steps_or_of_half_a_line_alone_becomes_empty(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for text in ('{"step": 3}\n{"step": 4}\n', '{"ste', ""):
+        path.write_text(text)
+        truncate_after(path, 2)
+        assert path.read_text() == ""
 
 
 def test_load_over_even_is_of_all_assignments() -> None:

@@ -5,7 +5,6 @@ Shapes: R records (logged steps), M modalities, E experts.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.evaluate.routing_report import mutual_information
+from mmmoe_pretrain.untrusted import brief, parse_json
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,17 @@ def read(path: Path) -> list[LayerHistory]:
     records = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
     if not records:
         return []
-    layers = [_layer(records, entry["layer"]) for entry in records[-1]["routing"]]
+    try:
+        layers = [_layer(records, entry["layer"]) for entry in records[-1]["routing"]]
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        why = brief(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path} holds a routing that no run wrote ({why}); move the file away") from error
     return [layer for layer in layers if len(layer.steps_R) > 1]
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, "the line")
         return {"step": record["step"], "routing": record["routing"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

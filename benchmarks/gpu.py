@@ -1,0 +1,219 @@
+"""One GPU: how much of its arithmetic whole training steps use, and their peak memory beside the plan's.
+
+A mixture of about 1.1 billion active and 2.7 billion parameters (16 blocks of width 2048, every other one a mixture
+of 8 experts of which a token takes 2), bf16, under both engines in turn; samples are of noise and at full length.
+  MFU     FLOPs of the matrix products and convolutions of forward and backward pass (models/costs.py, exact at full
+          length; recomputation is no use and does not count) over seconds, over the peak that the vendor states for
+          dense bf16. Where that is not known, of the rate of one large product here, and the output says so.
+  memory  what is held from step to step, in closed form (plan/memory.py), beside the allocator's; and the peak at all
+          samples beside the line through those at a half and three quarters of them.
+
+Prints a table and, as its last line, one JSON object. On a CPU (``--device cpu``) a tiny model runs through the
+same lines: its numbers say nothing of a GPU, and ``held_vs_plan`` is left out.
+
+    python benchmarks/gpu.py                  minutes on one GPU of 80 GB
+    python benchmarks/gpu.py --device cpu     seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
+
+from benchmarks.common.start_deepspeed import prepare_deepspeed
+from benchmarks.layer.roofline import Machine
+from benchmarks.levering.memory import peak_of
+from benchmarks.stepping.workload import BOS, EOS
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.models.costs import block_costs
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.parallel.layout import resolve_layout
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.runtime import process_group
+from mmmoe_pretrain.plan.memory import Held, foretold_peak, held_bytes, parts_of
+
+BACKWARD = 2  # times the forward pass
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, by the vendor; SXM
+ENGINES = {"megatron": {"engine": "megatron"}, "deepspeed": {"engine": "deepspeed", "zero_stage": 2}}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and how many samples a step takes."""
+
+    model: dict[str, int]
+    moe: dict[str, int]
+    modalities: dict[str, dict[str, Any]]
+    samples: int  # a multiple of 4
+    repeats: int
+    vocab_size: int
+
+
+ON_GPU = Workload(
+    {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "ffn_hidden_size": 5632, "embedding_size": 512},
+    {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 5632, "every": 2},
+    {"image": {"size": 224, "patch": 16, "stem": "linear"}, "audio": {"stem": "linear"}, "text": {"max_tokens": 64}},
+    samples=32, repeats=10, vocab_size=32_000,
+)  # fmt: skip
+ON_CPU = Workload(
+    {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32},
+    {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 128, "every": 2},
+    {"image": {"size": 32, "patch": 8, "stem": "linear"}, "audio": {"max_seconds": 1.0, "stem": "linear"},
+     "text": {"max_tokens": 16}},
+    samples=16, repeats=2, vocab_size=512,
+)  # fmt: skip
+
+
+def config_of(work: Workload, engine: str) -> RunConfig:
+    """Contrastive pairs alone: captions would be drawn for some of the samples."""
+    return run_config.parse(
+        {
+            "name": "gpu",
+            "data": {"train": [{"path": "nowhere"}], "tokenizer": "none.model"},
+            "modalities": work.modalities,
+            "model": work.model,
+            "moe": {**work.moe, "losses": {"balance": 0.01}},
+            "parallel": ENGINES[engine],
+            "train": {"precision": "bf16", "global_batch_size": work.samples},
+        }
+    )
+
+
+def full_batch(config: RunConfig, vocab_size: int, samples: int) -> Batch:
+    """Every modality at its full length."""
+    rng = np.random.default_rng(samples)
+    side, audio, text = config.modalities.image.size, config.modalities.audio, config.modalities.text
+    made = [
+        Sample(
+            SampleMeta(f"s{i}", group=f"g{i}"),
+            image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
+            audio=rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32),
+            text=rng.integers(4, vocab_size, text.max_tokens),
+        )
+        for i in range(samples)
+    ]
+    return pack(made, PackSettings(config.modalities, BOS, EOS, None, config.seed))
+
+
+def step_flops(config: RunConfig, vocab_size: int, batch: Batch) -> float:
+    """Of forward and backward pass, of a batch at full length."""
+    costs = block_costs(config, vocab_size)
+    return (1 + BACKWARD) * batch.num_valid * (sum(costs.blocks) + costs.first_extra + costs.last_extra)
+
+
+def planned(config: RunConfig, vocab_size: int) -> Held:
+    """What the engine holds from step to step; from a model without memory."""
+    with torch.device("meta"):
+        model = PretrainingModel(config, vocab_size)
+    if config.parallel.engine == "megatron":
+        model.use_half(torch.bfloat16)
+    return held_bytes(resolve_layout(config, 1), [parts_of(model)])
+
+
+def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:
+    """FLOP/s, and whose word that is."""
+    if given is not None:
+        return 1e12 * given, "given"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return 1e12 * tflops, "vendor"
+    size = 8192 if device.type == "cuda" else 512
+    return Machine(device).matmul_rate(torch.bfloat16, size), "measured product"
+
+
+def measure(work: Workload, engine_name: str, device: torch.device, rate: float) -> dict[str, float]:
+    """One engine, from its making to its end."""
+    config = config_of(work, engine_name)
+    groups = build_groups(config.parallel, config.moe.group_sizes)
+    before = allocated(device)
+    engine = build_engine(config, work.vocab_size, groups, device)
+    half, most, whole = (full_batch(config, work.vocab_size, work.samples * n // 4) for n in (2, 3, 4))
+    engine.step([whole], 1e-4)  # warms up
+    seconds = []
+    for _ in range(work.repeats):
+        began = now(device)
+        engine.step([whole], 1e-4)
+        seconds.append(now(device) - began)
+    plan, held = planned(config, work.vocab_size).total, allocated(device) - before
+    beyond = [peak_of(functools.partial(engine.step, [batch], 1e-4), device) for batch in (half, most, whole)]
+    points = [(batch.num_valid, peak) for batch, peak in zip((half, most), beyond, strict=False)]
+    foretold, a_token = foretold_peak(plan, points[0], points[1], whole.num_valid)
+    peak = (held if device.type == "cuda" else plan) + beyond[2]
+    taken = statistics.median(seconds)
+    found = {
+        "mfu": step_flops(config, work.vocab_size, whole) / taken / rate,
+        "tokens_per_second": whole.num_valid / taken,
+        "held_planned_gb": plan / 1e9,
+        "peak_gb": peak / 1e9,
+        "peak_vs_plan": peak / foretold,
+        "activation_mb_a_token": a_token / 1e6,
+    }
+    if device.type == "cuda":
+        found["held_vs_plan"] = held / plan
+    del engine
+    gc.collect()
+    destroy_groups()
+    return found
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes; of a CPU nothing is known."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Measure both engines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.device_count() else "cpu")
+    parser.add_argument("--peak-tflops", type=float, help="of dense bf16, for a GPU that is not in the table")
+    parser.add_argument("--quick", action="store_true", help="two repeats")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu runs a tiny model through the same lines")
+    work = ON_CPU if args.device == "cpu" else ON_GPU
+    if args.quick:
+        work = replace(work, repeats=2)
+    engines = list(ENGINES) if prepare_deepspeed() else ["megatron"]
+    result: dict[str, Any] = {}
+    with process_group(timeout_minutes=5) as device:
+        rate, source = peak_rate(device, args.peak_tflops)
+        for name in engines:
+            found = measure(work, name, device, rate)
+            print(f"{name:<10}" + "  ".join(f"{key} {value:.3g}" for key, value in found.items()))
+            result |= {f"{key}_{name}": round(value, 4) for key, value in found.items()}
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(json.dumps({**result, "peak_tflops": round(rate / 1e12, 1), "peak_is": source, "device": kind}))
+
+
+if __name__ == "__main__":
+    main()

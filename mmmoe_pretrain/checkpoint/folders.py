@@ -1,0 +1,138 @@
+"""Which checkpoints there are, which are complete, and deleting them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from mmmoe_pretrain.checkpoint.index import MAX_MANIFEST, MAX_META, Manifest, parse_json, parse_manifest
+from mmmoe_pretrain.checkpoint.names import FILE, FOLDER, LATEST, LEFTOVER, MANIFEST, META, Checkpoint, checkpoint_at
+from mmmoe_pretrain.checkpoint.retention import Retention, to_delete
+from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
+
+log = logging.getLogger(__name__)
+
+
+def checkpoints(root: str | Path) -> list[Checkpoint]:
+    """The complete ones, oldest first."""
+    storage = open_storage(root)
+    found = [c for c in _named(storage) if _is_complete(storage, c)]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def find_latest(root: str | Path) -> Checkpoint | None:
+    """The checkpoint that ``latest`` names if it is complete, or else the newest complete one, or None."""
+    storage = open_storage(root)
+    told = _pointed_at(storage)
+    named = None if told is None else checkpoint_at(storage.root, told)
+    if named is not None and _is_complete(storage, named):
+        return named
+    found = checkpoints(root)
+    if told is not None:
+        taken = f"the newest complete one is {found[-1].name}" if found else "and there is no other"
+        log.warning("%s/%s names %.100r, which is no complete checkpoint; %s", storage.root, LATEST, told, taken)
+    return found[-1] if found else None
+
+
+def complete(storage: Storage, checkpoint: Checkpoint) -> Manifest:
+    """The manifest of a complete checkpoint. Raises ValueError where it is not one."""
+    data = read_file(storage, checkpoint, MANIFEST, MAX_MANIFEST)
+    manifest = parse_manifest(data, str(checkpoint))
+    if manifest.step != checkpoint.step:
+        raise ValueError(f"{checkpoint} is damaged: its {MANIFEST} is of step {manifest.step}")
+    there = storage.sizes(checkpoint.name)
+    for record in manifest.files.values():
+        if there.get(record.name) != record.nbytes:
+            raise ValueError(
+                f"{checkpoint} is damaged: {record.name} has {there.get(record.name, 'no')} bytes of "
+                f"{record.nbytes}; delete that folder to go on from the one before, or restore the file"
+            )
+    return manifest
+
+
+def read_file(storage: Storage, checkpoint: Checkpoint, name: str, limit: int) -> bytes:
+    """A file of a checkpoint, whole. Raises ValueError where it is missing, or larger than ``limit``."""
+    data = storage.read(f"{checkpoint.name}/{name}", limit)
+    if data is None:
+        raise ValueError(
+            f"{checkpoint} has no {name}: it is no complete checkpoint; delete that folder to go on from another one"
+        )
+    return data
+
+
+def read_meta(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The facts saved beside the tensors; ``step`` among them."""
+    data = read_file(open_storage(checkpoint.root), checkpoint, META, MAX_META)
+    meta = parse_json(data, str(checkpoint), META)
+    if type(meta.get("step")) is not int or meta["step"] != checkpoint.step:
+        raise ValueError(f"{checkpoint} is damaged: its {META} is of step {str(meta.get('step'))[:40]}")
+    return meta
+
+
+def prune(root: str | Path, keep: Retention) -> list[Checkpoint]:
+    """On one rank: delete what ``keep`` does not keep of the newest checkpoint and those before it; what was
+    deleted. Later ones, from which a run went back, are left alone (``rewind`` deletes them)."""
+    newest = find_latest(root)
+    found = [c for c in checkpoints(root) if newest is not None and c.step <= newest.step]
+    metrics = {c.step: _metric(c) for c in found} if keep.best else {}
+    gone = to_delete(found, metrics, keep)
+    for checkpoint in gone:
+        open_storage(root).remove_folder(checkpoint.name)
+    return gone
+
+
+def rewind(checkpoint: Checkpoint) -> None:
+    """On one rank: make this one the newest and delete later ones, before a run goes on from it."""
+    storage = open_storage(checkpoint.root)
+    complete(storage, checkpoint)
+    storage.replace(LATEST, f"{checkpoint.name}\n".encode())
+    for other in _named(storage):
+        if other.step > checkpoint.step:
+            storage.remove_folder(other.name)
+
+
+def clean(root: str | Path) -> list[str]:
+    """On one rank, before a run's first save: delete what killed writers left; the names of the folders.
+
+    What has a manifest, damaged or not, is left alone, and so are folders with files that are none of ours.
+    """
+    storage = open_storage(root)
+    gone = []
+    for name in storage.folders():
+        files = storage.sizes(name)
+        leftover = LEFTOVER.fullmatch(name) or (FOLDER.fullmatch(name) and MANIFEST not in files)
+        if leftover and all(FILE.fullmatch(file) for file in files):
+            storage.remove_folder(name)
+            gone.append(name)
+    return gone
+
+
+def _named(storage: Storage) -> list[Checkpoint]:
+    named = (checkpoint_at(storage.root, name) for name in storage.folders())
+    return [checkpoint for checkpoint in named if checkpoint is not None]
+
+
+def _is_complete(storage: Storage, checkpoint: Checkpoint) -> bool:
+    try:
+        complete(storage, checkpoint)
+    except ValueError as error:
+        if isinstance(error, OSError):  # the disk or the service fails: that says nothing of the checkpoint
+            raise
+        return False
+    return True
+
+
+def _pointed_at(storage: Storage) -> str | None:
+    try:
+        data = storage.read(LATEST, limit=1000)
+    except ValueError as error:
+        if isinstance(error, OSError):
+            raise
+        return "a large file"
+    return None if data is None else data.decode(errors="replace").strip()
+
+
+def _metric(checkpoint: Checkpoint) -> float | None:
+    value = read_meta(checkpoint).get("metric")
+    return float(value) if isinstance(value, int | float) else None

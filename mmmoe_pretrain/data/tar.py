@@ -1,0 +1,151 @@
+"""The plain files of a tar: name, offset and size, by one pass over its headers.
+
+Python's own tarfile trusts headers more than a file from elsewhere deserves (where it is not mended, a negative
+size in a pax record sends it round in circles; a size beyond the file makes it ask for as much memory). This reads
+ustar, GNU and pax headers of plain files and folders, and refuses everything else: links, devices, sparse
+files, names that leave the folder, sizes that leave the file. Formats: POSIX.1-2001 pax, GNU tar 1.35.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmmoe_pretrain.limits import MAX_NAME_BYTES
+from mmmoe_pretrain.untrusted import brief
+
+BLOCK = 512
+MAX_RECORD_BYTES = 64 << 10  # of a header's extension
+REGULAR, FOLDER = b"0\07", b"5"
+LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A plain file: its bytes are ``size`` from ``offset`` on."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class _Next:
+    """What records before a header say of it."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The plain files of the tar ``path`` in order. Raises ValueError that names it where anything is amiss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield from _members(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _members(descriptor: int, path: Path) -> Iterator[Member]:
+    end, at, coming = os.fstat(descriptor).st_size, 0, _Next()
+    while True:
+        header = os.pread(descriptor, BLOCK, at)
+        if len(header) < BLOCK:
+            raise _broken(path, at, "no end mark, so it is truncated,")
+        if not any(header):
+            return
+        kind, size = header[156:157], _header_size(header, at, path)
+        start = at + BLOCK
+        if kind in (LONG_NAME, LONG_LINK, EXTENDED, GLOBAL):
+            if size > min(MAX_RECORD_BYTES, end - start):
+                raise _broken(path, at, f"a record of {size} bytes")
+            _read_record(kind, os.pread(descriptor, size, start), coming, at, path)
+        else:
+            size = size if coming.size is None else coming.size
+            name = _name(header, at, path) if coming.name is None else coming.name
+            _check(name, kind, path)
+            if start + size > end:
+                raise ValueError(f"shard {path} ends inside of {name!r}: it is truncated; copy or make it again")
+            if kind in REGULAR and not name.endswith("/"):
+                yield Member(name.removeprefix("./"), start, size)
+            coming = _Next()
+        at = start + -(-size // BLOCK) * BLOCK
+
+
+def _check(name: str, kind: bytes, path: Path) -> None:
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"shard {path} holds a name of more than {MAX_NAME_BYTES} bytes; make it again")
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"shard {path} holds {name!r}, a path that leaves its folder; don't use it")
+    if kind not in REGULAR and kind != FOLDER:
+        raise ValueError(
+            f"shard {path} holds {name!r}, which is a link, a device or a sparse file; make it again with plain files"
+        )
+
+
+def _header_size(header: bytes, at: int, path: Path) -> int:
+    stored = _number(header[148:156])
+    if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise _broken(path, at, "the checksum of a header")
+    size = _number(header[124:136])
+    if size is None or size < 0:
+        raise _broken(path, at, "a size")
+    return size
+
+
+def _number(text: bytes) -> int | None:
+    """Octal digits, or the base 256 of GNU tar; None for neither."""
+    if text[0] in (0x80, 0xFF):
+        return int.from_bytes(text[1:], "big", signed=text[0] == 0xFF)
+    digits = text.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):
+        return None
+    return int(digits or b"0", 8)
+
+
+def _name(header: bytes, at: int, path: Path) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and prefix:  # GNU tar keeps other things there
+        name = prefix + b"/" + name
+    return _text(name, at, path)
+
+
+def _read_record(kind: bytes, data: bytes, coming: _Next, at: int, path: Path) -> None:
+    """A long name, or pax records ``LENGTH KEY=VALUE newline``, into ``coming``."""
+    if kind == LONG_NAME:
+        coming.name = _text(data.split(b"\0", 1)[0], at, path)
+    if kind not in (EXTENDED, GLOBAL):
+        return
+    while data:
+        length, space, _ = data[:20].partition(b" ")
+        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(data):
+            raise _broken(path, at, "a pax record")
+        key, _, value = data[len(length) + 1 : int(length)].removesuffix(b"\n").partition(b"=")
+        data = data[int(length) :]
+        if (key in (b"path", b"size") and kind == GLOBAL) or key.startswith(b"GNU.sparse"):
+            raise _broken(
+                path, at, f"a pax record {brief(key.decode(errors='replace'))} for all members or sparse ones"
+            )
+        if key == b"path":
+            coming.name = _text(value, at, path)
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 18:
+                raise _broken(path, at, "a size in a pax record")
+            coming.size = int(value)
+
+
+def _text(name: bytes, at: int, path: Path) -> str:
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _broken(path, at, "a name that is not UTF-8") from None
+    if not text or "\0" in text:
+        raise _broken(path, at, "an empty name or one with a NUL")
+    return text
+
+
+def _broken(path: Path, at: int, what: str) -> ValueError:
+    return ValueError(f"shard {path} is no whole tar file ({what} at byte {at}); copy or make it again")

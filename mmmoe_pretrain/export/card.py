@@ -1,0 +1,215 @@
+"""The model card of an export: front matter as Hugging Face reads it, and facts of the run.
+
+Nothing is claimed that the run's folder does not say. What only its makers know is marked "to be filled in".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
+
+UNKNOWN_LICENSE = "unknown"
+TO_BE_FILLED_IN = "**To be filled in.**"
+METRICS, REPORT = "metrics.jsonl", "report.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says. ``losses``: those logged last up to the exported step, and their step; ``report``: the
+    evaluation of that very step, else None with the reason in ``no_report``."""
+
+    config: RunConfig
+    described: dict[str, Any]  # config.json
+    license_id: str
+    losses: tuple[int, dict[str, float | None]] | None
+    report: dict[str, Any] | None
+    no_report: str
+
+
+def facts_of(run_dir: Path, config: RunConfig, described: dict[str, Any], license_id: str) -> Facts:
+    """Reads the run's log and report, where there are any."""
+    report, why = _report(run_dir / REPORT, described["step"])
+    return Facts(config, described, license_id, _losses(run_dir / METRICS, described["step"]), report, why)
+
+
+def page(facts: Facts) -> str:
+    """The card as Markdown."""
+    parts = (_front_matter, _what_it_is, _architecture, _training, _results, _how_to_load, _limits)
+    return "\n".join(line for part in parts for line in (*part(facts), "")).rstrip() + "\n"
+
+
+def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None:
+    if not path.is_file():
+        return None
+    found = None
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                break  # a writer was killed in the middle of it
+            record = json.loads(line)
+            if record["step"] > step:
+                break
+            found = record
+    return None if found is None else (found["step"], found["losses"])
+
+
+def _report(path: Path, step: int) -> tuple[dict[str, Any] | None, str]:
+    if not path.is_file():
+        return None, "The run holds no evaluation; `mmmoe evaluate` makes one."
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["step"] != step:
+        return None, f"The run's evaluation is of step {report['step']}, not of these weights."
+    return report, ""
+
+
+def _modalities(config: RunConfig) -> list[str]:
+    """Those that some objective trains."""
+    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
+    pairs = [pair for pair, weight in contrastive.pairs.items() if weight] if contrastive.weight else []
+    found = {name for pair in pairs for name in pair.split("-")}
+    if captioning.weight:
+        found |= {*captioning.prefixes, "text"} if captioning.prefixes else set()
+    return sorted(found)
+
+
+def _front_matter(facts: Facts) -> Iterator[str]:
+    config = facts.config
+    tags = ["mixture-of-experts", "multimodal", "pretraining", *_modalities(config)]
+    if config.moe.dense:
+        tags.remove("mixture-of-experts")
+    values: dict[str, Any] = {"license": facts.license_id, "library_name": "mmmoe", "tags": tags}
+    yield "---"
+    yield yaml.safe_dump(values, sort_keys=False).rstrip()
+    yield "---"
+    yield f"# {config.name}"
+
+
+def _what_it_is(facts: Facts) -> Iterator[str]:
+    counts, config = facts.described["parameters"], facts.config
+    kind = "dense transformer" if config.moe.dense else "mixture-of-experts transformer"
+    yield (
+        f"A {kind} over {_listed(_modalities(config))} tokens in one stream, pretrained with MMMoE "
+        f"{facts.described['mmmoe_version']}: {counts['total']:,} parameters, of which a token meets "
+        f"{counts['active']:,}. These are the weights of step {facts.described['step']:,}."
+    )
+    yield ""
+    for name, weight in _objectives(config):
+        yield f"- objective: {name}, weight {weight:g}"
+    if facts.license_id == UNKNOWN_LICENSE:
+        yield f"- license of the weights: {TO_BE_FILLED_IN}"
+
+
+def _objectives(config: RunConfig) -> Iterator[tuple[str, float]]:
+    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
+    for pair, weight in contrastive.pairs.items():
+        if contrastive.weight * weight:
+            yield f"contrastive, {pair}", contrastive.weight * weight
+    if captioning.weight:
+        yield f"captioning from {_listed(captioning.prefixes)}", captioning.weight
+
+
+def _architecture(facts: Facts) -> Iterator[str]:
+    model, described = facts.config.model, facts.described
+    yield "## Architecture"
+    yield ""
+    yield f"- {model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_heads} heads"
+    yield f"- joint embedding of {model.embedding_size} numbers; {described['vocab_size']:,} text pieces"
+    for index, moe in sparse_blocks(facts.config):
+        sizes = sorted({group.expert_hidden_size or moe.expert_hidden_size for group in moe.groups})
+        more = [
+            f"a shared expert of {moe.shared_expert_hidden_size}" if moe.shared_expert_hidden_size else "",
+            f"{moe.identity_experts} identity and {moe.null_experts} null experts"
+            if moe.identity_experts or moe.null_experts else "",
+        ]  # fmt: skip
+        yield (
+            f"- block {index}: {moe.num_experts} experts of hidden size {_listed([str(s) for s in sizes])}, "
+            f"{moe.experts_per_token} a token, router {moe.router}{''.join(', ' + m for m in more if m)}"
+        )
+    stored = "fp32" if described["dtype"] == "fp32" else "bf16 (vectors, routers, embedders and joint heads fp32)"
+    yield f"- stored in {stored}; trained in {facts.config.train.precision}"
+
+
+def _training(facts: Facts) -> Iterator[str]:
+    config = facts.config
+    yield "## Training"
+    yield ""
+    yield (
+        f"{facts.described['step']:,} of {config.train.steps:,} steps of {config.train.global_batch_size:,} samples, "
+        f"seed {config.seed}, AdamW, learning rate {config.optimizer.learning_rate:g}."
+    )
+    yield ""
+    total = sum(source.weight for source in config.data.train)
+    yield from _table(("data", "share of the samples"),
+                      [(source.path, f"{source.weight / total:.1%}") for source in config.data.train])  # fmt: skip
+    if facts.losses is not None:
+        step, losses = facts.losses
+        yield ""
+        yield f"Losses as logged at step {step:,}, each times its weight:"
+        yield ""
+        yield from _table(("loss", "value"), [(name, _number(value)) for name, value in losses.items()])
+
+
+def _results(facts: Facts) -> Iterator[str]:
+    yield "## Evaluation"
+    yield ""
+    if facts.report is None:
+        yield facts.no_report
+        return
+    yield f"Evaluated {facts.report['date']}; chance answers at random. In brackets: 95% interval."
+    yield ""
+    rows = []
+    for row in facts.report["results"]:
+        low, high = row["interval"]
+        rows.append((row["metric"], row["unit"], f"{_number(row['value'])} [{_number(low)}, {_number(high)}]",
+                     _number(row["chance"]), f"{row['n']:,}"))  # fmt: skip
+    yield from _table(("metric", "unit", "value", "chance", "n"), rows)
+    for note in facts.report["notes"]:
+        yield f"\n- {note}"
+
+
+def _how_to_load(facts: Facts) -> Iterator[str]:
+    yield "## How to load"
+    yield ""
+    yield f"`{INDEX}` says which file holds each tensor, `{CONFIG}` the settings, `{TOKENIZER}` is for sentencepiece."
+    yield ""
+    yield "```python"
+    yield "import json"
+    yield "from safetensors.torch import load_file"
+    yield ""
+    yield f'files = set(json.load(open("{INDEX}"))["weight_map"].values())'
+    yield "weights = {name: tensor for file in files for name, tensor in load_file(file).items()}"
+    yield f'config = json.load(open("{CONFIG}"))["config"]'
+    yield "```"
+    yield ""
+    yield "With MMMoE: `mmmoe import FOLDER --out runs/NAME`, then `mmmoe train` or `mmmoe evaluate` on the run."
+
+
+def _limits(facts: Facts) -> Iterator[str]:
+    for title in ("Intended use", "Limits", "Biases", "Data licences and consent"):
+        yield f"## {title}"
+        yield ""
+        yield TO_BE_FILLED_IN
+        yield ""
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]

@@ -1,0 +1,209 @@
+"""``mmmoe import``: an export becomes a run that begins at step 0 with these weights and moments of zero.
+
+An export is somebody else's file: sizes of its JSON are bounded, names of files may not leave the folder, only
+safetensors are read, and every name, shape and type must be what the config's model has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmmoe_pretrain import __version__
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
+from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.engines.base import Progress
+from mmmoe_pretrain.export import layout
+from mmmoe_pretrain.export.layout import Weight
+from mmmoe_pretrain.modalities import TextCodec
+from mmmoe_pretrain.untrusted import brief, read_json
+
+MAX_JSON = 64 << 20  # bytes
+ALLOWED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Make the run ``out`` of the export in ``folder``; what was done, for people.
+
+    ``overrides``: key=value of the new run. Raises ValueError where ``out`` exists, and where something of the
+    export is missing, unknown, or not as its config says; nothing is left behind then.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another --out, or remove it")
+    described = _described(folder)
+    places = _places(folder)
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
+        _copy_tokenizer(folder, described, config, draft / layout.TOKENIZER)
+        _plausible(config, _headers(folder, places))
+        weights = layout.weights_of(config, described["vocab_size"])
+        state = {weight.name: _state(weight, value) for weight, value in _read(folder, places, weights)}
+        store.write_state(str(draft / "checkpoints"), 0, state, _meta(config, described))
+        os.replace(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with fresh moments",
+            f"train on with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    value = _json(folder / layout.CONFIG)
+    if value.get("model_type") != layout.FORMAT:
+        raise ValueError(f"{folder / layout.CONFIG} is of model_type {brief(value.get('model_type'))}, not mmmoe")
+    if value.get("format_version") != layout.VERSION:
+        raise ValueError(
+            f"{folder} has format_version {brief(value.get('format_version'))}, and MMMoE {__version__} reads "
+            f"{layout.VERSION}; export it anew with this version"
+        )
+    wanted = {"step": int, "vocab_size": int, "tokenizer": str, "tokenizer_fingerprint": str, "config": dict}
+    for key, kind in wanted.items():
+        if type(value.get(key)) is not kind:
+            raise ValueError(
+                f"{folder / layout.CONFIG}: {key} is {value.get(key)!r}, and should be of type {kind.__name__}"
+            )
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give the folder that mmmoe export wrote")
+    return read_json(path, MAX_JSON)
+
+
+def _plain(name: Any, what: str) -> str:
+    """The name of a file of the export's own folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"{what} {brief(name)} is not the plain name of a file of the export")
+    return name
+
+
+def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: Sequence[str]) -> RunConfig:
+    """The exported config as that of the run ``out``, written to ``path``. Checkpoints and tokenizer are the new
+    run's own unless an override says else."""
+    raw = described["config"]
+    for section, key, value in (("checkpoint", "folder", None), ("data", "tokenizer", str(out / layout.TOKENIZER))):
+        raw[section] = {**_section(raw, section), key: value}
+    path.write_text(yaml.safe_dump({**raw, "name": out.name, "runs_dir": str(out.parent)}), encoding="utf-8")
+    config = run_config.load(path, list(overrides))
+    run_config.dump(config, path)
+    return config
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{layout.CONFIG}: config.{name} is {brief(section)}, and should be a section")
+    return section
+
+
+def _copy_tokenizer(folder: Path, described: dict[str, Any], config: RunConfig, to: Path) -> None:
+    path = folder / _plain(described["tokenizer"], f"{layout.CONFIG}: tokenizer")
+    TextCodec(path, config.modalities.text, expected_fingerprint=described["tokenizer_fingerprint"],
+              expected_vocab_size=described["vocab_size"])  # fmt: skip
+    shutil.copyfile(path, to)
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Name -> file, as the index says."""
+    found = _json(folder / layout.INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{folder / layout.INDEX} has no weight_map")
+    return {name: _plain(file, f"{layout.INDEX}: file") for name, file in found.items()}
+
+
+def _headers(folder: Path, places: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything that the files hold, which must be what the index says."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(places.values())):
+        with _opened(folder / file) as opened:
+            _same_names(set(opened.keys()), {name for name, at in places.items() if at == file}, file)
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _plausible(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Before a model is built: a config that names more blocks or experts than the files can hold would take
+    forever."""
+    largest = max(math.prod(shape) for shape in shapes.values())
+    counts = {"model.num_layers": (config.model.num_layers, len(shapes)),
+              "moe.num_experts": (max(config.moe.group_sizes), largest)}  # fmt: skip
+    for key, (count, most) in counts.items():
+        if count > most:
+            raise ValueError(f"{layout.CONFIG}: {key} is {count}, and the files hold {len(shapes)} tensors, none of "
+                             f"more than {largest} numbers")  # fmt: skip
+
+
+def _read(folder: Path, places: dict[str, str], weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Every weight in fp32, checked; the files are mapped, not copied, where they hold fp32."""
+    _same_names(set(places), {weight.name for weight in weights}, layout.INDEX)
+    by_name = {weight.name: weight for weight in weights}
+    for file in sorted(set(places.values())):
+        with _opened(folder / file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                yield by_name[name], _tensor(opened, by_name[name], file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, and {layout.INDEX} names it")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def _same_names(found: set[str], expected: set[str], where: str) -> None:
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"{where} does not hold the tensors that it should: missing {len(missing)} {missing[:3]}, unknown "
+            f"{len(unknown)} {unknown[:3]}"
+        )
+
+
+def _tensor(opened: Any, weight: Weight, file: str) -> Tensor:
+    piece = opened.get_slice(weight.name)
+    shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+    if shape != weight.shape:
+        raise ValueError(f"{file}: {weight.name} has shape {shape}, and the config's model {weight.shape}")
+    if dtype not in ALLOWED:
+        raise ValueError(f"{file}: {weight.name} is of type {dtype}; weights are {', '.join(ALLOWED)}")
+    return opened.get_tensor(weight.name).float()
+
+
+def _state(weight: Weight, value: Tensor) -> ParameterState:
+    if not weight.trained:
+        return ParameterState(value, None, None)
+    zero = torch.zeros([1] * len(weight.shape)).expand(weight.shape)  # takes no memory
+    return ParameterState(value, zero, zero)
+
+
+def _meta(config: RunConfig, described: dict[str, Any]) -> dict[str, Any]:
+    """As the training loop writes it."""
+    return {
+        "version": __version__,
+        "vocab_size": described["vocab_size"],
+        "tokenizer_fingerprint": described["tokenizer_fingerprint"],
+        "config": config.model_dump(mode="json"),
+        "progress": Progress(0, 0).to_json(),
+        "seed": config.seed,
+        "skipped_batches": [],
+    }

@@ -1,0 +1,159 @@
+"""``mmmoe export``: a checkpoint's weights into files that other programs read.
+
+One file's tensors are in memory at a time. Everything is written under ``NAME.tmp`` and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mmmoe_pretrain import __version__
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
+from mmmoe_pretrain.checkpoint.model import root_of
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.export import card, layout
+from mmmoe_pretrain.export.layout import Weight
+from mmmoe_pretrain.modalities import TextCodec
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint of a run."""
+
+    run_dir: Path
+    config: RunConfig
+    checkpoint: store.Checkpoint
+    meta: dict[str, Any]
+
+
+def export_run(
+    run_dir: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str = "fp32",
+    overwrite: bool = False,
+    license_id: str = card.UNKNOWN_LICENSE,
+    file_bytes: int = layout.FILE_BYTES,
+) -> list[str]:
+    """Write the checkpoint of ``step`` (default: the newest) to the folder ``out``; what was done, for people.
+
+    Raises ValueError where there is no such checkpoint, it is damaged, the tokenizer is not the one that it was
+    trained with, or ``out`` exists and ``overwrite`` does not allow to replace an earlier export.
+    """
+    if dtype not in layout.DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(layout.DTYPES)}")
+    _check_out(out, overwrite)
+    source = open_checkpoint(run_dir, step)
+    weights = layout.weights_of(source.config, source.meta["vocab_size"], dtype)
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        _copy_tokenizer(source, draft / layout.TOKENIZER)
+        files = layout.in_files(weights, file_bytes)
+        for name, held in files.items():
+            _write_file(source.checkpoint, held, draft / name)
+        _write_json(draft / layout.INDEX, _index(files))
+        described = describe(source, weights, dtype)
+        _write_json(draft / layout.CONFIG, described)
+        facts = card.facts_of(run_dir, source.config, described, license_id)
+        (draft / layout.CARD).write_text(card.page(facts), encoding="utf-8")
+        _take_place(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    size = sum(weight.bytes for weight in weights)
+    return [f"wrote {out}: step {source.checkpoint.step}, {len(weights)} tensors in {len(files)} "
+            f"file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB"]  # fmt: skip
+
+
+def open_checkpoint(run_dir: Path, step: int | None) -> Source:
+    """The newest checkpoint of a run, or that of ``step``, its hashes checked."""
+    if not (run_dir / RUN_CONFIG).is_file():
+        raise ValueError(f"no run in {run_dir}: it has no {RUN_CONFIG}; give the folder of a run, e.g. runs/demo")
+    config = run_config.load(run_dir / RUN_CONFIG)
+    root = root_of(run_dir, config)
+    checkpoint = store.find_latest(root)
+    if checkpoint is None:
+        raise ValueError(f"no finished checkpoint in {root}; give the folder of a run that saved one, e.g. runs/demo")
+    if step is not None:
+        there = {candidate.step: candidate for candidate in store.checkpoints(root)}
+        if step not in there:
+            raise ValueError(f"no finished checkpoint of step {step} in {root}; there are {sorted(there)}")
+        checkpoint = there[step]
+    store.verify(checkpoint)
+    return Source(run_dir, config, checkpoint, store.read_meta(checkpoint))
+
+
+def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
+    """The values of config.json."""
+    total, active = layout.parameter_counts(source.config, list(weights))
+    return {
+        "model_type": layout.FORMAT,
+        "format_version": layout.VERSION,
+        "mmmoe_version": __version__,
+        "step": source.checkpoint.step,
+        "dtype": dtype,
+        "vocab_size": source.meta["vocab_size"],
+        "tokenizer": layout.TOKENIZER,
+        "tokenizer_fingerprint": source.meta["tokenizer_fingerprint"],
+        "parameters": {"total": total, "active": active},
+        "config": source.config.model_dump(mode="json"),
+    }
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists; choose another --out, or replace an earlier export with --overwrite")
+    if not (out / layout.INDEX).is_file():
+        raise ValueError(f"{out} is no export (it has no {layout.INDEX}), and is not replaced; choose another --out")
+
+
+def _take_place(draft: Path, out: Path) -> None:
+    """The draft becomes ``out``. An earlier one is moved aside first: a folder cannot replace a full one."""
+    if out.exists():
+        aside = out.with_name(out.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(out, aside)
+        os.replace(draft, out)
+        shutil.rmtree(aside)
+    else:
+        os.replace(draft, out)
+
+
+def _copy_tokenizer(source: Source, to: Path) -> None:
+    path = source.config.data.tokenizer
+    TextCodec(path, source.config.modalities.text,
+              expected_fingerprint=source.meta["tokenizer_fingerprint"])  # fmt: skip
+    shutil.copyfile(path, to)
+
+
+def _write_file(checkpoint: store.Checkpoint, weights: Sequence[Weight], path: Path) -> None:
+    tensors = {weight.name: torch.empty(weight.shape) for weight in weights}
+    store.load_weights(checkpoint, tensors)
+    save_file({w.name: tensors[w.name].to(w.dtype) for w in weights}, path, metadata={"format": "pt"})
+
+
+def _index(files: dict[str, list[Weight]]) -> dict[str, Any]:
+    total = sum(weight.bytes for held in files.values() for weight in held)
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {weight.name: name for name, held in files.items() for weight in held},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

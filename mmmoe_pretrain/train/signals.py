@@ -1,0 +1,64 @@
+"""Requests to stop, seen at the end of a step: the run saves itself and ends, instead of dying.
+
+SIGTERM (of schedulers and Kubernetes), SIGUSR1 (Slurm's warning) and a first SIGINT (Ctrl-C) only set a flag,
+also in the middle of a save. A further SIGINT interrupts at once. Under ``launch/torchrun.sh`` the request
+comes as a file, named in MMMOE_STOP_FILE: it reaches workers that are still starting, too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE = "MMMOE_STOP_FILE"
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this process was told to stop, and by what: ``reason`` is "SIGTERM", "stop file", or empty."""
+
+    def __init__(self, stop_file: Path | None = None) -> None:
+        self._stop_file = stop_file
+        self._reason = ""
+
+    @property
+    def reason(self) -> str:
+        if not self._reason and self._stop_file is not None and self._stop_file.exists():
+            # The launcher writes there which signal it got.
+            self._reason = self._stop_file.read_text(encoding="ascii").strip() or "stop file"
+        return self._reason
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.reason)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The handler. Does as little as it can: it may run between any two instructions."""
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self._reason = self._reason or signal.Signals(number).name
+        if number == signal.SIGINT:  # somebody sits there; print would not be safe here
+            os.write(2, b"\nsaving after this step, then ending; interrupt again to end at once\n")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Signals set the request's flag inside; the handlers before are there again behind it.
+
+    Python takes handlers in the main thread alone; in others only the file counts.
+    """
+    path = os.environ.get(STOP_FILE)
+    request = StopRequest(Path(path) if path else None)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, request.on_signal) for number in STOPPING}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

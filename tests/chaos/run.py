@@ -1,0 +1,205 @@
+"""Kill ranks of a run at random until it ends, and compare it with one that nobody disturbed: `make chaos`.
+
+python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0
+
+A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all
+of them again, and they go on by themselves from the newest checkpoint. The last line is one JSON object:
+kills, lost and repeated samples, torn checkpoints that were taken for whole, whether all logged losses are
+those of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.train.loop import train
+from tests.chaos import ledger
+from tests.chaos.kills import Kill
+from tests.distributed import _free_port
+from tests.support import things, tiny_config, write_shards, write_tokenizer
+
+SECONDS_A_START = 120.0  # after which ranks that neither train nor end count as a hang
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+
+
+@dataclass
+class Report:
+    kills: int = 0
+    starts: int = 0
+    lost: int = 0
+    repeated: int = 0
+    torn_accepted: int = 0
+    loss_equal: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.loss_equal and not (self.lost or self.repeated or self.torn_accepted)
+
+
+def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report:
+    """Train a run undisturbed and a run that is killed ``kills`` times; compare."""
+    write_shards(folder / "train", things(48))
+    write_tokenizer(folder / "tokens.model")
+    calm, disturbed = (config_of(folder, name, steps) for name in ("calm", "disturbed"))
+    assert start(calm, ranks, 1, None) == "done"
+    report, rng = Report(), random.Random(seed)
+    while True:
+        report.starts += 1
+        kill = None
+        if report.kills < kills:
+            left = steps - steps_saved(disturbed)
+            kill = Kill.draw(rng, ranks, max(1, left // (kills - report.kills)), left)
+        end = start(disturbed, ranks, report.starts, kill)
+        report.kills += end == "killed"
+        report.torn_accepted += count_torn(disturbed)
+        print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(disturbed)}", flush=True)
+        if end == "done":
+            break
+    found, wanted = (ledger.history(ledger_of(config)) for config in (disturbed, calm))
+    report.lost, report.repeated = ledger.compare(found, wanted)
+    report.loss_equal = logged(disturbed) == logged(calm) and len(logged(calm)) == steps
+    return report
+
+
+def config_of(folder: Path, name: str, steps: int) -> RunConfig:
+    """Two ranks of experts beside data-parallel replicas; saves often, logs every step."""
+    return tiny_config(
+        folder,
+        name=name,
+        data={
+            "train": [{"path": str(folder / "train")}],
+            "tokenizer": str(folder / "tokens.model"),
+            "num_workers": 1,
+        },
+        parallel={"expert_parallel_size": 2, "timeout_minutes": 1},
+        train={"steps": steps, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1},
+        checkpoint={"every": 3, "keep_last": 2, "keep_every": 12},
+    )
+
+
+def ledger_of(config: RunConfig) -> Path:
+    """Beside the run's folder, which a start may clear."""
+    return config.run_dir.with_name(f"{config.name}.ledger")
+
+
+def start(config: RunConfig, ranks: int, number: int, kill: Kill | None) -> str:
+    """One start of all ranks: "done", "killed" (by ``kill``), or an AssertionError for any other end."""
+    context = multiprocessing.get_context("fork")
+    folder = ledger_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    processes = [
+        context.Process(target=run_rank, args=(config, rank, ranks, port, folder, number, kill))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return supervise(processes, folder, number, kill)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def run_rank(
+    config: RunConfig, rank: int, ranks: int, port: int, folder: Path, number: int, kill: Kill | None
+) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    out = os.open(folder / f"output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    armed = kill.arm() if kill is not None and kill.victim == rank else lambda done: None
+    ledger.keep_ledger(folder, number, rank, armed)
+    train(config)
+
+
+def supervise(processes: list[Any], folder: Path, number: int, kill: Kill | None) -> str:
+    deadline = time.monotonic() + SECONDS_A_START
+    while True:
+        codes = [process.exitcode for process in processes]
+        if all(code == 0 for code in codes):
+            return "done"
+        if kill is not None and codes[kill.victim] == -signal.SIGKILL:
+            end_others(processes, kill.politely)
+            return "killed"
+        failed = [i for i, code in enumerate(codes) if code not in (None, 0)]
+        if failed and kill is not None:  # peers may notice before the supervisor does
+            processes[kill.victim].join(timeout=1.0)
+            if processes[kill.victim].exitcode == -signal.SIGKILL:
+                continue
+        assert not failed, f"start {number}: ranks ended with {codes}: {tail(folder, failed[0])}"
+        assert time.monotonic() < deadline, f"start {number} hangs: {codes}; {tail(folder, 0)}"
+        time.sleep(0.02)
+
+
+def end_others(processes: list[Any], politely: bool) -> None:
+    if politely:
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+
+
+def steps_saved(config: RunConfig) -> int:
+    latest = store.find_latest(config.checkpoint_root)
+    return 0 if latest is None else latest.step
+
+
+def count_torn(config: RunConfig) -> int:
+    """Checkpoints that pass for complete and are not what was written."""
+    torn = 0
+    for checkpoint in store.checkpoints(config.checkpoint_root):
+        try:
+            store.verify(checkpoint, None)
+            store.read_state(checkpoint)
+        except ValueError as error:
+            print(f"torn: {error}", flush=True)
+            torn += 1
+    return torn
+
+
+def logged(config: RunConfig) -> list[tuple[int, dict[str, float]]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(record["step"], record["losses"]) for record in map(json.loads, lines)]
+
+
+def tail(folder: Path, rank: int) -> str:
+    return (folder / f"output_{rank}.txt").read_text(encoding="utf-8")[-2000:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed)
+    print(json.dumps(vars(report)))
+    return 0 if report.passed and report.kills >= args.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

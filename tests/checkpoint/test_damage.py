@@ -1,0 +1,270 @@
+"""Damaged and hostile checkpoints: never taken for whole, and refused with an error that names the file."""
+
+import json
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.checkpoint.support import assert_same, rewrite, small_state
+from tests.distributed import run_ranks
+
+KEEP = store.Retention(last=9)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two checkpoints; tests damage the second."""
+    for step in (1, 2):
+        store.save(tmp_path, step, small_state(add=step), {"seed": 7}, None, KEEP)
+    return tmp_path
+
+
+def newest(root: Path) -> store.Checkpoint:
+    found = store.find_latest(root)
+    assert found is not None
+    return found
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "index.json", "meta.json"])
+def test_one_flipped_bit_is_found(root: Path, name: str) -> None:
+    store.verify(newest(root))
+    flip(root / "step_00000002" / name, -3)
+    with pytest.raises(ValueError, match=rf"step_00000002 is damaged: {name} \(1 files in all\)"):
+        store.verify(newest(root))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+TEARS: dict[str, Callable[[Path], object]] = {
+    "truncated": truncate,
+    "a file is missing": lambda folder: (folder / "rank_00000.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "torn manifest": lambda folder: (folder / "manifest.json").write_bytes(
+        (folder / "manifest.json").read_bytes()[:-9]
+    ),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
+    "manifest of another step": lambda folder: shutil.copy(folder.parent / "step_00000001" / "manifest.json", folder),
+    "deep manifest": lambda folder: (folder / "manifest.json").write_bytes(b"[" * 100_000),
+    "a pipe where the manifest was": lambda folder: (
+        (folder / "manifest.json").unlink(),
+        os.mkfifo(folder / "manifest.json"),
+    ),
+    "folder gone": shutil.rmtree,
+    "a file where the folder was": lambda folder: (shutil.rmtree(folder), folder.write_text("?")),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS.values(), ids=TEARS.keys())
+def test_what_is_not_complete_is_no_candidate(
+    root: Path, tear: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    torn = newest(root)
+    tear(root / "step_00000002")
+    assert newest(root).step == 1
+    assert [c.step for c in store.checkpoints(root)] == [1]
+    assert "'step_00000002', which is no complete checkpoint; the newest complete one is step_00000001" in caplog.text
+    for use in (store.verify, store.read_state):
+        with pytest.raises(ValueError, match="step_00000002"):
+            use(torn)
+
+
+@pytest.mark.parametrize(
+    "pointer", [None, b"", b"step_0000", b"step_00000099\n", b"../other\n", b"\xff\xfe", b"x" * 5000]
+)
+def test_without_a_good_pointer_the_folders_decide(root: Path, pointer: bytes | None) -> None:
+    (root / "latest").unlink()
+    if pointer is not None:
+        (root / "latest").write_bytes(pointer)
+    assert newest(root).step == 2
+
+
+def test_leftovers_of_killed_writers_are_ignored_and_removed_by_the_next_save(root: Path) -> None:
+    for name in ("step_00000003.tmp", "step_00000002.old.tmp", "step_00000004"):
+        shutil.copytree(root / "step_00000002", root / name)
+    (root / "step_00000004" / "manifest.json").unlink()
+    for foreign in ("step_00000005", "step_00000006.tmp", "notes"):
+        (root / foreign).mkdir()
+        (root / foreign / "mine.txt").write_text("keep")
+    assert newest(root).step == 2
+    assert [c.step for c in store.checkpoints(root)] == [1, 2]
+    store.save(root, 3, small_state(), {}, None, KEEP)
+    assert sorted(p.name for p in root.iterdir()) == [
+        "latest", "notes", "step_00000001", "step_00000002", "step_00000003", "step_00000005", "step_00000006.tmp",
+    ]  # fmt: skip
+
+
+def set_at(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Put the last of ``path`` at the place that the others name."""
+
+    def change(value: Any) -> None:
+        for key in path[:-2]:
+            value = value[key]
+        value[path[-2]] = path[-1]
+
+    return change
+
+
+ROWS = ("tensors", "model/rows")
+HUGE = 1 << 50
+INDEXES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no tensors": (lambda index: index.pop("tensors"), "tensors as None, not an object"),
+    "files no list": (set_at("files", {}), "files as {}, not a list"),
+    "another file": (set_at("files", ["../../etc/passwd"]), "which manifest.json has not"),
+    "file not of the manifest": (set_at("files", ["rank_00009.safetensors"]), "which manifest.json has not"),
+    "a name no parameter has": (set_at("tensors", "a\ud800" * 5000, {}), "a tensor named"),
+    "file number": (set_at(*ROWS, "boxes", 0, 0, 3), "file 3 of model/rows; it names 1 files"),
+    "negative place": (set_at(*ROWS, "boxes", 0, 1, -8), "place of model/rows as -8"),
+    "place beyond": (set_at(*ROWS, "boxes", 0, 1, HUGE), "192 bytes of model/rows at 1,125,899,906,842,624 in rank"),
+    "a float": (set_at(*ROWS, "boxes", 0, 1, 8.0), "place of model/rows as 8.0"),
+    "a bool": (set_at(*ROWS, "shape", [True, 6]), "shape of model/rows as True"),
+    "dtype": (set_at(*ROWS, "dtype", "C64"), "dtype of model/rows as 'C64'"),
+    "dtype no text": (set_at(*ROWS, "dtype", [1]), "dtype of model/rows as"),
+    "huge shape": (set_at(*ROWS, "shape", [HUGE, HUGE]), "too large"),
+    "huge and empty": (set_at(*ROWS, {"shape": [0, HUGE, HUGE], "dtype": "F32", "boxes": []}), "too large"),
+    "many dimensions": (set_at(*ROWS, {"shape": [1] * 40, "dtype": "F32", "boxes": []}), "too large"),
+    "huge box": (set_at(*ROWS, {"shape": [HUGE], "dtype": "U8", "boxes": [[0, 0, [0], [HUGE]]]}),
+                 "1,125,899,906,842,624 bytes of model/rows at 0"),
+    "box outside": (set_at(*ROWS, "boxes", 0, 2, [1, 0]), r"a box \[8, 6\] at \[1, 0\] of model/rows"),
+    "box of another rank": (set_at(*ROWS, "boxes", 0, 2, [0]), "a box"),
+    "half a box": (set_at(*ROWS, "boxes", 0, 3, [4, 6]), "holds 24 of the 48 numbers of model/rows"),
+    "no box": (set_at(*ROWS, "boxes", []), "holds 0 of the 48 numbers of model/rows"),
+    "a box twice": (lambda index: index["tensors"]["model/bias"]["boxes"].append([0, 600, [0], [5]]),
+                    "holds 5 of the 5 numbers, some twice, of model/bias"),
+    "shared bytes": (set_at(*ROWS, {"shape": [1000, 48], "dtype": "F32",
+                                    "boxes": [[0, 0, [i, 0], [1, 48]] for i in range(1000)]}), "bytes in rank_00000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), INDEXES.values(), ids=INDEXES.keys())
+def test_an_index_that_no_save_wrote_is_refused(
+    root: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = root / "step_00000002" / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    rewrite(path, json.dumps(index).encode())
+    store.verify(newest(root))  # the hashes are right
+    with pytest.raises(ValueError, match=rf"step_00000002 is damaged.*{message}"):
+        store.read_state(newest(root))
+    with pytest.raises(ValueError, match=message):
+        store.load_weights(newest(root), {"rows": torch.zeros(8, 6)})
+
+
+def test_facts_of_another_step_or_no_json_are_refused(root: Path) -> None:
+    path = root / "step_00000002" / "meta.json"
+    for data in (b'{"step": 1}', b"{}", b'{"step": true}', b"[]", b"\xff", b"[" * 100_000, b'{"step": 2'):
+        rewrite(path, data)
+        with pytest.raises(ValueError, match=r"step_00000002 is damaged"):
+            store.read_meta(newest(root))
+
+
+def test_a_checkpoint_of_a_later_version_says_so(root: Path) -> None:
+    checkpoint = newest(root)
+    path = root / "step_00000002" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    with pytest.raises(ValueError, match=r"version 2; this version of mmmoe reads 'mmmoe-checkpoint', version 1"):
+        store.verify(checkpoint)
+    store.clean(root)  # another program's work is no leftover
+    assert path.is_file()
+
+
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    match rng.randrange(4):
+        case 0:
+            at = rng.randrange(len(data))
+            return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+        case 1:
+            return data[: rng.randrange(len(data))]
+        case 2:
+            return data.replace(rng.choice([b"0", b"1", b"6", b"8"]), rng.choice([b"99999999999", b"-1", b"null"]), 1)
+        case _:
+            a, b = sorted(rng.randrange(len(data)) for _ in "ab")
+            return data[:a] + data[b:]
+
+
+def test_whatever_is_mutated_the_error_is_clear_and_memory_bounded(root: Path) -> None:
+    rng, folder = random.Random(5), root / "step_00000002"
+    pristine = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    checkpoint = newest(root)
+    for _ in range(250):
+        name = rng.choice(sorted(pristine))
+        for other, data in pristine.items():
+            (folder / other).write_bytes(data)
+        mutated = mutate(rng, pristine[name])
+        if name == "manifest.json":
+            (folder / name).write_bytes(mutated)
+        else:
+            rewrite(folder / name, mutated)
+        try:
+            store.read_meta(checkpoint)
+            store.read_state(checkpoint)
+        except ValueError as error:
+            assert "step_00000002" in str(error)
+            refused += 1
+    assert refused > 100
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000, f"{grown} KiB for a checkpoint of 2 KiB"
+
+
+def verify_and_load(root: Path) -> list[str]:
+    """What each rank is told, case after case; the ranks must stay in step."""
+    said = []
+    with process_group(timeout_minutes=0.5):
+        group, rank = dist.group.WORLD, dist.get_rank()
+        checkpoint = store.save(root, 2, small_state(rank, 2), {}, group, KEEP)
+        folder = root / checkpoint.name
+        pristine = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert_same(store.load(checkpoint, small_state(rank, 2), group), small_state(rank, 2))
+        damages = [
+            lambda: flip(folder / "rank_00001.safetensors", -1),
+            (folder / "rank_00001.safetensors").unlink,
+            lambda: rewrite(folder / "index.json", b"{}"),
+        ]
+        for damage in damages:
+            dist.barrier()
+            if rank == 0:
+                damage()
+            dist.barrier()
+            for act in (lambda: store.verify(checkpoint, group),
+                        lambda: store.load(checkpoint, small_state(rank, 2), group)):  # fmt: skip
+                try:
+                    act()
+                    said.append("fine")
+                except ValueError as error:
+                    said.append(str(error).replace(str(root), "ROOT"))
+            dist.barrier()
+            if rank == 0:
+                for name, data in pristine.items():
+                    (folder / name).write_bytes(data)
+        dist.barrier()
+        store.verify(checkpoint, group)
+    return said
+
+
+def test_every_rank_is_told_of_the_damage_that_one_of_them_found(tmp_path: Path) -> None:
+    first, second = run_ranks(2, verify_and_load, tmp_path)
+    assert first == second
+    assert "ROOT/step_00000002 is damaged: rank_00001.safetensors (1 files in all)" in first[0]
+    assert first[1] == "fine"  # sizes and places are right: only hashes see it
+    assert "rank_00001.safetensors has no bytes of" in first[2] and first[2] == first[3]
+    assert first[4] == "fine" and "files as None, not a list" in first[5]

@@ -1,0 +1,372 @@
+"""Saving while training goes on: the moment of the save, back-pressure, failures, retention, and who writes what."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
+from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
+from mmmoe_pretrain.checkpoint.staging import Staging
+from mmmoe_pretrain.checkpoint.storage import LocalStorage
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.distributed import run_ranks
+
+KEEP = Retention(last=2, every=0, best=0)
+RANKS = 2
+META: dict[str, Any] = {"vocab_size": 48}
+ROWS, COLUMNS = 6, 5
+Factory = Callable[[float], Tensor]
+
+
+def state_of(rank: int, ranks: int, value: float) -> ShardedState:
+    """Rows of a matrix cut over the ranks, with moments; a vector that every rank holds; one rank's counter.
+
+    Every number is at least ``value`` and less than ``value + 1``, or ``value`` itself in the counter.
+    """
+    rows = ROWS // ranks
+    numbers = value + torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) / 64  # exact in fp32
+    strided = torch.empty(COLUMNS, rows).T.copy_(numbers[rank * rows : (rank + 1) * rows])
+    assert not strided.is_contiguous()
+    cut = [(Piece((rank * rows, 0), strided + shift),) for shift in (0.0, 0.25, 0.5)]
+    cut[0] = (Piece((rank * rows, 0), strided),)
+    counter = torch.tensor([int(value)] * 3, dtype=torch.int64)
+    return {
+        "matrix": ShardedParameter((ROWS, COLUMNS), *cut),
+        "vector": ShardedParameter((3,), (Piece((0,), torch.full((3,), value, dtype=torch.bfloat16)),), None, None),
+        "counter": ShardedParameter((3,), (Piece((0,), counter),) if rank == ranks - 1 else (), None, None),
+    }
+
+
+LOGICAL_BYTES = 3 * ROWS * COLUMNS * 4 + 3 * 2 + 3 * 8
+
+
+def train(state: ShardedState) -> None:
+    """Change every number in place, as a step does."""
+    for parameter in state.values():
+        for pieces in (parameter.value, parameter.exp_avg or (), parameter.exp_avg_sq or ()):
+            for piece in pieces:
+                piece.tensor.add_(1)
+
+
+def saved_value(path: str | Path, value: float) -> None:
+    """Assert that the checkpoint holds ``state_of`` of ``value``, bit for bit."""
+    checkpoint = next(c for c in store.checkpoints(Path(path).parent) if c.name == Path(path).name)
+    found, expected = store.read_state(checkpoint), state_of(0, 1, value)
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        held = found[name].tensors(name)
+        for key, pieces in parameter.named(name).items():
+            assert held[key].dtype == pieces[0].tensor.dtype, key
+            assert torch.equal(held[key], pieces[0].tensor), (key, held[key], pieces[0].tensor)
+
+
+@contextlib.contextmanager
+def writing(change: Callable[[str], None]) -> Iterator[None]:
+    """``change`` is called with the path before this process writes a file of tensors; what it raises is the
+    disk's error."""
+    original = LocalStorage.write
+
+    def write(self: LocalStorage, path: str, chunks: Any) -> int:
+        if path.endswith(".safetensors"):
+            with self._explained("write", path):
+                change(path)
+        return original(self, path, chunks)
+
+    LocalStorage.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LocalStorage.write = original  # type: ignore[method-assign]
+
+
+def no_space(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+@contextlib.contextmanager
+def ranks_group() -> Iterator[tuple[int, Any]]:
+    with process_group(timeout_minutes=0.5):
+        yield dist.get_rank(), dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
+
+
+def ended(saver: Saver) -> list[SaveReport]:
+    saver.wait()
+    return saver.poll()
+
+
+def two_ranks(root: Path) -> dict[str, list[SaveReport]]:
+    """Several stories in one process group: the reports of this rank."""
+    with ranks_group() as (rank, group):
+        state = state_of(rank, RANKS, 1.0)
+        return {
+            "moment": the_moment(Saver(root / "moment", group, KEEP), state),
+            "retention": retention(Saver(root / "retention", group, KEEP), state),
+            "failure": failure(Saver(root / "failure", group, KEEP), rank),
+            "layout": layout(Saver(root / "layout", group, KEEP), rank),
+        }
+
+
+def the_moment(saver: Saver, state: ShardedState) -> list[SaveReport]:
+    """Training changes the state before a byte is written."""
+    changed = threading.Event()
+    with writing(lambda path: None if changed.wait(20) else no_space(path)):
+        saver.save(1, state, META)
+        train(state)
+        assert saver.poll() == []  # still in flight
+        changed.set()
+        return ended(saver)
+
+
+def retention(saver: Saver, state: ShardedState) -> list[SaveReport]:
+    for step in (2, 3, 4, 5):
+        saver.save(step, state, META, metric=float(step))
+    return ended(saver)
+
+
+def failure(saver: Saver, rank: int) -> list[SaveReport]:
+    """The disk of rank 1 is full at the second of three saves."""
+    saver.save(1, state_of(rank, RANKS, 1.0), META)
+    saver.wait()
+    with writing(no_space) if rank == 1 else contextlib.nullcontext():
+        saver.save(2, state_of(rank, RANKS, 2.0), META)
+        saver.wait()
+    saver.save(3, state_of(rank, RANKS, 3.0), META)  # the same layout in other memory, as after a rollback
+    saver.close()
+    return saver.poll()
+
+
+def layout(saver: Saver, rank: int) -> list[SaveReport]:
+    """At the second of three saves one rank lacks what nobody else holds."""
+    saver.save(1, state_of(rank, RANKS, 1.0), META)
+    state = state_of(rank, RANKS, 2.0)
+    if rank == 1:
+        matrix = state["matrix"]
+        state["matrix"] = ShardedParameter(matrix.shape, (), (), ())
+    saver.save(2, state, META)
+    saver.save(3, state_of(rank, RANKS, 3.0), META)
+    return ended(saver)
+
+
+Stories = tuple[Path, list[dict[str, list[SaveReport]]]]
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Stories:
+    """What two ranks reported."""
+    root = tmp_path_factory.mktemp("saver")
+    return root, run_ranks(RANKS, two_ranks, root)
+
+
+def told(stories: Stories, story: str) -> list[list[SaveReport]]:
+    return [rank[story] for rank in stories[1]]
+
+
+def kept(root: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in store.checkpoints(root)]
+
+
+def test_a_checkpoint_holds_the_state_of_the_moment_of_the_save(stories: Stories) -> None:
+    for (report,) in told(stories, "moment"):
+        assert report.error is None and report.warning is None
+        saved_value(report.path, 1.0)
+
+
+def test_what_every_rank_holds_is_written_by_one(stories: Stories) -> None:
+    reports = told(stories, "moment")
+    assert sum(report.bytes for (report,) in reports) == LOGICAL_BYTES
+    assert all(report.bytes >= 3 * ROWS * COLUMNS * 4 // RANKS for (report,) in reports)
+
+
+def test_retention_follows_each_save(stories: Stories) -> None:
+    assert kept(stories[0] / "retention") == [4, 5]
+    assert [(r.step, r.error, r.warning) for r in told(stories, "retention")[0]] == [
+        (step, None, None) for step in (2, 3, 4, 5)
+    ]
+    saved_value(stories[0] / "retention" / "step_00000005", 2.0)  # trained by a step since the first story
+
+
+def test_where_one_rank_fails_nobody_commits_and_every_rank_says_why(stories: Stories) -> None:
+    root = stories[0] / "failure"
+    for reports in told(stories, "failure"):
+        assert [report.step for report in reports] == [1, 2, 3]
+        assert [report.error is None for report in reports] == [True, False, True]
+        failed = reports[1]
+        assert failed.path == "" and "rank_00001.safetensors" in str(failed.error) and "full" in str(failed.error)
+    assert kept(root) == [1, 3]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001", "step_00000003"]
+    saved_value(root / "step_00000001", 1.0)
+    saved_value(root / "step_00000003", 3.0)
+
+
+def test_a_layout_that_changes_on_one_rank_is_planned_anew_on_all(stories: Stories) -> None:
+    for reports in told(stories, "layout"):
+        errors = [report.error for report in reports]
+        assert errors[0] is None and errors[2] is None
+        assert "of model/matrix" in str(errors[1])
+    assert kept(stories[0] / "layout") == [1, 3]
+    saved_value(stories[0] / "layout" / "step_00000003", 3.0)
+
+
+def test_a_save_waits_for_the_one_before_and_says_how_long(tmp_path: Path) -> None:
+    saver, state, at_once = Saver(tmp_path, None, KEEP), state_of(0, 1, 1.0), threading.Lock()
+
+    def slow(path: str) -> None:
+        assert at_once.acquire(blocking=False), "two saves in flight"
+        time.sleep(0.3)
+        at_once.release()
+
+    with writing(slow):
+        saver.save(1, state, META)
+        saver.save(2, state, META)
+        first, second = ended(saver)
+    assert first.seconds_waited < 0.1 and first.seconds_writing >= 0.3
+    assert 0.2 < second.seconds_waited <= second.seconds_blocked
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_a_synchronous_save_is_there_when_it_returns(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, None, KEEP, asynchronous=False)
+    saver.save(1, state_of(0, 1, 1.0), META, metric=0.5)
+    (report,) = saver.poll()
+    assert report.seconds_blocked >= report.seconds_writing > 0
+    saved_value(report.path, 1.0)
+    assert store.read_meta(store.checkpoints(tmp_path)[0])["metric"] == 0.5
+
+
+def test_meta_is_taken_at_the_moment_of_the_save(tmp_path: Path) -> None:
+    saver, meta, changed = Saver(tmp_path, None, KEEP), {"progress": {"steps": 1}}, threading.Event()
+    with writing(lambda path: None if changed.wait(20) else no_space(path)):
+        saver.save(1, state_of(0, 1, 1.0), meta)
+        meta["progress"]["steps"] = 2
+        changed.set()
+        saver.wait()
+    assert store.read_meta(store.checkpoints(tmp_path)[0])["progress"] == {"steps": 1}
+
+
+def test_drafts_of_a_killed_run_are_removed_by_the_first_save(tmp_path: Path) -> None:
+    draft = tmp_path / "step_00000007.tmp"
+    draft.mkdir()
+    (draft / "rank_00000.safetensors").write_bytes(b"half")
+    saver = Saver(tmp_path, None, KEEP, asynchronous=False)
+    saver.save(1, state_of(0, 1, 1.0), META)
+    assert saver.poll()[0].error is None and not draft.exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_the_thread_did_not_expect_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, None, KEEP)
+
+    def broken(path: str) -> None:
+        raise KeyError("a mistake in the program")
+
+    with writing(broken):
+        saver.save(1, state_of(0, 1, 1.0), META)
+        with pytest.raises(KeyError, match="a mistake"):
+            saver.wait()
+    saver.save(2, state_of(0, 1, 2.0), META)
+    assert [report.step for report in ended(saver)] == [2]
+
+
+def test_host_memory_is_allocated_once_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(Staging):
+        def __init__(self, tensors: Any) -> None:
+            made.append(len(tensors))
+            super().__init__(tensors)
+
+    monkeypatch.setattr("mmmoe_pretrain.checkpoint.saver.Staging", Counted)
+    saver = Saver(tmp_path, None, KEEP)
+    saver.prepare(state_of(0, 1, 1.0))
+    assert made == [5]
+    for step in (1, 2):
+        saver.save(step, state_of(0, 1, float(step)), META)
+    larger = state_of(0, 1, 3.0)
+    larger["more"] = ShardedParameter((2,), (Piece((0,), torch.ones(2)),), None, None)
+    saver.save(3, larger, META)
+    assert made == [5, 6]
+    saver.close()
+    assert [report.error for report in saver.poll()] == [None] * 3
+
+
+def peer_leaves(root: Path) -> list[SaveReport]:
+    """Rank 1 ends with its thread in the middle of a save."""
+    entered = threading.Event()
+
+    def endless(*args: object) -> None:
+        entered.set()
+        threading.Event().wait()
+
+    with ranks_group() as (rank, group):
+        saver = Saver(root, group, KEEP)
+        if rank == 0:
+            saver.save(1, state_of(rank, RANKS, 1.0), META)
+            return ended(saver)
+        with mock.patch("mmmoe_pretrain.checkpoint.saver.write_checkpoint", endless):
+            saver.save(1, state_of(rank, RANKS, 1.0), META)
+            entered.wait()
+            return []
+
+
+def test_a_peer_that_dies_during_a_save_is_told_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    (report,), _ = run_ranks(RANKS, peer_leaves, tmp_path)
+    assert report.error is not None and report.path == ""
+    assert time.monotonic() - began < 15  # the group's timeout is 30 s
+    assert store.checkpoints(tmp_path) == []
+
+
+STUCK = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.saver import Saver
+from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter
+
+folder, peer = Path(sys.argv[1]), os.fork()
+rank = 0 if peer else 1
+store = dist.FileStore(str(folder / "store"), 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+saver = Saver(folder / "checkpoints", group, Retention(last=1, every=0, best=0))
+state = {"w": ShardedParameter((2,), (Piece((0,), torch.ones(2)),), None, None)}
+saver.prepare(state)
+if rank == 1:
+    os.dup2(2, 1)  # who reads the other's output does not wait for this one
+    time.sleep(60)  # alive, and never there
+    os._exit(0)
+dist.all_reduce = lambda *args, **kwargs: None  # its peer is not asked whether it has the same layout
+saver.save(1, state, {})
+assert saver.poll() == []
+print("in flight", peer, flush=True)
+raise SystemExit(3)
+"""
+
+
+def test_a_thread_that_waits_for_a_peer_holds_up_no_exit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=60)
+    told = found.stdout.split()
+    os.kill(int(told[-1]), signal.SIGKILL)
+    assert found.returncode == 3 and told[:2] == ["in", "flight"]

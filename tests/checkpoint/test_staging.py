@@ -1,0 +1,43 @@
+"""Host copies of what a rank writes: their form, their memory, and when they are whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmmoe_pretrain.checkpoint import staging as module
+from mmmoe_pretrain.checkpoint.staging import Staging
+
+
+def test_staged_copies_keep_type_and_shape_whatever_the_order() -> None:
+    strided = torch.rand(3, 4, dtype=torch.float64).T
+    tensors = [torch.tensor([1, 2, 3], dtype=torch.int8), strided, torch.tensor(2.5), torch.empty(0, 3),
+               torch.tensor([True]), torch.ones(3, dtype=torch.bfloat16), torch.rand(2)]  # fmt: skip
+    staging = Staging(tensors)
+    copies = staging.fill(tensors)
+    for tensor, copied in zip(tensors, copies, strict=True):
+        assert copied.dtype == tensor.dtype and copied.is_contiguous() and torch.equal(copied, tensor)
+    again = [copied.data_ptr() for copied in staging.fill([torch.zeros_like(tensor) for tensor in tensors])]
+    assert again == [copied.data_ptr() for copied in copies]
+    assert not any(bool(copied.any()) for copied in copies)
+
+
+def test_neighbours_stand_side_by_side() -> None:
+    tensors = [torch.rand(3), torch.rand(2, 2), torch.ones(3, dtype=torch.bfloat16)]
+    first, second, third = Staging(tensors).fill(tensors)
+    assert second.data_ptr() == first.data_ptr() + 12 and third.data_ptr() == second.data_ptr() + 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_copies_of_a_gpu_are_whole_when_fill_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PINNED_BLOCK", 2**20)  # several blocks
+    tensors = [torch.full((2**18 + i,), float(i), device="cuda") for i in range(8)]
+    staging = Staging(tensors)
+    for round_ in range(3):
+        expected = [tensor.cpu() for tensor in tensors]
+        copies = staging.fill(tensors)
+        for tensor in tensors:
+            tensor.add_(1 + round_)
+        for copied, numbers in zip(copies, expected, strict=True):
+            assert copied.is_pinned() and torch.equal(copied, numbers)

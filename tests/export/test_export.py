@@ -1,0 +1,287 @@
+"""What an export holds, that another program can read it, and that it comes back as it was."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import MODALITY_ID
+from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.evaluate.run import evaluate
+from mmmoe_pretrain.export import layout
+from mmmoe_pretrain.export.layout import Weight, in_files, parameter_counts, weights_of
+from mmmoe_pretrain.export.read import import_run
+from mmmoe_pretrain.export.write import export_run
+from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.export.support import State, make_run
+from tests.support import random_batch, tiny_config
+
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+MOE = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "bias_balancing": {"rate": 0.001}}
+LOSSES = {"total": 2.5, "captioning": 0.25}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Path, dict[int, State]]:
+    root = tmp_path_factory.mktemp("export")
+    config, states = make_run(root, tiny_data, steps=(5, 10), moe=MOE)
+    lines = [{"step": 8, "losses": LOSSES}, {"step": 11, "losses": {"total": 99.0}}]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config.run_dir, states
+
+
+@pytest.fixture(scope="module")
+def exported(made: tuple[Path, dict[int, State]]) -> Path:
+    """In several files."""
+    out = made[0].parent / "exported"
+    export_run(made[0], out, file_bytes=20_000)
+    return out
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    places = json.loads((folder / layout.INDEX).read_text())["weight_map"]
+    files = {file: safetensors.torch.load_file(folder / file) for file in set(places.values())}
+    return {name: files[file][name] for name, file in places.items()}
+
+
+def test_files_hold_every_weight_of_the_checkpoint_bit_for_bit(
+    made: tuple[Path, dict[int, State]], exported: Path
+) -> None:
+    found, expected = read_all(exported), made[1][10]
+    assert found.keys() == expected.keys()
+    assert any(name.endswith("router.bias") for name in found)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name].value), name
+
+
+def test_an_index_of_several_files_is_that_of_hugging_face(exported: Path) -> None:
+    index = json.loads((exported / layout.INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 1
+    held = {file: safetensors.torch.load_file(exported / file) for file in files}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held.values() for t in tensors.values())
+    assert {name: file for file, tensors in held.items() for name in tensors} == index["weight_map"]
+
+
+def test_files_are_filled_up_to_their_size_and_a_larger_tensor_stands_alone() -> None:
+    def weight(name: str, numel: int) -> Weight:
+        return Weight(name, (numel,), torch.float32, True)
+
+    files = in_files([weight("a", 1), weight("b", 1), weight("c", 5), weight("d", 2), weight("e", 1)], file_bytes=8)
+    assert [[w.name for w in held] for held in files.values()] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(in_files([weight("a", 1)])) == ["model.safetensors"]
+
+
+def test_bf16_is_of_what_training_computes_in_bf16(made: tuple[Path, dict[int, State]], tmp_path: Path) -> None:
+    run, states = made
+    export_run(run, tmp_path / "half", step=5, dtype="bf16")
+    found = read_all(tmp_path / "half")
+    for name in ("mmmoe.trunk.blocks.1.ffn.experts.up", "mmmoe.language_head.weight"):
+        assert torch.equal(found[name], states[5][name].value.bfloat16()), name
+    for name in (
+        "mmmoe.trunk.blocks.1.ffn.router.weight",
+        "mmmoe.trunk.norm.weight",
+        "mmmoe.joint_heads.text.weight",
+    ):
+        assert torch.equal(found[name], states[5][name].value), name
+
+
+def test_parameters_are_counted_as_by_hand(tmp_path: Path) -> None:
+    """One mixture, of 4 experts a token takes 2; up is [16, 16] and down [16, 8] with SwiGLU."""
+    config = tiny_config(tmp_path, moe={"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8})
+    weights = weights_of(config, 48)
+    total, active = parameter_counts(config, weights)
+    one_expert = 2 * 8 * 16 + 8 * 16
+    assert total == sum(w.numel for w in weights)  # no buffers here
+    assert total - active == 2 * one_expert
+
+
+def test_config_and_card_say_what_the_run_says(made: tuple[Path, dict[int, State]], exported: Path) -> None:
+    described = json.loads((exported / layout.CONFIG).read_text())
+    assert (described["step"], described["vocab_size"], described["format_version"]) == (10, 48, 1)
+    assert described["config"] == yaml.safe_load((made[0] / "config.yaml").read_text())
+    card = (exported / layout.CARD).read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "mmmoe"
+    assert front["license"] == "unknown"
+    assert {"mixture-of-experts", "image", "audio", "text"} <= set(front["tags"])
+    total, active = described["parameters"]["total"], described["parameters"]["active"]
+    for fact in (f"{total:,} parameters", f"{active:,}", "logged at step 8", "| captioning | 0.25 |",
+                 "block 1: 4 experts of hidden size 8, 2 a token", "no evaluation", "To be filled in"):  # fmt: skip
+        assert fact in card, fact
+    assert "99" not in card  # a later step's loss
+
+
+def test_the_card_shows_an_evaluation_of_this_step_alone(made: tuple[Path, dict[int, State]], tmp_path: Path) -> None:
+    row = {"metric": "image_to_text_r1", "value": 0.125, "interval": [0.1, 0.15], "chance": 0.02, "majority": None,
+           "dense": None, "n": 64, "candidates": 64, "unit": "share"}  # fmt: skip
+    report = {"run": "tiny", "step": 10, "date": "2026-01-02", "results": [row], "routing": {}, "notes": ["a note"]}
+    path = made[0] / "report.json"
+    path.write_text(json.dumps(report))
+    try:
+        export_run(made[0], tmp_path / "ten")
+        export_run(made[0], tmp_path / "five", step=5)
+    finally:
+        path.unlink()
+    card = (tmp_path / "ten" / layout.CARD).read_text()
+    assert "| image_to_text_r1 | share | 0.125 [0.1, 0.15] | 0.02 | 64 |" in card
+    assert "a note" in card
+    assert "evaluation is of step 10, not of these weights" in (tmp_path / "five" / layout.CARD).read_text()
+
+
+def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(
+    made: tuple[Path, dict[int, State]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_run(made[0], out, step=5)
+    with pytest.raises(ValueError, match="--overwrite"):
+        export_run(made[0], out)
+    export_run(made[0], out, overwrite=True)
+    assert json.loads((out / layout.CONFIG).read_text())["step"] == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="is no export"):
+        export_run(made[0], tmp_path / "mine", overwrite=True)
+
+
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(
+    made: tuple[Path, dict[int, State]], tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"no finished checkpoint of step 7 .* \[5, 10\]"):
+        export_run(made[0], tmp_path / "out", step=7)
+    with pytest.raises(ValueError, match="no run in"):
+        export_run(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="--dtype fp8"):
+        export_run(made[0], tmp_path / "out", dtype="fp8")
+    config, _ = make_run(tmp_path, tiny_data)
+    (tmp_path / "other.model").write_bytes((tiny_data / "tokens.model").read_bytes() + b"\0")
+    text = (config.run_dir / "config.yaml").read_text()
+    (config.run_dir / "config.yaml").write_text(text.replace(config.data.tokenizer, str(tmp_path / "other.model")))
+    with pytest.raises(ValueError, match="tokenizer"):
+        export_run(config.run_dir, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, tiny_data: Path) -> None:
+    config, _ = make_run(tmp_path, tiny_data)
+    (file,) = (config.run_dir / "checkpoints").glob("step_*/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=file.name):
+        export_run(config.run_dir, tmp_path / "out")
+
+
+def test_weights_come_back_as_they_were_at_step_zero(
+    made: tuple[Path, dict[int, State]], exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    import_run(exported, out)
+    root = out / "checkpoints"
+    checkpoint = store.find_latest(str(root))
+    assert checkpoint is not None
+    assert checkpoint.step == 0
+    found = store.read_state(checkpoint)
+    expected = made[1][10]
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        assert torch.equal(parameter.value, expected[name].value), name
+        moments = [m for m in (parameter.exp_avg, parameter.exp_avg_sq) if m is not None]
+        assert len(moments) == (0 if name.endswith("router.bias") else 2), name
+        assert not any(moment.any() for moment in moments), name
+
+
+def test_the_imported_model_computes_the_same(
+    made: tuple[Path, dict[int, State]], exported: Path, tmp_path: Path
+) -> None:
+    import_run(exported, tmp_path / "again", ["evaluate.prompt='a {}'"])
+    old, config, _ = load_model(made[0])
+    new, settings, step = load_model(tmp_path / "again")
+    batch = random_batch(config, ["iat", "it", "at", "ia"] * 3)
+    with torch.inference_mode():
+        before, after = old(batch), new(batch)
+    for modality, features in before.features.items():
+        assert torch.equal(features, after.features[modality])
+    assert torch.equal(before.caption_nll, after.caption_nll)
+    assert (step, settings.name, settings.evaluate.prompt) == (0, "again", "a {}")
+    assert Path(settings.data.tokenizer) == tmp_path / "again" / layout.TOKENIZER
+
+
+def test_training_goes_on_from_an_import(made: tuple[Path, dict[int, State]], exported: Path, tmp_path: Path) -> None:
+    """Step 1 moves the imported weights by its small learning rate, not by a fresh start."""
+    out = tmp_path / "again"
+    import_run(exported, out, ["train.steps=2", "optimizer.learning_rate=1e-4", "checkpoint.every=1"])
+    run_ranks(1, train, run_config.load(out / "config.yaml"))
+    checkpoint = store.find_latest(str(out / "checkpoints"))
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    found = store.read_state(checkpoint)
+    for name, parameter in made[1][10].items():
+        moved = (found[name].value - parameter.value).abs().max()
+        assert moved < 0.01, name  # two steps of Adam, and decay; the weights are of size 0.3
+    assert not torch.equal(found["mmmoe.trunk.norm.weight"].value, made[1][10]["mmmoe.trunk.norm.weight"].value)
+
+
+RUNNER = """
+import sys
+sys.modules["mmmoe_pretrain"] = None  # an import of it fails
+values = {}
+exec(open("example.py").read(), values)
+import numpy
+numpy.savez("found.npz", experts=values["experts"].numpy(), y=values["y"].numpy(), ids=values["ids"].numpy())
+assert not [name for name in sys.modules if name.startswith(("mmmoe_pretrain.", "megatron"))]
+"""
+
+
+def test_the_lines_in_the_docs_compute_what_the_package_computes(tmp_path: Path, tiny_data: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    config, _ = make_run(tmp_path, tiny_data, moe={"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8})
+    export_run(config.run_dir, tmp_path / "export")
+    (tmp_path / "example.py").write_text(code)
+    (tmp_path / "runner.py").write_text(RUNNER)
+    result = subprocess.run(
+        [sys.executable, "-I", "runner.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    found = np.load(tmp_path / "found.npz")
+    model, _, _ = load_model(config.run_dir)
+    experts, output = mixture_of(model, torch.from_numpy(found["ids"]))
+    np.testing.assert_array_equal(found["experts"], experts)
+    # fp32 sums in another order, of 16 and 8 products of size 0.1
+    np.testing.assert_allclose(found["y"], output, rtol=1e-5, atol=1e-6)
+
+
+def mixture_of(model: Any, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The package's first mixture on the embedded ids: the experts it chooses, and its output."""
+    block, text = model.trunk.blocks["1"], torch.full_like(ids, MODALITY_ID["text"])
+    tokens = TokenInfo.of_modalities(text)
+    with torch.inference_mode():
+        rows = model.embedders["text"](ids, torch.arange(len(ids))) + model.modality_embedding(text)
+        h_nD = block.ffn_norm(rows)
+        routing = block.ffn.router(h_nD, tokens)
+        output, _ = block.ffn(h_nD, tokens)
+    return routing.expert_ids_nK.numpy(), output.numpy()
+
+
+def test_the_imported_run_scores_as_the_old_one(
+    made: tuple[Path, dict[int, State]], exported: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    import_run(exported, tmp_path / "again")
+    old, new = (evaluate(run, [str(tiny_data / "train")], None) for run in (made[0], tmp_path / "again"))
+    (made[0] / "report.json").unlink()  # other exports of this run would show it
+    assert old.results == new.results
+    assert len(old.results) > 3
+    assert (old.step, new.step) == (10, 0)

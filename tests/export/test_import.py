@@ -1,0 +1,132 @@
+"""An export is somebody else's file: what is wrong with it is said, and nothing is left behind or run."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+from mmmoe_pretrain.cli import app
+from mmmoe_pretrain.export import layout, read
+from mmmoe_pretrain.export.read import import_run
+from mmmoe_pretrain.export.write import export_run
+from tests.export.support import copied, make_run
+
+UP = "mmmoe.trunk.blocks.1.ffn.experts.up"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    root = tmp_path_factory.mktemp("import")
+    config, _ = make_run(root, tiny_data)
+    export_run(config.run_dir, root / "exported")
+    return root / "exported"
+
+
+def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / file).read_text())
+        change(value)
+        (folder / file).write_text(json.dumps(value))
+
+    return damage
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        change(tensors)
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+class Exploding:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("exploded"),)
+
+
+def with_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Exploding()))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / layout.CONFIG).unlink(), "config.json is missing"),
+    "no index": (lambda f: (f / layout.INDEX).unlink(), "index.json is missing"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "no tokenizer": (lambda f: (f / layout.TOKENIZER).unlink(), "no tokenizer"),
+    "no JSON": (lambda f: (f / layout.CONFIG).write_text("{"), "is no JSON"),
+    "deep JSON": (lambda f: (f / layout.CONFIG).write_text("[" * 100_000), "is no JSON"),
+    "a list": (lambda f: (f / layout.CONFIG).write_text("[]"), "no JSON object"),
+    "another model": (edit(layout.CONFIG, lambda v: v.update(model_type="bert")), "model_type 'bert'"),
+    "a later format": (edit(layout.CONFIG, lambda v: v.update(format_version=2)), "format_version 2"),
+    "no step": (edit(layout.CONFIG, lambda v: v.pop("step")), "step is None"),
+    "an unknown key": (edit(layout.CONFIG, lambda v: v["config"].update(wings=2)), "unknown key 'wings'"),
+    "a section of the wrong type": (edit(layout.CONFIG, lambda v: v["config"].update(data=3)), "config.data is 3"),
+    "more blocks than tensors": (
+        edit(layout.CONFIG, lambda v: v["config"]["model"].update(num_layers=9999)), "num_layers is 9999"),
+    "more experts than numbers": (
+        edit(layout.CONFIG, lambda v: v["config"]["moe"].update(num_experts=10**9)), "num_experts is 1000000000"),
+    "another model than the files'": (
+        edit(layout.CONFIG, lambda v: v["config"]["model"].update(hidden_size=32)), r"shape \(.*, and the config's"),
+    "another block's weights": (
+        edit(layout.CONFIG, lambda v: v["config"]["model"].update(num_layers=3)), "missing 6"),
+    "another vocabulary": (edit(layout.CONFIG, lambda v: v.update(vocab_size=47)), "vocabulary size"),
+    "another tokenizer": (edit(layout.CONFIG, lambda v: v.update(tokenizer_fingerprint="0")), "fingerprint"),
+    "a tokenizer elsewhere": (edit(layout.CONFIG, lambda v: v.update(tokenizer="../tokens.model")), "plain name"),
+    "weights elsewhere": (
+        edit(layout.INDEX, lambda v: v["weight_map"].update({UP: "/etc/passwd"})), "plain name"),
+    "no map": (edit(layout.INDEX, lambda v: v.update(weight_map=[])), "no weight_map"),
+    "a name less in the index": (edit(layout.INDEX, lambda v: v["weight_map"].pop(UP)), f"unknown 1 .*{UP}"),
+    "a tensor less": (weights(lambda t: t.pop(UP)), f"missing 1 .*{UP}"),
+    "another shape": (weights(lambda t: t.update({UP: t[UP][:2].clone()})), rf"{UP} has shape \(2, 16, 16\)"),
+    "another type": (weights(lambda t: t.update({UP: t[UP].to(torch.int32)})), f"{UP} is of type I32"),
+    "a file cut short": (cut, "is damaged, or no safetensors file"),
+    "a pickle": (with_pickle, "is damaged, or no safetensors file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_wrong_with_an_export_is_said(
+    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage, message = DAMAGES[name]
+    folder = copied(exported, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        import_run(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_huge_config_is_not_read(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "MAX_JSON", 100)
+    with pytest.raises(ValueError, match="at most 100 are read"):
+        import_run(exported, tmp_path / "out")
+
+
+def test_a_run_is_never_written_over(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exists"):
+        import_run(exported, tmp_path)
+
+
+def test_the_commands_are_there(exported: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    made = runner.invoke(app, ["import", str(exported), "--out", str(tmp_path / "run"), "train.steps=3"])
+    assert made.exit_code == 0, made.output
+    assert "mmmoe train" in made.output
+    written = runner.invoke(
+        app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "back"), "--license", "mit"]
+    )
+    assert written.exit_code == 0, written.output
+    assert "license: mit" in (tmp_path / "back" / layout.CARD).read_text()

@@ -1,0 +1,136 @@
+"""What is damaged: small whole inputs of every format, some made here and some of the mini corpus."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import yaml
+from PIL import Image
+
+from tests.support import RATE, tiny_values, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "tests" / "assets" / "mini" / "mini.tar"
+
+
+@functools.cache
+def pictures() -> dict[str, tuple[bytes, ...]]:
+    """By format."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    rgb = Image.fromarray(np.kron(pixels[:6, :5], np.ones((4, 4, 1), np.uint8)))
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(128)
+    indexed = rgb.quantize(16)
+    wide = Image.fromarray((np.arange(480).reshape(24, 20) * 100).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames: dict[str, Any] = {"save_all": True, "append_images": [alpha, rgb], "duration": 10}
+    return {
+        "png": (_save(rgb, "PNG"), _save(alpha, "PNG"), _save(indexed, "PNG", transparency=0), _save(wide, "PNG"),
+                _save(rgb.convert("1"), "PNG"), *_mini(".png", 3)),
+        "jpeg": (_save(rgb, "JPEG"), _save(rgb, "JPEG", progressive=True), _save(rgb, "JPEG", exif=turned),
+                 _save(rgb.convert("CMYK"), "JPEG"), _save(rgb.convert("L"), "JPEG")),
+        "webp": (_save(rgb, "WEBP"), _save(alpha, "WEBP", lossless=True), _save(rgb, "WEBP", exif=turned),
+                 _save(alpha, "WEBP", **frames)),
+        "gif": (_save(indexed, "GIF"), _save(indexed, "GIF", transparency=1), _save(indexed, "GIF", **frames)),
+        "bmp": (_save(rgb, "BMP"), _save(indexed, "BMP"), _save(rgb.convert("1"), "BMP")),
+    }  # fmt: skip
+
+
+@functools.cache
+def sounds() -> dict[str, tuple[bytes, ...]]:
+    """By format."""
+    time = np.arange(RATE // 4) / RATE
+    mono = 0.3 * np.sin(2 * np.pi * 300 * time)
+    stereo = np.stack([mono, -mono], axis=1)
+    wavs = [
+        ("PCM_16", mono),
+        ("PCM_24", stereo),
+        ("FLOAT", mono),
+        ("DOUBLE", mono),
+        ("ULAW", mono),
+        ("IMA_ADPCM", mono),
+    ]
+    return {
+        "wav": (*(_sound(wave, "WAV", kind) for kind, wave in wavs), _sound(mono, "WAVEX", "PCM_16")),
+        "flac": (_sound(mono, "FLAC", "PCM_16"), _sound(stereo, "FLAC", "PCM_24"), *_mini(".flac", 2)),
+        "ogg": (_sound(mono, "OGG", "VORBIS"), _sound(stereo, "OGG", "VORBIS"), _sound(mono, "OGG", "OPUS")),
+        "mp3": (_sound(mono, "MP3", "MPEG_LAYER_III"), _sound(stereo, "MP3", "MPEG_LAYER_III")),
+    }
+
+
+@functools.cache
+def tokenizer() -> bytes:
+    """A sentencepiece model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_tokenizer(Path(folder) / "tokens.model").read_bytes()
+
+
+def samples() -> list[tuple[str, dict[str, bytes]]]:
+    """Keys and members of a small shard: every format once."""
+    images, clips = pictures(), sounds()
+    meta = json.dumps({"group": "g", "label": "red", "language": "en", "split": "train"}).encode()
+    return [
+        ("one", {"png": images["png"][0], "wav": clips["wav"][0], "txt": b"red number 1", "json": meta}),
+        ("two", {"jpg": images["jpeg"][0], "flac": clips["flac"][0], "txt": b"blue number 2", "json": meta}),
+        ("three", {"webp": images["webp"][0], "ogg": clips["ogg"][0], "json": meta}),
+        ("four", {"txt": "Красный 4".encode(), "mp3": clips["mp3"][0]}),
+    ]
+
+
+@functools.cache
+def shards() -> tuple[bytes, ...]:
+    """Tars of ``samples`` in the three dialects; the last two have records of their own for long names."""
+    return (
+        _tar(tarfile.USTAR_FORMAT, ""), _tar(tarfile.GNU_FORMAT, ""),
+        _tar(tarfile.PAX_FORMAT, "ü" * 60), _tar(tarfile.GNU_FORMAT, "folder/" + "n" * 120),
+    )  # fmt: skip
+
+
+def config_text(root: Path) -> str:
+    """A run's YAML, with anchors and a merge."""
+    values = tiny_values(root)
+    text = yaml.safe_dump(values, sort_keys=False)
+    return text.replace("optimizer:", "optimizer: &anchor").replace("checkpoint:", "faults: {}\ncheckpoint:")
+
+
+def _tar(format: int, prefix: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for key, members in samples():
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{prefix}{key}.{suffix}")
+                info.size = len(data)
+                if format == tarfile.PAX_FORMAT:
+                    info.mtime = 1.5  # a record of its own
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _save(image: Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def _sound(wave: np.ndarray, format: str, subtype: str) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, wave, RATE, format=format, subtype=subtype)
+    return out.getvalue()
+
+
+def _mini(suffix: str, count: int) -> tuple[bytes, ...]:
+    """The smallest files of the mini corpus."""
+    with tarfile.open(MINI, "r:") as tar:
+        found = sorted((m.size, m.name) for m in tar if m.name.endswith(suffix))[:count]
+        files = [tar.extractfile(name) for _, name in found]
+        return tuple(file.read() for file in files if file is not None)

@@ -1,0 +1,169 @@
+"""Runs cases in forked children, so that a crash in C code is found and named, and the rest goes on.
+
+A case is (target, seed, number): the same three give the same input everywhere. A child is killed by the
+kernel after too much CPU time or real time (a hang inside C code never sees a Python signal handler), and
+its address space is bounded. What a case takes at its peak is read from the kernel.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.fuzz.targets import Target, Workplace
+
+CHUNK = 64  # cases a child
+CPU_SECONDS = 10.0  # a case; a usual one takes some thousandths
+REAL_SECONDS = 120.0  # a case; a machine may be busy with other things
+GROWTH = 640 << 20  # bytes that a case may take: a picture of MAX_PIXELS twice, at 4 bytes a pixel
+ADDRESS_SPACE = 6 << 30  # bytes beyond what the process had: memory that is never touched costs nothing
+FAULTS = ("crashed", "hung", "grown", "ran_code")
+OUTCOMES = ("accepted", "skipped", "refused", *FAULTS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What became of one input. ``detail``: the message, or where it went wrong."""
+
+    target: str
+    seed: int
+    number: int
+    outcome: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        again = f"python -m tests.fuzz.run --target {self.target} --seed {self.seed} --only {self.number}"
+        return f"{self.outcome}: {self.detail}\n  again: {again}"
+
+
+def run_cases(target: Target, seed: int, numbers: Iterable[int]) -> Iterator[Case]:
+    """Every case, whatever becomes of the children."""
+    waiting = list(numbers)
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        place = Workplace(folder)
+        target.prepare(place)
+        while waiting:
+            done = list(_one_child(target, place, seed, waiting[:CHUNK]))
+            waiting = waiting[len(done) :]
+            yield from done
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def count(cases: Sequence[Case]) -> dict[str, int]:
+    """Cases by outcome; every outcome has its key."""
+    found = Counter(case.outcome for case in cases)
+    return {"cases": len(cases), **{name: found[name] for name in OUTCOMES}}
+
+
+def _one_child(target: Target, place: Workplace, seed: int, numbers: Sequence[int]) -> Iterator[Case]:
+    """The cases that one child came to; of the one in which it died, how."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        _child(target, place, seed, numbers, write)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as lines:
+        cases = [Case(**json.loads(line)) for line in lines if line.endswith("\n")]
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    yield from cases
+    if status and len(cases) < len(numbers):
+        dead = -status if status < 0 else 0
+        hung = dead in (signal.SIGPROF, signal.SIGALRM)
+        detail = f"killed by {signal.Signals(dead).name}" if dead else f"exit code {status}"
+        yield Case(target.name, seed, numbers[len(cases)], "hung" if hung else "crashed", detail)
+
+
+def _child(target: Target, place: Workplace, seed: int, numbers: Sequence[int], write: int) -> None:
+    """Never returns."""
+    try:
+        faulthandler.disable()
+        _quiet()
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        limit = _status("VmSize") + ADDRESS_SPACE
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with os.fdopen(write, "w", encoding="utf-8") as lines:
+            for number in numbers:
+                print(json.dumps(asdict(_case(target, place, seed, number))), file=lines, flush=True)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _case(target: Target, place: Workplace, seed: int, number: int) -> Case:
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, REAL_SECONDS)
+    data = target.make(Random(f"{target.name}:{seed}:{number}"), place)
+    before = _reset_peak()
+    try:
+        outcome, detail = target.use(data, place)
+    except Exception as error:  # noqa: BLE001 - which ones are allowed is what is tested
+        outcome, detail = _judge(target, place, error)
+    growth = _status("VmHWM") - before
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if growth > GROWTH:
+        outcome, detail = "grown", f"{growth >> 20} MiB; {outcome}: {detail}"
+    if place.marker.exists():
+        outcome, detail = "ran_code", f"{place.marker.name} was written; {outcome}: {detail}"
+        place.marker.unlink()
+    return Case(target.name, seed, number, outcome, detail[:2000])
+
+
+def _judge(target: Target, place: Workplace, error: Exception) -> tuple[str, str]:
+    if not isinstance(error, target.refusals):
+        where = traceback.extract_tb(error.__traceback__)[-4:]
+        trail = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in where)
+        return "crashed", f"{type(error).__name__}: {str(error)[:300]} at {trail}"
+    message = str(error)
+    if len(message) > 4000:
+        return "crashed", f"a message of {len(message)} characters: {message[:200]}"
+    if not any(name in message for name in target.names(place)):
+        where = traceback.extract_tb(error.__traceback__)[-3:]
+        trail = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in where)
+        return "crashed", f"{type(error).__name__} that names no file: {message[:300]} at {trail}"
+    return "refused", message
+
+
+def _quiet() -> None:
+    """Libraries in C write to the terminal."""
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _reset_peak() -> int:
+    """Bytes in memory now; the peak counts from here on (Linux: proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(name)
+
+
+def table(cases: Sequence[Case]) -> list[list[Any]]:
+    """A row a target: its name and its counts."""
+    names = list(dict.fromkeys(case.target for case in cases))
+    return [[name, *count([case for case in cases if case.target == name]).values()] for name in names]

@@ -1,0 +1,140 @@
+"""The launcher with a real torchrun: signals reach training, its codes come back, a dead rank is replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.train.journal import read_events
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.train.test_loop import config_in, logged, losses
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch" / "torchrun.sh")
+MARK = "MMMOE_TEST_FOLDER"
+
+
+@contextmanager
+def launched(config: RunConfig, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The script with two workers; at the end nothing of it is left."""
+    path = Path(config.runs_dir) / "run.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_config.dump(config, path)
+    log = path.with_suffix(".log").open("a+")
+    process = subprocess.Popen(
+        [SCRIPT, "2", "train", str(path), *arguments], stdout=log, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, MARK: config.runs_dir, **environment},
+    )  # fmt: skip
+    try:
+        yield process
+    except BaseException:
+        log.seek(0)
+        print(log.read()[-4000:])
+        raise
+    finally:
+        for pid in processes(config):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def processes(config: RunConfig, rank: int | None = None) -> list[int]:
+    """Everything that the script started, or the worker of a rank."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        wanted = {f"{MARK}={config.runs_dir}".encode()} | ({f"RANK={rank}".encode()} if rank is not None else set())
+        if wanted <= set(variables):
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended with {process.returncode}"
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.02)
+
+
+def steps_of(config: RunConfig) -> list[int]:
+    return [record["step"] for record in logged(config)] if (config.run_dir / "metrics.jsonl").exists() else []
+
+
+def long_run(tmp_path: Path, tiny_data: Path, steps: int) -> RunConfig:
+    return config_in(tmp_path, tiny_data, train={"steps": steps, "global_batch_size": 8, "log_every": 1},
+                     checkpoint={"every": 5})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))],
+)
+def test_a_signal_to_the_script_saves_the_run_and_asks_for_a_new_start(
+    tmp_path: Path, tiny_data: Path, number: signal.Signals
+) -> None:
+    config = long_run(tmp_path, tiny_data, steps=10_000)
+    with launched(config) as process:
+        wait_until(lambda: len(steps_of(config)) >= 2, process)
+        if number == signal.SIGUSR1:  # as Slurm's --signal without B: and scancel do it: to every process
+            for pid in processes(config):
+                os.kill(pid, number)
+        else:
+            process.send_signal(number)
+            if number == signal.SIGTERM:  # again, as impatient schedulers do; a second Ctrl-C would end it unsaved
+                process.send_signal(number)
+        assert process.wait(60) == 75
+    latest = store.find_latest(config.checkpoint_root)
+    assert latest is not None
+    store.verify(latest)
+    (end,) = [event for event in read_events(config.run_dir) if event["event"] == "preempted"]
+    assert (end["step"], end["reason"]) == (latest.step, number.name)
+    assert [e["event"] for e in read_events(config.run_dir)].count("resumed") == 0, "torchrun started it again"
+
+
+def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(tmp_path: Path, tiny_data: Path) -> None:
+    straight, killed = (long_run(tmp_path / name, tiny_data, steps=40) for name in ("straight", "killed"))
+    run_ranks(2, train, straight)
+    with launched(killed, "--overwrite") as process:  # which must not replace what the first start did
+        wait_until(lambda: len(steps_of(killed)) >= 8, process)
+        for pid in processes(killed, rank=1):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(90) == 0
+    resumed = [event["step"] for event in read_events(killed.run_dir) if event["event"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] >= 5
+    assert steps_of(killed) == list(range(1, 41))
+    np.testing.assert_array_equal(losses(killed), losses(straight))
+
+
+@pytest.mark.slow
+def test_an_error_that_no_new_start_mends_is_not_tried_again(tmp_path: Path, tiny_data: Path) -> None:
+    config = long_run(tmp_path, tiny_data, steps=4)
+    with launched(config, "train.global_batch_size=9", "train.num_microbatches=2") as process:
+        assert process.wait(60) == 2
+    text = (Path(config.runs_dir) / "run.log").read_text()
+    assert 1 <= text.count("train.global_batch_size 9 does not divide") <= 2, "once a rank"
+    assert not config.run_dir.exists()
+
+
+def test_a_strange_number_of_restarts_is_refused() -> None:
+    result = subprocess.run([SCRIPT, "2", "train", "x"], env={**os.environ, "MAX_RESTARTS": "many"}, text=True,
+                            capture_output=True, check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert "MAX_RESTARTS is 'many'" in result.stderr

@@ -1,0 +1,208 @@
+"""What a run saved under one layout and engine goes on under another: `make reshard`.
+
+python -m tests.layouts.reshard                        all ordered pairs; the last line is "N passed, N failed"
+python -m tests.layouts.reshard --only "PP2" "ZeRO-3"  pairs in whose names one of these stands
+
+Each layout trains two steps, saves, and takes two more. Each other layout loads that checkpoint: every weight,
+moment and count must be what was saved, bit for bit, and the next two steps must have the same losses (bound of
+tests/layouts/matrix.py: layouts add up in another order). The second of them shows the moments that the first
+one's update was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.sharded import ShardedState
+from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.engines import deepspeed
+from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import Engine, Progress
+from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.distributed import run_ranks
+from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, VOCAB, Case, global_microbatch
+from tests.layouts.matrix import CASES_A_START, LOSS
+
+STEPS_SAVED, STEPS_AFTER = 2, 2
+SECONDS_A_LOAD = 30.0
+
+
+def _case(layout: str, engine: str, zero_stage: int) -> Case:
+    ranks, degrees = LAYOUTS.get(layout, (1, {}))
+    return Case(layout, ranks, engine, zero_stage, degrees)
+
+
+CASES = (
+    _case("one process", "megatron", 0),
+    _case("DP2", "deepspeed", 2),
+    _case("EP2", "megatron", 1),
+    _case("EP2", "deepspeed", 3),
+    _case("TP2 + SP", "megatron", 0),
+    _case("PP2 x VPP2", "megatron", 1),
+    _case("EP2 x EDP2", "megatron", 1),
+    _case("TP2 x EP2", "deepspeed", 1),
+    _case("PP4", "megatron", 0),
+    _case("TP2 + SP x PP2 x EP2", "megatron", 1),
+)
+Pair = tuple[Case, Case]  # saved under, loaded under
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``loss``: the largest relative difference of a loss of the next steps."""
+
+    pair: Pair
+    loss: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.loss <= LOSS["fp32"]
+
+
+def all_pairs() -> list[Pair]:
+    return list(itertools.permutations(CASES, 2))
+
+
+def run(pairs: Sequence[Pair], root: Path) -> Iterator[Verdict]:
+    """Each layout that a pair saves under trains once."""
+    if any(case.engine == "deepspeed" for pair in pairs for case in pair):
+        deepspeed.prepare()  # before the fork: its import takes seconds
+    wanted: dict[Case, dict[str, float]] = {}
+    for ranks, cases in _by_ranks(sorted({before for before, _ in pairs}, key=lambda case: case.ranks)):
+        found = run_ranks(ranks, save_all, cases, root, timeout=SECONDS_A_LOAD * (1 + len(cases)))
+        wanted |= dict(zip(cases, found[0], strict=True))
+    for after in sorted({after for _, after in pairs}, key=lambda case: case.ranks):
+        sources = [before for before, target in pairs if target == after]
+        for some in _chunks(sources):
+            ranks = run_ranks(after.ranks, load_all, after, some, root, timeout=SECONDS_A_LOAD * (1 + len(some)))
+            for i, before in enumerate(some):
+                yield _judge((before, after), [rank[i] for rank in ranks], wanted[before])
+
+
+def _by_ranks(cases: Sequence[Case]) -> Iterator[tuple[int, list[Case]]]:
+    for ranks, alike in itertools.groupby(cases, key=lambda case: case.ranks):
+        for some in _chunks(list(alike)):
+            yield ranks, some
+
+
+def _chunks(cases: list[Case]) -> Iterator[list[Case]]:
+    for first in range(0, len(cases), CASES_A_START):
+        yield cases[first : first + CASES_A_START]
+
+
+def _judge(pair: Pair, ranks: Sequence[tuple[str, dict[str, float]]], wanted: dict[str, float]) -> Verdict:
+    problem = next((problem for problem, _ in ranks if problem), "")
+    difference = max(
+        abs(losses[name] - value) / max(1.0, abs(value)) for _, losses in ranks for name, value in wanted.items()
+    )
+    return Verdict(pair, difference, problem)
+
+
+def root_of(root: Path, case: Case) -> Path:
+    return root / case.name.replace(" ", "_")
+
+
+def save_all(cases: Sequence[Case], root: Path) -> list[dict[str, float]]:
+    """On one rank of many: train, save, and the losses of the steps after."""
+    found = []
+    with process_group(timeout_minutes=1) as device:
+        for case in cases:
+            engine, groups = build(case, root, device)
+            for number in range(STEPS_SAVED):
+                step(engine, case, root, groups, number)
+            meta = {"progress": engine.progress().to_json()}
+            store.save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, everybody(), Retention(1, 0, 0))
+            found.append(next_losses(engine, case, root, groups))
+            destroy_groups()
+    return found
+
+
+def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str, dict[str, float]]]:
+    """On one rank of many: of each source, what is wrong after loading it, and the losses of the next steps."""
+    found = []
+    with process_group(timeout_minutes=1) as device:
+        for source in sources:
+            engine, groups = build(case, root, device)
+            checkpoint = store.find_latest(root_of(root, source))
+            assert checkpoint is not None
+            progress = Progress.from_json(store.read_meta(checkpoint)["progress"])
+            engine.import_state(store.load(checkpoint, engine.export_state(), everybody()), progress)
+            problem = differences(engine.export_state(), store.read_state(checkpoint))
+            if engine.progress() != progress:
+                problem = problem or f"progress is {engine.progress()}, saved was {progress}"
+            found.append((problem, next_losses(engine, case, root, groups)))
+            destroy_groups()
+    return found
+
+
+def differences(held: ShardedState, saved: dict[str, ParameterState]) -> str:
+    """The first tensor of which this rank holds something else than was saved, or nothing."""
+    for name, parameter in held.items():
+        wanted = saved[name].tensors(name)
+        for key, pieces in parameter.named(name).items():
+            for piece in pieces:
+                here = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
+                if not torch.equal(piece.tensor.cpu(), wanted[key][here]):
+                    return f"{key} at {piece.offset} is not what was saved"
+    return ""
+
+
+def everybody() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.get_world_size() > 1 else None
+
+
+def build(case: Case, root: Path, device: torch.device) -> tuple[Engine, Groups]:
+    config = case.config(root)
+    groups = build_groups(config.parallel, config.moe.group_sizes)
+    return build_engine(config, VOCAB, groups, device), groups
+
+
+def next_losses(engine: Engine, case: Case, root: Path, groups: Groups) -> dict[str, float]:
+    """Of the steps behind the checkpoint, by number and name."""
+    return {
+        f"{number} {name}": value
+        for number in range(STEPS_SAVED, STEPS_SAVED + STEPS_AFTER)
+        for name, value in step(engine, case, root, groups, number).items()
+    }
+
+
+def step(engine: Engine, case: Case, root: Path, groups: Groups, number: int) -> dict[str, float]:
+    batches = [
+        global_microbatch(case.config(root), number * MICROBATCHES + a, groups.data_rank, groups.data_size)
+        for a in range(MICROBATCHES)
+    ]
+    return engine.step(batches, LEARNING_RATE).losses
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""])
+    args = parser.parse_args()
+    pairs = [pair for pair in all_pairs() if any(part in f"{pair[0].name} {pair[1].name}" for part in args.only)]
+    passed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for verdict in run(pairs, Path(folder)):
+            before, after = verdict.pair
+            state = "equal" if verdict.passed else f"DIFFERS {verdict.problem}"
+            print(f"{before.name:<42} -> {after.name:<42} next loss {verdict.loss:.0e}  {state}", flush=True)
+            passed.append(verdict.passed)
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Forked ranks that stop making progress, each in its way; every one of them must end, and say who waits for whom."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmmoe_pretrain.exit_codes import HUNG
+from mmmoe_pretrain.parallel.runtime import process_group
+from mmmoe_pretrain.train import hangs
+from mmmoe_pretrain.train.heartbeats import Beat
+from mmmoe_pretrain.train.watchdog import Watchdog
+from tests.distributed import _free_port
+
+LIMIT = 1.5  # seconds without progress
+END = 20.0  # seconds in which all must have ended: the limit, twice that where rank 0 is gone, and a loaded machine
+Body = Callable[[int, Watchdog], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    codes: list[int | None]  # by rank; None: still there
+    message: str
+    folder: Path
+    seconds: float
+
+
+def run(ranks: int, root: Path, body: Body, limit: float = LIMIT, stays: int = -1) -> Ended:
+    """``body`` on forked ranks under a watchdog; rank ``stays`` cannot end itself."""
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    forked = [context.Process(target=_rank, args=(rank, ranks, port, root, body, limit)) for rank in range(ranks)]
+    begin = time.monotonic()
+    for process in forked:
+        process.start()
+    try:
+        while time.monotonic() < begin + END and any(p.is_alive() for r, p in enumerate(forked) if r != stays):
+            time.sleep(0.05)
+        seconds = time.monotonic() - begin
+        codes = [process.exitcode for process in forked]
+    finally:
+        for process in forked:
+            process.kill()
+            process.join()
+    folders = sorted((root / "hangs").glob("*"))
+    message = (folders[0] / "message.txt").read_text() if folders else ""
+    return Ended(codes, message, folders[0] if folders else root, seconds)
+
+
+def _rank(rank: int, ranks: int, port: int, root: Path, body: Body, limit: float) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    with process_group(5), Watchdog(root, dist.group.WORLD, limit) as watchdog:
+        body(rank, watchdog)
+
+
+def steps(
+    rank: int, watchdog: Watchdog, count: int, ill: int = -1, illness: Callable[[], None] = lambda: None
+) -> None:
+    """A loop of two phases with a collective; rank ``ill`` falls ill in step 3, before the collective."""
+    for step in range(count):
+        watchdog.beat(step, "data")
+        time.sleep(0.02)
+        watchdog.beat(step, "step")
+        if rank == ill and step == 3:
+            illness()
+        dist.all_reduce(torch.ones(4))
+
+
+def spin() -> None:
+    while True:
+        sum(range(1000))
+
+
+def hold_pythons_lock() -> None:
+    ctypes.PyDLL(None).sleep(1000)  # C code called without releasing the lock: no thread of this rank runs
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_healthy_run_ends_undisturbed_and_leaves_nothing(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        steps(rank, watchdog, 4)
+        if rank:
+            watchdog.close()  # leaves early, and the others go on for longer than the limit
+        else:
+            for step in range(4, 60):
+                watchdog.beat(step, "data")
+                time.sleep(0.05)
+
+    ended = run(3, tmp_path, body, limit=1.0)
+    assert ended.codes == [0, 0, 0] and not (tmp_path / "hangs").exists()
+
+
+def test_an_endless_loop_is_named_and_every_rank_ends_with_its_stacks(tmp_path: Path) -> None:
+    ended = run(3, tmp_path, lambda rank, dog: steps(rank, dog, 9, 1, spin))
+    assert ended.codes == [HUNG] * 3, ended
+    assert "The others wait for rank 1 (in no collective, as the others are)." in ended.message
+    assert 'ranks 0, 2: in step 3, "step" for' in ended.message and "in gloo:all_reduce #" in ended.message
+    assert "spin" in (ended.folder / "rank_00001.txt").read_text()
+    assert "all_reduce" in (ended.folder / "rank_00002.txt").read_text()
+    record = json.loads((ended.folder / "flight_00000.json").read_text())["entries"]
+    assert [entry["retired"] for entry in record] == [True] * (len(record) - 1) + [False]
+
+
+def test_a_rank_behind_the_others_is_named(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        for step in range(9):
+            watchdog.beat(step, "data")
+            if rank == 0 and step == 2:
+                spin()
+            watchdog.beat(step, "step")
+            dist.all_reduce(torch.ones(4))
+
+    ended = run(2, tmp_path, body)
+    assert ended.codes == [HUNG] * 2, ended
+    assert "The others wait for rank 0 (behind the others)." in ended.message
+    assert '  rank 0: in step 2, "data" for' in ended.message
+
+
+@pytest.mark.parametrize("ill", [0, 1])
+def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, ill: int) -> None:
+    ended = run(3, tmp_path, lambda rank, dog: steps(rank, dog, 9, ill, stop), stays=ill)
+    assert ended.codes == [None if rank == ill else HUNG for rank in range(3)], ended
+    assert f"The others wait for rank {ill} (silent" in ended.message
+    others = [rank for rank in range(3) if rank != ill]
+    assert f'  ranks {"-".join(map(str, others)) if ill == 0 else "0, 2"}: in step 3, "step" for' in ended.message
+
+
+@pytest.mark.parametrize("ill", [0, 1])
+def test_a_rank_stuck_in_c_code_is_named_and_the_others_end(
+    tmp_path: Path, ill: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(2, tmp_path, lambda rank, dog: steps(rank, dog, 9, ill, hold_pythons_lock), stays=ill)
+    assert ended.codes == [None if rank == ill else HUNG for rank in range(2)], ended
+    assert f"The others wait for rank {ill} (silent" in ended.message
+    error = capfd.readouterr().err
+    assert error.count("The job hangs") == 1
+    assert "in hold_pythons_lock" in error  # the stuck rank's own stack, by a timer without Python
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    """Where a launcher does not see it: a machine that died."""
+    ended = run(3, tmp_path, lambda rank, dog: _ignoring_errors(rank, dog, 2))
+    assert ended.codes == [HUNG, HUNG, -signal.SIGKILL], ended
+    assert "The others wait for rank 2 (silent" in ended.message
+
+
+def _ignoring_errors(rank: int, watchdog: Watchdog, ill: int) -> None:
+    """gloo tells of a dead peer at once where its machine lives; here nobody hears."""
+    steps(rank, watchdog, 3)
+    if rank == ill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    watchdog.beat(3, "step")
+    time.sleep(1000)
+
+
+def test_a_slow_phase_may_take_longer_and_its_waiting_peers_may_wait(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        watchdog.beat(1, "save")
+        if rank == 1:
+            time.sleep(3.0)
+        watchdog.beat(1, "data")
+        dist.barrier()
+
+    assert run(2, tmp_path, body, limit=1.0).codes == [0, 0]
+
+
+def test_one_process_watches_itself(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        watchdog.close()
+        with Watchdog(tmp_path, None, 1.0) as alone:
+            alone.beat(7, "data")
+            spin()
+
+    ended = run(1, tmp_path, body)
+    assert ended.codes == [HUNG] and 'no progress of rank 0 for 1 s, in step 7, "data"' in ended.message
+
+
+def test_a_suspended_and_resumed_process_goes_on(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        watchdog.close()
+        with Watchdog(tmp_path, None, 1.0) as alone:
+            alone.beat(0, "step")
+            if os.fork() == 0:
+                time.sleep(2.0)
+                os.kill(os.getppid(), signal.SIGCONT)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.wait()
+
+    assert _run_through_stops(tmp_path, body) == 0
+
+
+def _run_through_stops(root: Path, body: Body) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=_rank, args=(0, 1, _free_port(), root, body, LIMIT))
+    process.start()
+    process.join(END)
+    process.kill()
+    return process.exitcode
+
+
+def test_the_message_groups_ranks_that_stand_alike() -> None:
+    waiting = {rank: Beat(rank, 57, "step", 1, 300.0 + rank, waits_in="nccl:all_reduce #9 of group data")
+               for rank in range(1000)}  # fmt: skip
+    beats = waiting | {700: Beat(700, 57, "data", 0, 301.0, where="corpus.py:33 read")}
+    assert hangs.describe("why", beats, [], 76, "runs/x").splitlines() == [
+        "The job hangs: why. It ends with exit code 76; the stacks of all ranks are in runs/x.",
+        "The others wait for rank 700 (behind the others).",
+        '  rank 700: in step 57, "data" for 301 s, at corpus.py:33 read',
+        '  ranks 0-699, 701-999: in step 57, "step" for 300 to 1299 s, in nccl:all_reduce #9 of group data',
+    ]
+
+
+def test_where_all_wait_alike_nobody_is_blamed() -> None:
+    beats = {rank: Beat(rank, 5, "step", 1, 9.0, waits_in=f"gloo:broadcast #{rank}") for rank in range(2)}
+    assert hangs.waited_for(beats, []) == ([], "")
+
+
+def test_a_rank_that_left_is_what_the_others_wait_for() -> None:
+    beats = {0: Beat(0, 5, "step"), 1: Beat(1, 5, "data", left="ValueError: no more data")}
+    message = hangs.describe("why", beats, [], 76, "")
+    assert "wait for rank 1 (has left)" in message and "rank 1: left: ValueError: no more data" in message
