@@ -8,6 +8,7 @@ import yaml
 
 from data_prep.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
 from mmmoe_pretrain.config_moe import MoEConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,16 @@ def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:
                 (tmp_path / row[name]).touch()
     (tmp_path / "manifest.jsonl").write_text(block)
     assert [row.key for row in read_manifest(tmp_path / "manifest.jsonl")] == [row["key"] for row in rows]
+
+
+def test_every_key_of_reliability_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    keys = page.partition("## Keys")[2]
+    for model in (CheckpointConfig, FaultsConfig, LossScaleConfig):
+        for name, field in model.model_fields.items():
+            (row,) = [line for line in keys.splitlines() if re.search(rf"[`.]{name}`", line.split(" | ")[0])]
+            shown = str(field.default).lower().removesuffix(".0")
+            assert re.search(rf"\b{re.escape(shown)}\b", row.split(" | ")[1]), (name, shown, row)
 
 
 def test_no_placeholder_is_left() -> None:

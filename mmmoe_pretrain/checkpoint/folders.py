@@ -35,6 +35,16 @@ def find_latest(root: str | Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
+def candidates(root: str | Path) -> list[Checkpoint]:
+    """The checkpoints that a run may go on from, oldest first: complete ones, none later than ``find_latest``.
+
+    Later ones are of a run that went back, or of a save killed between the checkpoint and ``latest``; they are
+    left out until they are saved again, which replaces them.
+    """
+    newest = find_latest(root)
+    return [] if newest is None else [c for c in checkpoints(root) if c.step <= newest.step]
+
+
 def complete(storage: Storage, checkpoint: Checkpoint) -> Manifest:
     """The manifest of a complete checkpoint. Raises ValueError where it is not one."""
     data = read_file(storage, checkpoint, MANIFEST, MAX_MANIFEST)

@@ -36,7 +36,7 @@ REST = 1.0  # seconds
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a save went. ``error`` and ``path`` are the same on every rank."""
+    """How a save went. ``path``, ``error`` and ``restartable`` are the same on every rank."""
 
     step: int
     path: str  # of the checkpoint; empty if there is none
@@ -45,6 +45,7 @@ class SaveReport:
     seconds_writing: float  # from then until it was committed
     bytes: int  # that this rank wrote
     error: str | None = None  # why there is no checkpoint
+    restartable: bool = False  # the error is a disk's, a service's or a peer's: a later start may do better
     warning: str | None = None  # on rank 0: it is there, but so is what should have been deleted
 
 

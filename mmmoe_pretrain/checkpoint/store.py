@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmmoe_pretrain.checkpoint.exchange import agree, exchange, on_first
 from mmmoe_pretrain.checkpoint.files import digest_of
 from mmmoe_pretrain.checkpoint.folders import (
+    candidates,
     checkpoints,
     clean,
     complete,
@@ -42,7 +43,7 @@ from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.checkpoint.storage import open_storage
 
 __all__ = [
-    "Checkpoint", "Retention", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune", "read_meta",
+    "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune", "read_meta",
     "read_state", "rewind", "save", "verify", "write_state",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The benchmark of one GPU: its FLOPs and sizes, and its lines on a CPU. No GPU has run it here."""
+"""The benchmark of one GPU: its FLOPs and sizes, and its lines on a CPU."""
 
 from __future__ import annotations
 

@@ -29,6 +29,13 @@ def test_every_layout_is_there() -> None:
     assert len({case.name for case in all_cases()}) == len(all_cases())
 
 
+def test_the_page_tells_of_every_layout() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:6]) for line in page.splitlines()}
+    for case in all_cases():
+        assert (case.layout, str(case.ranks), case.engine, str(case.zero_stage), case.precision) in rows, case.name
+
+
 def test_what_differs_is_seen(tmp_path: Path) -> None:
     alone = run_ranks(1, train_alone, tmp_path, STEPS)[0]
     case = all_cases()[0]
