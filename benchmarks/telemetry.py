@@ -45,6 +45,7 @@ from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.metrics import MetricsLog
 from mmmoe_pretrain.train.record import Recorder
+from mmmoe_pretrain.train.tally import Tally
 
 # tokens, experts, experts a token, D, F
 LAYERS = {"demo": (2560, 8, 1, 128, 512), "large": (8192, 64, 2, 512, 1024), "many": (8192, 128, 8, 512, 256)}
@@ -152,7 +153,7 @@ def step_row(config: RunConfig, samples: int, repeats: int) -> Row:
 
             def record() -> None:
                 recorder.add(result, LoadStats(samples))
-                log.write(recorder.record(1, result, 1e-4))
+                log.write(recorder.record(1, result, 1e-4, Tally()))
 
             logged = median_seconds(record, 3 * repeats)
         gradients = with_gradients(clock, repeats)

@@ -39,15 +39,17 @@ trap 'rm -rf "$talk"' EXIT
 export MMMOE_STOP_FILE=$talk/stop MMMOE_EXIT_FILE=$talk/exit_code
 
 torchrun=
+interrupted=
 # shellcheck disable=SC2329 # the traps call it
 ask_to_stop() {
+  interrupted=yes
   if [[ $1 == SIGINT && -e $MMMOE_STOP_FILE && -n $torchrun ]]; then
-    echo "torchrun.sh: interrupted again: ending without saving" >&2
+    echo "torchrun.sh: interrupted again: ending without saving" >&2 || true
     kill -HUP "$torchrun"
     exit 130
   fi
-  echo "torchrun.sh: $1: training saves itself and ends" >&2
-  echo "$1" >"$MMMOE_STOP_FILE"
+  echo "$1" >"$MMMOE_STOP_FILE" # first: after a SIGHUP there is no terminal to write to
+  echo "torchrun.sh: $1: training saves itself and ends" >&2 || true
 }
 for signal in TERM USR1 INT HUP; do
   # shellcheck disable=SC2064 # the name of this signal, now
@@ -65,8 +67,9 @@ torchrun=$!
 
 status=0
 while true; do
+  interrupted=
   wait "$torchrun" && status=0 || status=$?
-  kill -0 "$torchrun" 2>/dev/null || break # a signal ended the wait, not torchrun
+  [[ -n $interrupted ]] || break # else the status may be the signal's; bash keeps torchrun's for the next wait
 done
 
 reason=$(cat "$MMMOE_EXIT_FILE" 2>/dev/null || true)

@@ -85,6 +85,7 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if exit_codes.ended_for_good():
         sys.exit(exit_codes.DONE)
+    exit_codes.forget_earlier()
     try:
         app()
     except ValueError as error:

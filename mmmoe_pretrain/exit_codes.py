@@ -40,3 +40,12 @@ def ended_for_good() -> bool:
     if path is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not Path(path).is_file():
         return False
     return Path(path).read_text(encoding="ascii").strip() == str(USER_ERROR)
+
+
+def forget_earlier() -> None:
+    """The first process of a machine clears what an earlier start wrote, or a hang long ago would name the end."""
+    path = os.environ.get(EXIT_FILE)
+    if path is None or os.environ.get("LOCAL_RANK", "0") != "0" or not Path(path).is_file():
+        return
+    if Path(path).read_text(encoding="ascii").strip() != str(USER_ERROR):
+        Path(path).unlink()

@@ -1,5 +1,8 @@
 """What a process tells its launcher."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,24 @@ def test_a_worker_started_again_after_a_user_s_error_leaves(tmp_path: Path, monk
     assert exit_codes.ended_for_good()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not exit_codes.ended_for_good()
+
+
+@pytest.mark.parametrize(("code", "rank", "kept"), [(76, 0, False), (1, 0, False), (2, 0, True), (76, 1, True)])
+def test_the_first_process_of_a_start_clears_the_code_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, rank: int, kept: bool
+) -> None:
+    """A hang that a restart mended must not name the end hours later; an error of a user ends all starts."""
+    monkeypatch.setenv("MMMOE_EXIT_FILE", str(tmp_path / "code"))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    exit_codes.forget_earlier()
+    exit_codes.record(code)
+    exit_codes.forget_earlier()
+    assert (tmp_path / "code").exists() == kept
+
+
+def test_the_command_line_clears_it(tmp_path: Path) -> None:
+    (tmp_path / "code").write_text("76\n")
+    environment = {**os.environ, "MMMOE_EXIT_FILE": str(tmp_path / "code")}
+    subprocess.run([sys.executable, "-m", "mmmoe_pretrain.cli", "--help"], env=environment, check=True,
+                   capture_output=True)  # fmt: skip
+    assert not (tmp_path / "code").exists()

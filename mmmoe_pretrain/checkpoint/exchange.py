@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -71,6 +72,25 @@ def agree(group: ProcessGroup | None, action: Callable[[], T]) -> T:
 def on_first(group: ProcessGroup | None, action: Callable[[], R]) -> R:
     """``action()`` on rank 0 alone; its result, or its error, on every rank."""
     return exchange(group, lambda: None, lambda ranks: [action()] * len(ranks))
+
+
+def broadcast(group: ProcessGroup | None, action: Callable[[], bytes]) -> bytes:
+    """``action()`` on rank 0 alone; its bytes, or its error, on every rank. For what is large: ``on_first`` makes
+    a message a rank."""
+    kept: list[bytes] = []
+
+    def first() -> int:
+        kept.append(action())
+        return len(kept[0])
+
+    length = on_first(group, first)
+    if group is None or not length:
+        return kept[0] if kept else b""
+    buffer = (
+        torch.frombuffer(bytearray(kept[0]), dtype=torch.uint8) if kept else torch.empty(length, dtype=torch.uint8)
+    )
+    dist.broadcast(buffer, group=group, group_src=0)
+    return buffer.numpy().tobytes()
 
 
 def _meet(group: ProcessGroup) -> None:

@@ -73,7 +73,8 @@ def header_of(entries: Sequence[Entry]) -> tuple[bytes, list[int]]:
 def write_tensors(
     storage: Storage, folder: str, name: str, entries: Sequence[Entry], tensors: Sequence[Tensor]
 ) -> FileRecord:
-    """One file with ``tensors``, as ``entries`` describe them. Contiguous host memory is not copied."""
+    """One file with ``tensors``, as ``entries`` describe them; each whole, or in several parts that follow each
+    other in it. Contiguous host memory is not copied."""
     head, _ = header_of(entries)
     return write_hashed(storage, folder, name, _chunks(head, entries, tensors))
 
@@ -146,9 +147,15 @@ def _run(size: tuple[int, ...], strides: list[int]) -> int:
 
 def _chunks(head: bytes, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
     yield head
-    for entry, tensor in zip(entries, tensors, strict=True):
-        assert tensor.shape == entry.shape and tensor.dtype == entry.dtype, entry
-        yield memory(tensor.detach().cpu().contiguous())
+    parts = (tensor for tensor in tensors if tensor.numel())
+    for entry in entries:
+        done = 0
+        while done < entry.nbytes:
+            part = next(parts)
+            done += part.nbytes
+            assert part.dtype == entry.dtype and done <= entry.nbytes, (entry, part.shape)
+            yield memory(part.detach().cpu().contiguous())
+    assert next(parts, None) is None, "more tensors than entries"
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain.checkpoint.index import MAX_MANIFEST, MAX_META, Manifest, parse_json, parse_manifest
-from mmmoe_pretrain.checkpoint.names import FILE, FOLDER, LATEST, LEFTOVER, MANIFEST, META, Checkpoint, checkpoint_at
+from mmmoe_pretrain.checkpoint.names import (
+    FILE,
+    FOLDER,
+    LATEST,
+    LEFTOVER,
+    MANIFEST,
+    META,
+    OLD,
+    Checkpoint,
+    checkpoint_at,
+)
 from mmmoe_pretrain.checkpoint.retention import Retention, to_delete
 from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
 
@@ -22,13 +32,15 @@ def checkpoints(root: str | Path) -> list[Checkpoint]:
 
 
 def find_latest(root: str | Path) -> Checkpoint | None:
-    """The checkpoint that ``latest`` names if it is complete, or else the newest complete one, or None."""
+    """The checkpoint that ``latest`` names if it is complete; or else the newest complete one before that; or else
+    the newest complete one; or None."""
     storage = open_storage(root)
     told = _pointed_at(storage)
     named = None if told is None else checkpoint_at(storage.root, told)
     if named is not None and _is_complete(storage, named):
         return named
     found = checkpoints(root)
+    found = [c for c in found if named is not None and c.step <= named.step] or found
     if told is not None:
         taken = f"the newest complete one is {found[-1].name}" if found else "and there is no other"
         log.warning("%s/%s names %.100r, which is no complete checkpoint; %s", storage.root, LATEST, told, taken)
@@ -36,11 +48,15 @@ def find_latest(root: str | Path) -> Checkpoint | None:
 
 
 def candidates(root: str | Path) -> list[Checkpoint]:
-    """The checkpoints that a run may go on from, oldest first: complete ones, none later than ``find_latest``.
+    """On one rank, while nobody writes: the checkpoints that a run may go on from, oldest first. They are the
+    complete ones, but none later than ``find_latest`` gives.
 
-    Later ones are of a run that went back, or of a save killed between the checkpoint and ``latest``; they are
-    left out until they are saved again, which replaces them.
+    A later one is of a run that went back and was killed before it was deleted (``rewind``), or of a save that
+    ended between the checkpoint and ``latest``. It does not count until the run saves that step again, which
+    replaces it in one step, or until ``rewind`` deletes it. Where ``latest`` is damaged itself (its hashes) the one
+    before is next, and where it is gone or torn, too. What a kill left aside is put back first (``put_back``).
     """
+    put_back(root)
     newest = find_latest(root)
     return [] if newest is None else [c for c in checkpoints(root) if c.step <= newest.step]
 
@@ -93,13 +109,33 @@ def prune(root: str | Path, keep: Retention) -> list[Checkpoint]:
 
 
 def rewind(checkpoint: Checkpoint) -> None:
-    """On one rank: make this one the newest and delete later ones, before a run goes on from it."""
+    """On one rank: make this one the newest and delete later ones, the newest first, before a run goes on from it.
+
+    Killed anywhere in it, ``candidates`` has no later one.
+    """
     storage = open_storage(checkpoint.root)
     complete(storage, checkpoint)
     storage.replace(LATEST, f"{checkpoint.name}\n".encode())
-    for other in _named(storage):
+    for other in sorted(_named(storage), key=lambda c: c.step, reverse=True):
         if other.step > checkpoint.step:
             storage.remove_folder(other.name)
+
+
+def put_back(root: str | Path) -> list[Checkpoint]:
+    """On one rank, while nobody writes: checkpoints that were taken away for a newer one of the same step, which a
+    kill kept from coming, back in their place. Where folders cannot be exchanged they may be the only ones."""
+    storage = open_storage(root)
+    folders = storage.folders()
+    back = []
+    for folder in folders:
+        checkpoint = checkpoint_at(storage.root, folder.removesuffix(OLD))
+        if not folder.endswith(OLD) or checkpoint is None or checkpoint.name in folders:
+            continue
+        if _is_complete(storage, Checkpoint(storage.root, folder, checkpoint.step)):
+            storage.put_back(checkpoint.name)
+            log.warning("%s was about to be replaced when the run was killed; it is back in its place", checkpoint)
+            back.append(checkpoint)
+    return back
 
 
 def clean(root: str | Path) -> list[str]:
@@ -107,6 +143,7 @@ def clean(root: str | Path) -> list[str]:
 
     What has a manifest, damaged or not, is left alone, and so are folders with files that are none of ours.
     """
+    put_back(root)
     storage = open_storage(root)
     gone = []
     for name in storage.folders():

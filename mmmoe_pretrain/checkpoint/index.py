@@ -24,6 +24,7 @@ FORMAT, VERSION = "mmmoe-checkpoint", 1
 # Bytes. A box takes about 60 in the index, a file about 100 in the manifest.
 MAX_INDEX, MAX_MANIFEST, MAX_META = 512 << 20, 64 << 20, 64 << 20
 MAX_DIMS = 8  # the corners of a box are 2^dims
+MAX_ELEMENTS = 1 << 60
 HASH = re.compile(r"[0-9a-f]{32}")
 KEY = re.compile(r"[!-~]{1,1000}")
 
@@ -58,8 +59,16 @@ class Manifest:
     files: dict[str, FileRecord]
 
 
+def refuse_unreadable(key: str, shape: Shape) -> None:
+    """ValueError for a tensor that ``parse_index`` would not take."""
+    if not KEY.fullmatch(key):
+        raise ValueError(f"{short(key)} names no tensor of a checkpoint: use up to 1,000 ASCII characters, no spaces")
+    if not _fits(shape):
+        raise ValueError(f"{key} is {short(list(shape))}; a checkpoint takes {MAX_DIMS} dimensions, and 2^60 numbers")
+
+
 def index_json(index: Index) -> bytes:
-    assert all(KEY.fullmatch(key) for key in index), "keys are plain ASCII"
+    """Raises ValueError where it would be larger than ``parse_index``'s readers take."""
     files = sorted({box.file for tensor in index.values() for box in tensor.boxes})
     number = {file: i for i, file in enumerate(files)}
     tensors = {
@@ -70,12 +79,31 @@ def index_json(index: Index) -> bytes:
         }
         for key, tensor in index.items()
     }
-    return json.dumps({"files": files, "tensors": tensors}, separators=(",", ":")).encode()
+    data = json.dumps({"files": files, "tensors": tensors}, separators=(",", ":")).encode()
+    remedy = "the tensors are cut into too many pieces; save from fewer ranks, or with a lower parallel.zero_stage"
+    return _bounded(data, INDEX, MAX_INDEX, remedy)
+
+
+def meta_json(step: int, meta: Mapping[str, Any]) -> bytes:
+    """Raises ValueError where it would be larger than its readers take."""
+    data = json.dumps({**meta, "step": step}).encode()
+    largest = max(meta, key=lambda key: len(json.dumps(meta[key])), default="step") if len(data) > MAX_META else ""
+    return _bounded(data, META, MAX_META, f"make {largest!r} smaller, which is the most of it")
 
 
 def manifest_json(manifest: Manifest) -> bytes:
+    """Raises ValueError where it would be larger than ``parse_manifest``'s readers take."""
     files = {f.name: {"bytes": f.nbytes, "xxh3_128": f.digest} for f in manifest.files.values()}
-    return json.dumps({"format": FORMAT, "version": VERSION, "step": manifest.step, "files": files}).encode()
+    data = json.dumps({"format": FORMAT, "version": VERSION, "step": manifest.step, "files": files}).encode()
+    return _bounded(data, MANIFEST, MAX_MANIFEST, f"{len(files):,} files are too many; save from fewer ranks")
+
+
+def _bounded(data: bytes, name: str, limit: int, remedy: str) -> bytes:
+    if len(data) > limit:
+        raise ValueError(
+            f"no checkpoint is written: {name} would have {len(data):,} bytes, and readers take {limit:,}; {remedy}"
+        )
+    return data
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -156,6 +184,11 @@ def _tensor(reading: _Reading, key: str, entry: dict[str, Any], files: Sequence[
     return StoredTensor(shape, DTYPES[dtype], tuple(boxes))
 
 
+def _fits(sizes: Shape) -> bool:
+    # also of what a dimension of 0 makes empty: strides are products
+    return len(sizes) <= MAX_DIMS and math.prod(max(n, 1) for n in sizes) < MAX_ELEMENTS
+
+
 class _Reading:
     """Checks of one file; its errors say where they are."""
 
@@ -192,8 +225,7 @@ class _Reading:
 
     def shape(self, value: object, what: str) -> Shape:
         sizes = tuple(self.number(n, what) for n in self.list(value, what))
-        # also of what a dimension of 0 makes empty: strides are products
-        if len(sizes) > MAX_DIMS or math.prod(max(n, 1) for n in sizes) >= 1 << 60:
+        if not _fits(sizes):
             raise self.error(f"{what[:100]} as {short(list(sizes))}, which is too large")
         return sizes
 

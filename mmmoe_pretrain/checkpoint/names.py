@@ -5,7 +5,9 @@ ROOT/step_00000100/rank_00000.safetensors ...
                    index.json         every logical tensor: shape, dtype, and in which file its boxes are
                    meta.json          facts of the run
                    manifest.json      sizes and hashes of the others; written last, it makes the whole complete
-ROOT/step_00000100.tmp                a draft, or what is being deleted (step_00000100.old.tmp)
+ROOT/step_00000100.tmp                a draft
+ROOT/step_00000100.old.tmp            a checkpoint that its draft is about to replace: whole
+ROOT/step_00000100.gone.tmp           one that is being deleted
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from dataclasses import dataclass
 
 LATEST = "latest"
 INDEX, META, MANIFEST = "index.json", "meta.json", "manifest.json"
-DRAFT, OLD = ".tmp", ".old.tmp"
+DRAFT, OLD, GONE = ".tmp", ".old.tmp", ".gone.tmp"
 FOLDER = re.compile(r"step_(\d{8,18})")
-LEFTOVER = re.compile(rf"{FOLDER.pattern}(\.old)?\.tmp")
+LEFTOVER = re.compile(rf"{FOLDER.pattern}(\.old|\.gone)?\.tmp")
 FILE = re.compile(r"rank_\d{5,9}\.safetensors|index\.json|meta\.json|manifest\.json")
 
 

@@ -9,8 +9,8 @@ Nothing is gathered but descriptions of boxes. What several ranks hold is writte
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +23,16 @@ from torch.distributed import ProcessGroup
 
 from mmmoe_pretrain.checkpoint.exchange import exchange, on_first
 from mmmoe_pretrain.checkpoint.files import DTYPES, NAMES, Entry, FileRecord, header_of, write_hashed, write_tensors
-from mmmoe_pretrain.checkpoint.index import Index, Manifest, StoredBox, StoredTensor, index_json, manifest_json
+from mmmoe_pretrain.checkpoint.index import (
+    Index,
+    Manifest,
+    StoredBox,
+    StoredTensor,
+    index_json,
+    manifest_json,
+    meta_json,
+    refuse_unreadable,
+)
 from mmmoe_pretrain.checkpoint.names import INDEX, LATEST, MANIFEST, META, Checkpoint, folder_name, rank_file
 from mmmoe_pretrain.checkpoint.planner import fill, logical_tensors, tiles
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
@@ -31,6 +40,7 @@ from mmmoe_pretrain.checkpoint.storage import Storage, StorageError
 from mmmoe_pretrain.parallel.placement import Box
 
 Shape = tuple[int, ...]
+RETRY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class SavePlan:
 
     file: str
     items: tuple[Item, ...]  # in the order of the file
-    index: Index | None = field(default=None, repr=False)  # of all ranks' files; on rank 0 alone
+    index: bytes | None = field(default=None, repr=False)  # index.json, of all ranks' files; on rank 0 alone
 
     @property
     def nbytes(self) -> int:
@@ -91,17 +101,17 @@ def plan_save(state: ShardedState, group: ProcessGroup | None) -> SavePlan:
     """Collective: who writes what. The boxes of all ranks are seen by rank 0 alone.
 
     Raises ValueError on every rank where the pieces of all ranks do not make up each tensor that one of them
-    names; what several ranks hold must be cut alike.
+    names; what several ranks hold must be cut alike. And where readers would refuse what is written.
     """
 
     def offer() -> _Offers:
         return {key: _Offer(tuple(t.shape), tuple(t.held())) for key, t in logical_tensors(state).items()}
 
-    kept: list[Index] = []
+    kept: list[bytes] = []
 
     def combine(offers: list[_Offers]) -> list[SavePlan]:
         plans, index = _plans(offers)
-        kept.append(index)  # stays here: every message of a scatter is as long as the longest
+        kept.append(index_json(index))  # stays here: every message of a scatter is as long as the longest
         return plans
 
     plan = exchange(group, offer, combine)
@@ -119,26 +129,32 @@ def write_checkpoint(
     """Collective; in a thread, too, if nobody else uses ``group`` meanwhile.
 
     Where a rank fails, every rank raises its error; then the draft is gone, and the checkpoints before and
-    ``latest`` are as they were.
+    ``latest`` are as they were. Only what fails behind ``commit`` leaves the checkpoint: ``latest`` that could
+    not be replaced (``point_to``), or a peer that was gone before it was told.
     """
-    draft = begin(storage, step, group)
+    draft = begin(storage, step, meta, group)
+    committed: list[Checkpoint] = []  # on rank 0
 
     def finish(records: list[FileRecord]) -> list[Checkpoint]:
-        return [commit(storage, draft, step, plan, records, meta)] * len(records)
+        committed.append(commit(storage, draft, step, plan, records, meta))
+        point_to(storage, committed[0])
+        return committed * len(records)
 
     try:
         return exchange(group, lambda: write_rank_file(storage, draft, plan, tensors), finish)
     except Exception:
-        if plan.index is not None:
+        if plan.index is not None and not committed:  # on a URL the draft is the checkpoint
             abandon(storage, draft)
         raise
 
 
-def begin(storage: Storage, step: int, group: ProcessGroup | None) -> str:
-    """Collective: an empty folder to write ``step`` in; its name under the root."""
+def begin(storage: Storage, step: int, meta: Mapping[str, Any], group: ProcessGroup | None) -> str:
+    """Collective: an empty folder to write ``step`` in; its name under the root. Before that, ValueError on every
+    rank for a ``meta`` that no reader would take."""
     draft = storage.draft(folder_name(step))
 
     def make() -> str:
+        meta_json(step, meta)
         storage.remove_folder(draft)
         storage.make_folder(draft)
         return draft
@@ -147,27 +163,44 @@ def begin(storage: Storage, step: int, group: ProcessGroup | None) -> str:
 
 
 def write_rank_file(storage: Storage, draft: str, plan: SavePlan, tensors: Sequence[Tensor]) -> FileRecord:
-    """This rank's file. ``tensors`` are those of ``plan.views``, or copies of them in host memory."""
+    """This rank's file. ``tensors`` are those of ``plan.views``, or copies of them in host memory, each whole or
+    in parts (``files.write_tensors``)."""
     return write_tensors(storage, draft, plan.file, [item.entry for item in plan.items], tensors)
 
 
 def commit(
     storage: Storage, draft: str, step: int, plan: SavePlan, records: Sequence[FileRecord], meta: Mapping[str, Any]
 ) -> Checkpoint:
-    """On rank 0, after every rank has written: make the draft the newest checkpoint."""
+    """On rank 0, after every rank has written: make the draft a checkpoint, in place of one of the same step.
+
+    Runs go on from it once ``point_to`` has been called (``folders.candidates``).
+    """
     assert plan.index is not None, "only rank 0 commits"
     _refuse_lost_files(storage, draft, records)
-    told = json.dumps({**meta, "step": step}).encode()
     more = [
-        write_hashed(storage, draft, INDEX, [index_json(plan.index)]),
-        write_hashed(storage, draft, META, [told]),
+        write_hashed(storage, draft, INDEX, [plan.index]),
+        write_hashed(storage, draft, META, [meta_json(step, meta)]),
     ]
     files = {record.name: record for record in (*records, *more)}
     storage.write(f"{draft}/{MANIFEST}", [manifest_json(Manifest(step, files))])
     name = folder_name(step)
     storage.publish(name)
-    storage.replace(LATEST, f"{name}\n".encode())
     return Checkpoint(storage.root, name, step)
+
+
+def point_to(storage: Storage, checkpoint: Checkpoint) -> None:
+    """On rank 0: have ``latest`` name this one, with one more attempt. Where both fail the save has failed, as runs
+    go on from the one before; but nothing is removed, and the next save that works makes both count."""
+    try:
+        storage.replace(LATEST, f"{checkpoint.name}\n".encode())
+    except StorageError:
+        time.sleep(RETRY)
+        try:
+            storage.replace(LATEST, f"{checkpoint.name}\n".encode())
+        except StorageError as error:
+            raise StorageError(
+                f"{checkpoint} is written, but {LATEST} may still name the one before, from which runs go on: {error}"
+            ) from error
 
 
 def abandon(storage: Storage, draft: str) -> None:
@@ -217,6 +250,8 @@ def _refuse_holes(offers: list[_Offers]) -> dict[str, Shape]:
             dtypes[key].update(dtype for _, dtype in offer.boxes)
     problems = []
     for key in sorted(shapes):
+        for shape in shapes[key]:
+            refuse_unreadable(key, shape)
         if len(shapes[key]) > 1 or len(dtypes[key]) > 1:
             told = [*sorted(shapes[key]), *sorted(map(str, dtypes[key]))]
             problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, told))}")

@@ -30,7 +30,8 @@ from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.checkpoint.staging import Staging
 from mmmoe_pretrain.checkpoint.storage import open_storage
 
-FAILURES = (OSError, ValueError, RuntimeError, MemoryError)  # of a disk, a service, a peer: not of this program
+RESTARTABLE = (OSError, RuntimeError, MemoryError)  # of a disk, a service, a peer
+FAILURES = (*RESTARTABLE, ValueError)  # not of this program
 REST = 1.0  # seconds
 
 
@@ -100,7 +101,8 @@ class Saver:
         try:
             self.prepare(state)
         except FAILURES as error:
-            self._reports.append(SaveReport(step, "", time.perf_counter() - began, waited, 0.0, 0, str(error)))
+            blocked, restartable = time.perf_counter() - began, isinstance(error, RESTARTABLE)
+            self._reports.append(SaveReport(step, "", blocked, waited, 0.0, 0, str(error), restartable))
             return
         assert self._plan is not None and self._staging is not None
         tensors = self._staging.fill(self._plan.views(state))
@@ -141,19 +143,21 @@ class Saver:
     ) -> SaveReport:
         """In the thread."""
         began = time.perf_counter()
-        path, warning = "", None
+        path, error, restartable, warning = "", None, False, None
         if self._first and not self._cleaned:
             self._cleaned = True
             warning = _warning(lambda: store.clean(self._root))
         try:
-            checkpoint = write_checkpoint(self._storage, step, plan, tensors, meta, self._group)
-            path, error = str(checkpoint), None
+            path = str(write_checkpoint(self._storage, step, plan, tensors, meta, self._group))
         except FAILURES as failure:
-            error = str(failure)
+            error, restartable = str(failure), isinstance(failure, RESTARTABLE)
         seconds = time.perf_counter() - began
         if self._first and error is None:
             warning = _warning(lambda: store.prune(self._root, self._retention)) or warning
-        return SaveReport(step, path, blocked, waited, seconds, plan.nbytes, error, warning)
+        # Deleting may take long. Ranks that trained on meanwhile would wait for rank 0 in a collective that ends
+        # the job sooner than this one.
+        _warning(lambda: agree(self._group, lambda: None))
+        return SaveReport(step, path, blocked, waited, seconds, plan.nbytes, error, restartable, warning)
 
     def _any_rank(self, here: bool) -> bool:
         if self._group is None:

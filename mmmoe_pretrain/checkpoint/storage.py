@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmmoe_pretrain.checkpoint.names import DRAFT, MANIFEST, OLD
+from mmmoe_pretrain.checkpoint.names import DRAFT, GONE, MANIFEST, OLD
 
 BLOCK = 16 << 20  # bytes read at once
 BUFFERED = 1 << 20  # bytes; small tensors are written together
@@ -65,6 +65,10 @@ class Storage(Protocol):
 
     def publish(self, name: str) -> None:
         """Make a finished draft the folder ``name``, in place of an older one."""
+        ...
+
+    def put_back(self, name: str) -> None:
+        """Where ``publish`` was killed between taking the older folder ``name`` away and its end: undo it."""
         ...
 
     def remove_folder(self, name: str) -> None:
@@ -162,24 +166,30 @@ class LocalStorage:
         draft, final = self._at(self.draft(name)), self._at(name)
         if _swap(draft, final):
             return
-        self._set_aside(name)
+        self._rename(name, name + OLD)
         try:
             os.replace(draft, final)
         except OSError:
             os.rename(self._at(name + OLD), final)
             raise
 
+    def put_back(self, name: str) -> None:
+        with self._explained("rename", name + OLD):
+            if not self._at(name).exists():
+                os.rename(self._at(name + OLD), self._at(name))
+                _sync_folder(Path(self.root))
+
     def remove_folder(self, name: str) -> None:
         with self._explained("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             if name.endswith(DRAFT):
                 shutil.rmtree(self._at(name))
             else:
-                self._set_aside(name)
-                shutil.rmtree(self._at(name + OLD))
+                self._rename(name, name + GONE)
+                shutil.rmtree(self._at(name + GONE))
 
-    def _set_aside(self, name: str) -> None:
-        shutil.rmtree(self._at(name + OLD), ignore_errors=True)
-        os.rename(self._at(name), self._at(name + OLD))
+    def _rename(self, name: str, aside: str) -> None:
+        shutil.rmtree(self._at(aside), ignore_errors=True)
+        os.rename(self._at(name), self._at(aside))
         _sync_folder(Path(self.root))
 
     def _at(self, path: str) -> Path:
@@ -277,6 +287,9 @@ class UrlStorage:
 
     def publish(self, name: str) -> None:
         """Nothing: the manifest, written last, has done it."""
+
+    def put_back(self, name: str) -> None:
+        """Nothing: no folder was taken away."""
 
     def remove_folder(self, name: str) -> None:
         with self._explained("delete", name):

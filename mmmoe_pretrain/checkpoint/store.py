@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmoe_pretrain.checkpoint.exchange import agree, exchange, on_first
-from mmmoe_pretrain.checkpoint.files import digest_of
+from mmmoe_pretrain.checkpoint.exchange import agree, broadcast, exchange, on_first
+from mmmoe_pretrain.checkpoint.files import FileRecord, digest_of
 from mmmoe_pretrain.checkpoint.folders import (
     candidates,
     checkpoints,
@@ -32,7 +32,7 @@ from mmmoe_pretrain.checkpoint.folders import (
     read_meta,
     rewind,
 )
-from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, boxes_of, parse_index
+from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, boxes_of, manifest_json, parse_index, parse_manifest
 from mmmoe_pretrain.checkpoint.names import INDEX, Checkpoint
 from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalTensor, fill, logical_tensors, tiles
 from mmmoe_pretrain.checkpoint.reader import CheckpointReader
@@ -43,8 +43,8 @@ from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.checkpoint.storage import open_storage
 
 __all__ = [
-    "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune", "read_meta",
-    "read_state", "rewind", "save", "verify", "write_state",
+    "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune",
+    "read_meta", "read_state", "rewind", "save", "verify", "write_state",
 ]  # fmt: skip
 
 
@@ -72,20 +72,20 @@ def save(
 
 
 def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
-    """Read every file and compare its hash, the ranks sharing the files.
+    """Read every file and compare its hash, the ranks sharing the files. Rank 0 alone lists the folder.
 
     Raises ValueError on every rank; it names the damaged files.
     """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+
+    def share(ranks: list[None]) -> list[list[FileRecord]]:
+        files = complete(open_storage(checkpoint.root), checkpoint).files
+        ordered = sorted(files.values(), key=lambda record: (-record.nbytes, record.name))
+        return [ordered[rank :: len(ranks)] for rank in range(len(ranks))]
 
     def damaged() -> list[str]:
         storage = open_storage(checkpoint.root)
-        manifest = complete(storage, checkpoint)
-        found = []
-        for record in sorted(manifest.files.values(), key=lambda r: (-r.nbytes, r.name))[rank::size]:
-            if digest_of(storage, f"{checkpoint.name}/{record.name}", record.nbytes) != record.digest:
-                found.append(record.name)
-        return found
+        paths = {record.name: f"{checkpoint.name}/{record.name}" for record in mine}
+        return [r.name for r in mine if digest_of(storage, paths[r.name], r.nbytes) != r.digest]
 
     def refuse(ranks: list[list[str]]) -> list[None]:
         bad = sorted(name for names in ranks for name in names)
@@ -96,6 +96,7 @@ def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
             )
         return [None] * len(ranks)
 
+    mine = exchange(group, lambda: None, share)
     exchange(group, damaged, refuse)
 
 
@@ -119,7 +120,6 @@ def load_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
 def read_state(checkpoint: Checkpoint) -> dict[str, ParameterState]:
     """Everything that a checkpoint holds, in full, in one process."""
     index = _index(checkpoint)
-    _refuse_holes(checkpoint, index)
     tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in index.items()}
     _read(checkpoint, {key: LogicalTensor.whole(t) for key, t in tensors.items()}, None, exactly=True)
     names = [key.removeprefix("model/") for key in tensors if key.startswith("model/")]
@@ -150,23 +150,32 @@ def write_state(root: str | Path, step: int, state: dict[str, ParameterState], m
 def _read(
     checkpoint: Checkpoint, tensors: dict[str, LogicalTensor], group: ProcessGroup | None, exactly: bool
 ) -> None:
-    index = agree(group, lambda: _index(checkpoint))
-    on_first(group, lambda: _refuse_holes(checkpoint, index))
+    storage = agree(group, lambda: open_storage(checkpoint.root))
+    index = _index(checkpoint, group)
     with _plain_errors():
         dcp.load(
             tensors,
-            storage_reader=CheckpointReader(open_storage(checkpoint.root), checkpoint.name, index),
+            storage_reader=CheckpointReader(storage, checkpoint.name, index),
             planner=LogicalLoadPlanner(str(checkpoint), exactly),
             process_group=group,
             no_dist=group is None,
         )
 
 
-def _index(checkpoint: Checkpoint) -> Index:
-    storage = open_storage(checkpoint.root)
-    files = complete(storage, checkpoint).files
-    sizes = {name: record.nbytes for name, record in files.items()}
-    return parse_index(read_file(storage, checkpoint, INDEX, MAX_INDEX), sizes, str(checkpoint))
+def _index(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> Index:
+    """What a complete checkpoint holds, without holes. Rank 0 alone looks at the disk, every rank parses."""
+
+    def manifest_bytes() -> bytes:
+        return manifest_json(complete(open_storage(checkpoint.root), checkpoint))
+
+    def index_bytes() -> bytes:
+        return read_file(open_storage(checkpoint.root), checkpoint, INDEX, MAX_INDEX)
+
+    files = parse_manifest(broadcast(group, manifest_bytes), str(checkpoint)).files
+    sizes, data = {name: record.nbytes for name, record in files.items()}, broadcast(group, index_bytes)
+    index = agree(group, lambda: parse_index(data, sizes, str(checkpoint)))
+    on_first(group, lambda: _refuse_holes(checkpoint, index))
+    return index
 
 
 def _refuse_holes(checkpoint: Checkpoint, index: Index) -> None:

@@ -114,7 +114,9 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
     )
     vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda parameter: parameter.ndim < 2))
     with megatron_cpu.optimizer_calls():
-        made = get_megatron_optimizer(optimizer, wrapped, {vectors: ParamGroupOverride(wd_mult=0.0)})
+        made = get_megatron_optimizer(
+            optimizer, wrapped, {vectors: ParamGroupOverride(wd_mult=0.0)}, use_gloo_process_groups=False
+        )
     if config.parallel.zero_stage == 1:
         # One optimizer steps dense parameters and one experts, and each would then gather all of both.
         for inner in getattr(made, "chained_optimizers", [])[:-1]:

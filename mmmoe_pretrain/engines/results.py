@@ -23,7 +23,8 @@ def mean_losses(
     device: torch.device,
 ) -> tuple[dict[str, float], int]:
     """Losses by name, and ``total``: sums over the stages of means over microbatches and data-parallel
-    ranks. And the valid tokens of all microbatches and ranks. Equal on every rank of the job.
+    ranks. And the valid tokens of all microbatches and ranks. Equal on every rank of the job, but for the last bit
+    of the losses, which groups of ranks may add up in another order.
 
     ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``), or one of each
     microbatch. ``names``: every loss of the model.

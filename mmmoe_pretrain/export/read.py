@@ -32,6 +32,7 @@ from mmmoe_pretrain.modalities import TextCodec
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
+OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes of somebody else's
 ALLOWED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -94,11 +95,10 @@ def _plain(name: Any, what: str) -> str:
 
 
 def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: Sequence[str]) -> RunConfig:
-    """The exported config as that of the run ``out``, written to ``path``. Checkpoints and tokenizer are the new
-    run's own unless an override says else."""
-    raw = described["config"]
-    for section, key, value in (("checkpoint", "folder", None), ("data", "tokenizer", str(out / layout.TOKENIZER))):
-        raw[section] = {**_section(raw, section), key: value}
+    """The exported config as that of the run ``out``, written to ``path``. The tokenizer is the new run's own, and
+    what belongs to a machine (layout, checkpoints, budgets of faults) the default, unless an override says else."""
+    raw = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
+    raw["data"] = {**_section(raw, "data"), "tokenizer": str(out / layout.TOKENIZER)}
     path.write_text(yaml.safe_dump({**raw, "name": out.name, "runs_dir": str(out.parent)}), encoding="utf-8")
     config = run_config.load(path, list(overrides))
     run_config.dump(config, path)

@@ -8,17 +8,14 @@ the gradient that one process would compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmoe_pretrain.parallel.groups import Group
-from mmmoe_pretrain.parallel.runtime import local_device
 
 
 def group_size(group: Group) -> int:
@@ -152,14 +149,6 @@ def gather_rows(x: Tensor, group: Group) -> Tensor:
     Every rank must bring the same n.
     """
     return x if group_size(group) == 1 else _GatherRows.apply(x, group)
-
-
-def all_reduce_counts(counts: Sequence[float] | np.ndarray, group: Group) -> list[int]:
-    """Whole numbers summed over the ranks of ``group``."""
-    total = torch.tensor(np.asarray(counts), dtype=torch.int64, device=local_device())
-    if group_size(group) > 1:
-        dist.all_reduce(total, group=group)
-    return [int(value) for value in total.tolist()]
 
 
 def exchange_counts(counts_RE: Tensor, group: Group) -> Tensor:

@@ -50,6 +50,7 @@ def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Gr
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor,
         distributed_timeout_minutes=config.timeout_minutes,
+        create_gloo_process_groups=False,  # for its own checkpoints; each is a connection to every other rank
     )
     return _groups(layout)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -36,6 +37,14 @@ def _refuse_many_alone() -> None:
             )
 
 
+def _allow_many_files() -> None:
+    """Each gloo group of all ranks is a socket to every other rank: 1,000 ranks exceed the usual limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # not every system lets it be that of the administrator
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @contextmanager
 def process_group(timeout_minutes: float) -> Iterator[torch.device]:
     """The default process group, from torchrun's environment or of this process alone.
@@ -51,6 +60,7 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     _refuse_many_alone()
+    _allow_many_files()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

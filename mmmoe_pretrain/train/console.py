@@ -1,12 +1,15 @@
 """What a user sees of a run: a progress bar on a terminal, plain lines anywhere else.
 
 Plain lines suit the logs of Slurm and CI. Ranks other than the first pass ``enabled=False`` and
-stay silent.
+stay silent. A terminal that was closed, or a full disk behind a log, ends no run: it gets no more.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -42,15 +45,17 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        with self._while_it_can():
+            if self._progress is not None:
+                self._progress.stop()
+        self._progress = None
 
     def stand_at(self, step: int) -> None:
         """``step`` steps are done, more or fewer than were shown: a run resumed, or went back."""
         self._step = step
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step)
+        with self._while_it_can():
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=step)
 
     def update(self, record: StepRecord) -> None:
         """Show a step."""
@@ -59,19 +64,32 @@ class Console:
         self._measure(record)
         remaining = (self.total_steps - record.step) * (self._seconds_a_step or 0.0)
         text, eta = describe(record), f"eta {clock(remaining)}"
-        if self._progress is None:
-            self._print(f"step {record.step}/{self.total_steps}  {text}  {eta}")
-        else:
-            self._progress.update(self._progress.task_ids[0], completed=record.step, text=text, eta=eta)
+        with self._while_it_can():
+            if self._progress is None:
+                self._print(f"step {record.step}/{self.total_steps}  {text}  {eta}")
+            else:
+                self._progress.update(self._progress.task_ids[0], completed=record.step, text=text, eta=eta)
 
     def say(self, text: str) -> None:
         """Print a message, e.g. that a checkpoint is written."""
         if not self.enabled:
             return
-        if self._progress is None:
-            self._print(text)
-        else:
-            self._progress.console.print(text, markup=False, highlight=False)
+        with self._while_it_can():
+            if self._progress is None:
+                self._print(text)
+            else:
+                self._progress.console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def _while_it_can(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.enabled, self._progress = False, None
+            with suppress(OSError):  # what is still in the buffer would fail once more as the process ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
     def _measure(self, record: StepRecord) -> None:
         steps = max(1, record.step - self._step)

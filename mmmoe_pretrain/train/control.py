@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.checkpoint.storage import StorageError
+from mmmoe_pretrain.exit_codes import Restartable
 from mmmoe_pretrain.parallel.groups import Group
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Notes:
     stop: float = 0.0  # ranks that were told to stop
     read: float = 0.0  # samples
     bad: float = 0.0  # samples that could not be used
+    cut_audio: float = 0.0  # clips
+    cut_text: float = 0.0
     failed_saves: float = 0.0  # one after the other, as rank 0 counts them
     worker_restarts: float = 0.0  # of data workers since the last step
 
@@ -57,7 +60,7 @@ class Control:
 
 def from_rank_0(group: Group, function: Callable[[], T]) -> T:
     """What ``function()`` gives on rank 0, on every rank of ``group``; its ValueError or OSError is a ValueError
-    on every rank, a StorageError if it was one.
+    on every rank, a StorageError or Restartable if it was one.
 
     For what is read from disks and the environment: ranks that look by themselves may see different things.
     """
@@ -67,13 +70,22 @@ def from_rank_0(group: Group, function: Callable[[], T]) -> T:
         try:
             answer[0] = function()
         except (ValueError, OSError) as error:
-            kind = StorageError if isinstance(error, StorageError) else ValueError
-            failure, answer[1:] = error, [str(error), kind]
+            kinds = [kind for kind in (StorageError, Restartable) if isinstance(error, kind)]
+            failure, answer[1:] = error, [str(error), (*kinds, ValueError)[0]]
     if group is not None:
         dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1] is not None:
         raise answer[2](answer[1]) from failure
     return answer[0]
+
+
+def number_of_rank_0(group: Group, number: float) -> float:
+    """Rank 0's, bit by bit, on every rank of ``group``: what is decided from it is decided alike."""
+    if group is None:
+        return number
+    told = torch.tensor(number, dtype=torch.float64)
+    dist.broadcast(told, src=0, group=group)
+    return told.item()
 
 
 def any_rank(group: Group, here: bool) -> bool:

@@ -14,11 +14,14 @@ ALLOWANCE = {
     "load": 10.0,
     "save": 10.0,
 }
+STEPS = 3.0  # times the slowest step before it that a step may take: many microbatches, each of them quick
 
 
-def allowed(phase: str, limit: float) -> float:
-    """Seconds without progress in ``phase``, ``limit`` being those of a plain one."""
-    return limit * ALLOWANCE.get(phase, 1.0)
+def allowed(beat: Beat, limit: float) -> float:
+    """Seconds without progress in the phase of ``beat``, ``limit`` being those of a plain one."""
+    if beat.phase == "step":
+        return max(limit, STEPS * beat.longest)
+    return limit * ALLOWANCE.get(beat.phase, 1.0)
 
 
 def silent_ranks(beats: Mapping[int, Beat], silence: Mapping[int, float], limit: float) -> list[int]:
@@ -31,9 +34,9 @@ def stalled_ranks(beats: Mapping[int, Beat], limit: float) -> list[int]:
     """Those without progress for too long; none as long as a rank is within the allowance of a slow phase, for
     the others may wait for it."""
     here = [beat for beat in beats.values() if not beat.left]
-    if any(limit < allowed(beat.phase, limit) >= beat.age for beat in here):
+    if any(limit < allowed(beat, limit) >= beat.age for beat in here):
         return []
-    return [beat.rank for beat in here if beat.age > allowed(beat.phase, limit)]
+    return [beat.rank for beat in here if beat.age > allowed(beat, limit)]
 
 
 def waited_for(beats: Mapping[int, Beat], silent: Collection[int]) -> tuple[list[int], str]:

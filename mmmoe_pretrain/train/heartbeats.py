@@ -33,6 +33,7 @@ class Beat:
     phase: str = "start"
     count: int = 0  # beats of this step
     age: float = 0.0
+    longest: float = 0.0  # seconds of the slowest step that this process has seen end
     sequence: int = 0  # grows as long as the rank can publish at all
     left: str = ""  # why it has said goodbye
     last_word: bool = False  # from here on, of a rank that ends because the job hangs

@@ -7,11 +7,12 @@ ordinary, and of starts and saves. Lines are appended and never changed.
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from mmmoe_pretrain.train.lines import Lines
 
 EVENTS = "events.jsonl"
 
@@ -20,27 +21,18 @@ class Journal:
     """``write("saved", step=100, path=...)``; where it is not ``enabled`` it writes nothing."""
 
     def __init__(self, run_dir: Path, enabled: bool = True) -> None:
-        self._file = None
-        if enabled:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            path = run_dir / EVENTS
-            torn = _lacks_end(path)
-            self._file = path.open("a", encoding="utf-8")
-            if torn:  # by a crash; the next line must not run into it
-                self._file.write("\n")
+        self._lines = Lines(run_dir / EVENTS, sync=True) if enabled else None
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append an event, on the disk when this returns."""
-        if self._file is None:
+        """Append an event, on the disk when this returns; a disk that fails costs the event."""
+        if self._lines is None:
             return
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.write(json.dumps(line, separators=(",", ":")))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +57,3 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         if isinstance(event, dict) and "event" in event:
             found.append(event)
     return found
-
-
-def _lacks_end(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"

@@ -19,6 +19,7 @@ from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destro
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.journal import Journal
+from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.run import Run
 from mmmoe_pretrain.train.session import Session
 from mmmoe_pretrain.train.signals import StopRequest, stop_on_signals
@@ -38,8 +39,12 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
         finished = False
         try:
             host = build_host_groups(config.parallel.timeout_minutes)
-            with Watchdog(config.run_dir, host.control, hang_seconds(config)) as watchdog:
-                code = _train(config, start.look(config, host, resume, overwrite), host, device, stop, watchdog)
+            with (
+                RunLock(config.run_dir) as lock,
+                Watchdog(config.run_dir, host.control, hang_seconds(config)) as watchdog,
+            ):
+                begin = start.look(config, host, lock, resume, overwrite)
+                code = _train(config, begin, lock, host, device, stop, watchdog)
             finished = True
         finally:
             destroy_groups(after_error=not finished)
@@ -49,6 +54,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
 def _train(
     config: RunConfig,
     begin: start.Start,
+    lock: RunLock,
     host: HostGroups,
     device: torch.device,
     stop: StopRequest,
@@ -60,9 +66,9 @@ def _train(
     engine = build_engine(config, codecs.text.vocab_size, groups, device)
     main = dist.get_rank() == 0
     with make_loader(config, codecs, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
-        start.claim(config, host, begin)  # here, and no sooner: all else is known to work
+        begin = start.claim(config, host, lock, begin)  # here, and no sooner: all else is known to work
         with Journal(config.run_dir, enabled=main) as journal:
             session = Session(config, layout, groups, host, codecs, engine, journal, main)
             run = Run(session, loader, stop, watchdog)
-            run.begin(() if begin.replace else begin.found)
+            run.begin(begin.found)
             return run.to_its_end()

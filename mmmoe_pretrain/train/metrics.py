@@ -9,8 +9,10 @@ Shapes: M modalities, E experts.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +22,14 @@ import numpy as np
 
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.evaluate import heatmap
+from mmmoe_pretrain.train.lines import Lines
 from mmmoe_pretrain.train.telemetry import LayerRouting, layer_json, number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+log = logging.getLogger(__name__)
+NO_EVENTS = "TensorBoard gets no more of this run"
 TAIL_BYTES = 1 << 18  # of a log that are read at a time, from its end
 
 
@@ -57,25 +62,30 @@ class StepRecord:
 
 
 class MetricsLog:
-    """Appends records under ``run_dir``; what an earlier run left past ``resume_step`` is dropped."""
+    """Appends records under ``run_dir``; what an earlier run left past ``resume_step`` is dropped.
+
+    A disk that fails costs what cannot be written, and is told in the log; no OSError leaves these methods.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int = 0, heatmap_every: int = 200) -> None:
         self.run_dir = Path(run_dir)
         self.heatmap_every = heatmap_every
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "metrics.jsonl"
-        truncate_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _summary_writer(self.run_dir / "tensorboard", resume_step + 1)
+        self._lines: Lines | None = None
+        self._events: SummaryWriter | None = None
+        with _told("metrics.jsonl cannot be cut; no step is logged"):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            truncate_after(self.run_dir / "metrics.jsonl", resume_step)
+            self._lines = Lines(self.run_dir / "metrics.jsonl")
+        with _told(NO_EVENTS):
+            self._events = _summary_writer(self.run_dir / "tensorboard", resume_step + 1)
         self._drawn_step = resume_step
         self._undrawn: StepRecord | None = None
 
     def write(self, record: StepRecord) -> None:
         """Log one step; a killed process loses no line that was written before."""
-        self._file.write(json.dumps(to_json(record), allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
-        for tag, value in scalars(record):
-            self._events.add_scalar(tag, value, record.step)
+        if self._lines is not None:
+            self._lines.write(json.dumps(to_json(record), allow_nan=False, separators=(",", ":")))
+        self._show(lambda events: _add_scalars(events, record))
         if record.routing:
             self._undrawn = record
             if record.step // self.heatmap_every > self._drawn_step // self.heatmap_every:
@@ -84,8 +94,9 @@ class MetricsLog:
     def close(self) -> None:
         """Draw the last routing, and end the files."""
         self._draw()
-        self._events.close()
-        self._file.close()
+        self._show(lambda events: events.close())
+        if self._lines is not None:
+            self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,10 +115,28 @@ class MetricsLog:
             for r in record.routing
         ]
         image_HWC = heatmap.draw(panels, f"Where each modality's tokens go, step {record.step}")
-        heatmap.save(image_HWC, self.run_dir / "routing_training.png")
-        self._events.add_image("routing", image_HWC, record.step, dataformats="HWC")
-        self._events.flush()
         self._drawn_step = record.step
+        with _told("routing_training.png is not drawn"):
+            heatmap.save(image_HWC, self.run_dir / "routing_training.png")
+        self._show(lambda events: _add_image(events, image_HWC, record.step))
+
+    def _show(self, write: Callable[[SummaryWriter], None]) -> None:
+        """In TensorBoard; where that fails never again, for the writer's thread has ended then."""
+        events, self._events = self._events, None
+        if events is None:
+            return
+        with _told(NO_EVENTS):
+            write(events)
+            self._events = events
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """A log that cannot be written ends no run."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s: %s", what, error)
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -195,6 +224,16 @@ def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
 
     # purge_step: events of an earlier run from this step on are hidden.
     return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _add_scalars(events: SummaryWriter, record: StepRecord) -> None:
+    for tag, value in scalars(record):
+        events.add_scalar(tag, value, record.step)
+
+
+def _add_image(events: SummaryWriter, image_HWC: np.ndarray, step: int) -> None:
+    events.add_image("routing", image_HWC, step, dataformats="HWC")
+    events.flush()
 
 
 def _named(prefix: str, values_M: np.ndarray) -> Iterator[tuple[str, float]]:

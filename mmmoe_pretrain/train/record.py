@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.parallel.collectives import all_reduce_counts
 from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.train.metrics import StepRecord
+from mmmoe_pretrain.train.tally import Tally
 from mmmoe_pretrain.train.telemetry import gather_routing, of_all_stages
 
 
 class Recorder:
     """Turns steps into records: losses and routing are those of the logged step, so that a resumed
-    run logs the same; times and tokens add up since the record before, bad samples since the start."""
+    run logs the same; times and tokens add up since the record before."""
 
     def __init__(self, group: Group = None, pipeline: Group = None) -> None:
         self._group, self._pipeline = group, pipeline
         self.steps = 0  # counted so far
         self.begin_interval()
-        self._counts = np.zeros(3)  # bad samples, cut clips, cut texts of this rank since the start
 
     def begin_interval(self) -> None:
         """Times and tokens count from now on."""
@@ -35,13 +32,11 @@ class Recorder:
         self.steps += 1
         self._tokens += result.tokens
         self._data_seconds += stats.wait_seconds
-        self._counts += (len(stats.bad), stats.cut_audio, stats.cut_text)
 
-    def record(self, step: int, result: StepResult, learning_rate: float) -> StepRecord:
+    def record(self, step: int, result: StepResult, learning_rate: float, samples: Tally) -> StepRecord:
         """The record of ``step`` (the first is 1), the same on every rank, all of which
-        must call it; begins a new interval."""
+        must call it; begins a new interval. ``samples``: since the start of the run."""
         now = time.perf_counter()
-        bad, cut_audio, cut_text = all_reduce_counts(self._counts, self._group)
         record = StepRecord(
             step=step,
             losses=result.losses,
@@ -50,9 +45,9 @@ class Recorder:
             tokens=self._tokens,
             seconds=now - self._began,
             data_seconds=self._data_seconds,
-            bad_samples=bad,
-            cut_audio=cut_audio,
-            cut_text=cut_text,
+            bad_samples=samples.bad,
+            cut_audio=samples.cut_audio,
+            cut_text=samples.cut_text,
             routing=of_all_stages(gather_routing(result.routing, self._group), self._pipeline),
         )
         self.begin_interval()

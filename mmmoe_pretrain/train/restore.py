@@ -13,6 +13,7 @@ from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.train.control import from_rank_0
 from mmmoe_pretrain.train.session import Session
+from mmmoe_pretrain.train.tally import Tally
 
 log = logging.getLogger(__name__)
 SAME_DATA = (("seed",), ("train", "global_batch_size"), ("data", "train"))  # on which the order of the data depends
@@ -23,6 +24,7 @@ class Restored:
     checkpoint: store.Checkpoint
     step: int  # steps done
     cursor: Cursor  # as saved
+    samples: Tally  # read by then
 
 
 def restore(session: Session, candidates: Sequence[store.Checkpoint]) -> Restored:
@@ -31,7 +33,7 @@ def restore(session: Session, candidates: Sequence[store.Checkpoint]) -> Restore
     Damaged ones are reported and passed over. Raises ValueError on every rank where none is left: a run must
     not begin afresh in the place of what it has lost, unless told so.
     """
-    damage = ""
+    damage = "there is none of a step before the trouble"
     for checkpoint in reversed(candidates):
         try:
             store.verify(checkpoint, session.host.storage)
@@ -61,10 +63,11 @@ def _load(session: Session, checkpoint: store.Checkpoint, meta: dict[str, Any]) 
         )
     if session.main:
         _warn_of_other_data(session, meta)
+    samples = Tally.from_json(meta["samples"]) if "samples" in meta else Tally()  # made by import or surgery
     state = store.load(checkpoint, session.engine.export_state(), session.host.storage)
     progress = _progress(meta)
     session.engine.import_state(state, progress)
-    return Restored(checkpoint, progress.steps, Cursor.from_json(meta.get("skipped_batches", [])))
+    return Restored(checkpoint, progress.steps, Cursor.from_json(meta.get("skipped_batches", [])), samples)
 
 
 def _progress(meta: dict[str, Any]) -> Progress:

@@ -12,12 +12,13 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import StepData
 from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.exit_codes import Restartable
 from mmmoe_pretrain.train.spikes import SpikeDetector
 from mmmoe_pretrain.untrusted import read_json
 
@@ -83,10 +84,11 @@ class BadSteps:
 
 @dataclass
 class Skips:
-    """How often a run went back, and what it leaves out; on disk before it goes on, so that no crash forgets it."""
+    """How often a run went back, and what it leaves out; on disk before it goes back, so that no crash forgets it."""
 
     cursor: Cursor = field(default_factory=Cursor)
     rollbacks: int = 0
+    back_to: int | None = None  # the run is going back to this step; what later checkpoints know is undone
 
     def leave_out(self, trouble: Trouble, margin: int, resume_step: int) -> tuple[int, int]:
         """Skip the batches of ``trouble`` and ``margin`` more on both sides from ``resume_step`` on; the window."""
@@ -101,13 +103,22 @@ class Skips:
         self.cursor = Cursor((*self.cursor.skipped, *saved.skipped))
 
     def write(self, run_dir: Path) -> None:
-        """Atomically; rank 0 alone."""
+        """Atomically; rank 0 alone. Raises Restartable where the disk fails."""
+        value: dict[str, Any] = {"skipped_batches": self.cursor.to_json(), "rollbacks": self.rollbacks}
+        if self.back_to is not None:
+            value["back_to"] = self.back_to
         draft = run_dir / (SKIPS + ".tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump({"skipped_batches": self.cursor.to_json(), "rollbacks": self.rollbacks}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, run_dir / SKIPS)
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, run_dir / SKIPS)
+        except OSError as error:
+            raise Restartable(
+                f"cannot write {run_dir / SKIPS}, without which a run must not go back: {error}; make room or mend "
+                f"the disk"
+            ) from error
 
 
 def read_skips(run_dir: Path) -> Skips:
@@ -117,9 +128,10 @@ def read_skips(run_dir: Path) -> Skips:
         return Skips()
     try:
         value = read_json(path)
-        rollbacks = value["rollbacks"]
-        if type(rollbacks) is not int or rollbacks < 0:
-            raise ValueError("rollbacks must be a whole number")
-        return Skips(Cursor.from_json(value["skipped_batches"]), rollbacks)
+        rollbacks, back_to = value["rollbacks"], value.get("back_to")
+        for number in (rollbacks, back_to or 0):
+            if type(number) is not int or number < 0:
+                raise ValueError("rollbacks and back_to must be whole numbers")
+        return Skips(Cursor.from_json(value["skipped_batches"]), rollbacks, back_to)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); mend it, or delete it to leave nothing out") from error

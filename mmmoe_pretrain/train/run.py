@@ -18,7 +18,7 @@ from mmmoe_pretrain.data.loader import Loader, LoadStats, StepData
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.console import Console
-from mmmoe_pretrain.train.control import Control, Notes, from_rank_0
+from mmmoe_pretrain.train.control import Control, Notes, from_rank_0, number_of_rank_0
 from mmmoe_pretrain.train.metrics import MetricsLog
 from mmmoe_pretrain.train.record import Recorder
 from mmmoe_pretrain.train.replicas import check_replicas
@@ -28,6 +28,7 @@ from mmmoe_pretrain.train.saving import Saving
 from mmmoe_pretrain.train.schedule import learning_rate
 from mmmoe_pretrain.train.session import Session
 from mmmoe_pretrain.train.signals import StopRequest
+from mmmoe_pretrain.train.tally import Tally
 from mmmoe_pretrain.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Run:
         self.saving = Saving(session, self.console.say)
         self.control = Control(session.host.control)
         self.budget = BadBudget(self.config.data.max_bad_fraction)
-        self.read = self.bad = 0.0  # samples, over all data-parallel ranks
+        self.samples = Tally()  # read since the start
         self.bad_steps = BadSteps(self.config)
         self.skips = Skips()
         self.step = 0  # steps done
@@ -57,9 +58,12 @@ class Run:
         session, journal = self.session, self.session.journal
         self.skips = from_rank_0(session.host.storage, lambda: read_skips(self.config.run_dir))
         self.watchdog.beat(0, "load")
+        back_to = self.skips.back_to
         if found:
-            restored = restore(session, found)
+            restored = restore(session, [c for c in found if back_to is None or c.step <= back_to])
             self._take(restored)
+            if back_to is not None:  # the processes ended while they went back
+                self._rewind(restored)
             journal.write("resumed", step=self.step, path=str(restored.checkpoint), ranks=dist.get_world_size())
             if session.main:
                 log.info("resumed from %s", restored.checkpoint)
@@ -69,7 +73,7 @@ class Run:
         self.loader.seek(self.step, self.skips.cursor)
         if not found:
             self.watchdog.beat(0, "save")
-            self.saving.save_now(0, self.skips.cursor, {})
+            self.saving.save_now(0, self.skips.cursor, self.samples, {})
 
     def to_its_end(self) -> int:
         """Train until all steps are done or the run is told to stop; the exit code."""
@@ -101,10 +105,9 @@ class Run:
                 self._go_back(trouble)
                 return None
             self._log(result, rate)
-            self._check_replicas()
             self._save_if_due(result)
             if self.step < self.settings.steps and self.stopping:
-                return self._stopped(result)
+                return self._stopped()
             self.watchdog.beat(self.step + 1, "data")
         return exit_codes.DONE
 
@@ -117,6 +120,8 @@ class Run:
         result = self.session.engine.step(data.microbatches, rate)
         self.step = data.step + 1
         self.recorder.add(result, data.stats)
+        if self.config.faults.spike_threshold:  # tensor ranks may differ in the last bit, and must judge alike
+            result.losses["total"] = number_of_rank_0(self.session.host.control, result.losses["total"])
         notes = self.control.finish()
         self.stopping = notes.stop > 0
         self._heed(notes)
@@ -129,16 +134,20 @@ class Run:
             stop=float(self.stop.requested),
             read=stats.samples if counts else 0,
             bad=len(stats.bad) if counts else 0,
+            cut_audio=stats.cut_audio if counts else 0,
+            cut_text=stats.cut_text if counts else 0,
             failed_saves=self.saving.failures if self.session.main else 0,
             worker_restarts=stats.worker_restarts,
         )
 
     def _heed(self, notes: Notes) -> None:
-        self.read, self.bad = self.read + notes.read, self.bad + notes.bad
-        self.budget.judge(round(self.bad), round(self.read))
+        self.samples = self.samples.plus(notes)
+        self.budget.judge(self.samples.bad, self.samples.read)
         if notes.worker_restarts:
             self.session.journal.write("worker_restarted", step=self.step, workers=round(notes.worker_restarts))
-        self.saving.check(round(notes.failed_saves))
+        if self.saving.too_many(round(notes.failed_saves)):
+            self.watchdog.beat(self.step, "save")  # one may be in flight
+            self.saving.give_up(round(notes.failed_saves))
 
     def _judge(self, data: StepData, result: StepResult) -> Trouble | None:
         """Journal a step that was left out or a spike; the trouble, where the run must go back."""
@@ -159,15 +168,13 @@ class Run:
     def _log(self, result: StepResult, rate: float) -> None:
         if not _due(self.step, self.settings.log_every, self.settings.steps):
             return
-        record = self.recorder.record(self.step, result, rate)  # on every rank: it adds their counts up
+        record = self.recorder.record(self.step, result, rate, self.samples)  # on every rank
         self.console.update(record)
         if self.metrics is not None:
             self.metrics.write(record)
 
     def _check_replicas(self) -> None:
-        every = self.config.faults.replica_check_every
-        if not every or self.step % every:
-            return
+        """Raises Restartable on every rank where what must be equal is not."""
         engine = self.session.engine
         models = () if self.config.parallel.overlap_param_gather else engine.models  # some are of the step before
         report = check_replicas(engine.export_state(), self.session.host.control, models)
@@ -179,19 +186,22 @@ class Run:
             )
 
     def _save_if_due(self, result: StepResult) -> None:
-        last = self.step == self.settings.steps
+        """Where replicas are compared, they are before every save, too: damage must not come back with a restart."""
+        last, every = self.step == self.settings.steps, self.config.faults.replica_check_every
+        stops = self.stopping and not last
         self.save_owed |= self.step % self.config.checkpoint.every == 0
-        if last:
+        due = self.save_owed and not self.bad_steps.in_streak  # what may have to be undone is not kept
+        if every and (due or last or stops or self.step % every == 0):
+            self._check_replicas()
+        if last or stops:
             self.watchdog.beat(self.step, "save")
-            self.saving.save_now(self.step, self.skips.cursor, result.losses)
-        elif self.save_owed and not self.bad_steps.in_streak:  # what may have to be undone is not kept
+            self.saving.save_now(self.step, self.skips.cursor, self.samples, result.losses)
+        elif due:
             self.watchdog.beat(self.step, "save")
-            self.saving.save(self.step, self.skips.cursor, result.losses)
+            self.saving.save(self.step, self.skips.cursor, self.samples, result.losses)
             self.save_owed = False
 
-    def _stopped(self, result: StepResult) -> int:
-        self.watchdog.beat(self.step, "save")
-        self.saving.save_now(self.step, self.skips.cursor, result.losses)
+    def _stopped(self) -> int:
         reason = self.stop.reason or "another rank"
         self.session.journal.write("preempted", step=self.step, reason=reason)
         self.console.say(f"stopped by {reason} after step {self.step} of {self.settings.steps}, which is saved")
@@ -214,14 +224,15 @@ class Run:
                 f"leave out those samples if they are broken, or raise faults.max_rollbacks"
             )
         self.saving.wait()
-        found = from_rank_0(session.host.storage, lambda: store.checkpoints(self.config.checkpoint_root))
+        found = from_rank_0(session.host.storage, lambda: store.candidates(self.config.checkpoint_root))
         restored = restore(session, [c for c in found if c.step <= trouble.steps[0]])
-        from_rank_0(session.host.storage, lambda: store.rewind(restored.checkpoint))
         failed_at = self.step
         self._take(restored)
         window = self.skips.leave_out(trouble, faults.skip_margin, self.step)
+        self.skips.back_to = self.step
+        self._write_skips()  # a start after a crash from here on goes back to the same step
+        self._rewind(restored)
         if session.main:
-            self.skips.write(self.config.run_dir)
             log.error("%s; going back to step %d, batches %d to %d are left out", story, self.step, *window)
         session.journal.write(
             "rollback", step=failed_at, to_step=self.step, reason=trouble.why, skipped_batches=list(window),
@@ -232,11 +243,22 @@ class Run:
         self.saving.forget()
         self.save_owed = False
         self._open_metrics()
+        self.recorder.begin_interval()
+
+    def _rewind(self, restored: Restored) -> None:
+        """Delete the checkpoints behind ``restored``; the run has gone back when this returns."""
+        from_rank_0(self.session.host.storage, lambda: store.rewind(restored.checkpoint))
+        self.skips.back_to = None
+        self._write_skips()
+
+    def _write_skips(self) -> None:
+        from_rank_0(self.session.host.storage, lambda: self.skips.write(self.config.run_dir))
 
     def _take(self, restored: Restored) -> None:
         self.step = restored.step
         self.console.stand_at(self.step)
         self.skips.add(restored.cursor)
+        self.samples = restored.samples
 
     def _open_metrics(self) -> None:
         """The log from this step on; what stood behind it is dropped."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NoReturn
 
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint.retention import Retention
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.train.session import Session
+from mmmoe_pretrain.train.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ class Saving:
         self._session, self._settings, self._say = session, settings, say
         keep = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         self._saver = Saver(session.config.checkpoint_root, session.host.storage, keep, settings.asynchronous)
-        losses = ("total", *session.engine.models[0].loss_names)
+        losses = ("total", *session.engine.models[0].loss_names)  # type: ignore[misc]  # of a PretrainingModel
         if settings.keep_best and settings.best_metric not in losses:
             raise ValueError(
                 f"checkpoint.best_metric {settings.best_metric!r} is none of this run's losses: {', '.join(losses)}"
@@ -31,21 +33,21 @@ class Saving:
         self._last: SaveReport | None = None
         self.failures = 0  # one after the other, of the saves that are known to have ended
 
-    def save(self, step: int, cursor: Cursor, losses: dict[str, float]) -> None:
+    def save(self, step: int, cursor: Cursor, samples: Tally, losses: dict[str, float]) -> None:
         """Begin to save ``step``; training may go on when this returns."""
-        metric = self._metric(losses)
-        self._saver.save(step, self._session.engine.export_state(), self._session.meta(cursor, losses), metric)
+        meta = self._session.meta(cursor, samples, losses)
+        self._saver.save(step, self._session.engine.export_state(), meta, self._metric(losses))
         self._begun = step
 
-    def save_now(self, step: int, cursor: Cursor, losses: dict[str, float]) -> None:
-        """See that ``step`` is saved when this returns. Raises ValueError on every rank where it cannot be; the
-        checkpoints before are there."""
+    def save_now(self, step: int, cursor: Cursor, samples: Tally, losses: dict[str, float]) -> None:
+        """See that ``step`` is saved when this returns. Raises ValueError on every rank where it cannot be,
+        Restartable where a disk or a peer failed; the checkpoints before are there."""
         self.wait()
         if self._begun != step or (self._last is not None and self._last.error is not None):
-            self.save(step, cursor, losses)
+            self.save(step, cursor, samples, losses)
             self.wait()
         if self._last is not None and self._last.error is not None:
-            kind = exit_codes.Restartable if step else ValueError  # behind the first step there is something to keep
+            kind = exit_codes.Restartable if self._last.restartable else ValueError
             raise kind(f"step {step} could not be saved: {self._last.error}")
 
     def wait(self) -> None:
@@ -60,10 +62,12 @@ class Saving:
             self.failures = 0 if report.error is None else self.failures + 1
             self._tell(report)
 
-    def check(self, failures: int) -> None:
-        """End the run where too many saves have failed; ``failures`` as rank 0 counts them."""
-        if failures <= self._settings.max_failures:
-            return
+    def too_many(self, failures: int) -> bool:
+        """Have too many saves failed for the run to go on? ``failures``: as rank 0 counts them."""
+        return failures > self._settings.max_failures
+
+    def give_up(self, failures: int) -> NoReturn:
+        """End the run with the reason of the last failure."""
         self.wait()
         reason = self._last.error if self._last is not None else None
         raise ValueError(

@@ -15,6 +15,7 @@ from mmmoe_pretrain.modalities import Codecs
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.train.journal import Journal
+from mmmoe_pretrain.train.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Session:
         """Of the tensor and pipeline ranks that read the same samples, one counts them."""
         return self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
 
-    def meta(self, cursor: Cursor, losses: dict[str, float]) -> dict[str, Any]:
+    def meta(self, cursor: Cursor, samples: Tally, losses: dict[str, float]) -> dict[str, Any]:
         """Plain values saved beside the tensors of a checkpoint. Every random number of a run is a function of
         its seed, the step and the sample's position, so no generator's state is among them."""
         return {
@@ -43,6 +44,7 @@ class Session:
             "seed": self.config.seed,
             "progress": self.engine.progress().to_json(),
             "skipped_batches": cursor.to_json(),
+            "samples": samples.to_json(),
             "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
             "layout": dataclasses.asdict(self.layout),  # for information: any other may go on from here
             "config": self.config.model_dump(mode="json"),

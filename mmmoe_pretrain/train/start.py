@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG
-from mmmoe_pretrain.checkpoint.storage import open_storage
+from mmmoe_pretrain.checkpoint.names import MANIFEST, checkpoint_at
+from mmmoe_pretrain.checkpoint.storage import Storage, StorageError, open_storage
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.groups import HostGroups
 from mmmoe_pretrain.train.control import any_rank, from_rank_0
+from mmmoe_pretrain.train.journal import EVENTS, read_events
+from mmmoe_pretrain.train.lock import LOCK, RunLock
 from mmmoe_pretrain.train.resume import check_same_model
 
 log = logging.getLogger(__name__)
@@ -30,16 +35,23 @@ class Start:
     replace: bool = False
 
 
-def look(config: RunConfig, host: HostGroups, resume: bool, overwrite: bool) -> Start:
-    """Decide, and change nothing. ValueError on every rank: where ``resume`` finds nothing to go on from, or the
-    checkpoints are of another model."""
+def look(config: RunConfig, host: HostGroups, lock: RunLock, resume: bool, overwrite: bool) -> Start:
+    """Decide, and change nothing of the run; a folder that is there is held by ``lock`` from now on.
+
+    ValueError on every rank: where another job holds it, ``resume`` finds nothing to go on from, the checkpoints are
+    of another model, or there were some and are none.
+    """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them, or neither")
     # One count may lag behind: each of torchrun's agents counts for itself, and a new machine's begins at 0.
     again = any_rank(host.control, any(int(os.environ.get(name) or 0) > 0 for name in RESTARTS))
-    return from_rank_0(
-        host.storage, lambda: _look(config, resume, overwrite and not (again and _was_replaced(config)))
-    )
+
+    def here() -> Start:
+        if config.run_dir.is_dir():
+            _take(lock, config)
+        return _look(config, resume, overwrite and not (again and _was_replaced(config)))
+
+    return from_rank_0(host.storage, here)
 
 
 def _was_replaced(config: RunConfig) -> bool:
@@ -56,9 +68,11 @@ def _job() -> str:
 
 
 def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
-    found = tuple(store.checkpoints(config.checkpoint_root))
     if overwrite:
-        return Start(found, replace=True)
+        return Start(replace=True)
+    found = tuple(store.candidates(config.checkpoint_root))
+    if not found:
+        _refuse_lost(config)
     if resume and not found:
         raise ValueError(
             f"--resume: there is no finished checkpoint in {config.checkpoint_root}; leave --resume out to begin "
@@ -69,21 +83,89 @@ def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
     return Start(found)
 
 
-def claim(config: RunConfig, host: HostGroups, start: Start) -> None:
-    """Make the run's folder, without what an older run left there if that is to be replaced."""
-    from_rank_0(host.storage, lambda: _claim(config, start))
+def _refuse_lost(config: RunConfig) -> None:
+    """A run must not begin afresh where it has saved itself before: that would cut its record, too."""
+    root = config.checkpoint_root
+    there = [checkpoint.name for checkpoint in _committed(root)]
+    saved = [event for event in read_events(config.run_dir) if event["event"] == "saved"]
+    if there:
+        told = f"none of the checkpoints in {root} is complete: {', '.join(there[-3:])}"
+    elif saved:
+        step = saved[-1].get("step")
+        told = f"{config.run_dir / EVENTS} tells of a save of step {step}, and there is no checkpoint in {root}"
+    else:
+        return
+    raise ValueError(
+        f"{told}. Bring the folder back (is a mount missing? is there a backup?), set checkpoint.folder to where it "
+        f"is, or begin afresh with --overwrite"
+    )
 
 
-def _claim(config: RunConfig, start: Start) -> None:
+def _committed(root: str) -> list[store.Checkpoint]:
+    """What was complete once, whole or not now; oldest first."""
+    storage = open_storage(root)
+
+    def committed(name: str) -> bool:
+        has_drafts = storage.draft(name) != name  # elsewhere the manifest commits, and no rename
+        return has_drafts or MANIFEST in storage.sizes(name)
+
+    return [checkpoint for checkpoint in _named(storage) if committed(checkpoint.name)]
+
+
+def _named(storage: Storage) -> list[store.Checkpoint]:
+    """All folders that are checkpoints by name, oldest first."""
+    named = (checkpoint_at(storage.root, name) for name in storage.folders())
+    return sorted((c for c in named if c is not None), key=lambda c: c.step)
+
+
+def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:
+    """Make the run's folder, without what an older run left there if that is to be replaced; how to begin."""
+    return from_rank_0(host.storage, lambda: _claim(config, lock, start))
+
+
+def _claim(config: RunConfig, lock: RunLock, start: Start) -> Start:
+    waited = _take(lock, config)
     if start.replace:
-        storage = open_storage(config.checkpoint_root)
-        for checkpoint in start.found:  # they may lie elsewhere
-            storage.remove_folder(checkpoint.name)
-        if (config.run_dir / CONFIG).is_file():  # never a folder that holds no run
-            shutil.rmtree(config.run_dir)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    if start.replace:
-        (config.run_dir / REPLACED_BY).write_text(_job(), encoding="utf-8")
+        with _explained(config):
+            _clear(config)
+            (config.run_dir / REPLACED_BY).write_text(_job(), encoding="utf-8")
+    # Nothing was there to look at, and then another job came, trained and ended?
+    return _look(config, False, False) if waited and not start.replace else start
+
+
+def _take(lock: RunLock, config: RunConfig) -> bool:
+    with _explained(config):
+        return lock.take()
+
+
+@contextmanager
+def _explained(config: RunConfig) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"the run's folder {config.run_dir} cannot be written: {error}; make room, change its owner or mode, or "
+            f"set runs_dir to another place"
+        ) from error
+
+
+def _clear(config: RunConfig) -> None:
+    """Delete an older run; what a kill leaves of it says that it was one, for the next start to go on with this."""
+    storage, run_dir = open_storage(config.checkpoint_root), config.run_dir
+    (run_dir / REPLACED_BY).unlink(missing_ok=True)  # maybe of an earlier start of this job, for the run before
+    for checkpoint in reversed(_named(storage)):  # they may lie elsewhere
+        storage.remove_folder(checkpoint.name)
+    if not (run_dir / CONFIG).is_file():  # never a folder that holds no run
+        return
+    for path in sorted(run_dir.iterdir(), key=lambda path: path.name == CONFIG):
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_config(config: RunConfig) -> None:
@@ -91,4 +173,6 @@ def write_config(config: RunConfig) -> None:
     path = config.run_dir / CONFIG
     draft = path.with_name(CONFIG + ".tmp")
     run_config.dump(config, draft)
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())  # else the new name may come to the disk before what it names
     os.replace(draft, path)

@@ -39,7 +39,7 @@ def hang_seconds(config: RunConfig) -> float:
 class Watchdog:
     """``with Watchdog(run, control_group, hang_seconds(config)) as watchdog: ... watchdog.beat(step, "data")``.
 
-    Phases of ``hangs.ALLOWANCE`` may take longer than ``hang_seconds``.
+    Phases of ``hangs.ALLOWANCE`` may take longer than ``hang_seconds``, and so may a step where those before it did.
     """
 
     def __init__(self, run: Path, group: dist.ProcessGroup | None, hang_seconds: float) -> None:
@@ -52,6 +52,8 @@ class Watchdog:
             self._board, name = open_board(group, hang_seconds)
         self._folder = run / "hangs" / name
         self._place = self._place_before = (0, "start", 0)  # step, phase, beats of the step
+        self._began = time.monotonic()  # the phase
+        self._longest, self._plain_steps = 0.0, False
         self._own = Beat(self._rank)
         self._known: dict[int, Beat] = {}  # of those that this rank reads
         self._silence: dict[int, float] = {}
@@ -70,7 +72,14 @@ class Watchdog:
 
     def beat(self, step: int, phase: str) -> None:
         """The main thread goes on: it begins ``phase`` of ``step``. Cheap; the same calls on every rank."""
-        before, _, count = self._place
+        before, ended, count = self._place
+        now = time.monotonic()
+        if ended == "compile" or (ended == "step" and not self._plain_steps):
+            self._longest = now - self._began  # the first plain step, which compiles nothing, knows better
+        elif ended == "step":
+            self._longest = max(self._longest, now - self._began)
+        self._plain_steps |= ended == "step"
+        self._began = now
         self._place = (step, phase, count + 1 if step == before else 0)
 
     def close(self, reason: str = "done") -> None:
@@ -115,7 +124,7 @@ class Watchdog:
         self._clock, place = now, self._place
         age = 0.0 if place is not self._place_before else self._own.age + passed
         self._place_before = place
-        self._own = Beat(self._rank, *place, age=age, sequence=self._own.sequence + 1)
+        self._own = Beat(self._rank, *place, age=age, longest=self._longest, sequence=self._own.sequence + 1)
         return passed
 
     def _judge(self, passed: float) -> str:
@@ -148,7 +157,7 @@ class Watchdog:
         if not ranks:
             return ""
         beat = self._own if ranks[0] == self._rank else self._known[ranks[0]]
-        limit = self._limit if what == "no beat" else hangs.allowed(beat.phase, self._limit)
+        limit = self._limit if what == "no beat" else hangs.allowed(beat, self._limit)
         return f'{what} of rank {beat.rank} for {limit:.0f} s, in step {beat.step}, "{beat.phase}"'
 
     def _end(self, reason: str) -> None:

@@ -21,6 +21,7 @@ OPERATIONS = (
     "mmmoe_pretrain.checkpoint.store.load",
     "mmmoe_pretrain.checkpoint.save_plan.write_rank_file",
     "mmmoe_pretrain.checkpoint.save_plan.commit",
+    "mmmoe_pretrain.checkpoint.save_plan.point_to",
 )
 SPARE_STEPS = 6  # that an operation has to come to pass, before the clock kills
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint import index, store
+from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter
+from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.checkpoint.support import assert_same, rewrite, small_state
 from tests.distributed import run_ranks
@@ -98,7 +100,7 @@ def test_without_a_good_pointer_the_folders_decide(root: Path, pointer: bytes | 
 
 
 def test_leftovers_of_killed_writers_are_ignored_and_removed_by_the_next_save(root: Path) -> None:
-    for name in ("step_00000003.tmp", "step_00000002.old.tmp", "step_00000004"):
+    for name in ("step_00000003.tmp", "step_00000002.old.tmp", "step_00000001.gone.tmp", "step_00000004"):
         shutil.copytree(root / "step_00000002", root / name)
     (root / "step_00000004" / "manifest.json").unlink()
     for foreign in ("step_00000005", "step_00000006.tmp", "notes"):
@@ -187,6 +189,29 @@ def test_a_checkpoint_of_a_later_version_says_so(root: Path) -> None:
     assert path.is_file()
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("MAX_INDEX", r"index\.json would have .* too many pieces; save from fewer ranks"),
+     ("MAX_META", r"meta\.json would have .* make 'losses' smaller"),
+     ("MAX_MANIFEST", r"manifest\.json would have .* 3 files are too many; save from fewer ranks")],
+)  # fmt: skip
+def test_no_checkpoint_is_committed_that_readers_would_refuse(
+    root: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str
+) -> None:
+    monkeypatch.setattr(index, limit, 150)
+    with pytest.raises(ValueError, match=message):
+        store.save(root, 3, small_state(), {"seed": 7, "losses": "x" * 130}, None, KEEP)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("a b", (1,)), ("w" * 1000, (1,)), ("w", (1,) * 9)])
+def test_no_tensor_is_saved_that_readers_would_refuse(root: Path, name: str, shape: tuple[int, ...]) -> None:
+    piece = Piece((0,) * len(shape), torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"names no tensor of a checkpoint|takes 8 dimensions"):
+        store.save(root, 3, {name: ShardedParameter(shape, (piece,), None, None)}, {}, None, KEEP)
+    assert newest(root).step == 2
+
+
 def mutate(rng: random.Random, data: bytes) -> bytes:
     match rng.randrange(4):
         case 0:
@@ -268,3 +293,25 @@ def test_every_rank_is_told_of_the_damage_that_one_of_them_found(tmp_path: Path)
     assert first[1] == "fine"  # sizes and places are right: only hashes see it
     assert "rank_00001.safetensors has no bytes of" in first[2] and first[2] == first[3]
     assert first[4] == "fine" and "files as None, not a list" in first[5]
+
+
+def folders_listed(root: Path) -> int:
+    """How often this rank lists folders to verify and load."""
+    listed, sizes = [], LocalStorage.sizes
+
+    def counted(self: LocalStorage, folder: str) -> dict[str, int]:
+        listed.append(folder)
+        return sizes(self, folder)
+
+    with process_group(timeout_minutes=0.5):
+        group, state = dist.group.WORLD, small_state(dist.get_rank(), 2)
+        checkpoint = store.save(root, 2, state, {}, group, KEEP)
+        LocalStorage.sizes = counted  # type: ignore[method-assign]
+        store.verify(checkpoint, group)
+        assert_same(store.load(checkpoint, state, group), state)
+    return len(listed)
+
+
+def test_one_rank_alone_looks_at_the_sizes_of_all_files(tmp_path: Path) -> None:
+    first, second = run_ranks(2, folders_listed, tmp_path)
+    assert first == 2 and second == 0

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint import save_plan, store
 from mmmoe_pretrain.checkpoint.retention import Retention
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
 from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
 from mmmoe_pretrain.checkpoint.staging import Staging
-from mmmoe_pretrain.checkpoint.storage import LocalStorage
+from mmmoe_pretrain.checkpoint.storage import LocalStorage, StorageError
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
 
@@ -210,6 +210,7 @@ def test_where_one_rank_fails_nobody_commits_and_every_rank_says_why(stories: St
         assert [report.step for report in reports] == [1, 2, 3]
         assert [report.error is None for report in reports] == [True, False, True]
         failed = reports[1]
+        assert [report.restartable for report in reports] == [False, True, False]
         assert failed.path == "" and "rank_00001.safetensors" in str(failed.error) and "full" in str(failed.error)
     assert kept(root) == [1, 3]
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001", "step_00000003"]
@@ -222,6 +223,7 @@ def test_a_layout_that_changes_on_one_rank_is_planned_anew_on_all(stories: Stori
         errors = [report.error for report in reports]
         assert errors[0] is None and errors[2] is None
         assert "of model/matrix" in str(errors[1])
+        assert not reports[1].restartable  # the next start would hold the same pieces
     assert kept(stories[0] / "layout") == [1, 3]
     saved_value(stories[0] / "layout" / "step_00000003", 3.0)
 
@@ -330,9 +332,57 @@ def peer_leaves(root: Path) -> list[SaveReport]:
 def test_a_peer_that_dies_during_a_save_is_told_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     (report,), _ = run_ranks(RANKS, peer_leaves, tmp_path)
-    assert report.error is not None and report.path == ""
+    assert report.error is not None and report.path == "" and report.restartable
     assert time.monotonic() - began < 15  # the group's timeout is 30 s
     assert store.checkpoints(tmp_path) == []
+
+
+def deleting_takes_long(root: Path) -> tuple[float, float]:
+    """When rank 0 had deleted, and when this rank's save was over."""
+    deleted = [0.0]
+
+    def slow(*args: object) -> None:
+        time.sleep(0.5)
+        deleted[0] = time.monotonic()
+
+    with ranks_group() as (rank, group), mock.patch.object(store, "prune", slow):
+        saver = Saver(root, group, KEEP, asynchronous=False)
+        saver.save(1, state_of(rank, RANKS, 1.0), META)
+        return deleted[0], time.monotonic()
+
+
+def test_no_rank_trains_on_from_a_synchronous_save_while_rank_0_deletes(tmp_path: Path) -> None:
+    (deleted, _), (_, over) = run_ranks(RANKS, deleting_takes_long, tmp_path)
+    assert over > deleted > 0
+
+
+def test_a_save_that_latest_does_not_name_has_failed_and_the_next_makes_it_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save_plan, "RETRY", 0.0)
+    saver, replace = Saver(tmp_path, None, KEEP, asynchronous=False), LocalStorage.replace
+    failures = {1: 0, 2: 1, 3: 2, 4: 0}  # of the attempts at replacing ``latest``, by step
+    for step, left in failures.items():
+
+        def failing(self: LocalStorage, path: str, data: bytes, left: list[int] = [left]) -> None:  # noqa: B006
+            left[0] -= 1
+            if left[0] >= 0:
+                raise StorageError("a moment of weakness")
+            replace(self, path, data)
+
+        monkeypatch.setattr(LocalStorage, "replace", failing)
+        saver.save(step, state_of(0, 1, float(step)), META)
+        (report,) = saver.poll()
+        newest = store.find_latest(tmp_path)
+        if step != 3:
+            assert report.error is None and newest is not None and newest.step == step
+            continue
+        assert "step_00000003 is written, but latest may still name the one before" in str(report.error)
+        assert report.restartable and report.path == ""
+        assert newest is not None and newest.step == 2
+        assert kept(tmp_path) == [1, 2, 3] and [c.step for c in store.candidates(tmp_path)] == [1, 2]
+    assert [c.step for c in store.candidates(tmp_path)] == [3, 4]
+    saved_value(tmp_path / "step_00000003", 3.0)
 
 
 STUCK = """

@@ -119,7 +119,7 @@ def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_shared_by_all_nodes_is_named(tmp_path: Path) -> None:
     local = LocalStorage(str(tmp_path))
     plan = save_plan.plan_save(small_state(), None)
-    draft = save_plan.begin(local, 1, None)
+    draft = save_plan.begin(local, 1, {}, None)
     record = save_plan.write_rank_file(local, draft, plan, plan.views(small_state()))
     elsewhere = save_plan.FileRecord("rank_00001.safetensors", 80, "0" * 32)
     with pytest.raises(StorageError, match=r"rank_00001\.safetensors .* no such file; .* all nodes share"):
@@ -210,7 +210,7 @@ def test_a_local_deletion_killed_in_the_middle_leaves_no_candidate(
     with monkeypatch.context() as patched:
         patched.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
         open_storage(tmp_path).remove_folder("step_00000001")
-    assert names(tmp_path) == ["latest", "step_00000001.old.tmp"]
+    assert names(tmp_path) == ["latest", "step_00000001.gone.tmp"]
     assert store.find_latest(tmp_path) is None
 
 
@@ -227,6 +227,106 @@ def test_a_rename_that_fails_brings_the_replaced_checkpoint_back(
     store.save(tmp_path, 1, small_state(add=2), {}, None, KEEP)
     assert_same(store.load(first, small_state(), None), small_state(add=2))
     assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def kill(*_: Any) -> None:
+    raise KeyboardInterrupt("killed here: nothing is tidied up")
+
+
+def test_a_kill_between_the_old_and_the_new_one_of_a_step_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_swap", lambda *_: False)  # as on a network file system
+    for use in (store.candidates, store.clean):
+        root = tmp_path / use.__name__
+        only = store.save(root, 1, small_state(add=1), {}, None, KEEP)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", kill)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(root, 1, small_state(add=2), {}, None, KEEP)
+        assert names(root) == ["latest", "step_00000001.old.tmp", "step_00000001.tmp"]
+        use(root)
+        assert store.candidates(root) == [only]
+        store.verify(only)
+        assert_same(store.load(only, small_state(), None), small_state(add=1))
+        store.save(root, 1, small_state(add=3), {}, None, KEEP)
+        assert_same(store.load(only, small_state(), None), small_state(add=3))
+        assert names(root) == ["latest", "step_00000001"]
+
+
+def test_what_was_being_deleted_is_not_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        store.save(tmp_path, step, small_state(), {}, None, KEEP)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+        open_storage(tmp_path).remove_folder("step_00000002")
+    assert [c.step for c in store.candidates(tmp_path)] == [1]
+    assert store.clean(tmp_path) == ["step_00000002.gone.tmp"]
+
+
+@pytest.mark.parametrize("scheme", ["{}", "norename://{}"])
+def test_a_checkpoint_that_latest_does_not_name_yet_waits_to_be_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    root = scheme.format(tmp_path)
+    first = store.save(root, 1, small_state(add=1), {}, None, KEEP)
+    with monkeypatch.context() as patched:
+        patched.setattr(save_plan, "point_to", kill)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(root, 2, small_state(add=2), {}, None, KEEP)
+    assert [c.step for c in store.checkpoints(root)] == [1, 2]
+    assert store.candidates(root) == [first] and store.find_latest(root) == first
+    for where in ("write_rank_file", "commit", "point_to"):  # and killed again
+        with monkeypatch.context() as patched:
+            patched.setattr(save_plan, where, kill)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(root, 2, small_state(add=3), {}, None, KEEP)
+        assert store.candidates(root) == [first]
+    second = store.save(root, 2, small_state(add=4), {}, None, KEEP)
+    assert store.candidates(root) == [first, second]
+    assert_same(store.load(second, small_state(), None), small_state(add=4))
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002"]
+
+
+def test_going_back_deletes_the_newest_first_and_none_of_them_counts_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = [store.save(tmp_path, step, small_state(), {}, None, store.Retention(last=9)) for step in range(1, 6)]
+    remove, gone = LocalStorage.remove_folder, []
+
+    def until_killed(self: LocalStorage, name: str) -> None:
+        if len(gone) == 2:
+            kill()
+        gone.append(name)
+        remove(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "remove_folder", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.rewind(saved[1])
+    assert gone == ["step_00000005", "step_00000004"]
+    assert store.candidates(tmp_path) == saved[:2]
+    (tmp_path / "step_00000002" / "index.json").unlink()  # by hand, as an error advises
+    assert store.candidates(tmp_path) == saved[:1]
+
+
+def test_a_peer_that_dies_behind_the_commit_takes_nothing_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = save_plan.exchange
+
+    def peer_is_gone(*args: Any) -> None:
+        exchange(*args)
+        raise RuntimeError("connection closed by peer")
+
+    for root in (str(tmp_path / "local"), f"norename://{tmp_path}/url"):
+        plan = save_plan.plan_save(small_state(), None)
+        with monkeypatch.context() as patched:
+            patched.setattr(save_plan, "exchange", peer_is_gone)
+            with pytest.raises(RuntimeError, match="by peer"):
+                save_plan.write_checkpoint(open_storage(root), 1, plan, plan.views(small_state()), {}, None)
+        (found,) = store.candidates(root)
+        store.verify(found)
 
 
 def test_unknown_protocols_and_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

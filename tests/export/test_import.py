@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
+from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.cli import app
+from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import layout, read
 from mmmoe_pretrain.export.read import import_run
 from mmmoe_pretrain.export.write import export_run
@@ -118,6 +120,23 @@ def test_a_huge_config_is_not_read(exported: Path, tmp_path: Path, monkeypatch: 
 def test_a_run_is_never_written_over(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         import_run(exported, tmp_path)
+
+
+def test_what_belongs_to_somebody_else_s_machine_is_not_taken_over(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path / "copy")
+    foreign = {
+        "parallel": {"engine": "deepspeed", "deepspeed": {"nebula": {"persistent_storage_path": "/theirs"}},
+                     "tensor_parallel_size": 8},
+        "checkpoint": {"folder": "s3://theirs", "every": 7},
+        "faults": {"replica_check_every": 3},
+    }  # fmt: skip
+    edit(layout.CONFIG, lambda v: v["config"].update(foreign))(folder)
+    import_run(folder, tmp_path / "out", ["checkpoint.every=9"])
+    config = run_config.load(tmp_path / "out" / "config.yaml")
+    plain = RunConfig.model_fields
+    for section in ("parallel", "faults"):
+        assert getattr(config, section) == plain[section].get_default(call_default_factory=True), section
+    assert (config.checkpoint.folder, config.checkpoint.every) == (None, 9)
 
 
 def test_the_commands_are_there(exported: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ MARK = "MMMOE_TEST_FOLDER"
 
 
 @contextmanager
-def launched(config: RunConfig, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """The script with two workers; at the end nothing of it is left."""
+def launched(
+    config: RunConfig, *arguments: str, terminal: int | None = None, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """The script with two workers, on a terminal or a log; at the end nothing of it is left."""
     path = Path(config.runs_dir) / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     run_config.dump(config, path)
     log = path.with_suffix(".log").open("a+")
     process = subprocess.Popen(
-        [SCRIPT, "2", "train", str(path), *arguments], stdout=log, stderr=subprocess.STDOUT, text=True,
+        [*(["setsid", "--ctty"] if terminal is not None else []), SCRIPT, "2", "train", str(path), *arguments],
+        stdin=terminal, stdout=log if terminal is None else terminal, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, MARK: config.runs_dir, **environment},
     )  # fmt: skip
     try:
@@ -131,6 +135,64 @@ def test_an_error_that_no_new_start_mends_is_not_tried_again(tmp_path: Path, tin
     text = (Path(config.runs_dir) / "run.log").read_text()
     assert 1 <= text.count("train.global_batch_size 9 does not divide") <= 2, "once a rank"
     assert not config.run_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_the_last_save_is_replaced(tmp_path: Path, tiny_data: Path) -> None:
+    config = long_run(tmp_path, tiny_data, steps=6)
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n"
+        "    from functools import partial\n"
+        "    from tests.train.faulty import killed_in_save\n"
+        "    killed_in_save(6, rank=1)\n"
+    )
+    with launched(config, PYTHONPATH=f"{tmp_path / 'faults'}:{ROOT}") as process:
+        assert process.wait(90) == 0
+    assert [event["step"] for event in read_events(config.run_dir) if event["event"] == "resumed"] == [5]
+    assert steps_of(config) == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_saves_the_run(tmp_path: Path, tiny_data: Path) -> None:
+    config = long_run(tmp_path, tiny_data, steps=10_000)
+    main, side = os.openpty()
+    with launched(config, terminal=side) as process:
+        os.close(side)
+        wait_until(lambda: len(steps_of(config)) >= 2, process)
+        os.close(main)
+        assert process.wait(60) == 75
+    (end,) = [event for event in read_events(config.run_dir) if event["event"] == "preempted"]
+    assert end["reason"] == "SIGHUP"
+
+
+def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path) -> None:
+    """torchrun ends while the trap of a signal still runs: it waits for a reader of what it says."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")  # beside no environment
+    (tmp_path / "python").write_text("#!/bin/sh\ntouch here\nsleep 1\nexit 7\n")
+    (tmp_path / "python").chmod(0o755)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([tmp_path / "launch" / "torchrun.sh", "1", "train"], stderr=writer, cwd=tmp_path,
+                               env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    os.close(writer)
+    try:
+        wait_until((tmp_path / "here").exists, process)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2.0)
+        assert process.poll() is None, "its words must wait"
+        while os.read(reader, 1 << 16):
+            pass
+        assert process.wait(20) == 7
+    finally:
+        process.kill()
+        os.close(reader)
 
 
 def test_a_strange_number_of_restarts_is_refused() -> None:

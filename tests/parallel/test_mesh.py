@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from typing import Any
 
 import pytest
@@ -125,6 +126,27 @@ def test_destroyed_groups_leave_no_threads_and_connections() -> None:
         # Closing lags a little; what leaked before was 60 threads and 100 descriptors a round.
         assert counts[2][0] <= counts[0][0] + 2, counts
         assert counts[2][1] <= counts[0][1] + 10, counts
+
+
+def limits_and_spare_groups() -> tuple[int, int, bool]:
+    """The limits of open files in a job that began with 256, and whether megatron-core made gloo groups, too."""
+    from megatron.core import parallel_state
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    with process_group(timeout_minutes=0.5):
+        build_groups(ParallelConfig(), NUM_EXPERTS)
+        try:
+            spare = parallel_state.get_data_parallel_group_gloo() is not None
+        except AssertionError:
+            spare = False
+        destroy_groups()
+    return *resource.getrlimit(resource.RLIMIT_NOFILE), spare
+
+
+def test_many_ranks_do_not_exhaust_the_open_files() -> None:
+    ((soft, hard, spare),) = run_ranks(1, limits_and_spare_groups)
+    assert soft == hard > 256 and not spare
 
 
 def test_one_process_has_no_host_groups() -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmmoe_pretrain import cli
+from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.train.loop import train
+from tests.distributed import _free_port
 
 STEPS = 12
 SHORT = {"steps": STEPS, "global_batch_size": 8, "num_microbatches": 2, "log_every": 1}
@@ -83,6 +91,44 @@ def failing_saves(of: Collection[int]) -> None:
         return plain(storage, step, *args)
 
     saver.write_checkpoint = write
+
+
+def killed_in_save(step: int, rank: int) -> None:
+    """A rank dies while it writes this step."""
+    plain = saver.write_checkpoint
+
+    def write(storage: Any, at: int, *args: Any) -> store.Checkpoint:
+        if at == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(storage, at, *args)
+
+    saver.write_checkpoint = write
+
+
+def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None], seconds: float = 60) -> list[Any]:
+    """How ``mmmoe train`` ends on forked ranks, with faults, by rank; None: not in time. ``path``: for the config."""
+    run_config.dump(config, path)
+    port = _free_port()
+
+    def work(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        for fault in faults:
+            fault()
+        sys.argv = ["mmmoe", "train", str(path)]
+        cli.main()
+
+    forked = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(ranks)]
+    deadline = time.monotonic() + seconds
+    for process in forked:
+        process.start()
+    for process in forked:
+        process.join(max(0.0, deadline - time.monotonic()))
+    found = [process.exitcode for process in forked]
+    for process in forked:
+        process.kill()
+        process.join()
+    return found
 
 
 def faulty(config: RunConfig, *faults: Callable[[], None]) -> int:

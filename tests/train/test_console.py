@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 
 import pytest
 
@@ -96,3 +97,19 @@ def test_short_numbers(value: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (200, "3:20"), (3725, "1:02:05"), (59.7, "1:00")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_that_was_closed_ends_no_run(terminal: bool) -> None:
+    main, side = os.openpty()
+    if not terminal:
+        os.close(side)
+        reader, side = os.pipe()
+        os.close(reader)
+    with os.fdopen(side, "w") as stream:
+        with Console(total_steps=200, stream=stream) as console:
+            console.update(RECORD)
+            os.close(main)
+            console.say("checkpoint written")
+            console.update(RECORD)
+        stream.write("the buffer's last words")  # as the process ends

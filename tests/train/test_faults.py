@@ -19,9 +19,11 @@ from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.loop import train
-from mmmoe_pretrain.train.watchdog import hang_seconds
+from mmmoe_pretrain.train.rollback import BadSteps
+from mmmoe_pretrain.train.saving import Saving
+from mmmoe_pretrain.train.watchdog import Watchdog, hang_seconds
 from tests.distributed import run_ranks
-from tests.support import tiny_config
+from tests.support import things, tiny_config, write_shards
 from tests.train.faulty import (
     SHORT,
     STEPS,
@@ -143,6 +145,32 @@ def test_a_crash_after_going_back_forgets_neither_the_window_nor_the_count(tmp_p
         "skipped_batches": [[1, 5]], "rollbacks": 1}  # fmt: skip
 
 
+def crash_before_the_rewind() -> None:
+    """With the newest checkpoint still of steps that are to be undone."""
+    BadSteps.in_streak = property(lambda _: False)  # type: ignore[method-assign, assignment]
+    store.rewind = lambda _: os._exit(9)  # type: ignore[assignment]
+
+
+def test_a_crash_in_the_middle_of_going_back_forgets_nothing_and_leaves_nothing_out_twice(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    straight, crashed = (
+        run_in(tmp_path / name, tiny_data, faults={"max_skipped_steps": 2, "skip_margin": 0})
+        for name in ("straight", "crashed")
+    )
+    bad = partial(poison, [6, 7, 8])
+    run_ranks(1, faulty, straight, bad)
+    with pytest.raises(AssertionError, match=r"died with \[9\]"):
+        run_ranks(1, faulty, crashed, bad, crash_before_the_rewind)
+    assert [c.step for c in store.checkpoints(crashed.checkpoint_root)] == [4, 8]
+    run_ranks(1, faulty, crashed, bad, partial(keep_batches, tmp_path / "b"))
+    assert [event["step"] for event in events(crashed, "resumed")] == [4]
+    assert batches(tmp_path / "b") == {step: step if step < 6 else step + 3 for step in range(4, STEPS)}
+    np.testing.assert_array_equal(losses(crashed), losses(straight))
+    assert json.loads((crashed.run_dir / "skipped_batches.json").read_text()) == {
+        "skipped_batches": [[6, 9]], "rollbacks": 1}  # fmt: skip
+
+
 def test_past_its_rollbacks_a_run_ends_and_names_batches_and_samples(tmp_path: Path, tiny_data: Path) -> None:
     config = run_in(tmp_path, tiny_data, faults={"max_skipped_steps": 0, "max_rollbacks": 1, "skip_margin": 0})
     with pytest.raises(AssertionError) as failed:
@@ -160,23 +188,25 @@ def test_no_checkpoint_is_made_in_a_streak_of_bad_steps_but_right_behind_it(tmp_
     assert [event["step"] for event in events(config, "skipped_step")] == [4, 5]
 
 
-@pytest.mark.parametrize("action", ["warn", "rollback"])
+@pytest.mark.parametrize(("action", "ranks"), [("warn", 1), ("rollback", 1), ("rollback", 2)])
 def test_a_loss_spike_is_told_and_the_run_goes_back_if_it_should(
-    tmp_path: Path, tiny_data: Path, action: str
+    tmp_path: Path, tiny_data: Path, action: str, ranks: int
 ) -> None:
+    """Of two ranks one alone sees it: what differs in the last bit may lie on both sides of the bound."""
     faults = {"spike_threshold": 50.0, "spike_steps": 2, "spike_action": action, "skip_margin": 0}
     config = run_in(tmp_path, tiny_data, train={**SHORT, "steps": 28}, checkpoint={"every": 12, "keep_last": 1},
                     faults=faults)  # fmt: skip
 
     def spike() -> None:
         def change(engine: Any, result: Any) -> Any:
-            if 24 <= engine.progress().steps <= 25 and read_events(config.run_dir)[-1]["event"] != "rollback":
+            here = os.environ["RANK"] == "0" and 24 <= engine.progress().steps <= 25
+            if here and read_events(config.run_dir)[-1]["event"] != "rollback":
                 result.losses["total"] = 1e6
             return result
 
         on_result(change)
 
-    run_ranks(1, faulty, config, spike)
+    run_ranks(ranks, faulty, config, spike)
     (told,) = events(config, "spike")
     assert (told["steps"], told["step"], told["loss"]) == ([24, 25], 25, 1e6)
     found = [(e["step"], e["to_step"], e["skipped_batches"]) for e in events(config, "rollback")]
@@ -203,6 +233,45 @@ def test_a_run_that_cannot_save_its_first_or_last_step_ends_with_an_error(
     config = run_in(tmp_path, tiny_data)
     with pytest.raises(AssertionError, match=f"step {step} could not be saved: .*No space left"):
         run_ranks(1, faulty, config, partial(failing_saves, [step]))
+
+
+def nothing_can_be_written(run_dir: Path) -> None:
+    """Into the logs of a run: the disk is full."""
+    run_dir.mkdir(parents=True)
+    for name in ("events.jsonl", "metrics.jsonl", "routing_training.png.tmp"):
+        (run_dir / name).symlink_to("/dev/full")
+    (run_dir / "tensorboard").touch()  # where a folder must be
+
+
+def test_logs_that_cannot_be_written_end_no_run(
+    tmp_path: Path, tiny_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = run_in(tmp_path, tiny_data, train={**SHORT, "heatmap_every": 2})
+    nothing_can_be_written(config.run_dir)
+    assert run_ranks(2, train, config) == [exit_codes.DONE] * 2
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [8, 12]
+
+
+def test_a_full_disk_ends_the_run_by_the_saves_that_fail(tmp_path: Path, tiny_data: Path) -> None:
+    config = run_in(tmp_path, tiny_data, checkpoint={"every": 2, "max_failures": 1})
+    nothing_can_be_written(config.run_dir)
+    phases: list[str] = []
+
+    def watched() -> None:
+        beat, give_up = Watchdog.beat, Saving.give_up
+
+        def note(watchdog: Watchdog, step: int, phase: str) -> None:
+            phases.append(phase)
+            beat(watchdog, step, phase)
+
+        def told(saving: Saving, failures: int) -> None:
+            assert phases[-1] == "save", "it may wait for a save in flight, and longer than a step may take"
+            give_up(saving, failures)
+
+        Watchdog.beat, Saving.give_up = note, told  # type: ignore[method-assign, assignment]
+
+    with pytest.raises(AssertionError, match=r"ValueError: 2 saves failed one after the other, .*No space left"):
+        run_ranks(2, faulty, config, partial(failing_saves, [4, 6]), watched)
 
 
 def damage(checkpoint: store.Checkpoint) -> None:
@@ -256,6 +325,64 @@ def test_weights_that_differ_between_replicas_end_the_run_and_name_rank_and_weig
     (told,) = events(config, "replica_mismatch")
     assert told["step"] == 6
     assert events(config, "saved")[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["a regular save", "the save of a stop"])
+def test_what_differs_between_replicas_is_never_saved_where_they_are_compared(
+    tmp_path: Path, tiny_data: Path, stop: bool
+) -> None:
+    config = run_in(tmp_path, tiny_data, faults={"replica_check_every": 100}, parallel={"expert_parallel_size": 1})
+    at = 3 if stop else 4
+
+    def flip() -> None:
+        def change(engine: Any, result: Any) -> Any:
+            if engine.progress().steps == at and os.environ["RANK"] == "1":
+                engine.export_state()["mmmoe.trunk.norm.weight"].value[0].tensor[0] += 1e-3
+            return result
+
+        on_result(change)
+
+    stops = partial(at_step, at, lambda _: os.kill(os.getpid(), signal.SIGTERM)) if stop else (lambda: None)
+    with pytest.raises(AssertionError, match=f"step {at}: weights that must be equal are not"):
+        run_ranks(2, faulty, config, flip, stops)
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [0]
+
+
+def test_samples_are_counted_over_restarts_and_once_where_the_run_goes_back(tmp_path: Path, tiny_data: Path) -> None:
+    rows = things(16)
+    write_shards(tmp_path / "broken", rows, corrupt=(rows[3]["key"], rows[12]["key"]))
+    data = {"train": [{"path": str(tmp_path / "broken")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0, "max_bad_fraction": 0.5}  # fmt: skip
+    train_section = {**SHORT, "global_batch_size": 16}  # each step reads all sixteen
+    config = run_in(tmp_path, tiny_data, data=data, train=train_section, faults={"max_skipped_steps": 0})
+    run_ranks(2, faulty, config, partial(poison, [5]), partial(at_step, 8, lambda _: os.kill(os.getpid(), 15)))
+    meta = store.read_meta(store.checkpoints(config.checkpoint_root)[-1])
+    assert meta["samples"] == {"read": 8 * 16, "bad": 16, "cut_audio": 0, "cut_text": 0}
+    run_ranks(1, train, config)
+    assert len(events(config, "rollback")) == 1
+    assert [record["bad_samples"] for record in logged(config)] == [2 * step for step in range(1, STEPS + 1)]
+
+
+def test_a_preempted_run_reaches_its_budget_of_bad_samples(tmp_path: Path, tiny_data: Path) -> None:
+    rows = things(16)
+    write_shards(tmp_path / "broken", rows, corrupt=(rows[3]["key"], rows[9]["key"], rows[12]["key"]))
+    data = {"train": [{"path": str(tmp_path / "broken")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0, "max_bad_fraction": 0.06}  # fmt: skip
+    config = run_in(tmp_path, tiny_data, data=data, train={**SHORT, "steps": 99, "global_batch_size": 16})
+    # 3 of 16 with 1 in 16 allowed are too many for sure after 8 steps or so; each start makes four.
+    run_ranks(1, faulty, config, partial(at_step, 4, lambda _: os.kill(os.getpid(), 15)))
+    run_ranks(1, faulty, config, partial(at_step, 8, lambda _: os.kill(os.getpid(), 15)))
+    with pytest.raises(AssertionError, match=r"of (128|144|160|176|192) samples read were bad"):
+        run_ranks(1, faulty, config, partial(at_step, 12, lambda _: os.kill(os.getpid(), 15)))
+
+
+def test_after_going_back_the_clock_of_the_log_starts_anew(tmp_path: Path, tiny_data: Path) -> None:
+    config = run_in(tmp_path, tiny_data, train={**SHORT, "log_every": 4}, faults={"max_skipped_steps": 0})
+    run_ranks(1, faulty, config, partial(poison, [5]))
+    plain = run_in(tmp_path / "plain", tiny_data, train={**SHORT, "log_every": 4})
+    run_ranks(1, train, plain)
+    (more,), (tokens,) = ([r["tokens"] for r in logged(c) if r["step"] == 8] for c in (config, plain))
+    assert more < 1.3 * tokens, "four steps, and not the two that were undone as well"
 
 
 def test_a_data_worker_that_dies_is_journalled_and_costs_nothing(

@@ -1,6 +1,9 @@
 """The record of a run's events outlives its crashes."""
 
+import os
 from pathlib import Path
+
+import pytest
 
 from mmmoe_pretrain.train.journal import EVENTS, Journal, read_events
 
@@ -26,3 +29,34 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         journal.write("saved", step=1)
     assert not (tmp_path / "run").exists()
     assert read_events(tmp_path / "run") == []
+
+
+def test_a_disk_that_is_full_costs_events_and_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / EVENTS).symlink_to("/dev/full")
+    with Journal(tmp_path) as journal:
+        for step in range(3):
+            journal.write("saved", step=step)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "events.jsonl" in told
+    assert "No space left" in told
+
+
+def test_half_a_line_is_taken_back_when_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, room = os.write, [80]
+
+    def write(file: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        written = whole(file, data[: room[0]])
+        room[0] -= written
+        return written
+
+    with Journal(tmp_path) as journal:
+        monkeypatch.setattr(os, "write", write)
+        journal.write("saved", step=1)
+        journal.write("saved", step=2)
+        room[0] = 1000
+        journal.write("saved", step=3)
+        monkeypatch.undo()
+    assert len((tmp_path / EVENTS).read_text().splitlines()) == 2
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 3]

@@ -73,7 +73,14 @@ def test_what_is_left_out_is_read_back_and_joined_with_a_checkpoint_s(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"skipped_batches": [[3, 1]], "rollbacks": 1}', '{"skipped_batches": []}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"skipped_batches": [], "rollbacks": 1, "back_to": -1}',
+        '{"skipped_batches": [[3, 1]], "rollbacks": 1}',
+        '{"skipped_batches": []}',
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "skipped_batches.json").write_text(text)

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +177,42 @@ def test_a_slow_phase_may_take_longer_and_its_waiting_peers_may_wait(tmp_path: P
         dist.barrier()
 
     assert run(2, tmp_path, body, limit=1.0).codes == [0, 0]
+
+
+def test_steps_may_take_longer_than_the_limit_once_one_did(tmp_path: Path) -> None:
+    def body(rank: int, watchdog: Watchdog) -> None:
+        watchdog.beat(1, "compile")  # the first step has an allowance, and tells how long steps take
+        time.sleep(2.0)
+        for step in range(2, 4):
+            watchdog.beat(step, "data")
+            watchdog.beat(step, "step")
+            if rank == 1:  # rank 0 waits for it
+                time.sleep(2.5)
+            dist.barrier()
+        watchdog.beat(4, "data")
+
+    assert run(2, tmp_path, body, limit=1.0).codes == [0, 0]
+
+
+def test_a_step_may_take_three_times_the_slowest_plain_one_and_no_more() -> None:
+    step = Beat(0, 5, "step", age=40.0)
+    assert hangs.stalled_ranks({0: replace(step, longest=9.0)}, 30.0) == [0]
+    assert hangs.stalled_ranks({0: replace(step, longest=14.0)}, 30.0) == []
+    waiting = {0: replace(step, longest=1.0), 1: replace(step, rank=1, longest=14.0)}
+    assert hangs.stalled_ranks(waiting, 30.0) == [], "rank 0 may wait for rank 1"
+
+
+def test_what_compiling_took_is_forgotten_after_a_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Watchdog(tmp_path, None, 1000.0) as watchdog:
+        clock = [0.0]
+        monkeypatch.setattr("mmmoe_pretrain.train.watchdog.time.monotonic", lambda: clock[0])
+        longest = []
+        for seconds, phase in ((50, "compile"), (7, "step"), (500, "data"), (9, "step"), (8, "step"), (1, "data")):
+            watchdog.beat(1, phase)
+            longest.append(watchdog._longest)
+            clock[0] += seconds
+        monkeypatch.undo()
+    assert longest == [0.0, 50, 7, 7, 9, 9]
 
 
 def test_one_process_watches_itself(tmp_path: Path) -> None:

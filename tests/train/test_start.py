@@ -1,0 +1,239 @@
+"""How a run begins: never afresh over what it cannot see, never beside another job, and never half replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmmoe_pretrain import exit_codes
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.storage import LocalStorage
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.train import lock, start
+from mmmoe_pretrain.train.journal import read_events
+from mmmoe_pretrain.train.lock import RunLock
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.support import tiny_config
+from tests.train.faulty import at_step, codes, faulty, killed_in_save
+from tests.train.test_loop import config_in, logged
+
+SHORT = {"steps": 6, "global_batch_size": 8, "num_microbatches": 2, "log_every": 1}
+
+
+def run_in(path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
+    return config_in(path, tiny_data, **{"train": SHORT, "checkpoint": {"every": 2}, **sections})
+
+
+def events(config: RunConfig, kind: str) -> list[int]:
+    return [event["step"] for event in read_events(config.run_dir) if event["event"] == kind]
+
+
+def outcome(config: RunConfig, *faults: Callable[[], None]) -> str:
+    try:
+        return f"code {faulty(config, *faults)}"
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("lose", "told"),
+    [
+        (
+            lambda folder: [cut_short(path) for path in folder.glob("step_*")],
+            "none of the checkpoints .* is complete",
+        ),
+        (lambda folder: [(p / "manifest.json").unlink() for p in folder.glob("step_*")], "none of the checkpoints"),
+        (shutil.rmtree, r"events.jsonl tells of a save of step 6, and there is no checkpoint in"),
+    ],
+    ids=["cut short", "no manifests", "not mounted"],
+)
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_afresh(
+    tmp_path: Path, tiny_data: Path, lose: Callable[[Path], Any], told: str
+) -> None:
+    config = run_in(tmp_path, tiny_data)
+    run_ranks(1, train, config)
+    lose(config.run_dir / "checkpoints")
+    with pytest.raises(AssertionError, match=f"ValueError: .*{told}.*--overwrite"):
+        run_ranks(1, train, config)
+    assert len(logged(config)) == 6
+    run_ranks(1, train, config, False, True)
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [4, 6]
+
+
+@pytest.mark.parametrize("url", ["", "file://"])
+def test_what_was_never_committed_is_no_loss(tmp_path: Path, tiny_data: Path, url: str) -> None:
+    config = run_in(tmp_path, tiny_data, checkpoint={"every": 2, "folder": f"{url}{tmp_path / 'checkpoints'}"})
+    (tmp_path / "checkpoints" / "tiny" / "step_00000000.tmp").mkdir(parents=True)
+    run_ranks(1, train, config)
+    assert events(config, "started") == [0]
+
+
+def test_at_a_url_only_the_manifest_commits() -> None:
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.pipe("/start/step_00000000/rank_00000.safetensors", b"begun")
+    assert start._committed("memory://start") == []
+    files.pipe("/start/step_00000000/manifest.json", b"{}")
+    assert [c.step for c in start._committed("memory://start")] == [0]
+
+
+@pytest.mark.parametrize("step", [0, SHORT["steps"]])
+def test_a_rank_killed_in_a_save_that_the_run_waits_for_asks_for_a_new_start(
+    tmp_path: Path, tiny_data: Path, step: int
+) -> None:
+    config = run_in(tmp_path, tiny_data)
+    fault = partial(killed_in_save, step, rank=1)
+    assert codes(2, tmp_path / "run.yaml", config, fault) == [exit_codes.FAULT, -signal.SIGKILL]
+    assert codes(2, tmp_path / "run.yaml", config) == [0, 0]
+    assert [record["step"] for record in logged(config)] == list(range(1, 7))
+
+
+def killed_after(deletions: int) -> None:
+    plain, left = LocalStorage.remove_folder, [deletions]
+
+    def remove(storage: LocalStorage, name: str) -> None:
+        if not left[0]:
+            os._exit(9)
+        left[0] -= 1
+        plain(storage, name)
+
+    LocalStorage.remove_folder = remove  # type: ignore[method-assign]
+
+
+def as_start(number: int, job: str, config: RunConfig, *faults: Callable[[], None]) -> int:
+    os.environ.update(TORCHELASTIC_RUN_ID=job, TORCHELASTIC_RESTART_COUNT=str(number))
+    for fault in faults:
+        fault()
+    return train(config, overwrite=True)
+
+
+@pytest.mark.parametrize("job", ["first", "second"])
+def test_a_run_killed_while_it_replaces_an_older_one_replaces_it_in_the_next_start(
+    tmp_path: Path, tiny_data: Path, job: str
+) -> None:
+    config = run_in(tmp_path, tiny_data, checkpoint={"every": 2, "keep_last": 9})
+    run_ranks(1, as_start, 0, "first", config)
+    with pytest.raises(AssertionError, match=r"died with \[9\]"):
+        run_ranks(1, as_start, 0, job, config, partial(killed_after, 1))
+    left = [checkpoint.step for checkpoint in store.checkpoints(config.checkpoint_root)]
+    assert left == [0, 2, 4], "the newest goes first"
+    run_ranks(1, as_start, 1, job, config)  # the same job, started again
+    assert events(config, "started") == [0]
+    assert events(config, "resumed") == []
+
+
+def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_data: Path, monkeypatch: Any) -> None:
+    config = run_in(tmp_path, tiny_data)
+    for name in ("config.yaml", "events.jsonl", "skipped_batches.json"):
+        (config.run_dir).mkdir(parents=True, exist_ok=True)
+        (config.run_dir / name).touch()
+    gone: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: gone.append(path.name))
+    start._clear(config)
+    assert gone[-1] == "config.yaml"
+    assert {"events.jsonl", "skipped_batches.json"} < set(gone)
+
+
+def stays(path: Path, loader: Any) -> None:
+    path.touch()
+    time.sleep(60)
+
+
+def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_in(tmp_path, tiny_data, data={**run_in(tmp_path, tiny_data).data.model_dump(), "num_workers": 1})
+    monkeypatch.setattr(lock.RunLock.take, "__defaults__", (0.3,))
+    first = multiprocessing.get_context("fork").Process(
+        target=run_ranks, args=(1, faulty, config, partial(at_step, 3, partial(stays, tmp_path / "there")))
+    )
+    first.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "there").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        before = sorted(config.run_dir.rglob("*"))
+        for told in run_ranks(2, outcome, config):
+            assert told.startswith("ValueError")
+            assert f"{config.run_dir} is being trained by process " in told
+        with pytest.raises(AssertionError, match="is being trained by"):
+            run_ranks(1, train, config, False, True)
+        assert sorted(config.run_dir.rglob("*")) == before
+    finally:
+        for pid in _children(first.pid):
+            os.kill(pid, signal.SIGKILL)
+        first.join(20)
+        first.kill()
+    # The lock went with its process; its data worker lived on for a moment.
+    monkeypatch.undo()
+    run_ranks(1, train, config)
+    assert events(config, "resumed") == [2]
+
+
+def _children(pid: int | None) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_lock_outlives_its_process_for_as_long_as_its_forks_and_the_next_start_waits(tmp_path: Path) -> None:
+    def hold() -> None:
+        held = RunLock(tmp_path)
+        held.take()
+        if os.fork() == 0:
+            time.sleep(1.0)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    process.join()
+    with pytest.raises(ValueError, match=rf"being trained by process {process.pid} on "):
+        RunLock(tmp_path).take(0.2)
+    with RunLock(tmp_path) as held:
+        assert held.take()
+        assert not held.take(), "it has it already"
+    with RunLock(tmp_path) as again:
+        assert not again.take()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with RunLock(tmp_path) as held:
+        assert not held.take()
+    assert "no locks" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
+    config = run_in(tmp_path, tiny_data)
+    Path(config.runs_dir).write_text("no folder")
+    for told in run_ranks(2, outcome, config):
+        assert told.startswith(f"ValueError: the run's folder {config.run_dir} cannot be written: ")
+
+
+def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, done = tiny_config(tmp_path), []
+    config.run_dir.mkdir(parents=True)
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(str(new)), rename(old, new)))
+    start.write_config(config)
+    assert done == [str(config.run_dir / "config.yaml.tmp"), str(config.run_dir / "config.yaml")]
