@@ -25,8 +25,8 @@ MAX_KEY_BYTES = 512  # keys stand in memory as an array as wide as the longest
 MAX_NAME_BYTES = 1024
 
 # Pillow, libsndfile and soxr raise all of these on damaged files (libsndfile's are RuntimeErrors, a
-# broken PNG chunk is a SyntaxError), and Pillow its own DecompressionBombError besides. MemoryError
-# is not here: it is the machine's, not the file's.
+# broken PNG chunk is a SyntaxError, a palette that is missing fails an assert of Pillow's), and Pillow its own
+# DecompressionBombError besides. MemoryError is not here: it is the machine's, not the file's.
 DECODER_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
@@ -37,6 +37,7 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    AssertionError,
     struct.error,
     zlib.error,
 )

@@ -102,6 +102,14 @@ def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
         CODEC.decode(data)
 
 
+def test_a_palette_picture_without_its_palette_is_a_bad_sample() -> None:
+    data = palette(transparent=False)
+    start = data.index(b"PLTE") - 4  # length, name, colours, checksum
+    length = int.from_bytes(data[start : start + 4])
+    with pytest.raises(BadSampleError):
+        CODEC.decode(data[:start] + data[start + 12 + length :])
+
+
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_PIXELS", 99)
     with pytest.raises(BadSampleError, match="10 x 10 pixels exceeds the limit of 99"):
