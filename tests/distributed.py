@@ -29,7 +29,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [context.Process(target=_rank, args=(rank, world_size, port, results, function, args))
              for rank in range(world_size)]  # fmt: skip
     for rank in ranks:
@@ -68,7 +68,7 @@ def _collect(ranks: list[Any], results: Any, deadline: float) -> list[Any]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

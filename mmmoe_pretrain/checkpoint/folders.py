@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def checkpoints(root: str | Path) -> list[Checkpoint]:
     """The complete ones, oldest first."""
     storage = open_storage(root)
-    found = [c for c in _named(storage) if _is_complete(storage, c)]
+    found = [c for c in named_checkpoints(storage) if _is_complete(storage, c)]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -116,7 +116,7 @@ def rewind(checkpoint: Checkpoint) -> None:
     storage = open_storage(checkpoint.root)
     complete(storage, checkpoint)
     storage.replace(LATEST, f"{checkpoint.name}\n".encode())
-    for other in sorted(_named(storage), key=lambda c: c.step, reverse=True):
+    for other in reversed(named_checkpoints(storage)):
         if other.step > checkpoint.step:
             storage.remove_folder(other.name)
 
@@ -155,9 +155,10 @@ def clean(root: str | Path) -> list[str]:
     return gone
 
 
-def _named(storage: Storage) -> list[Checkpoint]:
-    named = (checkpoint_at(storage.root, name) for name in storage.folders())
-    return [checkpoint for checkpoint in named if checkpoint is not None]
+def named_checkpoints(storage: Storage) -> list[Checkpoint]:
+    """All folders that are checkpoints by name, complete or not, oldest first."""
+    found = (checkpoint_at(storage.root, name) for name in storage.folders())
+    return sorted((c for c in found if c is not None), key=lambda c: c.step)
 
 
 def _is_complete(storage: Storage, checkpoint: Checkpoint) -> bool:

@@ -52,6 +52,11 @@ class Progress:
     updates: int
     loss_scale: LossScale | None = None
 
+    @property
+    def scale(self) -> float:
+        """That losses are multiplied by."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.scale
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

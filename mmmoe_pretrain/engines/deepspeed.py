@@ -29,14 +29,12 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
     prepare,
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
-from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, resumed
+from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, gradient_factor, resumed
 from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, mean_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
 
 __all__ = ["DeepSpeedEngine", "prepare"]
-
-CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class DeepSpeedEngine:
@@ -92,7 +90,7 @@ class DeepSpeedEngine:
             grad_norm = self._norm()
         skipped = not math.isfinite(grad_norm)
         self.model.end_step(None if skipped else report.routing)
-        result = StepResult(losses, grad_norm, tokens, report.routing, skipped, self._scale)
+        result = StepResult(losses, grad_norm, tokens, report.routing, skipped, self._progress.scale)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
 
@@ -109,8 +107,9 @@ class DeepSpeedEngine:
         """The sums of the microbatches' reports."""
         self.model.begin_step(self.steps_done, len(batches))
         if self._progress.loss_scale is not None and self.stage:
-            self._engine.optimizer.override_loss_scale(self._scale)  # ZeRO scales losses and unscales gradients
-        share = (1.0 if self.stage else self._scale) / len(batches)
+            # ZeRO scales losses and unscales gradients.
+            self._engine.optimizer.override_loss_scale(self._progress.scale)
+        share = (1.0 if self.stage else self._progress.scale) / len(batches)
         sums: LossReport | None = None
         for number, batch in enumerate(batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
@@ -119,10 +118,6 @@ class DeepSpeedEngine:
             sums = add_reports(sums, report)
         assert sums is not None
         return sums
-
-    @property
-    def _scale(self) -> float:
-        return 1.0 if self._progress.loss_scale is None else self._progress.loss_scale.scale
 
     def _judge_norms(self) -> None:
         """ZeRO leaves out a step whose norm it finds to be no number, on the ranks that find it. It is given such
@@ -179,12 +174,12 @@ class DeepSpeedEngine:
             dist.all_reduce(squares[:1], group=self.groups.expert)
         if self.groups.tensor_size > 1:
             dist.all_reduce(squares, group=self.groups.tensor)
-        norm = float(squares.sum().sqrt()) / self._scale
+        norm = float(squares.sum().sqrt()) / self._progress.scale
         if not self._is_finite(norm):
             self._engine.zero_grad()  # torch's AdamW passes over parameters without a gradient
             return math.inf
         limit = self.config.optimizer.clip_norm
-        factor = (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / self._scale
+        factor = gradient_factor(norm, limit, self._progress.scale)
         if factor != 1.0:
             torch._foreach_mul_([grad for _, grad in gradients], factor)
         return norm

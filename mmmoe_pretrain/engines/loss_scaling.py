@@ -14,6 +14,7 @@ import torch
 from mmmoe_pretrain.config import LossScaleConfig, TrainConfig
 from mmmoe_pretrain.engines.base import LossScale, Progress
 
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the trunk, by train.precision
 
 
@@ -30,6 +31,11 @@ def resumed(progress: Progress, train: TrainConfig) -> Progress:
     if own is None or progress.loss_scale is None:
         return dataclasses.replace(progress, loss_scale=own)
     return progress
+
+
+def gradient_factor(norm: float, limit: float, scale: float) -> float:
+    """Unscales gradients and clips them to ``limit`` (0: does not), ``norm`` being the unscaled one."""
+    return (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / scale
 
 
 def after_step(progress: Progress, skipped: bool, settings: LossScaleConfig) -> Progress:

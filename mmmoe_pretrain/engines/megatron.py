@@ -20,7 +20,7 @@ from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import Progress, StepResult
-from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, resumed
+from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, gradient_factor, resumed
 from mmmoe_pretrain.engines.megatron_setup import (
     data_parallel,
     inner_optimizers,
@@ -35,8 +35,6 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
 __all__ = ["MegatronEngine", "prepare"]
-
-CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class MegatronEngine:
@@ -57,7 +55,7 @@ class MegatronEngine:
         with quiet_megatron():
             self.transformer = transformer_config(config, self.groups)
             if self._progress.loss_scale is not None:
-                self.transformer.grad_scale_func = lambda loss: loss * self._scale
+                self.transformer.grad_scale_func = lambda loss: loss * self._progress.scale
             self.stages = [_Stage(model, self.transformer, i) for i, model in enumerate(self.models)]
             self.wrapped = data_parallel(self.stages, self.transformer, config)
             self.optimizer = make_optimizer(self.wrapped, config)
@@ -77,26 +75,22 @@ class MegatronEngine:
         losses, tokens = mean_losses(reports, self.models[0].loss_names, microbatches, self.groups, self.device)
         with megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm()) / self._scale
+            grad_norm = float(self.optimizer.get_grad_norm()) / self._progress.scale
             skipped = not finite_everywhere((losses["total"], grad_norm), self.groups, self.device)
             if not skipped:
                 self._update(grad_norm)
         for model, report in zip(self.models, reports, strict=True):
             model.end_step(None if skipped else report.routing)
         routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
-        result = StepResult(losses, grad_norm, tokens, routing, skipped, self._scale)
+        result = StepResult(losses, grad_norm, tokens, routing, skipped, self._progress.scale)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
-
-    @property
-    def _scale(self) -> float:
-        return 1.0 if self._progress.loss_scale is None else self._progress.loss_scale.scale
 
     @torch.no_grad()
     def _update(self, grad_norm: float) -> None:
         """Unscale and clip the gradients, and step the optimizer."""
         limit = self.config.optimizer.clip_norm
-        factor = (min(1.0, limit / (grad_norm + CLIP_EPS)) if limit else 1.0) / self._scale
+        factor = gradient_factor(grad_norm, limit, self._progress.scale)
         mains = [main for inner in inner_optimizers(self.optimizer) for main in inner.get_parameters()]
         gradients = [main.grad for main in mains if main.grad is not None]
         if gradients and factor != 1.0:
@@ -117,7 +111,7 @@ class MegatronEngine:
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
         for model in self.models:
-            model.begin_step(self.steps_done, len(batches), self._scale)
+            model.begin_step(self.steps_done, len(batches), self._progress.scale)
         reports: list[LossReport | None] = [None for _ in self.models]
 
         def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import StepData
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.exit_codes import Restartable
+from mmmoe_pretrain.train.drafts import replacing
 from mmmoe_pretrain.train.spikes import SpikeDetector
 from mmmoe_pretrain.untrusted import read_json
 
@@ -107,13 +107,9 @@ class Skips:
         value: dict[str, Any] = {"skipped_batches": self.cursor.to_json(), "rollbacks": self.rollbacks}
         if self.back_to is not None:
             value["back_to"] = self.back_to
-        draft = run_dir / (SKIPS + ".tmp")
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(value, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, run_dir / SKIPS)
+            with replacing(run_dir / SKIPS) as draft:
+                draft.write_text(json.dumps(value), encoding="utf-8")
         except OSError as error:
             raise Restartable(
                 f"cannot write {run_dir / SKIPS}, without which a run must not go back: {error}; make room or mend "

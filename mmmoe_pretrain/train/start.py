@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.folders import named_checkpoints
 from mmmoe_pretrain.checkpoint.model import CONFIG
-from mmmoe_pretrain.checkpoint.names import MANIFEST, checkpoint_at
-from mmmoe_pretrain.checkpoint.storage import Storage, StorageError, open_storage
+from mmmoe_pretrain.checkpoint.names import MANIFEST
+from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.groups import HostGroups
 from mmmoe_pretrain.train.control import any_rank, from_rank_0
+from mmmoe_pretrain.train.drafts import replacing
 from mmmoe_pretrain.train.journal import EVENTS, read_events
 from mmmoe_pretrain.train.lock import LOCK, RunLock
 from mmmoe_pretrain.train.resume import check_same_model
@@ -109,13 +111,7 @@ def _committed(root: str) -> list[store.Checkpoint]:
         has_drafts = storage.draft(name) != name  # elsewhere the manifest commits, and no rename
         return has_drafts or MANIFEST in storage.sizes(name)
 
-    return [checkpoint for checkpoint in _named(storage) if committed(checkpoint.name)]
-
-
-def _named(storage: Storage) -> list[store.Checkpoint]:
-    """All folders that are checkpoints by name, oldest first."""
-    named = (checkpoint_at(storage.root, name) for name in storage.folders())
-    return sorted((c for c in named if c is not None), key=lambda c: c.step)
+    return [checkpoint for checkpoint in named_checkpoints(storage) if committed(checkpoint.name)]
 
 
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:
@@ -155,7 +151,7 @@ def _clear(config: RunConfig) -> None:
     """Delete an older run; what a kill leaves of it says that it was one, for the next start to go on with this."""
     storage, run_dir = open_storage(config.checkpoint_root), config.run_dir
     (run_dir / REPLACED_BY).unlink(missing_ok=True)  # maybe of an earlier start of this job, for the run before
-    for checkpoint in reversed(_named(storage)):  # they may lie elsewhere
+    for checkpoint in reversed(named_checkpoints(storage)):  # they may lie elsewhere
         storage.remove_folder(checkpoint.name)
     if not (run_dir / CONFIG).is_file():  # never a folder that holds no run
         return
@@ -170,9 +166,5 @@ def _clear(config: RunConfig) -> None:
 
 def write_config(config: RunConfig) -> None:
     """Put the resolved config beside the run; a kill leaves the old one or the new one."""
-    path = config.run_dir / CONFIG
-    draft = path.with_name(CONFIG + ".tmp")
-    run_config.dump(config, draft)
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())  # else the new name may come to the disk before what it names
-    os.replace(draft, path)
+    with replacing(config.run_dir / CONFIG) as draft:
+        run_config.dump(config, draft)

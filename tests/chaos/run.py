@@ -30,7 +30,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.loop import train
 from tests.chaos import ledger
 from tests.chaos.kills import Kill
-from tests.distributed import _free_port
+from tests.distributed import free_port
 from tests.support import things, tiny_config, write_shards, write_tokenizer
 
 SECONDS_A_START = 120.0  # after which ranks that neither train nor end count as a hang
@@ -102,7 +102,7 @@ def start(config: RunConfig, ranks: int, number: int, kill: Kill | None) -> str:
     context = multiprocessing.get_context("fork")
     folder = ledger_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=run_rank, args=(config, rank, ranks, port, folder, number, kill))
         for rank in range(ranks)

@@ -23,7 +23,7 @@ from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.train.loop import train
-from tests.distributed import _free_port
+from tests.distributed import free_port
 
 STEPS = 12
 SHORT = {"steps": STEPS, "global_batch_size": 8, "num_microbatches": 2, "log_every": 1}
@@ -108,7 +108,7 @@ def killed_in_save(step: int, rank: int) -> None:
 def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None], seconds: float = 60) -> list[Any]:
     """How ``mmmoe train`` ends on forked ranks, with faults, by rank; None: not in time. ``path``: for the config."""
     run_config.dump(config, path)
-    port = _free_port()
+    port = free_port()
 
     def work(rank: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),

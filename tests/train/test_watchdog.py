@@ -21,7 +21,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import hangs
 from mmmoe_pretrain.train.heartbeats import Beat
 from mmmoe_pretrain.train.watchdog import Watchdog
-from tests.distributed import _free_port
+from tests.distributed import free_port
 
 LIMIT = 1.5  # seconds without progress
 END = 20.0  # seconds in which all must have ended: the limit, twice that where rank 0 is gone, and a loaded machine
@@ -39,7 +39,7 @@ class Ended:
 def run(ranks: int, root: Path, body: Body, limit: float = LIMIT, stays: int = -1) -> Ended:
     """``body`` on forked ranks under a watchdog; rank ``stays`` cannot end itself."""
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     forked = [context.Process(target=_rank, args=(rank, ranks, port, root, body, limit)) for rank in range(ranks)]
     begin = time.monotonic()
     for process in forked:
@@ -242,7 +242,7 @@ def test_a_suspended_and_resumed_process_goes_on(tmp_path: Path) -> None:
 
 
 def _run_through_stops(root: Path, body: Body) -> int | None:
-    process = multiprocessing.get_context("fork").Process(target=_rank, args=(0, 1, _free_port(), root, body, LIMIT))
+    process = multiprocessing.get_context("fork").Process(target=_rank, args=(0, 1, free_port(), root, body, LIMIT))
     process.start()
     process.join(END)
     process.kill()
