@@ -9,7 +9,7 @@ SHELL_FILES := $(wildcard launch/*.sh) .ci/run
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity reshard chaos fuzz bench compare clean
+.PHONY: help demo test check parity reshard chaos fuzz gpu bench compare clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ chaos: $(STAMP) ## Kill ranks of a run 50 times, and compare it with an undistur
 
 fuzz: $(STAMP) ## Feed 20,000 damaged files to everything that reads files (10 minutes)
 	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
+
+gpu: $(STAMP) ## On a machine with a GPU: its tests and benchmarks; write benchmarks/GPU.md (8 minutes)
+	@$(BIN)/python -m benchmarks.common.gpu_report --write benchmarks/GPU.md
 
 bench: $(STAMP) ## Run every benchmark with --quick, beside its peers
 	@set -e; $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'; \

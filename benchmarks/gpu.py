@@ -1,7 +1,8 @@
 """One GPU: how much of its arithmetic whole training steps use, and their peak memory beside the plan's.
 
-A mixture of about 1.1 billion active and 2.7 billion parameters (16 blocks of width 2048, every other one a mixture
-of 8 experts of which a token takes 2), bf16, under both engines in turn; samples are of noise and at full length.
+A model of about 1.1 billion active and 2.8 billion parameters (16 blocks of width 2,048, every other one an MoE layer
+of 8 experts of which a token takes 2), bf16, under both engines in turn; samples are of noise and at full length, a
+step takes several microbatches. DeepSpeed keeps fp32 weights beside fp32 masters, so there blocks are recomputed.
   MFU     FLOPs of the matrix products and convolutions of forward and backward pass (models/costs.py, exact at full
           length; recomputation is no use and does not count) over seconds, over the peak that the vendor states for
           dense bf16. Where that is not known, of the rate of one large product here, and the output says so.
@@ -11,8 +12,9 @@ of 8 experts of which a token takes 2), bf16, under both engines in turn; sample
 Prints a table and, as its last line, one JSON object. On a CPU (``--device cpu``) a tiny model runs through the
 same lines: its numbers say nothing of a GPU, and ``held_vs_plan`` is left out.
 
-    python benchmarks/gpu.py                  minutes on one GPU of 80 GB
+    python benchmarks/gpu.py                  two minutes on one GPU of 80 GB
     python benchmarks/gpu.py --device cpu     seconds
+    python benchmarks/gpu.py --samples 20     of a microbatch, for GPUs with less memory
 """
 
 from __future__ import annotations
@@ -53,16 +55,18 @@ from mmmoe_pretrain.plan.memory import Held, foretold_peak, held_bytes, parts_of
 BACKWARD = 2  # times the forward pass
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, by the vendor; SXM
 ENGINES = {"megatron": {"engine": "megatron"}, "deepspeed": {"engine": "deepspeed", "zero_stage": 2}}
+RECOMPUTE = {"megatron": "none", "deepspeed": "blocks"}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, and how many samples a step takes."""
+    """A model, and what a step takes: ``microbatches`` of ``samples`` each."""
 
     model: dict[str, int]
     moe: dict[str, int]
     modalities: dict[str, dict[str, Any]]
     samples: int  # a multiple of 4
+    microbatches: int
     repeats: int
     vocab_size: int
 
@@ -71,14 +75,14 @@ ON_GPU = Workload(
     {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "ffn_hidden_size": 5632, "embedding_size": 512},
     {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 5632, "every": 2},
     {"image": {"size": 224, "patch": 16, "stem": "linear"}, "audio": {"stem": "linear"}, "text": {"max_tokens": 64}},
-    samples=32, repeats=10, vocab_size=32_000,
+    samples=28, microbatches=4, repeats=10, vocab_size=32_000,
 )  # fmt: skip
 ON_CPU = Workload(
     {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32},
     {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 128, "every": 2},
     {"image": {"size": 32, "patch": 8, "stem": "linear"}, "audio": {"max_seconds": 1.0, "stem": "linear"},
      "text": {"max_tokens": 16}},
-    samples=16, repeats=2, vocab_size=512,
+    samples=16, microbatches=2, repeats=2, vocab_size=512,
 )  # fmt: skip
 
 
@@ -92,9 +96,12 @@ def config_of(work: Workload, engine: str) -> RunConfig:
             "model": work.model,
             "moe": {**work.moe, "losses": {"balance": 0.01}},
             "parallel": ENGINES[engine],
-            "train": {"precision": "bf16", "global_batch_size": work.samples},
+            "train": {
+                "precision": "bf16", "recompute": RECOMPUTE[engine], "num_microbatches": work.microbatches,
+                "global_batch_size": work.microbatches * work.samples,
+            },
         }
-    )
+    )  # fmt: skip
 
 
 def full_batch(config: RunConfig, vocab_size: int, samples: int) -> Batch:
@@ -152,7 +159,7 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
     seconds = []
     for _ in range(work.repeats):
         began = now(device)
-        engine.step([whole], 1e-4)
+        engine.step([whole] * work.microbatches, 1e-4)
         seconds.append(now(device) - began)
     plan, held = planned(config, work.vocab_size).total, allocated(device) - before
     beyond = [peak_of(functools.partial(engine.step, [batch], 1e-4), device) for batch in (half, most, whole)]
@@ -161,8 +168,9 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
     peak = (held if device.type == "cuda" else plan) + beyond[2]
     taken = statistics.median(seconds)
     found = {
-        "mfu": step_flops(config, work.vocab_size, whole) / taken / rate,
-        "tokens_per_second": whole.num_valid / taken,
+        "mfu": work.microbatches * step_flops(config, work.vocab_size, whole) / taken / rate,
+        "tokens_per_second": work.microbatches * whole.num_valid / taken,
+        "ms_a_step": 1e3 * taken,
         "held_planned_gb": plan / 1e9,
         "peak_gb": peak / 1e9,
         "peak_vs_plan": peak / foretold,
@@ -193,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.device_count() else "cpu")
     parser.add_argument("--peak-tflops", type=float, help="of dense bf16, for a GPU that is not in the table")
+    parser.add_argument("--samples", type=int, help="of a microbatch, a multiple of 4")
     parser.add_argument("--quick", action="store_true", help="two repeats")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -203,6 +212,8 @@ def main() -> None:
     work = ON_CPU if args.device == "cpu" else ON_GPU
     if args.quick:
         work = replace(work, repeats=2)
+    if args.samples:
+        work = replace(work, samples=args.samples)
     engines = list(ENGINES) if prepare_deepspeed() else ["megatron"]
     result: dict[str, Any] = {}
     with process_group(timeout_minutes=5) as device:
@@ -212,7 +223,17 @@ def main() -> None:
             print(f"{name:<10}" + "  ".join(f"{key} {value:.3g}" for key, value in found.items()))
             result |= {f"{key}_{name}": round(value, 4) for key, value in found.items()}
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(json.dumps({**result, "peak_tflops": round(rate / 1e12, 1), "peak_is": source, "device": kind}))
+    print(
+        json.dumps(
+            {
+                **result,
+                "peak_tflops": round(rate / 1e12, 1),
+                "peak_is": source,
+                "device": kind,
+                "torch": torch.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

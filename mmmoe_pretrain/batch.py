@@ -59,17 +59,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class AttentionBucket:
-    """Segments of similar length, padded to one length L for a single attention call.
+class Segments:
+    """The segments of a stream in their order, as numbers of tokens [S], known on the host.
 
-    ``rows_SL``: where each token stands in the stream (padding points at row 0).
-    ``mask_SLL``: True where a query may attend to a key; padding attends to itself alone,
-    so no row of the softmax is empty.
+    Tokens of a segment attend to each other. In a segment with a prefix (``prefixes`` > 0) the prefix attends to
+    itself, and what follows it to the prefix and, causally, to itself.
     """
 
-    rows_SL: Tensor
-    mask_SLL: Tensor
-    valid_SL: Tensor
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Batch:
     targets: Tensor  # int64 [T]: next token of a caption, else IGNORE
     rows: tuple[Tensor, ...]  # by modality: rows of the stream, int64 [n]
     source: tuple[Tensor, ...]  # by modality: rows of the embedder's output, int64 [n]
-    buckets: tuple[AttentionBucket, ...]
+    segments: Segments
     pool_sample: Tensor  # int64 [S]: sample of a unimodal segment, else -1
     pool_modality: Tensor  # int64 [S]: its modality, else -1
     present_MB: Tensor  # bool [M, B]: sample b has a unimodal segment of modality m
@@ -123,10 +121,6 @@ class Batch:
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, AttentionBucket):
-        return AttentionBucket(
-            *(getattr(value, f.name).to(device, non_blocking=True) for f in dataclasses.fields(value))
-        )
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     return value

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # before torch: these tests fork, and are of gloo on CPUs
+if not os.environ["CUDA_VISIBLE_DEVICES"]:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton: it runs kernels on CPU tensors then
 
 from tests.support import things, write_shards, write_tokenizer
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
 
 _VALUES = {"batch", "config", "config_moe", "flatten", "limits", "untrusted"}
-_LAYERS = _VALUES | {"parallel"}
+_LAYERS = _VALUES | {"parallel", "kernels"}
 _PARTS = {"moe", "modalities", "objectives"}
 _MODEL = _LAYERS | _PARTS | {"models"}
 # Part of mmmoe_pretrain -> the parts that it may import. A new part gets its line here.
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_reliability": {"config_moe"},
     "exit_codes": set(),
     "flatten": set(),
+    "kernels": set(),
     "limits": set(),
     "untrusted": set(),
     "batch": {"config"},

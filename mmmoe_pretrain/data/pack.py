@@ -4,8 +4,7 @@ Owns the layout of the stream: a unimodal segment for each modality of each samp
 segments [prefix | begin t1 .. tn] of the samples drawn for captioning, then padding. Also owns
 that draw, a pure function of (seed, position). Everything is numpy until the last step.
 
-Shapes: B samples, T tokens, S segments, R runs (a segment is one run, a fused one two), L length
-of a bucket.
+Shapes: B samples, T tokens, S segments, R runs (a segment is one run, a fused one two).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import xxhash
 
-from mmmoe_pretrain.batch import IGNORE, MODALITIES, MODALITY_ID, AttentionBucket, Batch, Sample
+from mmmoe_pretrain.batch import IGNORE, MODALITIES, MODALITY_ID, Batch, Sample, Segments
 from mmmoe_pretrain.config import CaptioningConfig, ModalitiesConfig, RunConfig
 from mmmoe_pretrain.data.order import fold
 from mmmoe_pretrain.modalities import Codecs
@@ -92,7 +91,7 @@ def pack(
         audio_frames=torch.from_numpy(audio_frames),
         text_ids=torch.from_numpy(runs.text_ids),
         **_stream(runs, used, total),
-        buckets=_buckets(runs),
+        segments=_segments(runs),
         pool_sample=torch.from_numpy(runs.pool_sample),
         pool_modality=torch.from_numpy(runs.pool_modality),
         present_MB=torch.from_numpy(_present(samples)),
@@ -110,14 +109,6 @@ def max_tokens_per_sample(settings: PackSettings) -> int:
     if settings.captioning is not None and settings.captioning.prefixes:
         fused = max(lengths[name] for name in settings.captioning.prefixes) + text + 1
     return sum(lengths.values()) + text + 2 + fused
-
-
-def bucket_length(lengths: np.ndarray) -> np.ndarray:
-    """The least of 8, 16, 24, 32, 48, 64, 96, 128, ... that is not below each length."""
-    ladder = [8, 16, 24]
-    while ladder[-1] < lengths.max(initial=1):
-        ladder.append(ladder[-2] * 2)
-    return np.asarray(ladder)[np.searchsorted(ladder, lengths)]
 
 
 def _present(samples: Sequence[Sample]) -> np.ndarray:
@@ -271,29 +262,7 @@ def _padded(values: np.ndarray, total: int, fill: int) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _buckets(runs: _Runs) -> tuple[AttentionBucket, ...]:
+def _segments(runs: _Runs) -> Segments:
     length_S = np.zeros(len(runs.pool_sample), dtype=np.int64)
     np.add.at(length_S, runs.segment, runs.length)
-    start_S = np.cumsum(length_S) - length_S
-    padded_S = bucket_length(length_S)
-    fused_S = runs.prefix_length > 0
-    buckets = []
-    for fused in (False, True):
-        for padded in np.unique(padded_S[fused_S == fused]):
-            of = np.flatnonzero((fused_S == fused) & (padded_S == padded))
-            buckets.append(_bucket(start_S[of], length_S[of], runs.prefix_length[of], int(padded), fused))
-    return tuple(buckets)
-
-
-def _bucket(
-    start_S: np.ndarray, length_S: np.ndarray, prefix_S: np.ndarray, padded: int, fused: bool
-) -> AttentionBucket:
-    place_L = np.arange(padded)
-    valid_SL = place_L < length_S[:, None]
-    mask_SLL = valid_SL[:, :, None] & valid_SL[:, None, :]
-    if fused:
-        causal_LL = place_L[None, :] <= place_L[:, None]
-        mask_SLL &= causal_LL | (place_L < prefix_S[:, None])[:, None, :]
-    mask_SLL |= np.eye(padded, dtype=bool)
-    rows_SL = np.where(valid_SL, start_S[:, None] + place_L, 0)
-    return AttentionBucket(*(torch.from_numpy(a) for a in (rows_SL, mask_SLL, valid_SL)))
+    return Segments(tuple(length_S.tolist()), tuple(runs.prefix_length.tolist()))

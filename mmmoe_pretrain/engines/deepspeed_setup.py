@@ -197,4 +197,5 @@ def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) 
         param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
     param_groups = [group for group in param_groups if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(param_groups, lr=settings.learning_rate, betas=betas, eps=settings.eps)
+    fused = all(parameter.device.type == "cuda" for parameter in parameters)
+    return torch.optim.AdamW(param_groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, fused=fused)

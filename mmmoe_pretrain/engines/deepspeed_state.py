@@ -162,7 +162,8 @@ class DeepSpeedState:
                         state[key].copy_(zeros)  # its file is known by the tensor that is there
                 else:
                     state |= moments
-                state["step"] = torch.tensor(float(updates))  # each its own: torch adds to it in place
+                # Each its own, as torch adds to it in place; the fused kernel of a GPU reads it there.
+                state["step"] = torch.tensor(float(updates), device=flat.device)
 
     def _stretches(self, padding_too: bool = False) -> Iterator[tuple[nn.Parameter, _Stretch]]:
         """Of each parameter of which this rank holds something; ``padding_too``: or nothing."""

@@ -80,7 +80,10 @@ class MegatronState:
                 for main in group["params"]:
                     state = {name: torch.zeros_like(main, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
                     if by_parameter:
-                        state["step"] = torch.tensor(float(updates))
+                        # The fused kernel reads the step on the device, the others on the host.
+                        state["step"] = torch.tensor(
+                            float(updates), device=main.device if group.get("fused") else "cpu"
+                        )
                     inner.optimizer.state[main] = state
 
     @property

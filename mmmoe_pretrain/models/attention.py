@@ -1,9 +1,7 @@
 """Self-attention that is block-diagonal over the segments of a packed stream.
 
-Segments of similar length are attended to together, one call a bucket: the path that runs on
-every device. Shapes: n valid tokens, D hidden size, H heads of this rank (tensor parallelism cuts
-them), d head size, S segments of one bucket, L its padded length, t rows of this rank (n, or under
-sequence parallelism its share of them).
+Shapes: n valid tokens, D hidden size, H heads of this rank (tensor parallelism cuts them), d head size, h half of
+it, t rows of this rank (n, or under sequence parallelism its share of them).
 """
 
 from __future__ import annotations
@@ -14,23 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import AttentionBucket, Batch
+from mmmoe_pretrain import kernels
+from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.models.attend import AttentionPlan, attend
 from mmmoe_pretrain.moe.tokens import TokenInfo, token_info
 from mmmoe_pretrain.parallel.cuts import tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import column_linear, pad_rows, row_linear
 
+EPS = torch.finfo(torch.float32).eps  # of the norms of queries and keys, in whatever type they come
+
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What every block needs of a batch, worked out once: ``place_n`` is where each token
-    stands in the concatenation of the padded buckets."""
+    """What every block needs of a batch, worked out once."""
 
     tokens: TokenInfo
     cos_nh: Tensor
     sin_nh: Tensor
-    buckets: tuple[AttentionBucket, ...]
-    place_n: Tensor
+    attention: AttentionPlan
 
     @property
     def num_valid(self) -> int:
@@ -50,19 +50,8 @@ def plan_stream(batch: Batch, head_size: int, base: float, rotary_M: Tensor, dra
         tokens,
         angle_nh.cos(),
         angle_nh.sin(),
-        batch.buckets,
-        _place_in_buckets(batch.buckets, num_valid, device),
+        AttentionPlan(batch.segments, device),
     )
-
-
-def _place_in_buckets(buckets: tuple[AttentionBucket, ...], num_valid: int, device: torch.device) -> Tensor:
-    place = torch.empty(num_valid + 1, dtype=torch.int64, device=device)  # last: where padding lands
-    start = 0
-    for bucket in buckets:
-        rows = torch.where(bucket.valid_SL, bucket.rows_SL, num_valid).reshape(-1)
-        place[rows] = torch.arange(start, start + rows.numel(), device=device)
-        start += rows.numel()
-    return place[:num_valid]
 
 
 class Attention(nn.Module):
@@ -80,32 +69,25 @@ class Attention(nn.Module):
     def forward(self, x_tD: Tensor, plan: StreamPlan) -> Tensor:
         """[t, D] -> [t, D]."""
         qkv = self.qkv(x_tD)[: plan.num_valid].view(plan.num_valid, 3, self.num_heads, self.head_size)
-        qkv = self.prepare(qkv, plan.cos_nh, plan.sin_nh)  # [n, H, 3d]: one gather a bucket serves all three
-        parts = [_attend(qkv, bucket) for bucket in plan.buckets]
-        mixed = torch.cat(parts) if parts else qkv[..., : self.head_size].flatten(1)  # no bucket: no token
-        return self.out(pad_rows(mixed.index_select(0, plan.place_n), self.groups))
+        mixed = attend(*self.prepare(qkv, plan.cos_nh, plan.sin_nh), plan.attention)
+        return self.out(pad_rows(mixed, self.groups))
 
 
-def prepare_heads(qkv_n3Hd: Tensor, cos_nh: Tensor, sin_nh: Tensor) -> Tensor:
-    """[n, 3, H, d] -> [n, H, 3d]: queries and keys normalised and rotated, and values, side by side."""
+def prepare_heads(qkv_n3Hd: Tensor, cos_nh: Tensor, sin_nh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, 3, H, d] -> queries and keys, normalised and rotated, and values, [n, H, d] each."""
+    if kernels.usable(qkv_n3Hd):
+        from mmmoe_pretrain.kernels import heads
+
+        return heads.prepare_heads(qkv_n3Hd, cos_nh, sin_nh, EPS)
     q, k, v = qkv_n3Hd.unbind(1)
-    return torch.cat([_rotate(_unit(q), cos_nh, sin_nh), _rotate(_unit(k), cos_nh, sin_nh), v], dim=-1)
+    return _rotate(_unit(q), cos_nh, sin_nh), _rotate(_unit(k), cos_nh, sin_nh), v
 
 
 def _unit(x_nHd: Tensor) -> Tensor:
-    return F.rms_norm(x_nHd, x_nHd.shape[-1:])
+    return F.rms_norm(x_nHd, x_nHd.shape[-1:], eps=EPS)
 
 
 def _rotate(x_nHd: Tensor, cos_nh: Tensor, sin_nh: Tensor) -> Tensor:
     cos, sin = cos_nh[:, None].to(x_nHd.dtype), sin_nh[:, None].to(x_nHd.dtype)
     a, b = x_nHd.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-def _attend(qkv_nHd: Tensor, bucket: AttentionBucket) -> Tensor:
-    segments, length = bucket.rows_SL.shape
-    gathered = qkv_nHd.index_select(0, bucket.rows_SL.reshape(-1))
-    gathered = gathered.view(segments, length, *qkv_nHd.shape[1:]).transpose(1, 2)
-    q, k, v = gathered.chunk(3, dim=-1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask_SLL[:, None])
-    return out.transpose(1, 2).reshape(segments * length, -1)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmmoe_pretrain import kernels
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.models.attention import Attention, StreamPlan
 from mmmoe_pretrain.moe.activation import swiglu
@@ -17,6 +18,8 @@ from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.cuts import mark_partial_gradient
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import column_linear, row_linear
+
+EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +37,11 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """[..., D], [D] -> [..., D]."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps=1e-6).to(x.dtype)
+    if kernels.usable(x):
+        from mmmoe_pretrain.kernels import rms_norm as fused
+
+        return fused.rms_norm(x, weight, EPS)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps=EPS).to(x.dtype)
 
 
 class FeedForward(nn.Module):

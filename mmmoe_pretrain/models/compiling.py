@@ -38,9 +38,10 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str | Callab
     if backend == "inductor":
         _check_tools(device)
     with _compiler_on():
-        normalise, prepare, activate = (
+        compiled: list[Any] = [
             torch.compile(function, dynamic=True, backend=backend) for function in (rms_norm, prepare_heads, swiglu)
-        )
+        ]
+    normalise, prepare, activate = compiled
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.normalise = normalise

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmoe_pretrain import kernels
+
 CHUNK_BYTES = 1 << 20  # of the widest tensor of a chain of elementwise operations: it stays in the cache
 
 
@@ -31,8 +33,21 @@ class Activation:
 
 def swiglu(up_nF: Tensor) -> Tensor:
     """silu(gate) * up, gate and up side by side."""
+    if kernels.usable(up_nF):
+        from mmmoe_pretrain.kernels import swiglu as fused
+
+        return fused.swiglu(up_nF)
     gate, up = up_nF.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def weighted(activation: str, up_AF: Tensor, weights_A: Tensor) -> Tensor:
+    """What the activation makes of each row, times the row's weight; differentiable."""
+    if activation == "swiglu" and kernels.usable(up_AF):
+        from mmmoe_pretrain.kernels import swiglu as fused
+
+        return fused.swiglu(up_AF, weights_A)
+    return ACTIVATIONS[activation].forward(up_AF) * weights_A[:, None].to(up_AF.dtype)
 
 
 def _swiglu_in_chunks(up_nF: Tensor) -> Tensor:

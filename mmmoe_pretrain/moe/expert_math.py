@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from mmmoe_pretrain.moe.activation import ACTIVATIONS, Activation
+from mmmoe_pretrain.moe.activation import ACTIVATIONS, Activation, weighted
 from mmmoe_pretrain.moe.cores import side_by_side
 from mmmoe_pretrain.moe.host import to_device
 from mmmoe_pretrain.moe.layout import Piece, lay_out
@@ -85,8 +85,7 @@ def grouped_mm(
 
     def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
         up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
-        h_AF = ACTIVATIONS[activation].forward(up_AF) * weights_A[:, None].to(x_mD.dtype)
-        return F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends)
+        return F.grouped_mm(weighted(activation, up_AF, weights_A), down_EDF.transpose(1, 2), offs=ends)
 
     if recompute:  # it stops before the second product, whose inputs are all that is wanted
         y_AD = checkpoint(products, x_mD, weights_A, up_EFD, down_EDF, use_reentrant=False, preserve_rng_state=False)

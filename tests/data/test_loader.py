@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import AttentionBucket, Batch
+from mmmoe_pretrain.batch import Batch, Segments
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
@@ -39,7 +39,7 @@ def assert_same(a: Any, b: Any) -> None:
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
-    elif isinstance(a, Batch | AttentionBucket):
+    elif isinstance(a, Batch | Segments):
         for field in dataclasses.fields(a):
             assert_same(getattr(a, field.name), getattr(b, field.name))
     elif isinstance(a, list | tuple):

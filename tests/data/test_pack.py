@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import IGNORE, MODALITIES, AttentionBucket, Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import IGNORE, MODALITIES, Batch, Sample, SampleMeta
 from mmmoe_pretrain.config import AudioConfig, CaptioningConfig, ImageConfig, ModalitiesConfig, TextConfig
-from mmmoe_pretrain.data.pack import PackSettings, bucket_length, max_tokens_per_sample, pack
+from mmmoe_pretrain.data.pack import PackSettings, max_tokens_per_sample, pack
 
 MODALITIES_CONFIG = ModalitiesConfig(
     image=ImageConfig(size=8, patch=4),  # 4 tokens
@@ -89,60 +89,9 @@ def test_segments_know_what_to_pool(batch: Batch) -> None:
     assert [meta.key for meta in batch.metas] == ["a", "b", "c", "d"]
 
 
-def test_bucket_masks_by_hand(batch: Batch) -> None:
-    both, fused = batch.buckets  # all segments are at most 8 long
-    assert both.rows_SL.shape == (6, 8)
-    assert both.rows_SL[2].tolist() == [8, 9, 0, 0, 0, 0, 0, 0]
-    assert both.valid_SL[2].tolist() == [True] * 2 + [False] * 6
-    expected = torch.eye(8, dtype=torch.bool)
-    expected[:2, :2] = True
-    assert torch.equal(both.mask_SLL[2], expected)
-    assert fused.rows_SL.tolist() == [[19, 20, 21, 22, 23, 24, 25, 0]]
-    written_out = [
-        "11110000",  # the prefix sees the prefix
-        "11110000",
-        "11110000",
-        "11110000",
-        "11111000",  # the text sees the prefix and what came before
-        "11111100",
-        "11111110",
-        "00000001",  # padding sees itself
-    ]
-    assert [["0", "1"][x] for row in fused.mask_SLL[0].tolist() for x in row] == list("".join(written_out))
-
-
-def test_buckets_hold_every_valid_row_once() -> None:
-    rng = np.random.default_rng(0)
-    samples = [
-        sample("x", image=bool(i % 2), frames=int(rng.integers(1, 300)), text=(5,) * int(rng.integers(1, 60)))
-        for i in range(20)
-    ]
-    packed = pack(samples, SETTINGS)
-    rows = torch.cat([bucket.rows_SL[bucket.valid_SL] for bucket in packed.buckets])
-    assert sorted(rows.tolist()) == list(range(int(packed.valid.sum())))
-    for bucket in packed.buckets:
-        lengths = bucket.valid_SL.sum(dim=1)
-        assert (torch.tensor(bucket_length(lengths.numpy())) == bucket.rows_SL.shape[1]).all()
-        check_mask(bucket, packed)
-
-
-def check_mask(bucket: AttentionBucket, batch: Batch) -> None:
-    """The mask of each segment against the sentence in ``Batch``, token by token."""
-    for rows, mask, valid in zip(bucket.rows_SL, bucket.mask_SLL, bucket.valid_SL, strict=True):
-        n = int(valid.sum())
-        fused = batch.pool_sample[batch.segment_ids[rows[0]]] < 0
-        is_text = batch.modality_ids[rows[:n]] == T
-        for q in range(n):
-            allowed = [not (fused and is_text[k] and k > q) for k in range(n)]
-            assert mask[q].tolist() == allowed + [False] * (len(mask) - n)
-
-
-@pytest.mark.parametrize(
-    ("length", "expected"),
-    [(1, 8), (8, 8), (9, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96), (97, 128), (129, 192)],
-)
-def test_bucket_lengths(length: int, expected: int) -> None:
-    assert bucket_length(np.array([length])).tolist() == [expected]
+def test_segments_have_the_lengths_of_their_runs(batch: Batch) -> None:
+    assert batch.segments.lengths == (4, 4, 2, 3, 4, 2, 7)
+    assert batch.segments.prefixes == (0, 0, 0, 0, 0, 0, 4)  # a's image, in front of a's text
 
 
 @pytest.mark.parametrize("samples", [[], [sample("c")], [sample("a", image=True)], [sample("b", frames=5)]])

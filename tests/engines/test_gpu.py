@@ -14,17 +14,21 @@ import pytest
 
 from mmmoe_pretrain.engines import deepspeed
 from tests.distributed import run_ranks
-from tests.engines.gpu_run import one_run, run_apart
+from tests.engines.gpu_run import run_apart, runs
 from tests.layouts.cases import STEPS
 from tests.layouts.train import train_alone
 
-STAGES = [("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+FP32 = [("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+HALF = [(*kind, precision) for kind in (("megatron", 1), ("deepspeed", 2)) for precision in ("bf16", "fp16")]
 # fp32 (no TF32) on either device: products of up to some hundred terms, in another order, and functions (exp, rsqrt)
 # that differ in the last bit: about 1e-6 of a loss. Adam's eps of 1e-4 keeps steps from making much of it
 # (tests/layouts/matrix.py). A gradient that is lost or counted twice shows in the second decimal of the norm.
 LOSS, NORM = 1e-4, 1e-3
 # bf16 and fp16 against fp32: 8 and 11 bits through four blocks, and single tokens that take another expert.
 HALF_LOSS, HALF_NORM = 0.03, 0.15
+# On a GPU other kernels round otherwise, and this run is sensitive: on a CPU, noise of half a unit in the last place
+# of fp16 on what the norms return moves a loss by up to 0.047 (a token takes another expert). On an H100: 0.036.
+GPU_HALF_LOSS = 0.08
 
 
 def largest_differences(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
@@ -47,41 +51,50 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_without_a_gpu_the_same_run_passes_and_half_types_are_seen(on_cpu: dict[str, Any]) -> None:
     deepspeed.prepare()  # before the fork: its import takes seconds
-    (found,) = run_ranks(1, one_run, "deepspeed", 2, "fp32")
+    ((found,),) = run_ranks(1, runs, "deepspeed", [(2, "fp32")])
     assert (found["device"], found["backend"]) == ("cpu", "gloo")
     assert len(found["losses"]) == len(found["norms"]) == STEPS
     loss, norm = largest_differences(found, on_cpu)
     assert loss <= LOSS
     assert norm <= NORM
-    for precision in ("bf16", "fp16"):
-        (found,) = run_ranks(1, one_run, "megatron", 1, precision)
+    (halves,) = run_ranks(1, runs, "megatron", [(1, "bf16"), (1, "fp16")])
+    for found in halves:
         loss, norm = largest_differences(found, on_cpu)
-        assert LOSS < loss <= HALF_LOSS, precision
-        assert norm <= HALF_NORM, precision
+        assert LOSS < loss <= HALF_LOSS
+        assert norm <= HALF_NORM
 
 
-def on_gpu(engine: str, zero_stage: int, precision: str) -> dict[str, Any]:
-    found = run_apart(engine, zero_stage, precision, gpu=os.environ.get("CUDA_VISIBLE_DEVICES") or "0")
-    assert (found["device"], found["backend"]) == ("cuda", "nccl")
+@pytest.fixture(scope="module")
+def on_gpu() -> dict[tuple[str, int, str], dict[str, Any]]:
+    """Every run, by engine, ZeRO stage and precision."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    found = {}
+    for engine in ("megatron", "deepspeed"):
+        kinds = [(stage, "fp32") for name, stage in FP32 if name == engine]
+        kinds += [(stage, precision) for name, stage, precision in HALF if name == engine]
+        for (stage, precision), run in zip(kinds, run_apart(engine, kinds, gpu), strict=True):
+            assert (run["device"], run["backend"]) == ("cuda", "nccl")
+            found[engine, stage, precision] = run
     return found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("engine", "zero_stage"), STAGES)
-def test_fp32_on_the_gpu_is_fp32_on_the_cpu(engine: str, zero_stage: int, on_cpu: dict[str, Any]) -> None:
-    loss, norm = largest_differences(on_gpu(engine, zero_stage, "fp32"), on_cpu)
+@pytest.mark.parametrize(("engine", "zero_stage"), FP32)
+def test_fp32_on_the_gpu_is_fp32_on_the_cpu(
+    engine: str, zero_stage: int, on_gpu: dict[Any, Any], on_cpu: dict[str, Any]
+) -> None:
+    loss, norm = largest_differences(on_gpu[engine, zero_stage, "fp32"], on_cpu)
     assert loss <= LOSS
     assert norm <= NORM
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(("engine", "zero_stage"), [("megatron", 1), ("deepspeed", 2)])
+@pytest.mark.parametrize(("engine", "zero_stage", "precision"), HALF)
 def test_half_types_on_the_gpu_stay_near_fp32(
-    engine: str, zero_stage: int, precision: str, on_cpu: dict[str, Any]
+    engine: str, zero_stage: int, precision: str, on_gpu: dict[Any, Any], on_cpu: dict[str, Any]
 ) -> None:
-    found = on_gpu(engine, zero_stage, precision)
+    found = on_gpu[engine, zero_stage, precision]
     assert all(math.isfinite(norm) for norm in found["norms"]), "no step may be left out at this loss scale"
     loss, norm = largest_differences(found, on_cpu)
-    assert loss <= HALF_LOSS
+    assert loss <= GPU_HALF_LOSS
     assert norm <= HALF_NORM

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import AttentionBucket
+from mmmoe_pretrain.batch import Segments
 from mmmoe_pretrain.config import ModelConfig, MoEConfig, ParallelConfig
 from mmmoe_pretrain.config_moe import ExpertGroupConfig, RoutingLossConfig
+from mmmoe_pretrain.models.attend import AttentionPlan
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
 from mmmoe_pretrain.models.init import init_parameters
@@ -80,16 +81,12 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def stream(segments: tuple[int, ...]) -> StreamPlan:
-    """Each segment a bucket of its own, and causal; angles of no particular meaning."""
-    num_tokens, buckets, start = sum(segments), [], 0
-    for length in segments:
-        rows_SL = torch.arange(start, start + length)[None]
-        mask_SLL = torch.ones(1, length, length, dtype=torch.bool).tril()
-        buckets.append(AttentionBucket(rows_SL, mask_SLL, torch.ones_like(rows_SL, dtype=torch.bool)))
-        start += length
+    """Causal segments (a prefix of one token makes them so); angles of no particular meaning."""
+    num_tokens = sum(segments)
     angle_nh = draw(2, num_tokens, MODEL.hidden_size // MODEL.num_heads // 2)
     tokens = TokenInfo.of_modalities(torch.arange(num_tokens) % 3)
-    return StreamPlan(tokens, angle_nh.cos(), angle_nh.sin(), tuple(buckets), torch.arange(num_tokens))
+    plan = AttentionPlan(Segments(segments, (1,) * len(segments)), torch.device("cpu"))
+    return StreamPlan(tokens, angle_nh.cos(), angle_nh.sin(), plan)
 
 
 class OneBlock(nn.Module):

@@ -1,0 +1,125 @@
+"""Triton kernels against the PyTorch functions that they replace: on a GPU, else in Triton's interpreter (chosen in
+``tests/conftest.py``), where they run in fp32 alone: its bfloat16 is not that of a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmmoe_pretrain import kernels
+from mmmoe_pretrain.models import attention, block
+from mmmoe_pretrain.moe import activation
+
+pytest.importorskip("triton", reason="triton is not installed; pip install triton")
+heads, rms_norm, swiglu = (
+    importlib.import_module(f"mmmoe_pretrain.kernels.{name}") for name in ("heads", "rms_norm", "swiglu")
+)
+ON_GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+DEVICE = "cuda" if ON_GPU else "cpu"
+TYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
+# fp32: sums in another order. Half: one rounding at the end against the reference's in fp64 (8 and 11 bits).
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that are compared with do not choose the kernels themselves."""
+    monkeypatch.setattr(kernels, "usable", lambda x: False)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    grads = [draw(i, *o.shape).to(o) for i, o in enumerate(outs)]
+    return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+
+
+def compare(ours: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor], dtype: Any) -> None:
+    """``inputs`` that are matrices come in ``dtype``, vectors in fp32; the reference computes in fp64."""
+    given = [x.to(DEVICE, dtype if x.ndim > 1 else torch.float32) for x in inputs]
+    found = outputs_and_gradients(ours, given)
+    expected = outputs_and_gradients(reference, [x.double() for x in given])
+    for mine, theirs, like in zip(found, expected, [*found[: len(found) - len(given)], *given], strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, like.dtype)
+        scale = theirs.abs().max().item() if theirs.numel() else 1.0
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def norm_in_fp64(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + block.EPS) * weight
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "size"), [(0, 48), (1, 8), (5, 48), (70, 32), (3, 1500)])
+def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm.rms_norm(x, weight, block.EPS)
+
+    compare(ours, norm_in_fp64, [draw(1, rows, size), 1 + draw(2, size)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("tokens", "num_heads", "size"), [(0, 2, 8), (7, 3, 12), (2, 16, 128), (9, 1, 2)])
+def test_prepare_heads(tokens: int, num_heads: int, size: int, dtype: torch.dtype) -> None:
+    angle = draw(3, tokens, size // 2).to(DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+
+    def ours(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return heads.prepare_heads(qkv, cos, sin, attention.EPS)
+
+    def in_fp64(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return attention.prepare_heads(qkv, cos.double(), sin.double())
+
+    compare(ours, in_fp64, [draw(4, tokens, 3, num_heads, size)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (5, 40), (3, 1500)])
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_swiglu(rows: int, size: int, is_weighted: bool, dtype: torch.dtype) -> None:
+    def in_fp64(up: Tensor, *weights: Tensor) -> Tensor:
+        gate, value = up.chunk(2, dim=-1)
+        h = gate / (1 + torch.exp(-gate)) * value
+        return h * weights[0][:, None] if weights else h
+
+    inputs = [draw(5, rows, 2 * size), draw(6, rows)]
+    compare(swiglu.swiglu, in_fp64, inputs if is_weighted else inputs[:1], dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels have been compiled and run")
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_ahead"],
+        env={**kept, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == 6  # forward and backward of three
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    assert kernels.usable(x)
+    assert not kernels.usable(x.cpu())
+    up, weights = draw(1, 4, 128).to(x), draw(2, 4).to(x.device)
+    rounded_between = activation.swiglu(up.cpu()) * weights.cpu()[:, None].bfloat16()
+    torch.testing.assert_close(
+        activation.weighted("swiglu", up, weights).cpu(), rounded_between, rtol=0.02, atol=0.02
+    )
