@@ -164,6 +164,11 @@ class ObjectivesConfig(_Model):
                 "objectives: no contrastive pair and no captioning prefix has a weight, so there is nothing "
                 "to learn; give contrastive.weight and a pair, or captioning.weight and a prefix, above 0"
             )
+        if self.captioning.weight > 0 and not captions:
+            raise ValueError(
+                f"objectives.captioning.weight {self.captioning.weight:g} without prefixes has nothing to learn "
+                f"from; give prefixes: [image, audio], or weight: 0"
+            )
         return self
 
 
