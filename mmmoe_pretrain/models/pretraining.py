@@ -54,7 +54,7 @@ class PretrainingModel(nn.Module):
         self.mmmoe = MMMoE(config, vocab_size, groups, self.stage)
         init_parameters(self.mmmoe, config.seed, config.model.num_layers)
         self.contrastive: ContrastiveObjective | None = None
-        if config.objectives.contrastive.weight > 0 and self.stage.last:
+        if config.objectives.contrastive.on and self.stage.last:
             self.contrastive = ContrastiveObjective(config.objectives.contrastive)
 
     def forward(self, batch: Batch, received_nD: Tensor | None = None) -> tuple[Tensor, LossReport]:

@@ -34,7 +34,7 @@ class StepCounts:
 def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
     """Every loss of the objectives by name, in a fixed order, with its weight in the total."""
     weights: dict[str, float] = {}
-    if config.contrastive.weight > 0:
+    if config.contrastive.on:
         pairs = sorted(config.contrastive.pairs.items())
         weights |= {CONTRASTIVE + pair: config.contrastive.weight * weight for pair, weight in pairs}
     if config.captioning.weight > 0:

@@ -91,7 +91,7 @@ def _interleaved_microbatches(config: RunConfig, layout: Layout) -> str | None:
 def _samples_to_contrast(config: RunConfig, layout: Layout) -> str | None:
     contrastive, train = config.objectives.contrastive, config.train
     parts = 1 if contrastive.cached else train.num_microbatches
-    if contrastive.weight == 0 or not any(contrastive.pairs.values()) or train.global_batch_size != parts:
+    if not contrastive.on or train.global_batch_size != parts:
         return None
     remedies = [f"train.global_batch_size {2 * parts} or more"]
     if parts > 1:

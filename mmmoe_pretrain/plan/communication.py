@@ -211,7 +211,7 @@ def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: f
     contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
     if divided:
         yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
-    if contrastive.weight > 0:
+    if contrastive.on:
         features = batch.samples * M * config.model.embedding_size * FP32
         flags = batch.samples * (M + 1) * INT64
         yield _ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)

@@ -94,10 +94,10 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saving.close()
-        if end == exit_codes.DONE:
-            self.session.journal.write("finished", step=self.step)
         self.learning.refuse_nothing(whole_run=end == exit_codes.DONE and first == 0)
         self._tell_of_idle(self.learning.idle())
+        if end == exit_codes.DONE:
+            self.session.journal.write("finished", step=self.step)
         return end
 
     def _train(self) -> int | None:
