@@ -142,6 +142,11 @@ class ContrastiveConfig(_Model):
     initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
     cached: bool = False  # negatives are those of the whole step, over all its microbatches (GradCache)
 
+    @property
+    def on(self) -> bool:
+        """Some pair has a weight."""
+        return self.weight > 0 and any(self.pairs.values())
+
 
 class CaptioningConfig(_Model):
     """Next-token prediction of the text behind an image or audio prefix."""
@@ -157,12 +162,16 @@ class ObjectivesConfig(_Model):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> ObjectivesConfig:
-        contrasts = self.contrastive.weight > 0 and any(self.contrastive.pairs.values())
         captions = self.captioning.weight > 0 and bool(self.captioning.prefixes)
-        if not (contrasts or captions):
+        if not (self.contrastive.on or captions):
             raise ValueError(
                 "objectives: no contrastive pair and no captioning prefix has a weight, so there is nothing "
                 "to learn; give contrastive.weight and a pair, or captioning.weight and a prefix, above 0"
+            )
+        if self.captioning.weight > 0 and not captions:
+            raise ValueError(
+                f"objectives.captioning.weight {self.captioning.weight:g} without prefixes has nothing to learn "
+                f"from; give prefixes: [image, audio], or weight: 0"
             )
         return self
 

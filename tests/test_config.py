@@ -36,6 +36,7 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"objectives": {"contrastive": {"weight": 0}}}, "nothing to learn"),
     ({"objectives": {"contrastive": {"pairs": {}}}}, "nothing to learn"),
     ({"objectives": {"contrastive": {"weight": 0}, "captioning": {"weight": 1, "prefixes": []}}}, "nothing to learn"),
+    ({"objectives": {"captioning": {"weight": 0.5, "prefixes": []}}}, "captioning.weight 0.5 without prefixes"),
     ({"objectives": {"contrastive": {"pairs": {"image-text": -1}}}}, "greater than or equal to 0 (got -1)"),
     ({"moe": {"every": 3}}, "moe.every 3 exceeds model.num_layers 2"),
     ({"evaluate": {"prompt": "a picture of {label}"}}, "must hold {} once"),

@@ -20,12 +20,13 @@ from benchmarks.layer.workload import Point
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.engines.results import mean_losses
+from mmmoe_pretrain.engines.results import step_losses
 from mmmoe_pretrain.models.block import Block
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.objectives.counts import step_counts
 from mmmoe_pretrain.parallel.groups import Groups
 
 MEGATRON, DEEPSPEED = "megatron", "deepspeed"
@@ -158,7 +159,7 @@ class DeepSpeedEngine:
         }
         with contextlib.redirect_stdout(None):
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=given)[0]
-        self.groups, self.balance = model.groups, config.moe.losses.balance
+        self.groups, self.balance, self.objectives = model.groups, config.moe.losses.balance, config.objectives
         self.layers = [module for module in model.modules() if isinstance(module, DeepSpeedLayer)]
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
@@ -166,11 +167,13 @@ class DeepSpeedEngine:
         (batch,) = microbatches
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        counts = step_counts(microbatches, self.objectives, self.groups.data, batch.valid.device)
+        self.engine.module.begin_step(0, counts)
         loss, report = self.engine(batch)
         if self.balance:  # a mean over the layers, as ours
             auxiliary = torch.stack([layer.auxiliary for layer in self.layers]).mean()
             loss = loss + self.balance * auxiliary
         self.engine.backward(loss)
         self.engine.step()
-        losses, tokens = mean_losses([report], list(report.losses), [batch], self.groups, loss.device)
-        return StepResult(losses, math.nan, tokens, ())
+        losses = step_losses([report], list(report.losses), self.groups, loss.device)
+        return StepResult(losses, math.nan, counts, ())

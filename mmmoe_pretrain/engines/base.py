@@ -16,11 +16,13 @@ from torch import nn
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.objectives.counts import StepCounts
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the microbatches and data-parallel ranks of one optimizer step, equal on every rank.
+    """Of one optimizer step over all its microbatches and data-parallel ranks, equal on every rank. The gradient is
+    that of ``losses["total"]``.
 
     ``routing`` holds sums over all of them, of the mixtures on this rank's stages. ``grad_norm`` is the
     norm before clipping, over all parameters of the model, experts included.
@@ -28,10 +30,14 @@ class StepResult:
 
     losses: dict[str, float]
     grad_norm: float
-    tokens: int
+    counts: StepCounts  # that the losses were divided by
     routing: tuple[RoutingStats, ...]
     skipped: bool = False  # the loss or the gradient was not finite: weights, moments and routers are as before
     loss_scale: float = 1.0  # that the gradient was computed with (fp16)
+
+    @property
+    def tokens(self) -> int:
+        return self.counts.tokens
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
 from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, gradient_factor, resumed
-from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, mean_losses
+from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, step_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
+from mmmoe_pretrain.objectives.counts import StepCounts, step_counts
 
 __all__ = ["DeepSpeedEngine", "prepare"]
 
@@ -79,10 +80,11 @@ class DeepSpeedEngine:
         self._ready_temperatures()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.config.objectives.contrastive.cached:
-            self._fill_cache(microbatches)
-        report = self._forward_backward(microbatches)
-        losses, tokens = mean_losses([report], self.model.loss_names, microbatches, self.groups, self.device)
+        counts = step_counts(microbatches, self.config.objectives, self.groups.data, self.device)
+        if self.config.objectives.contrastive.on and self.config.objectives.contrastive.cached:
+            self._fill_cache(microbatches, counts)
+        report = self._forward_backward(microbatches, counts)
+        losses = step_losses([report], self.model.loss_names, self.groups, self.device)
         self._total = losses["total"]
         grad_norm = self._clip() if self.stage == 0 else None
         self._engine.step()
@@ -90,31 +92,31 @@ class DeepSpeedEngine:
             grad_norm = self._norm()
         skipped = not math.isfinite(grad_norm)
         self.model.end_step(None if skipped else report.routing)
-        result = StepResult(losses, grad_norm, tokens, report.routing, skipped, self._progress.scale)
+        result = StepResult(losses, grad_norm, counts, report.routing, skipped, self._progress.scale)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
 
-    def _fill_cache(self, batches: list[Batch]) -> None:
+    def _fill_cache(self, batches: list[Batch], counts: StepCounts) -> None:
         """The first pass of a step whose contrastive loss is of all its microbatches."""
-        self.model.begin_step(self.steps_done, len(batches))
+        self.model.begin_step(self.steps_done, counts)
         self.model.begin_caching()
         with torch.no_grad():
             for batch in batches:
                 self._engine(batch.to(self.device))
         self.model.end_caching()
 
-    def _forward_backward(self, batches: list[Batch]) -> LossReport:
+    def _forward_backward(self, batches: list[Batch], counts: StepCounts) -> LossReport:
         """The sums of the microbatches' reports."""
-        self.model.begin_step(self.steps_done, len(batches))
+        self.model.begin_step(self.steps_done, counts)
         if self._progress.loss_scale is not None and self.stage:
             # ZeRO scales losses and unscales gradients.
             self._engine.optimizer.override_loss_scale(self._progress.scale)
-        share = (1.0 if self.stage else self._progress.scale) / len(batches)
+        scale = 1.0 if self.stage else self._progress.scale
         sums: LossReport | None = None
         for number, batch in enumerate(batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
             loss, report = self._engine(batch.to(self.device))
-            self._engine.backward(loss * share, scale_wrt_gas=False)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
             sums = add_reports(sums, report)
         assert sums is not None
         return sums

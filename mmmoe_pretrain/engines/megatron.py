@@ -29,8 +29,9 @@ from mmmoe_pretrain.engines.megatron_setup import (
     transformer_config,
 )
 from mmmoe_pretrain.engines.megatron_state import MegatronState
-from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, mean_losses
+from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, step_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
+from mmmoe_pretrain.objectives.counts import StepCounts, step_counts
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
@@ -69,10 +70,11 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-        if self.config.objectives.contrastive.cached:
-            self._fill_cache(microbatches)
-        reports = self._run(microbatches)
-        losses, tokens = mean_losses(reports, self.models[0].loss_names, microbatches, self.groups, self.device)
+        counts = step_counts(microbatches, self.config.objectives, self.groups.data, self.device)
+        if self.config.objectives.contrastive.on and self.config.objectives.contrastive.cached:
+            self._fill_cache(microbatches, counts)
+        reports = self._run(microbatches, counts)
+        losses = step_losses(reports, self.models[0].loss_names, self.groups, self.device)
         with megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm()) / self._progress.scale
@@ -82,7 +84,7 @@ class MegatronEngine:
         for model, report in zip(self.models, reports, strict=True):
             model.end_step(None if skipped else report.routing)
         routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
-        result = StepResult(losses, grad_norm, tokens, routing, skipped, self._progress.scale)
+        result = StepResult(losses, grad_norm, counts, routing, skipped, self._progress.scale)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
 
@@ -97,28 +99,28 @@ class MegatronEngine:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step_with_ready_grads()
 
-    def _fill_cache(self, batches: list[Batch]) -> None:
+    def _fill_cache(self, batches: list[Batch], counts: StepCounts) -> None:
         """The first pass of a step whose contrastive loss is of all its microbatches."""
         for model in self.models:
             model.begin_caching()
         with torch.no_grad():
-            self._run(batches, forward_only=True)
+            self._run(batches, counts, forward_only=True)
         for model in self.models:
             model.end_caching()
 
-    def _run(self, batches: list[Batch], forward_only: bool = False) -> list[LossReport]:
+    def _run(self, batches: list[Batch], counts: StepCounts, forward_only: bool = False) -> list[LossReport]:
         """Run the schedule; of each stage of this rank, the sums of its reports over the microbatches."""
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
         for model in self.models:
-            model.begin_step(self.steps_done, len(batches), self._progress.scale)
+            model.begin_step(self.steps_done, counts, self._progress.scale)
         reports: list[LossReport | None] = [None for _ in self.models]
 
         def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             output, report = wrapped(next(batch_iterator).to(self.device))
             chunk = next(i for i, other in enumerate(self.wrapped) if other is wrapped)
             reports[chunk] = add_reports(reports[chunk], report)
-            return output, lambda loss: (loss, None)
+            return output, lambda loss: (loss * len(batches), None)  # the schedule divides it by their number
 
         iterators = [iter(batches) for _ in self.models]
         rows = max(rows_of(batch, self.groups) for batch in batches)

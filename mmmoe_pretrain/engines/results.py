@@ -9,40 +9,31 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.models.pretraining import LossReport
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
 
-def mean_losses(
-    reports: Sequence[LossReport],
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    groups: Groups,
-    device: torch.device,
-) -> tuple[dict[str, float], int]:
-    """Losses by name, and ``total``: sums over the stages of means over microbatches and data-parallel
-    ranks. And the valid tokens of all microbatches and ranks. Equal on every rank of the job, but for the last bit
-    of the losses, which groups of ranks may add up in another order.
+def step_losses(
+    reports: Sequence[LossReport], names: Sequence[str], groups: Groups, device: torch.device
+) -> dict[str, float]:
+    """The losses of a step by name, and their ``total``: sums over the stages and microbatches of means over the
+    data-parallel ranks. Equal on every rank of the job, but for the last bit, since groups of ranks may add up in
+    another order.
 
-    ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``), or one of each
-    microbatch. ``names``: every loss of the model.
+    ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``). ``names``: every
+    loss of the model.
     """
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     for report in reports:
         for i, name in enumerate(names):
             if name in report.losses:
                 sums[i] += report.losses[name]
-    sums[:-1] /= len(batches)
-    if groups.pipeline_rank == 0:
-        sums[-1] = sum(batch.num_valid for batch in batches)
     for group in (groups.data, groups.pipeline):
         if group_size(group) > 1:
             dist.all_reduce(sums, group=group)
-    *totals, tokens = sums.tolist()
-    losses = {name: value / groups.data_size for name, value in zip(names, totals, strict=True)}
-    return {"total": sum(losses.values()), **losses}, round(tokens)
+    losses = {name: value / groups.data_size for name, value in zip(names, sums.tolist(), strict=True)}
+    return {"total": sum(losses.values()), **losses}
 
 
 def add_reports(sums: LossReport | None, report: LossReport) -> LossReport:

@@ -21,17 +21,17 @@ from mmmoe_pretrain.moe.losses import BalanceWindow, loss_names, reduce_stats, r
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives.cached import ContrastiveCache
-from mmmoe_pretrain.objectives.captioning import captioning_loss
 from mmmoe_pretrain.objectives.contrastive import ContrastiveObjective
+from mmmoe_pretrain.objectives.counts import CAPTIONING, CONTRASTIVE, StepCounts, loss_weights, step_counts
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 
 
 @dataclass(frozen=True)
 class LossReport:
-    """``losses`` by name, each times its weight; over all stages they sum to the loss. On a rank they
-    are its share: the mean over the data-parallel ranks is the value. ``routing`` is over those ranks,
-    of this stage's mixtures."""
+    """``losses`` by name, each times its weight: a microbatch's part of the step's losses on this rank. Over all
+    stages and microbatches they sum to the rank's loss, and the mean over the data-parallel ranks is the loss.
+    ``routing`` is over those ranks, of this stage's mixtures."""
 
     losses: dict[str, Tensor]
     routing: tuple[RoutingStats, ...]
@@ -48,29 +48,31 @@ class PretrainingModel(nn.Module):
         self.groups = groups
         self.stage = stage or whole(config.model.num_layers)
         self.window = BalanceWindow()
-        self._share = 1.0  # of an auxiliary loss in the gradient
+        self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
+        self._loss_scale = 1.0
         self._cache: _Cache | None = None
         self.mmmoe = MMMoE(config, vocab_size, groups, self.stage)
         init_parameters(self.mmmoe, config.seed, config.model.num_layers)
         self.contrastive: ContrastiveObjective | None = None
-        if config.objectives.contrastive.weight > 0 and self.stage.last:
+        if config.objectives.contrastive.on and self.stage.last:
             self.contrastive = ContrastiveObjective(config.objectives.contrastive)
 
     def forward(self, batch: Batch, received_nD: Tensor | None = None) -> tuple[Tensor, LossReport]:
-        """The last stage: the loss (a scalar; its mean over the data-parallel ranks counts). Another: the
+        """The last stage: this microbatch's part of the step's loss, a scalar (``LossReport``). Another: the
         hidden states for the next one, which carry the gradient of this stage's auxiliary losses. Both:
         the parts of the loss. ``received_nD`` is what the stage before sent, None on the first."""
         x_nD, own_routing = self.mmmoe.run_stage(batch, received_nD)
-        if self._cache is not None and self._cache.losses is None:
+        if self._cache is not None and self._cache.sums is None:
             return self._collect(x_nD, batch), LossReport({}, ())
+        counts = self._counts or step_counts([batch], self.config.objectives, self.groups.data, x_nD.device)
         routing = reduce_stats(own_routing, self.groups.data)
         losses: dict[str, Tensor] = {}
         surrogate = None
         if self.stage.last:
             output = self.mmmoe.heads(x_nD, batch, own_routing)
-            losses |= self._objectives(output, batch)
+            losses |= self._objectives(output, batch, counts)
             surrogate = self._cache.next_surrogate(output.features) if self._cache is not None else None
-        auxiliary = self._auxiliary(routing)
+        auxiliary = self._auxiliary(routing, counts.tokens)
         losses |= auxiliary
         report = LossReport({k: v.detach() for k, v in losses.items()}, tuple(s.detach() for s in routing))
         if self.stage.last:
@@ -79,18 +81,13 @@ class PretrainingModel(nn.Module):
             return self._total(losses, surrogate), report
         if auxiliary:
             total = torch.stack(list(auxiliary.values())).sum()
-            x_nD = _WithLoss.apply(x_nD, total, self._share)
+            x_nD = _WithLoss.apply(x_nD, total, self._loss_scale)
         return x_nD, report
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """Every loss of the whole model in a fixed order, whatever this stage holds."""
-        objectives = self.config.objectives
-        names = []
-        if objectives.contrastive.weight > 0:
-            names += [f"contrastive/{pair}" for pair in sorted(objectives.contrastive.pairs)]
-        if objectives.captioning.weight > 0:
-            names.append("captioning")
+        names = list(loss_weights(self.config.objectives))
         if self._num_mixtures:
             names += [f"aux/{name}" for name in loss_names(self.config.moe.losses)]
         return tuple(names)
@@ -99,34 +96,37 @@ class PretrainingModel(nn.Module):
     def _num_mixtures(self) -> int:
         return sum(is_sparse(self.config.moe, i) for i in range(self.config.model.num_layers))
 
-    def _objectives(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
-        objectives = self.config.objectives
+    def _objectives(self, output: ModelOutput, batch: Batch, counts: StepCounts) -> dict[str, Tensor]:
+        sums = {CAPTIONING: output.caption_nll.sum()}
         if self.contrastive is not None:
             if self._cache is not None:
-                pairs = self._cache.known_losses
+                pairs = self._cache.known_sums
             else:
                 pairs = self.contrastive(output.features, batch.present_MB, batch.group_ids, self.groups)
-            for pair, weight in sorted(objectives.contrastive.pairs.items()):
-                losses[f"contrastive/{pair}"] = objectives.contrastive.weight * weight * pairs[pair].squeeze()
-        if objectives.captioning.weight > 0:
-            losses["captioning"] = objectives.captioning.weight * captioning_loss(output.caption_nll, self.groups)
-        return losses
+            sums |= {CONTRASTIVE + pair: value for pair, value in pairs.items()}
+        return {name: factor * sums[name] for name, factor in self._factors(counts).items()}
 
-    def _auxiliary(self, routing: tuple[RoutingStats, ...]) -> dict[str, Tensor]:
-        """This stage's part of the mean over all mixtures."""
+    def _factors(self, counts: StepCounts) -> dict[str, float]:
+        """By the name of an objective's loss: what makes of a rank's sum its part of the weighted mean."""
+        weights = loss_weights(self.config.objectives)
+        return {name: w * self.groups.data_size / max(1, counts.terms[name]) for name, w in weights.items()}
+
+    def _auxiliary(self, routing: tuple[RoutingStats, ...], tokens: int) -> dict[str, Tensor]:
+        """This stage's part of the mean over all mixtures, for a global microbatch of a step of ``tokens``."""
+        if not routing:
+            return {}
         counts = self.window.add(routing) if self.training else None
-        share = len(routing) / max(1, self._num_mixtures)
+        share = len(routing) / self._num_mixtures * routing[0].tokens_M.sum() / max(1, tokens)
         losses = routing_losses(routing, self.config.moe.losses, counts)
         return {f"aux/{name}": share * loss for name, loss in losses.items()}
 
-    def begin_step(self, step: int, num_microbatches: int = 1, loss_scale: float = 1.0) -> None:
-        """Before the microbatches of optimizer step ``step`` (from 0): what is random in routing becomes
-        a function of the run's seed, the step and the data-parallel rank, so that a resumed run repeats it.
-        The engine divides the loss of each microbatch by their number and multiplies it by ``loss_scale`` (fp16);
-        so it is with auxiliary losses."""
+    def begin_step(self, step: int, counts: StepCounts | None = None, loss_scale: float = 1.0) -> None:
+        """Before the microbatches of optimizer step ``step`` (from 0), which together have ``counts``: what is
+        random in routing becomes a function of the run's seed, the step and the data-parallel rank, so that a
+        resumed run repeats it. The engine multiplies the loss by ``loss_scale`` (fp16), and so it is with
+        auxiliary losses that get their gradient on an earlier stage."""
         seed = (self.config.seed * 1_000_003 + step) * 65_537 + self.groups.data_rank
-        self._share = loss_scale / num_microbatches
+        self._counts, self._loss_scale = counts, loss_scale
         self.window.reset()
         self.mmmoe.begin_step(seed)
 
@@ -138,8 +138,9 @@ class PretrainingModel(nn.Module):
     def end_caching(self) -> None:
         """After that pass: the contrastive loss of the whole step, for ``forward`` to go by. ``begin_step``
         has to be called again after it."""
-        assert self._cache is not None
-        self._cache.finish(self.contrastive, self.groups)
+        assert self._cache is not None and self._counts is not None
+        factors = {name.removeprefix(CONTRASTIVE): f for name, f in self._factors(self._counts).items()}
+        self._cache.finish(self.contrastive, self.groups, factors)
 
     def _collect(self, x_nD: Tensor, batch: Batch) -> Tensor:
         assert self._cache is not None
@@ -156,7 +157,7 @@ class PretrainingModel(nn.Module):
     def end_step(self, routing: tuple[RoutingStats, ...] | None) -> None:
         """After the optimizer step: routers follow the load. ``routing``, of this stage's mixtures, is over
         all data-parallel ranks and microbatches; None where the step was left out."""
-        self._cache = None
+        self._cache = self._counts = None
         if routing is not None:
             for router, stats in zip(self._routers(), routing, strict=True):
                 router.end_step(stats)
@@ -180,16 +181,16 @@ class _Cache:
 
     def __init__(self) -> None:
         self.cache = ContrastiveCache()
-        self.losses: dict[str, Tensor] | None = None  # of each pair; None in the first pass
+        self.sums: dict[str, Tensor] | None = None  # of each pair, a microbatch's share; None in the first pass
         self._next = 0
 
     @property
-    def known_losses(self) -> dict[str, Tensor]:
-        assert self.losses is not None
-        return self.losses
+    def known_sums(self) -> dict[str, Tensor]:
+        assert self.sums is not None
+        return self.sums
 
-    def finish(self, objective: ContrastiveObjective | None, groups: Groups) -> None:
-        self.losses = {} if objective is None else self.cache.finish(objective, groups)
+    def finish(self, objective: ContrastiveObjective | None, groups: Groups, factors: dict[str, float]) -> None:
+        self.sums = {} if objective is None else self.cache.finish(objective, groups, factors)
 
     def next_surrogate(self, features: dict[str, Tensor]) -> Tensor:
         self._next += 1
@@ -197,13 +198,13 @@ class _Cache:
 
 
 class _WithLoss(torch.autograd.Function):
-    """x, whose backward pass also gives ``loss`` the gradient ``share``."""
+    """x, whose backward pass also gives ``loss`` the gradient ``scale``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
-        ctx.share, ctx.like = share, loss.detach()
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, loss.detach()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full_like(ctx.like, ctx.share), None
+        return grad, torch.full_like(ctx.like, ctx.scale), None

@@ -2,7 +2,8 @@
 
 Since the sums are global, one process and any data-parallel layout give the same losses, and padding,
 which never reaches a router, is in none of them. Over the microbatches of an optimizer step the loss
-is the mean of theirs. p_bar_m is the mean routing distribution of modality m, H the entropy in nats.
+is the mean of theirs, weighted by their tokens. p_bar_m is the mean routing distribution of modality
+m, H the entropy in nats.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ class BalanceWindow:
       last one has the true shares, the first those of microbatch scope, and the mean over the
       microbatches lies near the big batch's value without being it.
     - The mean probabilities are always of the microbatch alone. With the step's full counts in every
-      microbatch, and as many tokens in each, the mean would be the big batch's value and gradient;
-      with unlike numbers of tokens it weighs microbatches alike, not tokens.
+      microbatch the mean, weighted by tokens, would be the big batch's value and gradient.
 
     Call ``reset`` where a step begins, and ``add`` once for each microbatch of training with reduced
     statistics, outside of anything that is recomputed. Without gradients (evaluation, or the first

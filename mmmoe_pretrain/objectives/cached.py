@@ -12,6 +12,7 @@ Shapes: B samples of a microbatch, N microbatches, M modalities, P size of the j
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class _Microbatch:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the weighted loss: for each microbatch's features, and for each pair's temperature."""
+    """Of the weighted loss: for each microbatch's features, and a microbatch's share for each pair's temperature."""
 
     features_BMP: tuple[Tensor, ...]
     log_scales: dict[str, tuple[Tensor, Tensor]]  # by pair: the parameter, its gradient
@@ -53,37 +54,38 @@ class ContrastiveCache:
         assert self._gradients is None, "collect after finish: a cache is of one step"
         self._seen.append(_Microbatch(_stack(features).detach(), present_MB, group_ids))
 
-    def finish(self, objective: ContrastiveObjective, groups: Groups) -> dict[str, Tensor]:
-        """Between the passes: the loss of each pair in nats over all that was collected, not yet weighted;
-        the mean over the data-parallel ranks is the loss. No parameter gets a gradient here."""
+    def finish(
+        self, objective: ContrastiveObjective, groups: Groups, factors: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Between the passes: of each pair a microbatch's share of what ``objective`` sums over all that was
+        collected. The sum of each pair times its factor is this rank's loss. No parameter gets a gradient here."""
         features = [seen.features_BMP.requires_grad_() for seen in self._seen]
         present_MB = torch.cat([seen.present_MB for seen in self._seen], dim=1)
         group_ids = torch.cat([seen.group_ids_B for seen in self._seen])
-        scales, weights = dict(objective.log_scale.items()), objective.config.pairs
+        scales, count = dict(objective.log_scale.items()), len(features)
         with torch.enable_grad():
             all_BMP = torch.cat(features)
             named = {name: all_BMP[:, m] for m, name in enumerate(MODALITIES)}
-            losses = objective(named, present_MB, group_ids, groups)
-            total = torch.stack([weights[pair] * loss.sum() for pair, loss in losses.items()]).sum()
-            found = torch.autograd.grad(objective.config.weight * total, [*features, *scales.values()])
-        of_features, of_scales = found[: len(features)], found[len(features) :]
+            sums = objective(named, present_MB, group_ids, groups)
+            total = torch.stack([factors[pair] * value for pair, value in sums.items()]).sum()
+            found = torch.autograd.grad(total, [*features, *scales.values()])
+        of_features, of_scales = found[:count], found[count:]
         self._gradients = _Gradients(
             of_features,
-            {pair: (scale, grad) for (pair, scale), grad in zip(scales.items(), of_scales, strict=True)},
+            {pair: (scale, grad / count) for (pair, scale), grad in zip(scales.items(), of_scales, strict=True)},
         )
         self._seen = []
-        return {pair: loss.detach() for pair, loss in losses.items()}
+        return {pair: value.detach() / count for pair, value in sums.items()}
 
     def surrogate(self, index: int, features: dict[str, Tensor]) -> Tensor:
         """Microbatch ``index`` of pass 2, [B, P] by modality: a scalar of value 0 that takes the place of
         the weighted contrastive losses.
 
-        Its mean over the N microbatches and the data-parallel ranks has the gradient of the loss that
-        ``finish`` returned. A temperature's gradient is whole in each of the N, a feature's in one: N times.
+        Its sum over the N microbatches has the gradient of this rank's loss: a feature's comes from its own
+        microbatch, and a temperature's from each in equal parts, since engines may wait for it in each.
         """
         assert self._gradients is not None, "surrogate before finish"
-        of_features = self._gradients.features_BMP
-        total = len(of_features) * (_stack(features) * of_features[index]).sum()
+        total = (_stack(features) * self._gradients.features_BMP[index]).sum()
         for scale, grad in self._gradients.log_scales.values():
             total = total + (scale * grad).sum()
         return total - total.detach()

@@ -1,20 +1,14 @@
 """Captioning: the next token of a text behind an image or audio prefix.
 
-The mean runs over all target tokens of the global microbatch, whatever share of them each
-data-parallel rank holds.
+Its loss is the mean negative log-likelihood of all targets of an optimizer step: the sum that
+``ModelOutput.caption_nll`` holds of a microbatch, over the targets of the step (``counts.py``).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from mmmoe_pretrain.parallel.collectives import all_reduce_sum, group_size
-from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.batch import IGNORE, Batch
 
 
-def captioning_loss(caption_nll_N: Tensor, groups: Groups) -> Tensor:
-    """Mean negative log-likelihood in nats; mean over the ranks is the loss."""
-    count = torch.tensor(float(caption_nll_N.numel()), device=caption_nll_N.device)
-    total = all_reduce_sum(count, groups.data).clamp(min=1)
-    return group_size(groups.data) * caption_nll_N.sum() / total
+def num_targets(batch: Batch) -> int:
+    """Tokens of captions to be predicted."""
+    return int((batch.targets != IGNORE).sum())

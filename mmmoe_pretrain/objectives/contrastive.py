@@ -3,7 +3,8 @@ the pairwise sum of ImageBind, arXiv 2305.05665).
 
 Features are gathered over the data-parallel ranks, so the negatives are those of the global
 microbatch. A sample that lacks one of the two takes no part as a query; samples of the same
-group (the same thing shown or said again) are never each other's negatives.
+group (the same thing shown or said again) are never each other's negatives. The loss of a pair is
+the mean over the samples of the step that have both (``counts.py``).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import MODALITIES, MODALITY_ID
+from mmmoe_pretrain.batch import MODALITIES, MODALITY_ID, Batch
 from mmmoe_pretrain.config import ContrastiveConfig
-from mmmoe_pretrain.parallel.collectives import gather_rows, group_size
+from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -47,16 +48,25 @@ class ContrastiveObjective(nn.Module):
     def forward(
         self, features: dict[str, Tensor], present_MB: Tensor, group_ids: Tensor, groups: Groups
     ) -> dict[str, Tensor]:
-        """Loss of each pair in nats, not yet weighted; mean over the ranks is the loss."""
+        """Of each pair, the sum over this rank's samples of their losses in nats, not yet weighted."""
         everyone = _gather(features, present_MB, group_ids, groups)
-        losses = {}
-        ranks, rows = group_size(groups.data), present_MB.shape[1]
+        sums, rows = {}, present_MB.shape[1]
         for pair, log_scale in self.log_scale.items():
-            a, b = (MODALITY_ID[name] for name in pair.split("-"))
+            a, b = _modalities(pair)
             scale = _bounded(log_scale).float().exp()
-            both_ways = _one_way(everyone, a, b, rows, scale) + _one_way(everyone, b, a, rows, scale)
-            losses[pair] = ranks * 0.5 * both_ways
-        return losses
+            sums[pair] = 0.5 * (_one_way(everyone, a, b, rows, scale) + _one_way(everyone, b, a, rows, scale))
+        return sums
+
+
+def num_pairs(batch: Batch, pair: str) -> int:
+    """Samples that have both modalities of ``pair``."""
+    a, b = _modalities(pair)
+    return int((batch.present_MB[a] & batch.present_MB[b]).sum())
+
+
+def _modalities(pair: str) -> tuple[int, int]:
+    first, second = pair.split("-")
+    return MODALITY_ID[first], MODALITY_ID[second]
 
 
 def _bounded(log_scale: Tensor) -> Tensor:
@@ -80,7 +90,7 @@ def _gather(features: dict[str, Tensor], present_MB: Tensor, group_ids: Tensor, 
 
 
 def _one_way(everyone: Gathered, query: int, key: int, rows: int, scale: Tensor) -> Tensor:
-    """This rank's share of the mean cross-entropy over all samples that have both modalities."""
+    """The sum of the cross-entropy over this rank's samples that have both modalities."""
     mine = slice(everyone.first, everyone.first + rows)
     both_G = everyone.present_GM[:, query] & everyone.present_GM[:, key]
     logits_BG = scale * everyone.features_GMP[mine, query] @ everyone.features_GMP[:, key].t()
@@ -93,4 +103,4 @@ def _one_way(everyone: Gathered, query: int, key: int, rows: int, scale: Tensor)
     logits_BG = logits_BG.masked_fill(~usable_BG, MASKED)
     target_B = torch.arange(everyone.first, everyone.first + rows, device=both_G.device)
     loss_B = torch.nn.functional.cross_entropy(logits_BG, target_B, reduction="none")
-    return (loss_B * both_G[mine]).sum() / both_G.sum().clamp(min=1)
+    return (loss_B * both_G[mine]).sum()

@@ -88,6 +88,22 @@ def _interleaved_microbatches(config: RunConfig, layout: Layout) -> str | None:
     )
 
 
+def _samples_to_contrast(config: RunConfig, layout: Layout) -> str | None:
+    contrastive, train = config.objectives.contrastive, config.train
+    parts = 1 if contrastive.cached else train.num_microbatches
+    if not contrastive.on or train.global_batch_size != parts:
+        return None
+    remedies = [f"train.global_batch_size {2 * parts} or more"]
+    if parts > 1:
+        fewer = [n for n in divisors(train.global_batch_size // layout.data or 1) if n < parts]
+        remedies += [f"num_microbatches {fewer}", "objectives.contrastive.cached: true (negatives of the whole step)"]
+    return (
+        f"train.global_batch_size {train.global_batch_size} in train.num_microbatches {train.num_microbatches}: with "
+        f"one sample a microbatch objectives.contrastive has no negatives, and its loss and gradient would always be "
+        f"0; use {', '.join(remedies)}, or objectives.contrastive.weight: 0"
+    )
+
+
 def _pipeline_engine(config: RunConfig, layout: Layout) -> str | None:
     if layout.engine == "megatron" or layout.pipeline == 1:
         return None
@@ -182,6 +198,7 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _pipeline_engine,
     _blocks_for_stages,
     _interleaved_microbatches,
+    _samples_to_contrast,
     _megatron_zero,
     _deepspeed_settings,
     _deepspeed_overlap,

@@ -20,6 +20,7 @@ from mmmoe_pretrain.batch import MODALITIES, TASKS
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.moe.losses import loss_names
+from mmmoe_pretrain.objectives.counts import loss_weights
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.stages import Stage
@@ -205,18 +206,17 @@ def _embedding(layout: Layout, batch: Microbatch, hidden: int, divided: float) -
 
 
 def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
-    """Features and flags of all samples; the count of targets; the vocabulary's logits over its parts:
-    their maximum, the target's own and the sum of exponentials, and the gradient of the head's input."""
+    """Features and flags of all samples; the vocabulary's logits over its parts: their maximum, the target's
+    own and the sum of exponentials, and the gradient of the head's input."""
     contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
     if divided:
         yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
-    if contrastive.weight > 0:
+    if contrastive.on:
         features = batch.samples * M * config.model.embedding_size * FP32
         flags = batch.samples * (M + 1) * INT64
         yield _ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
         yield _ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
     if captioning.weight > 0:
-        yield _ring("targets", ALL_REDUCE, DATA, layout.data, FP32)
         yield _ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3)
         head = batch.targets * config.model.hidden_size * _element(config)
         yield _ring("head", ALL_REDUCE, TENSOR, layout.tensor, head)
@@ -297,16 +297,13 @@ def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
 
 
 def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
-    """The losses by name and the tokens; and whether the step is finite on every rank."""
-    objectives, names = config.objectives, 0
-    if objectives.contrastive.weight > 0:
-        names += len(objectives.contrastive.pairs)
-    if objectives.captioning.weight > 0:
-        names += 1
+    """What the losses are divided by, and the tokens; the losses by name; whether the step is finite everywhere."""
+    names = len(loss_weights(config.objectives))
+    yield _ring("counts", ALL_REDUCE, DATA, layout.data, (1 + names) * INT64)
     if any(is_sparse(config.moe, index) for index in range(config.model.num_layers)):
         names += len(loss_names(config.moe.losses))
     for group, ranks in ((DATA, layout.data), (PIPELINE, layout.pipeline)):
-        yield _ring("losses", ALL_REDUCE, group, ranks, (names + 1) * FP64)
+        yield _ring("losses", ALL_REDUCE, group, ranks, names * FP64)
     for group, ranks in ((TENSOR, layout.tensor), (DATA, layout.data), (PIPELINE, layout.pipeline)):
         yield _ring("finite", ALL_REDUCE, group, ranks, FP32)
 

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -51,6 +51,7 @@ class StepRecord:
     cut_audio: int = 0  # clips longer than modalities.audio.max_seconds, since the start
     cut_text: int = 0  # texts longer than modalities.text.max_tokens
     routing: tuple[LayerRouting, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)  # by loss: the targets or samples that it is the mean of
 
     @property
     def tokens_per_second(self) -> float:
@@ -180,6 +181,7 @@ def to_json(record: StepRecord) -> dict[str, Any]:
     return {
         "step": record.step,
         "losses": {name: number(value) for name, value in record.losses.items()},
+        "counts": record.counts,
         "learning_rate": number(record.learning_rate),
         "grad_norm": number(record.grad_norm),
         "tokens": record.tokens,
@@ -205,6 +207,8 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
         for name in ("entropy", "marginal_entropy", "dropped"):
             values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
             yield from _named(f"2_routing/{name}", values_LM.mean(axis=0))
+    for name, count in record.counts.items():
+        yield f"1_loss_counts/{name}", float(count)
     yield "3_optimizer/learning_rate", record.learning_rate
     yield "3_optimizer/grad_norm", record.grad_norm
     yield "5_speed/tokens_per_second", record.tokens_per_second

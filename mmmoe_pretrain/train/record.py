@@ -40,6 +40,7 @@ class Recorder:
         record = StepRecord(
             step=step,
             losses=result.losses,
+            counts=result.counts.terms,
             learning_rate=learning_rate,
             grad_norm=result.grad_norm,
             tokens=self._tokens,

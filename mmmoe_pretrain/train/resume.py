@@ -46,7 +46,7 @@ def _defining(config: RunConfig) -> dict[str, Any]:
         balancing = settings.get("bias_balancing") or {}
         settings["bias_balancing"] = {**balancing, "rate": balancing.get("rate") is not None}
     objectives = {
-        "pairs": sorted(config.objectives.contrastive.pairs) if config.objectives.contrastive.weight > 0 else [],
+        "pairs": sorted(config.objectives.contrastive.pairs) if config.objectives.contrastive.on else [],
         "captioning": config.objectives.captioning.weight > 0,
     }
     sections = {name: values[name] for name in ("model", "moe", "modalities")}

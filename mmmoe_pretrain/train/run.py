@@ -7,7 +7,7 @@ which is equal on every rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -19,6 +19,7 @@ from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.console import Console
 from mmmoe_pretrain.train.control import Control, Notes, from_rank_0, number_of_rank_0
+from mmmoe_pretrain.train.learning import Learning
 from mmmoe_pretrain.train.metrics import MetricsLog
 from mmmoe_pretrain.train.record import Recorder
 from mmmoe_pretrain.train.replicas import check_replicas
@@ -46,6 +47,7 @@ class Run:
         self.budget = BadBudget(self.config.data.max_bad_fraction)
         self.samples = Tally()  # read since the start
         self.bad_steps = BadSteps(self.config)
+        self.learning = Learning(self.config)
         self.skips = Skips()
         self.step = 0  # steps done
         self.save_owed = self.stopping = False
@@ -82,6 +84,7 @@ class Run:
                 log.info("all %d steps are done; raise train.steps to train on", self.settings.steps)
             return exit_codes.DONE
         self.recorder.begin_interval()
+        first = self.step
         with self.console:
             try:
                 self._open_metrics()
@@ -91,6 +94,8 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saving.close()
+        self.learning.refuse_nothing(whole_run=end == exit_codes.DONE and first == 0)
+        self._tell_of_idle(self.learning.idle())
         if end == exit_codes.DONE:
             self.session.journal.write("finished", step=self.step)
         return end
@@ -105,6 +110,7 @@ class Run:
                 self._go_back(trouble)
                 return None
             self._log(result, rate)
+            self._watch_learning(result)
             self._save_if_due(result)
             if self.step < self.settings.steps and self.stopping:
                 return self._stopped()
@@ -172,6 +178,20 @@ class Run:
         self.console.update(record)
         if self.metrics is not None:
             self.metrics.write(record)
+
+    def _watch_learning(self, result: StepResult) -> None:
+        """Raises ValueError on every rank where nothing is learned at all."""
+        found = self.learning.add(result)
+        if found and self.session.main:
+            log.info("step %d is the first with a loss for %s", self.step, ", ".join(found))
+        self.learning.refuse_nothing()
+        self._tell_of_idle(self.learning.warnings())
+
+    def _tell_of_idle(self, idle: Mapping[str, str]) -> None:
+        for name, why in idle.items():
+            self.session.journal.write("idle_objective", step=self.step, loss=name, why=why)
+            if self.session.main:
+                log.warning("%s", why)
 
     def _check_replicas(self) -> None:
         """Raises Restartable on every rank where what must be equal is not."""

@@ -52,6 +52,23 @@ def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_vectors(tmp_path:
     assert found["norm"] == pytest.approx(0, abs=1e-4)
 
 
+def losses_without_contrastive(root: Any) -> list[dict[str, float]]:
+    found = []
+    with process_group(timeout_minutes=0.5) as device:
+        for contrastive in ({"weight": 0}, {"weight": 0, "cached": True}, {"pairs": {}, "cached": True}):
+            objectives = {"contrastive": contrastive, "captioning": {"weight": 0.5, "fraction": 1.0}}
+            config = tiny_config(root, objectives=objectives)
+            engine = build_engine(config, VOCAB, build_groups(config.parallel, 4), device)
+            found.append(engine.step([random_batch(config, ["iat", "it"], seed) for seed in range(2)], 1e-2).losses)
+            destroy_groups()
+    return found
+
+
+def test_a_cached_objective_that_is_off_changes_nothing(tmp_path: Any) -> None:
+    plain, *cached = run_ranks(1, losses_without_contrastive, tmp_path)[0]
+    assert plain["captioning"] > 0 and cached == [plain, plain]
+
+
 def step_after_state_round_trip(root: Any, precision: str) -> tuple[float, float]:
     config = tiny_config(root)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})

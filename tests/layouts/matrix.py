@@ -68,7 +68,9 @@ def judge(case: Case, ranks: Sequence[Outcome], alone: Outcome) -> Verdict:
             for name, value in values.items()
         )
         norms = max(
-            abs(mine / theirs - 1) for rank in ranks for mine, theirs in zip(rank.norms, alone.norms, strict=True)
+            abs(mine - theirs) / (theirs or 1.0)
+            for rank in ranks
+            for mine, theirs in zip(rank.norms, alone.norms, strict=True)
         )
         assert all(rank.tokens == alone.tokens for rank in ranks), "numbers of tokens differ"
         assert all(list(rank.losses[0]) == list(alone.losses[0]) for rank in ranks), "names of losses differ"

@@ -15,6 +15,7 @@ from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives.counts import step_counts
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
@@ -90,18 +91,18 @@ def train_alone(root: Path, steps: int = STEPS, samples: Sequence[str] = GLOBAL,
     optimizer = adamw(model, config)
     losses, norms, tokens = [], [], []
     for step in range(steps):
-        model.begin_step(step, MICROBATCHES)
         batches = [global_microbatch(config, step * MICROBATCHES + a, 0, 1, samples) for a in range(MICROBATCHES)]
+        model.begin_step(step, step_counts(batches, config.objectives, None, torch.device("cpu")))
         reports = []
         for batch in batches:
             loss, report = model(batch)
-            (loss / MICROBATCHES).backward()
+            loss.backward()
             reports.append(report)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
         optimizer.step()
         optimizer.zero_grad()
-        means = {name: sum(float(r.losses[name]) for r in reports) / MICROBATCHES for name in reports[0].losses}
-        losses.append({"total": sum(means.values()), **means})
+        parts = {name: sum(float(r.losses[name]) for r in reports) for name in reports[0].losses}
+        losses.append({"total": sum(parts.values()), **parts})
         tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows))
         summed = [r.routing for r in reports]
         model.end_step(tuple(sum(layer[1:], layer[0]) for layer in zip(*summed, strict=True)))

@@ -64,12 +64,15 @@ class World:
         return found
 
 
+FACTORS = {"image-text": 0.3, "audio-text": 0.2, "image-audio": 0.1}  # weights over numbers of samples
+
+
 def whole_batch() -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Losses by pair and gradients of the weighted loss, of one process and one batch."""
+    """Sums by pair and gradients of the loss, of one process and one batch."""
     world = World.make()
-    losses = world.objective(world.features(slice(None)), world.present_MB, world.group_ids, SINGLE)
-    (CONFIG.weight * sum(CONFIG.pairs[pair] * loss for pair, loss in losses.items())).sum().backward()
-    return {pair: loss.item() for pair, loss in losses.items()}, world.gradients()
+    sums = world.objective(world.features(slice(None)), world.present_MB, world.group_ids, SINGLE)
+    sum(FACTORS[pair] * value for pair, value in sums.items()).backward()
+    return {pair: value.item() for pair, value in sums.items()}, world.gradients()
 
 
 def slices(first: int, sizes: tuple[int, ...]) -> list[slice]:
@@ -77,24 +80,23 @@ def slices(first: int, sizes: tuple[int, ...]) -> list[slice]:
 
 
 def cached_step(groups: Groups, first: int, sizes: tuple[int, ...]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A step as an engine takes it: the mean over microbatches, then over ranks, of losses and gradients."""
+    """A step as an engine takes it: sums over microbatches, and gradients over ranks, too."""
     world, cache = World.make(), ContrastiveCache()
     with torch.no_grad():
         for rows in slices(first, sizes):
             cache.collect(world.features(rows), world.present_MB[:, rows], world.group_ids[rows])
-    losses = cache.finish(world.objective, groups)
+    sums = cache.finish(world.objective, groups, FACTORS)
     leaves = (*world.weights.values(), *world.objective.parameters())
     assert all(leaf.grad is None for leaf in leaves), "an engine's hooks would take it for a microbatch's"
     for i, rows in enumerate(slices(first, sizes)):
         surrogate = cache.surrogate(i, world.features(rows))
         assert surrogate.item() == 0
-        (surrogate / len(sizes)).backward()
+        surrogate.backward()
     gradients = world.gradients()
     if groups.data_size > 1:
         for gradient in gradients.values():
             dist.all_reduce(gradient, group=groups.data)
-            gradient /= groups.data_size
-    return {pair: loss.item() for pair, loss in losses.items()}, gradients
+    return {pair: len(sizes) * value.item() for pair, value in sums.items()}, gradients
 
 
 def assert_same_gradients(ours: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
@@ -130,8 +132,8 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_batch() -> None:
     ranks = run_ranks(2, steps_of_rank)
     for case in range(len(SPLITS)):
         (losses, gradients), (other_losses, _) = (rank[case] for rank in ranks)
-        mean = {pair: (loss + other_losses[pair]) / 2 for pair, loss in losses.items()}
-        assert mean == pytest.approx(whole_losses, rel=1e-6)
+        total = {pair: loss + other_losses[pair] for pair, loss in losses.items()}
+        assert total == pytest.approx(whole_losses, rel=1e-6)
         assert_same_gradients({name: torch.from_numpy(g) for name, g in gradients.items()}, whole_gradients)
 
 
@@ -139,16 +141,16 @@ def test_a_step_without_any_pair_costs_nothing() -> None:
     world, cache = World.make(), ContrastiveCache()
     world.present_MB[1:] = False  # pictures alone
     cache.collect(world.features(slice(0, 6)), world.present_MB[:, :6], world.group_ids[:6])
-    assert [loss.item() for loss in cache.finish(world.objective, SINGLE).values()] == [0, 0, 0]
+    assert [loss.item() for loss in cache.finish(world.objective, SINGLE, FACTORS).values()] == [0, 0, 0]
     cache.surrogate(0, world.features(slice(0, 6))).backward()
     assert not any(gradient.any() for gradient in world.gradients().values())
 
 
 def test_plain_microbatches_are_another_loss() -> None:
-    """What the cache is for: with the negatives of each microbatch alone the mean is smaller."""
+    """What the cache is for: with the negatives of each microbatch alone the sum is smaller."""
     whole_losses, _ = whole_batch()
     world = World.make()
     parts = [world.objective(world.features(rows), world.present_MB[:, rows], world.group_ids[rows], SINGLE)
              for rows in slices(0, (4, 4, 4))]  # fmt: skip
-    mean = {pair: sum(part[pair].item() for part in parts) / 3 for pair in whole_losses}
-    assert all(mean[pair] < 0.8 * whole for pair, whole in whole_losses.items())
+    total = {pair: sum(part[pair].item() for part in parts) for pair in whole_losses}
+    assert all(total[pair] < 0.8 * whole for pair, whole in whole_losses.items())

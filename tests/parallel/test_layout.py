@@ -158,6 +158,15 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "fewer microbatches than interleaved ranks": (
         2, {**PP2, "virtual_pipeline_size": 2}, {"train": {"num_microbatches": 1}}, "; use 2 microbatches, or",
     ),
+    "one sample a microbatch": (
+        1, {}, {"train": {"num_microbatches": 32}},
+        r"global_batch_size 32 in train.num_microbatches 32: .*one sample a microbatch .*contrastive has no negatives"
+        r".*use train.global_batch_size 64 or more, num_microbatches \[1, 2, 4, 8, 16\], .*cached: true",
+    ),
+    "one sample a step": (
+        1, {}, {"train": {"num_microbatches": 1, "global_batch_size": 1}},
+        "no negatives, .*; use train.global_batch_size 2 or more, or objectives.contrastive.weight: 0$",
+    ),
     "pipeline under DeepSpeed": (
         4, {**DEEPSPEED, **PP2}, {},
         "pipeline_parallel_size 2 with parallel.engine deepspeed: .*set engine: megatron, or pipeline_parallel",
@@ -222,6 +231,13 @@ def test_a_vocabulary_that_does_not_divide_is_refused_once_it_is_known() -> None
     assert resolve_layout(config, 2, 48).tensor == 2
     message = refusal(2, TP2, vocab_size=47)
     assert "tensor_parallel_size 2 does not divide the vocabulary of data.tokenizer 47" in message
+
+
+@pytest.mark.parametrize("objectives", [
+    {"contrastive": {"cached": True}}, {"contrastive": {"weight": 0}, "captioning": {"weight": 1}},
+])  # fmt: skip
+def test_one_sample_a_microbatch_is_fine_for_what_needs_no_negatives_of_it(objectives: dict[str, Any]) -> None:
+    resolve_layout(config_of({}, train={"num_microbatches": 32}, objectives=objectives), 1)
 
 
 def test_a_width_that_no_block_has_is_not_asked_to_divide() -> None:

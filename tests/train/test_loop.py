@@ -17,6 +17,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import things, tiny_config, write_shards, write_tokenizer
@@ -129,6 +130,23 @@ def test_a_modality_that_no_sample_has_does_not_hang_two_ranks(tmp_path: Path, t
                        train={"steps": 3, "global_batch_size": 8, "log_every": 1})  # fmt: skip
     run_ranks(2, train, config)
     assert [record["routing"][0]["tokens"]["audio"] for record in logged(config)] == [0, 0, 0]
+    pairs = {"contrastive/audio-text": 0, "contrastive/image-audio": 0, "contrastive/image-text": 8}
+    assert all(record["counts"].items() >= pairs.items() for record in logged(config))
+    idle = [event for event in read_events(config.run_dir) if event["event"] == "idle_objective"]
+    assert [event["loss"] for event in idle] == ["contrastive/audio-text", "contrastive/image-audio"]
+    assert "no sample with audio and text in 3 steps (24 samples)" in idle[0]["why"]
+
+
+def test_a_run_that_learns_nothing_is_an_error(tmp_path: Path, tiny_data: Path) -> None:
+    """All samples are of one group, so none is another's negative."""
+    write_shards(tmp_path / "alike", [{**row, "group": "same"} for row in things(16)])
+    data = {"train": [{"path": str(tmp_path / "alike")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0}  # fmt: skip
+    config = config_in(tmp_path, tiny_data, data=data, objectives={},
+                       train={"steps": 2, "global_batch_size": 8, "log_every": 1})  # fmt: skip
+    with pytest.raises(AssertionError, match=r"there is nothing to learn: .*no negatives for audio-text in 2 steps"):
+        run_ranks(1, train, config)
+    assert [record["counts"]["contrastive/audio-text"] for record in logged(config)] == [8, 8]
 
 
 def test_a_tokenizer_that_does_not_match_is_refused_on_resume(tmp_path: Path, tiny_data: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import LoadStats, StepData
 from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.objectives.counts import StepCounts
 from mmmoe_pretrain.train.rollback import BadSteps, Skips, Trouble, read_skips
 from tests.support import tiny_config
 
@@ -20,7 +21,8 @@ def data(step: int) -> StepData:
 
 
 def result(skipped: bool, scale: float = 1.0) -> StepResult:
-    return StepResult({"total": math.nan if skipped else 1.0}, 1.0, 10, (), skipped=skipped, loss_scale=scale)
+    loss = math.nan if skipped else 1.0
+    return StepResult({"total": loss}, 1.0, StepCounts(10, {}), (), skipped=skipped, loss_scale=scale)
 
 
 def first_trouble(tmp_path: Path, skipped: str, scale: float = 1.0, **sections: Any) -> Trouble | None:
