@@ -199,6 +199,28 @@ def check_layer(config: MoEConfig, groups: Groups) -> None:
         check_close(of_experts[name], value[here.start : here.stop], f"{config} {name}")
 
 
+def check_bad_row(groups: Groups, value: float) -> None:
+    """Token 0 of the first rank of a group, which the last rank receives as its row 0, visits the last expert;
+    all others visit the one before, whose rows are padded. Its gradient is that of a run without token 0."""
+    case, first = Case(8, 1), groups.expert_rank == 0
+    x = torch.randn(42, D, generator=generator(groups.data_rank))
+    slots = torch.tensor([[7 if first else 6]] + [[6]] * 41)
+    weights = torch.rand(slots.shape, generator=generator(3))
+    dispatcher, local = AllToAllDispatcher(8, groups), groups.local_experts(8)
+    rest = slice(1, None) if first else slice(None)
+    expected = through_dispatcher(case, dispatcher, local, x[rest], slots[rest], weights[rest])
+    if first:
+        x[0] = value
+    found = through_dispatcher(case, dispatcher, local, x, slots, weights)
+    for name in ("out", "x", "weights"):
+        assert torch.equal(found[name][rest], expected[name]), name
+    not_visited = [e for e in range(len(local)) if local[e] != 7]
+    for name in ("up", "down"):
+        assert torch.equal(found[name][not_visited], expected[name][not_visited]), name
+        if 7 in local:
+            assert expected[name][-2].any() and not found[name][-1].isfinite().all(), name
+
+
 def layouts(world_size: int, experts: int) -> Iterator[Groups]:
     for size in (1, 2, 4):
         if size <= world_size:
@@ -213,6 +235,8 @@ def all_cases(world_size: int) -> Any:
             for case in CASES:
                 dispatcher = AllToAllDispatcher(case.experts, groups, case.chunks)
                 check_dispatcher(case, dispatcher, groups, TOKENS_OF_RANK[rank], seed=rank)
+            for value in (torch.nan, torch.inf, 1e30):
+                check_bad_row(groups, value)
             for override in LAYERS.values():
                 check_layer(MoEConfig.model_validate({**BASE.model_dump(), **override}), groups)
 

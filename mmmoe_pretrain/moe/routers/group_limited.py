@@ -19,7 +19,7 @@ def group_limited(inputs: RouterInputs) -> Choice:
     scores_nE = within_best_groups(inputs.for_choice(log_p_nE.exp()), config)
     ids_nK = scores_nE.topk(config.experts_per_token, dim=-1).indices
     chosen_nK = log_p_nE.gather(-1, ids_nK)
-    return Choice(ids_nK, chosen_weights(chosen_nK, config), log_p_nE, chosen_nK[:, 0].detach().exp())
+    return Choice(ids_nK, chosen_weights(chosen_nK, config), log_p_nE, log_p_nE.detach().amax(-1).exp())
 
 
 def within_best_groups(scores_nE: Tensor, config: MoEConfig) -> Tensor:
