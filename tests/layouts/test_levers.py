@@ -9,7 +9,7 @@ from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, STEPS, VOCAB, Case
+from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, STEPS, VOCAB, Case
 from tests.layouts.train import Outcome, adamw, start_ranks, whole_state
 from tests.support import random_sample
 
@@ -57,6 +57,23 @@ def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> No
     one_process = Case("one process", 1, "megatron", 0, {}, cached="beside all")
     alone = start_ranks(1, [one_process], tmp_path, STEPS, 90)[0][0]
     assert "captioning" in alone.losses[0] and "aux/balance" in alone.losses[0]
+    outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
+    for i, one in enumerate(layouts):
+        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
+        assert verdict.passed, verdict
+
+
+def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None:
+    layouts = [
+        case("EP2", 1, moe=OTHER_BLOCKS),
+        case("TP2 + SP", moe=OTHER_BLOCKS),
+        case("EP2", 3, "deepspeed", moe=OTHER_BLOCKS),
+        case("TP2", 1, "deepspeed", moe=OTHER_BLOCKS),
+    ]
+    one_process = Case("one process", 1, "megatron", 0, {}, moe=OTHER_BLOCKS)
+    alone = start_ranks(1, [one_process], tmp_path, STEPS, 90)[0][0]
+    for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
+        assert any(key.endswith(f"ffn.{name}") for key in alone.parameters), name
     outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
     for i, one in enumerate(layouts):
         verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)

@@ -155,7 +155,7 @@ UNLIKE = (
     ExpertGroupConfig(num_experts=4, expert_hidden_size=8),
 )
 BASE = MoEConfig(num_experts=8, expert_hidden_size=HIDDEN)
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "E 4, K 1": {"num_experts": 4, "experts_per_token": 1},
     "E 128, K 8": {"num_experts": 128, "experts_per_token": 8, "dispatch_chunks": 2},
     "capacity": {"capacity_factor": 0.6, "activation": "gelu"},
@@ -166,6 +166,14 @@ LAYERS = {
     "sigmoid, node groups": {"router": "sigmoid_top_k", "num_experts": 16, "node_groups": 4, "groups_per_token": 2},
     "expert choice": {"router": "expert_choice", "dispatch_chunks": 2},
     "noise": {"router": "noisy_top_k"},
+    "biases": {"activation": "clamped_swiglu", "expert_biases": True, "router_bias": True, "dispatch_chunks": 2},
+    "weights on the input": {
+        "router_weight_on_input": True,
+        "expert_biases": True,
+        "routed_scaling_factor": 2.5,
+        "shared_expert_hidden_size": 12,
+        "shared_expert_gate": True,
+    },
     "identity, null": {"identity_experts": 2, "null_experts": 2, "experts_per_token": 4},
 }
 
@@ -174,6 +182,9 @@ def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[st
     """What belongs to this rank's tokens, and the gradients of the experts."""
     moe = MoELayer(config, D, 1, groups)
     init_parameters(moe, seed=5, num_layers=1)
+    for name, parameter in moe.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.fill_(0.05)
     x = x.clone().requires_grad_()
     out, _ = moe(x, TokenInfo.of_modalities(image_audio_text(x.shape[0])))
     out.square().sum().backward()
