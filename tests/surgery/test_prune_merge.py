@@ -52,13 +52,14 @@ def assert_equal_states(a: State, b: State) -> None:
 
 
 def test_an_expert_that_nothing_chooses_goes_without_a_trace(tmp_path: Path) -> None:
-    source = with_idle_expert(tmp_path, 2)
+    source = with_idle_expert(tmp_path, 2, expert_biases=True, router_bias=True)
     result = prune(source, (), 0.0, (), lossy=False)
     assert result.exact
     assert_same_function(source, result)
     assert result.config.moe.num_experts == 3
     kept = [0, 1, 3]
-    for name in ("router.weight", "experts.up", "experts.down"):
+    biases = ("router.logit_bias", "experts.up_bias", "experts.down_bias")
+    for name in ("router.weight", "experts.up", "experts.down", *biases):
         assert torch.equal(result.state[BLOCK + name].value, source.state[BLOCK + name].value[kept])
         for now, before in zip(moments(result.state, BLOCK + name), moments(source.state, BLOCK + name), strict=True):
             assert torch.equal(now, before[kept])
