@@ -36,6 +36,7 @@ LEVERS = {
     "ZeRO-3, blocks computed again": case("DP2", 3, "deepspeed", train={"recompute": "blocks"}),
     "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
 }  # fmt: skip
+TYPES = ("fp32", "bf16")
 CACHED = ["DP2", "EP2", "PP2", "PP2 x VPP2", "TP2 + SP"]
 
 
@@ -64,19 +65,18 @@ def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> No
 
 
 def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None:
-    layouts = [
-        case("EP2", 1, moe=OTHER_BLOCKS),
-        case("TP2 + SP", moe=OTHER_BLOCKS),
-        case("EP2", 3, "deepspeed", moe=OTHER_BLOCKS),
-        case("TP2", 1, "deepspeed", moe=OTHER_BLOCKS),
-    ]
-    one_process = Case("one process", 1, "megatron", 0, {}, moe=OTHER_BLOCKS)
-    alone = start_ranks(1, [one_process], tmp_path, STEPS, 90)[0][0]
+    """In fp32 and, where biases stay fp32 beside half matrices, in bf16."""
+    ways = {"EP2": (("megatron", 1), ("deepspeed", 3)), "TP2 + SP": (("megatron", 0), ("deepspeed", 1))}
+    layouts = [case(name, zero, engine, moe=OTHER_BLOCKS) for name, some in ways.items() for engine, zero in some]
+    layouts.append(case("EP2", 1, precision="bf16", moe=OTHER_BLOCKS))
+    alone_cases = [Case("one process", 1, "megatron", 0, {}, precision, moe=OTHER_BLOCKS) for precision in TYPES]
+    alone = dict(zip(TYPES, start_ranks(1, alone_cases, tmp_path, STEPS, 90)[0], strict=True))
     for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
-        assert any(key.endswith(f"ffn.{name}") for key in alone.parameters), name
+        trained = [key for key in alone["fp32"].parameters if key.endswith(f"ffn.{name}")]
+        assert trained and all(alone["fp32"].parameters[key][1][0][1].any() for key in trained), name
     outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
     for i, one in enumerate(layouts):
-        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
+        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone[one.precision])
         assert verdict.passed, verdict
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.models.init import init_parameters
+from mmmoe_pretrain.moe import activation
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
@@ -24,6 +25,7 @@ from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 D, FF, SHARED, TOKENS = 32, 64, 48, 50
 Tensors = dict[str, Tensor]
@@ -50,6 +52,13 @@ def make_olmoe(experts: int, top_k: int, renormalize: bool) -> nn.Module:
     return olmoe.OlmoeSparseMoeBlock(
         olmoe.OlmoeConfig(hidden_size=D, intermediate_size=FF, num_experts=experts, num_experts_per_tok=top_k,
                           norm_topk_prob=renormalize)
+    )  # fmt: skip
+
+
+def make_qwen3(experts: int, top_k: int) -> nn.Module:
+    return qwen3_moe.Qwen3MoeSparseMoeBlock(
+        qwen3_moe.Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=FF, num_experts=experts,
+                                 num_experts_per_tok=top_k, norm_topk_prob=True)
     )  # fmt: skip
 
 
@@ -149,6 +158,7 @@ BLOCKS = {
     "Mixtral": Block(make_mixtral, stacked, {}),
     "OLMoE, renormalised": Block(lambda e, k: make_olmoe(e, k, renormalize=True), stacked, {}),
     "OLMoE": Block(lambda e, k: make_olmoe(e, k, renormalize=False), stacked, {"renormalize": False}),
+    "Qwen3-MoE": Block(make_qwen3, stacked, {}),
     "Qwen2-MoE": Block(make_qwen2, of_qwen2, {"renormalize": False, "shared_expert_hidden_size": SHARED,
                                               "shared_expert_gate": True}),
     "DeepSeek-V2": Block(make_deepseek_v2, of_deepseek, {
@@ -214,6 +224,14 @@ def test_outputs_and_gradients_are_those_of_transformers(
         worst = (value - theirs[key]).abs().max() / theirs[key].abs().max()
         assert worst < 4e-6, f"{key}: {worst:.1e} of the largest value"
         assert theirs[key].abs().max() > 0.01  # they agree on something
+
+
+def test_gates_and_ups_of_gpt_oss_are_compared_where_they_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the limits both directions differ from theirs."""
+    monkeypatch.setattr(activation, "LIMIT", 1e9)
+    ours, theirs = ours_and_theirs("GPT-OSS", *make_pair("GPT-OSS", 8, 2))
+    for key in ("out", "x", "experts.gate_up_proj"):
+        assert (ours[key] - theirs[key]).abs().max() > 1e-3 * theirs[key].abs().max()
 
 
 @pytest.mark.parametrize("name,without", [
