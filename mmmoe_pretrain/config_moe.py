@@ -25,8 +25,9 @@ class StrictModel(BaseModel):
 class RoutingLossConfig(StrictModel):
     """Weights of the auxiliary losses; a weight of 0 leaves the term out.
 
-    ``entropy_modalities`` take part in the LIMoE terms. ``min_experts[m]`` is S_m of the soft
-    threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
+    ``entropy_modalities`` take part in the LIMoE terms; ``local_entropy_modalities`` and
+    ``global_entropy_modalities`` name those of one term where the two differ. ``min_experts[m]`` is S_m of
+    the soft threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
     ``per_modality`` terms are computed on each modality's tokens alone and averaged over the
     modalities present. ``balance_scope`` says over which tokens the shares are counted.
     """
@@ -34,6 +35,8 @@ class RoutingLossConfig(StrictModel):
     local_entropy: float = Field(0.0, ge=0)
     global_entropy: float = Field(0.0, ge=0)
     entropy_modalities: tuple[Modality, ...] = EVERYBODY
+    local_entropy_modalities: tuple[Modality, ...] | None = None  # None: entropy_modalities
+    global_entropy_modalities: tuple[Modality, ...] | None = None
     min_experts: dict[Modality, float] = {}
     importance: float = Field(0.0, ge=0)
     load: float = Field(0.0, ge=0)
@@ -52,6 +55,18 @@ class RoutingLossConfig(StrictModel):
                 "moe.losses.per_modality, or use balance_scope microbatch or global_batch"
             )
         return self
+
+    @property
+    def entropy_terms(self) -> tuple[tuple[str, Modality], ...]:
+        """The LIMoE terms that are on, each with a modality that takes part in it."""
+        named = {"local_entropy": self.local_entropy_modalities, "global_entropy": self.global_entropy_modalities}
+        taking_part = {
+            term: self.entropy_modalities if modalities is None else modalities
+            for term, modalities in named.items()
+            if getattr(self, term)
+        }
+        order = dict.fromkeys((*self.entropy_modalities, *EVERYBODY))
+        return tuple((term, m) for m in order for term, modalities in taking_part.items() if m in modalities)
 
     @property
     def any_of_tokens(self) -> bool:
@@ -92,16 +107,22 @@ class MoEConfig(StrictModel):
     num_experts: int = Field(8, ge=1)  # 1 is a dense model
     experts_per_token: int = Field(2, ge=1)
     expert_hidden_size: int = Field(256, ge=1)
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "clamped_swiglu"] = "swiglu"
+    expert_biases: bool = False  # on both products of the routed experts (GPT-OSS)
     expert_groups: tuple[ExpertGroupConfig, ...] = ()  # empty: every expert serves every modality
     shared_expert_hidden_size: int = Field(0, ge=0)  # of the expert that every token visits; 0 is none
+    shared_expert_gate: bool = False  # its output times sigmoid(w x) (Qwen2-MoE)
     identity_experts: int = Field(0, ge=0)  # return the token itself (MoE++, arXiv 2410.07348)
     null_experts: int = Field(0, ge=0)  # return nothing
     capacity_factor: float | None = Field(None, gt=0)  # None is dropless
     batch_priority: bool = False
     renormalize: bool = True  # divide the chosen weights by their sum; never where K = 1
+    routed_scaling_factor: float = Field(1.0, gt=0)  # of the weights after that (DeepSeek-V2 and V3)
+    router_weight_on_input: bool = False  # weights multiply an expert's input, not its output (Llama 4)
+    router_bias: bool = False  # the logits have a learned bias (GPT-OSS)
     node_groups: int = Field(1, ge=1)  # of equally many experts, for routers group_limited and sigmoid_top_k
     groups_per_token: int = Field(1, ge=1)
+    scores_per_group: int | None = Field(None, ge=1)  # whose sum a group is worth; None: K / groups_per_token
     task_conditioned: bool = False  # the router sees x plus a learned embedding of the token's task
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
@@ -164,6 +185,11 @@ class MoEConfig(StrictModel):
                     f"moe.losses.min_experts of {modality} is {count:g}, and there are "
                     f"{self.router_outputs} experts; use 1 to {self.router_outputs}"
                 )
+        if self.shared_expert_gate and not self.shared_expert_hidden_size:
+            raise ValueError(
+                "moe.shared_expert_gate weighs a shared expert, and moe.shared_expert_hidden_size 0 is none; set its "
+                "hidden size, or shared_expert_gate: false"
+            )
         self._check_groups()
         self._check_router()
         return self
@@ -199,6 +225,11 @@ class MoEConfig(StrictModel):
             )
 
     def _check_router(self) -> None:
+        if self.scores_per_group is not None and self.node_groups == 1:
+            raise ValueError(
+                f"moe.scores_per_group {self.scores_per_group} says what each of several node groups is worth, and "
+                f"moe.node_groups is 1; raise node_groups, or leave scores_per_group out"
+            )
         if self.node_groups > 1 or self.groups_per_token > 1 or self.router == "group_limited":
             self._check_node_groups()
         if self.router == "expert_choice" and (self.batch_priority or self.bias_balancing.on):
@@ -211,10 +242,11 @@ class MoEConfig(StrictModel):
                 f"moe.losses.load is about an expert being among a token's top k, and moe.router {self.router} does "
                 f"not choose so; set moe.losses.load: 0 (importance works with it)"
             )
-        if self.router == "hash" and (self.bias_balancing.on or self.jitter or self.task_conditioned):
+        unused = (self.bias_balancing.on, self.jitter, self.task_conditioned, self.router_bias)
+        if self.router == "hash" and any(unused):
             raise ValueError(
-                "moe.router hash does not look at the token's content, so moe.bias_balancing, moe.jitter and "
-                "moe.task_conditioned have no effect; leave them out"
+                "moe.router hash does not look at the token's content, so moe.bias_balancing, moe.jitter, "
+                "moe.task_conditioned and moe.router_bias have no effect; leave them out"
             )
 
     def _check_node_groups(self) -> None:
@@ -234,6 +266,12 @@ class MoEConfig(StrictModel):
             raise ValueError(
                 f"moe.groups_per_token {self.groups_per_token} of {self.node_groups} leaves a token {reach} experts, "
                 f"fewer than moe.experts_per_token {self.experts_per_token}; raise groups_per_token"
+            )
+        size = self.num_experts // self.node_groups
+        if (self.scores_per_group or 1) > size:
+            raise ValueError(
+                f"moe.scores_per_group {self.scores_per_group} exceeds the {size} experts of each of the "
+                f"{self.node_groups} groups; use 1 to {size}"
             )
         if self.identity_experts or self.null_experts:
             raise ValueError(

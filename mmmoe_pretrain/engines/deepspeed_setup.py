@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import OptimizerConfig
 from mmmoe_pretrain.moe.layer import MoELayer
-from mmmoe_pretrain.parallel.cuts import computed_alike
+from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.groups import Group, Groups
 
 
@@ -188,8 +188,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) 
     decayed = {"name": "matrices", "weight_decay": settings.weight_decay}
     plain = {"name": "vectors", "weight_decay": 0.0}
     param_groups: list[dict[str, Any]] = [
-        {**decayed, "params": [p for p in parameters if p.ndim >= 2]},
-        {**plain, "params": [p for p in parameters if p.ndim < 2]},
+        {**decayed, "params": [p for p in parameters if not is_vector(p)]},
+        {**plain, "params": [p for p in parameters if is_vector(p)]},
     ]
     if groups.expert_size > 1:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer

@@ -14,7 +14,7 @@ from torch import nn
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES
-from mmmoe_pretrain.parallel.cuts import computed_alike
+from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.quiet import quiet_megatron
 
@@ -112,7 +112,7 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
         use_distributed_optimizer=config.parallel.zero_stage == 1,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda parameter: parameter.ndim < 2))
+    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=is_vector))
     with megatron_cpu.optimizer_calls():
         made = get_megatron_optimizer(
             optimizer, wrapped, {vectors: ParamGroupOverride(wd_mult=0.0)}, use_gloo_process_groups=False

@@ -58,15 +58,17 @@ def block_costs(config: RunConfig, vocab_size: int) -> TrunkCosts:
 
 def feed_forward_flops(config: RunConfig, index: int) -> float:
     """FLOPs a token of block ``index`` beside attention: dense SwiGLU 6 D F; or the router 2 D E, the
-    K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU. Experts are taken
-    to be chosen evenly, which is what balancing works for; those without computation cost nothing."""
+    K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU, and the shared one's gate
+    2 D. Experts are taken to be chosen evenly, which is what balancing works for; those without computation
+    cost nothing, and biases are left out."""
     hidden = config.model.hidden_size
     if not is_sparse(config.moe, index):
         return 6 * hidden * dense_width(config.model, config.moe, index)
     moe = config.moe.for_layer(index)
     width = moe.experts_per_token * _mean_expert_size(moe) + moe.shared_expert_hidden_size
     routers = 2 if moe.router == "noisy_top_k" else 1  # logits, and the width of their noise
-    return 2 * hidden * ((ACTIVATIONS[moe.activation].width + 1) * width + routers * moe.router_outputs)
+    outputs = routers * moe.router_outputs + moe.shared_expert_gate
+    return 2 * hidden * ((ACTIVATIONS[moe.activation].width + 1) * width + outputs)
 
 
 def _mean_expert_size(moe: MoEConfig) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.moe.experts import Experts
+from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, part_of, placements
 
 RESIDUAL_OUTPUTS = re.compile(
@@ -50,6 +51,9 @@ def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
 def _init_experts(
     parameter: Tensor, placement: Placement, name: str, owned: range, seed: int, num_layers: int
 ) -> None:
+    if is_vector(parameter):  # biases
+        parameter.zero_()
+        return
     within = tuple(cut for cut in placement if cut.dim > 0)  # of one expert
     _, *shape = logical_shape(tuple(parameter.shape), within)
     std = shape[-1] ** -0.5 * _residual_scale(name, num_layers)

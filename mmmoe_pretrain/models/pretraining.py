@@ -23,6 +23,7 @@ from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives.cached import ContrastiveCache
 from mmmoe_pretrain.objectives.contrastive import ContrastiveObjective
 from mmmoe_pretrain.objectives.counts import CAPTIONING, CONTRASTIVE, StepCounts, loss_weights, step_counts
+from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 
@@ -169,7 +170,7 @@ class PretrainingModel(nn.Module):
         """Compute the trunk in bfloat16 or float16; vectors, routers, embedders and heads stay fp32."""
         self.mmmoe.compute_dtype = dtype
         for name, parameter in self.mmmoe.trunk.named_parameters():
-            if parameter.ndim >= 2 and ".router." not in name:
+            if not is_vector(parameter) and ".router." not in name:
                 parameter.data = parameter.data.to(dtype)
         if self.mmmoe.language_head is not None:
             for parameter in self.mmmoe.language_head.parameters():

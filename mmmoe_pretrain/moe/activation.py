@@ -1,7 +1,8 @@
 """The non-linearity inside an expert, with its backward pass by hand.
 
 An expert is two products around it: x [n, D] -> up [n, width F] -> h [n, F] -> y [n, D]. SwiGLU
-(arXiv 2002.05202) takes gate and up side by side, width 2F; GELU takes F.
+(arXiv 2002.05202) takes gate and up side by side, width 2F; GELU takes F. Clamped SwiGLU is that of GPT-OSS
+(arXiv 2508.10925): (up + 1) gate sigmoid(1.702 gate) with gate at most 7 and up within -7 and 7.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mmmoe_pretrain import kernels
 
+LIMIT, ALPHA = 7.0, 1.702  # of clamped SwiGLU
 CHUNK_BYTES = 1 << 20  # of the widest tensor of a chain of elementwise operations: it stays in the cache
 
 
@@ -70,6 +72,36 @@ def _swiglu_backward(grad_h_nF: Tensor, up_nF: Tensor) -> tuple[Tensor, Tensor]:
     return h, grad_nF
 
 
+def clamped_swiglu(up_nF: Tensor) -> Tensor:
+    """(up + 1) * gate * sigmoid(ALPHA gate) of the clamped gate and up, side by side."""
+    gate, up = up_nF.chunk(2, dim=-1)
+    gate = gate.clamp(max=LIMIT)
+    return (up.clamp(-LIMIT, LIMIT) + 1) * (gate * torch.sigmoid(ALPHA * gate))
+
+
+def _clamped_in_chunks(up_nF: Tensor) -> Tensor:
+    h = up_nF.new_empty(up_nF.shape[0], up_nF.shape[1] // 2)
+    for up, out in _chunks(up_nF, h):
+        out.copy_(clamped_swiglu(up))
+    return h
+
+
+def _clamped_backward(grad_h_nF: Tensor, up_nF: Tensor) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(ALPHA gate): d h / d gate = (up + 1) s (1 + ALPHA gate (1 - s)); 0 where clamped."""
+    h, grad_nF = torch.empty_like(grad_h_nF), torch.empty_like(up_nF)
+    for up, grad_h, out, grad in _chunks(up_nF, grad_h_nF, h, grad_nF):
+        gate, value = up.chunk(2, dim=-1)
+        grad_gate, grad_value = grad.chunk(2, dim=-1)
+        low, plus_one = gate.clamp(max=LIMIT), value.clamp(-LIMIT, LIMIT) + 1
+        s = torch.sigmoid(ALPHA * low)
+        activated = low * s
+        torch.mul(plus_one, activated, out=out)
+        grad_value.copy_(grad_h * activated).masked_fill_(value.abs() > LIMIT, 0)
+        slope = s * (1 + ALPHA * low * (1 - s))
+        grad_gate.copy_(grad_h * plus_one * slope).masked_fill_(gate > LIMIT, 0)
+    return h, grad_nF
+
+
 def _gelu_backward(grad_h_nF: Tensor, up_nF: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(up_nF), torch.ops.aten.gelu_backward(grad_h_nF, up_nF)
 
@@ -85,5 +117,6 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(2, swiglu, _swiglu_in_chunks, _swiglu_backward),
+    "clamped_swiglu": Activation(2, clamped_swiglu, _clamped_in_chunks, _clamped_backward),
     "gelu": Activation(1, F.gelu, F.gelu, _gelu_backward),
 }

@@ -18,12 +18,13 @@ def within_capacity(ids_nK: Tensor, capacity: int, priority_n: Tensor | None) ->
     """Which assignments find room: at most ``capacity`` an expert.
 
     All first choices are placed before any second choice. Within a choice, tokens go by falling
-    ``priority_n`` (batch-priority routing, V-MoE, arXiv 2106.05974), or by position if None.
+    ``priority_n`` (batch-priority routing, V-MoE, arXiv 2106.05974), or by position if None. A token whose
+    priority is NaN goes last.
     """
     num_tokens, top_k = ids_nK.shape
     order_n = torch.arange(num_tokens, device=ids_nK.device)
     if priority_n is not None:
-        order_n = priority_n.argsort(descending=True, stable=True)
+        order_n = priority_n.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     queue = ids_nK[order_n].t().reshape(-1)  # choice-major: [K * n]
     by_expert = queue.argsort(stable=True)
     sorted_ids = queue[by_expert]

@@ -50,8 +50,9 @@ class ExpertMath(Protocol):
         activation: str,
         buffers: Buffers,
         recompute: bool = False,
+        up_bias_EF: Tensor | None = None,
     ) -> Tensor:
-        """[m, D] -> [m, D]: the weighted sum of each row's experts."""
+        """[m, D] -> [m, D]: the weighted sum of each row's experts. ``up_bias_EF``: of the first products."""
         ...
 
 
@@ -64,10 +65,11 @@ def blocked(
     activation: str,
     buffers: Buffers,
     recompute: bool = False,
+    up_bias_EF: Tensor | None = None,
 ) -> Tensor:
     """See ``ExpertMath``."""
     keep = torch.is_grad_enabled() and not recompute  # inside the function gradients never are enabled
-    return _Blocked.apply(x_mD, weights_A, up_EFD, down_EDF, plan, activation, buffers, keep)
+    return _Blocked.apply(x_mD, weights_A, up_EFD, down_EDF, up_bias_EF, plan, activation, buffers, keep)
 
 
 def grouped_mm(
@@ -79,18 +81,22 @@ def grouped_mm(
     activation: str,
     buffers: Buffers,
     recompute: bool = False,
+    up_bias_EF: Tensor | None = None,
 ) -> Tensor:
     """The same by grouped products over all experts at once."""
     ends = to_device(list(itertools.accumulate(plan.counts)), torch.int32, x_mD.device)
 
-    def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor, bias: Tensor | None) -> Tensor:
         up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
+        if bias is not None:
+            up_AF = up_AF + bias.to(up_AF.dtype).index_select(0, plan.experts_with_none()[:-1])
         return F.grouped_mm(weighted(activation, up_AF, weights_A), down_EDF.transpose(1, 2), offs=ends)
 
+    tensors = (x_mD, weights_A, up_EFD, down_EDF, up_bias_EF)
     if recompute:  # it stops before the second product, whose inputs are all that is wanted
-        y_AD = checkpoint(products, x_mD, weights_A, up_EFD, down_EDF, use_reentrant=False, preserve_rng_state=False)
+        y_AD = checkpoint(products, *tensors, use_reentrant=False, preserve_rng_state=False)
     else:
-        y_AD = products(x_mD, weights_A, up_EFD, down_EDF)
+        y_AD = products(*tensors)
     return sum_rows(y_AD, plan)
 
 
@@ -125,6 +131,7 @@ class _Blocked(torch.autograd.Function):
         weights_A: Tensor,
         up_EFD: Tensor,
         down_EDF: Tensor,
+        up_bias_EF: Tensor | None,
         plan: ExpertPlan,
         activation: str,
         buffers: Buffers,
@@ -136,42 +143,47 @@ class _Blocked(torch.autograd.Function):
         rows = layout.plan.rows_A.split(layout.lengths)
         y_PD = _rows_with_zero(layout.plan.num_assignments, x_mD, buffers)
         ups, downs = up_EFD.unbind(), down_EDF.unbind()
+        biases = _biases(up_bias_EF, x_mD)
         kept = [x_mD] * len(layout.pieces)
 
         def compute(index: int) -> None:
             piece = layout.pieces[index]
             up = product(x_mD.index_select(0, rows[index]), ups[piece.expert].t())
+            if biases is not None:
+                up += biases[piece.expert]
             product_into(y_PD[piece.start : piece.end], act.in_chunks(up), downs[piece.expert].t())
             if keep:
                 kept[index] = up
 
         side_by_side(compute, layout.lengths, x_mD.device)
         ctx.layout, ctx.activation, ctx.buffers = layout, act, buffers
-        ctx.save_for_backward(x_mD, up_EFD, down_EDF, y_PD, *(kept if keep else ()))
+        ctx.save_for_backward(x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *(kept if keep else ()))
         return layout.plan.sum_by_row(y_PD, layout.weights_P)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
-        x_mD, up_EFD, down_EDF, y_PD, *kept = ctx.saved_tensors
+        x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *kept = ctx.saved_tensors
         layout = ctx.layout
         first_products = kept or [None] * len(layout.pieces)
         counts = [0] * up_EFD.shape[0]
         for piece in layout.pieces:
             counts[piece.expert] += piece.end - piece.start
-        needs_up, needs_down = ctx.needs_input_grad[2:4]
+        needs_up, needs_down, needs_bias = ctx.needs_input_grad[2:5]
         task = _Backward(
             x_mD=x_mD,
             y_PD=y_PD,
             scale_P1=layout.weights_P.to(x_mD.dtype)[:, None],
             ups=up_EFD.unbind(),
             downs=down_EDF.unbind(),
+            biases=_biases(up_bias_EF, x_mD),
             activation=ctx.activation,
             grad_mD=grad_mD,
             grad_x_PD=_rows_with_zero(layout.plan.num_assignments, x_mD, ctx.buffers),
             grad_weights_P=torch.empty_like(layout.weights_P),
             grad_up=_gradients_of(up_EFD, counts, ctx.buffers) if needs_up else None,
             grad_down=_gradients_of(down_EDF, counts, ctx.buffers) if needs_down else None,
+            grad_bias=torch.zeros_like(up_bias_EF) if needs_bias else None,
         )
         work: dict[int, list[tuple[Piece, Tensor, Tensor | None]]] = {}
         rows_of = layout.plan.rows_A.split(layout.lengths)
@@ -181,24 +193,26 @@ class _Blocked(torch.autograd.Function):
         side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [counts[e] for e in busy], x_mD.device)
         grad_x_mD = layout.plan.sum_by_row(task.grad_x_PD)
         grad_weights_A = task.grad_weights_P.index_select(0, layout.position_A)
-        return grad_x_mD, grad_weights_A, task.grad_up, task.grad_down, None, None, None, None
+        return grad_x_mD, grad_weights_A, task.grad_up, task.grad_down, task.grad_bias, None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Backward:
-    """The backward pass of all experts; ``expert`` writes one expert's part of the four gradients."""
+    """The backward pass of all experts; ``expert`` writes one expert's part of the gradients."""
 
     x_mD: Tensor
     y_PD: Tensor
     scale_P1: Tensor
     ups: tuple[Tensor, ...]
     downs: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] | None
     activation: Activation
     grad_mD: Tensor
     grad_x_PD: Tensor
     grad_weights_P: Tensor
     grad_up: Tensor | None  # None where the weights are frozen
     grad_down: Tensor | None
+    grad_bias: Tensor | None
 
     def expert(self, e: int, pieces: list[tuple[Piece, Tensor, Tensor | None]]) -> None:
         """``pieces``: with the rows that each computes on, and the forward pass's first product if kept."""
@@ -212,11 +226,15 @@ class _Backward:
             if up is None:
                 x = self.x_mD.index_select(0, rows)
                 up = product(x, self.ups[e].t())
+                if self.biases is not None:
+                    up += self.biases[e]
             h, grad = self.activation.backward(product(grad_y, self.downs[e]), up)
             if into_down is not None:
                 into_down.add_product(grad_y.t(), h)
             if into_up is not None:
                 into_up.add_product(grad.t(), self.x_mD.index_select(0, rows) if x is None else x)
+            if self.grad_bias is not None:
+                self.grad_bias[e] += grad.sum(0, dtype=self.grad_bias.dtype)
             product_into(self.grad_x_PD[here], grad, self.ups[e])
         for accumulator in (into_up, into_down):
             if accumulator is not None:
@@ -244,6 +262,10 @@ class _Accumulator:
     def close(self) -> None:
         if self.wide is not None:
             self.out.copy_(self.wide)
+
+
+def _biases(up_bias_EF: Tensor | None, x_mD: Tensor) -> tuple[Tensor, ...] | None:
+    return None if up_bias_EF is None else up_bias_EF.to(x_mD.dtype).unbind()
 
 
 def _most_rows(up_EFD: Tensor) -> int:

@@ -11,16 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config_moe import MoEConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.expert_math import choose_backend
 from mmmoe_pretrain.moe.memory import Buffers
-from mmmoe_pretrain.moe.plan import ExpertPlan
-from mmmoe_pretrain.parallel.cuts import expert_cut, mark_cut, tensor_cut, tensor_share
+from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
+from mmmoe_pretrain.parallel.cuts import expert_cut, mark_cut, mark_stacked, tensor_cut, tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.placement import Placement
+from mmmoe_pretrain.parallel.tensor import sum_gradients
 
 
 class Experts(nn.Module):
@@ -28,7 +30,9 @@ class Experts(nn.Module):
 
     ``up``: [E_local, F, D], or [E_local, 2F, D] with the gate before the up projection (SwiGLU).
     ``down``: [E_local, D, F]; F is this tensor rank's share. Each expert stands as in ``nn.Linear``.
-    Both are marked so that the engines reduce their gradients over the replicas of the expert alone.
+    ``up_bias`` and ``down_bias``, if ``biases``: [E_local, F or 2F], [E_local, D]; of D, too, a tensor rank
+    has a share, since the ranks' results are summed. All are marked so that the engines reduce their
+    gradients over the replicas of the expert alone. ``weight_on_input``: y = expert(w x), not w expert(x).
     """
 
     def __init__(
@@ -39,28 +43,37 @@ class Experts(nn.Module):
         activation: str,
         backend: str,
         groups: Groups = SINGLE,
+        biases: bool = False,
+        weight_on_input: bool = False,
     ) -> None:
         super().__init__()
         count, share = len(local_experts), tensor_share(expert_hidden_size, groups)
+        width = ACTIVATIONS[activation].width * share
         self._memory = Buffers()
         self.groups = groups
         self.local_experts, self.activation, self.backend = local_experts, activation, backend
+        self.weight_on_input = weight_on_input
         self.recompute = False  # True: the backward pass computes the activations again
-        self.up = nn.Parameter(torch.empty(count, ACTIVATIONS[activation].width * share, hidden_size))
+        self.up = nn.Parameter(torch.empty(count, width, hidden_size))
         self.down = nn.Parameter(torch.empty(count, hidden_size, share))
+        part = tensor_share(hidden_size, groups) if biases else 0
+        self.up_bias = nn.Parameter(torch.zeros(count, width)) if biases else None
+        self.down_bias = nn.Parameter(torch.zeros(count, part)) if biases else None
         self._mark()
 
     def _mark(self) -> None:
-        for weight in (self.up, self.down):
+        for weight in self.parameters():
             weight.allreduce = False  # type: ignore[attr-defined]  # megatron-core's mark of an expert
             mark_cut(weight, self.groups)
+            mark_stacked(weight)
 
     def placements(self) -> dict[str, Placement]:
         experts, blocks = expert_cut(self.groups), ACTIVATIONS[self.activation].width
-        return {
-            "up": (*experts, *tensor_cut(1, self.groups, blocks)),
-            "down": (*experts, *tensor_cut(2, self.groups)),
-        }
+        wide = (*experts, *tensor_cut(1, self.groups, blocks))
+        found = {"up": wide, "down": (*experts, *tensor_cut(2, self.groups))}
+        if self.down_bias is not None:
+            found |= {"up_bias": wide, "down_bias": (*experts, *tensor_cut(1, self.groups))}
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -68,8 +81,27 @@ class Experts(nn.Module):
 
     def forward(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
         """[m, D] -> [m, D]: each row's experts, weighted and summed."""
+        if not self.weight_on_input:
+            return self._weighted_sum(x_mD, weights_A, plan)
+        x_AD = take_rows(x_mD, plan) * weights_A[:, None].to(x_mD.dtype)
+        return sum_rows(self._weighted_sum(x_AD, torch.ones_like(weights_A), plan.one_by_one()), plan)
+
+    def _weighted_sum(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
         math = choose_backend(self.backend, x_mD, plan, self.up, self.down)
-        return math(x_mD, weights_A, plan, self.up, self.down, self.activation, self._memory, self.recompute)
+        buffers, recompute = self._memory, self.recompute
+        y_mD = math(x_mD, weights_A, plan, self.up, self.down, self.activation, buffers, recompute, self.up_bias)
+        return y_mD if self.down_bias is None else y_mD + self._down_biases(weights_A, plan).to(y_mD.dtype)
+
+    def _down_biases(self, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
+        """[m, D]: the sum of w b_e over each row's experts, 0 outside this tensor rank's share of D. By a
+        gather, so that a row's gradient reaches no expert that it does not visit, not even 0 times it."""
+        assert self.down_bias is not None
+        table = F.pad(self.down_bias, (0, 0, 0, 1))  # a row of zeros, for "none"
+        weights = F.pad(weights_A.to(table.dtype), (0, 1))[plan.place]
+        experts = plan.experts_with_none()[plan.place]
+        share = F.embedding_bag(experts, table, plan.offsets_m, mode="sum", per_sample_weights=weights)
+        width, rank = self.down_bias.shape[1], self.groups.tensor_rank
+        return F.pad(share, (rank * width, (self.groups.tensor_size - rank - 1) * width))
 
 
 class ExpertGroups(nn.Module):
@@ -94,14 +126,23 @@ class ExpertGroups(nn.Module):
 
 class SharedExpert(nn.Module):
     """The expert that every token visits; held by every expert rank (DeepSeekMoE, arXiv 2401.06066), and
-    of its hidden size a share by each tensor rank. The layer sums those parts with its experts'."""
+    of its hidden size a share by each tensor rank. The layer sums those parts with its experts'.
+    ``gated``: the output times sigmoid(w x), w of the parameter ``gate`` (Qwen2-MoE)."""
 
-    def __init__(self, shared_hidden_size: int, hidden_size: int, activation: str, groups: Groups = SINGLE) -> None:
+    def __init__(
+        self,
+        shared_hidden_size: int,
+        hidden_size: int,
+        activation: str,
+        groups: Groups = SINGLE,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
         self.activation, self.groups = activation, groups
         share = tensor_share(shared_hidden_size, groups)
         self.up = nn.Linear(hidden_size, ACTIVATIONS[activation].width * share, bias=False)
         self.down = nn.Linear(share, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, 1, bias=False) if gated else None  # whole on every tensor rank
         for layer in (self.up, self.down):
             mark_cut(layer.get_parameter("weight"), groups)
 
@@ -109,9 +150,12 @@ class SharedExpert(nn.Module):
         blocks = ACTIVATIONS[self.activation].width
         return {"up.weight": tensor_cut(0, self.groups, blocks), "down.weight": tensor_cut(1, self.groups)}
 
-    def forward(self, x_nD: Tensor) -> Tensor:
-        """[n, D] -> this tensor rank's part of [n, D]."""
-        return self.down(ACTIVATIONS[self.activation].forward(self.up(x_nD)))
+    def forward(self, x_nD: Tensor, alike_nD: Tensor) -> Tensor:
+        """[n, D] -> this tensor rank's part of [n, D]. The two are those of ``tensor.enter_parts``."""
+        y_nD = self.down(ACTIVATIONS[self.activation].forward(self.up(x_nD)))
+        if self.gate is None:
+            return y_nD
+        return sum_gradients(torch.sigmoid(self.gate(alike_nD)), self.groups) * y_nD
 
 
 def make_experts(config: MoEConfig, hidden_size: int, groups: Groups) -> Experts | ExpertGroups:
@@ -124,6 +168,8 @@ def make_experts(config: MoEConfig, hidden_size: int, groups: Groups) -> Experts
             config.activation,
             config.expert_backend,
             groups,
+            config.expert_biases,
+            config.router_weight_on_input,
         )
         for group in config.groups
     ]

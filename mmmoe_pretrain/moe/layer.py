@@ -30,7 +30,9 @@ class MoELayer(nn.Module):
         self.experts = make_experts(config, hidden_size, groups)
         self.shared: SharedExpert | None = None
         if config.shared_expert_hidden_size:
-            self.shared = SharedExpert(config.shared_expert_hidden_size, hidden_size, config.activation, groups)
+            self.shared = SharedExpert(
+                config.shared_expert_hidden_size, hidden_size, config.activation, groups, config.shared_expert_gate
+            )
         self.dispatcher = make_dispatcher(config, groups)
         self.register_buffer("slot_E", slot_of_expert(config, groups.expert_size), persistent=False)
 
@@ -43,7 +45,7 @@ class MoELayer(nn.Module):
         slots_nK = self.get_buffer("slot_E")[routing.expert_ids_nK].masked_fill(~routing.kept_nK, num_slots)
         shared = self.shared
         out_nD, shared_nD = self.dispatcher.run(
-            x_nD, slots_nK, weights_nK, self.experts, None if shared is None else lambda: shared(x_nD)
+            x_nD, slots_nK, weights_nK, self.experts, None if shared is None else lambda: shared(x_nD, alike_nD)
         )
         if shared_nD is not None:
             out_nD = out_nD + shared_nD

@@ -121,17 +121,15 @@ def layer_losses(
             losses[f"{term}/{name}"] = weight * share_M[m] * value
     if config.orthogonality:
         losses["orthogonality"] = config.orthogonality * stats.orthogonality
-    if not (config.local_entropy or config.global_entropy):
-        return losses
-    taking_part = sum((present_M[MODALITY_ID[name]] for name in config.entropy_modalities), present_M.new_zeros(()))
-    share_M = present_M / taking_part.clamp(min=1)
-    for name in config.entropy_modalities:
+    for term, name in config.entropy_terms:
+        rows = [MODALITY_ID[other] for its, other in config.entropy_terms if its == term]
+        share_M = present_M / sum((present_M[m] for m in rows), present_M.new_zeros(())).clamp(min=1)
         m = MODALITY_ID[name]
-        if config.local_entropy:
-            losses[f"local_entropy/{name}"] = config.local_entropy * share_M[m] * local_entropy(stats, m)
-        if config.global_entropy:
+        if term == "local_entropy":
+            value = local_entropy(stats, m)
+        else:
             value = global_entropy(stats, m, config.min_experts.get(name))
-            losses[f"global_entropy/{name}"] = config.global_entropy * share_M[m] * value
+        losses[f"{term}/{name}"] = getattr(config, term) * share_M[m] * value
     return losses
 
 
@@ -143,9 +141,7 @@ def loss_names(config: RoutingLossConfig) -> tuple[str, ...]:
             names += [f"{term}/{m}" for m in MODALITIES] if term in config.per_modality else [term]
     if config.orthogonality:
         names.append("orthogonality")
-    for m in config.entropy_modalities:
-        names += [f"{term}/{m}" for term in ("local_entropy", "global_entropy") if getattr(config, term)]
-    return tuple(names)
+    return (*names, *(f"{term}/{m}" for term, m in config.entropy_terms))
 
 
 def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:

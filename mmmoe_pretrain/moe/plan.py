@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmoe_pretrain.moe.host import to_device
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -38,6 +40,17 @@ class ExpertPlan:
     @property
     def num_rows(self) -> int:
         return self.place.shape[0] if self.offsets_m is None else self.offsets_m.shape[0]
+
+    def experts_with_none(self) -> Tensor:
+        """[A + 1]: the local expert of each assignment, and behind them their number for "none"."""
+        counts = to_device([*self.counts, 1], torch.int64, self.rows_A.device)
+        experts = torch.arange(len(counts), device=counts.device)
+        return experts.repeat_interleave(counts, output_size=self.num_assignments + 1)
+
+    def one_by_one(self) -> ExpertPlan:
+        """The plan where each assignment has a row of its own, in the order of ``take_rows``."""
+        rows_A = torch.arange(self.num_assignments, device=self.rows_A.device)
+        return ExpertPlan(rows_A, self.counts, rows_A[:, None], complete=True)
 
     def part(self, start: int, end: int, counts: list[int]) -> ExpertPlan:
         """The assignments ``start`` to ``end`` alone, of the experts that ``counts`` are of."""

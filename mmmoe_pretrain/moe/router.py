@@ -29,9 +29,10 @@ DORMANT = 32.0  # exp(-32) = 1.3e-14, below the resolution of fp32 beside a prob
 
 class Router(nn.Module):
     """``weight``: [E, D]. ``task_embedding``: [X, D], if task-conditioned. ``noise_weight``: [E, D],
-    of noisy_top_k. ``bias``: buffer [1 or M, E] of bias balancing. E counts the experts without
-    computation too. ``dormancy``: buffer [E], by which logits are lowered: ``DORMANT`` for an expert just
-    added to a trained model, falling to 0 over ``wake_steps`` optimizer steps; 0 for all others.
+    of noisy_top_k. ``logit_bias``: [E], if ``router_bias``. ``bias``: buffer [1 or M, E] of bias
+    balancing. E counts the experts without computation too. ``dormancy``: buffer [E], by which logits
+    are lowered: ``DORMANT`` for an expert just added to a trained model, falling to 0 over
+    ``wake_steps`` optimizer steps; 0 for all others.
 
     ``begin_step(seed)`` before each optimizer step makes jitter and noise a function of that seed, the
     layer, and ``TokenInfo.draw``.
@@ -48,6 +49,7 @@ class Router(nn.Module):
         self.task_embedding = nn.Parameter(torch.zeros(len(TASKS), hidden_size)) if config.task_conditioned else None
         noisy = config.router == "noisy_top_k"
         self.noise_weight = nn.Parameter(torch.zeros(experts, hidden_size)) if noisy else None
+        self.logit_bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
         rows = len(MODALITY_ID) if config.bias_balancing.per_modality else 1
         if config.bias_balancing.on:
             self.register_buffer("bias", torch.zeros(rows, experts))
@@ -77,6 +79,8 @@ class Router(nn.Module):
         generator = self._generator(tokens.draw, x_nD.device)
         seen_nD = self._input(x_nD, tokens, generator)
         logits_nE = GATES[config.gate](seen_nD, self.weight.float())
+        if self.logit_bias is not None:
+            logits_nE = logits_nE + self.logit_bias.float()
         if config.wake_steps:
             logits_nE = logits_nE - self.dormancy
         inputs = self._inputs(seen_nD, logits_nE, tokens, generator)
@@ -85,7 +89,8 @@ class Router(nn.Module):
         allowed_ME = self.get_buffer("allowed_ME") if config.expert_groups else None
         stats = statistics(inputs, choice, kept_nK, self.weight, allowed_ME)
         stats = dataclasses.replace(stats, layer=self.layer)
-        return Routing(ids_nK, choice.weights_nK * kept_nK, kept_nK, stats, choice.log_p_nE)
+        weights_nK = choice.weights_nK * (kept_nK * config.routed_scaling_factor)
+        return Routing(ids_nK, weights_nK, kept_nK, stats, choice.log_p_nE)
 
     def _input(self, x_nD: Tensor, tokens: TokenInfo, generator: torch.Generator | None) -> Tensor:
         seen_nD = x_nD.float()

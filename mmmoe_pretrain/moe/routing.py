@@ -50,9 +50,10 @@ class RouterInputs:
 @dataclass(frozen=True)
 class Choice:
     """Experts before capacity, best first. Weights are differentiable; ``log_p_nE`` is the log of the
-    routing distribution, for losses and telemetry. ``priority_n``: confidence, for batch-priority
-    routing. ``kept_nK`` is None where every entry is an assignment; else (expert choice) the others
-    are none at all, neither counted nor dropped, and capacity has been seen to."""
+    routing distribution, for losses and telemetry. ``priority_n``, for batch-priority routing: a token's
+    largest score before any bias, of all experts. ``kept_nK`` is None where every entry is an assignment;
+    else (expert choice) the others are none at all, neither counted nor dropped, and capacity has been
+    seen to."""
 
     expert_ids_nK: Tensor
     weights_nK: Tensor

@@ -5,7 +5,7 @@ No communication; ``parallel/tensor.py`` has that.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.placement import Cut, Placement
@@ -36,6 +36,16 @@ def mark_cut(parameter: nn.Parameter, groups: Groups) -> None:
     """megatron-core then counts the parameter on every tensor rank in the gradient's norm."""
     if groups.tensor_size > 1:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def mark_stacked(parameter: nn.Parameter) -> None:
+    """Dimension 0 counts experts, so that a stack of biases is one of vectors: see ``is_vector``."""
+    parameter.stacked = True  # type: ignore[attr-defined]
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """A bias, a scale or a single number, or a stack of them: it does not decay, and stays fp32."""
+    return parameter.ndim - int(getattr(parameter, "stacked", False)) < 2
 
 
 def computed_alike(parameter: nn.Parameter) -> bool:

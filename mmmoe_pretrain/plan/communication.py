@@ -128,6 +128,8 @@ def _stage(
         moe = config.moe.for_layer(index)
         weights = batch.tokens * moe.experts_per_token * FP32
         yield from _expert_parts(layout, rows * hidden * element, weights, passes)
+        if moe.shared_expert_gate:
+            yield _ring("shared expert's gate", ALL_REDUCE, TENSOR, layout.tensor, batch.tokens * element)
         yield from dispatch(
             layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes
         )

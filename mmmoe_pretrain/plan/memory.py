@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.plan.communication import FP32, PARAMETER_ALIGNMENT, padded_numel
 
@@ -60,7 +61,7 @@ NOTHING = Held(0, 0, 0, 0)
 def parts_of(model: nn.Module) -> list[Part]:
     """Of a model before or after an engine took it; one on the device ``meta`` will do. DeepSpeed's engine keeps
     fp32 whatever the precision; ZeRO-3 empties parameters, so ask before."""
-    return [Part(p.numel(), p.element_size(), not getattr(p, "allreduce", True), p.ndim < 2)
+    return [Part(p.numel(), p.element_size(), not getattr(p, "allreduce", True), is_vector(p))
             for p in model.parameters()]  # fmt: skip
 
 

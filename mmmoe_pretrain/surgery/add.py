@@ -13,7 +13,7 @@ from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.moe.router import DORMANT
 from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
-from mmmoe_pretrain.surgery.parameters import Layer, State, noise_like, select_experts, without_moments
+from mmmoe_pretrain.surgery.parameters import STACKED, Layer, State, noise_like, select_experts, without_moments
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
 
@@ -87,12 +87,13 @@ def _with_experts(state: State, layer: Layer, parents: list[int], noise: float) 
     state = select_experts(state, layer, [*range(first), *parents])
     new = slice(first, first + len(parents))
     state[dormancy].value[new] = DORMANT
-    noisy = [f"{prefix}{name}" for prefix, _ in layer.stacks for name in ("up", "down")]
-    for name in (*noisy, f"{layer.prefix}router.weight"):
+    stacked = [f"{prefix}{name}" for prefix, _ in layer.stacks for name in STACKED]
+    for name in (*(name for name in stacked if name in state), f"{layer.prefix}router.weight"):
         _perturb(state[name], range(new.start, new.stop), noise, name)
-    noise_rows = state.get(f"{layer.prefix}router.noise_weight")
-    if noise_rows is not None and noise_rows.exp_avg is not None:
-        noise_rows.exp_avg[new] = 0
+    for name in ("noise_weight", "logit_bias"):
+        rows = state.get(f"{layer.prefix}router.{name}")
+        if rows is not None and rows.exp_avg is not None:
+            rows.exp_avg[new] = 0
     return state
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
-from mmmoe_pretrain.surgery.parameters import Layer, State, group_changes, select_experts
+from mmmoe_pretrain.surgery.parameters import STACKED, Layer, State, group_changes, select_experts
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
 WHY_NOT = "Pass --lossy to do it all the same"
@@ -85,7 +85,7 @@ def _merged(state: State, layer: Layer, first: int, second: int, used: tuple[flo
             changed[name] = _combined(state[name], axis, (first, second), used)
     for prefix, stack in layer.stacks:
         if first in stack:
-            for name in (prefix + "up", prefix + "down"):
+            for name in (prefix + name for name in STACKED if prefix + name in state):
                 changed[name] = _combined(state[name], 0, (first - stack.start, second - stack.start), used)
     return changed
 

@@ -22,6 +22,7 @@ from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.config import MoEConfig
 
 State = dict[str, ParameterState]
+STACKED = ("up", "down", "up_bias", "down_bias")  # of each stack of experts; biases where there are any
 
 
 def each(parameter: ParameterState, change: Callable[[Tensor], Tensor]) -> ParameterState:
@@ -66,7 +67,7 @@ class Layer:
     @property
     def row_axis(self) -> dict[str, int]:
         """The router's tensors that have an entry for each expert -> the axis of the experts."""
-        names = {"weight": 0, "noise_weight": 0, "bias": 1, "dormancy": 0}
+        names = {"weight": 0, "noise_weight": 0, "logit_bias": 0, "bias": 1, "dormancy": 0}
         return {f"{self.prefix}router.{name}": axis for name, axis in names.items()}
 
     @property
@@ -93,7 +94,8 @@ def change_rows(state: State, layer: Layer, change: Callable[..., Tensor]) -> St
 
 def change_stacks(state: State, layer: Layer, change: Callable[..., Tensor]) -> State:
     """``change(tensor, stack=its experts)`` for the weights of all stacks and their moments."""
-    stacks = {prefix + name: experts for prefix, experts in layer.stacks for name in ("up", "down")}
+    names = ((prefix + name, experts) for prefix, experts in layer.stacks for name in STACKED)
+    stacks = {name: experts for name, experts in names if name in state}
     return {**state, **{name: each(state[name], partial(change, stack=stack)) for name, stack in stacks.items()}}
 
 

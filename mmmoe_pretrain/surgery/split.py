@@ -67,7 +67,18 @@ def _reason(moe: MoEConfig, factor: int) -> str:
         return f"under capacity_factor {moe.capacity_factor:g} the parts of an expert may drop different tokens"
     if moe.router_outputs > moe.num_experts and part_weight(moe, factor) == 1:
         return "bare sigmoid scores weigh each copy of an identity or null expert as the one before"
-    if moe.node_groups > 1 and top_k >= limit and (factor * top_k) // limit != factor * (top_k // limit):
+    if moe.router_weight_on_input and part_weight(moe, factor) < 1:
+        return (
+            f"router_weight_on_input puts 1 / {factor} of the weight on the input of each part, and an activation is "
+            f"not linear; only bare sigmoid scores are the same for parts"
+        )
+    judged_by_share = moe.scores_per_group is None
+    if (
+        moe.node_groups > 1
+        and judged_by_share
+        and top_k >= limit
+        and (factor * top_k) // limit != factor * (top_k // limit)
+    ):
         return (
             f"groups are judged by their best K / groups_per_token experts, and {top_k} / {limit} is not whole, so "
             f"that parts of an expert would be left out"
@@ -88,6 +99,7 @@ def _changes(moe: MoEConfig, factor: int) -> dict[str, Any]:
         "expert_hidden_size": moe.expert_hidden_size // factor,
         "identity_experts": factor * moe.identity_experts,
         "null_experts": factor * moe.null_experts,
+        "scores_per_group": moe.scores_per_group and factor * moe.scores_per_group,
         "renormalize": moe.renormalize and moe.experts_per_token > 1,  # K = 1 never was
     }
     if moe.expert_groups:
@@ -129,12 +141,17 @@ def _split_layer(state: State, layer: Layer, factor: int) -> State:
         state[prefix + "up"] = each(state[prefix + "up"], lambda up: _parts_of_up(up, width, factor))
         down = each(state[prefix + "down"], lambda down: _parts_of_down(down, factor))
         state[prefix + "down"] = scaled(down, larger, 1 / larger, 1 / larger**2)
+        if prefix + "up_bias" in state:
+            state[prefix + "up_bias"] = each(state[prefix + "up_bias"], lambda up: _parts_of_up(up, width, factor))
+            whole = each(state[prefix + "down_bias"], lambda down: down.repeat_interleave(factor, 0))
+            # the m parts add m copies of it with 1 / larger of the weight: a token visits all or none of them
+            state[prefix + "down_bias"] = scaled(whole, larger / factor, 1 / larger, 1 / larger**2)
     return state
 
 
 def _parts_of_up(up_EFD: Tensor, width: int, factor: int) -> Tensor:
-    """[E, width F, D] -> [m E, width F / m, D]: part j has hidden units j F / m onwards, gate and up."""
-    pieces = up_EFD.unflatten(1, (width, factor, -1))  # [E, width, m, F / m, D]
+    """[E, width F, ...] -> [m E, width F / m, ...]: part j has hidden units j F / m onwards, gate and up."""
+    pieces = up_EFD.unflatten(1, (width, factor, -1))  # [E, width, m, F / m, ...]
     return pieces.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 

@@ -20,6 +20,7 @@ from mmmoe_pretrain.surgery.operation import Result, Source
 from mmmoe_pretrain.surgery.parameters import Layer, State, each, noise_like, scaled, without_moments
 from mmmoe_pretrain.surgery.settings import mixture_layers, with_layers
 
+BIASES = ("up_bias", "down_bias")
 WEIGHTS_SUM_TO_ONE = ("softmax_top_k", "sigmoid_top_k", "group_limited", "noisy_top_k")
 
 
@@ -35,7 +36,7 @@ def upcycle(source: Source, num_experts: int, experts_per_token: int, noise: flo
     layers = mixture_layers(config)
     for layer in layers:
         state = _with_experts(state, layer, noise)
-    state |= _routers(config, source.meta["vocab_size"], layers)
+    state |= _new_parameters(config, source.meta["vocab_size"], layers)
     blocks = ", ".join(str(layer.index) for layer in layers)
     did = [f"blocks {blocks}: {num_experts} copies of the dense layer, {experts_per_token} a token, and a new router"]
     if noise:
@@ -82,7 +83,13 @@ def _check_equality(moe: MoEConfig, experts_per_token: int) -> None:
         "experts without computation take weight from the copies: add moe.identity_experts=0 moe.null_experts=0": (
             moe.router_outputs > moe.num_experts
         ),
-        "a shared expert adds to the copies: add moe.shared_expert_hidden_size=0": moe.shared_expert_hidden_size > 0,
+        "a shared expert adds to the copies: add moe.shared_expert_hidden_size=0 moe.shared_expert_gate=false": (
+            moe.shared_expert_hidden_size > 0
+        ),
+        "weights are scaled: add moe.routed_scaling_factor=1": moe.routed_scaling_factor != 1,
+        "weights of less than 1 on the input of an activation: add moe.router_weight_on_input=false": (
+            moe.router_weight_on_input
+        ),
     }
     wrong = [remedy for remedy, applies in remedies.items() if applies]
     if wrong:
@@ -112,14 +119,15 @@ def _stacked(parameter: ParameterState, experts: range, noise: float, name: str)
     return stacked
 
 
-def _routers(config: RunConfig, vocab_size: int, layers: list[Layer]) -> State:
-    """As a fresh run of this config would begin with them."""
+def _new_parameters(config: RunConfig, vocab_size: int, layers: list[Layer]) -> State:
+    """Routers, and the experts' biases of zero if they have any, as a fresh run of this config would begin."""
     fresh = PretrainingModel(config, vocab_size)
     prefixes = tuple(f"{layer.prefix}router." for layer in layers)
+    biases = tuple(f"{prefix}{name}" for layer in layers for prefix, _ in layer.stacks for name in BIASES)
     found: State = {}
     with torch.no_grad():
         for name, parameter in fresh.named_parameters():
-            if name.startswith(prefixes):
+            if name.startswith(prefixes) or name in biases:
                 found[name] = without_moments(parameter.detach().clone(), moments=True)
         for name, buffer in persistent_buffers(fresh).items():
             if name.startswith(prefixes):

@@ -17,6 +17,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
 
 COUNTED = ("EP, ZeRO-1", "EP, blocks recomputed", "TP2 + SP x EP", "PP2 x VPP2 x EP")
+GATED = {"shared_expert_hidden_size": 8, "shared_expert_gate": True, "expert_biases": True}
 A, B = (ALL_TO_ALL, (0, 1)), (ALL_REDUCE, (0, 1))
 
 
@@ -25,8 +26,13 @@ def comparisons(names: tuple[str, ...]) -> dict[str, Comparison]:
     with process_group(timeout_minutes=0.5):
         for family in FAMILIES:
             if family.name in names:
-                found[family.name] = compare(layout_config(family, dist.get_world_size()), samples=2)
+                config = layout_config(family, dist.get_world_size())
+                found[family.name] = compare(config, samples=2)
                 destroy_groups()
+                if config.parallel.tensor_parallel_size > 1:
+                    moe = config.moe.model_copy(update=GATED)
+                    found[f"{family.name}, gated"] = compare(config.model_copy(update={"moe": moe}), samples=2)
+                    destroy_groups()
     return found
 
 
@@ -36,7 +42,7 @@ def test_calls_and_bytes_of_a_step_are_what_the_plan_says() -> None:
         for name, own in rank.items():
             assert own.measured == own.planned, name  # exactly: both are sums of the same few products
             assert own.measured and own.rows <= own.most_rows, name
-        assert rank["EP, ZeRO-1"].rows > 0
+        assert rank["EP, ZeRO-1"].rows > 0 and "TP2 + SP x EP, gated" in rank
 
 
 def both(measured: Totals, planned: Totals) -> Comparison:

@@ -38,6 +38,7 @@ class Case:
     )
     chunks: int = 1  # in which tokens travel
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
+    moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
 
     @property
@@ -51,7 +52,7 @@ class Case:
             parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
         values = config_of(root, parallel, self.precision, self.train).model_dump(mode="json")
         values["objectives"]["contrastive"]["cached"] = bool(self.cached)
-        values["moe"]["dispatch_chunks"] = self.chunks
+        values["moe"] |= {"dispatch_chunks": self.chunks, **self.moe}
         if self.cached == "alone":  # nothing that goes by microbatches
             values["objectives"]["captioning"]["weight"] = 0.0
             values["moe"] |= {"losses": {}, "bias_balancing": {}}
@@ -104,6 +105,17 @@ def in_fp16(layout: str, zero_stage: int, engine: str) -> Case:
     """At a scale at which this run, whose gradients are large, does not overflow: every step is an update."""
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
     return Case(layout, ranks, engine, zero_stage, degrees, "fp16", {"loss_scale": {"initial": 1024.0}})
+
+
+# All that other people's blocks have: GPT-OSS, Qwen2-MoE, Llama 4, DeepSeek.
+OTHER_BLOCKS = {
+    "activation": "clamped_swiglu",
+    "expert_biases": True,
+    "router_bias": True,
+    "shared_expert_gate": True,
+    "router_weight_on_input": True,
+    "routed_scaling_factor": 1.5,
+}
 
 
 def config_of(

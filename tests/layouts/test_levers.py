@@ -9,7 +9,7 @@ from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, STEPS, VOCAB, Case
+from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, STEPS, VOCAB, Case
 from tests.layouts.train import Outcome, adamw, start_ranks, whole_state
 from tests.support import random_sample
 
@@ -36,6 +36,7 @@ LEVERS = {
     "ZeRO-3, blocks computed again": case("DP2", 3, "deepspeed", train={"recompute": "blocks"}),
     "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
 }  # fmt: skip
+TYPES = ("fp32", "bf16")
 CACHED = ["DP2", "EP2", "PP2", "PP2 x VPP2", "TP2 + SP"]
 
 
@@ -60,6 +61,21 @@ def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> No
     outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
     for i, one in enumerate(layouts):
         verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
+        assert verdict.passed, verdict
+
+
+def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None:
+    """In fp32 and, where biases stay fp32 beside half matrices, in bf16."""
+    layouts = [case("EP2", 3, "deepspeed", moe=OTHER_BLOCKS), case("TP2 + SP", moe=OTHER_BLOCKS),
+               case("EP2", 1, precision="bf16", moe=OTHER_BLOCKS)]  # fmt: skip
+    alone_cases = [Case("one process", 1, "megatron", 0, {}, precision, moe=OTHER_BLOCKS) for precision in TYPES]
+    alone = dict(zip(TYPES, start_ranks(1, alone_cases, tmp_path, 2, 90)[0], strict=True))
+    for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
+        trained = [key for key in alone["fp32"].parameters if key.endswith(f"ffn.{name}")]
+        assert trained and all(alone["fp32"].parameters[key][1][0][1].any() for key in trained), name
+    outcomes = start_ranks(2, layouts, tmp_path, 2, 200)
+    for i, one in enumerate(layouts):
+        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone[one.precision])
         assert verdict.passed, verdict
 
 

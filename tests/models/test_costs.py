@@ -36,14 +36,18 @@ def test_a_dense_block_costs_what_its_layer_runs() -> None:
     assert feed_forward_flops(config, 0) == counted(layer, torch.zeros(7, 16)) / 7
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
 def test_a_mixture_costs_its_router_the_chosen_experts_and_the_shared_one(activation: str) -> None:
     """An expert is a SharedExpert of its size; 2 of 4 are chosen, and the router is one product."""
     moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "activation": activation,
            "shared_expert_hidden_size": 12}  # fmt: skip
     x = torch.zeros(7, 16)
-    expert, shared = (counted(SharedExpert(size, 16, activation), x) / 7 for size in (8, 12))
+    expert, shared = (counted(SharedExpert(size, 16, activation), x, x) / 7 for size in (8, 12))
     assert feed_forward_flops(config_of(moe=moe), 1) == 2 * expert + shared + 2 * 16 * 4
+    gated = counted(SharedExpert(12, 16, activation, gated=True), x, x) / 7
+    assert gated > shared
+    moe |= {"shared_expert_gate": True}
+    assert feed_forward_flops(config_of(moe=moe), 1) == 2 * expert + gated + 2 * 16 * 4
 
 
 def test_experts_of_unlike_size_count_by_their_number_and_those_without_computation_count_nothing() -> None:

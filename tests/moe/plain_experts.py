@@ -26,13 +26,23 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def expert(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+def expert(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | float = 0.0,
+    down_bias: Tensor | float = 0.0,
+) -> Tensor:
     """[..., D] through one expert; up [F, D] (or gate and up [2F, D]) and down [D, F]."""
-    first = x @ up.t()
+    first = x @ up.t() + up_bias
     if activation == "gelu":
-        return gelu(first) @ down.t()
+        return gelu(first) @ down.t() + down_bias
     width = first.shape[-1] // 2
-    return (silu(first[..., :width]) * first[..., width:]) @ down.t()
+    if activation == "clamped_swiglu":  # GPT-OSS, arXiv 2508.10925
+        gate, linear = first[..., :width].clamp(max=7), first[..., width:].clamp(-7, 7)
+        return ((linear + 1) * gate / (1 + torch.exp(-1.702 * gate))) @ down.t() + down_bias
+    return (silu(first[..., :width]) * first[..., width:]) @ down.t() + down_bias
 
 
 def weighted_experts(

@@ -155,7 +155,7 @@ UNLIKE = (
     ExpertGroupConfig(num_experts=4, expert_hidden_size=8),
 )
 BASE = MoEConfig(num_experts=8, expert_hidden_size=HIDDEN)
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "E 4, K 1": {"num_experts": 4, "experts_per_token": 1},
     "E 128, K 8": {"num_experts": 128, "experts_per_token": 8, "dispatch_chunks": 2},
     "capacity": {"capacity_factor": 0.6, "activation": "gelu"},
@@ -166,6 +166,14 @@ LAYERS = {
     "sigmoid, node groups": {"router": "sigmoid_top_k", "num_experts": 16, "node_groups": 4, "groups_per_token": 2},
     "expert choice": {"router": "expert_choice", "dispatch_chunks": 2},
     "noise": {"router": "noisy_top_k"},
+    "biases": {"activation": "clamped_swiglu", "expert_biases": True, "router_bias": True, "dispatch_chunks": 2},
+    "weights on the input": {
+        "router_weight_on_input": True,
+        "expert_biases": True,
+        "routed_scaling_factor": 2.5,
+        "shared_expert_hidden_size": 12,
+        "shared_expert_gate": True,
+    },
     "identity, null": {"identity_experts": 2, "null_experts": 2, "experts_per_token": 4},
 }
 
@@ -174,6 +182,9 @@ def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[st
     """What belongs to this rank's tokens, and the gradients of the experts."""
     moe = MoELayer(config, D, 1, groups)
     init_parameters(moe, seed=5, num_layers=1)
+    for name, parameter in moe.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.fill_(0.05)
     x = x.clone().requires_grad_()
     out, _ = moe(x, TokenInfo.of_modalities(image_audio_text(x.shape[0])))
     out.square().sum().backward()
@@ -199,6 +210,28 @@ def check_layer(config: MoEConfig, groups: Groups) -> None:
         check_close(of_experts[name], value[here.start : here.stop], f"{config} {name}")
 
 
+def check_bad_row(groups: Groups, value: float) -> None:
+    """Token 0 of the first rank of a group, which the last rank receives as its row 0, visits the last expert;
+    all others visit the one before, whose rows are padded. Its gradient is that of a run without token 0."""
+    case, first = Case(8, 1), groups.expert_rank == 0
+    x = torch.randn(42, D, generator=generator(groups.data_rank))
+    slots = torch.tensor([[7 if first else 6]] + [[6]] * 41)
+    weights = torch.rand(slots.shape, generator=generator(3))
+    dispatcher, local = AllToAllDispatcher(8, groups), groups.local_experts(8)
+    rest = slice(1, None) if first else slice(None)
+    expected = through_dispatcher(case, dispatcher, local, x[rest], slots[rest], weights[rest])
+    if first:
+        x[0] = value
+    found = through_dispatcher(case, dispatcher, local, x, slots, weights)
+    for name in ("out", "x", "weights"):
+        assert torch.equal(found[name][rest], expected[name]), name
+    not_visited = [e for e in range(len(local)) if local[e] != 7]
+    for name in ("up", "down"):
+        assert torch.equal(found[name][not_visited], expected[name][not_visited]), name
+        if 7 in local:
+            assert expected[name][-2].any() and not found[name][-1].isfinite().all(), name
+
+
 def layouts(world_size: int, experts: int) -> Iterator[Groups]:
     for size in (1, 2, 4):
         if size <= world_size:
@@ -213,6 +246,8 @@ def all_cases(world_size: int) -> Any:
             for case in CASES:
                 dispatcher = AllToAllDispatcher(case.experts, groups, case.chunks)
                 check_dispatcher(case, dispatcher, groups, TOKENS_OF_RANK[rank], seed=rank)
+            for value in (torch.nan, torch.inf, 1e30):
+                check_bad_row(groups, value)
             for override in LAYERS.values():
                 check_layer(MoEConfig.model_validate({**BASE.model_dump(), **override}), groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -316,6 +317,41 @@ def test_recomputation_where_something_needs_no_gradient(frozen: tuple[str, ...]
             for recompute in (False, True)
         )
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+BAD = {
+    "NaN": (math.nan, torch.float32),
+    "infinite": (math.inf, torch.float32),
+    "too large for fp16 in expert 1": (300.0, torch.float16),
+    "too large for fp32 in expert 1": (1e30, torch.float32),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_row_reaches_no_expert_that_it_does_not_visit(bad: str, backend: str, recompute: bool) -> None:
+    """Row 0 visits expert 0. Expert 1 has 45 rows, which ``blocked`` pads to 48."""
+    value, dtype = BAD[bad]
+    if dtype == torch.float16 and backend == "grouped_mm":
+        pytest.skip("no grouped products in fp16 on a CPU")
+    case = make_case(torch.tensor([[0]] + [[1]] * 45 + [[2]] * 33), 3, dtype=dtype)
+    without = Case(case.x[1:], case.weights[1:], case.up, case.down, case.slots[1:], case.target[1:], "swiglu")
+    expected = without.gradients(without.run(backend, recompute))
+
+    def gradients_of_visited(row: float) -> tuple[Tensor, Tensor]:
+        case.x.data[0] = row
+        grad_x, grad_weights, grad_up, grad_down = case.gradients(case.run(backend, recompute))
+        for ours, theirs in zip((grad_x, grad_weights), expected[:2], strict=True):
+            assert torch.equal(ours[1:], theirs)
+        for ours, theirs in zip((grad_up, grad_down), expected[2:], strict=True):
+            assert torch.equal(ours[1:], theirs[1:]) and theirs[1:].any()
+        return grad_up[0], grad_down[0]
+
+    assert all(own.isfinite().all() and own.any() for own in gradients_of_visited(0.5))
+    case.up.data[0] = 0  # expert 0 itself overflows nowhere
+    assert not (torch.full((D,), value, dtype=dtype) @ case.up.data[1].t()).square().isfinite().all()
+    gradients_of_visited(value)
 
 
 def test_idle_experts_get_gradients_of_zeros() -> None:

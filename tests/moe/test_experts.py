@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.config import MoEConfig, OptimizerConfig
+from mmmoe_pretrain.engines.deepspeed_setup import make_optimizer
 from mmmoe_pretrain.models.init import init_parameters
 from mmmoe_pretrain.moe.experts import ExpertGroups, Experts, SharedExpert, make_experts, slot_of_expert
 from mmmoe_pretrain.moe.plan import plan_of_slots, sort_slots
+from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from tests.moe.plain_experts import expert, weighted_experts
 
@@ -67,13 +69,109 @@ def test_groups_of_unlike_size_equal_a_loop_over_experts(slots: list[list[int]],
         torch.testing.assert_close(mine, theirs, **exact)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+GPT_OSS = {"activation": "clamped_swiglu", "expert_biases": True}
+
+
+def run(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """[n, D] through the experts ``ids`` [n, K], 6 meaning none."""
+    order, place, counts = sort_slots(ids, 6)
+    plan = plan_of_slots(order, place, counts.tolist(), ids.shape[1])
+    return experts(x, weights.reshape(-1)[order[: plan.num_assignments]], plan)
+
+
+def with_biases(config: MoEConfig, dtype: torch.dtype = torch.float64) -> list[Experts]:
+    """The stacks, with biases that are not 0."""
+    made = built(config)
+    stacks = list(made.stacks) if isinstance(made, ExpertGroups) else [made]
+    for i, stack in enumerate(stacks):
+        stack.up_bias.data = normal(*stack.up_bias.shape, seed=10 + i)
+        stack.down_bias.data = normal(*stack.down_bias.shape, seed=20 + i)
+    made.to(dtype)
+    return stacks
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend,dtype", [("blocked", torch.float64), ("grouped_mm", torch.float32)])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize(
+    "base", [UNLIKE, MoEConfig(num_experts=6, expert_hidden_size=16)], ids=["groups", "one stack"]
+)
+def test_biases_and_weights_on_the_input_equal_a_loop(
+    base: MoEConfig, on_input: bool, backend: str, dtype: torch.dtype, recompute: bool
+) -> None:
+    settings = {**GPT_OSS, "router_weight_on_input": on_input, "expert_backend": backend}
+    stacks = with_biases(base.model_copy(update=settings), dtype)
+    experts = ExpertGroups(stacks) if len(stacks) > 1 else stacks[0]
+    for stack in stacks:
+        stack.recompute = recompute
+    ids = torch.tensor([[0, 4], [1, 5], [3, 2], [6, 1], [6, 6], [4, 0]])  # some go nowhere
+    x = (4 * normal(6, D)).to(dtype).requires_grad_()
+    weights = normal(6, 2, seed=1).to(dtype).requires_grad_()
+    ours, loop = run(experts, x, ids, weights), torch.zeros(6, D, dtype=dtype)
+    each = [(stack, e) for stack in stacks for e in range(len(stack.up))]
+    assert any((x @ stack.up[e].t()).abs().max() > 7 for stack, e in each)  # something is clamped
+    for index, (stack, e) in enumerate(each):
+        for k in range(2):
+            rows, w = ids[:, k] == index, weights[:, k : k + 1]
+            weight = (stack.up[e], stack.down[e], stack.activation, stack.up_bias[e], stack.down_bias[e])
+            y = expert(w * x, *weight) if on_input else w * expert(x, *weight)
+            loop = loop + torch.where(rows[:, None], y, 0.0)
+    exact = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
+    leaves, target = [x, weights, *experts.parameters()], normal(6, D, seed=2).to(dtype)
+    assert len(leaves) == 2 + 4 * len(stacks)
+    found, expected = (torch.autograd.grad((y * target).sum(), leaves) for y in (ours, loop))
+    for mine, theirs in zip((ours, *found), (loop, *expected), strict=True):
+        torch.testing.assert_close(mine, theirs, **exact)  # sums of tens of terms of up to 100 in another order
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
+def test_a_bad_row_reaches_no_bias_of_an_expert_that_it_does_not_visit(
+    backend: str, on_input: bool, bad: float
+) -> None:
+    settings = {**GPT_OSS, "router_weight_on_input": on_input, "expert_backend": backend}
+    (experts,) = with_biases(MoEConfig(num_experts=6, expert_hidden_size=16, **settings), torch.float32)
+    ids, weights = torch.tensor([[0]] + [[1]] * 45 + [[2]] * 7), normal(53, 1, seed=1).float()
+    x = normal(53, D).float()
+
+    def gradients(first: int) -> list[Tensor]:
+        out = run(experts, x[first:], ids[first:], weights[first:])
+        return [g[1:] for g in torch.autograd.grad(out.square().sum(), list(experts.parameters()))]
+
+    without = gradients(1)
+    assert all(g[:2].isfinite().all() and g[:2].any() for g in without)
+    x[0] = bad
+    for found, expected in zip(gradients(0), without, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # fp32 sums of 45 rows in another order
+
+
+def test_no_tokens_give_biases_gradients_of_zeros() -> None:
+    for on_input in (False, True):
+        settings = {**GPT_OSS, "router_weight_on_input": on_input}
+        (experts,) = with_biases(MoEConfig(num_experts=6, expert_hidden_size=16, **settings))
+        for ids in (torch.zeros(0, 2, dtype=torch.int64), torch.full((3, 2), 6)):
+            out = run(experts, normal(len(ids), D).requires_grad_(), ids, torch.ones(ids.shape, requires_grad=True))
+            found = torch.autograd.grad(out.sum(), list(experts.parameters()))
+            assert out.shape == (len(ids), D) and not any(g.any() for g in (out, *found))
+
+
+def test_biases_are_vectors_which_do_not_decay_and_stay_fp32() -> None:
+    (experts,) = with_biases(MoEConfig(num_experts=6, **GPT_OSS), torch.float32)
+    for twin in (experts, copy.deepcopy(experts)):
+        vectors = [name for name, parameter in twin.named_parameters() if is_vector(parameter)]
+        assert vectors == ["up_bias", "down_bias"]
+    groups = make_optimizer(experts, OptimizerConfig(), SINGLE).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.1), (2, 0.0)]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
 def test_a_shared_expert_is_one_expert_for_all(activation: str) -> None:
     shared = SharedExpert(16, D, activation)
     init_parameters(shared, seed=3, num_layers=1)
     shared.double()
     x = normal(5, D)
-    torch.testing.assert_close(shared(x), expert(x, shared.up.weight, shared.down.weight, activation))
+    torch.testing.assert_close(shared(x, x), expert(x, shared.up.weight, shared.down.weight, activation))
 
 
 def test_sizes_follow_group_activation_and_rank() -> None:
@@ -125,6 +223,11 @@ def test_experts_are_modules_like_any_other() -> None:
 
 def test_weights_survive_a_state_dict() -> None:
     experts, other = built(UNLIKE), make_experts(UNLIKE, D, SINGLE).double()
+    assert all(
+        not parameter.any()
+        for stack in built(UNLIKE.model_copy(update=GPT_OSS)).stacks
+        for parameter in (stack.up_bias, stack.down_bias)
+    )  # they begin at 0
     file = io.BytesIO()
     torch.save(experts.state_dict(), file)
     file.seek(0)

@@ -27,7 +27,7 @@ def test_assignments_keep_their_order_and_padding_weighs_nothing(monkeypatch: py
     laid = lay_out(plan, WEIGHTS, most_rows=2, pad=True)
     assert [(p.expert, p.start, p.end, p.count) for p in laid.pieces] == [(0, 0, 4, 2), (2, 4, 8, 2), (2, 8, 12, 1)]
     assert laid.position_A.tolist() == [0, 1, 4, 5, 8]
-    assert laid.plan.rows_A.tolist() == [1, 3, 0, 0, 0, 2, 0, 0, 4, 0, 0, 0]
+    assert laid.plan.rows_A.tolist() == [1, 3, 1, 1, 0, 2, 0, 0, 4, 4, 4, 4]  # of their own piece
     assert laid.weights_P.tolist() == [*WEIGHTS[:2].tolist(), 0, 0, *WEIGHTS[2:4].tolist(), 0, 0, 0.5, 0, 0, 0]
     assert laid.plan.place.tolist() == [[4], [0], [5], [1], [8]]  # of tokens 0 to 4
 

@@ -13,6 +13,7 @@ from mmmoe_pretrain.moe.losses import (
     global_entropy,
     layer_losses,
     local_entropy,
+    loss_names,
     routing_losses,
     z_loss,
 )
@@ -32,6 +33,21 @@ APART = hand_stats([[1, 1, 0, 0], [0] * 4, [0, 0, 3, 3]], [[1, 1, 0, 0], [0] * 4
 def test_local_entropy_is_the_mean_uncertainty_of_single_tokens() -> None:
     assert local_entropy(MIXED, 0).item() == 0
     assert local_entropy(MIXED, 2).item() == pytest.approx(LN2)
+
+
+def test_each_entropy_term_has_modalities_of_its_own() -> None:
+    """LIMoE's ablation switches local and global terms by modality."""
+    config = RoutingLossConfig(local_entropy=1.0, global_entropy=2.0, local_entropy_modalities=("text",),
+                               global_entropy_modalities=("text", "image"))  # fmt: skip
+    losses = layer_losses(MIXED, config)
+    assert (
+        tuple(losses) == loss_names(config) == ("global_entropy/image", "local_entropy/text", "global_entropy/text")
+    )
+    # a mean over those that take part: text alone; images and text, each with an even mean routing
+    assert [losses[name].item() for name in losses] == pytest.approx([-LN2, LN2, -LN2])
+    neither = RoutingLossConfig(local_entropy=1.0, global_entropy=2.0, local_entropy_modalities=(),
+                                global_entropy_modalities=("audio",))  # fmt: skip
+    assert {name: loss.item() for name, loss in layer_losses(MIXED, neither).items()} == {"global_entropy/audio": 0}
 
 
 def test_global_entropy_rewards_a_modality_that_uses_many_experts() -> None:

@@ -42,6 +42,13 @@ def test_a_confident_tokens_second_choice_waits_for_all_first_choices() -> None:
     assert kept.tolist() == [[True, False], [True, False], [True, True]]
 
 
+def test_a_token_of_nan_goes_last_under_batch_priority() -> None:
+    ids = torch.tensor([[0], [0], [0], [0]])
+    priority = torch.tensor([math.nan, 0.5, math.nan, 0.0])
+    assert within_capacity(ids, capacity=2, priority_n=priority).flatten().tolist() == [False, True, False, True]
+    assert within_capacity(ids, capacity=3, priority_n=priority).flatten().tolist() == [True, True, False, True]
+
+
 def test_equal_priorities_go_by_position() -> None:
     kept = within_capacity(torch.zeros(300, 1, dtype=torch.int64), capacity=2, priority_n=torch.ones(300))
     assert kept[:, 0].tolist() == [True, True] + [False] * 298

@@ -1,8 +1,9 @@
-"""Hugging Face transformers' Mixtral and OLMoE blocks with the same weights: the same outputs and gradients."""
+"""Hugging Face transformers' blocks with the same weights: the same outputs and gradients."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,78 +11,243 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.models.init import init_parameters
+from mmmoe_pretrain.moe import activation
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
 
 pytest.importorskip("transformers", reason="parity with transformers needs the extra: pip install -e '.[bench]'")
 
-from transformers.models.mixtral import modeling_mixtral
-from transformers.models.olmoe import modeling_olmoe
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.llama4 import modeling_llama4 as llama4
+from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.olmoe import modeling_olmoe as olmoe
+from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
-D, FF, TOKENS = 32, 64, 50
-SIZES: dict[str, Any] = {"hidden_size": D, "intermediate_size": FF, "hidden_act": "silu"}
+D, FF, SHARED, TOKENS = 32, 64, 48, 50
+Tensors = dict[str, Tensor]
 
 
-def mixtral(num_experts: int, top_k: int, renormalize: bool) -> nn.Module:
-    assert renormalize  # it knows nothing else
-    config = modeling_mixtral.MixtralConfig(**SIZES, num_local_experts=num_experts, num_experts_per_tok=top_k)
-    return modeling_mixtral.MixtralSparseMoeBlock(config)
+class Block(NamedTuple):
+    """``theirs``: the block of E experts, K a token. ``names``: their parameters, made of ours by name; gradients
+    are carried over in the same way. ``settings``: of ours."""
+
+    theirs: Callable[[int, int], nn.Module]
+    names: Callable[[Tensors], Tensors]
+    settings: dict[str, Any]
 
 
-def olmoe(num_experts: int, top_k: int, renormalize: bool) -> nn.Module:
-    config = modeling_olmoe.OlmoeConfig(
-        **SIZES, num_experts=num_experts, num_experts_per_tok=top_k, norm_topk_prob=renormalize
+def make_mixtral(experts: int, top_k: int) -> nn.Module:
+    return mixtral.MixtralSparseMoeBlock(
+        mixtral.MixtralConfig(
+            hidden_size=D, intermediate_size=FF, num_local_experts=experts, num_experts_per_tok=top_k
+        )
     )
-    return modeling_olmoe.OlmoeSparseMoeBlock(config)
 
 
-def with_weights_of(block: nn.Module, moe: MoELayer) -> nn.Module:
-    """Theirs are laid out as ours: [E, 2F, D] with the gate first, and [E, D, F]."""
-    state = {
-        "gate.weight": moe.router.weight,
-        "experts.gate_up_proj": moe.experts.up,
-        "experts.down_proj": moe.experts.down,
+def make_olmoe(experts: int, top_k: int, renormalize: bool) -> nn.Module:
+    return olmoe.OlmoeSparseMoeBlock(
+        olmoe.OlmoeConfig(hidden_size=D, intermediate_size=FF, num_experts=experts, num_experts_per_tok=top_k,
+                          norm_topk_prob=renormalize)
+    )  # fmt: skip
+
+
+def make_qwen3(experts: int, top_k: int) -> nn.Module:
+    return qwen3_moe.Qwen3MoeSparseMoeBlock(
+        qwen3_moe.Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=FF, num_experts=experts,
+                                 num_experts_per_tok=top_k, norm_topk_prob=True)
+    )  # fmt: skip
+
+
+def make_qwen2(experts: int, top_k: int) -> nn.Module:
+    return qwen2_moe.Qwen2MoeSparseMoeBlock(
+        qwen2_moe.Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=FF, shared_expert_intermediate_size=SHARED,
+                                 num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=False)
+    )  # fmt: skip
+
+
+def make_deepseek_v2(experts: int, top_k: int) -> nn.Module:
+    return deepseek_v2.DeepseekV2Moe(
+        deepseek_v2.DeepseekV2Config(hidden_size=D, moe_intermediate_size=FF, n_shared_experts=2,
+                                     n_routed_experts=experts, num_experts_per_tok=top_k, n_group=4, topk_group=2,
+                                     topk_method="group_limited_greedy", routed_scaling_factor=16.0)
+    )  # fmt: skip
+
+
+def make_deepseek_v3(experts: int, top_k: int) -> nn.Module:
+    return deepseek_v3.DeepseekV3MoE(
+        deepseek_v3.DeepseekV3Config(hidden_size=D, moe_intermediate_size=FF, n_shared_experts=2,
+                                     n_routed_experts=experts, num_experts_per_tok=top_k, n_group=4, topk_group=2,
+                                     norm_topk_prob=True, routed_scaling_factor=2.5)
+    )  # fmt: skip
+
+
+def make_gpt_oss(experts: int, top_k: int) -> nn.Module:
+    return gpt_oss.GptOssMLP(
+        gpt_oss.GptOssConfig(
+            hidden_size=D, intermediate_size=FF, num_local_experts=experts, num_experts_per_tok=top_k
+        )
+    )
+
+
+def make_llama4(experts: int, top_k: int) -> nn.Module:
+    return llama4.Llama4TextMoe(
+        llama4.Llama4TextConfig(hidden_size=D, intermediate_size=FF, num_local_experts=experts,
+                                num_experts_per_tok=top_k)
+    )  # fmt: skip
+
+
+def stacked(ours: Tensors) -> Tensors:
+    """Laid out as ours: [E, 2F, D] with the gate first, and [E, D, F]."""
+    return {
+        "gate.weight": ours["router.weight"],
+        "experts.gate_up_proj": ours["experts.up"],
+        "experts.down_proj": ours["experts.down"],
     }
-    block.load_state_dict({name: value.detach().clone() for name, value in state.items()})
-    return block.train()
 
 
-def ours_and_theirs(moe: MoELayer, block: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and all gradients of the same weighted sum of outputs, under our names and in our shapes."""
+def shared(ours: Tensors, name: str) -> Tensors:
+    gate, up = ours["shared.up.weight"].chunk(2)
+    return {
+        f"{name}.gate_proj.weight": gate,
+        f"{name}.up_proj.weight": up,
+        f"{name}.down_proj.weight": ours["shared.down.weight"],
+    }
+
+
+def of_qwen2(ours: Tensors) -> Tensors:
+    gate = {"shared_expert_gate.weight": ours["shared.gate.weight"]}
+    return {**stacked(ours), **shared(ours, "shared_expert"), **gate}
+
+
+def of_deepseek(ours: Tensors) -> Tensors:
+    bias = {"gate.e_score_correction_bias": ours["router.bias"][0]} if "router.bias" in ours else {}
+    return {**stacked(ours), **shared(ours, "shared_experts"), **bias}
+
+
+def of_gpt_oss(ours: Tensors) -> Tensors:
+    """Gate and up in turn, and inputs first."""
+
+    def in_turn(up: Tensor) -> Tensor:
+        return up.unflatten(1, (2, FF)).transpose(1, 2).flatten(1, 2)
+
+    return {
+        "router.weight": ours["router.weight"],
+        "router.bias": ours["router.logit_bias"],
+        "experts.gate_up_proj": in_turn(ours["experts.up"]).transpose(1, 2),
+        "experts.gate_up_proj_bias": in_turn(ours["experts.up_bias"]),
+        "experts.down_proj": ours["experts.down"].transpose(1, 2),
+        "experts.down_proj_bias": ours["experts.down_bias"],
+    }
+
+
+def of_llama4(ours: Tensors) -> Tensors:
+    return {
+        "router.weight": ours["router.weight"],
+        "experts.gate_up_proj": ours["experts.up"].transpose(1, 2),
+        "experts.down_proj": ours["experts.down"].transpose(1, 2),
+        **shared(ours, "shared_expert"),
+    }
+
+
+DEEPSEEK = {"shared_expert_hidden_size": 2 * FF, "node_groups": 4, "groups_per_token": 2}
+BLOCKS = {
+    "Mixtral": Block(make_mixtral, stacked, {}),
+    "OLMoE, renormalised": Block(lambda e, k: make_olmoe(e, k, renormalize=True), stacked, {}),
+    "OLMoE": Block(lambda e, k: make_olmoe(e, k, renormalize=False), stacked, {"renormalize": False}),
+    "Qwen3-MoE": Block(make_qwen3, stacked, {}),
+    "Qwen2-MoE": Block(make_qwen2, of_qwen2, {"renormalize": False, "shared_expert_hidden_size": SHARED,
+                                              "shared_expert_gate": True}),
+    "DeepSeek-V2": Block(make_deepseek_v2, of_deepseek, {
+        **DEEPSEEK, "router": "group_limited", "scores_per_group": 1, "routed_scaling_factor": 16.0,
+        "renormalize": False}),
+    "DeepSeek-V3": Block(make_deepseek_v3, of_deepseek, {
+        **DEEPSEEK, "router": "sigmoid_top_k", "scores_per_group": 2, "routed_scaling_factor": 2.5,
+        "bias_balancing": {"rate": 0}}),
+    "GPT-OSS": Block(make_gpt_oss, of_gpt_oss, {"activation": "clamped_swiglu", "expert_biases": True,
+                                                "router_bias": True}),
+    "Llama 4": Block(make_llama4, of_llama4, {"router": "sigmoid_top_k", "renormalize": False,
+                                              "router_weight_on_input": True, "shared_expert_hidden_size": FF}),
+}  # fmt: skip
+SIZES = {"Mixtral": ((8, 2), (16, 8), (64, 8)), "OLMoE": ((8, 2), (64, 8)), "Llama 4": ((8, 1), (8, 2)),
+         "DeepSeek-V2": ((16, 6), (16, 4)), "DeepSeek-V3": ((16, 8), (16, 2))}  # fmt: skip
+
+
+def make_pair(name: str, experts: int, top_k: int, **settings: Any) -> tuple[MoELayer, nn.Module]:
+    block = BLOCKS[name]
+    settings = {**block.settings, **settings}
+    config = MoEConfig(num_experts=experts, experts_per_token=top_k, expert_hidden_size=FF, **settings)
+    moe = MoELayer(config, D, 0, SINGLE)
+    init_parameters(moe, seed=3, num_layers=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, tensor in moe.state_dict().items():
+            if key.endswith("bias"):
+                tensor.normal_(std=0.3, generator=generator)
+    theirs = block.theirs(experts, top_k)
+    theirs.load_state_dict({key: value.detach().clone() for key, value in block.names(moe.state_dict()).items()})
+    return moe, theirs.train()
+
+
+def ours_and_theirs(name: str, moe: MoELayer, block: nn.Module) -> tuple[Tensors, Tensors]:
+    """Outputs and all gradients of the same weighted sum of outputs, in their layout."""
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(TOKENS, D, generator=generator) for _ in range(2))
+    x *= 3  # so that some of GPT-OSS's gates and ups are clamped
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out = moe(a, TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64)))[0]
     (out * target).sum().backward()
-    their_out = block(b.view(2, TOKENS // 2, D)).view(TOKENS, D)
+    their_out = block(b.view(2, TOKENS // 2, D))
+    their_out = (their_out[0] if isinstance(their_out, tuple) else their_out).view(TOKENS, D)
     (their_out * target).sum().backward()
-    ours = {"out": out, "x": a.grad, "router": moe.router.weight.grad,
-            "up": moe.experts.up.grad, "down": moe.experts.down.grad}  # fmt: skip
-    theirs = {"out": their_out, "x": b.grad, "router": block.gate.weight.grad,
-              "up": block.experts.gate_up_proj.grad,
-              "down": block.experts.down_proj.grad}  # fmt: skip
+    gradients = {key: parameter.grad for key, parameter in moe.named_parameters()}
+    ours = {"out": out, "x": a.grad, **BLOCKS[name].names(gradients)}
+    theirs = {"out": their_out, "x": b.grad, **{key: p.grad for key, p in block.named_parameters()}}
+    assert ours.keys() == theirs.keys()
     return ours, theirs
 
 
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
-@pytest.mark.parametrize("num_experts,top_k", [(8, 2), (16, 8), (64, 8)])
-@pytest.mark.parametrize("build,renormalize", [(mixtral, True), (olmoe, True), (olmoe, False)])
+@pytest.mark.parametrize(
+    "name,num_experts,top_k", [(name, *size) for name in BLOCKS for size in SIZES.get(name, ((8, 2),))]
+)
 def test_outputs_and_gradients_are_those_of_transformers(
-    build: Any, renormalize: bool, num_experts: int, top_k: int, backend: str
+    name: str, num_experts: int, top_k: int, backend: str
 ) -> None:
-    config = MoEConfig(
-        num_experts=num_experts,
-        experts_per_token=top_k,
-        expert_hidden_size=FF,
-        renormalize=renormalize,
-        expert_backend=backend,
-    )
-    moe = MoELayer(config, D, 0, SINGLE)
-    init_parameters(moe, seed=3, num_layers=1)
-    ours, theirs = ours_and_theirs(moe, with_weights_of(build(num_experts, top_k, renormalize), moe))
-    for name, value in ours.items():
-        # fp32 sums of 32 to 100 terms near 1 in another order (6e-8 each), and the routing weight
-        # multiplied before the second product here, after it there.
-        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-        assert value.abs().max() > 0.01  # far above the tolerance: they agree on something
+    ours, theirs = ours_and_theirs(name, *make_pair(name, num_experts, top_k, expert_backend=backend))
+    for key, value in ours.items():
+        # fp32 sums of 32 to 100 terms in another order (6e-8 each), of values up to the largest, and the routing
+        # weight multiplied before the second product here, after it there.
+        worst = (value - theirs[key]).abs().max() / theirs[key].abs().max()
+        assert worst < 4e-6, f"{key}: {worst:.1e} of the largest value"
+        assert theirs[key].abs().max() > 0.01  # they agree on something
+
+
+def test_gates_and_ups_of_gpt_oss_are_compared_where_they_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the limits both directions differ from theirs."""
+    monkeypatch.setattr(activation, "LIMIT", 1e9)
+    ours, theirs = ours_and_theirs("GPT-OSS", *make_pair("GPT-OSS", 8, 2))
+    for key in ("out", "x", "experts.gate_up_proj"):
+        assert (ours[key] - theirs[key]).abs().max() > 1e-3 * theirs[key].abs().max()
+
+
+@pytest.mark.parametrize("name,without", [
+    ("Qwen2-MoE", {"shared_expert_hidden_size": SHARED, "shared_expert_gate": False}),
+    ("DeepSeek-V2", {"scores_per_group": None}),
+    ("DeepSeek-V3", {"scores_per_group": None}),
+    ("DeepSeek-V3", {"routed_scaling_factor": 1.0}),
+    ("GPT-OSS", {"activation": "swiglu"}),
+    ("Llama 4", {"router_weight_on_input": False}),
+])  # fmt: skip
+def test_each_setting_is_what_makes_them_equal(name: str, without: dict[str, Any]) -> None:
+    """Without it the same weights give another output: the comparison above sees it."""
+    moe, _ = make_pair(name, *SIZES.get(name, ((8, 2),))[0])
+    other = MoELayer(moe.config.model_copy(update=without), D, 0, SINGLE)
+    other.load_state_dict(moe.state_dict(), strict=False)
+    info = TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64))
+    x = 3 * torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(0))
+    out, without_it = moe(x, info)[0], other(x, info)[0]
+    assert (out - without_it).abs().max() > 0.01 * out.abs().max()

@@ -52,13 +52,14 @@ def assert_equal_states(a: State, b: State) -> None:
 
 
 def test_an_expert_that_nothing_chooses_goes_without_a_trace(tmp_path: Path) -> None:
-    source = with_idle_expert(tmp_path, 2)
+    source = with_idle_expert(tmp_path, 2, expert_biases=True, router_bias=True)
     result = prune(source, (), 0.0, (), lossy=False)
     assert result.exact
     assert_same_function(source, result)
     assert result.config.moe.num_experts == 3
     kept = [0, 1, 3]
-    for name in ("router.weight", "experts.up", "experts.down"):
+    biases = ("router.logit_bias", "experts.up_bias", "experts.down_bias")
+    for name in ("router.weight", "experts.up", "experts.down", *biases):
         assert torch.equal(result.state[BLOCK + name].value, source.state[BLOCK + name].value[kept])
         for now, before in zip(moments(result.state, BLOCK + name), moments(source.state, BLOCK + name), strict=True):
             assert torch.equal(now, before[kept])
@@ -147,12 +148,12 @@ def test_equal_experts_of_a_top_1_sigmoid_are_one(tmp_path: Path) -> None:
 
 
 def test_unlike_experts_become_their_mean_by_use_with_the_moments_of_both(tmp_path: Path) -> None:
-    source = random_source(tmp_path, {})
+    source = random_source(tmp_path, {"expert_biases": True, "router_bias": True})
     write_log(source, [0.25, 0.45, 0.05, 0.25])  # of all: experts 1 and 2 have 0.4 and 0.1
     result = merge(source, 1, (2, 1), lossy=True)
     assert not result.exact
     assert difference(source, result) > 1e-3
-    for name in ("router.weight", "experts.up"):
+    for name in ("router.weight", "router.logit_bias", "experts.up", "experts.up_bias", "experts.down_bias"):
         old, new = source.state[BLOCK + name].value, result.state[BLOCK + name].value
         torch.testing.assert_close(new, torch.stack([old[0], 0.8 * old[1] + 0.2 * old[2], old[3]]))
         first, second = moments(source.state, BLOCK + name)

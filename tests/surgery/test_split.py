@@ -20,6 +20,7 @@ from tests.surgery.support import (
 )
 
 NO_CAPTIONS = {"contrastive": {"weight": 1.0}}
+BIASES = {"expert_biases": True, "router_bias": True, "activation": "clamped_swiglu"}
 CASES: dict[str, dict[str, Any]] = {
     "softmax": {},
     "softmax, not renormalised": {"renormalize": False},
@@ -35,6 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "no computation": {"identity_experts": 1, "null_experts": 2},
     "gelu": {"activation": "gelu"},
     "laplace": {"gate": "laplace"},
+    "groups worth two scores": {"router": "group_limited", "num_experts": 8, "experts_per_token": 3,
+                                "node_groups": 4, "groups_per_token": 2, "scores_per_group": 2},
+    "biases": {**BIASES, "routed_scaling_factor": 2.5},
+    "biases, sigmoid, not renormalised": {**BIASES, "router": "sigmoid_top_k", "renormalize": False},
+    "weights on the input": {"router": "sigmoid_top_k", "renormalize": False, "router_weight_on_input": True},
+    "gated": {"shared_expert_hidden_size": 8, "shared_expert_gate": True},
     "shared": {"shared_expert_hidden_size": 8, "task_conditioned": True},
 }  # fmt: skip
 
@@ -65,7 +72,9 @@ def test_biases_of_the_choice_keep_choosing_the_same(tmp_path: Path, router: str
     assert result.config.moe.bias_balancing.rate == (0.01 if router == "softmax_top_k" else 0.02)
 
 
-@pytest.mark.parametrize("case", ["softmax", "top 1", "sigmoid top 1", "gelu"])
+@pytest.mark.parametrize(
+    "case", ["softmax", "top 1", "sigmoid top 1", "gelu", "biases", "biases, sigmoid, not renormalised"]
+)
 def test_moments_are_transformed_as_gradients_are(tmp_path: Path, case: str) -> None:
     """With the gradient in place of ``exp_avg`` and its square in place of ``exp_avg_sq``, splitting gives
     the gradients of the split model. The two copies of a router row together get the row's."""
@@ -77,7 +86,7 @@ def test_moments_are_transformed_as_gradients_are(tmp_path: Path, case: str) -> 
         second.copy_(gradient.square())
     result = split(source, 2, lossy=False)
     wanted = gradients(model_of(result.config, result.state), batch)
-    for name in (BLOCK + "experts.up", BLOCK + "experts.down"):
+    for name in [name for name in result.state if name.startswith(BLOCK + "experts.")]:
         first, second = moments(result.state, name)
         torch.testing.assert_close(first, wanted[name], rtol=1e-4, atol=1e-4)  # fp32 sums over tokens
         torch.testing.assert_close(second, wanted[name].square(), rtol=2e-4, atol=2e-4)
@@ -106,6 +115,7 @@ def test_the_demand_for_several_experts_grows_with_their_number(tmp_path: Path) 
     [
         ({"router": "noisy_top_k"}, "router noisy_top_k tears the parts"),
         ({"router": "hash"}, "this is exact for softmax_top_k, sigmoid_top_k"),
+        ({"router_weight_on_input": True}, "an activation is not linear"),
         ({"capacity_factor": 1.25}, "may drop different tokens"),
         ({"router": "sigmoid_top_k", "renormalize": False, "identity_experts": 1}, "bare sigmoid scores"),
         ({"router": "group_limited", "num_experts": 8, "experts_per_token": 3, "node_groups": 4,

@@ -29,6 +29,7 @@ DENSE = {"num_experts": 1, "experts_per_token": 1}
         (2, {}),
         (3, {"router": "sigmoid_top_k", "gate": "laplace"}),
         (4, {"bias_balancing": {"rate": 0.01}}),
+        (2, {"expert_biases": True, "router_bias": True}),  # of zero
         (2, {"activation": "gelu", "task_conditioned": True}),  # a dense layer is SwiGLU whatever this says
     ],
 )
@@ -94,6 +95,8 @@ def test_another_period_takes_the_widths_that_the_blocks_were_trained_with(tmp_p
         (2, {"renormalize": False}, "moe.renormalize=true"),
         (2, {"capacity_factor": 1.0}, "moe.capacity_factor=null"),
         (2, {"shared_expert_hidden_size": 8}, "moe.shared_expert_hidden_size=0"),
+        (2, {"routed_scaling_factor": 2.5}, "moe.routed_scaling_factor=1"),
+        (2, {"router_weight_on_input": True}, "moe.router_weight_on_input=false"),
         (2, {"router": "hash"}, "moe.router=softmax_top_k"),
         (2, {"null_experts": 1}, "moe.null_experts=0"),
     ],

@@ -19,14 +19,15 @@ def group_limited(inputs: RouterInputs) -> Choice:
     scores_nE = within_best_groups(inputs.for_choice(log_p_nE.exp()), config)
     ids_nK = scores_nE.topk(config.experts_per_token, dim=-1).indices
     chosen_nK = log_p_nE.gather(-1, ids_nK)
-    return Choice(ids_nK, chosen_weights(chosen_nK, config), log_p_nE, chosen_nK[:, 0].detach().exp())
+    return Choice(ids_nK, chosen_weights(chosen_nK, config), log_p_nE, log_p_nE.detach().amax(-1).exp())
 
 
 def within_best_groups(scores_nE: Tensor, config: MoEConfig) -> Tensor:
     """Scores with -inf outside each token's best groups. A group is a run of E / ``node_groups`` experts,
-    and is worth the sum of its best K / ``groups_per_token`` scores: what it would contribute."""
+    and is worth the sum of its best ``scores_per_group`` scores (1 in DeepSeek-V2, 2 in V3), by default
+    K / ``groups_per_token``: what it would contribute."""
     grouped = scores_nE.unflatten(-1, (config.node_groups, -1))
-    best = max(1, config.experts_per_token // config.groups_per_token)
+    best = config.scores_per_group or max(1, config.experts_per_token // config.groups_per_token)
     worth_nG = grouped.topk(best, dim=-1).values.sum(-1)
     chosen = worth_nG.topk(config.groups_per_token, dim=-1).indices
     outside_nG = worth_nG.new_ones(worth_nG.shape).scatter(-1, chosen, 0).bool()

@@ -19,4 +19,4 @@ def sigmoid_top_k(inputs: RouterInputs) -> Choice:
     ids_nK = scores_nE.topk(inputs.config.experts_per_token, dim=-1).indices
     chosen_nK = log_s_nE.gather(-1, ids_nK)
     weights_nK = chosen_weights(chosen_nK, inputs.config)
-    return Choice(ids_nK, weights_nK, log_s_nE.log_softmax(-1), chosen_nK[:, 0].detach().exp())
+    return Choice(ids_nK, weights_nK, log_s_nE.log_softmax(-1), log_s_nE.detach().amax(-1).exp())

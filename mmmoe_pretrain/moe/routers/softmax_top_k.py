@@ -10,4 +10,4 @@ def softmax_top_k(inputs: RouterInputs) -> Choice:
     log_p_nE = inputs.logits_nE.log_softmax(-1)
     ids_nK = inputs.for_choice(log_p_nE.exp()).topk(inputs.config.experts_per_token, dim=-1).indices
     chosen_nK = log_p_nE.gather(-1, ids_nK)
-    return Choice(ids_nK, chosen_weights(chosen_nK, inputs.config), log_p_nE, chosen_nK[:, 0].detach().exp())
+    return Choice(ids_nK, chosen_weights(chosen_nK, inputs.config), log_p_nE, log_p_nE.detach().amax(-1).exp())

@@ -1,5 +1,7 @@
 """Experts choose tokens: values derived by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ def test_an_expert_never_takes_a_token_that_may_not_choose_it() -> None:
     routing = router(logs(P[:3]), tokens_of([TEXT, IMAGE, TEXT]))
     assert routing.kept_nK.tolist() == [[False, True], [True, True], [False, True]]
     torch.testing.assert_close(routing.weights_nK, torch.tensor([[0.0, 1.0], [0.8, 0.2], [0.0, 1.0]]))
+
+
+def test_a_token_of_nan_takes_no_place_of_another() -> None:
+    nan = [[math.nan, math.nan], *P]
+    choice = route(nan, experts_per_token=1)  # C = ceil(5 / 2) = 3: all but the least probable of four
+    assert choice.kept_nK.tolist() == [[False, False], [True, False], [True, True], [True, True], [False, True]]
+    assert route(nan, experts_per_token=2).kept_nK.all()  # C = 5: there is room
 
 
 def test_statistics_count_what_was_taken_and_nothing_as_dropped() -> None:

@@ -18,7 +18,7 @@ def test_a_group_is_worth_what_its_best_experts_are_worth_together() -> None:
     assert choice.expert_ids_nK.tolist() == [[2, 3]]  # though expert 0 is the most probable of all
     torch.testing.assert_close(choice.weights_nK, torch.tensor([[0.20 / 0.39, 0.19 / 0.39]]))
     torch.testing.assert_close(choice.log_p_nE, logs(P))  # losses see the whole distribution
-    torch.testing.assert_close(choice.priority_n, torch.tensor([0.20]))
+    torch.testing.assert_close(choice.priority_n, torch.tensor([0.34]))  # max p, as in V-MoE
 
 
 def test_one_expert_a_group_is_judged_by_its_best() -> None:

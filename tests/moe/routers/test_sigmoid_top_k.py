@@ -32,6 +32,12 @@ def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
     torch.testing.assert_close(plain.weights_nK, torch.tensor([[0.8, 0.2]]))
 
 
+def test_priority_is_the_largest_score_before_the_bias() -> None:
+    choice = sigmoid_top_k(inputs_of(torch.tensor(LOGITS), bias=[-0.9, 0.0, 0.0]))  # s + b = -0.1, 0.5, 0.2
+    assert choice.expert_ids_nK.tolist() == [[1, 2]]
+    torch.testing.assert_close(choice.priority_n, torch.tensor([0.8]))
+
+
 def test_a_single_choice_keeps_its_score_and_trains_its_expert_alone() -> None:
     logits = torch.tensor(LOGITS, requires_grad=True)
     weights = sigmoid_top_k(inputs_of(logits, experts_per_token=1)).weights_nK

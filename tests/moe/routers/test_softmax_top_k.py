@@ -36,6 +36,7 @@ def test_a_bias_moves_the_choice_and_neither_weights_nor_gradients() -> None:
     logits = logs([P[0]]).requires_grad_()
     biased = softmax_top_k(inputs_of(logits, bias=[-0.4, 0.0, 0.0], renormalize=False))  # 0.1, 0.3, 0.2
     assert biased.expert_ids_nK.tolist() == [[1, 2]]
+    torch.testing.assert_close(biased.priority_n, torch.tensor([0.5]))  # max p, though expert 0 is not chosen
     torch.testing.assert_close(biased.weights_nK, torch.tensor([[0.3, 0.2]]))
     (gradient,) = torch.autograd.grad(biased.weights_nK[0, 0], logits)
     torch.testing.assert_close(gradient, torch.tensor([[-0.3 * 0.5, 0.3 * 0.7, -0.3 * 0.2]]))
