@@ -11,4 +11,4 @@ from mmmoe_pretrain.batch import IGNORE, Batch
 
 def num_targets(batch: Batch) -> int:
     """Tokens of captions to be predicted."""
-    return int((batch.targets != IGNORE).sum())
+    return int((batch.targets[: batch.num_valid] != IGNORE).sum())
