@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
 
 def expand(path: str) -> str:
@@ -17,10 +17,10 @@ def expand(path: str) -> str:
     """
     if "://" in path:
         return path
-    full = os.path.expanduser(_VARIABLE.sub(_value, path))
+    full = os.path.expanduser(VARIABLE.sub(_value, path))
     if full.startswith("~"):
         raise ValueError(f"{path}: no such user; a folder whose name begins with ~ is ./{full}")
-    left = _VARIABLE.search(full)
+    left = VARIABLE.search(full)
     if left:
         raise ValueError(f"{path}: a value that is filled in holds {left[0]}; write that path out")
     return full

@@ -6,6 +6,7 @@ safetensors are read, and every name, shape and type must be what the config's m
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -31,6 +32,7 @@ from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Codecs, TextCodec, build_codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
@@ -127,6 +129,9 @@ def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: 
 
 def _values(described: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
     raw = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
+    found = VARIABLE.search(json.dumps([_section(raw, "data"), _section(raw, "evaluate").get("test")]))
+    if found:  # an export has none, and the environment of this machine is not for the paths of somebody else
+        raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
     return {**raw, "data": {**_section(raw, "data"), "tokenizer": str(tokenizer)}}
 
 
