@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from mmmoe_pretrain.paths import given
+
 app = typer.Typer(
     name="mmmoe-data",
     no_args_is_help=True,
@@ -24,7 +26,7 @@ app = typer.Typer(
 @app.command()
 def corpus(
     name: Annotated[str, typer.Argument(help="tuxpaint, emoji, asterisk or mini.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files and manifest.jsonl.")],
+    out: Annotated[Path, typer.Option(callback=given, help="Folder for the files and manifest.jsonl.")],
     language: Annotated[
         list[str] | None,
         typer.Option(help="Only these languages (may be repeated); of tuxpaint, those of the translated subset."),
@@ -42,8 +44,10 @@ def corpus(
 
 @app.command()
 def shard(
-    manifest: Annotated[Path, typer.Argument(help="manifest.jsonl, or the folder that holds it.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards; one folder a split is made in it.")],
+    manifest: Annotated[Path, typer.Argument(callback=given, help="manifest.jsonl, or the folder that holds it.")],
+    out: Annotated[
+        Path, typer.Option(callback=given, help="Folder for the shards; one folder a split is made in it.")
+    ],
     samples_per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1000,
     image_size: Annotated[
         int | None, typer.Option(help="Shrink the longest side to this many pixels, on white, as PNG.")
@@ -66,8 +70,8 @@ def shard(
 
 @app.command()
 def tokenizer(
-    manifests: Annotated[list[Path], typer.Argument(help="One or more manifests.")],
-    out: Annotated[Path, typer.Option(help="The .model file to write.")],
+    manifests: Annotated[list[Path], typer.Argument(callback=given, help="One or more manifests.")],
+    out: Annotated[Path, typer.Option(callback=given, help="The .model file to write.")],
     vocab_size: Annotated[int, typer.Option(help="Pieces, the 4 control and 256 byte pieces included.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
@@ -81,7 +85,7 @@ def tokenizer(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Shards: a folder of splits, or one split.")],
+    folder: Annotated[Path, typer.Argument(callback=given, help="Shards: a folder of splits, or one split.")],
 ) -> None:
     """Check hashes, indices and samples of shards; exits 1 where something is wrong."""
     from data_prep import verify as work
@@ -92,7 +96,7 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Shards or a manifest.")],
+    path: Annotated[Path, typer.Argument(callback=given, help="Shards or a manifest.")],
 ) -> None:
     """Count rows, hours and bytes by split, subset, language and modality."""
     from data_prep import inspect as work
@@ -102,8 +106,10 @@ def inspect(
 
 @app.command(hidden=True)
 def build_mini(
-    work_dir: Annotated[Path, typer.Option("--work", help="Folder for the downloads.")],
-    out: Annotated[Path, typer.Option(help="The folder of mini.tar in the source tree.")] = Path("tests/assets/mini"),
+    work_dir: Annotated[Path, typer.Option("--work", callback=given, help="Folder for the downloads.")],
+    out: Annotated[Path, typer.Option(callback=given, help="The folder of mini.tar in the source tree.")] = Path(
+        "tests/assets/mini"
+    ),
 ) -> None:
     """Rebuild the corpus that ships with the repository (maintainers; needs a network)."""
     from data_prep import build_mini as work

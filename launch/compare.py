@@ -2,7 +2,7 @@
 
 Dense means one expert as wide as the K experts that a token visits together, so that a token costs
 the same arithmetic. Each run trains on two ranks as the demo does, one after another. Writes
-``docs/results.json`` (read by ``mmmoe evaluate`` for its dense column) and ``docs/results.md``.
+``docs/results.json`` (a column of ``mmmoe evaluate --dense-results``) and ``docs/results.md``.
 """
 
 from __future__ import annotations

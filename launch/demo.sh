@@ -16,7 +16,7 @@ fi
 run=runs/$(setting name "$config")
 # It goes on from the newest checkpoint, or begins where there is none.
 step "Train on two processes" launch/torchrun.sh 2 train "$config"
-step "Evaluate" mmmoe evaluate "$run"
+step "Evaluate" mmmoe evaluate "$run" --dense-results docs/results.json
 
 echo
 echo "The demo took $SECONDS s. Look at:"

@@ -17,6 +17,7 @@ import typer
 
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.export.cli import export, import_
+from mmmoe_pretrain.paths import given
 from mmmoe_pretrain.surgery.cli import experts
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ app.command("import")(import_)
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file, e.g. configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file, e.g. configs/demo.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin afresh where no checkpoint is.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
@@ -41,42 +42,49 @@ def train(
 
     Exit codes: 0 done, 2 an error that you can mend, 75 told to stop, and saved: start it again; 76 a rank hung.
     """
-    from mmmoe_pretrain import config as run_config
     from mmmoe_pretrain.train.loop import train as run_training
+    from mmmoe_pretrain.train.resume import config_to_train
 
-    code = run_training(run_config.load(config, overrides or []), resume=resume, overwrite=overwrite)
+    code = run_training(config_to_train(config, overrides or []), resume=resume, overwrite=overwrite)
     raise typer.Exit(exit_codes.record(code))
+
+
+Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")]
+Test = Annotated[
+    list[str] | None,
+    typer.Option(callback=given, help="Held-out shards (repeat it for several); default: evaluate.test."),
+]
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
-    test: Annotated[
-        list[str] | None, typer.Option(help="Held-out shards (repeat it for several); default: evaluate.test.")
+    run: Run,
+    overrides: Overrides = None,
+    test: Test = None,
+    out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN.")] = None,
+    dense_results: Annotated[
+        Path | None, typer.Option(callback=given, help="A recorded run without experts, shown beside the scores.")
     ] = None,
-    dense_results: Annotated[Path, typer.Option(help="Recorded results of the dense baseline.")] = Path(
-        "docs/results.json"
-    ),
 ) -> None:
     """Score a trained model on held-out data and report its routing."""
     from mmmoe_pretrain.evaluate.run import evaluate_command
 
-    evaluate_command(run, test or [], dense_results)
+    evaluate_command(run, test or [], dense_results, out, overrides or [])
 
 
 @app.command()
 def routing(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo.")],
-    test: Annotated[
-        list[str] | None, typer.Option(help="Held-out shards (repeat it for several); default: evaluate.test.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: RUN/routing.")] = None,
+    run: Run,
+    overrides: Overrides = None,
+    test: Test = None,
+    out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN/routing.")] = None,
     top: Annotated[int, typer.Option(help="Favourite tokens shown of each expert and modality.")] = 8,
 ) -> None:
     """Show where a trained mixture sends its tokens, and what each expert likes best."""
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
-    routing_command(run, test or [], out, top)
+    routing_command(run, test or [], out, top, overrides or [])
 
 
 def main() -> None:

@@ -14,26 +14,31 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from mmmoe_pretrain.config_moe import MoEConfig, RoutingLossConfig
+from mmmoe_pretrain.config_moe import MoEConfig, PathText, RoutingLossConfig
 from mmmoe_pretrain.config_moe import StrictModel as _Model
+from mmmoe_pretrain.config_optimizer import OptimizerConfig
 from mmmoe_pretrain.config_reliability import CheckpointConfig, FaultsConfig
 from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
 
 __all__ = [
-    "CheckpointConfig", "FaultsConfig", "MoEConfig", "RoutingLossConfig", "RunConfig", "dump", "load", "parse",
+    "CheckpointConfig", "FaultsConfig", "MoEConfig", "OptimizerConfig", "RoutingLossConfig", "RunConfig", "dump",
+    "load", "parse",
 ]  # fmt: skip
+
+
+RowField = Literal["language", "label", "subset", "audio_kind", "source", "group"]  # of a sample's JSON
 
 
 class SourceConfig(_Model):
     """A folder of shards and its share of the training mix."""
 
-    path: str
+    path: PathText
     weight: float = Field(1.0, gt=0)
 
 
 class DataConfig(_Model):
     train: tuple[SourceConfig, ...] = Field(min_length=1)
-    tokenizer: str
+    tokenizer: PathText
     num_workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=1)  # microbatches a worker keeps ready
     worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: timeout_minutes / 2
@@ -176,17 +181,6 @@ class ObjectivesConfig(_Model):
         return self
 
 
-class OptimizerConfig(_Model):
-    learning_rate: float = Field(1e-3, gt=0)
-    min_learning_rate: float = Field(1e-5, ge=0)
-    warmup_steps: int = Field(50, ge=0)
-    weight_decay: float = Field(0.1, ge=0)  # of matrices; vectors and temperatures do not decay
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    clip_norm: float = Field(1.0, ge=0)  # 0 does not clip
-
-
 class ParallelConfig(_Model):
     """Degrees of parallelism. What depends on the number of ranks is checked in ``parallel/layout.py``."""
 
@@ -239,9 +233,10 @@ class TrainConfig(_Model):
 class EvaluateConfig(_Model):
     """Held-out shards, and how a class name becomes a text."""
 
-    test: tuple[str, ...] = ()
+    test: tuple[PathText, ...] = ()
     prompt: str = "{}"  # {} is the name of the class
-    min_clips_per_language: int = Field(50, ge=1)
+    min_clips_per_language: int = Field(50, ge=1)  # distinct clips (or images) that a language needs to be scored
+    image_rows: dict[RowField, tuple[str, ...]] = Field({})  # of image-text and class scores; {}: all rows
 
     @model_validator(mode="after")
     def _prompt(self) -> EvaluateConfig:
@@ -255,7 +250,7 @@ class RunConfig(_Model):
     """Everything that a run depends on; saved beside its checkpoints."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run's folder
-    runs_dir: str = "runs"
+    runs_dir: PathText = "runs"
     seed: int = 0
     data: DataConfig
     modalities: ModalitiesConfig = ModalitiesConfig()
@@ -396,7 +391,9 @@ def _explain(item: Any) -> str:
         return f"{location}: required, and missing"
     if item["type"] == "value_error":
         return message
-    return f"{location}: {message} (got {brief(item['input'])})"
+    null = item["type"] == "string_type" and item["input"] is None
+    hint = "; YAML reads ~ alone as null, so write $HOME" if null else ""
+    return f"{location}: {message} (got {brief(item['input'])}{hint})"
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:

@@ -5,9 +5,12 @@ Owns every check of the ``moe`` section that needs no hardware and no other sect
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from mmmoe_pretrain.paths import expand
 
 Modality = Literal["image", "audio", "text"]
 RouterName = Literal["softmax_top_k", "sigmoid_top_k", "group_limited", "noisy_top_k", "expert_choice", "hash"]
@@ -20,6 +23,16 @@ class StrictModel(BaseModel):
     """Frozen, and refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise PydanticCustomError("path", "{why}", {"why": str(error)}) from None
+
+
+PathText = Annotated[str, AfterValidator(_expanded)]  # of any section: ~ and $VAR are filled in
 
 
 class RoutingLossConfig(StrictModel):

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmmoe_pretrain.config_moe import StrictModel
+from mmmoe_pretrain.config_moe import PathText, StrictModel
 
 
 class CheckpointConfig(StrictModel):
     """When a run saves itself, where to, and which checkpoints it keeps. The newest is always kept."""
 
     every: int = Field(200, ge=1)  # steps
-    folder: str | None = None  # of folders NAME: a path or any fsspec URL (s3://bucket/runs); None: RUN/checkpoints
+    folder: PathText | None = None  # of folders NAME: path or fsspec URL (s3://bucket/runs); None: RUN/checkpoints
     asynchronous: bool = True  # training goes on while a checkpoint is written
     max_failures: int = Field(3, ge=0)  # saves that may fail one after the other before the run ends
     keep_last: int = Field(2, ge=1)

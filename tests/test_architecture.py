@@ -15,19 +15,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
 
-_VALUES = {"batch", "config", "config_moe", "flatten", "limits", "untrusted"}
+_VALUES = {"batch", "config", "config_moe", "flatten", "limits", "paths", "untrusted"}
 _LAYERS = _VALUES | {"parallel", "kernels"}
 _PARTS = {"moe", "modalities", "objectives"}
 _MODEL = _LAYERS | _PARTS | {"models"}
 # Part of mmmoe_pretrain -> the parts that it may import. A new part gets its line here.
 ALLOWED: dict[str, set[str]] = {
-    "config": {"config_moe", "config_reliability", "untrusted"},
-    "config_moe": set(),
+    "config": {"config_moe", "config_optimizer", "config_reliability", "untrusted"},
+    "config_moe": {"paths"},
+    "config_optimizer": {"config_moe"},
     "config_reliability": {"config_moe"},
     "exit_codes": set(),
     "flatten": set(),
     "kernels": set(),
     "limits": set(),
+    "paths": set(),
     "untrusted": set(),
     "batch": {"config"},
     "parallel": _VALUES,
@@ -41,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": _MODEL | {"checkpoint", "data"},
     "surgery": _MODEL | {"checkpoint", "data"},
     "plan": _MODEL,
-    "export": _MODEL | {"checkpoint", "engines"},
+    "export": _MODEL | {"checkpoint", "data", "engines"},
     "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes"},
     "cli": _MODEL | {"checkpoint", "data", "engines", "evaluate", "surgery", "plan", "export", "train", "exit_codes"},
 }

@@ -40,6 +40,7 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"objectives": {"contrastive": {"pairs": {"image-text": -1}}}}, "greater than or equal to 0 (got -1)"),
     ({"moe": {"every": 3}}, "moe.every 3 exceeds model.num_layers 2"),
     ({"evaluate": {"prompt": "a picture of {label}"}}, "must hold {} once"),
+    ({"runs_dir": None}, "runs_dir: Input should be a valid string (got None; YAML reads ~ alone as null, so"),
     ({"name": "../elsewhere"}, "name: String should match pattern"),
 ])  # fmt: skip
 def test_bad_values_are_refused_with_the_remedy(sections: dict[str, object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmmoe_pretrain import config as run_config
@@ -11,17 +12,36 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.model"  # the run's copy; every checkpoint has its fingerprint
 EXAMPLE = "give the folder of a run that saved one, e.g. runs/demo"
 
 
-def load_model(run_dir: Path) -> tuple[MMMoE, RunConfig, int]:
+def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run whose folder may have been moved, with ``key=value`` overrides. The tokenizer is the run's
+    own copy, where it has one and no override names another."""
+    if not (run_dir / CONFIG).is_file():
+        raise ValueError(f"no run in {run_dir}: it has no {CONFIG}; {EXAMPLE}")
+    config = run_config.load(run_dir / CONFIG, tuple(overrides))
+    if names_tokenizer(overrides) or not (run_dir / TOKENIZER).is_file():
+        return config
+    return with_tokenizer(config, run_dir / TOKENIZER)
+
+
+def names_tokenizer(overrides: Sequence[str]) -> bool:
+    return any(override.partition("=")[0] in ("data", "data.tokenizer") for override in overrides)
+
+
+def with_tokenizer(config: RunConfig, path: Path) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(path)})})
+
+
+def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, RunConfig, int]:
     """The model of the newest checkpoint in eval mode and fp32, its config and its step.
 
-    Raises ValueError where the folder holds no finished checkpoint, or where it is damaged.
+    ``overrides``: key=value of the config. Raises ValueError where the folder holds no finished checkpoint, or where
+    it is damaged.
     """
-    if not (run_dir / CONFIG).is_file():
-        raise ValueError(f"no finished checkpoint in {run_dir}: it has no {CONFIG}; {EXAMPLE}")
-    config = run_config.load(run_dir / CONFIG)
+    config = read_config(run_dir, overrides)
     checkpoint = find_latest(root_of(run_dir, config))
     if checkpoint is None:
         raise ValueError(f"no finished checkpoint in {root_of(run_dir, config)}; {EXAMPLE}")

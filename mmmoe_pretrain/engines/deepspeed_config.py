@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.paths import expand
 
 BUCKET = 50_000_000  # numbers reduced or gathered at once; DeepSpeed's own default allocates ten times it
 
@@ -53,7 +54,7 @@ OURS: dict[str, str] = {
     "managed_gradient_accumulation": "train.num_microbatches",
     "gradient_clipping": "optimizer.clip_norm",
     "optimizer": "the section optimizer (it is AdamW)",
-    "scheduler": "the section optimizer (learning_rate, warmup_steps, min_learning_rate)",
+    "scheduler": "the section optimizer (learning_rate, warmup_steps, schedule, min_learning_rate)",
     "zero_allow_untested_optimizer": "the section optimizer",
     "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
     "bf16": "train.precision",
@@ -104,7 +105,7 @@ def _own_swap_folder(offload: dict[str, Any], run: str) -> None:
             "parallel.deepspeed: {zero_optimization: {offload_optimizer: {nvme_path: /local/nvme}}}, or "
             "offload_optimizer: cpu"
         )
-    offload["nvme_path"] = str(Path(offload["nvme_path"]) / run)
+    offload["nvme_path"] = str(Path(expand(str(offload["nvme_path"]))) / run)
 
 
 def _generated(config: RunConfig, groups: Groups, num_parameters: int) -> dict[str, Any]:

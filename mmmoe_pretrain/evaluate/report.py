@@ -1,15 +1,15 @@
 """A report as a value: JSON for programs, Markdown for people, a table for the console.
 
-Owns the format. ``report.json`` is ``{"run", "step", "date", "results": [{"metric", "value",
-"interval", "chance", "majority", "dense", "n", "candidates", "unit"}], "routing", "notes"}``.
-The dense column comes from the file that ``make compare`` records: ``{"dense": {"test": [...],
-"results": [...]}}``, and stands only beside scores of the same held-out shards.
+Owns the format. ``report.json`` is ``{"run", "step", "date", "test", "results": [{"metric", "value",
+"interval", "chance", "majority", "n", "candidates", "unit"}], "routing", "notes"}``. A recorded run without
+experts (``{"dense": {"test": [...], "results": [...]}}``) adds "dense" to each row, and a column to the
+tables, if it is of the same held-out shards.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.untrusted import brief, read_json
 
-NOT_RECORDED = "not recorded"
+JSON, PAGE = "report.json", "report.md"
 LEGEND = (
     "Chance answers at random. Majority gives every query the best fixed answer (perplexity: token "
-    "frequencies of the training texts). Dense is the recorded run without experts. In brackets: 95% "
-    "interval. n: queries, images or tokens."
+    "frequencies of the training texts). In brackets: 95% interval. n: queries, images or tokens."
 )
+DENSE = " Dense is a recorded run without experts."
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Report:
     run: str
     step: int
     date: str
+    test: list[str]  # folders of held-out shards
     results: list[dict[str, Any]]
     routing: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -43,8 +44,10 @@ class Report:
 
 def read_dense(path: Path | None, test: Sequence[str]) -> dict[str, float] | None:
     """The dense run's values by metric, or None where none are recorded for the shards ``test``."""
-    if path is None or not path.is_file():
+    if path is None:
         return None
+    if not path.is_file():
+        raise ValueError(f"--dense-results {path}: there is no such file")
     try:
         record = read_json(path)["dense"]
         if list(record["test"]) != list(test):
@@ -53,27 +56,29 @@ def read_dense(path: Path | None, test: Sequence[str]) -> dict[str, float] | Non
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} records no dense run ({brief(f'{type(error).__name__}: {error}')}); it should hold "
-            f'{{"dense": {{"test": [...], "results": [...]}}}}; make compare records it'
+            f'{{"dense": {{"test": [...], "results": [...]}}}}'
         ) from error
 
 
 def rows_of(scores: Sequence[Score], dense: dict[str, float] | None) -> list[dict[str, Any]]:
     """Scores with the dense run's value beside each."""
-    return [asdict(s) | {"interval": list(s.interval), "dense": (dense or {}).get(s.metric)} for s in scores]
+    rows = [asdict(s) | {"interval": list(s.interval)} for s in scores]
+    return rows if dense is None else [row | {"dense": dense.get(row["metric"])} for row in rows]
 
 
 def write(report: Report, directory: Path) -> None:
     """``report.json`` and ``report.md``, replacing those of an earlier evaluation."""
     text = json.dumps(asdict(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-    (directory / "report.md").write_text(markdown(report), encoding="utf-8")
+    (directory / JSON).write_text(text + "\n", encoding="utf-8")
+    (directory / PAGE).write_text(markdown(report), encoding="utf-8")
 
 
 def markdown(report: Report) -> str:
     """The report as a page of tables."""
     lines = [f"# {report.run}, step {report.step}", "", f"Evaluated {report.date} on held-out rows.", ""]
-    lines += table(COLUMNS, [_cells(row) for row in report.results])
-    lines += ["", LEGEND]
+    columns = _columns(report.results)
+    lines += table(list(columns), [[cell(row) for cell in columns.values()] for row in report.results])
+    lines += ["", LEGEND + (DENSE if "dense" in columns else "")]
     if report.notes:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report.notes]
     if report.routing["layers"]:
@@ -92,14 +97,12 @@ def print_table(report: Report) -> None:
     console = Console()
     table = Table(title=f"{report.run}, step {report.step}: held-out rows", title_justify="left", box=SIMPLE_HEAD)
     hidden = {"candidates"} if console.width >= 100 else {"candidates", "95%"}  # report.md has them all
-    shown = [i for i, column in enumerate(COLUMNS) if column not in hidden]
-    for i in shown:
-        table.add_column(COLUMNS[i], justify="right" if i else "left", no_wrap=True)
+    columns = {name: cell for name, cell in _columns(report.results).items() if name not in hidden}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for row in report.results:
-        if "/" in row["metric"]:
-            continue
-        cells = _cells(row)
-        table.add_row(*[cells[i] for i in shown])
+        if "/" not in row["metric"]:
+            table.add_row(*[cell(row) for cell in columns.values()])
     console.print(table)
     for layer in report.routing["layers"]:
         console.print(f"layer {layer['layer']}: {specialisation_line(layer)}", highlight=False)
@@ -118,22 +121,24 @@ def specialisation_line(layer: dict[str, Any]) -> str:
     )
 
 
-COLUMNS = ("metric", "value", "95%", "chance", "majority", "dense", "n", "candidates")
+Row = dict[str, Any]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    unit = row["unit"]
-    low, high = row["interval"]
-    return [
-        row["metric"],
-        _number(row["value"], unit),
-        f"[{_number(low, unit)}, {_number(high, unit)}]",
-        _number(row["chance"], unit),
-        _number(row["majority"], unit),
-        NOT_RECORDED if row["dense"] is None else _number(row["dense"], unit),
-        f"{row['n']:,}",
-        "-" if row["candidates"] is None else f"{row['candidates']:,}",
-    ]
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Title -> what a row shows there; "dense" only where it is recorded."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "metric": lambda row: row["metric"],
+        "value": lambda row: _number(row["value"], row["unit"]),
+        "95%": lambda row: f"[{', '.join(_number(bound, row['unit']) for bound in row['interval'])}]",
+        "chance": lambda row: _number(row["chance"], row["unit"]),
+        "majority": lambda row: _number(row["majority"], row["unit"]),
+        "dense": lambda row: _number(row["dense"], row["unit"]),
+        "n": lambda row: f"{row['n']:,}",
+        "candidates": lambda row: "-" if row["candidates"] is None else f"{row['candidates']:,}",
+    }
+    if not any("dense" in row for row in rows):
+        del columns["dense"]
+    return columns
 
 
 def _number(value: float | None, unit: str) -> str:

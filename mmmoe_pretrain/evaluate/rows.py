@@ -13,6 +13,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate.leaks import LeakFilter
 from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.untrusted import read_json
 
 BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
 
@@ -47,6 +48,37 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
         )
     codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(root_of(run_dir, config)))
     return HeldOutRows(paths, config, codecs, LeakFilter(config) if not trains_on(paths, config) else None)
+
+
+def overridden(overrides: Sequence[str]) -> list[str]:
+    """The note that says under which settings, other than its own, a run was looked at."""
+    return [f"with {', '.join(overrides)} instead of the run's own settings"] if overrides else []
+
+
+def place_of_report(run_dir: Path, name: str, paths: Sequence[str], out: Path | None) -> Path:
+    """The folder for the report ``name`` of ``paths``: ``out``, or the run's, made if it is missing.
+
+    Raises ValueError where the run's report is of other shards and ``out`` does not say that it may go.
+    """
+    before = run_dir / name
+    if out is None and (others := _other_shards(before, paths)):
+        raise ValueError(
+            f"{before} is of {', '.join(others)}, and not of {', '.join(paths)}; write this one elsewhere with --out "
+            f"FOLDER, or replace that one with --out {before.parent}"
+        )
+    folder = out or before.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _other_shards(report: Path, paths: Sequence[str]) -> list[str]:
+    """The folders that an earlier report is of, where it says so and they are others than ``paths``."""
+    try:
+        before = [str(path) for path in read_json(report).get("test", ())]
+    except (ValueError, TypeError, FileNotFoundError):  # no report, or a damaged one
+        return []
+    same = {Path(path).resolve() for path in before} == {Path(path).resolve() for path in paths}
+    return [] if same else before
 
 
 def trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:

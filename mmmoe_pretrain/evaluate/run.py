@@ -19,69 +19,92 @@ from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.evaluate import picture, report, routing_report, scores, unigrams
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode_texts
 from mmmoe_pretrain.evaluate.report import Report
-from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, open_rows, trains_on
+from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, open_rows, overridden, place_of_report, trains_on
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.modalities import Codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
 Batches = Iterable[tuple[Batch, list[Sample]]]
-DENSE_RESULTS = Path("docs/results.json")
 PICTURE = "routing.png"
 
 
 def evaluate(
-    run_dir: Path, test_paths: Sequence[str] | None = None, dense_results: Path | None = DENSE_RESULTS
+    run_dir: Path,
+    test_paths: Sequence[str] | None = None,
+    dense_results: Path | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> Report:
-    """Score the newest checkpoint of ``run_dir`` and write report.json, report.md and routing.png there.
+    """Score the newest checkpoint of ``run_dir``; write report.json, report.md and routing.png to ``out`` (default:
+    ``run_dir``, unless a report of other shards is there).
 
     ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``).
     """
-    model, config, step = load_model(run_dir)
+    model, config, step = load_model(run_dir, overrides)
     rows = open_rows(run_dir, config, test_paths)
+    folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     codecs = rows.codecs
     dense = report.read_dense(dense_results, rows.paths)
     data = collect(model, rows.batches(), codecs.text.vocab_size)
     found, notes = _score(data, model, config, codecs)
     layers = _routing(data, rows.batches(), config, codecs)
     notes += rows.leaks.notes() if rows.leaks else []
-    drawn = picture.draw(layers, run_dir / PICTURE)
+    drawn = picture.draw(layers, folder / PICTURE)
     result = Report(
         run=config.name,
         step=step,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        test=rows.paths,
         results=report.rows_of(found, dense),
         routing={"layers": layers, "picture": PICTURE if drawn else None},
-        notes=_notes(rows.paths, config, data, dense, dense_results) + notes,
+        notes=overridden(overrides) + _notes(rows.paths, config, data, dense, dense_results) + notes,
     )
-    report.write(result, run_dir)
+    report.write(result, folder)
     return result
 
 
-def evaluate_command(run_dir: Path, test: list[str], dense_results: Path | None) -> None:
+def evaluate_command(
+    run_dir: Path, test: list[str], dense_results: Path | None, out: Path | None, overrides: Sequence[str]
+) -> None:
     """``mmmoe evaluate``: evaluate and show the table."""
-    result = evaluate(run_dir, test, dense_results)
+    result = evaluate(run_dir, test, dense_results, out, overrides)
     report.print_table(result)
-    written = ["report.md", "report.json", *filter(None, [result.routing["picture"]])]
-    print(f"wrote {', '.join(str(run_dir / name) for name in written)}")
+    written = [report.PAGE, report.JSON, *filter(None, [result.routing["picture"]])]
+    print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
 
 
 def _score(data: HeldOut, model: MMMoE, config: RunConfig, codecs: Codecs) -> tuple[list[Score], list[str]]:
     def encode(texts: list[str]) -> np.ndarray:
         return encode_texts(model, text_batches(texts, config, codecs, BATCH_SIZE))
 
-    rows, note = scores.image_text_rows(data)
+    settings = config.evaluate
+    rows = scores.matching_rows(data, settings.image_rows)
     train_V, caption_notes = _train_counts(data, config, codecs)
     parts = [
-        scores.image_text_scores(data, rows),
-        scores.speech_scores(data, "text", config.evaluate.min_clips_per_language),
-        scores.speech_scores(data, "image", config.evaluate.min_clips_per_language),
-        scores.zero_shot_scores(data, rows, encode, config.evaluate.prompt),
+        scores.image_text_scores(data, rows, settings.min_clips_per_language),
+        scores.audio_scores(data, "text", settings.min_clips_per_language),
+        scores.audio_scores(data, "image", settings.min_clips_per_language),
+        scores.zero_shot_scores(data, rows, encode, settings.prompt),
         scores.caption_scores(data, train_V),
     ]
-    notes = [note] if note else []
-    notes += [n for _, part in parts for n in part] + caption_notes
+    notes = [n for _, part in parts for n in part] + caption_notes + _not_scored(data, config, rows)
     return [s for found, _ in parts for s in found], notes
+
+
+def _not_scored(data: HeldOut, config: RunConfig, rows: Sequence[int]) -> list[str]:
+    """What the run trains, and the held-out rows cannot show."""
+    notes = []
+    if config.evaluate.image_rows and not any(data.content["image"][i] for i in rows):
+        notes.append(f"no held-out row with an image has {config.evaluate.image_rows} (evaluate.image_rows)")
+    contrastive = config.objectives.contrastive
+    for pair in (pair for pair, weight in contrastive.pairs.items() if weight and contrastive.weight):
+        one, other = (data.content[modality] for modality in pair.split("-"))
+        if not any(a and b for a, b in zip(one, other, strict=True)):
+            notes.append(f"no held-out row has both {pair.replace('-', ' and ')}: no score of them")
+    if config.objectives.captioning.weight and not data.captions.targets_V.any():
+        notes.append("no held-out row has a text with an image or audio: no caption_perplexity")
+    return notes
 
 
 def _routing(data: HeldOut, batches: Batches, config: RunConfig, codecs: Codecs) -> list[dict[str, Any]]:
@@ -121,6 +144,6 @@ def _notes(
             "class names were trained as texts (data.label_text): zero_shot is over unseen pictures, not over "
             "unseen classes; its classes are those of the held-out pictures"
         )
-    if dense is None:
-        notes.append(f"no dense run is recorded for these shards ({dense_results or 'no file given'})")
+    if dense_results and dense is None:
+        notes.append(f"{dense_results} records no dense run for these shards")
     return notes

@@ -2,11 +2,12 @@
 
 Owns the choice of rows, queries and candidates:
 
-* image and text: English rows of the subset ``named``; without one, one row of each group.
-  Candidates are the distinct images and the distinct texts of these rows.
-* speech and text, image and speech: within a language, candidates are what its clips show; averaged
-  over the languages with enough clips, each language weighing the same.
-* zero-shot classes: the distinct images of the image-text rows that carry a label.
+* image and text, and zero-shot classes: the rows that ``evaluate.image_rows`` names, or all. Classes take the
+  distinct images that carry a label.
+* audio and text, image and audio: each kind of audio by itself, under its name in the rows (``speech_to_text``,
+  ``effect_to_text``), or ``audio_to_text`` where they give none.
+* Every retrieval score is within a language, whose rows are its candidates, and averaged over the languages with
+  enough of them, each weighing the same.
 
 A candidate is right if some row shows it with the query's text or, where an image takes part, with
 the same picture. Being of one group is not enough: two pictures of apples are two answers.
@@ -15,17 +16,19 @@ the same picture. Being of one group is not enough: two pictures of apples are t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mmmoe_pretrain.batch import MODALITY_ID
+from mmmoe_pretrain.config import RowField
 from mmmoe_pretrain.evaluate import perplexity, retrieval, zero_shot
 from mmmoe_pretrain.evaluate.features import HeldOut
 from mmmoe_pretrain.evaluate.retrieval import Recall, effective_count, wilson_interval
 
 KS = (1, 5, 10)
+AUDIO_KINDS = ("speech", "effect")  # of docs/data_format.md
 
 
 @dataclass(frozen=True)
@@ -42,65 +45,68 @@ class Score:
     unit: str = "share"  # or "perplexity"
 
 
-def image_text_rows(data: HeldOut) -> tuple[list[int], str]:
-    """Rows of the image-text scores, and a note where they are not the English ``named`` ones."""
-    both = [i for i in range(len(data.metas)) if data.content["image"][i] and data.content["text"][i]]
-    named = [i for i in both if data.metas[i].subset == "named" and data.metas[i].language in ("en", "")]
-    if named:
-        return named, ""
-    one_of_group: dict[str, int] = {}
-    for i in sorted(both, key=lambda i: data.metas[i].language not in ("en", "")):
-        one_of_group.setdefault(data.metas[i].group or f"key:{data.metas[i].key}", i)
-    note = (
-        "no English held-out row of the subset 'named': image-text scores use one row of every group, "
-        "English where there is one"
-    )
-    return sorted(one_of_group.values()), note if both else ""
+Scored = tuple[list[Score], list[str]]  # and notes for a reader
 
 
-def image_text_scores(data: HeldOut, rows: Sequence[int]) -> tuple[list[Score], list[str]]:
-    """Recall of images by texts and of texts by images."""
-    if not rows:
-        return [], ["no held-out row has both image and text: these scores are left out"]
-    scores = []
-    for query, target in (("image", "text"), ("text", "image")):
-        for k, recall in _recalls(data, rows, query, target).items():
-            scores.append(_score(f"{query}_to_{target}_r{k}", [recall]))
-    return scores, []
+def matching_rows(data: HeldOut, wanted: Mapping[RowField, Sequence[str]]) -> list[int]:
+    """The rows whose fields have one of the values in ``wanted``; all of them where it is empty."""
+    return [
+        i for i, meta in enumerate(data.metas) if all(getattr(meta, key) in values for key, values in wanted.items())
+    ]
 
 
-def speech_scores(data: HeldOut, other: str, min_clips: int) -> tuple[list[Score], list[str]]:
-    """Recall between speech and ``other`` within a language, then averaged; notes where data is short."""
-    spoken = _spoken_rows(data, other)
-    if not spoken:
-        return [], [f"no held-out row has both speech and {other}: these scores are left out"]
-    clips = {language: len({data.content["audio"][i] for i in rows}) for language, rows in spoken.items()}
-    most = max(clips.values())
-    chosen = sorted(language for language, count in clips.items() if count >= min(min_clips, most))
-    notes = []
-    if most < min_clips:
-        notes.append(
-            f"no language has {min_clips} held-out clips with {other}; "
-            f"speech scores are of {', '.join(chosen)} ({most} clips)"
-        )
+def image_text_scores(data: HeldOut, rows: Sequence[int], least: int) -> Scored:
+    """Recall of texts by images and of images by texts, of ``rows``."""
+    return _retrieval(data, rows, "image", "text", least, {})
+
+
+def audio_scores(data: HeldOut, other: str, least: int) -> Scored:
+    """Recall between audio and ``other``, each kind of audio by itself."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for i, meta in enumerate(data.metas):
+        kinds[meta.audio_kind if meta.audio_kind in AUDIO_KINDS else "audio"].append(i)
+    parts = [_retrieval(data, rows, "audio", other, least, {"audio": kind}) for kind, rows in sorted(kinds.items())]
+    return [s for scores, _ in parts for s in scores], [n for _, notes in parts for n in notes]
+
+
+def _retrieval(
+    data: HeldOut, rows: Sequence[int], one: str, other: str, least: int, names: Mapping[str, str]
+) -> Scored:
+    """Both directions, within each language that has ``least`` distinct items of modality ``one`` (where none has, in
+    those with the most), then averaged. ``names``: modality -> its name in the scores, where that is another."""
+    languages: dict[str, list[int]] = defaultdict(list)
+    for i in rows:
+        if data.content[one][i] and data.content[other][i]:
+            languages[data.metas[i].language or "unknown"].append(i)
+    if not languages:
+        return [], []
+    counts = {language: len({data.content[one][i] for i in of}) for language, of in languages.items()}
+    most = max(counts.values())
+    chosen = sorted(language for language, count in counts.items() if count >= min(least, most))
+    name = {modality: names.get(modality, modality) for modality in (one, other)}
+    notes = [] if most >= least or len(languages) == 1 else [
+        f"no language has {least} distinct held-out items of {name[one]} with {other} "
+        f"(evaluate.min_clips_per_language); these scores are of {', '.join(chosen)} ({most} items)"
+    ]  # fmt: skip
     scores: list[Score] = []
-    for query, target in (("audio", other), (other, "audio")):
-        name = f"{query}_to_{target}".replace("audio", "speech")
-        recalls = {language: _recalls(data, spoken[language], query, target) for language in chosen}
-        scores += [_score(f"{name}_r{k}", [by_k[k] for by_k in recalls.values()]) for k in KS]
-        scores += [_score(f"{name}_r10/{language}", [by_k[10]]) for language, by_k in recalls.items()]
+    for query, target in ((one, other), (other, one)):
+        metric = f"{name[query]}_to_{name[target]}"
+        recalls = {language: _recalls(data, languages[language], query, target) for language in chosen}
+        scores += [_score(f"{metric}_r{k}", [by_k[k] for by_k in recalls.values()]) for k in KS]
+        if len(chosen) > 1:
+            scores += [_score(f"{metric}_r10/{language}", [by_k[10]]) for language, by_k in recalls.items()]
     return scores, notes
 
 
 def zero_shot_scores(
     data: HeldOut, rows: Sequence[int], encode: Callable[[list[str]], np.ndarray], prompt: str
-) -> tuple[list[Score], list[str]]:
+) -> Scored:
     """Plain and balanced accuracy of the classes of the labelled rows."""
-    image_rows = {data.content["image"][i]: i for i in reversed(rows) if data.metas[i].label}
-    labelled = sorted(image_rows.values())
+    seen = [i for i in reversed(rows) if data.metas[i].label and data.content["image"][i]]
+    labelled = sorted({data.content["image"][i]: i for i in seen}.values())
     classes = sorted({data.metas[i].label for i in labelled})
     if len(classes) < 2:
-        return [], [f"{len(classes)} class of labelled images held out: zero-shot scores are left out"]
+        return [], [f"all labelled held-out images are {classes[0]!r}: zero-shot is left out"] if classes else []
     text_features = encode(zero_shot.class_texts(prompt, classes))
     similarity = data.features["image"][labelled] @ text_features.T
     result = zero_shot.classify(similarity, np.array([classes.index(data.metas[i].label) for i in labelled]))
@@ -113,11 +119,11 @@ def zero_shot_scores(
     ], []
 
 
-def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> tuple[list[Score], list[str]]:
+def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> Scored:
     """Perplexity of all captions, and of those behind each kind of prefix."""
     captions = data.captions
     if captions.targets_V.sum() == 0:
-        return [], ["no held-out captions: caption_perplexity is left out"]
+        return [], []
     vocab_size = len(captions.targets_V)
     unigram = None if train_V is None else perplexity.unigram_perplexity(captions.targets_V, train_V)
     everything = np.ones(len(captions.nll_G), dtype=bool)
@@ -132,14 +138,6 @@ def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> tuple[list[Scor
         tokens = int(captions.tokens_G[of_kind].sum())
         scores.append(Score(metric, value, float(vocab_size), majority, tokens, interval, None, "perplexity"))
     return scores, []
-
-
-def _spoken_rows(data: HeldOut, other: str) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = defaultdict(list)
-    for i, meta in enumerate(data.metas):
-        if data.content["audio"][i] and data.content[other][i] and meta.audio_kind == "speech":
-            rows[meta.language or "unknown"].append(i)
-    return rows
 
 
 def _recalls(data: HeldOut, rows: Sequence[int], query: str, target: str) -> dict[int, Recall]:

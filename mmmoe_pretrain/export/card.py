@@ -1,6 +1,7 @@
 """The model card of an export: front matter as Hugging Face reads it, and facts of the run.
 
-Nothing is claimed that the run's folder does not say. What only its makers know is marked "to be filled in".
+Nothing is claimed that the run's folder and its training shards do not say. What only its makers know is marked
+"to be filled in".
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import yaml
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
+from mmmoe_pretrain.export.licences import NOT_STATED, DataFacts, data_facts
 
 UNKNOWN_LICENSE = "unknown"
 TO_BE_FILLED_IN = "**To be filled in.**"
 METRICS, REPORT = "metrics.jsonl", "report.json"
+MOST_LICENCES, MOST_SOURCES = 20, 5
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,19 @@ class Facts:
     losses: tuple[int, dict[str, float | None]] | None
     report: dict[str, Any] | None
     no_report: str
+    data: DataFacts
 
 
 def facts_of(run_dir: Path, config: RunConfig, described: dict[str, Any], license_id: str) -> Facts:
-    """Reads the run's log and report, where there are any."""
+    """Reads the run's log and report and its training shards, where they are there."""
     report, why = _report(run_dir / REPORT, described["step"])
-    return Facts(config, described, license_id, _losses(run_dir / METRICS, described["step"]), report, why)
+    losses = _losses(run_dir / METRICS, described["step"])
+    return Facts(config, described, license_id, losses, report, why, data_facts(config))
 
 
 def page(facts: Facts) -> str:
     """The card as Markdown."""
-    parts = (_front_matter, _what_it_is, _architecture, _training, _results, _how_to_load, _limits)
+    parts = (_front_matter, _what_it_is, _architecture, _training, _licences, _results, _how_to_load, _limits)
     return "\n".join(line for part in parts for line in (*part(facts), "")).rstrip() + "\n"
 
 
@@ -146,15 +151,43 @@ def _training(facts: Facts) -> Iterator[str]:
         f"seed {config.seed}, AdamW, learning rate {config.optimizer.learning_rate:g}."
     )
     yield ""
-    total = sum(source.weight for source in config.data.train)
-    yield from _table(("data", "share of the samples"),
-                      [(source.path, f"{source.weight / total:.1%}") for source in config.data.train])  # fmt: skip
+    total, samples = sum(source.weight for source in config.data.train), facts.data.samples
+    yield from _table(("data", "its samples", "share of the mix"),
+                      [(source.path, f"{samples[source.path]:,}" if source.path in samples else "-",
+                        f"{source.weight / total:.1%}") for source in config.data.train])  # fmt: skip
     if facts.losses is not None:
         step, losses = facts.losses
         yield ""
         yield f"Losses as logged at step {step:,}, each times its weight:"
         yield ""
         yield from _table(("loss", "value"), [(name, _number(value)) for name, value in losses.items()])
+
+
+def _licences(facts: Facts) -> Iterator[str]:
+    data, shown = facts.data, facts.data.licences[:MOST_LICENCES]
+    yield "## Licences of the training data"
+    yield ""
+    absent = [source.path for source in facts.config.data.train if source.path not in data.samples]
+    if absent:
+        yield f"Without {', '.join(absent)}, which could not be read where this card was written: {TO_BE_FILLED_IN}"
+        yield ""
+    if not data.licences:
+        return
+    total = sum(data.samples.values())
+    spread = "" if data.read == total else f", spread evenly over {total:,}"
+    yield f"As {data.read:,} samples say in their JSON{spread}:"
+    yield ""
+    yield from _table(("licence", "samples", "sources"),
+                      [(licence.name, f"{licence.rows:,}", _some(licence.sources)) for licence in shown])  # fmt: skip
+    if len(shown) < len(data.licences):
+        yield f"\nand {len(data.licences) - len(shown)} more."
+    if any(licence.name == NOT_STATED for licence in data.licences):
+        yield f"\nOf the samples that state none: {TO_BE_FILLED_IN}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_SOURCES
+    return ", ".join(names[:MOST_SOURCES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _results(facts: Facts) -> Iterator[str]:
@@ -193,7 +226,7 @@ def _how_to_load(facts: Facts) -> Iterator[str]:
 
 
 def _limits(facts: Facts) -> Iterator[str]:
-    for title in ("Intended use", "Limits", "Biases", "Data licences and consent"):
+    for title in ("Intended use", "Limits", "Biases", "Consent of the people in the data"):
         yield f"## {title}"
         yield ""
         yield TO_BE_FILLED_IN

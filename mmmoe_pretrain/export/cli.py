@@ -7,10 +7,15 @@ from typing import Annotated
 
 import typer
 
+from mmmoe_pretrain.paths import given
+
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo; it is not touched.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    run: Annotated[
+        Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it is not touched.")
+    ],
+    out: Annotated[Path, typer.Option("--out", callback=given, help="The folder to write.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")] = None,
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16: what training in bf16 computes with.")] = "fp32",
     license_id: Annotated[str, typer.Option("--license", help="Of the weights, for the model card.")] = "unknown",
@@ -19,13 +24,17 @@ def export(
     """Write the weights of a run as safetensors, with config, tokenizer and model card."""
     from mmmoe_pretrain.export.write import export_run
 
-    for line in export_run(run, out, step=step, dtype=dtype, overwrite=overwrite, license_id=license_id):
+    for line in export_run(
+        run, out, step=step, overrides=overrides or [], dtype=dtype, overwrite=overwrite, license_id=license_id
+    ):
         print(line)
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(help="What mmmoe export wrote; it is not touched.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder of the new run; its name becomes the run's.")],
+    folder: Annotated[Path, typer.Argument(callback=given, help="What mmmoe export wrote; it is not touched.")],
+    out: Annotated[
+        Path, typer.Option("--out", callback=given, help="The folder of the new run; its name becomes the run's.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the new run.")] = None,
 ) -> None:
     """Make a run of an export: its weights at step 0, to train anew or to evaluate."""

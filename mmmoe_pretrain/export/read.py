@@ -6,6 +6,7 @@ safetensors are read, and every name, shape and type must be what the config's m
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -23,12 +24,15 @@ from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.model import TOKENIZER
+from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
-from mmmoe_pretrain.modalities import TextCodec
+from mmmoe_pretrain.modalities import Codecs, TextCodec, build_codecs
+from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
@@ -51,7 +55,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     draft.mkdir(parents=True)
     try:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
-        _copy_tokenizer(folder, described, config, draft / layout.TOKENIZER)
+        _copy_tokenizer(folder, described, config, draft / TOKENIZER)
         _plausible(config, _headers(folder, places))
         weights = layout.weights_of(config, described["vocab_size"])
         state = {weight.name: _state(weight, value) for weight, value in _read(folder, places, weights)}
@@ -61,6 +65,25 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
         shutil.rmtree(draft, ignore_errors=True)
     return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with fresh moments",
             f"train on with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
+
+
+def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Codecs]:
+    """The model of an export in eval mode and fp32, its config, and the codecs of what goes in.
+
+    Raises ValueError as ``import_run`` does.
+    """
+    described, places = _described(folder), _places(folder)
+    tokenizer = folder / _plain(described["tokenizer"], f"{layout.CONFIG}: tokenizer")
+    config = run_config.parse(_values(described, tokenizer), where=str(folder / layout.CONFIG))
+    codecs = build_codecs(config, expected_fingerprint=described["tokenizer_fingerprint"])
+    _plausible(config, _headers(folder, places))
+    model = MMMoE(config, codecs.text.vocab_size)
+    own = {f"mmmoe.{name}": p.data for name, p in model.named_parameters()}
+    own |= {f"mmmoe.{name}": buffer for name, buffer in persistent_buffers(model).items()}
+    for weight, value in _read(folder, places, layout.weights_of(config, codecs.text.vocab_size)):
+        if weight.name in own:  # the others are of the objectives
+            own[weight.name].copy_(value)
+    return model.eval(), config, codecs
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -97,12 +120,19 @@ def _plain(name: Any, what: str) -> str:
 def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: Sequence[str]) -> RunConfig:
     """The exported config as that of the run ``out``, written to ``path``. The tokenizer is the new run's own, and
     what belongs to a machine (layout, checkpoints, budgets of faults) the default, unless an override says else."""
-    raw = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
-    raw["data"] = {**_section(raw, "data"), "tokenizer": str(out / layout.TOKENIZER)}
-    path.write_text(yaml.safe_dump({**raw, "name": out.name, "runs_dir": str(out.parent)}), encoding="utf-8")
+    raw = {**_values(described, out / TOKENIZER), "name": out.name, "runs_dir": str(out.parent)}
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     config = run_config.load(path, list(overrides))
     run_config.dump(config, path)
     return config
+
+
+def _values(described: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+    raw = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
+    found = VARIABLE.search(json.dumps([_section(raw, "data"), _section(raw, "evaluate").get("test")]))
+    if found:  # an export has none, and the environment of this machine is not for the paths of somebody else
+        raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
+    return {**raw, "data": {**_section(raw, "data"), "tokenizer": str(tokenizer)}}
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 from mmmoe_pretrain import __version__
-from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
-from mmmoe_pretrain.checkpoint.model import root_of
+from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, root_of
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
-from mmmoe_pretrain.modalities import TextCodec
+from mmmoe_pretrain.modalities import copy_tokenizer
+
+PLACES = ("data", "evaluate", "checkpoint")  # sections that say where things are
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
+    overrides: Sequence[str] = (),
     dtype: str = "fp32",
     overwrite: bool = False,
     license_id: str = card.UNKNOWN_LICENSE,
@@ -55,13 +56,13 @@ def export_run(
     if dtype not in layout.DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(layout.DTYPES)}")
     _check_out(out, overwrite)
-    source = open_checkpoint(run_dir, step)
+    source = open_checkpoint(run_dir, step, overrides)
     weights = layout.weights_of(source.config, source.meta["vocab_size"], dtype)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        _copy_tokenizer(source, draft / layout.TOKENIZER)
+        copy_tokenizer(source.config.data.tokenizer, draft / layout.TOKENIZER, source.meta["tokenizer_fingerprint"])
         files = layout.in_files(weights, file_bytes)
         for name, held in files.items():
             _write_file(source.checkpoint, held, draft / name)
@@ -78,15 +79,18 @@ def export_run(
             f"file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB"]  # fmt: skip
 
 
-def open_checkpoint(run_dir: Path, step: int | None) -> Source:
-    """The newest checkpoint of a run, or that of ``step``, its hashes checked."""
-    if not (run_dir / RUN_CONFIG).is_file():
-        raise ValueError(f"no run in {run_dir}: it has no {RUN_CONFIG}; give the folder of a run, e.g. runs/demo")
-    config = run_config.load(run_dir / RUN_CONFIG)
+def open_checkpoint(run_dir: Path, step: int | None, overrides: Sequence[str] = ()) -> Source:
+    """The newest checkpoint of a run, or that of ``step``, its hashes checked; ``overrides``: of places alone."""
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in PLACES:
+            raise ValueError(
+                f"{override}: an export has the settings of its training; what can be given is in {', '.join(PLACES)}"
+            )
+    config = read_config(run_dir, overrides)
     root = root_of(run_dir, config)
     checkpoint = store.find_latest(root)
     if checkpoint is None:
-        raise ValueError(f"no finished checkpoint in {root}; give the folder of a run that saved one, e.g. runs/demo")
+        raise ValueError(f"no finished checkpoint in {root}; {EXAMPLE}")
     if step is not None:
         there = {candidate.step: candidate for candidate in store.checkpoints(root)}
         if step not in there:
@@ -134,17 +138,13 @@ def _take_place(draft: Path, out: Path) -> None:
         os.replace(draft, out)
 
 
-def _copy_tokenizer(source: Source, to: Path) -> None:
-    path = source.config.data.tokenizer
-    TextCodec(path, source.config.modalities.text,
-              expected_fingerprint=source.meta["tokenizer_fingerprint"])  # fmt: skip
-    shutil.copyfile(path, to)
-
-
 def _write_file(checkpoint: store.Checkpoint, weights: Sequence[Weight], path: Path) -> None:
     tensors = {weight.name: torch.empty(weight.shape) for weight in weights}
     store.load_weights(checkpoint, tensors)
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; safetensors gives the file that it puts there 0600
     save_file({w.name: tensors[w.name].to(w.dtype) for w in weights}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _index(files: dict[str, list[Weight]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mmmoe_pretrain.config import ModalitiesConfig, RunConfig
 from mmmoe_pretrain.modalities.audio import AudioCodec, AudioEmbedder
 from mmmoe_pretrain.modalities.errors import BadSampleError
 from mmmoe_pretrain.modalities.image import ImageCodec, ImageEmbedder
-from mmmoe_pretrain.modalities.text import TextCodec, TextEmbedder
+from mmmoe_pretrain.modalities.text import TextCodec, TextEmbedder, copy_tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "TextEmbedder",
     "build_codecs",
     "build_embedders",
+    "copy_tokenizer",
 ]
 
 

@@ -36,6 +36,7 @@ class TextCodec:
         self.config = config
         self.cut = 0
         self.fingerprint = xxhash.xxh3_128_hexdigest(data)
+        _check_same("fingerprint", self.fingerprint, expected_fingerprint, model_path)
         self._model = _load_model(data, model_path)
         self.vocab_size: int = self._model.vocab_size()
         self.pad_id: int = self._model.pad_id()
@@ -48,15 +49,7 @@ class TextCodec:
                 f"tokenizer {model_path} has no begin or end mark (ids {self.bos_id}, "
                 f"{self.eos_id}); train one by mmmoe-data tokenizer"
             )
-        for what, found, expected in (
-            ("fingerprint", self.fingerprint, expected_fingerprint),
-            ("vocabulary size", self.vocab_size, expected_vocab_size),
-        ):
-            if expected is not None and found != expected:
-                raise ValueError(
-                    f"tokenizer {model_path} has {what} {found}, but the run was made with "
-                    f"{expected}; set data.tokenizer to the file that the run started with"
-                )
+        _check_same("vocabulary size", self.vocab_size, expected_vocab_size, model_path)
 
     def encode(self, text: str, rng: np.random.Generator | None = None, dropout: float = 0.0) -> np.ndarray:
         """int64 ids [n], n <= max_tokens, without marks.
@@ -103,9 +96,24 @@ class TextCodec:
         return self._splits[piece]
 
 
+def copy_tokenizer(path: str | Path, to: Path, fingerprint: str) -> None:
+    """Raises ValueError where ``path`` is not the tokenizer of ``fingerprint``."""
+    data = _read_model(Path(path))
+    _check_same("fingerprint", xxhash.xxh3_128_hexdigest(data), fingerprint, path)
+    to.write_bytes(data)
+
+
+def _check_same(what: str, found: object, expected: object, path: str | Path) -> None:
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"tokenizer {path} has {what} {found}, but the run was made with {expected}; set data.tokenizer to the "
+            f"file that the run started with"
+        )
+
+
 def _read_model(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}; make one by mmmoe-data tokenizer, or correct data.tokenizer")
+        raise ValueError(f"no tokenizer at {path}; give data.tokenizer=FILE, or make one by mmmoe-data tokenizer")
     return read_bytes(path, MAX_MEMBER_BYTES)
 
 

@@ -7,6 +7,7 @@ talk most are neighbours.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -83,9 +84,9 @@ def destroy_groups(after_error: bool = False) -> None:
     Each holds threads and connections. ``after_error`` NCCL's are only forgotten: tearing them down while
     peers wait in a collective can hang (``runtime.process_group``).
     """
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:  # else nothing was built, and an import warns of much beside the first error
+        parallel_state.destroy_model_parallel()
     world = distributed_c10d._get_default_group()
     # torch has no public list of the groups; megatron-core makes some that it hands out nowhere.
     for group in [group for group in distributed_c10d._world.pg_map if group is not world]:

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmmoe_pretrain.paths import given
+
 if TYPE_CHECKING:
     from mmmoe_pretrain.surgery.operation import Outcome
 
 experts = typer.Typer(no_args_is_help=True, help="Change the experts of a trained model; the result is a new run.")
 
-Run = Annotated[Path, typer.Argument(help="The folder of a run, e.g. runs/demo; it is not touched.")]
+Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it is not touched.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value of the new run, e.g. train.steps=2000.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder of the new run; its name becomes the run's.")]
+Out = Annotated[
+    Path, typer.Option("--out", callback=given, help="The folder of the new run; its name becomes the run's.")
+]
 Layers = Annotated[list[int] | None, typer.Option("--layer", help="A block; repeat it. Default: all mixtures.")]
 Noise = Annotated[float, typer.Option(min=0, help="Of a weight matrix, relative to its root mean square.")]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a change of the function.")]

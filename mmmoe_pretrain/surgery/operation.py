@@ -17,8 +17,9 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.model import CONFIG, root_of
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, read_config, root_of, with_tokenizer
 from mmmoe_pretrain.config import MoEConfig, RunConfig
+from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.surgery.parameters import State
 from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
@@ -88,7 +89,11 @@ def operate(
     check_spread(config)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     try:
+        if Path(config.data.tokenizer).is_file():
+            copy_tokenizer(config.data.tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
+            config = with_tokenizer(config, out / TOKENIZER)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
         store.write_state(root_of(draft, config), source.step, result.state, meta)
         run_config.dump(config, draft / CONFIG)
@@ -112,7 +117,7 @@ def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     model, trained, step = load_model(run_dir)
     checkpoint = store.find_latest(root_of(run_dir, trained))
     assert checkpoint is not None  # load_model found it
-    config = run_config.load(run_dir / CONFIG, list(overrides))
+    config = read_config(run_dir, overrides)
     return Source(run_dir, config, model, step, store.read_meta(checkpoint), store.read_state(checkpoint))
 
 

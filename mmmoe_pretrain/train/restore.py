@@ -12,6 +12,7 @@ from mmmoe_pretrain.checkpoint.storage import StorageError
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.train.control import from_rank_0
+from mmmoe_pretrain.train.schedule import jump_on_resume
 from mmmoe_pretrain.train.session import Session
 from mmmoe_pretrain.train.tally import Tally
 
@@ -63,6 +64,7 @@ def _load(session: Session, checkpoint: store.Checkpoint, meta: dict[str, Any]) 
         )
     if session.main:
         _warn_of_other_data(session, meta)
+        _warn_of_a_jump(session, meta)
     samples = Tally.from_json(meta["samples"]) if "samples" in meta else Tally()  # made by import or surgery
     state = store.load(checkpoint, session.engine.export_state(), session.host.storage)
     progress = _progress(meta)
@@ -74,6 +76,12 @@ def _progress(meta: dict[str, Any]) -> Progress:
     if "progress" in meta:
         return Progress.from_json(meta["progress"])
     return Progress(steps=meta["step"], updates=meta["step"])  # made by model surgery, which trains no step
+
+
+def _warn_of_a_jump(session: Session, meta: dict[str, Any]) -> None:
+    jump = jump_on_resume(_progress(meta).steps, session.config, meta["config"]) if meta.get("config") else ""
+    if jump:
+        log.warning("%s", jump)
 
 
 def _warn_of_other_data(session: Session, meta: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class Run:
                 log.info("resumed from %s", restored.checkpoint)
         else:
             journal.write("started", step=0, ranks=dist.get_world_size(), version=__version__)
-        from_rank_0(session.host.storage, lambda: start.write_config(self.config))
+        from_rank_0(session.host.storage, lambda: start.write_config(self.config, session.codecs.text.fingerprint))
         self.loader.seek(self.step, self.skips.cursor)
         if not found:
             self.watchdog.beat(0, "save")

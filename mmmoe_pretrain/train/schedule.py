@@ -1,17 +1,52 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step.
+
+All schedules begin with a linear warm-up. ``wsd`` (warmup-stable-decay, arXiv 2404.06395) holds the rate and decays
+linearly at the end, so that a run can be made longer until its decay has begun.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from mmmoe_pretrain.config import OptimizerConfig
+from mmmoe_pretrain.config import OptimizerConfig, RunConfig
+
+JUMP = 0.01  # a share of the rate; smaller changes are no news
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up, then a cosine to ``min_learning_rate``."""
+    """Rate of step ``step`` (from 0)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    span = max(1, total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "constant":
+        return config.learning_rate
+    end, begin = config.decay_steps or total_steps, config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, end - (config.wsd_decay_steps or math.ceil(end / 10)))
+    progress = min(1.0, max(0, step - begin) / max(1, end - begin))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     floor = min(config.min_learning_rate, config.learning_rate)
-    return floor + (config.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (config.learning_rate - floor) * left
+
+
+def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
+    """What to warn of where a run that has done ``step`` steps goes on at another rate than its schedule so far would
+    have given; empty where it does not. ``saved``: the config of its checkpoint."""
+    before, steps = OptimizerConfig.model_validate(saved["optimizer"]), saved["train"]["steps"]
+    now = learning_rate(step, config.train.steps, config.optimizer)
+    planned = learning_rate(step, steps, before)
+    if step == 0 or abs(now - planned) <= JUMP * planned:
+        return ""
+    old = {"train.steps": steps, **{f"optimizer.{key}": value for key, value in before}}
+    new = {"train.steps": config.train.steps, **{f"optimizer.{key}": value for key, value in config.optimizer}}
+    changed = [key for key in old if old[key] != new[key]]
+    story = ", ".join(f"{key} was {old[key]} and is {new[key]}" for key in changed)
+    last = learning_rate(step - 1, steps, before)
+    longer = (
+        f"; optimizer.decay_steps={steps} keeps that schedule, and optimizer.schedule constant or wsd suits runs "
+        f"whose length is not known"
+    )
+    return (
+        f"the learning rate of step {step + 1} is {now:.2g}; that of step {step} was {last:.2g}, and the schedule so "
+        f"far would go on with {planned:.2g}: {story}{longer if changed == ['train.steps'] else ''}"
+    )

@@ -8,14 +8,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
-from mmmoe_pretrain.checkpoint.model import CONFIG
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER
 from mmmoe_pretrain.checkpoint.names import MANIFEST
 from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.parallel.groups import HostGroups
 from mmmoe_pretrain.train.control import any_rank, from_rank_0
 from mmmoe_pretrain.train.drafts import replacing
@@ -156,7 +158,7 @@ def _clear(config: RunConfig) -> None:
     if not (run_dir / CONFIG).is_file():  # never a folder that holds no run
         return
     for path in sorted(run_dir.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.name == LOCK:
+        if path.name == LOCK or (path.name == TOKENIZER and _owns_its_tokenizer(config)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -164,7 +166,16 @@ def _clear(config: RunConfig) -> None:
             path.unlink()
 
 
-def write_config(config: RunConfig) -> None:
-    """Put the resolved config beside the run; a kill leaves the old one or the new one."""
+def _owns_its_tokenizer(config: RunConfig) -> bool:
+    """As ``mmmoe import`` makes it: ``data.tokenizer`` is the run's own file."""
+    return Path(config.data.tokenizer).resolve() == (config.run_dir / TOKENIZER).resolve()
+
+
+def write_config(config: RunConfig, tokenizer_fingerprint: str) -> None:
+    """Put the resolved config beside the run, and its tokenizer, so that the run can be moved; a kill leaves the old
+    files or the new ones."""
+    if not _owns_its_tokenizer(config):
+        with replacing(config.run_dir / TOKENIZER) as draft:
+            copy_tokenizer(config.data.tokenizer, draft, tokenizer_fingerprint)
     with replacing(config.run_dir / CONFIG) as draft:
         run_config.dump(config, draft)

@@ -162,5 +162,5 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no finished checkpoint"):
+    with pytest.raises(ValueError, match="no run in"):
         load_model(tmp_path)

@@ -92,7 +92,7 @@ def random_model(config: RunConfig) -> MMMoE:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(run, "load_model", lambda _: (random_model(tiny), tiny, 7))
+    monkeypatch.setattr(run, "load_model", lambda *_: (random_model(tiny), tiny, 7))
     return tmp_path
 
 
@@ -116,13 +116,14 @@ def test_evaluation_writes_every_score_beside_its_baselines(run_dir: Path) -> No
         "speech_to_text_r10/fr",
     } <= rows.keys()
     assert (raw["run"], raw["step"]) == ("tiny", 7)
-    assert rows["image_to_text_r1"]["n"] == rows["image_to_text_r1"]["candidates"] == 6
+    assert (rows["image_to_text_r1"]["n"], rows["image_to_text_r1"]["candidates"]) == (12, 6)  # in two languages
     assert rows["image_to_text_r1"]["chance"] == pytest.approx(1 / 6)
     assert rows["speech_to_text_r5"]["chance"] == pytest.approx(5 / 6)
     assert rows["zero_shot_accuracy"]["majority"] == pytest.approx(4 / 6)
     assert rows["caption_perplexity"]["chance"] == 24
     assert rows["caption_perplexity"]["majority"] < 24
-    assert all(row["dense"] is None for row in rows.values())
+    assert not any("dense" in row for row in rows.values())
+    assert "dense" not in (run_dir / "report.md").read_text().casefold()
 
 
 def test_routing_counts_every_token_of_every_layer(run_dir: Path, tiny: RunConfig) -> None:
@@ -145,6 +146,7 @@ def test_dense_run_stands_beside_each_score(run_dir: Path, tiny: RunConfig) -> N
     rows = {row["metric"]: row for row in run.evaluate(run_dir, dense_results=record).results}
     assert rows["image_to_text_r1"]["dense"] == 0.25
     assert rows["image_to_text_r5"]["dense"] is None
+    assert "| 25.0% |" in (run_dir / "report.md").read_text()
 
 
 def test_scores_on_training_shards_are_called_so(run_dir: Path, tiny: RunConfig) -> None:
@@ -152,11 +154,39 @@ def test_scores_on_training_shards_are_called_so(run_dir: Path, tiny: RunConfig)
     assert any("is trained on" in note for note in report.notes)
 
 
+def test_a_report_of_other_shards_is_not_replaced_unless_told(run_dir: Path, tiny: RunConfig) -> None:
+    run.evaluate(run_dir)
+    before = (run_dir / "report.json").read_bytes()
+    others = [tiny.data.train[0].path]
+    with pytest.raises(ValueError, match=r"report.json is of .*test, and not of .*train; .* --out"):
+        run.evaluate(run_dir, others)
+    told = run.evaluate(run_dir, others, out=run_dir / "other", overrides=["seed=1"])
+    assert told.test == others
+    assert "with seed=1 instead of the run's own settings" in told.notes
+    assert (run_dir / "report.json").read_bytes() == before
+    assert {path.name for path in (run_dir / "other").iterdir()} == {"report.json", "report.md", "routing.png"}
+    run.evaluate(run_dir, others, out=run_dir)
+    assert json.loads((run_dir / "report.json").read_text())["test"] == others
+
+
+def test_what_is_trained_and_cannot_be_scored_is_named(
+    run_dir: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = tiny.evaluate.model_copy(update={"image_rows": {"subset": ("absent",)}})
+    monkeypatch.setattr(
+        run, "load_model", lambda *_: (random_model(tiny), tiny.model_copy(update={"evaluate": nothing}), 7)
+    )
+    report = run.evaluate(run_dir)
+    assert any("{'subset': ('absent',)} (evaluate.image_rows)" in note for note in report.notes)
+    assert not any(row["metric"].startswith(("image_to_text", "zero_shot")) for row in report.results)
+    assert report.value("speech_to_image_r10") > 0
+
+
 def test_a_run_without_held_out_shards_is_told_what_to_give(
     tmp_path: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tiny.model_copy(update={"evaluate": tiny.evaluate.model_copy(update={"test": ()})})
-    monkeypatch.setattr(run, "load_model", lambda _: (random_model(bare), bare, 7))
+    monkeypatch.setattr(run, "load_model", lambda *_: (random_model(bare), bare, 7))
     with pytest.raises(ValueError, match="--test"):
         run.evaluate(tmp_path, dense_results=None)
 
@@ -219,7 +249,7 @@ def test_absent_training_shards_cost_the_baseline_not_the_report(
 ) -> None:
     source = tiny.data.train[0].model_copy(update={"path": str(tmp_path / "elsewhere")})
     moved = tiny.model_copy(update={"data": tiny.data.model_copy(update={"train": (source,)})})
-    monkeypatch.setattr(run, "load_model", lambda _: (random_model(moved), moved, 7))
+    monkeypatch.setattr(run, "load_model", lambda *_: (random_model(moved), moved, 7))
     report = run.evaluate(tmp_path, dense_results=None)
     assert {r["metric"]: r for r in report.results}["caption_perplexity"]["majority"] is None
     assert any("no majority for caption_perplexity" in note for note in report.notes)

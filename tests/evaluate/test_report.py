@@ -23,13 +23,15 @@ LAYER = {
 
 def report(dense: dict[str, float] | None = None) -> Report:
     routing = {"layers": [LAYER], "picture": "routing.png"}
-    return Report("demo", 300, "2026-01-01T00:00:00+00:00", rows_of(SCORES, dense), routing, ["few clips"])
+    return Report(
+        "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, dense), routing, ["few clips"]
+    )
 
 
 def test_json_carries_every_number_beside_its_baselines(tmp_path: Path) -> None:
     write(report({"image_to_text_r1": 0.07}), tmp_path)
     raw = json.loads((tmp_path / "report.json").read_text())
-    assert set(raw) == {"run", "step", "date", "results", "routing", "notes"}
+    assert set(raw) == {"run", "step", "date", "test", "results", "routing", "notes"}
     first, second = raw["results"]
     assert first == {
         "metric": "image_to_text_r1", "value": 0.0812, "chance": 0.0058, "majority": 0.0116, "dense": 0.07,
@@ -40,9 +42,9 @@ def test_json_carries_every_number_beside_its_baselines(tmp_path: Path) -> None:
 
 def test_markdown_puts_the_value_beside_what_it_must_beat() -> None:
     text = markdown(report())
-    assert "| metric | value | 95% | chance | majority | dense | n | candidates |" in text
-    assert "| image_to_text_r1 | 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | not recorded | 173 | 173 |" in text
-    assert "| caption_perplexity | 12.3 | [11.0, 13.9] | 4,096 | 321.0 | not recorded | 2,048 | - |" in text
+    assert "| metric | value | 95% | chance | majority | n | candidates |" in text
+    assert "| image_to_text_r1 | 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | 173 | 173 |" in text
+    assert "| caption_perplexity | 12.3 | [11.0, 13.9] | 4,096 | 321.0 | 2,048 | - |" in text
     assert "- few clips" in text
     assert "layer 1: specialisation 50% (0.50 of 1.00 bits; untrained 10%), 1 dead expert of 2" in text
     assert "| 1 | text | 10 | 1.6 of 2 | 0.80 | 25.0% | 1: 80%, 0: 20% |" in text
@@ -51,6 +53,7 @@ def test_markdown_puts_the_value_beside_what_it_must_beat() -> None:
 def test_console_table_shows_all_columns(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(report({"image_to_text_r1": 0.07}))
     out = capsys.readouterr().out
+    assert "dense" in out
     assert "8.1%" in out
     assert "7.0%" in out
     assert "few clips" in out
@@ -61,7 +64,17 @@ def test_dense_column_comes_from_the_recorded_run_of_the_same_shards(tmp_path: P
     path.write_text('{"dense": {"test": ["a"], "results": [{"metric": "image_to_text_r1", "value": 0.07}]}}')
     assert read_dense(path, ["a"]) == {"image_to_text_r1": 0.07}
     assert read_dense(path, ["b"]) is None
-    assert read_dense(tmp_path / "absent.json", ["a"]) is None
+    assert read_dense(None, ["a"]) is None
+    with pytest.raises(ValueError, match="no such file"):
+        read_dense(tmp_path / "absent.json", ["a"])
+
+
+def test_a_recorded_run_adds_its_column_and_what_the_column_means() -> None:
+    text = markdown(report({"image_to_text_r1": 0.07}))
+    assert "| chance | majority | dense | n |" in text
+    assert "| 0.6% | 1.2% | 7.0% | 173 |" in text
+    assert "| 4,096 | 321.0 | - | 2,048 |" in text
+    assert "Dense is a recorded run without experts" in text
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", '{"dense": {"test": [], "results": [{"metric": "x"}]}}', "[]"])

@@ -194,7 +194,7 @@ def test_pages_show_every_file_that_they_name(report: Path) -> None:
 def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is an untrained model of ``config``."""
     model = PretrainingModel(config, build_codecs(config).text.vocab_size).mmmoe.eval()
-    monkeypatch.setattr(command, "load_model", lambda _: (model, config, 7))
+    monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
 
 
 def test_one_layer_one_expert_a_token_no_sound_and_no_log(

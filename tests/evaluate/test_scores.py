@@ -9,10 +9,10 @@ from mmmoe_pretrain.batch import SampleMeta
 from mmmoe_pretrain.evaluate.features import Captions, HeldOut, same_text
 from mmmoe_pretrain.evaluate.scores import (
     Score,
+    audio_scores,
     caption_scores,
-    image_text_rows,
     image_text_scores,
-    speech_scores,
+    matching_rows,
     zero_shot_scores,
 )
 
@@ -43,7 +43,7 @@ def by_name(scores: list[Score]) -> dict[str, Score]:
     return {score.metric: score for score in scores}
 
 
-def test_image_text_scores_are_of_the_english_named_rows() -> None:
+def test_image_scores_are_of_the_rows_that_the_config_names() -> None:
     named = SampleMeta("", subset="named", language="en")
     data = held_out(
         [
@@ -54,37 +54,39 @@ def test_image_text_scores_are_of_the_english_named_rows() -> None:
             (named, "", "a", "bee"),
         ]
     )
-    rows, note = image_text_rows(data)
-    assert (rows, note) == ([0, 3], "")
-    score = by_name(image_text_scores(data, rows)[0])["image_to_text_r1"]
+    assert matching_rows(data, {}) == [0, 1, 2, 3, 4]
+    rows = matching_rows(data, {"subset": ("named", "other"), "language": ("en",)})
+    assert rows == [0, 3, 4]
+    score = by_name(image_text_scores(data, rows, least=1)[0])["image_to_text_r1"]
     assert (score.value, score.chance, score.n, score.candidates) == (1.0, 0.5, 2, 2)
 
 
-def test_without_named_rows_each_group_counts_once_and_the_report_says_so() -> None:
-    fish = SampleMeta("", group="fish", language="fr")
-    data = held_out(
-        [
-            (fish, "i0", "", "poisson"),
-            (replace(fish, language="en"), "i0", "", "fish"),
-            (SPEECH, "i1", "", "sky"),
-        ]
-    )
-    rows, note = image_text_rows(data)
-    assert rows == [1, 2]
-    assert "'named'" in note
+def test_images_and_texts_are_ranked_within_each_language_by_the_data_s_own_names() -> None:
+    """Of 20 German rows and 40 without a language a random order finds 10 / 20 and 10 / 40."""
+    rows = [(SampleMeta("", language="de"), f"i{i}", "", f"Wort {i}") for i in range(20)]
+    rows += [(SampleMeta(""), f"i{i}", "", f"word {i}") for i in range(40)]
+    scores, notes = image_text_scores(held_out(rows), range(60), least=20)
+    named = by_name(scores)
+    assert notes == []
+    assert named["image_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
+    assert named["text_to_image_r10/de"].chance == pytest.approx(0.5)
+    assert named["image_to_text_r10/unknown"].n == 40
+    (note,) = image_text_scores(held_out(rows), range(60), least=41)[1]
+    assert "of unknown (40 items)" in note
+    assert "evaluate.min_clips_per_language" in note
 
 
 def test_group_mates_that_look_and_read_differently_are_wrong_answers() -> None:
     duck = SampleMeta("", group="duck", subset="named")
     data = held_out([(duck, "i0", "", "duck"), (duck, "i1", "", "a duck"), (replace(duck, group="x"), "i2", "", "y")])
-    score = by_name(image_text_scores(data, [0, 1, 2])[0])["image_to_text_r1"]
+    score = by_name(image_text_scores(data, [0, 1, 2], least=1)[0])["image_to_text_r1"]
     assert score.chance == pytest.approx(1 / 3)
 
 
 def test_one_picture_under_two_names_has_two_right_texts() -> None:
     duck = SampleMeta("", group="duck", subset="named")
     data = held_out([(duck, "i0", "", "duck"), (duck, "i0", "", "a duck"), (replace(duck, group="x"), "i1", "", "y")])
-    score = by_name(image_text_scores(data, [0, 1, 2])[0])["image_to_text_r1"]
+    score = by_name(image_text_scores(data, [0, 1, 2], least=1)[0])["image_to_text_r1"]
     assert (score.n, score.candidates) == (2, 3)
     assert score.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
@@ -96,7 +98,7 @@ def speech(language: str, count: int) -> list[tuple[SampleMeta, str, str, str]]:
 
 def test_speech_is_ranked_within_each_language_and_averaged() -> None:
     data = held_out(speech("fr", 20) + speech("ru", 40) + speech("ml", 3))
-    scores, notes = speech_scores(data, "text", min_clips=20)
+    scores, notes = audio_scores(data, "text", least=20)
     named = by_name(scores)
     assert notes == []
     assert named["speech_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
@@ -110,7 +112,7 @@ def test_speech_is_ranked_within_each_language_and_averaged() -> None:
 
 def test_a_sentence_said_twice_has_two_right_clips_and_one_text() -> None:
     rows = [*speech("fr", 4), (replace(SPEECH, language="fr"), "", "fr-again", "FR  word 0")]
-    named = by_name(speech_scores(held_out(rows), "text", min_clips=1)[0])
+    named = by_name(audio_scores(held_out(rows), "text", least=1)[0])
     assert named["speech_to_text_r1"].candidates == 4
     assert named["speech_to_text_r1"].n == 5
     assert named["text_to_speech_r1"].n == 4
@@ -118,24 +120,33 @@ def test_a_sentence_said_twice_has_two_right_clips_and_one_text() -> None:
 
 
 def test_too_few_clips_fall_back_to_the_largest_language_in_the_open() -> None:
-    scores, notes = speech_scores(held_out(speech("fr", 4) + speech("ru", 6)), "text", min_clips=50)
-    assert "speech_to_text_r10/ru" in by_name(scores)
-    assert "speech_to_text_r10/fr" not in by_name(scores)
+    scores, notes = audio_scores(held_out(speech("fr", 4) + speech("ru", 6)), "text", least=50)
+    assert by_name(scores)["speech_to_text_r10"].n == 6
+    assert not any("/" in score.metric for score in scores), "there is one language"
     assert "50" in notes[0]
-    assert "ru (6 clips)" in notes[0]
+    assert "ru (6 items)" in notes[0]
 
 
-def test_sound_effects_are_not_speech() -> None:
-    effect = replace(SPEECH, audio_kind="effect")
-    scores, notes = speech_scores(held_out([(effect, "i", "a", "bark")]), "image", min_clips=1)
-    assert scores == []
-    assert "left out" in notes[0]
+@pytest.mark.parametrize(("kind", "name"), [("effect", "effect"), ("", "audio"), ("text", "audio")])
+def test_audio_that_is_no_speech_is_scored_under_the_kind_that_its_rows_give(kind: str, name: str) -> None:
+    """Beside 2 spoken clips, which are no candidates of its own 4."""
+    rows = [(SampleMeta("", audio_kind=kind, language="en"), f"i{i}", f"bark {i}", f"dog {i}") for i in range(4)]
+    rows += [(replace(SPEECH, language="en"), f"j{i}", f"word {i}", f"word {i}") for i in range(2)]
+    for other in ("text", "image"):
+        named = by_name(audio_scores(held_out(rows), other, least=1)[0])
+        assert named[f"{name}_to_{other}_r1"].chance == named[f"{other}_to_{name}_r1"].chance == 1 / 4
+        assert named[f"speech_to_{other}_r1"].chance == 1 / 2
+        assert named[f"{name}_to_{other}_r1"].value == 1.0
+
+
+def test_what_the_data_does_not_pair_has_no_score() -> None:
+    assert audio_scores(held_out([(SPEECH, "i", "", "bark")]), "text", least=1) == ([], [])
 
 
 def test_image_speech_takes_any_clip_that_says_the_text() -> None:
     meta = replace(SPEECH, language="fr")
     rows = [(meta, "i0", "a0", "chat"), (meta, "i1", "a1", "chat"), (meta, "i2", "a2", "hibou")]
-    named = by_name(speech_scores(held_out(rows), "image", min_clips=1)[0])
+    named = by_name(audio_scores(held_out(rows), "image", least=1)[0])
     assert named["image_to_speech_r1"].chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
     assert named["speech_to_image_r1"].value == 1.0
 
@@ -147,14 +158,15 @@ def test_zero_shot_counts_each_picture_once() -> None:
         for i, (lab, t) in enumerate(zip(labels, "abcde", strict=True))
     ]
     rows[1] = (rows[1][0], "i0", "", "b")
+    rows.append((replace(SPEECH, label="sound"), "", "clip", "f"))
     data = held_out(rows)
     asked: list[str] = []
 
     def encode(texts: list[str]) -> np.ndarray:
         asked.extend(texts)
-        return np.eye(5)[[0, 2]]  # as image a; as image c
+        return np.eye(6)[[0, 2]]  # as image a; as image c
 
-    named = by_name(zero_shot_scores(data, range(5), encode, "a picture of {}")[0])
+    named = by_name(zero_shot_scores(data, range(6), encode, "a picture of {}")[0])
     assert asked == ["a picture of animal", "a picture of plant"]
     # Pictures a, c right; picture d is orthogonal to both classes: half a point.
     assert named["zero_shot_accuracy"].n == 3

@@ -1,9 +1,12 @@
 """What an export holds, that another program can read it, and that it comes back as it was."""
 
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,15 @@ import yaml
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import MODALITY_ID
 from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.data.evaluation import iterate_eval
+from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.evaluate.run import evaluate
 from mmmoe_pretrain.export import layout
+from mmmoe_pretrain.export.card import _licences, _training, facts_of
 from mmmoe_pretrain.export.layout import Weight, in_files, parameter_counts, weights_of
 from mmmoe_pretrain.export.read import import_run
 from mmmoe_pretrain.export.write import export_run
+from mmmoe_pretrain.modalities import build_codecs
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -28,6 +35,7 @@ from tests.export.support import State, make_run
 from tests.support import random_batch, tiny_config
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "embed.py"
 MOE = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "bias_balancing": {"rate": 0.001}}
 LOSSES = {"total": 2.5, "captioning": 0.25}
 
@@ -124,6 +132,55 @@ def test_config_and_card_say_what_the_run_says(made: tuple[Path, dict[int, State
     assert "99" not in card  # a later step's loss
 
 
+def test_the_card_counts_licences_as_the_samples_state_them(tmp_path: Path, tiny_data: Path) -> None:
+    """Four rows under two spellings of the field, one of a broken JSON, and a second folder that is not there."""
+    rows = [{"licence": "MIT", "source": "b"}, {"licence": "MIT", "source": "a"}, {"license": "CC-BY-4.0"}, {}]
+    members = {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)} | {"4.json": b"{"}
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = {"train": [{"path": str(tmp_path / "shards")}, {"path": "gone", "weight": 3}],
+            "tokenizer": str(tiny_data / "tokens.model")}  # fmt: skip
+    facts = facts_of(tmp_path, tiny_config(tmp_path, data=data), {"step": 1}, "apache-2.0")
+    lines = "\n".join([*_training(facts), *_licences(facts)]).splitlines()
+    for line in (f"| {tmp_path / 'shards'} | 5 | 25.0% |", "| gone | - | 75.0% |", "As 5 samples say in their JSON:",
+                 "| MIT | 2 | a, b |", "| CC-BY-4.0 | 1 |  |", "| not stated | 2 |  |",
+                 "Of the samples that state none: **To be filled in.**"):  # fmt: skip
+        assert line in lines, line
+    assert any(line.startswith("Without gone, which could not be read") for line in lines)
+
+
+def test_the_example_compares_an_image_and_texts_as_the_run_s_own_model_does(
+    made: tuple[Path, dict[int, State]],
+    exported: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The reference goes through shards and the evaluation's pass over them."""
+    model, config, _ = load_model(made[0])
+    codecs = build_codecs(config)
+    batch, samples = next(iterate_eval([tiny_data / "train"], config, codecs, 3))
+    with torch.inference_mode():
+        features = model(batch).features
+    (tmp_path / "picture.png").write_bytes(ShardFolder(tiny_data / "train").read(0).members["png"])
+    texts = [sample.raw_text for sample in samples]
+    assert len(set(texts)) == 3
+    monkeypatch.setattr(sys, "argv", ["embed.py", str(exported), str(tmp_path / "picture.png"), *texts])
+    runpy.run_path(str(EXAMPLE))
+    said = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [text for _, text in said] == texts
+    # printed with four digits
+    np.testing.assert_allclose(
+        [float(value) for value, _ in said], features["text"] @ features["image"][0], atol=1e-4
+    )
+    assert len(EXAMPLE.read_text().splitlines()) <= 25
+
+
 def test_the_card_shows_an_evaluation_of_this_step_alone(made: tuple[Path, dict[int, State]], tmp_path: Path) -> None:
     row = {"metric": "image_to_text_r1", "value": 0.125, "interval": [0.1, 0.15], "chance": 0.02, "majority": None,
            "dense": None, "n": 64, "candidates": 64, "unit": "share"}  # fmt: skip
@@ -161,6 +218,8 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(
 ) -> None:
     with pytest.raises(ValueError, match=r"no finished checkpoint of step 7 .* \[5, 10\]"):
         export_run(made[0], tmp_path / "out", step=7)
+    with pytest.raises(ValueError, match=r"moe.num_experts=2: an export has the settings of its training"):
+        export_run(made[0], tmp_path / "out", overrides=["moe.num_experts=2"])
     with pytest.raises(ValueError, match="no run in"):
         export_run(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="--dtype fp8"):
@@ -280,7 +339,7 @@ def test_the_imported_run_scores_as_the_old_one(
     made: tuple[Path, dict[int, State]], exported: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     import_run(exported, tmp_path / "again")
-    old, new = (evaluate(run, [str(tiny_data / "train")], None) for run in (made[0], tmp_path / "again"))
+    old, new = (evaluate(run, [str(tiny_data / "train")]) for run in (made[0], tmp_path / "again"))
     (made[0] / "report.json").unlink()  # other exports of this run would show it
     assert old.results == new.results
     assert len(old.results) > 3

@@ -72,6 +72,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda f: (f / layout.CONFIG).write_text("[]"), "no JSON object"),
     "another model": (edit(layout.CONFIG, lambda v: v.update(model_type="bert")), "model_type 'bert'"),
     "a later format": (edit(layout.CONFIG, lambda v: v.update(format_version=2)), "format_version 2"),
+    "a variable": (
+        edit(layout.CONFIG, lambda v: v["config"]["data"]["train"][0].update(path="$HOME/train")),
+        r"holds \$HOME",
+    ),
     "no step": (edit(layout.CONFIG, lambda v: v.pop("step")), "step is None"),
     "an unknown key": (edit(layout.CONFIG, lambda v: v["config"].update(wings=2)), "unknown key 'wings'"),
     "a section of the wrong type": (edit(layout.CONFIG, lambda v: v["config"].update(data=3)), "config.data is 3"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DENSE = "--dense-results docs/results.json"
 
 
 @pytest.fixture
@@ -41,19 +42,19 @@ def run(project: Path) -> tuple[list[str], str]:
 
 def test_the_demo_fetches_shards_trains_on_two_ranks_and_evaluates(project: Path) -> None:
     calls, said = run(project)
-    assert calls[-2:] == ["torchrun 2 train configs/demo.yaml", "mmmoe evaluate runs/demo"]
+    assert calls[-2:] == ["torchrun 2 train configs/demo.yaml", f"mmmoe evaluate runs/demo {DENSE}"]
     assert "runs/demo/report.md" in said
     assert "small corpus" not in said.splitlines()[-1]
 
 
 def test_a_second_call_keeps_what_is_there(project: Path) -> None:
     run(project)
-    assert run(project)[0] == ["torchrun 2 train configs/demo.yaml", "mmmoe evaluate runs/demo"]
+    assert run(project)[0] == ["torchrun 2 train configs/demo.yaml", f"mmmoe evaluate runs/demo {DENSE}"]
 
 
 def test_without_a_network_the_small_corpus_stands_alone_and_the_demo_says_so(project: Path) -> None:
     (project / "offline").touch()
     calls, said = run(project)
-    assert calls[-2:] == ["torchrun 2 train configs/demo_mini.yaml", "mmmoe evaluate runs/demo-mini"]
+    assert calls[-2:] == ["torchrun 2 train configs/demo_mini.yaml", f"mmmoe evaluate runs/demo-mini {DENSE}"]
     assert not any("subset=spoken" in call for call in calls)
     assert "Tux Paint could not be fetched" in "\n".join(said.splitlines()[-3:])

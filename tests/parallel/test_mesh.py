@@ -5,17 +5,22 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
+from tests.support import tiny_config
 
 RANKS = 8
 NUM_EXPERTS = 4
@@ -184,3 +189,15 @@ def test_experts_are_cut_into_runs_by_expert_rank() -> None:
     groups = Groups(data_size=4, data_rank=3, expert_size=2, expert_rank=1)
     assert groups.local_experts(8) == range(4, 8)
     assert groups.expert_data_size == 2
+
+
+def test_an_error_before_the_groups_are_built_is_the_only_line(tmp_path: Path) -> None:
+    """megatron-core warns, at its import, of all the packages that it does without."""
+    run_config.dump(tiny_config(tmp_path), tmp_path / "run.yaml")  # there is no tokenizer
+    command = [sys.executable, "-m", "mmmoe_pretrain.cli", "train", str(tmp_path / "run.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"mmmoe: no tokenizer at {tmp_path / 'tokens.model'}; give data.tokenizer=FILE, or make one by mmmoe-data "
+        f"tokenizer"
+    ]

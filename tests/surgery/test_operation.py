@@ -149,7 +149,7 @@ def test_what_is_in_the_way_or_cannot_be_is_refused(tmp_path: Path, trained: Run
         operate(trained.run_dir, tmp_path, (), "split", halves)
     with pytest.raises(ValueError, match=r"--out .*-new: name: "):
         operate(trained.run_dir, tmp_path / "-new", (), "split", halves)
-    with pytest.raises(ValueError, match="no finished checkpoint"):
+    with pytest.raises(ValueError, match="no run in"):
         operate(tmp_path / "empty", tmp_path / "new", (), "split", halves)
     with pytest.raises(ValueError, match=r"8 experts do not spread .*; choose another .*expert_parallel_size=auto"):
         operate(trained.run_dir, tmp_path / "new", ("parallel.expert_parallel_size=3",), "split", halves)

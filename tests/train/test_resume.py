@@ -1,12 +1,29 @@
-"""Which settings may change between two starts of a run."""
+"""Which settings may change between two starts of a run, and going on with a run whose folder was moved."""
 
+import logging
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.train.resume import check_same_model
+from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.checkpoint.model import TOKENIZER
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.evaluate.rows import open_rows
+from mmmoe_pretrain.export.write import export_run
+from mmmoe_pretrain.surgery.operation import operate
+from mmmoe_pretrain.surgery.split import split
+from mmmoe_pretrain.train import start
+from mmmoe_pretrain.train.loop import train
+from mmmoe_pretrain.train.resume import check_same_model, config_to_train
+from tests.distributed import run_ranks
+from tests.export.support import make_run
 from tests.support import tiny_config
+from tests.train.test_loop import config_in, logged
 
 
 def saved(tmp_path: Path, **moe: object) -> Path:
@@ -27,3 +44,123 @@ def test_a_layer_with_another_number_of_experts_is_another_model(tmp_path: Path)
     moe = {"num_experts": 4, "expert_hidden_size": 8, "layers": {1: {"num_experts": 16}}}
     with pytest.raises(ValueError, match=r"moe.layers.1.num_experts was 8 and is 16"):
         check_same_model(tiny_config(tmp_path, moe=moe), path)
+
+
+def trained(config: RunConfig) -> list[str]:
+    """What the log warns of."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mmmoe_pretrain").addHandler(handler)
+    assert train(config) == 0
+    return told
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_a_moved_run_goes_on_where_it_lies_with_its_own_tokenizer(
+    tmp_path: Path, tiny_data: Path, umask: int
+) -> None:
+    """Four steps of a cosine from 3e-3 to 1e-5 that eight steps stretch: step 5 has half of it, 0.0015."""
+    tokens = shutil.copy(tiny_data / "tokens.model", tmp_path / "tokens.model")
+    data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tokens), "num_workers": 0}
+    steps = {"steps": 4, "global_batch_size": 8, "log_every": 1}
+    optimizer = {"learning_rate": 3e-3, "warmup_steps": 0}
+    config = config_in(tmp_path, tiny_data, data=data, train=steps, optimizer=optimizer)
+    assert run_ranks(1, trained, config) == [[]]
+    moved = tmp_path / "else" / "renamed"
+    moved.parent.mkdir()
+    shutil.move(config.run_dir, moved)
+    tokens.rename(tmp_path / "lost.model")
+
+    again = config_to_train(moved / "config.yaml", ["train.steps=8"])
+    assert (again.run_dir, again.data.tokenizer) == (moved, str(moved / TOKENIZER))
+    ((told,),) = run_ranks(1, trained, again)
+    assert "the learning rate of step 5 is 0.0015" in told
+    assert [record["step"] for record in logged(again)] == list(range(1, 9))
+    assert not config.run_dir.exists()
+
+    export_run(moved, tmp_path / "out")
+    operate(moved, tmp_path / "finer", [], "split", lambda source: split(source, 2, False))
+    for folder in (moved, tmp_path / "out", tmp_path / "finer"):
+        assert (folder / TOKENIZER).read_bytes() == (tmp_path / "lost.model").read_bytes()
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    assert config_to_train(tmp_path / "finer" / "config.yaml").data.tokenizer == str(tmp_path / "finer" / TOKENIZER)
+
+
+def test_a_copy_of_the_tokenizer_that_is_damaged_is_named_and_another_can_be_given(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    config, _ = make_run(tmp_path, tiny_data)
+    shutil.copy(config.data.tokenizer, config.run_dir / TOKENIZER)
+    test = [str(tiny_data / "train")]
+    assert open_rows(config.run_dir, load_model(config.run_dir)[1], test).codecs.text.vocab_size == 48
+    copy = config.run_dir / TOKENIZER
+    copy.write_bytes(copy.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=rf"tokenizer {copy} has fingerprint .* set data.tokenizer"):
+        open_rows(config.run_dir, load_model(config.run_dir)[1], test)
+    other = [f"data.tokenizer={tiny_data / 'tokens.model'}"]
+    assert open_rows(config.run_dir, load_model(config.run_dir, other)[1], test).codecs.text.vocab_size == 48
+    export_run(config.run_dir, tmp_path / "out", overrides=other)
+    assert (tmp_path / "out" / TOKENIZER).read_bytes() == (tiny_data / "tokens.model").read_bytes()
+
+
+def run_folder(config: RunConfig, folder: Path) -> Path:
+    """The config.yaml of a run in ``folder``, as far as a config is looked at."""
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").touch()
+    run_config.dump(config, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+def test_another_name_or_place_on_the_command_line_is_another_run(tmp_path: Path) -> None:
+    path = run_folder(tiny_config(tmp_path), tmp_path / "moved")
+    assert config_to_train(path).run_dir == tmp_path / "moved"
+    assert config_to_train(path, ["name=other"]).run_dir == tmp_path / "runs" / "other"
+    assert config_to_train(path, [f"runs_dir={tmp_path}"]).run_dir == tmp_path / "tiny"
+
+
+def test_a_link_to_the_runs_and_a_config_beside_no_run_are_no_move(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    path = run_folder(config, tmp_path / "disk" / "tiny")
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    assert config_to_train(path) == config_to_train(config.run_dir / "config.yaml") == config
+    (tmp_path / "disk" / "tiny" / "events.jsonl").unlink()
+    (tmp_path / "runs").unlink()
+    assert config_to_train(path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "stays", "fine"), [("tiny", False, True), ("tiny", True, False), ("x", False, False)]
+)
+def test_a_moved_run_whose_checkpoints_are_elsewhere_goes_on_where_there_is_no_doubt_of_them(
+    tmp_path: Path, name: str, stays: bool, fine: bool
+) -> None:
+    """They are in a folder of the run's name, which a copy would share with the run that stays."""
+    config = tiny_config(tmp_path, checkpoint={"folder": str(tmp_path / "checkpoints")})
+    path = run_folder(config, tmp_path / "else" / name)
+    if stays:
+        run_folder(config, config.run_dir)
+    if fine:
+        assert config_to_train(path).checkpoint_root == config.checkpoint_root
+    else:
+        with pytest.raises(ValueError, match=r"runs_dir=, name= and checkpoint.folder="):
+            config_to_train(path)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_that_is_replaced_keeps_the_tokenizer_that_it_is_to_be_trained_with(tmp_path: Path, own: bool) -> None:
+    values: dict[str, Any] = {"train": [{"path": "train"}]}
+    config = tiny_config(tmp_path, data={**values, "tokenizer": str(tmp_path / "tokens.model")})
+    if own:  # as mmmoe import makes it
+        config = tiny_config(tmp_path, data={**values, "tokenizer": str(config.run_dir / TOKENIZER)})
+    run_folder(config, config.run_dir)
+    (config.run_dir / TOKENIZER).touch()
+    start._clear(config)
+    assert [path.name for path in config.run_dir.iterdir()] == ([TOKENIZER] if own else [])

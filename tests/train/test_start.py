@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
@@ -23,7 +24,7 @@ from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import tiny_config
+from tests.support import tiny_config, write_tokenizer
 from tests.train.faulty import at_step, codes, faulty, killed_in_save
 from tests.train.test_loop import config_in, logged
 
@@ -230,10 +231,12 @@ def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Pa
 
 
 def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokens.model")
     config, done = tiny_config(tmp_path), []
     config.run_dir.mkdir(parents=True)
     sync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append(str(new)), rename(old, new)))
-    start.write_config(config)
-    assert done == [str(config.run_dir / "config.yaml.tmp"), str(config.run_dir / "config.yaml")]
+    start.write_config(config, xxhash.xxh3_128_hexdigest(tokenizer.read_bytes()))
+    names = ("tokenizer.model.tmp", "tokenizer.model", "config.yaml.tmp", "config.yaml")
+    assert done == [str(config.run_dir / name) for name in names]

@@ -1,7 +1,7 @@
 """``mmmoe routing``: a trained mixture, one pass over held-out rows, and the report of its routing.
 
 Owns the order of the steps and ``routing.json``, which holds every number of the pages:
-``{"run", "step", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts", "pairs",
+``{"run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts", "pairs",
 "mean_probability", "specialisation_by_task", "task_specialisation", "favourites"], "notes"}``.
 """
 
@@ -25,12 +25,13 @@ from mmmoe_pretrain.evaluate.routing import history, page, pictures, sheets
 from mmmoe_pretrain.evaluate.routing.favourites import Favourite, FavouriteSearch
 from mmmoe_pretrain.evaluate.routing.record import origins, watch
 from mmmoe_pretrain.evaluate.routing_report import RoutingTotals
-from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows
+from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, overridden, place_of_report
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import token_info
 
+REPORT = "routing/routing.json"
 STRONGEST_PAIRS = 5  # of experts, a modality
 TOP = 8  # favourites of an expert and modality
 
@@ -44,34 +45,43 @@ class Pass:
     favourites: FavouriteSearch
 
 
-def routing_command(run_dir: Path, test: Sequence[str], out: Path | None, top: int) -> None:
+def routing_command(
+    run_dir: Path, test: Sequence[str], out: Path | None, top: int, overrides: Sequence[str] = ()
+) -> None:
     """Write the report, and say where it is."""
-    folder = write_report(run_dir, test, out, top)
+    folder = write_report(run_dir, test, out, top, overrides)
     print(f"wrote {folder / 'index.md'}")
 
 
 def write_report(
-    run_dir: Path, test_paths: Sequence[str] | None = None, out: Path | None = None, top: int = TOP
+    run_dir: Path,
+    test_paths: Sequence[str] | None = None,
+    out: Path | None = None,
+    top: int = TOP,
+    overrides: Sequence[str] = (),
 ) -> Path:
-    """The report of the newest checkpoint in ``out`` (default: ``run_dir``/routing); returns the folder.
+    """The report of the newest checkpoint in ``out`` (default: ``run_dir``/routing, unless a report of other shards
+    is there); returns the folder.
 
     ValueError for a dense run, and where no held-out shards are named or they hold no sample.
     """
     if top < 1:
         raise ValueError(f"--top {top} would list nothing; give 1 or more")
-    model, config, step = load_model(run_dir)
+    model, config, step = load_model(run_dir, overrides)
     if config.moe.dense:
         raise ValueError(
             f"{run_dir} is a dense model (moe.num_experts: 1): every token goes the same way, so there is no "
             f"routing to show; give a run with moe.num_experts of 2 or more"
         )
     rows = open_rows(run_dir, config, test_paths)
+    folder = place_of_report(run_dir, REPORT, rows.paths, out)
     found = run_pass(model, rows, top)
     untrained = collect_routing(PretrainingModel(config, rows.codecs.text.vocab_size).mmmoe.eval(), rows.batches())
     layers = [_summary(stats, before, config) for stats, before in zip(found.stats, untrained, strict=True)]
-    report = {"run": config.name, "step": step, "samples": found.samples, "layers": layers, "notes": rows.notes()}
-    folder = out or run_dir / "routing"
-    folder.mkdir(parents=True, exist_ok=True)
+    report = {
+        "run": config.name, "step": step, "test": rows.paths, "samples": found.samples, "layers": layers,
+        "notes": overridden(overrides) + rows.notes(),
+    }  # fmt: skip
     for old in (*folder.glob("layer_*"), *folder.glob("training_*.png"), folder / "coactivation.png"):
         old.unlink(missing_ok=True)  # of an earlier report with more layers or experts
     drawn = _pictures(found, layers, run_dir, folder)
@@ -79,7 +89,7 @@ def write_report(
         _layer_page(layer, found.favourites, rows, folder)
     (folder / "index.md").write_text(page.index(report, drawn), encoding="utf-8")
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "routing.json").write_text(text + "\n", encoding="utf-8")
+    (folder / Path(REPORT).name).write_text(text + "\n", encoding="utf-8")
     return folder
 
 

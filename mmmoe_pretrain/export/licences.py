@@ -1,0 +1,75 @@
+"""What the training shards say of themselves, for the model card: their samples, licences and sources."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.limits import MAX_META_BYTES
+from mmmoe_pretrain.untrusted import parse_json
+
+MAX_ROWS = 10_000  # of a folder, spread evenly, whose JSON is read
+FIELDS = ("licence", "license")
+NOT_STATED = "not stated"
+LONGEST = 100  # characters of a licence or source
+
+
+@dataclass(frozen=True)
+class Licence:
+    name: str
+    rows: int
+    sources: tuple[str, ...]  # those that the rows name
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """``samples``: by folder, of those that can be read here. ``licences``: of ``read`` rows, the most rows first."""
+
+    samples: dict[str, int]
+    licences: tuple[Licence, ...]
+    read: int
+
+
+def data_facts(config: RunConfig) -> DataFacts:
+    """Of the folders in ``data.train``."""
+    opened = ((source.path, _opened(source.path)) for source in config.data.train)
+    folders = {path: folder for path, folder in opened if folder is not None}
+    rows: Counter[str] = Counter()
+    sources: dict[str, set[str]] = defaultdict(set)
+    for row in (row for folder in folders.values() for row in _rows(folder)):
+        name = next((text for text in (_text(row.get(field)) for field in FIELDS) if text), NOT_STATED)
+        rows[name] += 1
+        sources[name] |= {_text(row.get("source"))} - {""}
+    licences = tuple(Licence(name, count, tuple(sorted(sources[name]))) for name, count in rows.most_common())
+    return DataFacts({path: len(folder) for path, folder in folders.items()}, licences, rows.total())
+
+
+def _opened(path: str) -> ShardFolder | None:
+    try:
+        return ShardFolder(path)
+    except ValueError:  # the shards are elsewhere, or damaged
+        return None
+
+
+def _rows(folder: ShardFolder) -> Iterator[dict[str, Any]]:
+    for i in np.linspace(0, len(folder) - 1, min(len(folder), MAX_ROWS)).astype(int).tolist():
+        yield _json(folder.read(i))
+
+
+def _json(raw: RawSample) -> dict[str, Any]:
+    try:
+        row = parse_json(raw.members.get("json", b"{}"), raw.key, MAX_META_BYTES)
+    except ValueError:
+        return {}  # training skips such a sample
+    return row if isinstance(row, dict) else {}
+
+
+def _text(value: object) -> str:
+    """One printable line of it."""
+    return " ".join(value.split())[:LONGEST] if isinstance(value, str) and value.isprintable() else ""

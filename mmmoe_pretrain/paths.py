@@ -1,0 +1,43 @@
+"""The one rule for paths that a user gives, in a config or on a command line."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+
+
+def expand(path: str) -> str:
+    """The path with ``~``, ``~user``, ``$VAR`` and ``${VAR}`` filled in; URLs (``s3://...``) stay as they are.
+
+    Expanding the result changes nothing, so a saved config can be read again. Raises ValueError that names a
+    variable that is not set, or an unknown user.
+    """
+    if "://" in path:
+        return path
+    full = os.path.expanduser(VARIABLE.sub(_value, path))
+    if full.startswith("~"):
+        raise ValueError(f"{path}: no such user; a folder whose name begins with ~ is ./{full}")
+    left = VARIABLE.search(full)
+    if left:
+        raise ValueError(f"{path}: a value that is filled in holds {left[0]}; write that path out")
+    return full
+
+
+def given(value: Any) -> Any:
+    """``callback`` of a typer parameter: a path, or a list of paths, expanded."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        return [given(item) for item in value]
+    return type(value)(expand(str(value)))
+
+
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    value = os.environ.get(name, "")
+    if not value:
+        raise ValueError(f"{match.string}: the environment variable {name} is not set; set it, or write the path out")
+    return value
