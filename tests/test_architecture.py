@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
 
-_VALUES = {"batch", "config", "config_moe", "flatten", "limits", "untrusted"}
+_VALUES = {"batch", "config", "config_moe", "flatten", "limits", "sound", "untrusted"}
 _LAYERS = _VALUES | {"parallel"}
 _PARTS = {"moe", "modalities", "objectives"}
 _MODEL = _LAYERS | _PARTS | {"models"}
@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "exit_codes": set(),
     "flatten": set(),
     "limits": set(),
+    "sound": {"limits"},
     "untrusted": set(),
     "batch": {"config"},
     "parallel": _VALUES,
