@@ -209,9 +209,7 @@ def _mp3(data: bytes) -> bytes:
     # 64 kbit/s, without a checksum: room enough for the index at every sample rate.
     header = bytes((first[0], first[1] | 1, (5 if is_v1 else 8) << 4 | first[2] & 0x0C, first[3]))
     length = _mp3_length(header)
-    body = (
-        b"Xing" + (3).to_bytes(4, "big") + frames.to_bytes(4, "big") + (length + len(data) - start).to_bytes(4, "big")
-    )
+    body = struct.pack(">4sIII", b"Xing", 3, frames, length + len(data) - start)  # 3: the frames and the bytes follow
     return (header + bytes(_side_info(header)) + body).ljust(length, b"\0") + data[start:]
 
 
