@@ -71,12 +71,21 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Pieces, the 4 control and 256 byte pieces included.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
-    casefold: Annotated[bool, typer.Option(help="Fold case (nmt_nfkc_cf) or keep it (nmt_nfkc).")] = True,
+    casefold: Annotated[
+        bool | None, typer.Option(help="Fold case or keep it; folded by default, except under identity.")
+    ] = None,
+    normalization: Annotated[
+        str,
+        typer.Option(
+            help="nfkc: compatible characters are one. nfc: equivalent spellings alone are one. identity: none. "
+            "nmt_nfkc: nfkc with control and zero-width characters as spaces, which breaks Persian and Indic words."
+        ),
+    ] = "nfkc",
 ) -> None:
     """Train a sentencepiece model on the texts of a split."""
     from data_prep import tokenizer as work
 
-    work.run(manifests, out, vocab_size, model_type, split, casefold)
+    work.run(manifests, out, vocab_size, model_type, split, casefold, normalization)
 
 
 @app.command()
