@@ -113,43 +113,40 @@ def _flac(data: bytes) -> bytes:
         raise ValueError("sound holds several FLAC streams one after another; decode and join them first")
     fields = int.from_bytes(data[18:26], "big")
     promised = fields & (1 << 36) - 1
-    for found in _flac_ends(data, promised):
-        if 0 < found < promised:
-            raise ValueError(f"sound ends after {found} of the {promised} samples that its header promises")
-        return data[:18] + (fields - promised + found).to_bytes(8, "big") + data[26:]
-    return data  # libsndfile decodes what is there, or says what is damaged
+    found = _flac_samples(data, promised)
+    if not promised < found < 1 << 36:  # where it is less, libsndfile will not decode it
+        return data
+    return data[:18] + (fields - promised + found).to_bytes(8, "big") + data[26:]
 
 
-def _flac_ends(data: bytes, promised: int) -> Iterator[int]:
-    """Samples up to the end of the last frame, where its checksum proves that it is one and ``promised`` is wrong."""
+def _flac_samples(data: bytes, promised: int) -> int:
+    """Samples up to the end of the last frame, by its header; ``promised`` unless a checksum proves otherwise."""
     stop = len(data) - (_ID3V1_BYTES if data[-_ID3V1_BYTES:].startswith(b"TAG") else 0)
     fixed_size = int.from_bytes(data[8:10], "big")
     at = stop
     for _ in range(_MAX_TRIES):
         at = max(data.rfind(b"\xff\xf8", 42, at), data.rfind(b"\xff\xf9", 42, at))
         if at < 0:
-            return
-        header = _flac_frame(data[at : at + 16])
-        if header is None:
-            continue
-        number, size = header
-        found = (number if data[at + 1] & 1 else number * fixed_size) + size
-        if found == promised:
-            return
-        if _crc(data[at:stop], 16, 0x8005) == 0:
-            yield found
+            break
+        header = _flac_frame(data[at : min(at + 16, stop)])
+        if header is not None:
+            number, size = header
+            found = (number if data[at + 1] & 1 else number * fixed_size) + size
+            if found == promised or _crc(data[at:stop], 16, 0x8005) == 0:
+                return found
+    return promised
 
 
 def _flac_frame(header: bytes) -> tuple[int, int] | None:
     """The number of a frame (of its first sample, where sizes vary) and its samples; None for what is no header."""
-    if len(header) < 16 or header[3] & 1:
+    if len(header) < 6 or header[3] & 1:
         return None
     size_code, rate_code = header[2] >> 4, header[2] & 15
     extra = max(0, 8 - (header[4] ^ 0xFF).bit_length() - 1)  # bytes of the number after its first, as in UTF-8
     size_bytes, rate_bytes = {6: 1, 7: 2}.get(size_code, 0), {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     at = 5 + extra
     end = at + size_bytes + rate_bytes
-    if size_code == 0 or rate_code == 15 or extra > 6 or end > 15 or _crc(header[: end + 1], 8, 0x07):
+    if size_code == 0 or rate_code == 15 or extra > 6 or end >= len(header) or _crc(header[: end + 1], 8, 0x07):
         return None
     number = header[4] & (0x7F >> (extra + 1 if extra else 0))
     for byte in header[5:at]:
