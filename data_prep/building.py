@@ -12,13 +12,14 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_prep import card
 from data_prep.manifest import SPLITS
-from data_prep.shard_files import hash_file, index_path
+from data_prep.shard_files import BadSample, hash_file, index_path
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"
@@ -26,17 +27,18 @@ _WHOLE = "whole"  # all is written, and is being moved to its place
 _LOCK = "lock"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finished:
-    """A shard that is written."""
+    """A shard that is written, and what was left out on the way to it."""
 
     split: str
-    entry: dict[str, Any]  # of shards.json
-    index: str  # the digest of its index
-    end: int  # it ends before this row of its split
-    inputs: str  # the digest of what its rows were made from
-    skipped: list[list[str]]  # keys and reasons
-    blank_texts: int
+    entry: dict[str, Any] = field(default_factory=dict)  # of shards.json
+    index: str = ""  # the digest of its index
+    end: int = 0  # it ends before this row of its split
+    inputs: str = ""  # the digest of what its rows were made from
+    members: list[str] = field(default_factory=list)  # the suffixes in any of its samples
+    skipped: list[BadSample] = field(default_factory=list)
+    blank_texts: int = 0
 
 
 class Building:
@@ -119,7 +121,8 @@ class Building:
         for split in SPLITS:
             shutil.rmtree(self.out / split, ignore_errors=True)
         for name in (*SPLITS, *files):
-            if (self.folder / name).exists():
+            is_kept = name == card.NAME and (self.out / name).exists() and not card.is_ours(self.out / name)
+            if (self.folder / name).exists() and not is_kept:
                 (self.folder / name).replace(self.out / name)
         shutil.rmtree(self.folder)
 
@@ -133,7 +136,9 @@ def _read(path: Path) -> list[Finished]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            found.append(Finished(**json.loads(line)))
+            shard = Finished(**json.loads(line))
+            shard.skipped = [BadSample(*bad) for bad in shard.skipped]
+            found.append(shard)
         except (ValueError, TypeError):
             break  # torn by the end of its writer, or of another version
     return found
@@ -149,7 +154,8 @@ def _is_unchanged(path: Path, line: Finished) -> bool:
 
 
 def _foreign_files(folder: Path) -> list[Path]:
-    suffixes = (".tar", ".index.json", ".tmp")
-    return [
-        path for path in sorted(folder.glob("*")) if not (path.name.endswith(suffixes) or path.name == "shards.json")
-    ]
+    def is_ours(path: Path) -> bool:
+        suffixes = (".tar", ".index.json", ".tmp", "shards.json")
+        return path.name.endswith(suffixes) or (path.name == card.NAME and card.is_ours(path))
+
+    return [path for path in sorted(folder.glob("*")) if not is_ours(path)]

@@ -13,7 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.building import Building, Finished
+from data_prep.card import NAME as CARD
+from data_prep.card import field_types, write_card
 from data_prep.manifest import (
     SPLITS,
     Row,
@@ -36,7 +38,7 @@ from data_prep.manifest import (
 from data_prep.media import audio_member, image_member
 from data_prep.pool import map_in_order
 from data_prep.progress import Progress
-from data_prep.shard_files import EncodedSample, hash_file, index_path, write_card, write_shard, write_shard_list
+from data_prep.shard_files import BadSample, EncodedSample, hash_file, index_path, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
 
 log = logging.getLogger(__name__)
@@ -54,12 +56,6 @@ class ShardOptions:
     overwrite: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BadSample:
-    key: str
-    reason: str
-
-
 @dataclass(slots=True)
 class Report:
     """What was written, by split, and what was skipped."""
@@ -68,6 +64,12 @@ class Report:
     skipped: list[BadSample] = field(default_factory=list)
     blank_texts: int = 0  # of samples that have an image or audio
     kept: int = 0  # shards that an earlier run had finished
+    members: set[str] = field(default_factory=set)  # the suffixes in any sample
+
+    def add(self, line: Finished) -> None:
+        self.skipped += line.skipped
+        self.blank_texts += line.blank_texts
+        self.members.update(line.members)
 
 
 def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions) -> None:
@@ -110,8 +112,11 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
                 work = _Split(split, ordered, root, options, report, progress)
                 report.shards[split] = work.write(building, budget, len(rows))
         _write_skipped(building.folder / SKIPPED, report.skipped)
-        building.commit(SKIPPED)
-        write_card(out, report.shards)
+        columns = report.members, field_types(rows)
+        for split in report.shards:
+            write_card(building.folder / split, {split: "*.tar"}, *columns)
+        write_card(building.folder, {split: f"{split}/*.tar" for split in report.shards}, *columns)
+        building.commit(SKIPPED, CARD)
     return report
 
 
@@ -126,30 +131,34 @@ class _Split:
     report: Report  # of all splits
     progress: Progress
     end: int = 0
+    since: Finished = field(init=False)  # the shard before
+
+    def __post_init__(self) -> None:
+        self.since = Finished(self.name)
 
     def write(self, building: Building, budget: int, total: int) -> list[dict[str, Any]]:
         """The entries of ``shards.json``; shards that an earlier run has finished are kept."""
-        report, per_shard = self.report, self.options.samples_per_shard
+        per_shard, folder = self.options.samples_per_shard, building.folder / self.name
         kept = building.begin(self.name, len(self.rows), per_shard, self.inputs)
         for line in kept:
-            report.skipped += (BadSample(*bad) for bad in line.skipped)
-            report.blank_texts += line.blank_texts
+            self.report.add(line)
             self.end = line.end
-        report.kept += len(kept)
+        self.report.kept += len(kept)
         self.progress.restart(self.progress.done + self.end, self.progress.total)
-        folder, entries = building.folder / self.name, [line.entry for line in kept]
-        start, bad, blank = self.end, len(report.skipped), report.blank_texts
+        entries, start = [line.entry for line in kept], self.end
         with contextlib.closing(self._samples(budget, total)) as samples:
             for first in samples:  # taking the first one ahead means that no shard is empty
                 path = folder / f"{len(entries):05d}.tar"
                 entry = write_shard(path, itertools.chain((first,), itertools.islice(samples, per_shard - 1)))
-                skipped = [[sample.key, sample.reason] for sample in report.skipped[bad:]]
-                made_from, index = self.inputs(start, self.end), hash_file(index_path(path))
-                building.add(
-                    Finished(self.name, entry, index, self.end, made_from, skipped, report.blank_texts - blank)
-                )
+                line = dataclasses.replace(
+                    self.since, entry=entry, index=hash_file(index_path(path)), end=self.end,
+                    inputs=self.inputs(start, self.end),
+                )  # fmt: skip
+                building.add(line)
+                self.report.add(line)
                 entries.append(entry)
-                start, bad, blank = self.end, len(report.skipped), report.blank_texts
+                start, self.since = self.end, Finished(self.name)
+        self.report.add(self.since)  # bad rows behind the last shard
         write_shard_list(folder, entries)
         return entries
 
@@ -161,7 +170,7 @@ class _Split:
             digest.update(json.dumps([row_fields(row), files]).encode())
         return digest.hexdigest()
 
-    def _samples(self, budget: int, total: int) -> Iterator[EncodedSample]:
+    def _samples(self, budget: int, total: int) -> Generator[EncodedSample, None, None]:
         """The good ones in order; the others go into the report, which ends the command past ``budget``."""
         todo = self.rows[self.end :]
         chunks = [todo[start : start + _ROWS_A_TASK] for start in range(0, len(todo), _ROWS_A_TASK)]
@@ -172,12 +181,14 @@ class _Split:
                 self.end += 1
                 self.progress.advance()
                 if isinstance(sample, EncodedSample):
-                    self.report.blank_texts += bool(row.text) and "text" not in row.modalities
+                    self.since.blank_texts += bool(row.text) and "text" not in row.modalities
+                    self.since.members = sorted({*self.since.members, *sample.members})
                     yield sample
                 else:
                     log.warning("skipped %s: %s", sample.key, sample.reason)
-                    self.report.skipped.append(sample)
-                    _check_budget(self.report.skipped, budget, total)
+                    self.since.skipped.append(sample)
+                    if len(self.report.skipped) + len(self.since.skipped) > budget:
+                        raise _too_many([*self.report.skipped, *self.since.skipped], budget, total)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
@@ -209,13 +220,12 @@ def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> lis
     return [encode_row(row, root, options) for row in rows]
 
 
-def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
-    if len(skipped) > budget:
-        worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
-        raise ValueError(
-            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
-            f"{worst}{'; ...' if len(skipped) > 5 else ''}"
-        )
+def _too_many(skipped: Sequence[BadSample], budget: int, total: int) -> ValueError:
+    worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
+    return ValueError(
+        f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
+        f"{worst}{'; ...' if len(skipped) > 5 else ''}"
+    )
 
 
 @functools.cache

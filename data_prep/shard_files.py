@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -23,9 +23,6 @@ INDEX_VERSION = 1
 KIND = "wids-shard-index-v1"
 WIDS_VERSION = 1
 LIST_NAME = "shards.json"
-CARD_NAME = "README.md"
-CARD_SPLITS = {"val": "validation"}  # as Hugging Face's users expect it
-CARD_TEXT = "Shards in the format of webdataset, written by `mmmoe-data shard`.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,13 @@ class EncodedSample:
 
     key: str
     members: Mapping[str, bytes]
+
+
+class BadSample(NamedTuple):
+    """A key and why it has no sample."""
+
+    key: str
+    reason: str
 
 
 def index_path(shard: Path) -> Path:
@@ -61,20 +65,6 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
 
 def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
     write_json(folder / LIST_NAME, {"__kind__": KIND, "wids_version": WIDS_VERSION, "shardlist": entries})
-
-
-def write_card(out: Path, splits: Iterable[str]) -> None:
-    """The ``README.md`` by which Hugging Face's ``load_dataset(OUT)`` finds the tars; one that is not ours stays.
-
-    Without it the JSON files beside the tars are taken for the data, being the most.
-    """
-    path = out / CARD_NAME
-    if path.exists() and CARD_TEXT not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    lines = "".join(f"  - split: {CARD_SPLITS.get(s, s)}\n    path: {s}/*.tar\n" for s in splits)
-    path.write_text(
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{lines}---\n{CARD_TEXT}", encoding="utf-8"
-    )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

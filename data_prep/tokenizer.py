@@ -14,6 +14,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import SPLITS, Row, read_manifest
 from data_prep.progress import Progress
@@ -119,7 +120,7 @@ def nfc_rules(folds: bool) -> Iterator[str]:
             yield f"{_codes(spelling)}\t{_codes(target)}\n"
 
 
-def _rule(normalization: str, folds: bool, folder: Path) -> dict[str, str]:
+def _rule(normalization: str, folds: bool, folder: Path) -> dict[str, Any]:
     """The options of sentencepiece that choose the normalization."""
     if normalization != "nfc":
         return {"normalization_rule_name": normalization + ("_cf" if folds else "")}
@@ -134,7 +135,7 @@ def _changes(letter: str) -> bool:
 
 def _spellings(letter: str) -> set[str]:
     """The strings that are canonically equivalent to ``letter``: marks composed or apart, in any order."""
-    base, *marks = unicodedata.normalize("NFD", letter)
+    base, *marks = tuple(unicodedata.normalize("NFD", letter))
     orders = set(itertools.permutations(marks))
     found = {
         unicodedata.normalize("NFC", base + "".join(order[:some])) + "".join(order[some:])

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import Row, slug
 from data_prep.packages import fetch_debian
@@ -108,7 +109,7 @@ def rows_of(stamps: Sequence[Stamp], out: Path, source: str, languages: Sequence
     return rows
 
 
-def _rows_of_stamp(stamp: Stamp, out: Path, shared: dict[str, str], languages: Sequence[str]) -> list[Row]:
+def _rows_of_stamp(stamp: Stamp, out: Path, shared: dict[str, Any], languages: Sequence[str]) -> list[Row]:
     def row(subset: str, language: str, audio: Path | None = None, kind: str = "") -> Row:
         return Row(
             key=f"{stamp.key}-{subset}-{language}",

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import xxhash
+import yaml
 from PIL import Image
 
 from data_prep import building, shard
@@ -45,11 +47,13 @@ def test_every_sample_is_written_once_and_no_shard_is_empty(make_manifest, tmp_p
         "skipped.jsonl",
         "test/00000.index.json",
         "test/00000.tar",
+        "test/README.md",
         "test/shards.json",
         "train/00000.index.json",
         "train/00000.tar",
         "train/00001.index.json",
         "train/00001.tar",
+        "train/README.md",
         "train/shards.json",
     ]
     keys = []
@@ -200,7 +204,7 @@ def test_a_run_that_was_ended_goes_on_with_the_same_bytes(make_manifest, tmp_pat
     report = run(manifest, tmp_path / "out", options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert (report.skipped, report.shards) == (whole.skipped, whole.shards)
-    # The second row of train is bad. Its shards are of rows 1 to 4, 5 to 7 and 8 to 10, those of test of 1 to 3, 4 to 5.
+    # The second row of train is bad: its shards are of rows 1 to 4, 5 to 7, 8 to 10, those of test of 1 to 3, 4 to 5.
     assert len(calls) == {0: 15, 3: 15, 7: 8, 14: 2}[encoded]
 
 
@@ -276,6 +280,41 @@ def test_workers_end_with_a_run_that_is_killed_and_a_new_run_goes_on(tmp_path):
     report = run(tmp_path / "manifest.jsonl", tmp_path / "out", ShardOptions(8, 16, workers=1))
     assert 1 <= report.kept < 16
     assert sum(entry["nsamples"] for entry in report.shards["train"]) == 128
+
+
+def test_the_cards_tell_load_dataset_the_tars_and_the_columns(make_manifest, tmp_path):
+    """By `datasets` 5.2: ``configs`` and ``dataset_info`` of the front matter stand before any guess."""
+    manifest = make_manifest(3)
+    extras = [{"score": 1, "note": "a"}, {"score": 0.5, "note": None}, {"boxes": [1, 2], "note": 3, "no: yes": True}]
+    rows = [replace(row, extra=extra) for row, extra in zip(read_manifest(manifest), extras, strict=True)]
+    rows[2] = replace(rows[2], audio=None)
+    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    _, front, _ = (tmp_path / "out/README.md").read_text().split("---\n")
+    found = yaml.safe_load(front)
+    assert found["configs"] == [{"config_name": "default", "data_files": [
+        {"split": "train", "path": "train/*.tar"}, {"split": "test", "path": "test/*.tar"}]}]  # fmt: skip
+    columns = {column.pop("name"): column for column in found["dataset_info"]["features"]}
+    fields = {field["name"]: field["dtype"] for field in columns.pop("json")["struct"]}
+    strings = [
+        "key",
+        "language",
+        "audio_kind",
+        "label",
+        "group",
+        "split",
+        "subset",
+        "source",
+        "licence",
+        "attribution",
+    ]
+    assert fields == {**dict.fromkeys(strings, "string"), "score": "float64", "no: yes": "bool"}
+    assert columns == {"png": {"dtype": "image"}, "wav": {"dtype": "audio"}, "txt": {"dtype": "string"},
+                       "__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # fmt: skip
+    within = yaml.safe_load((tmp_path / "out/train/README.md").read_text().split("---\n")[1])
+    assert within["configs"][0]["data_files"] == [{"split": "train", "path": "*.tar"}]
+    (tmp_path / "out/README.md").write_text(f"---\n{front}---\nWhat I know of these data.\n")
+    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1, overwrite=True))
+    assert "What I know" in (tmp_path / "out/README.md").read_text()
 
 
 def test_overwrite_never_removes_files_of_others(make_manifest, tmp_path):
