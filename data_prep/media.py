@@ -53,7 +53,7 @@ def _shrunk_member(path: Path, size: int) -> Media:
 
 
 def _image_member(path: Path, size: int | None) -> Media:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     errors: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
     suffix = _suffix(path, IMAGE_SUFFIXES)
@@ -65,10 +65,6 @@ def _image_member(path: Path, size: int | None) -> Media:
                 raise ValueError(f"an image {problem}")
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{path.name} is no readable image: it begins with {data[:8]!r}; {', '.join(IMAGE_FORMATS)} are read"
-        ) from None
     except errors as error:
         raise ValueError(f"{path.name} is no readable image: {_reason(error)}") from None
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 _UNKNOWN_SIZE = 0x7FFF_F000  # from here on, sizes in a WAV are what writers to a pipe put there
 _FLAC_STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")  # a stream with its 34 bytes of STREAMINFO
 _ID3V1_BYTES = 128  # of a tag at the end of the file
-_MAX_TRIES = 10_000  # places in a damaged file that are looked at for the next frame
+_MAX_PARTS = 100_000  # chunks, pages or frames: the longest sound has half as many
+_MAX_FLAC_FRAME = 1 << 18  # bytes that are searched for the last frame, which has some 10 KiB
+_MAX_FLAC_TRIES = 1000  # of places that could be its header
+_MAX_FLAC_CHECKS = 8  # of those that are one by their own checksum
 _MP3_MISSING = 2 * 1152  # samples that a decoder may leave out at the start of a cut stream
 _MP3_RATES = (44_100, 48_000, 32_000)  # Hz, of MPEG 1; MPEG 2 and 2.5 have a half and a quarter
 _MP3_KBITS = (  # by bitrate index 1 to 14: MPEG 1, then MPEG 2 and 2.5
@@ -82,10 +85,7 @@ def with_true_length(data: bytes) -> bytes:
 
 
 def _wav(data: bytes) -> bytes:
-    at = 12
-    while at + 8 <= len(data) and data[at : at + 4] != b"data":
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8 + size + size % 2
+    at = next((at for at in _chunks(data, 12, len(data)) if data[at : at + 4] == b"data"), len(data))
     if at + 8 > len(data):
         return data  # without a chunk of samples: libsndfile says so
     said, there = int.from_bytes(data[at + 4 : at + 8], "little"), len(data) - at - 8
@@ -99,13 +99,26 @@ def _wav(data: bytes) -> bytes:
     return data
 
 
-def _only_chunks(data: bytes, at: int) -> bool:
-    """Whether chunks, an ID3v1 tag or zeros are all that there is from ``at`` on."""
+def _only_chunks(data: bytes, start: int) -> bool:
+    """Whether chunks, an ID3v1 tag or zeros are all that there is from ``start`` on."""
     end = len(data) - (_ID3V1_BYTES if data[-_ID3V1_BYTES:].startswith(b"TAG") else 0)
-    while end - at >= 8 and data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable():
+    at = start
+    for at in _chunks(data, start, end):
+        name = data[at : at + 4]
+        if not (name.isascii() and name.decode().isprintable()):
+            break
+    return at <= end + 1 and not data[at:end].strip(b"\0")
+
+
+def _chunks(data: bytes, at: int, end: int) -> Iterator[int]:
+    """Where each chunk of a WAV begins, from ``at`` on, and where the last one ends."""
+    for _ in range(_MAX_PARTS):
+        yield at
+        if end - at < 8:
+            return
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         at += 8 + size + size % 2
-    return at <= end + 1 and not data[at:end].strip(b"\0")
+    raise ValueError("sound has too many chunks")
 
 
 def _flac(data: bytes) -> bytes:
@@ -114,6 +127,8 @@ def _flac(data: bytes) -> bytes:
     fields = int.from_bytes(data[18:26], "big")
     promised = fields & (1 << 36) - 1
     found = _flac_samples(data, promised)
+    if not found:
+        raise ValueError("sound does not say how long it is, and its last FLAC frame is damaged")
     if not promised < found < 1 << 36:  # where it is less, libsndfile will not decode it
         return data
     return data[:18] + (fields - promised + found).to_bytes(8, "big") + data[26:]
@@ -123,9 +138,9 @@ def _flac_samples(data: bytes, promised: int) -> int:
     """Samples up to the end of the last frame, by its header; ``promised`` unless a checksum proves otherwise."""
     stop = len(data) - (_ID3V1_BYTES if data[-_ID3V1_BYTES:].startswith(b"TAG") else 0)
     fixed_size = int.from_bytes(data[8:10], "big")
-    at = stop
-    for _ in range(_MAX_TRIES):
-        at = max(data.rfind(b"\xff\xf8", 42, at), data.rfind(b"\xff\xf9", 42, at))
+    at, first, checks = stop, max(42, stop - _MAX_FLAC_FRAME), 0
+    for _ in range(_MAX_FLAC_TRIES):
+        at = max(data.rfind(b"\xff\xf8", first, at), data.rfind(b"\xff\xf9", first, at))
         if at < 0:
             break
         header = _flac_frame(data[at : min(at + 16, stop)])
@@ -134,6 +149,9 @@ def _flac_samples(data: bytes, promised: int) -> int:
             found = (number if data[at + 1] & 1 else number * fixed_size) + size
             if found == promised or _crc(data[at:stop], 16, 0x8005) == 0:
                 return found
+            checks += 1
+            if checks == _MAX_FLAC_CHECKS:
+                break
     return promised
 
 
@@ -173,7 +191,7 @@ def _crc(data: bytes, bits: int, polynomial: int) -> int:
 def _check_ogg(data: bytes) -> None:
     at, begun = 0, False
     pages: dict[bytes, int] = {}  # stream -> number of its latest page
-    while at >= 0:
+    for _ in range(_MAX_PARTS):
         lacing = data[at + 27 : at + 27 + data[at + 26]] if at + 27 <= len(data) else b""
         end = at + 27 + len(lacing) + sum(lacing)
         if at + 27 > len(data) or len(lacing) < data[at + 26] or end > len(data):
@@ -187,6 +205,9 @@ def _check_ogg(data: bytes) -> None:
             raise ValueError(f"sound lacks Ogg pages before byte {at}")
         pages[stream] = number
         at = data.find(b"OggS", end)
+        if at < 0:
+            return
+    raise ValueError("sound has too many Ogg pages")
 
 
 def _mp3(data: bytes) -> bytes:
@@ -212,8 +233,10 @@ def _mp3(data: bytes) -> bytes:
 
 def _mp3_frames(data: bytes) -> Iterator[int]:
     """Where each whole frame begins; bytes between frames are passed over, as decoders do."""
-    at, first, tries = 0, b"", 0
-    while at + 4 <= len(data):
+    at, first = 0, b""
+    for _ in range(_MAX_PARTS):
+        if at + 4 > len(data):
+            return
         length = _mp3_length(data[at : at + 4], first)
         after = at + length
         follows = after >= len(data) - 3 or _mp3_length(data[after : after + 4], first or data[at : at + 4])
@@ -221,13 +244,11 @@ def _mp3_frames(data: bytes) -> Iterator[int]:
             first = first or data[at : at + 4]
             yield at
             at = after
-            continue
-        tries += 1
-        at = data.find(b"\xff", at + 1)
-        if at < 0:
-            return
-        if tries > _MAX_TRIES:
-            raise ValueError("sound cannot be decoded as an MP3: too much that is no frame stands between its frames")
+        else:
+            at = data.find(b"\xff", at + 1)
+            if at < 0:
+                return
+    raise ValueError("sound has too many MP3 frames, or too much that is none between them")
 
 
 def _mp3_length(header: bytes, like: bytes = b"") -> int:
