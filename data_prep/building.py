@@ -69,6 +69,8 @@ class Building:
         except BlockingIOError:
             self._lock.close()
             raise ValueError(f"another `mmmoe-data shard` is writing to {self.out}; wait for it or end it") from None
+        except OSError:  # a file system without locks
+            pass
         self._finished = _read(self.folder / _FINISHED)
         if (self.folder / _WHOLE).exists():  # a run was ended while it moved splits to their places: take them back
             for split in {line.split for line in self._finished}:

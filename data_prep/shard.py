@@ -144,7 +144,8 @@ class _Split:
             self.report.add(line)
             self.end = line.end
         self.report.kept += len(kept)
-        self.progress.restart(self.progress.done + self.end, self.progress.total)
+        if kept:
+            self.progress.restart(self.progress.done + self.end, self.progress.total)
         entries, start = [line.entry for line in kept], self.end
         with contextlib.closing(self._samples(budget, total)) as samples:
             for first in samples:  # taking the first one ahead means that no shard is empty
@@ -195,7 +196,8 @@ def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | B
     """The members of a row's sample; the one place where a broken file is set aside."""
     if not row.modalities:
         others = f" (its other fields: {', '.join(row.extra)})" if row.extra else ""
-        return BadSample(row.key, f"no image, audio or text{' but a blank one' if row.text else ''}{others}")
+        what = "a blank text and no image or audio" if row.text else "no image, audio or text"
+        return BadSample(row.key, f"it has {what}{others}")
     members: dict[str, bytes] = {}
     try:
         if row.image:

@@ -136,7 +136,7 @@ def test_a_row_without_content_is_skipped_and_a_blank_text_left_out(make_manifes
     report = shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1, max_bad_fraction=0.5))
     assert sorted(bad.key for bad in report.skipped) == ["blank", "nothing"] and report.blank_texts == 1
     lines = (tmp_path / "out/skipped.jsonl").read_text()
-    assert "no image, audio or text but a blank one" in lines and "(its other fields: img)" in lines
+    assert "it has a blank text and no image or audio" in lines and "(its other fields: img)" in lines
     index = json.loads((tmp_path / "out/train/00000.index.json").read_text())
     assert {sample["key"]: list(sample["members"]) for sample in index["samples"]} == {
         "row-0": ["png", "wav", "txt", "json"], "row-1": ["png", "wav", "txt", "json"], "picture": ["png", "json"]
