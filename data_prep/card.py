@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from data_prep.manifest import Row, sample_fields
 from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
@@ -41,22 +40,18 @@ def is_ours(path: Path) -> bool:
 
 def field_types(rows: Iterable[Row]) -> dict[str, str]:
     """Of the fields of KEY.json whose values are numbers, texts or truth values of one type in all rows."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[type]] = {}
     for row in rows:
-        for name, value in sample_fields(row).items():
-            found.setdefault(name, set()).add("" if value is None else _type(value))
-    plain = {name: types - {""} for name, types in found.items()}
-    return {name: _widest(types) for name, types in plain.items() if types and _widest(types)}
+        for name, value in row.extra.items():
+            if value is not None:
+                found.setdefault(name, set()).add(type(value))
+    single = {name: float if types == {int, float} else types.pop() for name, types in found.items() if _agree(types)}
+    extra = {name: _TYPES[kind] for name, kind in single.items() if kind in _TYPES}
+    return {**dict.fromkeys(sample_fields(Row("")), "string"), **extra}
 
 
-def _type(value: Any) -> str:
-    return _TYPES.get(type(value), "nested")
-
-
-def _widest(types: set[str]) -> str:
-    if types == {"int64", "float64"}:
-        return "float64"
-    return next(iter(types)) if len(types) == 1 and "nested" not in types else ""
+def _agree(types: set[type]) -> bool:
+    return len(types) == 1 or types == {int, float}
 
 
 def _dtype(member: str) -> str:

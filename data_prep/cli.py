@@ -57,7 +57,7 @@ def shard(
     max_bad_fraction: Annotated[float, typer.Option(help="Broken samples past this share end the command.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
 ) -> None:
-    """Write a manifest's samples as shards with indices."""
+    """Write a manifest's samples as shards with indices; a run that was ended goes on when it is called again."""
     from data_prep import shard as work
 
     options = work.ShardOptions(samples_per_shard, image_size, audio_rate, workers, max_bad_fraction, overwrite)
@@ -120,9 +120,19 @@ def build_mini(
     work.run(work_dir, out)
 
 
+class _Stderr:
+    """What stderr is now: while a bar of progress is shown, it prints above the bar."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, stream=_Stderr(), format="%(levelname)s %(message)s")
     try:
         app()
     except (ValueError, OSError) as error:

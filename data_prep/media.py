@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.limits import (
     DECODER_ERRORS,
     IMAGE_FORMATS,
@@ -20,7 +21,6 @@ from mmmoe_pretrain.limits import (
     image_problem,
     image_scans,
 )
-from mmmoe_pretrain.sound import open_sound, read_mono
 from mmmoe_pretrain.untrusted import read_bytes
 
 if TYPE_CHECKING:
@@ -76,22 +76,22 @@ def audio_member(path: Path, rate: int | None) -> Media:
     suffix = _suffix(path, AUDIO_SUFFIXES)
     data = _read(path)
     try:
-        with open_sound(data) as file:
+        with open_audio(data) as file:
             mono = read_mono(file)
             if not np.isfinite(mono).all():
                 raise ValueError("it holds NaN or infinite samples")
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
     except DECODER_ERRORS as error:
-        raise ValueError(f"{path.name} is no readable sound: {_reason(error)}") from None
+        raise ValueError(f"{path.name} is no readable audio: {_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:
     """Length of an encoded sound within the limits."""
     try:
-        with open_sound(data) as file:
+        with open_audio(data) as file:
             return float(file.frames / file.samplerate)
     except DECODER_ERRORS as error:
-        raise ValueError(f"no readable sound: {_reason(error)}") from None
+        raise ValueError(f"no readable audio: {_reason(error)}") from None
 
 
 def _shrunk_png(image: Image.Image, size: int) -> bytes:

@@ -18,10 +18,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.config import AudioConfig
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
-from mmmoe_pretrain.sound import open_sound, read_mono
 
 FMIN = 30.0  # Hz
 FLOOR_DECADES = 7.0  # below the clip's loudest band everything counts as silence
@@ -104,11 +104,11 @@ def _mel(hertz: float) -> float:
 def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     """Mono float32 and its rate; of a longer clip no more than can be needed."""
     try:
-        with open_sound(data) as file:
+        with open_audio(data) as file:
             # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
             return read_mono(file, int(2 * max_seconds * file.samplerate)), file.samplerate
     except ValueError as error:
-        raise BadSampleError(str(error).replace("sound", "audio", 1)) from None
+        raise BadSampleError(str(error)) from None
 
 
 def _trim(wave: np.ndarray, rate: int) -> np.ndarray:

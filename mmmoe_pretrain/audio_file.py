@@ -1,9 +1,9 @@
-"""Encoded sounds -> samples: all that are in the file, or a ValueError.
+"""Encoded audio -> samples: all that are in the file, or a ValueError.
 
 libsndfile believes what a header says of the length and stops there without a word: an MP3 of variable bit rate
 without its index (the Xing frame) ends after an estimate, a WAV or FLAC with too small a count ends early, and of
 Ogg streams one after another only the first is read. Here the length is taken from the content before a decoder
-sees it: a header is corrected where the whole sound can then be read, and the sound is refused where it cannot.
+sees it: a header is corrected where the whole clip can then be read, and the clip is refused where it cannot.
 
 Formats: RIFF WAVE (Microsoft, 1991), FLAC (RFC 9639), Ogg (RFC 3533), MPEG audio layer III (ISO 11172-3, 13818-3).
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _UNKNOWN_SIZE = 0x7FFF_F000  # from here on, sizes in a WAV are what writers to a pipe put there
 _FLAC_STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")  # a stream with its 34 bytes of STREAMINFO
 _ID3V1_BYTES = 128  # of a tag at the end of the file
-_MAX_PARTS = 100_000  # chunks, pages or frames: the longest sound has half as many
+_MAX_PARTS = 100_000  # chunks, pages or frames: the longest clip has half as many
 _MAX_FLAC_FRAME = 1 << 18  # bytes that are searched for the last frame, which has some 10 KiB
 _MAX_FLAC_TRIES = 1000  # of places that could be its header
 _MAX_FLAC_CHECKS = 8  # of those that are one by their own checksum
@@ -37,8 +37,8 @@ _MP3_KBITS = (  # by bitrate index 1 to 14: MPEG 1, then MPEG 2 and 2.5
 )
 
 
-def open_sound(data: bytes) -> soundfile.SoundFile:
-    """The sound in ``data``, within the limits, with its true length in ``frames``."""
+def open_audio(data: bytes) -> soundfile.SoundFile:
+    """The clip in ``data``, within the limits, with its true length in ``frames``."""
     import soundfile
 
     problem = sound_start_problem(data)
@@ -47,10 +47,10 @@ def open_sound(data: bytes) -> soundfile.SoundFile:
         try:
             file = soundfile.SoundFile(io.BytesIO(whole))
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"sound cannot be decoded: {error.error_string}") from None
+            raise ValueError(f"audio cannot be decoded: {error.error_string}") from None
         problem = sound_problem(file.samplerate, file.channels, file.frames)
     if problem:
-        raise ValueError(f"sound {problem}")
+        raise ValueError(f"audio {problem}")
     return file
 
 
@@ -62,14 +62,14 @@ def read_mono(file: soundfile.SoundFile, most: int | None = None) -> NDArray[np.
     try:
         wave = file.read(wanted, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"sound cannot be decoded: {error.error_string}") from None
+        raise ValueError(f"audio cannot be decoded: {error.error_string}") from None
     if not len(wave) or len(wave) < wanted - (_MP3_MISSING if file.format == "MP3" else 0):
-        raise ValueError(f"sound ends after {len(wave)} of the {file.frames} samples that its header promises")
+        raise ValueError(f"audio ends after {len(wave)} of the {file.frames} samples that its header promises")
     return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
 
 
 def with_true_length(data: bytes) -> bytes:
-    """``data`` with a header that says how long the sound is, and without an ID3 tag before it."""
+    """``data`` with a header that says how long the clip is, and without an ID3 tag before it."""
     if data.startswith(b"ID3"):
         data = data[
             10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True)) :
@@ -93,9 +93,9 @@ def _wav(data: bytes) -> bytes:
     if said >= _UNKNOWN_SIZE or (said == 0 and not _only_chunks(data, end)):
         return data[: at + 4] + min(there, _UNKNOWN_SIZE - 1).to_bytes(4, "little") + data[at + 8 :]
     if said > there:
-        raise ValueError(f"sound ends after {there} of the {said} bytes that its header promises")
+        raise ValueError(f"audio ends after {there} of the {said} bytes that its header promises")
     if not (_only_chunks(data, end) or _only_chunks(data, end + said % 2)):
-        raise ValueError(f"sound has {there} bytes, and its header promises {said}")
+        raise ValueError(f"audio has {there} bytes, and its header promises {said}")
     return data
 
 
@@ -118,17 +118,17 @@ def _chunks(data: bytes, at: int, end: int) -> Iterator[int]:
             return
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         at += 8 + size + size % 2
-    raise ValueError("sound has too many chunks")
+    raise ValueError("audio has too many chunks")
 
 
 def _flac(data: bytes) -> bytes:
     if max(data.find(start, 4) for start in _FLAC_STARTS) > 0:
-        raise ValueError("sound holds several FLAC streams one after another; decode and join them first")
+        raise ValueError("audio holds several FLAC streams one after another; decode and join them first")
     fields = int.from_bytes(data[18:26], "big")
     promised = fields & (1 << 36) - 1
     found = _flac_samples(data, promised)
     if not found:
-        raise ValueError("sound does not say how long it is, and its last FLAC frame is damaged")
+        raise ValueError("audio does not say how long it is, and its last FLAC frame is damaged")
     if not promised < found < 1 << 36:  # where it is less, libsndfile will not decode it
         return data
     return data[:18] + (fields - promised + found).to_bytes(8, "big") + data[26:]
@@ -195,19 +195,19 @@ def _check_ogg(data: bytes) -> None:
         lacing = data[at + 27 : at + 27 + data[at + 26]] if at + 27 <= len(data) else b""
         end = at + 27 + len(lacing) + sum(lacing)
         if at + 27 > len(data) or len(lacing) < data[at + 26] or end > len(data):
-            raise ValueError(f"sound ends inside of an Ogg page, at byte {len(data)}: it is truncated")
+            raise ValueError(f"audio ends inside of an Ogg page, at byte {len(data)}: it is truncated")
         starts = bool(data[at + 5] & 2)
         if starts and begun:
-            raise ValueError("sound holds several Ogg streams one after another; decode and join them first")
+            raise ValueError("audio holds several Ogg streams one after another; decode and join them first")
         begun = not starts
         stream, number = data[at + 14 : at + 18], int.from_bytes(data[at + 18 : at + 22], "little")
         if number != pages.get(stream, number - 1) + 1:
-            raise ValueError(f"sound lacks Ogg pages before byte {at}")
+            raise ValueError(f"audio lacks Ogg pages before byte {at}")
         pages[stream] = number
         at = data.find(b"OggS", end)
         if at < 0:
             return
-    raise ValueError("sound has too many Ogg pages")
+    raise ValueError("audio has too many Ogg pages")
 
 
 def _mp3(data: bytes) -> bytes:
@@ -221,7 +221,7 @@ def _mp3(data: bytes) -> bytes:
     if index is not None and abs(index - frames) <= 1:
         return data
     if index is not None and index > frames:
-        raise ValueError(f"sound ends after {frames} of the {index} MP3 frames that its header promises")
+        raise ValueError(f"audio ends after {frames} of the {index} MP3 frames that its header promises")
     start = places[len(places) - frames] if frames else len(data)
     is_v1 = bool(first[1] & 8)
     # 64 kbit/s, without a checksum: room enough for the index at every sample rate.
@@ -248,7 +248,7 @@ def _mp3_frames(data: bytes) -> Iterator[int]:
             at = data.find(b"\xff", at + 1)
             if at < 0:
                 return
-    raise ValueError("sound has too many MP3 frames, or too much that is none between them")
+    raise ValueError("audio has too many MP3 frames, or too much that is none between them")
 
 
 def _mp3_length(header: bytes, like: bytes = b"") -> int:

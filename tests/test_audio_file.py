@@ -1,4 +1,4 @@
-"""Sounds whose headers are wrong, missing or right about their length: all of it is read, or none."""
+"""Audio files whose headers are wrong, missing or right about the length: all of it is read, or none."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.config import AudioConfig
 from mmmoe_pretrain.modalities import AudioCodec
-from mmmoe_pretrain.sound import open_sound, read_mono
 
 RATE = 16_000
 
@@ -30,7 +30,7 @@ def encoded(kind: str, seconds: float = 1, rate: int = RATE, channels: int = 1, 
 
 
 def read(data: bytes) -> np.ndarray:
-    with open_sound(data) as file:
+    with open_audio(data) as file:
         return read_mono(file)
 
 
@@ -88,7 +88,7 @@ def test_mp3s_one_after_another_are_read_and_a_cut_one_is_refused() -> None:
 
 
 def wav(said: int, riff: int | None = None, after: bytes = b"") -> bytes:
-    """A second of 16-bit samples at 16 kHz (44 bytes of header, 32,000 of sound), and what its header says of it."""
+    """A second of 16-bit samples at 16 kHz (44 bytes of header, 32,000 of samples) and what its header says."""
     data = bytearray(encoded("WAV", subtype="PCM_16"))
     assert data[36:44] == b"data" + struct.pack("<I", 32_000) and len(data) == 32_044
     data[40:44] = struct.pack("<I", said)
@@ -167,7 +167,7 @@ def test_ogg_streams_that_libsndfile_would_cut_short_are_refused(subtype: str) -
     data = encoded("OGG", 6, subtype=subtype)
     assert len(read(data)) == 6 * RATE
     pages = [at for at in range(len(data)) if data[at : at + 4] == b"OggS"]
-    assert len(pages) > 3  # two of headers, two of sound
+    assert len(pages) > 3  # two of headers, two of audio
     for bad, complaint in (
         (data + data, "several Ogg streams"),
         (data[: pages[-2]] + data[pages[-1] :], "lacks Ogg pages"),
