@@ -10,7 +10,6 @@ import numpy as np
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import EXTENSION_MODALITY
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
-from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Codecs
 
 MAX_TEXTS = 10_000
@@ -38,5 +37,4 @@ def _caption(raw: RawSample) -> str:
     modalities = {EXTENSION_MODALITY.get(extension) for extension in raw.members}
     if not modalities & {"image", "audio"}:
         return ""
-    text = raw.members.get("txt", b"").decode("utf-8", errors="ignore").strip()
-    return text if has_text(text) else ""
+    return raw.members.get("txt", b"").decode("utf-8", errors="ignore").strip()
