@@ -144,6 +144,7 @@ class _Split:
             self.report.add(line)
             self.end = line.end
         self.report.kept += len(kept)
+        _check_budget(self.report.skipped, budget, total)
         if kept:
             self.progress.restart(self.progress.done + self.end, self.progress.total)
         entries, start = [line.entry for line in kept], self.end
@@ -189,7 +190,7 @@ class _Split:
                     log.warning("skipped %s: %s", sample.key, sample.reason)
                     self.since.skipped.append(sample)
                     if len(self.report.skipped) + len(self.since.skipped) > budget:
-                        raise _too_many([*self.report.skipped, *self.since.skipped], budget, total)
+                        _check_budget([*self.report.skipped, *self.since.skipped], budget, total)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
@@ -222,12 +223,13 @@ def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> lis
     return [encode_row(row, root, options) for row in rows]
 
 
-def _too_many(skipped: Sequence[BadSample], budget: int, total: int) -> ValueError:
-    worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
-    return ValueError(
-        f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
-        f"{worst}{'; ...' if len(skipped) > 5 else ''}"
-    )
+def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
+    if len(skipped) > budget:
+        worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
+        raise ValueError(
+            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
+            f"{worst}{'; ...' if len(skipped) > 5 else ''}"
+        )
 
 
 @functools.cache

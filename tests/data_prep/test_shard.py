@@ -229,14 +229,18 @@ def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
     ended()
     after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
     assert [name for name in sorted(after) if after[name] != before[name]] == ["00002.tar", "00003.tar"]
-    first = read_manifest(manifest)[0]
     Image.new("RGB", (40, 20), "green").save(manifest.parent / "square.png")  # is in all samples
     assert ended() == 6
     assert ended(ShardOptions(5, 16, 4000, workers=1)) == 3
+    (manifest.parent / "0.wav").unlink()
+    assert ended(ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
+    with pytest.raises(ValueError, match="1 of 15 samples are broken"):
+        run(manifest, out)  # what was skipped counts, too
+    soundfile.write(manifest.parent / "0.wav", np.zeros(800), 8000)
     monkeypatch.setattr(building.Building, "commit", commit)
     run(manifest, out)
     run(manifest, tmp_path / "whole")
-    assert first.key and contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_run_that_was_ended_while_it_moved_shards_goes_on(make_manifest, tmp_path, monkeypatch):
