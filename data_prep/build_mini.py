@@ -12,13 +12,13 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.corpora import asterisk, emoji
 from data_prep.corpora.asterisk import Prompt
 from data_prep.corpora.emoji import STYLES, Emoji, Style
-from data_prep.manifest import Row, row_problem
+from data_prep.manifest import Row, row_fields, row_problem
 from data_prep.media import audio_seconds
 from data_prep.splits import group_items, normalise_text, split_of
 
@@ -136,7 +136,7 @@ def write_archive(path: Path, rows: Sequence[Row], files: Mapping[str, bytes]) -
     for row in rows:
         assert row_problem(row) is None, (row, row_problem(row))
     manifest = "".join(
-        json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda r: r.key)
+        json.dumps(row_fields(row), ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda r: r.key)
     )
     content = {
         "manifest.jsonl": manifest.encode(),

@@ -61,7 +61,7 @@ def shard(
     max_bad_fraction: Annotated[float, typer.Option(help="Broken samples past this share end the command.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
 ) -> None:
-    """Write a manifest's samples as shards with indices."""
+    """Write a manifest's samples as shards with indices; a run that was ended goes on when it is called again."""
     from data_prep import shard as work
 
     options = work.ShardOptions(samples_per_shard, image_size, audio_rate, workers, max_bad_fraction, overwrite)
@@ -75,12 +75,21 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Pieces, the 4 control and 256 byte pieces included.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
-    casefold: Annotated[bool, typer.Option(help="Fold case (nmt_nfkc_cf) or keep it (nmt_nfkc).")] = True,
+    casefold: Annotated[
+        bool | None, typer.Option(help="Fold case or keep it; folded by default, except under identity.")
+    ] = None,
+    normalization: Annotated[
+        str,
+        typer.Option(
+            help="nfkc: compatible characters are one. nfc: equivalent spellings alone are one. identity: none. "
+            "nmt_nfkc: nfkc with control and zero-width characters as spaces, which breaks Persian and Indic words."
+        ),
+    ] = "nfkc",
 ) -> None:
     """Train a sentencepiece model on the texts of a split."""
     from data_prep import tokenizer as work
 
-    work.run(manifests, out, vocab_size, model_type, split, casefold)
+    work.run(manifests, out, vocab_size, model_type, split, casefold, normalization)
 
 
 @app.command()
@@ -117,9 +126,19 @@ def build_mini(
     work.run(work_dir, out)
 
 
+class _Stderr:
+    """What stderr is now: while a bar of progress is shown, it prints above the bar."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, stream=_Stderr(), format="%(levelname)s %(message)s")
     try:
         app()
     except (ValueError, OSError) as error:

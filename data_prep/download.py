@@ -10,19 +10,10 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from data_prep.progress import Progress
 
 CHUNK = 1 << 18
 TIMEOUT_SECONDS = 60.0
@@ -51,14 +42,8 @@ def download(remote: Remote, folder: Path, *, backoff_seconds: float = 1.0) -> P
         return target
     folder.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    with _progress() as progress:
-        task = progress.add_task(remote.name, total=remote.size)
-        _fetch_with_retries(
-            remote,
-            part,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            backoff_seconds,
-        )
+    with Progress(remote.name, remote.size, "MB", scale=10**6) as progress:
+        _fetch_with_retries(remote, part, progress, backoff_seconds)
     found = file_digest(part, remote.algorithm)
     if found != remote.digest:
         part.unlink()
@@ -75,15 +60,13 @@ def file_digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _fetch_with_retries(
-    remote: Remote, part: Path, report: Callable[[int, int | None], None], backoff: float
-) -> None:
+def _fetch_with_retries(remote: Remote, part: Path, progress: Progress, backoff: float) -> None:
     reason: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(backoff * 2 ** (attempt - 1))
         try:
-            _fetch_rest(remote, part, report)
+            _fetch_rest(remote, part, progress)
             return
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 416, 429):
@@ -98,7 +81,7 @@ def _fetch_with_retries(
     )
 
 
-def _fetch_rest(remote: Remote, part: Path, report: Callable[[int, int | None], None]) -> None:
+def _fetch_rest(remote: Remote, part: Path, progress: Progress) -> None:
     done = part.stat().st_size if part.exists() else 0
     if remote.size is not None and done == remote.size:
         return
@@ -117,21 +100,11 @@ def _fetch_rest(remote: Remote, part: Path, report: Callable[[int, int | None], 
         done = done if resumed else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else remote.size
+        progress.restart(done, total)
         with part.open("ab" if resumed else "wb") as file:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 done += len(chunk)
-                report(done, total)
+                progress.advance(len(chunk))
     if total is not None and done < total:
         raise ConnectionError(f"the connection broke off at {done} of {total} bytes")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

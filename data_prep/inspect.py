@@ -14,6 +14,7 @@ from rich.table import Table
 
 from data_prep.manifest import SPLITS, manifest_path, read_manifest
 from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, audio_seconds
+from data_prep.progress import track
 from data_prep.verify import split_folders
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES, MAX_META_BYTES
@@ -66,7 +67,8 @@ def measure(path: Path) -> dict[Kind, Measure]:
 
 def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
     root = manifest_path(path).parent
-    for row in read_manifest(path):
+    rows = read_manifest(path)
+    for row in track(rows, "reading the files", len(rows), "rows"):
         seconds, size = 0.0, len((row.text or "").encode())
         if row.image and (root / row.image).is_file():
             size += (root / row.image).stat().st_size
@@ -79,7 +81,7 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
 def _of_shards(path: Path) -> Iterator[tuple[Kind, Measure]]:
     for folder in split_folders(path):
         shards = ShardFolder(folder)
-        for i in range(len(shards)):
+        for i in track(range(len(shards)), f"reading {folder.name}", len(shards), "samples"):
             sample = shards.read(i)
             yield _of_sample(sample.members, folder.name, f"sample {sample.key} in {folder}")
 

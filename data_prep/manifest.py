@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_META_BYTES, MAX_NAME_BYTES
+from data_prep.progress import Progress
+from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_META_BYTES, MAX_NAME_BYTES, has_text
 from mmmoe_pretrain.untrusted import brief, parse_json
 
 SPLITS = ("train", "val", "test")
 AUDIO_KINDS = ("", "speech", "effect")
-_KEY = re.compile(r"[0-9a-z_-]+")
+# Other names of a field, which count where the field itself is absent or empty; and of a split.
+FIELD_ALIASES = {
+    "__key__": "key",
+    "id": "key",
+    "caption": "text",
+    "transcript": "text",
+    "lang": "language",
+    "class": "label",
+    "license": "licence",
+}
+SPLIT_ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+_CONTENT = ("image", "audio", "text")
+_SHOWN = 20  # problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,52 +53,103 @@ class Row:
     source: str = ""
     licence: str = ""
     attribution: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of other names
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(name for name in ("image", "audio", "text") if getattr(self, name))
+        found = {"image": bool(self.image), "audio": bool(self.audio), "text": has_text(self.text or "")}
+        return tuple(name for name in _CONTENT if found[name])
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+FIELDS = tuple(field.name for field in dataclasses.fields(Row) if field.name != "extra")
 
 
-def sample_fields(row: Row) -> dict[str, str]:
+def row_fields(row: Row) -> dict[str, Any]:
+    """A row as a line of a manifest holds it."""
+    return {**{name: getattr(row, name) for name in FIELDS}, "key": urllib.parse.unquote(row.key), **row.extra}
+
+
+def sample_fields(row: Row) -> dict[str, Any]:
     """What ``KEY.json`` holds: the row without its paths and its text."""
-    return {name: getattr(row, name) for name in FIELDS if name not in ("image", "audio", "text")}
+    return {**{name: getattr(row, name) for name in FIELDS if name not in _CONTENT}, **row.extra}
+
+
+def sample_key(name: str) -> str:
+    """``name`` in the alphabet of keys, ``[0-9A-Za-z_-]`` and %XX; ``urllib.parse.unquote`` gives it back.
+
+    A dot would end the key, and a slash make a folder, where members of a tar are named by it.
+    """
+    return urllib.parse.quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
 
 
 def slug(text: str) -> str:
-    """``text`` in the alphabet of keys: ``[0-9a-z_-]``."""
+    """``text`` in ``[0-9a-z_-]``, for keys that are made here."""
     return re.sub(r"[^0-9a-z_]+", "-", text.lower()).strip("-")
 
 
 def write_manifest(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows at once, under a temporary name until they are whole."""
-    _check_unique(rows, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
+    seen: set[str] = set()
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
-            problem = row_problem(row)
+            problem = "occurs twice; keys are unique over a manifest" if row.key in seen else row_problem(row)
             if problem:
-                raise ValueError(f"row {row.key!r}: {problem}")
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+                raise ValueError(f"{path}, key {row.key!r} {problem}")
+            seen.add(row.key)
+            file.write(json.dumps(row_fields(row), ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
 def read_manifest(path: Path) -> list[Row]:
-    """The rows of a manifest file, or of the ``manifest.jsonl`` of a folder."""
+    """The rows of a manifest file, or of the ``manifest.jsonl`` of a folder; or one ValueError with all problems."""
     path = manifest_path(path)
-    rows = []
-    with path.open("rb") as file:
-        lines = iter(lambda: file.readline(MAX_META_BYTES + 1), b"")
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse(line, f"{path} line {number}"))
+    rows: list[Row] = []
+    problems = _Problems()
+    line_of: dict[str, int] = {}
+    with (
+        Progress(f"reading {path.name}", path.stat().st_size, "MB", scale=10**6) as progress,
+        path.open("rb") as file,
+    ):
+        for number, line in _lines(file):
+            progress.advance(len(line))
+            try:
+                row = _parse(line)
+            except ValueError as error:
+                problems.add(f"line {number}: {error}")
+                continue
+            found = list(_faults(row))
+            if line_of.setdefault(row.key, number) != number:
+                found.append(f"it stands in line {line_of[row.key]}, too, and keys are unique over a manifest")
+            for problem in found:
+                problems.add(f"line {number}, key {brief(urllib.parse.unquote(row.key))}: {problem}")
+            rows.append(row)
+    problems.refuse(path)
     if not rows:
         raise ValueError(f"{path} has no rows")
-    _check_unique(rows, str(path))
     return rows
+
+
+@dataclass(slots=True)
+class _Problems:
+    """How many there are, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if len(self.first) < _SHOWN:
+            self.first.append(problem)
+
+    def refuse(self, path: Path) -> None:
+        """One ValueError with all of them, where there are any."""
+        if self.count == 1:
+            raise ValueError(f"{path} {self.first[0]}")
+        if self.count:
+            more = [f"... and {self.count - _SHOWN:,} more"] if self.count > _SHOWN else []
+            raise ValueError("\n  ".join([f"{path} has {self.count:,} problems:", *self.first, *more]))
 
 
 def manifest_path(path: Path) -> Path:
@@ -94,60 +161,110 @@ def manifest_path(path: Path) -> Path:
 
 def filter_rows(rows: Iterable[Row], filters: Sequence[str]) -> list[Row]:
     """Rows that match every ``field=value``; values of one field are alternatives."""
+    rows = list(rows)
+    known = {*FIELDS, *(name for row in rows for name in row.extra)}
     wanted: dict[str, set[str]] = {}
     for item in filters:
         name, separator, value = item.partition("=")
-        if not separator or name not in FIELDS:
-            raise ValueError(f"filter {item!r} is not field=value with a field of {', '.join(FIELDS)}")
+        name = name if name in known else FIELD_ALIASES.get(name, name)
+        if not separator or name not in known:
+            raise ValueError(f"filter {item!r} is not field=value with a field of {', '.join(sorted(known))}")
         wanted.setdefault(name, set()).add(value)
-    return [row for row in rows if all((getattr(row, name) or "") in values for name, values in wanted.items())]
+
+    def value_of(row: Row, name: str) -> str:
+        value = getattr(row, name) if name in FIELDS else row.extra.get(name)
+        return "" if value is None else str(value)
+
+    return [row for row in rows if all(value_of(row, name) in values for name, values in wanted.items())]
+
+
+def files_outside(rows: Iterable[Row], root: Path) -> list[str]:
+    """The files that rows name and that do not lie below ``root``, the manifest's folder."""
+    base = os.path.abspath(root)
+    named = dict.fromkeys(name for row in rows for name in (row.image, row.audio) if name)
+    return [name for name in named if not os.path.abspath(root / name).startswith(base + os.sep)]
 
 
 def row_problem(row: Row) -> str | None:
-    """Why a row breaks the format, or None."""
-    if not _KEY.fullmatch(row.key) or len(row.key) > MAX_KEY_BYTES:
-        return f"key must consist of at most {MAX_KEY_BYTES} of 0-9, a-z, _ and -"
-    if any("\ud800" <= letter <= "\udfff" for name in FIELDS for letter in getattr(row, name) or ""):
-        return "a text holds half of a character (a lone surrogate)"
+    """Why a row cannot be written, as the rest of a sentence, or None."""
     if not row.modalities:
-        return "no image, audio or text"
+        return "has no image, audio or text"
+    if sample_key(urllib.parse.unquote(row.key)) != row.key:
+        return "must consist of 0-9, A-Z, a-z, _ and -, and of %XX for the rest"
+    fault = next(_faults(row), None)
+    return fault and f"has a fault: {fault}"
+
+
+def _faults(row: Row) -> Iterator[str]:
+    if not row.key or len(row.key) > MAX_KEY_BYTES:
+        yield f"key has {len(row.key)} bytes with the rest as %XX, and may have 1 to {MAX_KEY_BYTES}"
+    if any("\ud800" <= letter <= "\udfff" for name in FIELDS for letter in getattr(row, name) or ""):
+        yield "a text holds half of a character (a lone surrogate)"
     if row.split not in SPLITS:
-        return f"split {brief(row.split)} is not one of {', '.join(SPLITS)}"
+        yield f"split {brief(row.split)} is not one of {', '.join(SPLITS)} (or {', '.join(SPLIT_ALIASES)})"
     if row.audio_kind not in AUDIO_KINDS:
-        return f"audio_kind {brief(row.audio_kind)} is not speech, effect or empty"
+        yield f"audio_kind {brief(row.audio_kind)} is not speech, effect or empty"
     for name in (row.image, row.audio):
-        if name and (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name):
-            return f"path {brief(name)} leaves the manifest's folder"
-        if name and (len(name.encode()) > MAX_NAME_BYTES or any(len(p.encode()) > 255 for p in Path(name).parts)):
-            return f"path {brief(name)} is longer than file systems have it"
-    return None
+        if name and "\0" in name:
+            yield f"path {brief(name)} holds a NUL"
+        elif name and (_bytes(name) > MAX_NAME_BYTES or any(_bytes(part) > 255 for part in Path(name).parts)):
+            yield f"path {brief(name)} is longer than file systems have it"
 
 
-def _parse(line: bytes, where: str) -> Row:
-    values = parse_json(line, where, MAX_META_BYTES)
-    if not isinstance(values, dict) or "key" not in values:
-        raise ValueError(f"{where} is not an object with a key")
-    unknown = sorted(set(values) - set(FIELDS))
-    if unknown:
-        raise ValueError(f"{where}: unknown field {', '.join(map(_shown, unknown))}; known: {', '.join(FIELDS)}")
-    wrong = [name for name, value in values.items() if not isinstance(value, str | None)]
-    if wrong:
-        raise ValueError(f"{where}: {', '.join(wrong)} must be a string or null")
-    optional = ("image", "audio", "text")
-    row = Row(**{name: value if name in optional else value or "" for name, value in values.items()})
-    problem = row_problem(row)
-    if problem:
-        raise ValueError(f"{where}, key {brief(row.key)}: {problem}")
-    return row
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, by number; of one that is too long, no more than shows it."""
+    number = 0
+    while line := file.readline(MAX_META_BYTES + 1):
+        number += 1
+        rest = line
+        while len(rest) > MAX_META_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_META_BYTES + 1)
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # Windows' editors begin UTF-8 files so
+        if line.strip():
+            yield number, line
+
+
+def _parse(line: bytes) -> Row:
+    values = parse_json(line, "it", MAX_META_BYTES)
+    if not isinstance(values, dict):
+        raise ValueError(f"it is {type(values).__name__}, no object")
+    for alias, name in FIELD_ALIASES.items():
+        if alias in values and not has_text(str(values.get(name) or "")):
+            values[name] = values.pop(alias)
+    if "key" not in values:
+        raise ValueError(f"it has no key (its fields: {', '.join(map(_shown, values)) or 'none'})")
+    extra = {name: value for name, value in values.items() if name not in FIELDS}
+    try:
+        json.dumps(extra, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise ValueError("a field holds NaN, half of a character or too deep a nesting") from None
+    plain = {name: _text(values[name], name) for name in FIELDS if values.get(name) is not None}
+    problems = [problem for value, problem in plain.values() if problem]
+    if problems:
+        raise ValueError(f"key {brief(values['key'])}: {'; '.join(problems)}")
+    fields = {name: value for name, (value, _) in plain.items()}
+    try:
+        fields["key"] = sample_key(fields.get("key", ""))
+    except UnicodeEncodeError:
+        raise ValueError(f"key {brief(values['key'])} holds half of a character (a lone surrogate)") from None
+    if not fields.get("split"):
+        fields["split"] = "train"
+    fields["split"] = SPLIT_ALIASES.get(fields["split"].lower(), fields["split"].lower())
+    return Row(**fields, extra=extra)
+
+
+def _text(value: object, name: str) -> tuple[str, str]:
+    """A field's value as a string, or what is wrong with it. A number may be a key or a label, no text or file."""
+    if isinstance(value, str):
+        return value, ""
+    if name not in _CONTENT and isinstance(value, int) and not isinstance(value, bool):
+        return str(value), ""
+    return "", f"{name} must be a string or null, and is {brief(value)}"
+
+
+def _bytes(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
 
 
 def _shown(name: str) -> str:
     return name if name.isprintable() and len(name) < 80 else brief(name)
-
-
-def _check_unique(rows: Iterable[Row], where: str) -> None:
-    seen: set[str] = set()
-    for row in rows:
-        if row.key in seen:
-            raise ValueError(f"{where}: key {row.key!r} occurs twice; keys are unique over a manifest")
-        seen.add(row.key)

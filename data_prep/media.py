@@ -13,28 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.limits import (
     DECODER_ERRORS,
     IMAGE_FORMATS,
-    MAX_CLIP_SAMPLES,
     MAX_MEMBER_BYTES,
     image_problem,
     image_scans,
-    sound_problem,
-    sound_start_problem,
 )
 from mmmoe_pretrain.untrusted import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
-    import soundfile
     from numpy.typing import NDArray
     from PIL import Image
 
 IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpeg", ".webp": "webp"}
 AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav", ".mp3": "mp3"}
 
-_BLOCK = 1 << 16  # frames
 _LOUDEST = 1000.0  # 1 is full scale; what soxr does to floats that are much louder is not a number
 
 
@@ -75,23 +71,27 @@ def _image_member(path: Path, size: int | None) -> Media:
 
 def audio_member(path: Path, rate: int | None) -> Media:
     """The sound, as mono FLAC at ``rate`` Hz (None: as it is)."""
+    import numpy as np
+
     suffix = _suffix(path, AUDIO_SUFFIXES)
     data = _read(path)
     try:
-        with _open_sound(data) as file:
-            mono = _mono(file)
+        with open_audio(data) as file:
+            mono = read_mono(file)
+            if not np.isfinite(mono).all():
+                raise ValueError("it holds NaN or infinite samples")
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
     except DECODER_ERRORS as error:
-        raise ValueError(f"{path.name} is no readable sound: {_reason(error)}") from None
+        raise ValueError(f"{path.name} is no readable audio: {_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:
-    """Length of an encoded sound within the limits, from its header."""
+    """Length of an encoded sound within the limits."""
     try:
-        with _open_sound(data) as file:
+        with open_audio(data) as file:
             return float(file.frames / file.samplerate)
     except DECODER_ERRORS as error:
-        raise ValueError(f"no readable sound: {_reason(error)}") from None
+        raise ValueError(f"no readable audio: {_reason(error)}") from None
 
 
 def _shrunk_png(image: Image.Image, size: int) -> bytes:
@@ -104,38 +104,6 @@ def _shrunk_png(image: Image.Image, size: int) -> bytes:
     buffer = io.BytesIO()
     flat.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _open_sound(data: bytes) -> soundfile.SoundFile:
-    """Of a sound within the limits, by its header."""
-    import soundfile
-
-    problem = sound_start_problem(data)
-    if problem is None:
-        file = soundfile.SoundFile(io.BytesIO(data))
-        problem = sound_problem(file.samplerate, file.channels, file.frames)
-    if problem:
-        raise ValueError(f"sound {problem}")
-    return file
-
-
-def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
-    """All samples, block by block: memory follows what is really there, not what the header promises."""
-    import numpy as np
-
-    blocks: list[NDArray[np.float32]] = []
-    held = 0
-    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-        blocks.append(block.mean(axis=1))
-        held += len(block)
-        if held > MAX_CLIP_SAMPLES:
-            raise ValueError(f"it holds more than {MAX_CLIP_SAMPLES} samples, and its header promises {file.frames}")
-    mono = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
-    if not len(mono) or (len(mono) < file.frames and file.format != "MP3"):  # an MP3's header only estimates
-        raise ValueError(f"it holds {len(mono)} of the {file.frames} samples that its header promises")
-    if not np.isfinite(mono).all():
-        raise ValueError("it holds NaN or infinite samples")
-    return mono
 
 
 def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
@@ -153,8 +121,7 @@ def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """In words, without the address of a buffer that libsndfile's own message has."""
-    return getattr(error, "error_string", "") or str(error) or type(error).__name__
+    return str(error) or type(error).__name__
 
 
 def _suffix(path: Path, known: dict[str, str]) -> str:

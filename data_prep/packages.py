@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.download import MissingFileError, Remote, download
+from data_prep.progress import Progress
 from data_prep.unpack import unpack_tar
 
 _OFFLINE = "`mmmoe-data corpus mini` ships with the repository and needs no network"
@@ -56,7 +57,7 @@ def fetch_npm(package: str, version: str, work: Path) -> Path:
 
     def unpack(target: Path) -> None:
         try:
-            with tarfile.open(archive) as tar:
+            with Progress(f"unpacking {archive.name}"), tarfile.open(archive) as tar:
                 unpack_tar(tar, target)
         except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{archive.name} cannot be unpacked safely: {error}") from None
@@ -155,15 +156,16 @@ def _try(command: Sequence[str], timeout: float = 120) -> str:
 
 def _call(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        with Progress(f"waiting for {Path(command[0]).name}"):
+            return subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "LC_ALL": "C"},
+            )
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{Path(command[0]).name} gave no answer in {timeout:g} s; is the network up? {_OFFLINE}"

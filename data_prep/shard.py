@@ -1,19 +1,19 @@
 """``mmmoe-data shard``: a manifest becomes shards, one folder a split.
 
 Rows are ordered by a hash of their keys, so every shard is a mix and the same input gives the same
-bytes at any number of workers. Everything is built in ``OUT/building.tmp`` and moved when it is whole.
+bytes at any number of workers, and after any number of runs that were ended (``building.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
 import itertools
 import json
 import logging
-import multiprocessing
-import shutil
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,26 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import SPLITS, Row, filter_rows, manifest_path, read_manifest, sample_fields
+from data_prep.building import Building, Finished
+from data_prep.card import NAME as CARD
+from data_prep.card import field_types, write_card
+from data_prep.manifest import (
+    SPLITS,
+    Row,
+    files_outside,
+    filter_rows,
+    manifest_path,
+    read_manifest,
+    row_fields,
+    sample_fields,
+)
 from data_prep.media import audio_member, image_member
-from data_prep.shard_files import EncodedSample, write_shard, write_shard_list
+from data_prep.pool import map_in_order
+from data_prep.progress import Progress
+from data_prep.shard_files import BadSample, EncodedSample, hash_file, index_path, write_shard, write_shard_list
+from mmmoe_pretrain import __version__
 
 log = logging.getLogger(__name__)
-BUILDING = "building.tmp"
 SKIPPED = "skipped.jsonl"
 _ROWS_A_TASK = 32
 
@@ -42,18 +56,20 @@ class ShardOptions:
     overwrite: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BadSample:
-    key: str
-    reason: str
-
-
 @dataclass(slots=True)
 class Report:
     """What was written, by split, and what was skipped."""
 
     shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: list[BadSample] = field(default_factory=list)
+    blank_texts: int = 0  # of samples that have an image or audio
+    kept: int = 0  # shards that an earlier run had finished
+    members: set[str] = field(default_factory=set)  # the suffixes in any sample
+
+    def add(self, line: Finished) -> None:
+        self.skipped += line.skipped
+        self.blank_texts += line.blank_texts
+        self.members.update(line.members)
 
 
 def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions) -> None:
@@ -70,8 +86,14 @@ def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions
         )
     console = Console()
     console.print(table)
+    if report.kept:
+        console.print(f"kept {report.kept:,} shards that an earlier run had finished", highlight=False)
     if report.skipped:
         console.print(f"skipped {len(report.skipped)} broken samples, named in {out / SKIPPED}", highlight=False)
+    if report.blank_texts:
+        console.print(
+            f"left out {report.blank_texts:,} blank texts of samples with an image or audio", highlight=False
+        )
 
 
 def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOptions) -> Report:
@@ -79,21 +101,104 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
     _check_options(options)
     if not rows:
         raise ValueError("no rows to write; loosen --filter")
-    building = _prepare(out, options.overwrite)
-    budget = int(options.max_bad_fraction * len(rows))
+    if outside := files_outside(rows, root):
+        log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
     report = Report()
-    for split in SPLITS:
-        ordered = sorted((row for row in rows if row.split == split), key=_order)
-        if ordered:
-            samples = _good(_encode_all(ordered, root, options), report.skipped, budget, len(rows))
-            report.shards[split] = _write_split(building / split, samples, options.samples_per_shard)
-    _write_skipped(building / SKIPPED, report.skipped)
-    _commit(building, out)
+    budget = int(options.max_bad_fraction * len(rows))
+    with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
+        for split in SPLITS:
+            ordered = sorted((row for row in rows if row.split == split), key=_order)
+            if ordered:
+                work = _Split(split, ordered, root, options, report, progress)
+                report.shards[split] = work.write(building, budget, len(rows))
+        _write_skipped(building.folder / SKIPPED, report.skipped)
+        columns = report.members, field_types(rows)
+        for split in report.shards:
+            write_card(building.folder / split, {split: "*.tar"}, *columns)
+        write_card(building.folder, {split: f"{split}/*.tar" for split in report.shards}, *columns)
+        building.commit(SKIPPED, CARD)
     return report
+
+
+@dataclass(slots=True)
+class _Split:
+    """The rows of one split, of which those before ``end`` are done."""
+
+    name: str
+    rows: Sequence[Row]
+    root: Path
+    options: ShardOptions
+    report: Report  # of all splits
+    progress: Progress
+    end: int = 0
+    since: Finished = field(init=False)  # the shard before
+
+    def __post_init__(self) -> None:
+        self.since = Finished(self.name)
+
+    def write(self, building: Building, budget: int, total: int) -> list[dict[str, Any]]:
+        """The entries of ``shards.json``; shards that an earlier run has finished are kept."""
+        per_shard, folder = self.options.samples_per_shard, building.folder / self.name
+        kept = building.begin(self.name, len(self.rows), per_shard, self.inputs)
+        for line in kept:
+            self.report.add(line)
+            self.end = line.end
+        self.report.kept += len(kept)
+        _check_budget(self.report.skipped, budget, total)
+        if kept:
+            self.progress.restart(self.progress.done + self.end, self.progress.total)
+        entries, start = [line.entry for line in kept], self.end
+        with contextlib.closing(self._samples(budget, total)) as samples:
+            for first in samples:  # taking the first one ahead means that no shard is empty
+                path = folder / f"{len(entries):05d}.tar"
+                entry = write_shard(path, itertools.chain((first,), itertools.islice(samples, per_shard - 1)))
+                line = dataclasses.replace(
+                    self.since, entry=entry, index=hash_file(index_path(path)), end=self.end,
+                    inputs=self.inputs(start, self.end),
+                )  # fmt: skip
+                building.add(line)
+                self.report.add(line)
+                entries.append(entry)
+                start, self.since = self.end, Finished(self.name)
+        self.report.add(self.since)  # bad rows behind the last shard
+        write_shard_list(folder, entries)
+        return entries
+
+    def inputs(self, start: int, end: int) -> str:
+        """The digest of all that decides about the bytes of these rows."""
+        digest = xxhash.xxh3_128(repr((*_versions(), *dataclasses.astuple(self.options)[:3])).encode())
+        for row in self.rows[start:end]:
+            files = [_stamp(self.root / name) for name in (row.image, row.audio) if name]
+            digest.update(json.dumps([row_fields(row), files]).encode())
+        return digest.hexdigest()
+
+    def _samples(self, budget: int, total: int) -> Generator[EncodedSample, None, None]:
+        """The good ones in order; the others go into the report, which ends the command past ``budget``."""
+        todo = self.rows[self.end :]
+        chunks = [todo[start : start + _ROWS_A_TASK] for start in range(0, len(todo), _ROWS_A_TASK)]
+        encode = functools.partial(_encode_chunk, root=self.root, options=self.options)
+        with contextlib.closing(map_in_order(encode, chunks, self.options.workers)) as results:
+            for sample in itertools.chain.from_iterable(results):
+                row = self.rows[self.end]
+                self.end += 1
+                self.progress.advance()
+                if isinstance(sample, EncodedSample):
+                    self.since.blank_texts += bool(row.text) and "text" not in row.modalities
+                    self.since.members = sorted({*self.since.members, *sample.members})
+                    yield sample
+                else:
+                    log.warning("skipped %s: %s", sample.key, sample.reason)
+                    self.since.skipped.append(sample)
+                    if len(self.report.skipped) + len(self.since.skipped) > budget:
+                        _check_budget([*self.report.skipped, *self.since.skipped], budget, total)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
     """The members of a row's sample; the one place where a broken file is set aside."""
+    if not row.modalities:
+        others = f" (its other fields: {', '.join(row.extra)})" if row.extra else ""
+        what = "a blank text and no image or audio" if row.text else "no image, audio or text"
+        return BadSample(row.key, f"it has {what}{others}")
     members: dict[str, bytes] = {}
     try:
         if row.image:
@@ -104,8 +209,8 @@ def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | B
             members[audio.suffix] = audio.data
     except ValueError as error:
         return BadSample(row.key, str(error))
-    if row.text:
-        members["txt"] = row.text.encode()
+    if "text" in row.modalities:
+        members["txt"] = (row.text or "").encode()
     members["json"] = json.dumps(sample_fields(row), ensure_ascii=False).encode()
     return EncodedSample(row.key, members)
 
@@ -114,92 +219,37 @@ def _order(row: Row) -> tuple[bytes, str]:
     return xxhash.xxh3_64_digest(row.key.encode()), row.key
 
 
-def _encode_all(rows: Sequence[Row], root: Path, options: ShardOptions) -> Iterator[EncodedSample | BadSample]:
-    """Encode in order; a bounded number of chunks is in flight, so memory does not grow."""
-    chunks = [rows[start : start + _ROWS_A_TASK] for start in range(0, len(rows), _ROWS_A_TASK)]
-    if options.workers <= 1:
-        for chunk in chunks:
-            yield from _encode_chunk(chunk, root, options)
-        return
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        waiting: deque[Future[list[EncodedSample | BadSample]]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_chunk, chunk, root, options))
-            if len(waiting) > 4 * options.workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
 def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> list[EncodedSample | BadSample]:
     return [encode_row(row, root, options) for row in rows]
 
 
-def _good(
-    encoded: Iterable[EncodedSample | BadSample], skipped: list[BadSample], budget: int, total: int
-) -> Iterator[EncodedSample]:
-    for sample in encoded:
-        if isinstance(sample, EncodedSample):
-            yield sample
-            continue
-        log.warning("skipped %s: %s", sample.key, sample.reason)
-        skipped.append(sample)
-        if len(skipped) > budget:
-            worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
-            raise ValueError(
-                f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
-                f"{worst}{'; ...' if len(skipped) > 5 else ''}"
-            )
+def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
+    if len(skipped) > budget:
+        worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
+        raise ValueError(
+            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
+            f"{worst}{'; ...' if len(skipped) > 5 else ''}"
+        )
 
 
-def _write_split(folder: Path, samples: Iterator[EncodedSample], per_shard: int) -> list[dict[str, Any]]:
-    folder.mkdir()
-    entries: list[dict[str, Any]] = []
-    for first in samples:  # taking the first one ahead means that no shard is empty
-        chunk = itertools.chain((first,), itertools.islice(samples, per_shard - 1))
-        entries.append(write_shard(folder / f"{len(entries):05d}.tar", chunk))
-    write_shard_list(folder, entries)
-    return entries
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Of what makes the bytes."""
+    return __version__, *map(importlib.metadata.version, ("pillow", "soundfile", "soxr"))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells that a file has not changed; None where it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _write_skipped(path: Path, skipped: Sequence[BadSample]) -> None:
     lines = [json.dumps({"key": bad.key, "reason": bad.reason}, ensure_ascii=False) + "\n" for bad in skipped]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def _prepare(out: Path, overwrite: bool) -> Path:
-    """An empty building folder under ``out``; what is there already stays until the new is whole."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out is a folder")
-    present = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if present and not overwrite:
-        raise ValueError(
-            f"{out} is not empty (it has {', '.join(present[:3])}); choose another --out or pass --overwrite"
-        )
-    foreign = [path for split in SPLITS for path in _foreign_files(out / split)]
-    if foreign:
-        raise ValueError(
-            f"{foreign[0]} is not of our making, so --overwrite does not remove its folder; choose another --out"
-        )
-    building = out / BUILDING
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    return building
-
-
-def _foreign_files(folder: Path) -> list[Path]:
-    suffixes = (".tar", ".index.json", ".tmp")
-    return [
-        path for path in sorted(folder.glob("*")) if not (path.name.endswith(suffixes) or path.name == "shards.json")
-    ]
-
-
-def _commit(building: Path, out: Path) -> None:
-    for split in SPLITS:
-        shutil.rmtree(out / split, ignore_errors=True)
-    for path in sorted(building.iterdir()):
-        path.replace(out / path.name)
-    building.rmdir()
 
 
 def _check_options(options: ShardOptions) -> None:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -21,6 +21,7 @@ from mmmoe_pretrain.data import tar as tar_headers
 
 INDEX_VERSION = 1
 KIND = "wids-shard-index-v1"
+WIDS_VERSION = 1
 LIST_NAME = "shards.json"
 
 
@@ -30,6 +31,13 @@ class EncodedSample:
 
     key: str
     members: Mapping[str, bytes]
+
+
+class BadSample(NamedTuple):
+    """A key and why it has no sample."""
+
+    key: str
+    reason: str
 
 
 def index_path(shard: Path) -> Path:
@@ -56,7 +64,7 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
 
 
 def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
-    write_json(folder / LIST_NAME, {"__kind__": KIND, "shardlist": entries})
+    write_json(folder / LIST_NAME, {"__kind__": KIND, "wids_version": WIDS_VERSION, "shardlist": entries})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """``mmmoe-data tokenizer``: a sentencepiece model from the train split of manifests.
 
 Ids: pad 0, bos 1, eos 2, unk 3; bytes stand in for characters the vocabulary lacks, so any text
-comes back whole (up to the normalisation). One thread and sorted texts make it deterministic.
+comes back whole (up to the normalization). One thread and sorted texts make it deterministic.
 """
 
 from __future__ import annotations
@@ -9,37 +9,68 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import SPLITS, Row, read_manifest
+from data_prep.progress import Progress
+from mmmoe_pretrain.limits import has_text
 
+# sentencepiece's own rules, with case folded as NAME_cf; nfc is a table that is made here. nmt_nfkc alone turns
+# the zero-width non-joiner (U+200C), which Persian and Indic scripts spell with, and direction marks into spaces.
+NORMALIZATIONS = ("nfkc", "nfc", "identity", "nmt_nfkc")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 MODEL_TYPES = ("bpe", "unigram")
 SMALLEST = 4 + 256 + 1  # control pieces, byte pieces, the word mark
 LONGEST_TEXT_BYTES = 1 << 16
 
 
-def run(manifests: Sequence[Path], out: Path, vocab_size: int, model_type: str, split: str, casefold: bool) -> None:
+def run(
+    manifests: Sequence[Path],
+    out: Path,
+    vocab_size: int,
+    model_type: str,
+    split: str,
+    casefold: bool | None,
+    normalization: str,
+) -> None:
     """The command: gather the texts of all manifests, train, and say what came out."""
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} is not one of {', '.join(SPLITS)}")
     texts = texts_of(itertools.chain.from_iterable(map(read_manifest, manifests)), split)
-    train_tokenizer(texts, out, vocab_size, model_type, casefold)
+    with Progress(f"training on {len(texts):,} texts"):
+        train_tokenizer(texts, out, vocab_size, model_type, casefold, normalization)
     print(f"{out}: {vocab_size} pieces ({model_type}) from {len(texts)} texts of {split}")
 
 
 def texts_of(rows: Iterable[Row], split: str) -> list[str]:
     """The distinct texts of a split, sorted; one line each."""
-    return sorted({" ".join(row.text.split()) for row in rows if row.split == split and row.text})
+    kept = (row.text for row in rows if row.split == split and row.text and has_text(row.text))
+    return sorted({re.sub(r"\s+", " ", text, flags=re.ASCII).strip() for text in kept})
 
 
 def train_tokenizer(
-    texts: Sequence[str], out: Path, vocab_size: int, model_type: str = "bpe", casefold: bool = True
+    texts: Sequence[str],
+    out: Path,
+    vocab_size: int,
+    model_type: str = "bpe",
+    casefold: bool | None = None,
+    normalization: str = "nfkc",
 ) -> None:
-    """Train on ``texts`` and write ``out``."""
+    """Train on ``texts`` and write ``out``; case is folded unless told otherwise or nothing is normalized."""
     import sentencepiece
 
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"--normalization {normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
+    if casefold and normalization == "identity":
+        raise ValueError(
+            "--normalization identity changes nothing, so it folds no case; choose nfc, or --no-casefold"
+        )
+    folds = normalization != "identity" if casefold is None else casefold
     if model_type not in MODEL_TYPES:
         raise ValueError(f"--model-type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
     if vocab_size < SMALLEST:
@@ -47,33 +78,82 @@ def train_tokenizer(
     if not texts:
         raise ValueError("no texts to train on; check --split and the manifests")
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            split_digits=True,
-            hard_vocab_limit=True,
-            normalization_rule_name="nmt_nfkc_cf" if casefold else "nmt_nfkc",
-            pad_id=PAD_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            input_sentence_size=0,
-            shuffle_input_sentence=False,
-            max_sentence_length=LONGEST_TEXT_BYTES,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(_explain(str(error), vocab_size)) from None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                split_digits=True,
+                hard_vocab_limit=True,
+                pad_id=PAD_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                unk_id=UNK_ID,
+                input_sentence_size=0,
+                shuffle_input_sentence=False,
+                max_sentence_length=LONGEST_TEXT_BYTES,
+                num_threads=1,
+                minloglevel=2,
+                **_rule(normalization, folds, Path(folder)),
+            )
+        except RuntimeError as error:
+            raise ValueError(_explain(str(error), vocab_size)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".tmp")
     partial.write_bytes(model.getvalue())
     partial.replace(out)
+
+
+def nfc_rules(folds: bool) -> Iterator[str]:
+    """Lines of sentencepiece's rule table: each canonically equivalent spelling of a letter -> the composed letter.
+
+    Letters take at most three marks (Unicode 16); marks beyond those of one letter stay as they are.
+    """
+    for letter in filter(_changes, map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1)))):
+        composed = unicodedata.normalize("NFC", letter)
+        target = unicodedata.normalize("NFC", _fold(composed)) if folds else composed
+        for spelling in sorted(_spellings(letter) - {target}):
+            yield f"{_codes(spelling)}\t{_codes(target)}\n"
+
+
+def _rule(normalization: str, folds: bool, folder: Path) -> dict[str, Any]:
+    """The options of sentencepiece that choose the normalization."""
+    if normalization != "nfc":
+        return {"normalization_rule_name": normalization + ("_cf" if folds else "")}
+    table = folder / "nfc.tsv"
+    table.write_text("".join(nfc_rules(folds)), encoding="ascii")
+    return {"normalization_rule_tsv": str(table)}
+
+
+def _changes(letter: str) -> bool:
+    return not unicodedata.is_normalized("NFD", letter) or letter.casefold() != letter
+
+
+def _spellings(letter: str) -> set[str]:
+    """The strings that are canonically equivalent to ``letter``: marks composed or apart, in any order."""
+    base, *marks = tuple(unicodedata.normalize("NFD", letter))
+    orders = set(itertools.permutations(marks))
+    found = {
+        unicodedata.normalize("NFC", base + "".join(order[:some])) + "".join(order[some:])
+        for order in orders
+        for some in range(len(marks) + 1)
+    }
+    found |= {letter, base + "".join(marks)}
+    composed = unicodedata.normalize("NFC", letter)
+    return {spelling for spelling in found if unicodedata.normalize("NFC", spelling) == composed}
+
+
+def _fold(text: str) -> str:
+    """Unicode's simple case folding, as sentencepiece has it: one letter stays one letter."""
+    return "".join(next((one for one in (c.casefold(), c.lower()) if len(one) == 1), c) for c in text)
+
+
+def _codes(text: str) -> str:
+    return " ".join(f"{ord(letter):X}" for letter in text)
 
 
 def _explain(message: str, vocab_size: int) -> str:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from data_prep.manifest import SPLITS
 from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
+from data_prep.progress import track
 from data_prep.shard_files import LIST_NAME, hash_file, index_path, walk_shard
-from mmmoe_pretrain.limits import MAX_META_BYTES
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.untrusted import brief, parse_json, read_json
 
 _MODALITY_SUFFIXES = frozenset({*IMAGE_SUFFIXES.values(), *AUDIO_SUFFIXES.values(), "txt"})
@@ -67,7 +68,8 @@ def verify_folder(folder: Path, seen: Seen) -> Iterator[str]:
     for split in split_folders(folder):
         listed: dict[str, dict[str, Any]] = {}
         yield from _verify_list(split, listed)
-        for shard in sorted(split.glob("*.tar")):
+        shards = sorted(split.glob("*.tar"))
+        for shard in track(shards, f"verifying {split.name}", len(shards), "shards"):
             seen.shards += 1
             for problem in _verify_shard(shard, listed.get(shard.name), seen):
                 yield f"{shard}: {problem}"
@@ -129,7 +131,12 @@ def _verify_sample(sample: dict[str, Any], file: BinaryIO, shard: Path, seen: Se
     if key in seen.keys:
         yield f"key {key} is also in {seen.keys[key]}, or its members are not adjacent"
     seen.keys[key] = str(shard)
-    if not _MODALITY_SUFFIXES & members.keys():
+    present = _MODALITY_SUFFIXES & members.keys()
+    if present == {"txt"} and members["txt"][1] <= MAX_TEXT_BYTES:
+        file.seek(members["txt"][0])
+        if not has_text(file.read(members["txt"][1]).decode(errors="replace")):
+            present = frozenset()
+    if not present:
         yield f"sample {key} has no image, audio or text"
     if unknown := sorted(members.keys() - _MODALITY_SUFFIXES - {"json"}):
         yield f"sample {key} has members of unknown kind: {', '.join(unknown)}"

@@ -6,12 +6,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/steps.sh
 source launch/steps.sh
 
-# shard NAME CORPUS OPTION...: into data/demo/NAME, which appears only when it is whole.
+# shard NAME CORPUS OPTION...: into data/demo/NAME, which appears only when it is whole; a second call goes on.
 shard() {
   local out=data/demo/$1 corpus=data/corpora/$2
   shift 2
-  rm -rf "$out.tmp"
-  mmmoe-data shard "$corpus/manifest.jsonl" --out "$out.tmp" "$@" && mv "$out.tmp" "$out"
+  mmmoe-data shard "$corpus/manifest.jsonl" --out "$out.tmp" --overwrite "$@" && mv "$out.tmp" "$out"
 }
 
 mkdir -p data/corpora data/demo

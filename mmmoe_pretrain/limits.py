@@ -7,6 +7,7 @@ nothing heavy. Limits are checked by the header, before anything is decoded.
 from __future__ import annotations
 
 import struct
+import unicodedata
 import zlib
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
@@ -23,6 +24,11 @@ MAX_META_BYTES = 1 << 20  # of a sample's JSON, and of a manifest's line
 MAX_MEMBER_BYTES = 256 << 20  # of any file of a sample: read whole
 MAX_KEY_BYTES = 512  # keys stand in memory as an array as wide as the longest
 MAX_NAME_BYTES = 1024
+
+# Characters of no width or form of their own, beside spaces, control and format characters: Unicode's
+# Default_Ignorable_Code_Point, the empty Braille cell, and the mark of what could not be decoded.
+_BLANK_CODES = (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x2800, 0x3164, 0xFFA0, 0xFFFD)
+_BLANK_RANGES = ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xFFF0, 0xFFF8), (0xE0000, 0xE0FFF))
 
 # Pillow, libsndfile and soxr raise all of these on damaged files (libsndfile's are RuntimeErrors, a
 # broken PNG chunk is a SyntaxError, a palette that is missing fails an assert of Pillow's), and Pillow its own
@@ -41,6 +47,25 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
     struct.error,
     zlib.error,
 )
+
+
+def has_text(text: str) -> bool:
+    """Whether ``text`` says anything: the one rule of `mmmoe-data`, of the loader and of the tokenizer.
+
+    White space, control characters (Cc), format characters (Cf: zero-width spaces and joiners, marks of direction,
+    the byte order mark) and variation selectors alone are no text.
+    """
+    return not all(map(_is_blank, text))
+
+
+def _is_blank(letter: str) -> bool:
+    code = ord(letter)
+    return (
+        letter.isspace()
+        or unicodedata.category(letter) in ("Cc", "Cf")
+        or code in _BLANK_CODES
+        or any(first <= code <= last for first, last in _BLANK_RANGES)
+    )
 
 
 def image_problem(width: int, height: int, scans: int) -> str | None:

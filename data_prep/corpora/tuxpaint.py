@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import Row, slug
 from data_prep.packages import fetch_debian
+from data_prep.progress import track
 from data_prep.splits import group_items, normalise_text, split_of
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -88,7 +90,9 @@ def parse_texts(content: str) -> dict[str, str]:
 def rows_of(stamps: Sequence[Stamp], out: Path, source: str, languages: Sequence[str]) -> list[Row]:
     """The manifest's rows: all rows of a stamp share its group and split."""
     joining = dict.fromkeys((*TRANSLATED_LANGUAGES, *languages))
-    groups = group_items({stamp.key: _identity(stamp, joining) for stamp in stamps})
+    groups = group_items(
+        {stamp.key: _identity(stamp, joining) for stamp in track(stamps, "grouping", len(stamps), "stamps")}
+    )
     rows: list[Row] = []
     for stamp in stamps:
         group = groups[stamp.key]
@@ -105,7 +109,7 @@ def rows_of(stamps: Sequence[Stamp], out: Path, source: str, languages: Sequence
     return rows
 
 
-def _rows_of_stamp(stamp: Stamp, out: Path, shared: dict[str, str], languages: Sequence[str]) -> list[Row]:
+def _rows_of_stamp(stamp: Stamp, out: Path, shared: dict[str, Any], languages: Sequence[str]) -> list[Row]:
     def row(subset: str, language: str, audio: Path | None = None, kind: str = "") -> Row:
         return Row(
             key=f"{stamp.key}-{subset}-{language}",

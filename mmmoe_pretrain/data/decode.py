@@ -15,7 +15,7 @@ import numpy as np
 from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.shards import RawSample
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities import BadSampleError, Codecs
 from mmmoe_pretrain.untrusted import parse_json
 
@@ -92,11 +92,14 @@ def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, positio
         )
     }
     text = _text(content["text"]) if "text" in content else ""
+    ids = codecs.text.encode(text, rngs["text"], augment.text_dropout) if text else None
+    if ids is not None and not len(ids):  # a tokenizer may drop all of an odd text
+        text, ids = "", None
     sample = Sample(
         meta=meta,
         image=codecs.image.decode(content["image"], rngs["image"]) if "image" in content else None,
         audio=codecs.audio.decode(content["audio"], rngs["audio"]) if "audio" in content else None,
-        text=codecs.text.encode(text, rngs["text"], augment.text_dropout) if text else None,
+        text=ids,
         raw_text=text,
     )
     if not any(sample.has(name) for name in MODALITIES):
@@ -119,9 +122,10 @@ def _text(data: bytes) -> str:
     if len(data) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
     try:
-        return data.decode("utf-8").strip()
+        text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSampleError(f"text is not UTF-8: {error}") from error
+    return text if has_text(text) else ""
 
 
 def _meta(raw: RawSample) -> SampleMeta:

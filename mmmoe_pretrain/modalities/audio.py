@@ -11,18 +11,15 @@ Masks follow SpecAugment (arXiv 1904.08779).
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-import soundfile
 import soxr
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.config import AudioConfig
-from mmmoe_pretrain.limits import sound_problem, sound_start_problem
 from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
@@ -106,24 +103,12 @@ def _mel(hertz: float) -> float:
 
 def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     """Mono float32 and its rate; of a longer clip no more than can be needed."""
-    problem = sound_start_problem(data)
-    if problem:
-        raise BadSampleError(f"audio {problem}")
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        _check_header(file)
-        # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
-        wanted = int(2 * max_seconds * file.samplerate)
-        wave = file.read(min(file.frames, wanted), dtype="float32", always_2d=True)
-        rate = file.samplerate
-    if not wave.size:
-        raise BadSampleError("audio has no samples")
-    return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1), rate
-
-
-def _check_header(file: soundfile.SoundFile) -> None:
-    problem = sound_problem(file.samplerate, file.channels, file.frames)
-    if problem:
-        raise BadSampleError(f"audio {problem}")
+    try:
+        with open_audio(data) as file:
+            # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
+            return read_mono(file, int(2 * max_seconds * file.samplerate)), file.samplerate
+    except ValueError as error:
+        raise BadSampleError(str(error)) from None
 
 
 def _trim(wave: np.ndarray, rate: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 from mmmoe_pretrain.batch import Sample, SampleMeta
 from mmmoe_pretrain.data.decode import Augment, BadSample, decode
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Codecs, build_codecs
 from tests.support import tiny_config
 
@@ -49,6 +50,25 @@ def test_a_whole_sample_carries_everything(raw: RawSample, codecs: Codecs) -> No
         64,
         32,
     )  # 0.25 s: 26 frames, then a multiple of 8
+
+
+# A joiner, marks of direction, a byte order mark, a tag, a Hangul filler, a variation selector, an empty Braille cell
+# and the mark of what could not be decoded, beside spaces, control characters and zero-width spaces.
+BLANK = ("", " \n\t", "\u00a0\u3000\u2028", "\u200b\u200b", "\0\x7f\x85", "\u200c\u200d\u2060", "\u200e\u202a\u2066",
+         "\ufeff", "\U000e0041", "\u3164", "\ufe0f", "\u2800", "\ufffd\ufffd")  # fmt: skip
+SAYS_SOMETHING = ("a", "1", "\u2764\ufe0f", "می\u200cخواهم", "क्\u200dष", "?", "\u0301", "\U0001faea")
+
+
+def test_what_cannot_be_seen_is_no_text(raw: RawSample, codecs: Codecs) -> None:
+    assert [text for text in BLANK if has_text(text)] == []
+    assert [text for text in SAYS_SOMETHING if not has_text(text)] == []
+    for text in BLANK:
+        sample = good(decode(changed(raw, txt=text.encode()), codecs))
+        assert (sample.text, sample.raw_text) == (None, "")
+        alone = decode(RawSample(raw.key, {"txt": text.encode()}), codecs)
+        assert isinstance(alone, BadSample) and "no image, audio or text" in alone.reason
+    # The tokenizer's own mark of a word, of which no token is left.
+    assert good(decode(changed(raw, txt="\u2581".encode()), codecs)).text is None
 
 
 @pytest.mark.parametrize("extension", ["png", "wav", "txt", "json"])

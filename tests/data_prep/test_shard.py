@@ -2,17 +2,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import xxhash
+import yaml
 from PIL import Image
 
-from data_prep.manifest import read_manifest
-from data_prep.shard import BUILDING, ShardOptions, shard_manifest
+from data_prep import building, shard
+from data_prep.building import FOLDER as BUILDING
+from data_prep.manifest import Row, read_manifest, write_manifest
+from data_prep.shard import ShardOptions, shard_manifest
 
 SMALL = ShardOptions(samples_per_shard=3, image_size=16, audio_rate=4000, workers=1)
 
@@ -35,14 +43,17 @@ def test_the_bytes_are_the_same_twice_and_at_any_number_of_workers(make_manifest
 def test_every_sample_is_written_once_and_no_shard_is_empty(make_manifest, tmp_path):
     run(make_manifest(9), tmp_path / "out")  # 6 train, 3 test
     assert sorted(contents(tmp_path / "out")) == [
+        "README.md",
         "skipped.jsonl",
         "test/00000.index.json",
         "test/00000.tar",
+        "test/README.md",
         "test/shards.json",
         "train/00000.index.json",
         "train/00000.tar",
         "train/00001.index.json",
         "train/00001.tar",
+        "train/README.md",
         "train/shards.json",
     ]
     keys = []
@@ -66,7 +77,9 @@ def test_the_index_points_at_the_members(make_manifest, tmp_path):
         for sample in index["samples"]:
             for suffix, (offset, size) in sample["members"].items():
                 assert data[offset : offset + size] == tar.extractfile(f"{sample['key']}.{suffix}").read()
-    [entry, *_] = json.loads((tmp_path / "out/train/shards.json").read_text())["shardlist"]
+    listed = json.loads((tmp_path / "out/train/shards.json").read_text())
+    assert (listed["__kind__"], listed["wids_version"]) == ("wids-shard-index-v1", 1)  # what wids asserts
+    [entry, *_] = listed["shardlist"]
     assert entry == {"url": "00000.tar", "nsamples": 3, "filesize": len(data), "xxh3_128": index["xxh3_128"]}
 
 
@@ -112,6 +125,36 @@ def test_a_broken_file_is_set_aside_and_named(make_manifest, tmp_path):
     assert sum(entry["nsamples"] for entries in report.shards.values() for entry in entries) == 6
 
 
+def test_a_row_without_content_is_skipped_and_a_blank_text_left_out(make_manifest, tmp_path):
+    manifest = make_manifest(3)
+    rows = [
+        *read_manifest(manifest),
+        Row("picture", image="square.png", text="\u200b \n"),
+        Row("blank", text=" \n"),
+        Row("nothing", extra={"img": "square.png"}),
+    ]
+    report = shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1, max_bad_fraction=0.5))
+    assert sorted(bad.key for bad in report.skipped) == ["blank", "nothing"] and report.blank_texts == 1
+    lines = (tmp_path / "out/skipped.jsonl").read_text()
+    assert "it has a blank text and no image or audio" in lines and "(its other fields: img)" in lines
+    index = json.loads((tmp_path / "out/train/00000.index.json").read_text())
+    assert {sample["key"]: list(sample["members"]) for sample in index["samples"]} == {
+        "row-0": ["png", "wav", "txt", "json"], "row-1": ["png", "wav", "txt", "json"], "picture": ["png", "json"]
+    }  # fmt: skip
+
+
+def test_other_fields_and_files_elsewhere_travel(make_manifest, tmp_path):
+    folder = make_manifest(1).parent
+    (tmp_path / "manifest.jsonl").write_text(
+        json.dumps({"key": "a.b", "image": str(folder / "square.png"), "caption": "c", "score": {"x": [1]}}) + "\n"
+    )
+    run(tmp_path / "manifest.jsonl", tmp_path / "out", ShardOptions(workers=1))
+    with tarfile.open(tmp_path / "out/train/00000.tar") as tar:
+        assert tar.getnames() == ["a%2Eb.png", "a%2Eb.txt", "a%2Eb.json"]
+        fields = json.loads(tar.extractfile("a%2Eb.json").read())
+    assert fields["score"] == {"x": [1]} and not {"caption", "image", "text"} & fields.keys()
+
+
 def test_too_many_broken_files_end_the_command_and_leave_no_shards(make_manifest, tmp_path):
     manifest = make_manifest(8)
     (manifest.parent / "3.wav").write_bytes(b"not a sound")
@@ -135,8 +178,151 @@ def test_a_folder_in_use_is_refused_and_kept_until_the_new_shards_are_whole(make
     assert not (out / "train/00001.tar").exists()
 
 
+@pytest.mark.parametrize("encoded", [0, 3, 7, 14])
+def test_a_run_that_was_ended_goes_on_with_the_same_bytes(make_manifest, tmp_path, monkeypatch, encoded):
+    manifest = make_manifest(15)  # 10 train and 5 test: 4 and 2 shards
+    (manifest.parent / "3.wav").write_bytes(b"not a sound")
+    options = ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)
+    whole = run(manifest, tmp_path / "whole", options)
+    encode, calls = shard.encode_row, []
+
+    def limited(row, *rest):
+        calls.append(row.key)
+        if len(calls) > limit:
+            raise KeyboardInterrupt
+        return encode(row, *rest)
+
+    limit = encoded
+    monkeypatch.setattr(shard, "encode_row", limited)
+    monkeypatch.setattr(shard, "_ROWS_A_TASK", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(manifest, tmp_path / "out", options)
+    (tmp_path / "out" / BUILDING / "test").mkdir(exist_ok=True)
+    (tmp_path / "out" / BUILDING / "test/00000.tar.tmp").touch()
+    limit = 99
+    calls.clear()
+    report = run(manifest, tmp_path / "out", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (report.skipped, report.shards) == (whole.skipped, whole.shards)
+    # The second row of train is bad: its shards are of rows 1 to 4, 5 to 7, 8 to 10, those of test of 1 to 3, 4 to 5.
+    assert len(calls) == {0: 15, 3: 15, 7: 8, 14: 2}[encoded]
+
+
+def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
+    manifest, out = make_manifest(15), tmp_path / "out"
+    commit = building.Building.commit
+    monkeypatch.setattr(building.Building, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def ended(options: ShardOptions = SMALL) -> int:
+        with pytest.raises(KeyboardInterrupt):
+            run(manifest, out, options)
+        return (out / BUILDING / "finished.jsonl").read_text().count("\n")
+
+    assert ended() == 6
+    shards = out / BUILDING / "train"
+    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    ended()
+    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")} == before
+    data = bytearray((shards / "00002.tar").read_bytes())
+    data[700] ^= 1
+    (shards / "00002.tar").write_bytes(data)  # of 00000 to 00003
+    ended()
+    after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["00002.tar", "00003.tar"]
+    Image.new("RGB", (40, 20), "green").save(manifest.parent / "square.png")  # is in all samples
+    assert ended() == 6
+    assert ended(ShardOptions(5, 16, 4000, workers=1)) == 3
+    (manifest.parent / "0.wav").unlink()
+    assert ended(ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
+    with pytest.raises(ValueError, match="1 of 15 samples are broken"):
+        run(manifest, out)  # what was skipped counts, too
+    soundfile.write(manifest.parent / "0.wav", np.zeros(800), 8000)
+    monkeypatch.setattr(building.Building, "commit", commit)
+    run(manifest, out)
+    run(manifest, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_run_that_was_ended_while_it_moved_shards_goes_on(make_manifest, tmp_path, monkeypatch):
+    manifest = make_manifest(9)
+    monkeypatch.setattr(building, "SPLITS", ("train",))  # test is not moved
+    monkeypatch.setattr(building.shutil, "rmtree", lambda *_, **__: None)
+    run(manifest, tmp_path / "out")
+    assert (tmp_path / "out" / BUILDING / "test").is_dir() and (tmp_path / "out/train").is_dir()
+    monkeypatch.undo()
+    assert run(manifest, tmp_path / "out").kept == 3
+    run(manifest, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):
+    manifest = make_manifest(3)
+    with building.Building(tmp_path / "out", overwrite=False), pytest.raises(ValueError, match="another `mmmoe-data"):
+        run(manifest, tmp_path / "out")
+    run(manifest, tmp_path / "out")
+
+
+def test_workers_end_with_a_run_that_is_killed_and_a_new_run_goes_on(tmp_path):
+    """The killed run's output must end too: what reads it would wait for its workers otherwise."""
+    noise = np.random.default_rng(0).integers(0, 255, (500, 500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png", compress_level=1)
+    for number in range(1, 128):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+    write_manifest(tmp_path / "manifest.jsonl", [Row(str(number), image=f"{number}.png") for number in range(128)])
+    command = [sys.executable, "-m", "data_prep.cli", "shard", str(tmp_path), "--out", str(tmp_path / "out"),
+               "--image-size", "16", "--samples-per-shard", "8", "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    finished = tmp_path / "out" / BUILDING / "finished.jsonl"
+    while not (finished.exists() and finished.read_text()):
+        assert process.poll() is None
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.communicate(timeout=10)  # ends with the last holder of stdout
+    assert not (tmp_path / "out/train").exists()
+    report = run(tmp_path / "manifest.jsonl", tmp_path / "out", ShardOptions(8, 16, workers=1))
+    assert 1 <= report.kept < 16
+    assert sum(entry["nsamples"] for entry in report.shards["train"]) == 128
+
+
+def test_the_cards_tell_load_dataset_the_tars_and_the_columns(make_manifest, tmp_path):
+    """By `datasets` 5.2: ``configs`` and ``dataset_info`` of the front matter stand before any guess."""
+    manifest = make_manifest(3)
+    extras = [{"score": 1, "note": "a"}, {"score": 0.5, "note": None}, {"boxes": [1, 2], "note": 3, "no: yes": True}]
+    rows = [replace(row, extra=extra) for row, extra in zip(read_manifest(manifest), extras, strict=True)]
+    rows[2] = replace(rows[2], audio=None)
+    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1))
+    _, front, _ = (tmp_path / "out/README.md").read_text().split("---\n")
+    found = yaml.safe_load(front)
+    assert found["configs"] == [{"config_name": "default", "data_files": [
+        {"split": "train", "path": "train/*.tar"}, {"split": "test", "path": "test/*.tar"}]}]  # fmt: skip
+    columns = {column.pop("name"): column for column in found["dataset_info"]["features"]}
+    fields = {field["name"]: field["dtype"] for field in columns.pop("json")["struct"]}
+    strings = [
+        "key",
+        "language",
+        "audio_kind",
+        "label",
+        "group",
+        "split",
+        "subset",
+        "source",
+        "licence",
+        "attribution",
+    ]
+    assert fields == {**dict.fromkeys(strings, "string"), "score": "float64", "no: yes": "bool"}
+    assert columns == {"png": {"dtype": "image"}, "wav": {"dtype": "audio"}, "txt": {"dtype": "string"},
+                       "__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # fmt: skip
+    within = yaml.safe_load((tmp_path / "out/train/README.md").read_text().split("---\n")[1])
+    assert within["configs"][0]["data_files"] == [{"split": "train", "path": "*.tar"}]
+    (tmp_path / "out/README.md").write_text(f"---\n{front}---\nWhat I know of these data.\n")
+    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1, overwrite=True))
+    assert "What I know" in (tmp_path / "out/README.md").read_text()
+
+
 def test_overwrite_never_removes_files_of_others(make_manifest, tmp_path):
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/thesis.doc").write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis\.doc is not of our making"):
+    with pytest.raises(ValueError, match=r"thesis\.doc was not written by"):
         run(make_manifest(), tmp_path / "out", ShardOptions(overwrite=True))

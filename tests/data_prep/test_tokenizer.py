@@ -5,6 +5,8 @@ import sentencepiece
 
 from data_prep.manifest import Row
 from data_prep.tokenizer import texts_of, train_tokenizer
+from mmmoe_pretrain.config import TextConfig
+from mmmoe_pretrain.modalities import TextCodec
 
 TEXTS = sorted(
     {
@@ -58,11 +60,69 @@ def test_a_size_below_the_characters_names_what_is_needed(tmp_path):
     assert 270 < int(str(caught.value).split("use ")[1].split()[0]) < 340
 
 
+# Persian "I want" and "books" with non-joiners; Hindi with a non-joiner and a joiner in a conjunct; a Thai zero-width
+# space; a right-to-left mark; an emoji of three, joined.
+JOINED = (
+    "می\u200cخواهم",
+    "کتاب\u200cها",
+    "क्\u200cष",
+    "क्\u200dष",
+    "ภาษา\u200bไทย",
+    "a\u200fb",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+)
+
+
+@pytest.mark.parametrize("normalization", ["nfkc", "nfc", "identity"])
+def test_joiners_and_what_spells_a_word_come_back(tmp_path, normalization):
+    texts = [*TEXTS, *JOINED[:3]]  # bytes stand in for the letters of the others
+    train_tokenizer(texts, tmp_path / "t.model", 370, normalization=normalization)
+    codec = TextCodec(tmp_path / "t.model", TextConfig(max_tokens=99))
+    assert [codec.decode(codec.encode(text)) for text in JOINED] == list(JOINED)
+    learned, unknown = ([codec.piece(i) for i in codec.encode(text)] for text in (JOINED[0], JOINED[4]))
+    assert any("\u200c" in piece for piece in learned) and "<0xE2>" in unknown
+    train_tokenizer(texts, tmp_path / "old.model", 370, normalization="nmt_nfkc")
+    old = TextCodec(tmp_path / "old.model", TextConfig())
+    assert old.decode(old.encode(JOINED[0])) == JOINED[0].replace("\u200c", " ")  # why it is not the default
+
+
+# Spelling -> NFC (Unicode Standard Annex 15, figures 3 to 6): a singleton, a mark apart, two marks in both orders and
+# composed in part, Hangul, a ligature, a width, a circle, a space; then case.
+FORMS = {
+    "\u212b": "Å", "A\u030a": "Å", "s\u0323\u0307": "ṩ", "s\u0307\u0323": "ṩ", "ṡ\u0323": "ṩ", "ṣ\u0307": "ṩ",
+    "\u1112\u1161\u11ab": "한", "하\u11ab": "한", "ﬁ": "ﬁ", "Ｆ": "Ｆ", "①": "①", "x\u00a0y": "x\u00a0y", "É": "É",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("normalization", "casefold", "expected"),
+    [
+        ("identity", None, {form: form for form in FORMS}),
+        ("nfc", False, FORMS),
+        ("nfc", None, {**{form: nfc.lower() for form, nfc in FORMS.items()}, "STRAẞE İ": "straße İ"}),
+        ("nfkc", None, {"ﬁ": "fi", "Ｆ": "f", "①": "1", "x\u00a0y": "x y", "A\u030a": "å", "É": "é"}),
+    ],
+)
+def test_forms_of_a_letter_are_what_the_standard_says(tmp_path, normalization, casefold, expected):
+    train_tokenizer(TEXTS, tmp_path / "t.model", 340, "bpe", casefold, normalization)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert {text: model.decode(model.encode(text)) for text in expected} == expected
+
+
+def test_identity_folds_no_case_and_other_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="identity changes nothing"):
+        train_tokenizer(TEXTS, tmp_path / "t.model", 340, casefold=True, normalization="identity")
+    with pytest.raises(ValueError, match="nfd' is not one of nfkc, nfc, identity, nmt_nfkc"):
+        train_tokenizer(TEXTS, tmp_path / "t.model", 340, normalization="nfd")
+
+
 def test_only_the_train_split_is_learnt_from():
     rows = [
         Row("a", text="two  words"),
         Row("b", text="two words"),
         Row("c", text="secret", split="test"),
         Row("d", image="x.png"),
+        Row("e", text=" \u200b\n"),
+        Row("f", text="a\u00a0b"),  # what a space is, is the normalization's to say
     ]
-    assert texts_of(rows, "train") == ["two words"]
+    assert texts_of(rows, "train") == ["a\u00a0b", "two words"]

@@ -10,6 +10,7 @@ import soundfile
 from data_prep.inspect import Kind, measure
 from data_prep.manifest import read_manifest, write_manifest
 from data_prep.shard import ShardOptions, shard_manifest
+from data_prep.shard_files import EncodedSample, write_shard
 from data_prep.verify import Seen, verify_folder
 
 
@@ -80,6 +81,17 @@ def test_a_group_in_two_splits_is_found(make_manifest, tmp_path):
     assert any(
         "of group same is in test, another of its group in train" in problem for problem in problems(tmp_path / "out")
     )
+
+
+def test_a_sample_of_a_blank_text_alone_is_a_problem_and_one_with_an_image_is_none(tmp_path):
+    samples = [
+        EncodedSample("good", {"txt": b"a text", "json": b"{}"}),
+        EncodedSample("blank", {"txt": "\u200b \n".encode(), "json": b"{}"}),
+        EncodedSample("image", {"png": b"...", "txt": b" ", "json": b"{}"}),
+    ]
+    write_shard(tmp_path / "00000.tar", samples)
+    found = [problem for problem in problems(tmp_path) if "no image, audio or text" in problem]
+    assert len(found) == 1 and "sample blank has no image" in found[0]
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):

@@ -1,0 +1,93 @@
+"""Progress on stderr of whatever lasts above two seconds: a bar on a terminal, else a plain line now and then."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+QUIET_SECONDS = 2.0
+LINE_SECONDS = 10.0  # between two plain lines
+BAR_SECONDS = 0.25
+
+T = TypeVar("T")
+
+
+class Progress:
+    """What is done of ``total`` (None: unknown), told with its rate and the time left while this is open.
+
+    ``scale`` is what one ``unit`` is made of: ``Progress("a.tar", size, "MB", scale=10**6)``.
+    """
+
+    def __init__(self, what: str, total: float | None = None, unit: str = "", *, scale: int = 1) -> None:
+        self.what, self._unit, self._scale = what, unit, scale
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+        self.restart(0, total)
+
+    def restart(self, done: float, total: float | None) -> None:
+        """Begin at ``done``, which took no time."""
+        self.done, self.total, self._first, self._begun = done, total, done, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def advance(self, count: float = 1) -> None:
+        self.done += count
+
+    def text(self) -> str:
+        """``sharding: 3,200 of 100,000 samples, 412 a second, 3:55 left``."""
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        rate = (self.done - self._first) / seconds
+        if not self._unit or rate <= 0:
+            return f"{self.what}: {_clock(seconds)} so far"
+        total = f" of {self._amount(self.total)}" if self.total else ""
+        left = f", {_clock(max(self.total - self.done, 0) / rate)} left" if self.total else ""
+        return f"{self.what}: {self._amount(self.done)}{total} {self._unit}, {self._amount(rate)} a second{left}"
+
+    def _amount(self, value: float) -> str:
+        scaled = value / self._scale
+        return f"{scaled:,.0f}" if self._scale == 1 and scaled >= 10 else f"{scaled:,.1f}".removesuffix(".0")
+
+    def _show(self) -> None:
+        if self._ended.wait(QUIET_SECONDS):
+            return
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            with Bar(
+                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            ) as bar:
+                task = bar.add_task(self.text())
+                while not self._ended.wait(BAR_SECONDS):
+                    bar.update(task, description=self.text(), completed=self.done, total=self.total)
+        else:
+            print(self.text(), file=sys.stderr, flush=True)
+            while not self._ended.wait(LINE_SECONDS):
+                print(self.text(), file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[T], what: str, total: int | None, unit: str) -> Iterator[T]:
+    """``items``, and how many of them have been taken."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
