@@ -1,6 +1,6 @@
-"""What a picture, a sound or a text may be, and what decoders raise on one that is damaged.
+"""Which files are read as an image, audio or text, what they may be, and what decoders raise on a damaged one.
 
-Shared by the codecs and by ``mmmoe-data shard``, so that what is sharded can be loaded. Imports
+Shared by the codecs, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
 nothing heavy. Limits are checked by the header, before anything is decoded.
 """
 
@@ -9,7 +9,13 @@ from __future__ import annotations
 import struct
 import zlib
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
+# The last part of a member's extension -> what it is read as. Of several the earlier one is preferred.
+MODALITY_OF: dict[str, str] = {
+    **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"), "image"),
+    **dict.fromkeys(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3"), "audio"),
+    **dict.fromkeys(("txt", "text", "caption"), "text"),
+}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no format that calls another program
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # pixels; a picture of one column costs Pillow seconds a million rows
 MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: each scan goes over all of them
