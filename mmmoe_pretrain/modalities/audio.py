@@ -108,7 +108,7 @@ def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     """Mono float32 and its rate; of a longer clip no more than can be needed."""
     problem = sound_start_problem(data)
     if problem:
-        raise BadSampleError(f"audio {problem}")
+        raise BadSampleError(f"audio cannot be decoded: {problem}")
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         _check_header(file)
         # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
