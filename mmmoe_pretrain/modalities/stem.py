@@ -28,10 +28,10 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.movedim(1, -1)
-        with torch.no_grad():
-            centred = last - last.mean(-1, keepdim=True)  # Tensor.var would warn of a batch without rows
-            varies = centred.square().mean(-1, keepdim=True) > CONSTANT
-        last = torch.where(varies, last, last.detach())
+        if last.numel():
+            with torch.no_grad():
+                varies = last.var(-1, correction=0, keepdim=True) > CONSTANT
+            last = torch.where(varies, last, last.detach())
         return F.layer_norm(last, (last.shape[-1],), self.weight, self.bias).movedim(-1, 1)
 
 
