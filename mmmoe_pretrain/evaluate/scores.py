@@ -50,7 +50,7 @@ def image_text_rows(data: HeldOut) -> tuple[list[int], str]:
         return named, ""
     one_of_group: dict[str, int] = {}
     for i in sorted(both, key=lambda i: data.metas[i].language not in ("en", "")):
-        one_of_group.setdefault(data.metas[i].group or f"key:{data.metas[i].key}", i)
+        one_of_group.setdefault(data.metas[i].own_group, i)
     note = (
         "no English held-out row of the subset 'named': image-text scores use one row of every group, "
         "English where there is one"
@@ -144,7 +144,7 @@ def _spoken_rows(data: HeldOut, other: str) -> dict[str, list[int]]:
 
 def _recalls(data: HeldOut, rows: Sequence[int], query: str, target: str) -> dict[int, Recall]:
     """Recall at every k of one direction over ``rows``."""
-    links = [[data.texts[i] or f"key:{data.metas[i].key}" for i in rows]]
+    links = [[data.texts[i] or data.metas[i].identity for i in rows]]
     if "image" in (query, target):
         links.append([data.content["image"][i] for i in rows])
     task = retrieval.pose([data.content[query][i] for i in rows], [data.content[target][i] for i in rows], links)
