@@ -1,6 +1,6 @@
 """``mmmoe-data inspect``: what a manifest or a folder of shards holds, as a table.
 
-Counts rows, hours of sound and bytes by split, subset, language and modalities.
+Counts rows, hours of audio and bytes by split, subset, language and modalities, and the files that are not read.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.manifest import SPLITS, manifest_path, read_manifest
-from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, audio_seconds
+from data_prep.media import audio_seconds
 from data_prep.progress import track
 from data_prep.verify import split_folders
-from mmmoe_pretrain.data.shards import ShardFolder
-from mmmoe_pretrain.limits import MAX_MEMBER_BYTES, MAX_META_BYTES
-from mmmoe_pretrain.untrusted import parse_json, read_bytes
+from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.data.decode import BadSampleError, caption, read_row
+from mmmoe_pretrain.data.members import members_read
+from mmmoe_pretrain.data.shards import OpenShards, RawSample, ShardFolder
+from mmmoe_pretrain.data.survey import survey
+from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
+from mmmoe_pretrain.untrusted import read_bytes
 
 
 class Kind(NamedTuple):
@@ -43,9 +47,9 @@ class Measure(NamedTuple):
 
 def run(path: Path) -> None:
     """The command: measure, and print a line a kind and a line a split."""
-    totals = measure(path)
+    totals, left_out = measure(path), unread(path)
     table = Table(*Kind._fields, "rows", "hours", "bytes", title=str(path), title_justify="left")
-    for split in SPLITS:
+    for split in sorted({kind.split for kind in totals}, key=lambda split: (split not in SPLITS, split)):
         lines = {kind: total for kind, total in totals.items() if kind.split == split}
         for kind, total in sorted(lines.items()):
             table.add_row(*kind, *_cells(total))
@@ -54,15 +58,27 @@ def run(path: Path) -> None:
     console = Console()
     console.width = max(console.width, 110)  # whole names in a log, too
     console.print(table)
+    if left_out:
+        console.print(f"not read: {left_out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def measure(path: Path) -> dict[Kind, Measure]:
     """The sums by kind, of a manifest or of shards."""
-    is_manifest = path.is_file() or (path / "manifest.jsonl").is_file()
     totals: dict[Kind, Measure] = {}
-    for kind, amount in _of_manifest(path) if is_manifest else _of_shards(path):
+    for kind, amount in _of_manifest(path) if _is_manifest(path) else _of_shards(path):
         totals[kind] = totals.get(kind, Measure()).plus(amount)
     return totals
+
+
+def unread(path: Path) -> str:
+    """The extensions of files in shards that are not read, with their numbers; empty where there are none."""
+    if _is_manifest(path):
+        return ""
+    return survey([ShardFolder(folder) for folder in split_folders(path)]).left_out()
+
+
+def _is_manifest(path: Path) -> bool:
+    return path.is_file() or (path / "manifest.jsonl").is_file()
 
 
 def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
@@ -79,25 +95,25 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
 
 
 def _of_shards(path: Path) -> Iterator[tuple[Kind, Measure]]:
+    files = OpenShards()
     for folder in split_folders(path):
-        shards = ShardFolder(folder)
+        shards = ShardFolder(folder, files)
         for i in track(range(len(shards)), f"reading {folder.name}", len(shards), "samples"):
-            sample = shards.read(i)
-            yield _of_sample(sample.members, folder.name, f"sample {sample.key} in {folder}")
+            yield _of_sample(shards.read(i), folder.name)
 
 
-def _of_sample(members: dict[str, bytes], folder: str, where: str) -> tuple[Kind, Measure]:
-    row = parse_json(members.get("json", b"{}"), f"the json of {where}", MAX_META_BYTES)
-    fields = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
-    present = [
-        name
-        for name, suffixes in (("image", IMAGE_SUFFIXES), ("audio", AUDIO_SUFFIXES))
-        if members.keys() & set(suffixes.values())
-    ] + (["text"] if "txt" in members else [])
-    seconds = sum(_seconds(data) for suffix, data in members.items() if suffix in AUDIO_SUFFIXES.values())
+def _of_sample(raw: RawSample, folder: str) -> tuple[Kind, Measure]:
+    try:
+        row = read_row(raw)
+    except BadSampleError as error:
+        raise ValueError(f"sample {raw.key} of {raw.shard}: {error}") from None
+    fields = {name: value for name, value in row.items() if isinstance(value, str)}
+    chosen = members_read(tuple(raw.members))
+    present = [m for m in MODALITIES if (caption(raw) if m == "text" else m in chosen)]
+    seconds = _seconds(raw.members[chosen["audio"]]) if "audio" in chosen else 0.0
     split = fields.get("split") or (folder if folder in SPLITS else "train")
     kind = Kind(split, fields.get("subset", ""), fields.get("language", ""), "+".join(present))
-    return kind, Measure(1, seconds, sum(len(data) for data in members.values()))
+    return kind, Measure(1, seconds, sum(len(data) for data in raw.members.values()))
 
 
 def _seconds(data: bytes) -> float:

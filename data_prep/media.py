@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.limits import (
     DECODER_ERRORS,
-    IMAGE_FORMATS,
     MAX_MEMBER_BYTES,
-    image_problem,
-    image_scans,
+    MODALITY_OF,
+    decoder_reason,
 )
 from mmmoe_pretrain.untrusted import read_bytes
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-IMAGE_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpeg", ".webp": "webp"}
-AUDIO_SUFFIXES = {".flac": "flac", ".ogg": "ogg", ".wav": "wav", ".mp3": "mp3"}
+IMAGE_SUFFIXES = {f".{extension}": extension for extension, kind in MODALITY_OF.items() if kind == "image"}
+AUDIO_SUFFIXES = {f".{extension}": extension for extension, kind in MODALITY_OF.items() if kind == "audio"}
 
 _LOUDEST = 1000.0  # 1 is full scale; what soxr does to floats that are much louder is not a number
 
@@ -55,18 +54,17 @@ def _shrunk_member(path: Path, size: int) -> Media:
 def _image_member(path: Path, size: int | None) -> Media:
     from PIL import Image
 
+    from mmmoe_pretrain.flatten import open_image
+
     errors: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
     suffix = _suffix(path, IMAGE_SUFFIXES)
     data = _read(path)
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            problem = image_problem(image.width, image.height, image_scans(data))
-            if problem:
-                raise ValueError(f"an image {problem}")
+        with open_image(data) as image:
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
     except errors as error:
-        raise ValueError(f"{path.name} is no readable image: {_reason(error)}") from None
+        raise ValueError(f"{path.name} is no readable image: {decoder_reason(error)}") from None
 
 
 def audio_member(path: Path, rate: int | None) -> Media:
@@ -82,7 +80,7 @@ def audio_member(path: Path, rate: int | None) -> Media:
                 raise ValueError("it holds NaN or infinite samples")
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
     except DECODER_ERRORS as error:
-        raise ValueError(f"{path.name} is no readable audio: {_reason(error)}") from None
+        raise ValueError(f"{path.name} is no readable audio: {decoder_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:
@@ -91,7 +89,7 @@ def audio_seconds(data: bytes) -> float:
         with open_audio(data) as file:
             return float(file.frames / file.samplerate)
     except DECODER_ERRORS as error:
-        raise ValueError(f"no readable audio: {_reason(error)}") from None
+        raise ValueError(f"no readable audio: {decoder_reason(error)}") from None
 
 
 def _shrunk_png(image: Image.Image, size: int) -> bytes:
@@ -118,10 +116,6 @@ def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(mono, -1.0, 1.0), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _suffix(path: Path, known: dict[str, str]) -> str:

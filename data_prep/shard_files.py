@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mmmoe_pretrain.data import tar as tar_headers
-
 INDEX_VERSION = 1
 KIND = "wids-shard-index-v1"
 WIDS_VERSION = 1
@@ -79,17 +77,6 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def walk_shard(path: Path) -> list[dict[str, Any]]:
-    """The samples of a tar by its own headers, in the form that the index has."""
-    samples: list[dict[str, Any]] = []
-    for member in tar_headers.members(path):
-        key, _, suffix = member.name.partition(".")
-        if not samples or samples[-1]["key"] != key:
-            samples.append({"key": key, "members": {}})
-        samples[-1]["members"][suffix] = [member.offset, member.size]
-    return samples
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:

@@ -1,7 +1,8 @@
-"""``mmmoe-data verify``: whether shards are what their indices and lists say.
+"""``mmmoe-data verify``: whether shards are what their indices and lists say, and can be trained on.
 
-Checks hashes, sizes, offsets and headers, that every sample has a known modality and a fitting JSON,
-and that no key occurs twice and no group in two splits. Reads every byte once; decodes nothing.
+Checks hashes, sizes, offsets and headers, that every sample has something to read and a fitting JSON, and that
+no group is in two splits. Shards from elsewhere have neither lists nor indices: that is a note, no problem.
+Reads every byte once; decodes nothing.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 
 from data_prep.manifest import SPLITS
-from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from data_prep.progress import track
-from data_prep.shard_files import LIST_NAME, hash_file, index_path, walk_shard
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
-from mmmoe_pretrain.untrusted import brief, parse_json, read_json
+from data_prep.shard_files import LIST_NAME, hash_file, index_path
+from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
+from mmmoe_pretrain.data.members import META, members_read, names
+from mmmoe_pretrain.data.shards import IndexedSample, OpenShards, check_sample, read_sample, walk
+from mmmoe_pretrain.data.survey import Survey
+from mmmoe_pretrain.untrusted import brief, read_json
 
-_MODALITY_SUFFIXES = frozenset({*IMAGE_SUFFIXES.values(), *AUDIO_SUFFIXES.values(), "txt"})
 _SHOWN = 50
 
 
@@ -29,8 +31,19 @@ class Seen:
     """What was met so far, over all splits."""
 
     shards: int = 0
-    keys: dict[str, str] = field(default_factory=dict)  # key -> shard
+    unindexed: int = 0  # shards
+    unlisted: list[str] = field(default_factory=list)  # folders without shards.json
+    survey: Survey = field(default_factory=Survey)
     split_of_group: dict[str, str] = field(default_factory=dict)
+
+    def notes(self) -> Iterator[str]:
+        """What is no problem, and good to know."""
+        if self.survey.unread:
+            yield f"not read: {self.survey.left_out()}"
+        if self.unlisted:
+            yield f"no {LIST_NAME} in {names(self.unlisted)}: the *.tar are read in the order of their names"
+        if self.unindexed:
+            yield f"no index beside {self.unindexed:,} shards: their headers are read at each start"
 
 
 def run(folder: Path) -> bool:
@@ -42,8 +55,12 @@ def run(folder: Path) -> bool:
         console.print(problem, highlight=False, markup=False, soft_wrap=True)
     if len(problems) > _SHOWN:
         console.print(f"... and {len(problems) - _SHOWN} more")
+    for note in seen.notes():
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     verdict = f"{len(problems)} problems in" if problems else "all is well in"
-    console.print(f"{verdict} {len(seen.keys):,} samples of {seen.shards:,} shards under {folder}", highlight=False)
+    content = f": {seen.survey.content()}" if seen.survey.samples else ""
+    samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"
+    console.print(f"{verdict} {samples} under {folder}{content}", highlight=False, soft_wrap=True)
     return not problems
 
 
@@ -67,12 +84,15 @@ def verify_folder(folder: Path, seen: Seen) -> Iterator[str]:
         yield f"{leftover}: left behind by a run that was killed"
     for split in split_folders(folder):
         listed: dict[str, dict[str, Any]] = {}
-        yield from _verify_list(split, listed)
+        if (split / LIST_NAME).exists():
+            yield from _verify_list(split, listed)
+        else:
+            seen.unlisted.append(str(split))
         shards = sorted(split.glob("*.tar"))
         for shard in track(shards, f"verifying {split.name}", len(shards), "shards"):
             seen.shards += 1
             for problem in _verify_shard(shard, listed.get(shard.name), seen):
-                yield f"{shard}: {problem}"
+                yield problem if str(shard) in problem else f"{shard}: {problem}"
 
 
 def _verify_list(folder: Path, listed: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -81,8 +101,6 @@ def _verify_list(folder: Path, listed: dict[str, dict[str, Any]]) -> Iterator[st
     try:
         entries = {entry["url"]: dict(entry) for entry in read_json(path)["shardlist"]}
         listed.update({name: entry for name, entry in entries.items() if isinstance(name, str)})
-    except FileNotFoundError:
-        yield f"{path}: missing"
     except (ValueError, KeyError, TypeError) as error:
         yield f"{path}: not a list of shards ({brief(str(error))})"
     present = {file.name for file in folder.iterdir()}
@@ -97,71 +115,67 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
         return
     size, digest = shard.stat().st_size, hash_file(shard)
     index, index_name = _read_index(shard), index_path(shard).name
-    if entry is None:
-        yield f"not named in {LIST_NAME}"
-    else:
+    if entry is not None:
         yield from _differences(size, digest, entry.get("filesize"), entry.get("xxh3_128"), LIST_NAME)
-    if index is None:
-        yield f"{index_name} is missing or broken"
+    elif (shard.parent / LIST_NAME).exists():
+        yield f"not named in {LIST_NAME}"
+    if index is not None:
+        yield from _differences(size, digest, index.get("bytes"), index.get("xxh3_128"), index_name)
+    elif index_path(shard).exists():
+        yield f"{index_name} is broken"
+    elif entry is not None and "xxh3_128" in entry:  # mmmoe-data wrote one
+        yield f"{index_name} is missing"
     else:
-        yield from _differences(size, digest, index.get("bytes"), index.get("xxh3_128"), index_path(shard).name)
+        seen.unindexed += 1
     try:
-        walked = walk_shard(shard)
+        walked = walk(shard)
     except ValueError as error:
         yield str(error)
         return
-    if index is not None and index.get("samples") != walked:
+    if index is not None and index.get("samples") != [_entry(sample) for sample in walked]:
         yield f"{index_name} does not describe the members that are in the tar"
-    if entry is not None and entry.get("nsamples") != len(walked):
+    if entry is not None and entry.get("nsamples", len(walked)) != len(walked):
         yield f"has {len(walked)} samples, {LIST_NAME} says {brief(entry.get('nsamples'))}"
-    with shard.open("rb") as file:
-        for sample in walked:
-            yield from _verify_sample(sample, file, shard, seen)
+    if not walked:
+        yield "holds no sample"
+    files = OpenShards(1)
+    for sample in walked:
+        try:
+            check_sample(sample, shard)
+            yield from _verify_sample(sample, files.descriptor(shard), shard, seen)
+        except ValueError as error:
+            yield str(error)
+        except BadSampleError as error:
+            yield f"sample {sample.key}: {error}"
+
+
+def _entry(sample: IndexedSample) -> dict[str, Any]:
+    return {"key": sample.key, "members": {name: list(place) for name, place in sample.members.items()}}
 
 
 def _differences(size: int, digest: str, said_size: Any, said_digest: Any, where: str) -> Iterator[str]:
-    if size != said_size:
+    if said_size is not None and size != said_size:
         yield f"has {size} bytes, {where} says {brief(said_size)}"
-    elif digest != said_digest:
+    elif said_digest is not None and digest != said_digest:
         yield f"xxh3_128 is {digest}, {where} says {brief(said_digest)}"
 
 
-def _verify_sample(sample: dict[str, Any], file: BinaryIO, shard: Path, seen: Seen) -> Iterator[str]:
-    key, members = sample["key"], sample["members"]
-    if key in seen.keys:
-        yield f"key {key} is also in {seen.keys[key]}, or its members are not adjacent"
-    seen.keys[key] = str(shard)
-    present = _MODALITY_SUFFIXES & members.keys()
-    if present == {"txt"} and members["txt"][1] <= MAX_TEXT_BYTES:
-        file.seek(members["txt"][0])
-        if not has_text(file.read(members["txt"][1]).decode(errors="replace")):
-            present = frozenset()
-    if not present:
-        yield f"sample {key} has no image, audio or text"
-    if unknown := sorted(members.keys() - _MODALITY_SUFFIXES - {"json"}):
-        yield f"sample {key} has members of unknown kind: {', '.join(unknown)}"
-    if "json" not in members:
-        yield f"sample {key} has no json"
-        return
-    offset, size = members["json"]
-    if size > MAX_META_BYTES:
-        yield f"sample {key} has a json of {size} bytes, more than {MAX_META_BYTES}"
-        return
-    file.seek(offset)
-    try:
-        fields = parse_json(file.read(size), "it")
-        found, group, split = fields["key"], fields["group"] or key, fields["split"]
-    except (ValueError, KeyError, TypeError) as error:
-        yield f"sample {key} has a json that cannot be read ({brief(str(error))})"
-        return
-    if not isinstance(group, str) or not isinstance(split, str):
-        yield f"sample {key} has a json whose group or split is no text"
-        return
-    if found != key:
-        yield f"sample {key} has the json of {brief(found)}"
-    first = seen.split_of_group.setdefault(group, split)
-    if first != split:
-        yield f"sample {key} of group {group} is in {split}, another of its group in {first}"
+def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Seen) -> Iterator[str]:
+    key, chosen = sample.key, members_read(tuple(sample.members))
+    raw = read_sample(sample, descriptor, shard, only=(META, chosen.get("text", META)))
+    row = read_row(raw)
+    text = raw_text(raw, row)
+    seen.survey.add(tuple(sample.members), captioned=bool(text))
+    if not text and not chosen.keys() & {"image", "audio"}:
+        yield f"sample {key} has no image, audio or text (its files: {names(sample.members)})"
+    said = row.get("key")
+    if isinstance(said, str) and said not in (key, key.rpartition("/")[2]):
+        yield f"sample {key} has the json of {brief(said)}"
+    group, split = row.get("group"), row.get("split") or shard.parent.name
+    if isinstance(group, str) and group and isinstance(split, str):
+        first = seen.split_of_group.setdefault(group, split)
+        if first != split:
+            yield f"sample {key} of group {group} is in {split}, another of its group in {first}"
 
 
 def _read_index(shard: Path) -> dict[str, Any] | None:

@@ -42,7 +42,9 @@ def open_audio(data: bytes) -> soundfile.SoundFile:
     import soundfile
 
     problem = sound_start_problem(data)
-    if problem is None:
+    if problem:
+        problem = f"cannot be decoded: {problem}"
+    else:
         whole = with_true_length(data)
         try:
             file = soundfile.SoundFile(io.BytesIO(whole))

@@ -28,7 +28,8 @@ IGNORE = -100  # a target that takes no part in a loss
 
 @dataclass(frozen=True)
 class SampleMeta:
-    """What is known of a sample beside its content; every field but ``key`` may be empty."""
+    """What is known of a sample beside its content; every field but ``key`` may be empty. Several shards may use
+    a key."""
 
     key: str
     group: str = ""  # samples that show the same thing share a group and are never negatives
@@ -37,6 +38,17 @@ class SampleMeta:
     subset: str = ""
     audio_kind: str = ""  # "speech" or "effect"
     source: str = ""
+    shard: str = ""  # the file that holds it
+
+    @property
+    def identity(self) -> str:
+        """What no other sample has."""
+        return f"\0{self.shard}\0{self.key}"
+
+    @property
+    def own_group(self) -> str:
+        """The group; a sample without one is a group of its own."""
+        return self.group or self.identity
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,28 @@
-"""What a picture, a sound or a text may be, and what decoders raise on one that is damaged.
+"""Which files are read as an image, audio or text, what they may be, and what decoders raise on a damaged one.
 
-Shared by the codecs and by ``mmmoe-data shard``, so that what is sharded can be loaded. Imports
+Shared by the codecs, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
 nothing heavy. Limits are checked by the header, before anything is decoded.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import unicodedata
 import zlib
+from collections.abc import Sequence
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no format that calls another program
-MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535  # pixels; a picture of one column costs Pillow seconds a million rows
+# The last part of a member's extension -> what it is read as. Of several the earlier one is preferred.
+MODALITY_OF: dict[str, str] = {
+    **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"), "image"),
+    **dict.fromkeys(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3"), "audio"),
+    **dict.fromkeys(("txt", "text", "caption"), "text"),
+}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no format that calls another program
+MAX_PIXELS = 64_000_000  # decoded ones: a JPEG may be decoded at a half, a quarter or an eighth of its size
+MAX_SIDE = 65_535  # pixels; an image of one column costs Pillow seconds a million rows
 MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: each scan goes over all of them
+SOUND_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 SOUND_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # libsndfile reads two dozen formats more
 MAX_CLIP_SECONDS = 600.0
 MAX_CLIP_SAMPLES = 64_000_000  # over all channels
@@ -68,27 +77,43 @@ def _is_blank(letter: str) -> bool:
     )
 
 
-def image_problem(width: int, height: int, scans: int) -> str | None:
-    """What a header says that no usable picture has, as the rest of a sentence; None if it is fine."""
-    if width * height > MAX_PIXELS:
-        return f"of {width} x {height} pixels exceeds the limit of {MAX_PIXELS} pixels"
+def decoder_reason(error: Exception) -> str:
+    """What a decoder says of a damaged file, without the addresses of objects, which differ from run to run."""
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "it", getattr(error, "error_string", "") or str(error))
+    says_little = not text or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError)
+    return ": ".join(filter(None, [type(error).__name__ if says_little else "", text]))
+
+
+def start_problem(data: bytes, formats: Sequence[str]) -> str:
+    """That a file begins like none of ``formats``, as the rest of a sentence."""
+    begins = f"begins with {data[:16]!r}" if data else "is empty"
+    return f"{begins} and is no {', '.join(formats[:-1])} or {formats[-1]}"
+
+
+def image_problem(size: tuple[int, int], decoded: tuple[int, int], scans: int) -> str | None:
+    """What a header says that no usable image has, as the rest of a sentence; None if it is fine.
+
+    ``decoded``: the width and height at which it is decoded.
+    """
+    width, height = size
+    told = f"of {width} x {height} pixels"
+    if decoded[0] * decoded[1] > MAX_PIXELS:
+        return f"{told} exceeds the limit of {MAX_PIXELS} decoded pixels; shrink it"
     if max(width, height) > MAX_SIDE:
-        return f"of {width} x {height} pixels exceeds the limit of {MAX_SIDE} pixels a side"
+        return f"{told} exceeds the limit of {MAX_SIDE} pixels a side"
     if width * height * scans > MAX_SCANNED_PIXELS:
-        return f"of {width} x {height} pixels in {scans} scans exceeds the limit of {MAX_SCANNED_PIXELS} pixels"
+        return f"{told} in {scans} scans exceeds the limit of {MAX_SCANNED_PIXELS} pixels"
     return None
 
 
-def image_scans(data: bytes) -> int:
-    """At most how often a decoder goes over the picture: the start-of-scan marks of a JPEG (ISO 10918-1, B.1.1.3)."""
-    return max(1, data.count(b"\xff\xda")) if data[:2] == b"\xff\xd8" else 1
+def jpeg_scans(data: bytes) -> int:
+    """At most how often a JPEG decoder goes over the image: its start-of-scan marks (ISO 10918-1, B.1.1.3)."""
+    return max(1, data.count(b"\xff\xda"))
 
 
 def sound_start_problem(data: bytes) -> str | None:
     """Whether ``data`` begins like none of the formats that are read, before any decoder sees it."""
-    if data.startswith(SOUND_STARTS):
-        return None
-    return f"cannot be decoded: it begins with {data[:4]!r}, and is no WAV, FLAC, OGG or MP3"
+    return None if data.startswith(SOUND_STARTS) else start_problem(data, SOUND_FORMATS)
 
 
 def sound_problem(sample_rate: int, channels: int, frames: int) -> str | None:

@@ -34,7 +34,7 @@ class BadBudget:
     def add(self, stats: LoadStats) -> None:
         """Count what this rank read, and log its bad samples."""
         for sample in stats.bad[: max(0, MAX_LOGGED - self.bad)]:
-            logger.warning("skipped sample %s: %s", sample.key, sample.reason)
+            logger.warning("skipped sample %s", sample)
         if self.bad < MAX_LOGGED <= self.bad + len(stats.bad):
             logger.warning("%d bad samples on this rank; further ones are counted, but not logged", MAX_LOGGED)
         self.first += stats.bad[: KEYS_NAMED - len(self.first)]
@@ -48,7 +48,7 @@ class BadBudget:
         """
         if log_chance(total_bad, total_read, self.limit) >= math.log(FALSE_ALARM):
             return
-        named = "; ".join(f"{sample.key}: {sample.reason}" for sample in self.first)
+        named = "; ".join(map(str, self.first))
         where = f"The first: {named}" if named else "None was on this rank: the logs of the others name them"
         raise ValueError(
             f"{total_bad} of {total_read} samples read were bad, more than "

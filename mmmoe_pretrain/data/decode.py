@@ -1,38 +1,27 @@
 """Bytes -> arrays for one sample; what cannot be used becomes a BadSample value.
 
-Owns the choice of codec by extension, the random numbers of a sample (a pure function of seed,
+Owns where the text of a sample stands, the random numbers of a sample (a pure function of seed,
 position and modality) and the one place where a bad sample is caught.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.members import META, members_read, names
 from mmmoe_pretrain.data.shards import RawSample
 from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities import BadSampleError, Codecs
 from mmmoe_pretrain.untrusted import parse_json
 
-EXTENSION_MODALITY: dict[str, str] = {
-    "png": "image",
-    "jpg": "image",
-    "jpeg": "image",
-    "webp": "image",
-    "flac": "audio",
-    "ogg": "audio",
-    "wav": "audio",
-    "mp3": "audio",
-    "txt": "text",
-}
-
-
 PURPOSES = (*MODALITIES, "label")  # of a sample's random numbers
+CAPTION_FIELDS = ("caption", "text")  # of a sample's JSON: its text where no member is one
 
 
 @dataclass(frozen=True)
@@ -41,6 +30,10 @@ class BadSample:
 
     key: str
     reason: str
+    shard: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}{f' of {self.shard}' if self.shard else ''}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -70,18 +63,20 @@ def decode(
     try:
         return _decode(raw, codecs, augment, seed, position)
     except BadSampleError as error:
-        return BadSample(raw.key, str(error))
+        return BadSample(raw.key, str(error), raw.shard)
 
 
 def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, position: int) -> Sample:
-    content, meta = _by_modality(raw.members), _meta(raw)
+    row = read_row(raw)
+    content = {modality: raw.members[extension] for modality, extension in members_read(tuple(raw.members)).items()}
+    text, meta = raw_text(raw, row), _meta(raw, row)
     if (
         augment.label_text
         and "image" in content
         and meta.label
         and (_generator(seed, position, "label").random() < augment.label_text)
     ):
-        content = {"image": content["image"], "text": augment.prompt.format(meta.label).encode()}
+        content, text = {"image": content["image"]}, augment.prompt.format(meta.label)
         meta = dataclasses.replace(meta, group=f"label {meta.label}")
     rngs = {
         name: _generator(seed, position, name) if wanted else None
@@ -91,7 +86,6 @@ def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, positio
             ("text", augment.text_dropout > 0),
         )
     }
-    text = _text(content["text"]) if "text" in content else ""
     ids = codecs.text.encode(text, rngs["text"], augment.text_dropout) if text else None
     if ids is not None and not len(ids):  # a tokenizer may drop all of an odd text
         text, ids = "", None
@@ -103,19 +97,24 @@ def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, positio
         raw_text=text,
     )
     if not any(sample.has(name) for name in MODALITIES):
-        raise BadSampleError(f"no image, audio or text in it (members: {', '.join(raw.members) or 'none'})")
+        members = (*raw.members, *raw.unread)
+        raise BadSampleError(f"no image, audio or text in it (members: {names(members) or 'none'})")
     return sample
 
 
-def _by_modality(members: Mapping[str, bytes]) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for extension, data in members.items():
-        modality = EXTENSION_MODALITY.get(extension)
-        if modality in found:
-            raise BadSampleError(f"more than one {modality} member ({', '.join(members)})")
-        if modality is not None:
-            found[modality] = data
-    return found
+def raw_text(raw: RawSample, row: dict[str, Any]) -> str:
+    """The text of a sample, by its member or by a field of its JSON ``row``; empty where it has none."""
+    extension = members_read(tuple(raw.members)).get("text")
+    found = (row[name].strip() for name in CAPTION_FIELDS if isinstance(row.get(name), str))
+    return (_text(raw.members[extension]) if extension else "") or next(filter(has_text, found), "")
+
+
+def caption(raw: RawSample) -> str:
+    """The text of a sample; empty where it has none or it cannot be read."""
+    try:
+        return raw_text(raw, read_row(raw))
+    except BadSampleError:
+        return ""
 
 
 def _text(data: bytes) -> str:
@@ -128,18 +127,24 @@ def _text(data: bytes) -> str:
     return text if has_text(text) else ""
 
 
-def _meta(raw: RawSample) -> SampleMeta:
+def read_row(raw: RawSample) -> dict[str, Any]:
+    """The JSON of a sample; empty where it has none. Raises BadSampleError where it is damaged."""
     try:
-        row = parse_json(raw.members.get("json", b"{}"), "json", MAX_META_BYTES)
+        row = parse_json(raw.members.get(META, b"{}"), META, MAX_META_BYTES)
     except ValueError as error:
         raise BadSampleError(f"json is damaged: {error}") from error
     if not isinstance(row, dict):
         raise BadSampleError(f"json holds {type(row).__name__}, not an object")
-    names = [field.name for field in fields(SampleMeta) if field.name != "key"]
-    known = {name: row[name] for name in names if isinstance(row.get(name), str)}
-    if any("\ud800" <= letter <= "\udfff" for value in known.values() for letter in value):
+    return row
+
+
+def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
+    wanted = [field.name for field in fields(SampleMeta) if field.name not in ("key", "shard")]
+    known = {name: row[name] for name in wanted if isinstance(row.get(name), str)}
+    texts = [*known.values(), *(row[name] for name in CAPTION_FIELDS if isinstance(row.get(name), str))]
+    if any("\ud800" <= letter <= "\udfff" for value in texts for letter in value):
         raise BadSampleError("json holds half of a character (a lone surrogate)")
-    return SampleMeta(raw.key, **known)
+    return SampleMeta(raw.key, shard=raw.shard, **known)
 
 
 def _generator(seed: int, position: int, purpose: str) -> np.random.Generator:

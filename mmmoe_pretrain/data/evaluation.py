@@ -12,7 +12,7 @@ from mmmoe_pretrain.data.budget import BadBudget
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
 from mmmoe_pretrain.modalities import Codecs
 
 
@@ -30,7 +30,8 @@ def iterate_eval(
     """
     settings = _caption_all(PackSettings.from_config(config, codecs))
     budget = BadBudget(config.data.max_bad_fraction)
-    folders = [ShardFolder(path) for path in paths]
+    files = OpenShards()
+    folders = [ShardFolder(path, files) for path in paths]
     where = [(folder, i) for folder in folders for i in range(len(folder))]
     for start in range(0, len(where), batch_size):
         decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]

@@ -21,7 +21,7 @@ from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.decode import Augment, BadSample, decode
 from mmmoe_pretrain.data.order import MixOrder
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
 from mmmoe_pretrain.data.workers import ReadAhead, Workers
 from mmmoe_pretrain.modalities import Codecs
 
@@ -75,9 +75,10 @@ class MicrobatchDataset:
         self._codecs = codecs
         self._augment = Augment.from_config(config)
         self._settings = PackSettings.from_config(config, codecs)
-        self._folders = [ShardFolder(source.path) for source in config.data.train]
+        files = OpenShards()
+        self.folders = [ShardFolder(source.path, files) for source in config.data.train]
         self._order = MixOrder(
-            [len(folder) for folder in self._folders],
+            [len(folder) for folder in self.folders],
             [source.weight for source in config.data.train],
             config.seed,
         )
@@ -86,7 +87,7 @@ class MicrobatchDataset:
         positions = self.positions(number)
         draws = self._order.at(positions)
         raws = (
-            self._folders[source].read(index)
+            self.folders[source].read(index)
             for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
         )
         with _Counted(self._codecs) as counted:
@@ -105,7 +106,7 @@ class MicrobatchDataset:
         """The keys of microbatch ``number``, without reading it."""
         draws = self._order.at(self.positions(number))
         return [
-            self._folders[source].key(index)
+            self.folders[source].key(index)
             for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
         ]
 
@@ -205,6 +206,11 @@ class Loader:
             config.faults.max_worker_restarts,
         )
         self._reader = ReadAhead(_Microbatches(dataset, cursor, self._count), self._numbers(), workers)
+
+    @property
+    def folders(self) -> list[ShardFolder]:
+        """Of the sources of data.train."""
+        return self._dataset.folders
 
     def __iter__(self) -> Loader:
         return self

@@ -118,9 +118,7 @@ def _present(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _group_ids(samples: Sequence[Sample]) -> np.ndarray:
-    """A sample without a group is a group of its own."""
-    names = [sample.meta.group or "\0" + sample.meta.key for sample in samples]
-    hashes = [xxhash.xxh3_64_intdigest(name.encode()) for name in names]
+    hashes = [xxhash.xxh3_64_intdigest(sample.meta.own_group.encode()) for sample in samples]
     return np.asarray(hashes, dtype=np.uint64).view(np.int64)
 
 

@@ -2,12 +2,15 @@
 
 Owns opening and checking of shards (docs/data_format.md) and reading one sample's bytes. Knows
 nothing of what the bytes mean. The index is a handful of arrays, whatever the number of samples.
+A sample is known by its shard and its key: writers that work side by side often use the same keys.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+import resource
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,99 +18,135 @@ from typing import Any
 import numpy as np
 
 from mmmoe_pretrain.data import tar
+from mmmoe_pretrain.data.members import META, dotted_key, members_read, names, split_name
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
 from mmmoe_pretrain.untrusted import brief, read_json
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp", "flac", "ogg", "wav", "mp3", "txt", "json")
 MAX_OPEN_SHARDS = 256
-_CODE = {extension: code for code, extension in enumerate(EXTENSIONS)}
+SHARE_OF_DESCRIPTORS = 4  # at most one in so many of those that the process may have
+LISTING = "shards.json"
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as bytes, by the extension of each member."""
+    """One sample as bytes, by the extension of each member that is read."""
 
     key: str
     members: dict[str, bytes]
+    shard: str = ""
+    unread: tuple[str, ...] = ()  # extensions of the other members
 
 
 @dataclass(frozen=True)
-class _Sample:
+class IndexedSample:
+    """Where the members of a sample stand in its shard: extension -> (offset, size)."""
+
     key: str
-    members: tuple[tuple[int, int, int], ...]  # (extension code, offset, size)
+    members: dict[str, tuple[int, int]]
+
+
+class OpenShards:
+    """Descriptors of shards: a bounded number, whatever the number of folders that share this."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        room = soft // SHARE_OF_DESCRIPTORS if soft != resource.RLIM_INFINITY else MAX_OPEN_SHARDS
+        self.limit = max(1, limit or min(MAX_OPEN_SHARDS, room))
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()  # least recently used first
+
+    def descriptor(self, path: Path) -> int:
+        """Of the shard ``path``, to be used before the next call."""
+        if path in self._descriptors:
+            self._descriptors.move_to_end(path)
+        else:
+            while len(self._descriptors) >= self.limit:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
 
 class ShardFolder:
     """The samples of a folder's shards, in the order of ``shards.json`` or of the names."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: OpenShards | None = None) -> None:
+        """``files`` is shared by the folders that a process reads at the same time."""
         self.folder = Path(folder)
+        self._files = OpenShards() if files is None else files
         self._paths = list_shards(self.folder)
-        counts, keys, members, lengths = [], [], [], []
+        counts, keys, kinds, places = [], [], [], []
+        kind_of: dict[tuple[str, ...], int] = {}  # extensions of a sample, of which there are few different ones
         for path in self._paths:
             samples = read_index(path)
             counts.append(len(samples))
             keys.append(np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_))
-            lengths += [len(sample.members) for sample in samples]
-            members.append(np.asarray([m for s in samples for m in s.members], dtype=np.int64).reshape(-1, 3))
+            kinds += [kind_of.setdefault(tuple(sample.members), len(kind_of)) for sample in samples]
+            places.append(np.asarray([p for s in samples for p in s.members.values()], dtype=np.int64).reshape(-1, 2))
+        self._extensions = list(kind_of)
+        self._kind = np.asarray(kinds, dtype=np.int32)
+        lengths = np.asarray([len(extensions) for extensions in self._extensions])[self._kind]
         self._first_sample = np.concatenate([[0], np.cumsum(counts)])
         self._first_member = np.concatenate([[0], np.cumsum(lengths)])
-        self._members = np.concatenate(members)
+        self._places = np.concatenate(places)
         self._keys = np.concatenate(keys)
-        self._refuse_duplicates()
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, oldest first
 
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def contents(self) -> Counter[tuple[str, ...]]:
+        """How many samples have members of which extensions, read or not."""
+        counts = np.bincount(self._kind, minlength=len(self._extensions))
+        return Counter(dict(zip(self._extensions, counts.tolist(), strict=True)))
+
+    def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray:
+        """The samples that have members of just these extensions, int64 [n]."""
+        return np.flatnonzero(self._kind == self._extensions.index(extensions))
+
     def key(self, i: int) -> str:
-        """The key of sample ``i``."""
+        """The key of sample ``i``, which another shard may use as well."""
         return bytes(self._keys[i]).decode()
 
-    def read(self, i: int) -> RawSample:
-        """The bytes of sample ``i``. Raises ValueError where the shard has shrunk since it was opened."""
-        shard = int(np.searchsorted(self._first_sample, i, side="right")) - 1
-        descriptor = self._descriptor(shard)
-        members = {}
-        for code, offset, size in self._members[self._first_member[i] : self._first_member[i + 1]].tolist():
-            data = os.pread(descriptor, size, offset)
-            if len(data) != size:
-                raise ValueError(
-                    f"{self._paths[shard]} ended while sample {self.key(i)!r} was read: it was "
-                    f"changed during the run; restore it and resume"
-                )
-            members[EXTENSIONS[code]] = data
-        return RawSample(self.key(i), members)
+    def read(self, i: int, only: Iterable[str] | None = None) -> RawSample:
+        """The bytes of the members of sample ``i`` that are read, or of those whose extensions are in ``only``.
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        return self._files[shard]
+        Raises ValueError where the shard has shrunk since it was opened.
+        """
+        path = self._paths[int(np.searchsorted(self._first_sample, i, side="right")) - 1]
+        extensions = self._extensions[self._kind[i]]
+        places = self._places[self._first_member[i] : self._first_member[i + 1]].tolist()
+        sample = IndexedSample(self.key(i), dict(zip(extensions, map(tuple, places), strict=True)))
+        return read_sample(sample, self._files.descriptor(path), path, only)
 
-    def _refuse_duplicates(self) -> None:
-        order = np.argsort(self._keys, kind="stable")
-        same = np.flatnonzero(self._keys[order][1:] == self._keys[order][:-1])
-        if same.size:
-            first, second = (int(order[same[0] + step]) for step in (0, 1))
-            shards = np.searchsorted(self._first_sample, [first, second], side="right") - 1
+
+def read_sample(
+    sample: IndexedSample, descriptor: int, path: Path, only: Iterable[str] | None = None
+) -> RawSample:
+    """The bytes of ``sample`` from its shard ``path``, which is open as ``descriptor``; as ``ShardFolder.read``."""
+    extensions = tuple(sample.members)
+    wanted = {*members_read(extensions).values(), META} if only is None else set(only)
+    members = {}
+    for extension, (offset, size) in sample.members.items():
+        if extension not in wanted:
+            continue
+        members[extension] = os.pread(descriptor, size, offset)
+        if len(members[extension]) != size:
             raise ValueError(
-                f"key {self.key(first)!r} stands twice, in {self._paths[shards[0]]} and "
-                f"{self._paths[shards[1]]}; make the shards again with unique keys, or remove "
-                f"the shard that was left over"
+                f"{path} ended while sample {sample.key!r} was read: it was changed during the run; restore it and "
+                f"resume"
             )
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+    unread = tuple(extension for extension in extensions if extension not in wanted)
+    return RawSample(sample.key, members, str(path), unread)
 
 
 def list_shards(folder: Path) -> list[Path]:
     """The shards of ``folder``, checked to exist and to have the size that ``shards.json`` names."""
     if not folder.is_dir():
         raise ValueError(f"no folder of shards at {folder}; make it by mmmoe-data shard, or correct the path")
-    listing = folder / "shards.json"
+    listing = folder / LISTING
     if not listing.is_file():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
@@ -120,15 +159,19 @@ def list_shards(folder: Path) -> list[Path]:
     return [_listed_shard(folder, entry, listing) for entry in entries]
 
 
-def read_index(path: Path) -> list[_Sample]:
-    """The samples of one shard, by its sidecar where there is one, else by a walk over the headers."""
+def read_index(path: Path) -> list[IndexedSample]:
+    """The samples of one shard, by its sidecar where there is one, else by its headers.
+
+    Raises ValueError that names the shard, and the key where dots belong to it.
+    """
     if not path.is_file():
         raise ValueError(f"shard {path} is no plain file; put the tar itself there")  # a pipe would never end
     sidecar = path.with_suffix(".index.json")
-    actual = path.stat().st_size
-    samples = _from_sidecar(sidecar, path, actual) if sidecar.is_file() else _walk(path)
+    samples = _from_sidecar(sidecar, path, path.stat().st_size) if sidecar.is_file() else walk(path)
     if not samples:
         raise ValueError(f"shard {path} holds no sample; remove it, or make it again by mmmoe-data shard")
+    for sample in samples:
+        check_sample(sample, path)
     return samples
 
 
@@ -157,7 +200,7 @@ def _is_relative_name(url: object) -> bool:
     return not url.startswith("/") and ".." not in parts and all(len(part.encode()) < 256 for part in parts)
 
 
-def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[_Sample]:
+def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[IndexedSample]:
     remedy = "remove it, and the headers are read instead"
     index = _load_json(sidecar, remedy)
     if index.get("version") != 1:
@@ -169,46 +212,44 @@ def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[_Sample]:
         )
     try:
         samples = [
-            _Sample(
+            IndexedSample(
                 _checked_key(row["key"], sidecar),
-                tuple((_CODE[ext], start, size) for ext, (start, size) in row["members"].items() if ext in _CODE),
+                {extension.lower(): (start, size) for extension, (start, size) in row["members"].items()},
             )
             for row in index["samples"]
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = brief(f"{type(error).__name__}: {error}")
         raise ValueError(f"{sidecar} is no shard index ({why}); {remedy}") from None
+    twice = [key for key, count in Counter(sample.key for sample in samples).items() if count > 1]
+    if twice:
+        raise _double(twice[0], sidecar)
     for sample in samples:
-        for _, start, size in sample.members:
+        for start, size in sample.members.values():
             if type(start) is not int or type(size) is not int or start < 0 or size < 0 or start + size > actual:
                 raise ValueError(f"{sidecar} puts sample {sample.key!r} outside of {path}; {remedy}")
-            _check_size(sample.key, size, path)
     return samples
 
 
-def _walk(path: Path) -> list[_Sample]:
-    """One pass over the tar headers."""
-    samples: dict[str, dict[int, tuple[int, int, int]]] = {}
+def walk(path: Path) -> list[IndexedSample]:
+    """The samples of a shard by one pass over its headers."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in tar.members(path):
-        _add_member(samples, member, path)
-    return [_Sample(key, tuple(members.values())) for key, members in samples.items()]
+        key, extension = split_name(member.name)
+        if not key or key.endswith("/"):  # .DS_Store, ._a.png: what systems leave beside files
+            continue
+        _checked_key(key, path)
+        if key in samples and (key != next(reversed(samples)) or extension in samples[key]):
+            raise _double(key, path)
+        samples.setdefault(key, {})[extension] = member.offset, member.size
+    return [IndexedSample(key, members) for key, members in samples.items()]
 
 
-def _add_member(samples: dict[str, dict[int, tuple[int, int, int]]], member: tar.Member, path: Path) -> None:
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem:  # .DS_Store, ._a.png: what systems leave beside files
-        return
-    key, code = _checked_key(folder + slash + stem, path), _CODE.get(extension.lower(), -1)
-    if key in samples and (key != next(reversed(samples)) or code in samples[key]):
-        raise ValueError(
-            f"shard {path} holds key {key!r} twice; the members of a sample must be adjacent and "
-            f"its key unique: make it again by mmmoe-data shard"
-        )
-    members = samples.setdefault(key, {})
-    if code >= 0:
-        _check_size(key, member.size, path)
-        members[code] = code, member.offset, member.size
+def _double(key: str, path: Path) -> ValueError:
+    return ValueError(
+        f"shard {path} holds key {brief(key)} twice; the members of a sample must be adjacent and its key, which ends "
+        f"at the first dot of a name, unique in its shard: make it again by mmmoe-data shard"
+    )
 
 
 def _checked_key(key: object, path: Path) -> str:
@@ -217,12 +258,23 @@ def _checked_key(key: object, path: Path) -> str:
     return key
 
 
-def _check_size(key: str, size: int, path: Path) -> None:
-    if size > MAX_MEMBER_BYTES:
+def check_sample(sample: IndexedSample, path: Path) -> None:
+    """Raise ValueError where dots belong to the key, or a member is too large to be read."""
+    extensions = tuple(sample.members)
+    if mixed := dotted_key(extensions):
         raise ValueError(
-            f"shard {path} holds a file of {size} bytes in sample {key!r}, and samples are read whole; leave out "
-            f"what exceeds {MAX_MEMBER_BYTES} bytes"
+            f"shard {path} holds {len(mixed)} files of one kind under the key {sample.key!r}, which ends at the first "
+            f"dot of a name: {names(mixed)}. Where those are samples of their own, make the shard again without dots "
+            f"in the keys ({sample.key}_{mixed[0]}); where they belong to one sample, name the one to read "
+            f"{sample.key}.{mixed[0].rpartition('.')[2]}"
         )
+    read = members_read(extensions).values()
+    for extension, (_, size) in sample.members.items():
+        if size > MAX_MEMBER_BYTES and (extension in read or extension == META):
+            raise ValueError(
+                f"shard {path} holds a file of {size} bytes in sample {sample.key!r}, and samples are read whole; "
+                f"leave out what exceeds {MAX_MEMBER_BYTES} bytes"
+            )
 
 
 def _load_json(path: Path, remedy: str) -> dict[str, Any]:

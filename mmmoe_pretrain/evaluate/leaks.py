@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import caption
 from mmmoe_pretrain.data.shards import ShardFolder
 
 MAX_TEXTS = 500_000  # a training folder; what lies beyond is not compared
@@ -31,7 +32,7 @@ class LeakFilter:
         """True unless the sample's text stands in the training shards."""
         leaked = _words(sample.raw_text) in self._texts  # which never holds ""
         if leaked:
-            self.dropped.add(sample.meta.key)
+            self.dropped.add(sample.meta.identity)
         return not leaked
 
     def notes(self) -> list[str]:
@@ -47,8 +48,7 @@ class LeakFilter:
 def _texts(path: str) -> set[str]:
     folder = ShardFolder(path)
     count = min(len(folder), MAX_TEXTS)
-    texts = (folder.read(i).members.get("txt", b"").decode("utf-8", errors="ignore") for i in range(count))
-    return {_words(text) for text in texts} - {""}
+    return {_words(caption(folder.read(i))) for i in range(count)} - {""}
 
 
 def _words(text: str) -> str:

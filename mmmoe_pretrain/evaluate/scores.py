@@ -142,7 +142,7 @@ def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> Scored:
 
 def _recalls(data: HeldOut, rows: Sequence[int], query: str, target: str) -> dict[int, Recall]:
     """Recall at every k of one direction over ``rows``."""
-    links = [[data.texts[i] or f"key:{data.metas[i].key}" for i in rows]]
+    links = [[data.texts[i] or data.metas[i].identity for i in rows]]
     if "image" in (query, target):
         links.append([data.content["image"][i] for i in rows])
     task = retrieval.pose([data.content[query][i] for i in rows], [data.content[target][i] for i in rows], links)

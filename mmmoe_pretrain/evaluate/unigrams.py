@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import EXTENSION_MODALITY
-from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.data.decode import caption
+from mmmoe_pretrain.data.members import members_read
+from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.modalities import Codecs
 
 MAX_TEXTS = 10_000
@@ -24,17 +25,10 @@ def count_train_tokens(config: RunConfig, codecs: Codecs, limit: int = MAX_TEXTS
         folder = ShardFolder(source.path)
         wanted = min(len(folder), max(1, round(limit * source.weight / total_weight)))
         for i in np.linspace(0, len(folder) - 1, wanted).astype(int).tolist():
-            text = _caption(folder.read(i))
-            if text:
+            raw = folder.read(i)
+            text = caption(raw)
+            if text and members_read(tuple(raw.members)).keys() & {"image", "audio"}:
                 ids = np.append(codecs.text.encode(text), codecs.text.eos_id)
                 counts_V += np.bincount(ids, minlength=len(counts_V))
                 captions += 1
     return counts_V, captions
-
-
-def _caption(raw: RawSample) -> str:
-    """The text of a sample that also has an image or audio; a text that cannot be read counts as none."""
-    modalities = {EXTENSION_MODALITY.get(extension) for extension in raw.members}
-    if not modalities & {"image", "audio"}:
-        return ""
-    return raw.members.get("txt", b"").decode("utf-8", errors="ignore").strip()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-from mmmoe_pretrain.limits import DECODER_ERRORS
+from mmmoe_pretrain.limits import DECODER_ERRORS, decoder_reason
 
 _ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
 
@@ -27,4 +27,4 @@ def quarantine(what: str) -> Iterator[None]:
     except BadSampleError:
         raise
     except _ERRORS as error:
-        raise BadSampleError(f"{what} cannot be decoded: {type(error).__name__}: {error}") from error
+        raise BadSampleError(f"{what} cannot be decoded: {decoder_reason(error)}") from error

@@ -7,8 +7,6 @@ The convolutional stem follows "Early Convolutions Help Transformers See Better"
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
@@ -16,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmoe_pretrain.config import ImageConfig
-from mmmoe_pretrain.flatten import WHITE, upright_rgb
-from mmmoe_pretrain.limits import IMAGE_FORMATS, image_problem, image_scans
-from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
+from mmmoe_pretrain.flatten import WHITE, open_image, upright_rgb
+from mmmoe_pretrain.modalities.errors import quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 
 PIXEL_MEAN, PIXEL_STD = 0.7, 0.35  # of drawings on white; photographs land at -0.7 and 0.8
@@ -40,7 +37,7 @@ class ImageCodec:
     def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
         """uint8 [3, size, size]. Raises BadSampleError for anything that is no usable picture."""
         with quarantine("image"):
-            image = _open_rgb(data, self.config.size)
+            image = upright_rgb(open_image(data, 4 * self.config.size))
             canvas = _on_white_square(image, 2 * self.config.size)
         pixels = self._square(canvas) if rng is None else self._augmented(canvas, rng)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -65,15 +62,6 @@ class ImageCodec:
         shift = 255 * (BRIGHTNESS * (2 * brightness - 1) + 0.5 * (1 - gain))
         levels = np.clip(np.arange(256) * gain + shift, 0, 255).astype(np.uint8)
         return levels[pixels]
-
-
-def _open_rgb(data: bytes, size: int) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    problem = image_problem(image.width, image.height, image_scans(data))
-    if problem:
-        raise BadSampleError(f"image {problem}")
-    image.draft(None, (4 * size, 4 * size))  # a JPEG decodes straight to a smaller scale
-    return upright_rgb(image)
 
 
 def _on_white_square(image: Image.Image, limit: int) -> Image.Image:

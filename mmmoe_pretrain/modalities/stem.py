@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONSTANT = 1e-4  # variance; of channels that vary more, the norm makes values of about 1
+
 
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of every place apart: [n, C, ...] -> the same shape.
 
-    Places never mix, so padded frames cannot leak into valid ones.
+    Places never mix, so padded frames cannot leak into valid ones. Channels that are all alike, as those of silence
+    are under biases of zero, get no gradient: the norm's derivative there is 1 / sqrt(eps) = 316, and the norms of a
+    stem would multiply it to 1e13.
     """
 
     def __init__(self, channels: int) -> None:
@@ -24,6 +28,10 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.movedim(1, -1)
+        if last.numel():
+            with torch.no_grad():
+                varies = last.var(-1, correction=0, keepdim=True) > CONSTANT
+            last = torch.where(varies, last, last.detach())
         return F.layer_norm(last, (last.shape[-1],), self.weight, self.bias).movedim(-1, 1)
 
 

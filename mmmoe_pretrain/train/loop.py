@@ -6,11 +6,14 @@ resuming is starting at a later number with the state of a checkpoint. ``run.py`
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import make_loader, microbatch_size
+from mmmoe_pretrain.data.loader import Loader, make_loader, microbatch_size
+from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.modalities import build_codecs
 from mmmoe_pretrain.parallel.groups import HostGroups
@@ -24,6 +27,8 @@ from mmmoe_pretrain.train.run import Run
 from mmmoe_pretrain.train.session import Session
 from mmmoe_pretrain.train.signals import StopRequest, stop_on_signals
 from mmmoe_pretrain.train.watchdog import Watchdog, hang_seconds
+
+log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> int:
@@ -66,9 +71,23 @@ def _train(
     engine = build_engine(config, codecs.text.vocab_size, groups, device)
     main = dist.get_rank() == 0
     with make_loader(config, codecs, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
+        _survey(config, loader, main)
         begin = start.claim(config, host, lock, begin)  # here, and no sooner: all else is known to work
         with Journal(config.run_dir, enabled=main) as journal:
             session = Session(config, layout, groups, host, codecs, engine, journal, main)
             run = Run(session, loader, stop, watchdog)
             run.begin(begin.found)
             return run.to_its_end()
+
+
+def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
+    """Say what data.train holds and leaves out. Raises ValueError where no objective can use any of it."""
+    found = survey(loader.folders)
+    unserved = refuse_useless(loader.folders, found, config)
+    if not main:
+        return
+    log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
+    if found.unread:
+        log.warning("files of data.train that are not read: %s; docs/data_format.md has the rule", found.left_out())
+    if unserved:
+        log.warning("no sample of data.train serves these objectives: %s", ", ".join(unserved))

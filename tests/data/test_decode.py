@@ -41,7 +41,7 @@ def good(item: Sample | BadSample) -> Sample:
 def test_a_whole_sample_carries_everything(raw: RawSample, codecs: Codecs) -> None:
     sample = good(decode(raw, codecs))
     assert sample.meta == SampleMeta(
-        "thing-005", "g5", language="en", label="black", subset="named", audio_kind="speech"
+        "thing-005", "g5", language="en", label="black", subset="named", audio_kind="speech", shard=raw.shard
     )
     assert sample.raw_text == "black number 5"
     assert sample.text is not None and codecs.text.decode(sample.text) == "black number 5"
@@ -88,7 +88,6 @@ def test_an_absent_member_is_no_fault(raw: RawSample, codecs: Codecs, extension:
         ({"json": b"{"}, "json is damaged"),
         ({"json": b"\xff\xfe\xff"}, "json is damaged"),
         ({"json": b"[]"}, "json holds list"),
-        ({"jpg": b""}, "more than one image"),
     ],
 )
 def test_a_damaged_member_makes_a_bad_sample(
@@ -105,6 +104,23 @@ def test_a_sample_without_content_is_bad(codecs: Codecs, members: dict[str, byte
     item = decode(RawSample("empty", members), codecs)
     assert isinstance(item, BadSample)
     assert "no image, audio or text" in item.reason
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"json": b'{"caption": " red  "}'}, "red"),
+        ({"json": b'{"text": "blue", "caption": ""}'}, "blue"),
+        ({"json": b'{"caption": "red"}', "caption.txt": b"green"}, "green"),
+        ({"json": b'{"caption": "red"}', "txt": b" \n"}, "red"),
+        ({"json": b'{"caption": ["red"]}'}, ""),
+    ],
+)
+def test_a_text_may_stand_in_the_json(raw: RawSample, codecs: Codecs, members: dict[str, bytes], text: str) -> None:
+    sample = good(decode(RawSample("a", {"left.png": raw.members["png"], **members}), codecs))
+    assert sample.image is not None
+    assert sample.raw_text == text
+    assert (sample.text is not None) == bool(text)
 
 
 def test_foreign_json_values_are_passed_over(raw: RawSample, codecs: Codecs) -> None:

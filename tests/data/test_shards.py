@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.data.shards import ShardFolder, read_index
+from mmmoe_pretrain.batch import Sample, SampleMeta
+from mmmoe_pretrain.data.members import members_read, split_name
+from mmmoe_pretrain.data.pack import _group_ids
+from mmmoe_pretrain.data.shards import OpenShards, ShardFolder, read_index
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -76,14 +80,84 @@ def test_the_listing_decides_which_shards_and_in_which_order(tmp_path: Path) -> 
     assert [folder.key(i) for i in range(len(folder))] == ["c", "a"]
 
 
-def test_many_shards_take_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmmoe_pretrain.data.shards.MAX_OPEN_SHARDS", 2)
-    for i in range(5):
-        write_tar(tmp_path / f"{i}.tar", [(f"k{i}.txt", str(i).encode())])
+def test_many_shards_of_many_folders_take_few_descriptors(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before, files, folders = descriptors(), OpenShards(3), []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            write_tar(tmp_path / name / f"{i}.tar", [(f"k{i}.txt", f"{name}{i}".encode())])
+        folders.append(ShardFolder(tmp_path / name, files))
+    for i in (0, 1, 2, 3, 0, 2):
+        for name, folder in zip("ab", folders, strict=True):
+            assert folder.read(i).members == {"txt": f"{name}{i}".encode()}
+            assert descriptors() - before <= 3
+    del folders, folder, files
+    assert descriptors() == before
+
+
+def test_the_pool_leaves_the_process_most_of_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, limit in ((1024, 256), (1 << 20, 256), (256, 64), (-1, 256)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, soft=soft: (soft, soft))
+        assert OpenShards().limit == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("a.png", "a", "png"),
+        ("set.v1/a.left.PNG", "set.v1/a", "left.png"),
+        ("v1.0000.jpg", "v1", "0000.jpg"),
+        ("x/README", "x/README", ""),
+    ],
+)
+def test_a_key_ends_at_the_first_dot_of_the_last_part(name: str, key: str, extension: str) -> None:
+    assert split_name(name) == (key, extension)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "read"),
+    [
+        ("png json cls", {"image": "png"}),
+        ("left.png right.png txt", {"image": "left.png", "text": "txt"}),
+        ("aseg.png jpg", {"image": "jpg"}),
+        ("webp jpg", {"image": "jpg"}),
+        ("opus caption.txt", {"audio": "opus", "text": "caption.txt"}),
+        ("tif caption", {"image": "tif", "text": "caption"}),
+        ("npy png.json", {}),
+    ],
+)
+def test_one_member_a_modality_is_read_by_a_rule(extensions: str, read: dict[str, str]) -> None:
+    assert members_read(tuple(extensions.split())) == read
+    assert members_read(tuple(reversed(extensions.split()))) == read
+
+
+def test_members_that_are_not_read_are_counted_and_not_fetched(tmp_path: Path) -> None:
+    members = [(f"{key}.{name}", name.encode()) for key in "ab" for name in ("right.png", "left.png", "cls")]
+    write_tar(tmp_path / "x.tar", [*members, ("c.txt", b"red")])
     folder = ShardFolder(tmp_path)
-    for i in (0, 1, 2, 3, 4, 0, 2):
-        assert folder.read(i).members == {"txt": str(i).encode()}
-        assert len(folder._files) <= 2
+    assert folder.contents == {("right.png", "left.png", "cls"): 2, ("txt",): 1}
+    assert folder.with_contents(("right.png", "left.png", "cls")).tolist() == [0, 1]
+    raw = folder.read(1)
+    assert (raw.members, raw.unread) == ({"left.png": b"left.png"}, ("right.png", "cls"))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("names", [
+    ["v1.0000.jpg", "v1.0000.txt", "v1.0001.jpg", "v1.0001.txt"], [f"photo.{letter}.jpg" for letter in "abcdefghi"],
+])  # fmt: skip
+def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[str], indexed: bool) -> None:
+    path = write_tar(tmp_path / "x.tar", [("good.jpg", b""), *((name, b"") for name in names)])
+    if indexed:
+        sidecar(path)
+    key = names[0].partition(".")[0]
+    with pytest.raises(ValueError, match=rf"x\.tar .*the key '{key}', .*{names[0][len(key) + 1:]}, .*without dots"):
+        ShardFolder(tmp_path)
+    write_tar(tmp_path / "x.tar", [(name.replace(".", "_", 1), b"") for name in names])
+    (tmp_path / "x.index.json").unlink(missing_ok=True)
+    assert len(ShardFolder(tmp_path)) == len({name.rpartition(".")[0] for name in names})
 
 
 def test_an_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -167,11 +241,21 @@ def test_a_duplicate_key_in_a_shard_is_refused(tmp_path: Path, names: list[str])
         read_index(path)
 
 
-def test_a_duplicate_key_over_shards_is_refused(tmp_path: Path) -> None:
-    for shard in ("x", "y"):
-        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}1.txt", b""), ("same.txt", b"")])
-    with pytest.raises(ValueError, match=r"'same' stands twice, in .*x\.tar and .*y\.tar"):
+def test_a_duplicate_key_in_an_index_is_refused(tmp_path: Path) -> None:
+    sidecar(write_tar(tmp_path / "x.tar", TWO), samples=2 * [{"key": "a", "members": {"png": [512, 3]}}])
+    with pytest.raises(ValueError, match=r"x\.index\.json holds key 'a' twice"):
         ShardFolder(tmp_path)
+
+
+def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
+    for shard in ("x", "y"):
+        write_tar(tmp_path / f"{shard}.tar", [("same.txt", shard.encode())])
+    folder = ShardFolder(tmp_path)
+    raws = [folder.read(i) for i in range(2)]
+    assert [(raw.key, raw.members["txt"]) for raw in raws] == [("same", b"x"), ("same", b"y")]
+    metas = [SampleMeta(raw.key, shard=raw.shard) for raw in (*raws, raws[0])]
+    first, second, again = _group_ids([Sample(meta) for meta in metas]).tolist()
+    assert first == again != second, "they are each other's negatives"
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.txt", "a/../../b.txt"])

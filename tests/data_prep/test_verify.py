@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 
-from data_prep.inspect import Kind, measure
+from data_prep.inspect import Kind, measure, unread
 from data_prep.manifest import read_manifest, write_manifest
 from data_prep.shard import ShardOptions, shard_manifest
 from data_prep.shard_files import EncodedSample, write_shard
@@ -28,7 +30,54 @@ def problems(folder):
 def test_fresh_shards_are_well(shards):
     seen = Seen()
     assert list(verify_folder(shards, seen)) == []
-    assert (len(seen.keys), seen.shards) == (6, 2)
+    assert (seen.survey.samples, seen.shards) == (6, 2)
+    assert list(seen.notes()) == []
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+
+def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_path):
+    caption = json.dumps({"key": "000", "caption": "red", "group": 3}).encode()
+    for shard in ("0", "1"):  # written side by side, so with equal keys
+        members = [(f"set.v1/{i:03}.{name}", b"x") for i in range(3) for name in ("left.jpg", "right.jpg", "cls")]
+        tar(tmp_path / f"{shard}.tar", [*members, ("set.v1/003.jpg", b"x"), ("set.v1/003.json", b"{}")])
+    tar(tmp_path / "2.tar", [("000.jpg", b"x"), ("000.json", caption)])
+    seen = Seen()
+    assert list(verify_folder(tmp_path, seen)) == []
+    assert (seen.survey.samples, seen.shards) == (9, 3)
+    notes = "\n".join(seen.notes())
+    assert notes.startswith("not read: right.jpg (6), cls (6)\n")
+    assert "no shards.json in" in notes
+    assert "no index beside 3 shards" in notes
+    assert unread(tmp_path) == "right.jpg (6), cls (6)"
+    assert {kind.modalities: total.rows for kind, total in measure(tmp_path).items()} == {"image": 8, "image+text": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ({"b.cls": b"7"}, "sample b has no image, audio or text (its files: cls)"),
+        ({"b.txt": b" \n"}, "sample b has no image, audio or text"),
+        ({"b.png": b"", "b.json": b"{"}, "sample b: json is damaged"),
+        ({"b.png": b"", "b.json": b'{"key": "c"}'}, "sample b has the json of 'c'"),
+        ({"b.0000.png": b"", "b.0001.png": b""}, "under the key 'b'"),
+        ({"b.png": b"", "c.png": b"", "b.txt": b"red"}, "holds key 'b' twice"),
+    ],
+)
+def test_what_the_loader_could_not_use_is_a_problem(tmp_path, members, problem):
+    tar(tmp_path / "0.tar", [("a.png", b"")])
+    assert problems(tmp_path) == []
+    tar(tmp_path / "0.tar", [("a.png", b""), *members.items()])
+    [found] = problems(tmp_path)
+    assert problem in found
+    assert str(tmp_path / "0.tar") in found
 
 
 @pytest.mark.parametrize("name", ["0.mp3", "0.flac"])

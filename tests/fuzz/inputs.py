@@ -43,6 +43,8 @@ def pictures() -> dict[str, tuple[bytes, ...]]:
                  _save(alpha, "WEBP", **frames)),
         "gif": (_save(indexed, "GIF"), _save(indexed, "GIF", transparency=1), _save(indexed, "GIF", **frames)),
         "bmp": (_save(rgb, "BMP"), _save(indexed, "BMP"), _save(rgb.convert("1"), "BMP")),
+        "tiff": (_save(rgb, "TIFF"), _save(rgb, "TIFF", compression="jpeg"), _save(wide, "TIFF"),
+                 _save(alpha, "TIFF", compression="tiff_lzw"), _save(indexed, "TIFF", compression="packbits")),
     }  # fmt: skip
 
 

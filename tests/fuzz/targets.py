@@ -312,7 +312,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         *(Target(name, of_bytes(lambda name=name: inputs.pictures()[name]), decode_member("png"), _in("key"))
-          for name in ("png", "jpeg", "webp", "gif", "bmp")),
+          for name in ("png", "jpeg", "webp", "gif", "bmp", "tiff")),
         *(Target(name, of_bytes(lambda name=name: inputs.sounds()[name]), decode_member(name), _in("key"))
           for name in ("wav", "flac", "ogg", "mp3")),
         Target("media", make_media, use_media, _in("file.")),

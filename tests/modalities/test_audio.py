@@ -42,9 +42,12 @@ def test_a_pure_tone_peaks_in_its_band(hertz: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "OPUS"])
 def test_rate_and_format_do_not_change_what_is_heard(rate: int, form: str) -> None:
-    mel = AudioCodec(CONFIG).decode(encoded(tone(1000, rate=rate), rate, form))
+    if form == "OPUS" and rate not in (8_000, 48_000):
+        pytest.skip("Opus has its own rates")
+    kind = ("OGG", "OPUS") if form == "OPUS" else (form, None)
+    mel = AudioCodec(CONFIG).decode(encoded(tone(1000, rate=rate), rate, *kind))
     # 0.5 s are 51 frames of 10 ms; a codec may add or trim a few milliseconds
     assert mel.shape == (40, 56)
     assert abs(int(mel[:, 25].argmax()) - band_of(1000)) <= 1
@@ -96,8 +99,8 @@ def test_digital_silence_is_a_flat_finite_clip() -> None:
     ("data", "reason"),
     [
         (b"", "cannot be decoded"),
-        (b"no sound at all", "cannot be decoded"),
-        (encoded(tone(500), form="FLAC")[:30], "cannot be decoded"),
+        (b"no sound at all", "cannot be decoded: begins with b'no sound at all' and is no WAV, FLAC, OGG or MP3"),
+        (encoded(tone(500), form="FLAC")[:30], "cannot be decoded: "),
         (encoded(np.zeros(0)), "no samples"),
         (encoded(np.full(99, np.nan), subtype="FLOAT"), "NaN"),
         (encoded(np.zeros((9, 64))), "64 channels"),
@@ -105,8 +108,9 @@ def test_digital_silence_is_a_flat_finite_clip() -> None:
     ],
 )
 def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(BadSampleError, match=reason):
+    with pytest.raises(BadSampleError, match=reason) as error:
         AudioCodec(CONFIG).decode(data)
+    assert " at 0x" not in str(error.value)
 
 
 def test_an_endless_clip_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_prep import media
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.config import ImageConfig
 from mmmoe_pretrain.modalities import BadSampleError, ImageCodec, ImageEmbedder
@@ -53,6 +55,8 @@ def palette(transparent: bool) -> bytes:
         (encoded(flat("RGB", RED), "WEBP", lossless=True), RED),
         (encoded(flat("P", 0), "GIF"), (0, 0, 0)),
         (encoded(flat("RGB", RED), "BMP"), RED),
+        (encoded(flat("RGB", RED), "TIFF", compression="tiff_lzw"), RED),
+        (encoded(Image.fromarray(np.full((SIZE, SIZE), 0x8080, ">u2")), "TIFF"), (128, 128, 128)),
     ],
 )
 def test_every_mode_becomes_rgb_on_white(data: bytes, colour: tuple[int, int, int]) -> None:
@@ -90,16 +94,18 @@ def test_odd_sizes_decode(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "cannot be decoded"),
-        (b"no picture", "cannot be decoded"),
+        (b"", "image cannot be decoded: is empty and is no PNG, JPEG, WEBP, GIF, BMP or TIFF$"),
+        (encoded(flat("RGB", RED), "AVIF"), r"begins with b'\\x00.*ftypavif.*' and is no PNG, JPEG, WEBP, GIF, BMP"),
+        (encoded(flat("RGB", RED))[:20], "begins like a PNG and cannot be read further"),
         (encoded(flat("RGB", RED, (99, 99)))[:90], "cannot be decoded"),
         (encoded(Image.effect_noise((99, 99), 50).convert("RGB"), "JPEG")[:900], "truncated"),
-        (encoded(flat("RGB", RED), "TIFF"), "cannot be decoded"),
+        (encoded(Image.fromarray(np.ones((SIZE, SIZE), np.float32)), "TIFF"), "32-bit floats"),
     ],
 )
 def test_damage_is_a_bad_sample_with_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(BadSampleError, match=reason):
+    with pytest.raises(BadSampleError, match=reason) as error:
         CODEC.decode(data)
+    assert " at 0x" not in str(error.value)
 
 
 def test_a_palette_picture_without_its_palette_is_a_bad_sample() -> None:
@@ -114,8 +120,38 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.Monke
     monkeypatch.setattr(limits, "MAX_PIXELS", 99)
     with pytest.raises(BadSampleError, match="10 x 10 pixels exceeds the limit of 99"):
         CODEC.decode(encoded(flat("RGB", RED, (10, 10))))
-    with pytest.raises(BadSampleError, match="DecompressionBomb"):
-        CODEC.decode(encoded(flat("1", 0, (20_000, 20_000))))  # 400 Mpx in 50 kB
+    for form in ("PNG", "TIFF"):
+        with pytest.raises(BadSampleError, match="20000 x 20000 pixels exceeds the limit of 99 decoded pixels"):
+            CODEC.decode(encoded(flat("1", 0, (20_000, 20_000)), form, compression="tiff_deflate"))  # in 50 kB
+
+
+def test_a_jpeg_above_the_limit_is_decoded_at_a_smaller_scale(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(limits, "MAX_PIXELS", 5000)
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 4000
+    )  # Pillow's own limit, which warns and at twice as much raises
+    image = flat("RGB", RED, (160, 64))  # 10,240 pixels; at half the scale 2,560
+    image.paste(WHITE, (80, 0, 160, 64))
+    data = encoded(image, "JPEG")
+    pixels = CODEC.decode(data)  # drawn 16 x 6 between white bars
+    np.testing.assert_allclose(pixels[:, 6:10, :7], np.full((3, 4, 7), 0) + np.array(RED)[:, None, None], atol=6)
+    np.testing.assert_allclose(pixels[:, 6:10, 9:], 255, atol=6)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert media.image_member(tmp_path / "a.jpg", None).data == data
+    for refused in (encoded(image), encoded(flat("RGB", RED, (800, 800)), "JPEG")):  # at an eighth 10,000
+        with pytest.raises(BadSampleError, match=r"an image of \d+ x \d+ pixels exceeds the limit of 5000 decoded"):
+            CODEC.decode(refused)
+    assert not recwarn.list
+
+
+def test_a_tiff_of_many_jpeg_scans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.effect_noise((64, 64), 50), "TIFF", compression="jpeg")
+    assert CODEC.decode(data).shape == (3, SIZE, SIZE)
+    monkeypatch.setattr(limits, "MAX_SCANNED_PIXELS", 64 * 64 * 9)
+    with pytest.raises(BadSampleError, match="64 x 64 pixels in 10 scans exceeds the limit"):
+        CODEC.decode(data + 9 * b"\xff\xda")
 
 
 def test_augmentation_is_a_function_of_the_generator() -> None:
