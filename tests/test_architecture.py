@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_moe": set(),
     "config_reliability": {"config_moe"},
     "exit_codes": set(),
-    "flatten": set(),
+    "flatten": {"limits"},
     "limits": set(),
     "untrusted": set(),
     "batch": {"config"},
