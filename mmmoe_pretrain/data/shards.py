@@ -150,7 +150,8 @@ def list_shards(folder: Path) -> list[Path]:
     if not listing.is_file():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
-            raise ValueError(f"{folder} holds no *.tar; fill it by mmmoe-data shard, or correct the path")
+            held = names((path.name for path in sorted(folder.iterdir())), most=3) or "nothing"
+            raise ValueError(f"{folder} holds no *.tar (but {held}); fill it by mmmoe-data shard, or correct the path")
         return paths
     remedy = "make it again by mmmoe-data shard, or remove it"
     entries = _load_json(listing, remedy).get("shardlist")
@@ -240,15 +241,16 @@ def walk(path: Path) -> list[IndexedSample]:
             continue
         _checked_key(key, path)
         if key in samples and (key != next(reversed(samples)) or extension in samples[key]):
-            raise _double(key, path)
+            raise _double(key, path, extension)
         samples.setdefault(key, {})[extension] = member.offset, member.size
     return [IndexedSample(key, members) for key, members in samples.items()]
 
 
-def _double(key: str, path: Path) -> ValueError:
+def _double(key: str, path: Path, extension: str = "") -> ValueError:
+    dots = f". A key ends at the first dot of a name: write {key}_{extension} for {key}.{extension}"
     return ValueError(
-        f"shard {path} holds key {brief(key)} twice; the members of a sample must be adjacent and its key, which ends "
-        f"at the first dot of a name, unique in its shard: make it again by mmmoe-data shard"
+        f"shard {path} holds key {brief(key)} twice; the members of a sample must be adjacent and its key unique in "
+        f"its shard: make it again by mmmoe-data shard{dots if '.' in extension else ''}"
     )
 
 

@@ -24,7 +24,7 @@ from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import tiny_config
+from tests.support import things, tiny_config, write_shards
 from tests.train.faulty import at_step, codes, faulty, killed_in_save
 from tests.train.test_loop import config_in, logged
 
@@ -149,6 +149,16 @@ def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_dat
     start._clear(config)
     assert gone[-1] == "config.yaml"
     assert {"events.jsonl", "skipped_batches.json"} < set(gone)
+
+
+def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
+    source = write_shards(tmp_path / "silent", things(16), lacking=("text",))
+    data = {**tiny_config(tiny_data).data.model_dump(), "train": [{"path": str(source)}]}
+    config = run_in(tmp_path, tiny_data, data=data, objectives={"contrastive": {"pairs": {"image-text": 1.0}}})
+    for told in run_ranks(2, outcome, config):
+        assert told.startswith("ValueError: no sample of data.train serves an objective"), told
+        assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in told
+    assert not config.run_dir.exists()
 
 
 def stays(path: Path, loader: Any) -> None:
