@@ -102,7 +102,7 @@ class RunLock:
 
     def _taken(self, wait: float) -> str:
         return (
-            f"{self._path.parent} is being trained by {self._text() or 'another process'} (asked for {wait:g} s); "
+            f"{self._path.parent} is being trained by {self._text() or 'another process'} (waited {wait:g} s); "
             f"start again when that has ended, end it, or give this run another name=. If its machine is gone and "
             f"the file system does not notice, delete {self._path}"
         )
