@@ -171,8 +171,12 @@ def read_index(path: Path) -> list[IndexedSample]:
     samples = _from_sidecar(sidecar, path, path.stat().st_size) if sidecar.is_file() else walk(path)
     if not samples:
         raise ValueError(f"shard {path} holds no sample; remove it, or make it again by mmmoe-data shard")
+    good: set[tuple[str, ...]] = set()  # most samples have the same extensions
     for sample in samples:
-        check_sample(sample, path)
+        extensions = tuple(sample.members)
+        if extensions not in good or any(size > MAX_MEMBER_BYTES for _, size in sample.members.values()):
+            check_sample(sample, path)
+            good.add(extensions)
     return samples
 
 
@@ -222,9 +226,9 @@ def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[IndexedSample]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = brief(f"{type(error).__name__}: {error}")
         raise ValueError(f"{sidecar} is no shard index ({why}); {remedy}") from None
-    twice = [key for key, count in Counter(sample.key for sample in samples).items() if count > 1]
-    if twice:
-        raise _double(twice[0], sidecar)
+    (key, count), *_ = [*Counter(sample.key for sample in samples).most_common(1), ("", 0)]
+    if count > 1:
+        raise _double(key, sidecar)
     for sample in samples:
         for start, size in sample.members.values():
             if type(start) is not int or type(size) is not int or start < 0 or size < 0 or start + size > actual:
