@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+HANG_SHARE = 0.8  # of parallel.timeout_minutes
 RowField = Literal["language", "label", "subset", "audio_kind", "source", "group"]  # of a sample's JSON
 
 
@@ -41,7 +42,7 @@ class DataConfig(_Model):
     tokenizer: PathText
     num_workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=1)  # microbatches a worker keeps ready
-    worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: timeout_minutes / 2
+    worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: 0.4 of the hang limit
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
     image_augment: bool = True
     image_flip: bool = True  # false where pictures hold letters: a mirrored b is a d
@@ -290,10 +291,16 @@ class RunConfig(_Model):
         if hang >= timeout:
             raise ValueError(
                 f"faults.hang_minutes {hang:g} is not below parallel.timeout_minutes {timeout}: collectives would "
-                f"end the job first, without saying who waits for whom; set hang_minutes: {0.8 * timeout:g} or "
-                f"timeout_minutes: {int(hang) + 1}"
+                f"end the job first, without saying who waits for whom; set hang_minutes: "
+                f"{HANG_SHARE * timeout:g} or timeout_minutes: {int(hang) + 1}"
             )
         return self
+
+    @property
+    def hang_seconds(self) -> float:
+        """Without progress of a rank before the job ends: less than the collectives' own timeout, whose errors say
+        less."""
+        return 60.0 * (self.faults.hang_minutes or HANG_SHARE * self.parallel.timeout_minutes)
 
     @property
     def run_dir(self) -> Path:

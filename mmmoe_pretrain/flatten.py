@@ -15,6 +15,7 @@ from mmmoe_pretrain.limits import (
     IMAGE_FORMATS,
     decoder_reason,
     image_problem,
+    jpeg_held_whole,
     jpeg_scans,
     start_problem,
 )
@@ -40,7 +41,8 @@ def open_image(data: bytes, side: int | None = None) -> Image.Image:
         scale = max(fits, *(s for s in JPEG_SCALES if s == 1 or s <= wanted))
         image.draft(None, (max(1, size[0] // scale), max(1, size[1] // scale)))
     scanned = is_jpeg or "jpeg" in str(image.info.get("compression", "")).lower()  # a TIFF may hold JPEGs
-    problem = image_problem(size, image.size, jpeg_scans(data) if scanned else 1)
+    decoded = size if is_jpeg and jpeg_held_whole(data) else image.size
+    problem = image_problem(size, decoded, jpeg_scans(data) if scanned else 1)
     if problem:
         raise ValueError(f"an image {problem}")
     return image

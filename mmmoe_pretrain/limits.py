@@ -111,6 +111,20 @@ def jpeg_scans(data: bytes) -> int:
     return max(1, data.count(b"\xff\xda"))
 
 
+def jpeg_held_whole(data: bytes) -> bool:
+    """Must a decoder hold the coefficients of the whole image, at whatever scale it decodes: is the JPEG progressive,
+    or does each colour have a scan of its own? (ISO 10918-1, B.1.1.4 to B.2.3)"""
+    at, sequential, components = 2, False, 0
+    while data[at : at + 1] == b"\xff" and at + 4 < len(data):
+        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame, and none of the tables between
+            sequential, components = marker in (0xC0, 0xC1), int.from_bytes(data[at + 9 : at + 10])
+        if marker == 0xDA:
+            return not sequential or data[at + 4] < components
+        at += 1 if marker == 0xFF else 2 + size
+    return True
+
+
 def sound_start_problem(data: bytes) -> str | None:
     """Whether ``data`` begins like none of the formats that are read, before any decoder sees it."""
     return None if data.startswith(SOUND_STARTS) else start_problem(data, SOUND_FORMATS)

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_optimizer": {"config_moe"},
     "config_reliability": {"config_moe"},
     "exit_codes": set(),
-    "flatten": set(),
+    "flatten": {"limits"},
     "kernels": set(),
     "limits": set(),
     "paths": set(),

@@ -25,6 +25,8 @@ from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
 from mmmoe_pretrain.data.workers import ReadAhead, Workers
 from mmmoe_pretrain.modalities import Codecs
 
+SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging
+
 
 @dataclass(frozen=True)
 class LoadStats:
@@ -202,8 +204,10 @@ class Loader:
         workers = Workers(
             config.data.num_workers,
             config.data.prefetch,
-            config.data.worker_timeout or 30.0 * config.parallel.timeout_minutes,
+            config.data.worker_timeout or config.hang_seconds,  # ``patience`` has less
             config.faults.max_worker_restarts,
+            together=self._count,
+            patience=SHARE_OF_HANG * config.hang_seconds,
         )
         self._reader = ReadAhead(_Microbatches(dataset, cursor, self._count), self._numbers(), workers)
 

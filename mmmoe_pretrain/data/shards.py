@@ -150,7 +150,8 @@ def list_shards(folder: Path) -> list[Path]:
     if not listing.is_file():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
-            raise ValueError(f"{folder} holds no *.tar; fill it by mmmoe-data shard, or correct the path")
+            held = names((path.name for path in sorted(folder.iterdir())), most=3) or "nothing"
+            raise ValueError(f"{folder} holds no *.tar (but {held}); fill it by mmmoe-data shard, or correct the path")
         return paths
     remedy = "make it again by mmmoe-data shard, or remove it"
     entries = _load_json(listing, remedy).get("shardlist")
@@ -170,8 +171,12 @@ def read_index(path: Path) -> list[IndexedSample]:
     samples = _from_sidecar(sidecar, path, path.stat().st_size) if sidecar.is_file() else walk(path)
     if not samples:
         raise ValueError(f"shard {path} holds no sample; remove it, or make it again by mmmoe-data shard")
+    good: set[tuple[str, ...]] = set()  # most samples have the same extensions
     for sample in samples:
-        check_sample(sample, path)
+        extensions = tuple(sample.members)
+        if extensions not in good or any(size > MAX_MEMBER_BYTES for _, size in sample.members.values()):
+            check_sample(sample, path)
+            good.add(extensions)
     return samples
 
 
@@ -221,9 +226,9 @@ def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[IndexedSample]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = brief(f"{type(error).__name__}: {error}")
         raise ValueError(f"{sidecar} is no shard index ({why}); {remedy}") from None
-    twice = [key for key, count in Counter(sample.key for sample in samples).items() if count > 1]
-    if twice:
-        raise _double(twice[0], sidecar)
+    (key, count), *_ = [*Counter(sample.key for sample in samples).most_common(1), ("", 0)]
+    if count > 1:
+        raise _double(key, sidecar)
     for sample in samples:
         for start, size in sample.members.values():
             if type(start) is not int or type(size) is not int or start < 0 or size < 0 or start + size > actual:
@@ -240,15 +245,16 @@ def walk(path: Path) -> list[IndexedSample]:
             continue
         _checked_key(key, path)
         if key in samples and (key != next(reversed(samples)) or extension in samples[key]):
-            raise _double(key, path)
+            raise _double(key, path, extension)
         samples.setdefault(key, {})[extension] = member.offset, member.size
     return [IndexedSample(key, members) for key, members in samples.items()]
 
 
-def _double(key: str, path: Path) -> ValueError:
+def _double(key: str, path: Path, extension: str = "") -> ValueError:
+    dots = f". A key ends at the first dot of a name: write {key}_{extension} for {key}.{extension}"
     return ValueError(
-        f"shard {path} holds key {brief(key)} twice; the members of a sample must be adjacent and its key, which ends "
-        f"at the first dot of a name, unique in its shard: make it again by mmmoe-data shard"
+        f"shard {path} holds key {brief(key)} twice; the members of a sample must be adjacent and its key unique in "
+        f"its shard: make it again by mmmoe-data shard{dots if '.' in extension else ''}"
     )
 
 

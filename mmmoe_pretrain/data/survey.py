@@ -57,9 +57,10 @@ def survey(folders: Sequence[ShardFolder]) -> Survey:
 def refuse_useless(folders: Sequence[ShardFolder], found: Survey, config: RunConfig) -> list[str]:
     """The objectives of ``config`` that no sample seems to serve. Raises ValueError where there is none for any:
     then every JSON has been searched for texts."""
-    needs, kinds = needed(config), set(found.modalities)
-    if not _served(needs, kinds) or config.data.label_text > 0:
-        kinds |= set(_with_texts_of_json(folders, config.data.label_text > 0))
+    needs, kinds, labelled = needed(config), set(found.modalities), config.data.label_text > 0
+    for most in (LOOKED_AT, None):
+        if not _served(needs, kinds) or (labelled and most):
+            kinds |= set(_with_texts_of_json(folders, labelled, most))
     served = _served(needs, kinds)
     if not served:
         asked = "; ".join(f"{name} needs {' and '.join(sorted(wanted))}" for name, wanted in needs.items())
@@ -87,12 +88,14 @@ def _served(needs: dict[str, set[str]], kinds: Iterable[tuple[str, ...]]) -> set
     return {name for name, wanted in needs.items() if any(wanted <= set(kind) for kind in kinds)}
 
 
-def _with_texts_of_json(folders: Sequence[ShardFolder], labelled: bool) -> Iterator[tuple[str, ...]]:
+def _with_texts_of_json(
+    folders: Sequence[ShardFolder], labelled: bool, most: int | None
+) -> Iterator[tuple[str, ...]]:
     """The modalities of samples whose JSON holds their text, or where ``labelled`` the label that stands for it."""
     for folder in folders:
         for extensions in folder.contents:
             chosen = members_read(extensions)
-            if "text" not in chosen and _captioned(folder, extensions, None, labelled and "image" in chosen):
+            if "text" not in chosen and _captioned(folder, extensions, most, labelled and "image" in chosen):
                 yield (*chosen, "text")
 
 

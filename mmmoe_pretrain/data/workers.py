@@ -10,8 +10,10 @@ SIGCHLD handler raises in whatever the main thread is doing, such as the middle 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -48,8 +50,10 @@ class Workers:
 
     count: int  # 0: read in this process
     prefetch: int = 4  # items that a worker keeps ready
-    timeout: float = 150.0  # seconds without a byte, after which a worker is taken for hung
+    timeout: float = 150.0  # seconds of waiting for an item, after which its worker is taken for hung
     max_restarts: int = 3
+    together: int = 1  # items that are awaited one after the other (a step's)
+    patience: float = math.inf  # seconds that waiting for those may take in all, replacements included
 
 
 class WorkerDied(RuntimeError):
@@ -81,6 +85,7 @@ class ReadAhead(Generic[T]):
     def __init__(self, source: Source[T], numbers: range, workers: Workers) -> None:
         self._source, self._numbers, self._settings = source, numbers, workers
         self._done = 0  # items delivered: all that there is to resume from
+        self._patience = workers.patience  # what is left of it
         self._workers: list[_Worker] = []
         self.restarts = 0
         util.Finalize(self, _end_all, (self._workers,), exitpriority=_AT_EXIT)
@@ -92,6 +97,8 @@ class ReadAhead(Generic[T]):
         if self._done >= len(self._numbers):
             self.close()
             raise StopIteration
+        if self._done % self._settings.together == 0:
+            self._patience = self._settings.patience
         number = self._numbers[self._done]
         item = self._receive() if self._settings.count else self._source.read(number)
         self._done += 1
@@ -126,14 +133,20 @@ class ReadAhead(Generic[T]):
         raise ValueError(value) if kind == "value_error" else RuntimeError(f"a data worker failed: {value}")
 
     def _wait(self, slot: int) -> tuple[str, Any]:
-        """The next message of the worker of ``slot``, or of its successor."""
+        """The next message of the worker of ``slot``, or of its successor.
+
+        A wait takes at most half of the patience that is left, so that however many workers hang, all waits together
+        stay below it.
+        """
         while True:
+            began = time.monotonic()
             try:
-                message = self._workers[slot].receive(self._settings.timeout)
+                message = self._workers[slot].receive(min(self._settings.timeout, self._patience / 2))
+                return pickle.loads(message)
             except _Lost as loss:
                 self._replace(slot, str(loss))
-            else:
-                return pickle.loads(message)
+            finally:
+                self._patience = max(0.0, self._patience - (time.monotonic() - began))
 
     def _start(self, slot: int) -> _Worker:
         """The worker of ``slot``, beginning with its first item that is not delivered."""
@@ -143,9 +156,10 @@ class ReadAhead(Generic[T]):
         return _Worker(self._source, self._numbers[self._done + ahead :: count], self._settings.prefetch, others)
 
     def _replace(self, slot: int, reason: str) -> None:
-        how = reason or self._workers[slot].how_it_died()
+        seconds = min(_KILL_SECONDS, self._patience / 8)
+        how = reason or self._workers[slot].how_it_died(seconds)
         at = self._workers[slot].at
-        self._workers[slot].end()
+        self._workers[slot].end(seconds)
         self.restarts += 1
         what = f"a data worker {how} {'between two items' if at is None else f'at {self._source.describe(at)}'}"
         if self.restarts > self._settings.max_restarts:
@@ -153,8 +167,9 @@ class ReadAhead(Generic[T]):
             raise WorkerDied(
                 f"{what}; {self.restarts} died on this rank, and faults.max_worker_restarts is "
                 f"{self._settings.max_restarts}. Where they were killed, memory ran out as a rule: lower "
-                f"data.num_workers or data.prefetch. Where it is the same samples each time, they crash a "
-                f"decoder: leave them out. Then start the run again"
+                f"data.num_workers or data.prefetch. Where they hung, the disk of data.train does not answer, or the "
+                f"samples take longer than data.worker_timeout and faults.hang_minutes leave them. Where it is the "
+                f"same samples each time, they crash a decoder: leave them out. Then start the run again"
             )
         logger.warning("%s; started again (%d of %d)", what, self.restarts, self._settings.max_restarts)
         self._workers[slot] = self._start(slot)
@@ -179,9 +194,13 @@ class _Worker:
             os.close(writer)  # so that the pipe ends with the worker
 
     def receive(self, timeout: float) -> memoryview:
-        """The next message. Raises _Lost where the worker is gone or sends no byte for ``timeout`` seconds."""
-        (size,) = _SIZE.unpack(self._exactly(_SIZE.size, timeout))
-        return self._exactly(size, timeout)
+        """The next message. Raises _Lost where the worker is gone, or the message is not there in ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        try:
+            (size,) = _SIZE.unpack(self._exactly(_SIZE.size, deadline))
+            return self._exactly(size, deadline)
+        except TimeoutError:
+            raise _Lost(f"(process {self.process.pid}) hung, {timeout:.3g} s without an item,") from None
 
     @property
     def at(self) -> int | None:
@@ -189,31 +208,31 @@ class _Worker:
         number = _AT.unpack_from(self._at)[0]
         return None if number == _AT_NONE else number
 
-    def how_it_died(self) -> str:
-        """Its exit code, or the signal that ended it."""
-        self.process.join(_KILL_SECONDS)  # its pipe ends a moment before it does
+    def how_it_died(self, seconds: float) -> str:
+        """Its exit code, or the signal that ended it; waits at most ``seconds`` for it."""
+        self.process.join(seconds)  # its pipe ends a moment before it does
         code = self.process.exitcode
         if code is None or code >= 0:
             return f"died (exit code {code})"
         names = {int(number): number.name for number in signal.Signals}
         return f"died ({names.get(-code, f'signal {-code}')})"
 
-    def end(self) -> None:
-        """Kill the process."""
+    def end(self, seconds: float = _KILL_SECONDS) -> None:
+        """Kill the process, and wait at most ``seconds`` for its end."""
         self.process.kill()  # it holds nothing that matters, and may hang
-        self.process.join(_KILL_SECONDS)
+        self.process.join(seconds)
         reader, self.reader = self.reader, -1
         if reader >= 0:
             os.close(reader)
 
-    def _exactly(self, size: int, timeout: float) -> memoryview:
+    def _exactly(self, size: int, deadline: float) -> memoryview:
         data = memoryview(bytearray(size))
         poll = select.poll()  # unlike select.select, it takes descriptors above 1023
         poll.register(self.reader, select.POLLIN)
         done = 0
         while done < size:
-            if not poll.poll(1000 * timeout):
-                raise _Lost(f"(process {self.process.pid}) hung, {timeout:g} s without a byte,")
+            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
             count = os.readv(self.reader, [data[done:]])
             if not count:
                 raise _Lost
@@ -238,6 +257,7 @@ def _work(
         signal.signal(name, signal.SIG_IGN)
     for descriptor in inherited:
         os.close(descriptor)
+    _close_sockets()
     gc.freeze()  # no destructor of the rank's objects runs here, and its pages stay shared
     torch.set_num_threads(1)  # the threads of a forked OpenMP pool are not there
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -258,6 +278,15 @@ def _work(
     finally:
         ready.put(None)
         sender.join()
+
+
+def _close_sockets() -> None:
+    """Those of the rank (not 0 to 2: a service's output may be one), whose peers would not see its end as long as a
+    worker that cannot die holds them."""
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.close(int(name))
 
 
 def _message(kind: str, value: object) -> bytes:

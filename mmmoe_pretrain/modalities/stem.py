@@ -7,9 +7,9 @@ parameter a gradient of zeros: an absent modality needs no special path (design,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+EPS = 1e-5
 CONSTANT = 1e-4  # variance; of channels that vary more, the norm makes values of about 1
 
 
@@ -28,11 +28,11 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.movedim(1, -1)
-        if last.numel():
-            with torch.no_grad():
-                varies = last.var(-1, correction=0, keepdim=True) > CONSTANT
-            last = torch.where(varies, last, last.detach())
-        return F.layer_norm(last, (last.shape[-1],), self.weight, self.bias).movedim(-1, 1)
+        out, _, rstd = torch.native_layer_norm(last, last.shape[-1:], self.weight, self.bias, EPS)
+        if last.requires_grad:
+            varies = rstd.detach() < (CONSTANT + EPS) ** -0.5
+            last.register_hook(lambda gradient: gradient * varies)
+        return out.movedim(-1, 1)
 
 
 def stem_widths(first: int, steps: int, limit: int) -> list[int]:

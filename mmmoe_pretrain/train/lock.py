@@ -1,4 +1,10 @@
-"""One job at a time trains a run: two would delete each other's drafts and checkpoints."""
+"""One job at a time trains a run: two would delete each other's drafts and checkpoints.
+
+The lock is a POSIX record lock, which belongs to the process: it ends with it, however it ends, and no process that
+it forked holds it, so a data worker that cannot die keeps no later start out. It also ends when this process closes
+the file anywhere: nothing else opens it. The file names its holder by host, process and start time, for messages
+and for file systems that have no locks.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +12,25 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from io import FileIO
 from pathlib import Path
 from typing import Self
 
+from mmmoe_pretrain.exit_codes import Restartable
+
 log = logging.getLogger(__name__)
 LOCK = "lock"
-WAIT = 10.0  # seconds: of an earlier start of this job that is ending, and its data workers with it
+WAIT = 10.0  # seconds: of an earlier start of this job that is ending
 BUSY = (errno.EAGAIN, errno.EACCES)
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # to this file system
+HOLDER = re.compile(r"process (\d+) on (\S+), started at (\d+)")
 
 
 class RunLock:
-    """RUN/lock, held from ``take`` to the end of a ``with`` or of this process, however it ends."""
+    """RUN/lock, held from ``take`` to the end of a ``with`` or of this process."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LOCK
@@ -30,17 +40,24 @@ class RunLock:
         """Did another process have it when this one came? Makes the run's folder if there is none. Nothing happens
         where this process has it already.
 
-        Raises ValueError, naming the other process, where it still has it after ``wait`` seconds, and OSError where
-        the folder cannot be written.
+        Raises Restartable, naming the other process, where it still has it after ``wait`` seconds: that passes.
+        Raises OSError where the folder cannot be written.
         """
         if self._file is not None:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("ab+", buffering=0)
+        deadline, waited = time.monotonic() + wait, False
         try:
-            waited = self._locked(file, time.monotonic() + wait)
+            while not self._locked(file):
+                if time.monotonic() > deadline:
+                    raise Restartable(self._taken(wait))
+                waited = True
+                time.sleep(0.1)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}, started at {_start(os.getpid())}\n".encode()
+            )
         except BaseException:
             file.close()
             raise
@@ -52,32 +69,50 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
+            self._file.truncate(0)
             self._file.close()
         self._file = None
 
-    def _locked(self, file: FileIO, deadline: float) -> bool:
-        waited = False
-        while True:
-            try:
-                # It belongs to the open file: forked data workers hold it, too, for the moment that they outlive
-                # their rank.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in UNKNOWN:
-                    log.warning("no locks where %s is: see that one job at a time trains there", self._path)
-                    return waited
-                if error.errno not in BUSY:
-                    raise
-                if time.monotonic() > deadline:
-                    raise ValueError(self._taken()) from None
-                waited = True
-                time.sleep(0.1)
-            else:
-                return waited
+    def _locked(self, file: FileIO) -> bool:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in UNKNOWN:
+                return not self._holder_lives()
+            if error.errno not in BUSY:
+                raise
+            return False
+        return True
 
-    def _taken(self) -> str:
-        holder = self._path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "another process"
+    def _holder_lives(self) -> bool:
+        """Without locks: is the process that the file names another one, and running? One of another host cannot be
+        asked, and counts as ended."""
+        found = HOLDER.match(self._text())
+        if found is None or found[2] != socket.gethostname():
+            holder = self._text() or "nobody"
+            log.warning(
+                "no locks where %s is (it names %s): see that one job at a time trains there", self._path, holder
+            )
+            return False
+        pid, start = int(found[1]), int(found[3])
+        return pid != os.getpid() and 0 < start == _start(pid)
+
+    def _text(self) -> str:
+        return self._path.read_text(encoding="utf-8", errors="replace").strip()[:200]
+
+    def _taken(self, wait: float) -> str:
         return (
-            f"{self._path.parent} is being trained by {holder}; wait until that has ended, end it, or give this run "
-            f"another name="
+            f"{self._path.parent} is being trained by {self._text() or 'another process'} (waited {wait:g} s); "
+            f"start again when that has ended, end it, or give this run another name=. If its machine is gone and "
+            f"the file system does not notice, delete {self._path}"
         )
+
+
+def _start(pid: int) -> int:
+    """When the process began, in clock ticks since its machine did; 0 where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    state, *rest = stat.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(rest[18])

@@ -26,7 +26,7 @@ from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.run import Run
 from mmmoe_pretrain.train.session import Session
 from mmmoe_pretrain.train.signals import StopRequest, stop_on_signals
-from mmmoe_pretrain.train.watchdog import Watchdog, hang_seconds
+from mmmoe_pretrain.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             host = build_host_groups(config.parallel.timeout_minutes)
             with (
                 RunLock(config.run_dir) as lock,
-                Watchdog(config.run_dir, host.control, hang_seconds(config)) as watchdog,
+                Watchdog(config.run_dir, host.control, config.hang_seconds) as watchdog,
             ):
                 begin = start.look(config, host, lock, resume, overwrite)
                 code = _train(config, begin, lock, host, device, stop, watchdog)

@@ -20,24 +20,16 @@ from types import TracebackType
 import torch.distributed as dist
 
 from mmmoe_pretrain import exit_codes
-from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train import hangs, stacks
 from mmmoe_pretrain.train.heartbeats import Beat, Board, Gone, NoAnswer, name_of_start, open_board
 
-SHARE_OF_TIMEOUT = 0.8
 MAX_TICK = 5.0  # seconds between two beats of the thread
 ANSWER = 2.0  # seconds that the store may take when the process is about to end
 GOODBYE = 10.0  # seconds that rank 0 serves the others after its own end
 
 
-def hang_seconds(config: RunConfig) -> float:
-    """``faults.hang_minutes``; 0: four fifths of the collectives' own timeout, whose errors say less."""
-    minutes = config.faults.hang_minutes or SHARE_OF_TIMEOUT * config.parallel.timeout_minutes
-    return 60.0 * minutes
-
-
 class Watchdog:
-    """``with Watchdog(run, control_group, hang_seconds(config)) as watchdog: ... watchdog.beat(step, "data")``.
+    """``with Watchdog(run, control_group, config.hang_seconds) as watchdog: ... watchdog.beat(step, "data")``.
 
     Phases of ``hangs.ALLOWANCE`` may take longer than ``hang_seconds``, and so may a step where those before it did.
     """

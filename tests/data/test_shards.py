@@ -163,7 +163,8 @@ def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[st
 def test_an_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
         ShardFolder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"holds no \*\.tar"):
+    (tmp_path / "00000.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"holds no \*\.tar \(but 00000\.tar\.gz\)"):
         ShardFolder(tmp_path)
 
 
@@ -239,6 +240,12 @@ def test_a_duplicate_key_in_a_shard_is_refused(tmp_path: Path, names: list[str])
     path = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
     with pytest.raises(ValueError, match=r"x\.tar holds key 'a' twice"):
         read_index(path)
+
+
+def test_keys_with_dots_that_take_turns_are_named_with_the_remedy(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [(name, b"") for name in ("cat.0.jpg", "dog.0.jpg", "cat.1.jpg")])
+    with pytest.raises(ValueError, match=r"'cat' twice.*first dot of a name: write cat_1\.jpg for cat\.1\.jpg"):
+        ShardFolder(tmp_path)
 
 
 def test_a_duplicate_key_in_an_index_is_refused(tmp_path: Path) -> None:

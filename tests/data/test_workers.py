@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,8 +160,69 @@ def test_a_worker_that_hangs_is_replaced(caplog: pytest.LogCaptureFixture) -> No
         got += items
     assert got == plain(range(12))
     assert items.restarts >= 2
-    assert "hung, 1.5 s without a byte" in caplog.text
+    assert "hung, 1.5 s without an item" in caplog.text
     assert not any(is_running(pid) for pid in pids)
+
+
+def test_all_waits_of_a_step_stay_below_its_patience_however_many_workers_hang() -> None:
+    items = ReadAhead(Blocks(), range(8), Workers(2, 1, timeout=99, max_restarts=9, together=2, patience=4.0))
+    got = [next(items) for _ in range(2)]
+    for pid in items.pids:
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    got += [next(items) for _ in range(2)]
+    assert time.monotonic() - began < 4.0
+    assert items.restarts >= 1  # the pipe of the other may have held an item
+    assert got + list(items) == plain(range(8))
+
+
+def test_workers_that_hang_again_and_again_end_the_run_within_its_patience() -> None:
+    items = ReadAhead(
+        Blocks(lambda k: time.sleep(99 * (k == 1))), range(9), Workers(1, 1, timeout=99, max_restarts=2, patience=2.0)
+    )
+    next(items)
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"hung, 0\.\d+ s without an item, at block 1; 3 died on this rank"):
+        next(items)
+    assert 1.0 < time.monotonic() - began < 2.0  # half of 2 s, then a quarter and an eighth
+
+
+@pytest.mark.parametrize("hang_minutes", [0, 0.02, 4.9])
+@pytest.mark.parametrize("worker_timeout", [0, 1.0, 1e6])
+def test_a_stuck_worker_is_replaced_before_its_rank_counts_as_hanging(
+    tiny_data: Path, hang_minutes: float, worker_timeout: float
+) -> None:
+    config = config_with(tiny_data, {"worker_timeout": worker_timeout}, faults={"hang_minutes": hang_minutes})
+    settings = make_loader(config, build_codecs(config))._reader._settings
+    assert settings.patience < 60 * (hang_minutes or 0.8 * config.parallel.timeout_minutes)
+    assert settings.together == config.train.num_microbatches
+    assert settings.timeout == worker_timeout or not worker_timeout
+
+
+def test_a_worker_that_cannot_die_holds_no_connection_of_its_rank() -> None:
+    here, there = socket.socketpair()
+
+    def rank() -> None:
+        here.close()
+        items = start_endless()
+        next(items), next(items)  # each of the three is at work
+        for pid in items.pids:
+            os.kill(pid, signal.SIGSTOP)
+        there.send(" ".join(map(str, items.pids)).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    there.close()
+    here.settimeout(20)
+    pids = [int(pid) for pid in here.recv(999).split()]
+    try:
+        assert here.recv(1) == b"", "the peer sees that the rank has ended"
+        assert all(is_running(pid) for pid in pids)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        process.join(20)
 
 
 def test_a_slow_worker_is_not_a_hung_one() -> None:

@@ -134,16 +134,27 @@ def test_a_jpeg_above_the_limit_is_decoded_at_a_smaller_scale(
     )  # Pillow's own limit, which warns and at twice as much raises
     image = flat("RGB", RED, (160, 64))  # 10,240 pixels; at half the scale 2,560
     image.paste(WHITE, (80, 0, 160, 64))
-    data = encoded(image, "JPEG")
+    data = encoded(image, "JPEG", comment=b"\xff\xda of a thumbnail")
     pixels = CODEC.decode(data)  # drawn 16 x 6 between white bars
     np.testing.assert_allclose(pixels[:, 6:10, :7], np.full((3, 4, 7), 0) + np.array(RED)[:, None, None], atol=6)
     np.testing.assert_allclose(pixels[:, 6:10, 9:], 255, atol=6)
     (tmp_path / "a.jpg").write_bytes(data)
     assert media.image_member(tmp_path / "a.jpg", None).data == data
-    for refused in (encoded(image), encoded(flat("RGB", RED, (800, 800)), "JPEG")):  # at an eighth 10,000
+    # At an eighth 800 x 800 are 10,000; the coefficients of a progressive JPEG are in memory at any scale.
+    too_large = flat("RGB", RED, (800, 800))
+    for refused in (encoded(image), encoded(too_large, "JPEG"), encoded(image, "JPEG", progressive=True)):
         with pytest.raises(BadSampleError, match=r"an image of \d+ x \d+ pixels exceeds the limit of 5000 decoded"):
             CODEC.decode(refused)
     assert not recwarn.list
+
+
+def test_a_jpeg_with_a_scan_a_colour_is_held_whole() -> None:
+    data = encoded(flat("RGB", RED), "JPEG")
+    assert not limits.jpeg_held_whole(data)
+    scan = data.index(b"\xff\xda")
+    assert data[scan + 4] == 3, "colours of the first scan"
+    assert limits.jpeg_held_whole(data[: scan + 4] + b"\x01" + data[scan + 5 :])
+    assert limits.jpeg_held_whole(data[:scan])
 
 
 def test_a_tiff_of_many_jpeg_scans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,7 @@ from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import tiny_config, write_tokenizer
+from tests.support import things, tiny_config, write_shards, write_tokenizer
 from tests.train.faulty import at_step, codes, faulty, killed_in_save
 from tests.train.test_loop import config_in, logged
 
@@ -151,6 +152,16 @@ def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_dat
     assert {"events.jsonl", "skipped_batches.json"} < set(gone)
 
 
+def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
+    source = write_shards(tmp_path / "silent", things(16), lacking=("text",))
+    data = {**tiny_config(tiny_data).data.model_dump(), "train": [{"path": str(source)}]}
+    config = run_in(tmp_path, tiny_data, data=data, objectives={"contrastive": {"pairs": {"image-text": 1.0}}})
+    for told in run_ranks(2, outcome, config):
+        assert told.startswith("ValueError: no sample of data.train serves an objective"), told
+        assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in told
+    assert not config.run_dir.exists()
+
+
 def stays(path: Path, loader: Any) -> None:
     path.touch()
     time.sleep(60)
@@ -171,7 +182,7 @@ def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
             time.sleep(0.05)
         before = sorted(config.run_dir.rglob("*"))
         for told in run_ranks(2, outcome, config):
-            assert told.startswith("ValueError")
+            assert told.startswith("Restartable")  # exit code 1: it passes
             assert f"{config.run_dir} is being trained by process " in told
         with pytest.raises(AssertionError, match="is being trained by"):
             run_ranks(1, train, config, False, True)
@@ -181,7 +192,6 @@ def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
             os.kill(pid, signal.SIGKILL)
         first.join(20)
         first.kill()
-    # The lock went with its process; its data worker lived on for a moment.
     monkeypatch.undo()
     run_ranks(1, train, config)
     assert events(config, "resumed") == [2]
@@ -191,36 +201,73 @@ def _children(pid: int | None) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_lock_outlives_its_process_for_as_long_as_its_forks_and_the_next_start_waits(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process_though_a_child_of_it_cannot_die(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+
     def hold() -> None:
         held = RunLock(tmp_path)
         held.take()
-        if os.fork() == 0:
-            time.sleep(1.0)
-        os._exit(0)
+        child = os.fork()
+        if child:
+            os.write(writer, f"{child}\n".encode())
+        signal.pause()
 
-    process = multiprocessing.get_context("fork").Process(target=hold)
+    process = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
     process.start()
-    process.join()
-    with pytest.raises(ValueError, match=rf"being trained by process {process.pid} on "):
-        RunLock(tmp_path).take(0.2)
-    with RunLock(tmp_path) as held:
-        assert held.take()
-        assert not held.take(), "it has it already"
-    with RunLock(tmp_path) as again:
-        assert not again.take()
+    child = int(os.read(reader, 99))
+    os.kill(child, signal.SIGSTOP)
+    try:
+        with pytest.raises(
+            exit_codes.Restartable, match=rf"being trained by process {process.pid} on .*another name="
+        ):
+            RunLock(tmp_path).take(0.2)
+        process.kill()
+        process.join()
+        with RunLock(tmp_path) as held:
+            assert not held.take(0.2)
+            assert not held.take(), "it has it already"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
 
 
-def test_a_file_system_without_locks_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(
+    ("holder", "taken", "warned"),
+    [
+        ("process {parent} on {host}, started at {began}", False, False),
+        ("process {parent} on {host}, started at 1", True, False),  # its number is another's now
+        ("process {gone} on {host}, started at 1", True, False),
+        ("process {parent} on elsewhere, started at {began}", True, True),
+        ("", True, True),
+    ],
+)
+def test_without_locks_the_holder_is_known_by_host_process_and_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, holder: str, taken: bool,
+    warned: bool,
+) -> None:  # fmt: skip
     def refuse(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    gone = multiprocessing.get_context("fork").Process(target=int)
+    gone.start()
+    gone.join()
+    facts = {
+        "parent": os.getppid(),
+        "host": socket.gethostname(),
+        "began": lock._start(os.getppid()),
+        "gone": gone.pid,
+    }
+    (tmp_path / "lock").write_text(holder.format(**facts))
+    if not taken:
+        with pytest.raises(exit_codes.Restartable, match="is being trained by process"):
+            RunLock(tmp_path).take(0.2)
+        return
     with RunLock(tmp_path) as held:
-        assert not held.take()
-    assert "no locks" in caplog.text
+        assert not held.take(0.2)
+        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+    assert ("no locks" in caplog.text) == warned
 
 
 def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
