@@ -13,7 +13,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.progress import Progress
+from mmmoe_pretrain.progress import Progress
 
 CHUNK = 1 << 18
 TIMEOUT_SECONDS = 60.0

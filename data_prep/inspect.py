@@ -14,7 +14,6 @@ from rich.table import Table
 
 from data_prep.manifest import SPLITS, manifest_path, read_manifest
 from data_prep.media import audio_seconds
-from data_prep.progress import track
 from data_prep.verify import split_folders
 from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.data.decode import BadSampleError, caption, read_row
@@ -22,6 +21,7 @@ from mmmoe_pretrain.data.members import members_read
 from mmmoe_pretrain.data.shards import OpenShards, RawSample, ShardFolder
 from mmmoe_pretrain.data.survey import survey
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
+from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_bytes
 
 

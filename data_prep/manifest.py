@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.progress import Progress
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_META_BYTES, MAX_NAME_BYTES, has_text
+from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, parse_json
 
 SPLITS = ("train", "val", "test")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.download import MissingFileError, Remote, download
-from data_prep.progress import Progress
 from data_prep.unpack import unpack_tar
+from mmmoe_pretrain.progress import Progress
 
 _OFFLINE = "`mmmoe-data corpus mini` ships with the repository and needs no network"
 _URI_LINE = re.compile(

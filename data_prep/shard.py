@@ -37,9 +37,9 @@ from data_prep.manifest import (
 )
 from data_prep.media import audio_member, image_member
 from data_prep.pool import map_in_order
-from data_prep.progress import Progress
 from data_prep.shard_files import BadSample, EncodedSample, hash_file, index_path, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.progress import Progress
 
 log = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from data_prep.manifest import SPLITS
-from data_prep.progress import track
 from data_prep.shard_files import LIST_NAME, hash_file, index_path
 from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
 from mmmoe_pretrain.data.members import META, members_read, names
 from mmmoe_pretrain.data.shards import IndexedSample, OpenShards, check_sample, read_sample, walk
 from mmmoe_pretrain.data.survey import Survey
+from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief, read_json
 
 _SHOWN = 50

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmmoe_pretrain", "data_prep", "launch")
 
-_VALUES = {"audio_file", "batch", "config", "config_moe", "flatten", "limits", "paths", "untrusted"}
+_VALUES = {"audio_file", "batch", "config", "config_moe", "flatten", "limits", "paths", "progress", "untrusted"}
 _LAYERS = _VALUES | {"parallel", "kernels"}
 _PARTS = {"moe", "modalities", "objectives"}
 _MODEL = _LAYERS | _PARTS | {"models"}
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "limits": set(),
     "paths": set(),
+    "progress": set(),
     "untrusted": set(),
     "batch": {"config"},
     "parallel": _VALUES,

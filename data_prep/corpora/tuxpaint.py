@@ -17,8 +17,8 @@ from typing import Any
 
 from data_prep.manifest import Row, slug
 from data_prep.packages import fetch_debian
-from data_prep.progress import track
 from data_prep.splits import group_items, normalise_text, split_of
+from mmmoe_pretrain.progress import track
 
 PACKAGE = "tuxpaint-stamps-default"
 SPEECH_LANGUAGES = ("be", "bg", "ca", "da", "el", "en", "es", "fr", "ml", "nl", "pt_br", "ro", "ru")

@@ -14,6 +14,7 @@ from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
 from mmmoe_pretrain.modalities import Codecs
+from mmmoe_pretrain.progress import Progress
 
 
 def iterate_eval(
@@ -33,14 +34,16 @@ def iterate_eval(
     files = OpenShards()
     folders = [ShardFolder(path, files) for path in paths]
     where = [(folder, i) for folder in folders for i in range(len(folder))]
-    for start in range(0, len(where), batch_size):
-        decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
-        bad = tuple(item for item in decoded if isinstance(item, BadSample))
-        budget.add(LoadStats(len(decoded), bad))
-        budget.judge(budget.bad, budget.read)
-        samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
-        if samples:
-            yield pack(samples, settings, range(start, start + len(samples))), samples
+    with Progress("held-out samples", len(where), "samples") as progress:
+        for start in range(0, len(where), batch_size):
+            decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
+            bad = tuple(item for item in decoded if isinstance(item, BadSample))
+            budget.add(LoadStats(len(decoded), bad))
+            budget.judge(budget.bad, budget.read)
+            samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
+            if samples:
+                yield pack(samples, settings, range(start, start + len(samples))), samples
+            progress.advance(len(decoded))
 
 
 def text_batches(texts: Sequence[str], config: RunConfig, codecs: Codecs, batch_size: int) -> Iterator[Batch]:

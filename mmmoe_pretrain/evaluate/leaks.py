@@ -13,6 +13,7 @@ from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import caption
 from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.progress import track
 
 MAX_TEXTS = 500_000  # a training folder; what lies beyond is not compared
 
@@ -48,7 +49,8 @@ class LeakFilter:
 def _texts(path: str) -> set[str]:
     folder = ShardFolder(path)
     count = min(len(folder), MAX_TEXTS)
-    return {_words(caption(folder.read(i))) for i in range(count)} - {""}
+    places = track(range(count), f"reading the texts of {path}", count, "samples")
+    return {_words(caption(folder.read(i))) for i in places} - {""}
 
 
 def _words(text: str) -> str:

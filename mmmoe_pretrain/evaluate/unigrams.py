@@ -12,6 +12,7 @@ from mmmoe_pretrain.data.decode import caption
 from mmmoe_pretrain.data.members import members_read
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.modalities import Codecs
+from mmmoe_pretrain.progress import track
 
 MAX_TEXTS = 10_000
 
@@ -24,7 +25,8 @@ def count_train_tokens(config: RunConfig, codecs: Codecs, limit: int = MAX_TEXTS
     for source in config.data.train:
         folder = ShardFolder(source.path)
         wanted = min(len(folder), max(1, round(limit * source.weight / total_weight)))
-        for i in np.linspace(0, len(folder) - 1, wanted).astype(int).tolist():
+        places = np.linspace(0, len(folder) - 1, wanted).astype(int).tolist()
+        for i in track(places, f"counting the words of {source.path}", wanted, "samples"):
             raw = folder.read(i)
             text = caption(raw)
             if text and members_read(tuple(raw.members)).keys() & {"image", "audio"}:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from data_prep import progress
-from data_prep.progress import Progress, track
+from mmmoe_pretrain import progress
+from mmmoe_pretrain.progress import Progress, track
 
 
 @pytest.fixture
