@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mmmoe_pretrain.objectives.counts import step_counts
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
-from tests.layouts.cases import GLOBAL, LEARNING_RATE, MICROBATCHES, STEPS, VOCAB, Case, config_of, global_microbatch
+from tests.layouts.cases import GLOBAL, LEARNING_RATE, MICROBATCHES, STEPS, VOCAB, Case, global_microbatch
 
 BEATS_ANY_SCORE = 10.0  # a bias on sigmoid scores, which are below 1
 Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
@@ -27,13 +28,15 @@ Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses by step and name, gradient norms by step, and parameters by name at the end. On a rank of many
-    the parameters are pieces with their shape."""
+    """Losses by step and name, gradient norms by step, parameters by name at the end, and Adam's first moments after
+    the first step: the clipped gradient times 1 - beta1. On a rank of many, parameters and moments are pieces with
+    their shape."""
 
     losses: list[dict[str, float]]
     norms: list[float]
     tokens: list[int]
     parameters: Held
+    moments: Held
 
 
 def start_ranks(ranks: int, cases: Sequence[Case], root: Path, steps: int, timeout: float) -> list[list[Outcome]]:
@@ -60,7 +63,7 @@ def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outc
             if name.endswith("router.bias"):
                 held.value[0].tensor[:, :2] = BEATS_ANY_SCORE
         engine.import_state(state, Progress(0, 0))
-    losses, norms, tokens = [], [], []
+    losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
         batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size,
                                      case.samples)
@@ -69,27 +72,34 @@ def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outc
         losses.append(result.losses)
         norms.append(result.grad_norm)
         tokens.append(result.tokens)
+        moments = moments or held_by_name(engine, "exp_avg")
     parameters = held_by_name(engine)
     destroy_groups()
-    return Outcome(losses, norms, tokens, parameters)
+    return Outcome(losses, norms, tokens, parameters, moments)
 
 
-def held_by_name(engine: Engine) -> Held:
-    """The weights that this rank holds: their shape, and pieces of them."""
-    return {name: (held.shape, [(p.offset, p.tensor.float().cpu().numpy().copy()) for p in held.value])
-            for name, held in engine.export_state().items()}  # fmt: skip
+def held_by_name(engine: Engine, kind: str = "value") -> Held:
+    """The weights that this rank holds, or the moments ``kind``: their shape, and pieces of them."""
+    return {name: (held.shape, [(p.offset, p.tensor.float().cpu().numpy().copy()) for p in getattr(held, kind)])
+            for name, held in engine.export_state().items() if getattr(held, kind) is not None}  # fmt: skip
 
 
-def train_alone(root: Path, steps: int = STEPS, samples: Sequence[str] = GLOBAL, one_expert: bool = False) -> Outcome:
+def train_alone(
+    root: Path,
+    steps: int = STEPS,
+    samples: Sequence[str] = GLOBAL,
+    one_expert: bool = False,
+    moe: dict[str, Any] | None = None,
+) -> Outcome:
     """The same run without engine or process group: torch's AdamW on the whole model."""
-    config = config_of(root, {})
+    config = Case("alone", 1, "megatron", 0, moe=moe or {}).config(root)
     model = PretrainingModel(config, VOCAB)
     if one_expert:
         for name, bias in persistent_buffers(model).items():
             if name.endswith("router.bias"):
                 bias[:, :2] = BEATS_ANY_SCORE
     optimizer = adamw(model, config)
-    losses, norms, tokens = [], [], []
+    losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
         batches = [global_microbatch(config, step * MICROBATCHES + a, 0, 1, samples) for a in range(MICROBATCHES)]
         model.begin_step(step, step_counts(batches, config.objectives, None, torch.device("cpu")))
@@ -100,19 +110,29 @@ def train_alone(root: Path, steps: int = STEPS, samples: Sequence[str] = GLOBAL,
             reports.append(report)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
         optimizer.step()
+        moments = moments or first_moments(model, optimizer)
         optimizer.zero_grad()
         parts = {name: sum(float(r.losses[name]) for r in reports) for name in reports[0].losses}
         losses.append({"total": sum(parts.values()), **parts})
         tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows))
         summed = [r.routing for r in reports]
         model.end_step(tuple(sum(layer[1:], layer[0]) for layer in zip(*summed, strict=True)))
-    return Outcome(losses, norms, tokens, whole_state(model))
+    return Outcome(losses, norms, tokens, whole_state(model), moments)
+
+
+def first_moments(model: PretrainingModel, optimizer: torch.optim.AdamW) -> Held:
+    """Of an uncut model, as ``held_by_name`` gives them."""
+    return {name: _whole(optimizer.state[p]["exp_avg"]) for name, p in model.named_parameters()}
 
 
 def whole_state(model: PretrainingModel) -> Held:
     """All weights of an uncut model, as ``held_by_name`` gives them."""
     state = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    return {name: (tuple(t.shape), [((0,) * t.ndim, t.detach().numpy().copy())]) for name, t in state.items()}
+    return {name: _whole(t) for name, t in state.items()}
+
+
+def _whole(tensor: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]:
+    return tuple(tensor.shape), [((0,) * tensor.ndim, tensor.detach().numpy().copy())]
 
 
 def adamw(model: PretrainingModel, config: RunConfig) -> torch.optim.AdamW:
