@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,10 @@ from data_prep.manifest import (
 )
 from data_prep.media import audio_member, image_member
 from data_prep.pool import map_in_order
-from data_prep.shard_files import BadSample, EncodedSample, hash_file, index_path, write_shard, write_shard_list
+from data_prep.shard_files import BadSample, EncodedSample, hash_file, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data.shards import index_path
+from mmmoe_pretrain.limits import MODALITY_OF
 from mmmoe_pretrain.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,8 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
         raise ValueError("no rows to write; loosen --filter")
     if outside := files_outside(rows, root):
         log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
+    for (name, kind), count in _unread_files(rows).items():
+        log.warning("field %s names files in %d rows and is not read; call it %s", name, count, kind)
     report = Report()
     budget = int(options.max_bad_fraction * len(rows))
     with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
@@ -213,6 +218,17 @@ def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | B
         members["txt"] = (row.text or "").encode()
     members["json"] = json.dumps(sample_fields(row), ensure_ascii=False).encode()
     return EncodedSample(row.key, members)
+
+
+def _unread_files(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
+    """Fields of other names that seem to name the file that their row lacks: (field, image or audio) -> rows."""
+    found: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name, value in row.extra.items():
+            kind = MODALITY_OF.get(Path(value).suffix[1:].lower()) if isinstance(value, str) else None
+            if kind in ("image", "audio") and kind not in row.modalities and "://" not in value:
+                found[name, kind] += 1
+    return found
 
 
 def _order(row: Row) -> tuple[bytes, str]:

@@ -11,12 +11,23 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 # The last part of a member's extension -> what it is read as. Of several the earlier one is preferred.
 MODALITY_OF: dict[str, str] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"), "image"),
     **dict.fromkeys(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3"), "audio"),
     **dict.fromkeys(("txt", "text", "caption"), "text"),
+}
+# Other names of a field, in a manifest and in a sample's JSON alike.
+FIELD_ALIASES = {
+    "__key__": "key",
+    "id": "key",
+    "caption": "text",
+    "transcript": "text",
+    "lang": "language",
+    "class": "label",
+    "license": "licence",
 }
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no format that calls another program
 MAX_PIXELS = 64_000_000  # decoded ones: a JPEG may be decoded at a half, a quarter or an eighth of its size
@@ -56,6 +67,14 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
     struct.error,
     zlib.error,
 )
+
+
+def use_aliases(fields: dict[str, Any]) -> None:
+    """Move the value of a field of another name (``FIELD_ALIASES``) to the field where that is absent or blank."""
+    for alias, name in FIELD_ALIASES.items():
+        value = fields.get(name)
+        if alias in fields and (value is None or (isinstance(value, str) and not has_text(value))):
+            fields[name] = fields.pop(alias)
 
 
 def has_text(text: str) -> bool:

@@ -18,6 +18,7 @@ from mmmoe_pretrain.untrusted import brief
 
 BLOCK = 512
 MAX_RECORD_BYTES = 64 << 10  # of a header's extension
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 REGULAR, FOLDER = b"0\07", b"5"
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
 
@@ -88,6 +89,9 @@ def _check(name: str, kind: bytes, path: Path) -> None:
 def _header_size(header: bytes, at: int, path: Path) -> int:
     stored = _number(header[148:156])
     if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        for start, program in COMPRESSED.items():
+            if not at and header.startswith(start):
+                raise ValueError(f"shard {path} is compressed by {program}, and shards are read in place; unpack it")
         raise _broken(path, at, "the checksum of a header")
     size = _number(header[124:136])
     if size is None or size < 0:

@@ -40,6 +40,13 @@ def test_digits_are_pieces_of_their_own_and_case_is_folded(trained):
     assert trained.encode("A RED Square") == trained.encode("a red square")
 
 
+def test_a_text_longer_than_sentencepiece_takes_is_learned_too(tmp_path):
+    longest = "ж" * (1 << 15) + " кот" * (1 << 14)  # 2 bytes a letter: 64 KiB and 112 KiB
+    train_tokenizer([*TEXTS, longest], tmp_path / "t.model", 340)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert model.encode("кот", out_type=str) == ["▁кот"]  # a word of no other text
+
+
 def test_the_model_is_the_same_twice(tmp_path):
     train_tokenizer(TEXTS, tmp_path / "one.model", 320)
     train_tokenizer(TEXTS, tmp_path / "two.model", 320)
