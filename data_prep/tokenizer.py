@@ -75,6 +75,8 @@ def train_tokenizer(
         raise ValueError(f"--model-type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
     if vocab_size < SMALLEST:
         raise ValueError(f"--vocab-size {vocab_size} is below {SMALLEST}, which 4 control and 256 byte pieces need")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out is the file to write")
     if not texts:
         raise ValueError("no texts to train on; check --split and the manifests")
     model = io.BytesIO()

@@ -101,8 +101,11 @@ def verify_folder(folder: Path, seen: Seen) -> Iterator[str]:
         seen.survey.unread.update(shards_left_out(split, shards))
         for shard in track(shards, f"verifying {split.name}", len(shards), "shards"):
             seen.shards += 1
-            for problem in _verify_shard(shard, listed.get(shard), seen):
-                yield problem if str(shard) in problem else f"{shard}: {problem}"
+            try:
+                for problem in _verify_shard(shard, listed.get(shard), seen):
+                    yield problem if str(shard) in problem else f"{shard}: {problem}"
+            except OSError as error:
+                yield f"{shard}: cannot be read ({error.strerror})"
 
 
 def _split_order(folder: Path) -> tuple[int, str]:
@@ -160,6 +163,7 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
         except ValueError as error:
             yield str(error)
         except BadSampleError as error:
+            seen.survey.add(tuple(sample.members))
             yield f"sample {sample.key}: {error}"
 
 

@@ -20,6 +20,7 @@ from mmmoe_pretrain.limits import (
     start_problem,
 )
 
+IMAGE_ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)  # of a damaged image
 JPEG_SCALES = (1, 2, 4, 8)  # at which libjpeg decodes
 WHITE = (255, 255, 255)
 STRIP = 1 << 20  # pixels that are laid on white at once

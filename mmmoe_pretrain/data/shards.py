@@ -21,6 +21,7 @@ import numpy as np
 from mmmoe_pretrain.data import tar
 from mmmoe_pretrain.data.members import META, dotted_key, members_read, names, split_name
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
+from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_OPEN_SHARDS = 256
@@ -81,12 +82,15 @@ class ShardFolder:
         self._paths = list_shards(self.folder)
         counts, keys, kinds, places = [], [], [], []
         kind_of: dict[tuple[str, ...], int] = {}  # extensions of a sample, of which there are few different ones
-        for path in self._paths:
-            samples = read_index(path)
-            counts.append(len(samples))
-            keys.append(np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_))
-            kinds += [kind_of.setdefault(tuple(sample.members), len(kind_of)) for sample in samples]
-            places.append(np.asarray([p for s in samples for p in s.members.values()], dtype=np.int64).reshape(-1, 2))
+        with Progress(f"opening {self.folder}", len(self._paths), "shards") as progress:
+            for path in self._paths:
+                samples = read_index(path)
+                counts.append(len(samples))
+                keys.append(np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_))
+                kinds += [kind_of.setdefault(tuple(sample.members), len(kind_of)) for sample in samples]
+                at = [place for sample in samples for place in sample.members.values()]
+                places.append(np.asarray(at, dtype=np.int64).reshape(-1, 2))
+                progress.advance()
         self._extensions = list(kind_of)
         self._kind = np.asarray(kinds, dtype=np.int32)
         lengths = np.asarray([len(extensions) for extensions in self._extensions])[self._kind]

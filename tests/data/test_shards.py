@@ -190,6 +190,15 @@ def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path: Path, packer: M
         read_index(path)
 
 
+def test_tars_that_were_joined_by_cat_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"red")])
+    other = write_tar(tmp_path / "y", [("b.txt", b"blue")]).read_bytes()
+    assert len(read_index(path)) == 1
+    path.write_bytes(path.read_bytes() + other)  # tarfile, too, ends after the first
+    with pytest.raises(ValueError, match=r"x\.tar is no whole tar file \(another tar after the end of this one"):
+        read_index(path)
+
+
 # A member is a header of 512 bytes and its content in blocks of 512: 1024, 2048, 3584, ...
 @pytest.mark.parametrize("size", [100, 512, 700, 1024, 2048, 2300, 3000])
 def test_a_truncated_shard_is_refused_at_every_length(tmp_path: Path, size: int) -> None:

@@ -61,6 +61,12 @@ def test_a_size_that_cannot_be_filled_names_the_largest_that_can(tmp_path, model
     train_tokenizer(TEXTS, tmp_path / "t.model", largest, model_type)
 
 
+def test_a_folder_in_the_place_of_the_file_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        train_tokenizer(TEXTS, tmp_path, 340)
+    assert not tmp_path.with_name(tmp_path.name + ".tmp").exists()
+
+
 def test_a_size_below_the_characters_names_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=r"too small for these texts' characters; use (\d+) or more") as caught:
         train_tokenizer(TEXTS, tmp_path / "t.model", 270)

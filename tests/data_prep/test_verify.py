@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -12,7 +13,7 @@ import soundfile
 from data_prep.inspect import Kind, measure
 from data_prep.manifest import read_manifest, write_manifest
 from data_prep.shard import ShardOptions, shard_manifest
-from data_prep.shard_files import EncodedSample, write_shard
+from data_prep.shard_files import EncodedSample, hash_file, write_shard
 from data_prep.verify import Seen, verify_folder
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.data.survey import survey
@@ -93,7 +94,7 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     (tmp_path / "validation/e.tar").touch()
     seen = Seen()
     found = list(verify_folder(tmp_path, seen))
-    assert (seen.survey.samples, seen.shards) == (2, 4)
+    assert (seen.survey.samples, seen.shards) == (3, 4)
     wanted = ("more/c.tar: sample 0: json", "validation/e.tar: not named", "validation/e.tar is no whole tar")
     assert all(part in problem for problem, part in zip(found, wanted, strict=True))
     assert seen.survey.left_out() == "*.tar.gz (1)"
@@ -156,6 +157,20 @@ def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):
     assert "shards.json names 00000.tar, which does not exist" in found
     assert "00007.tar: not named in shards.json" in found
     assert "left behind by a run that was killed" in found
+
+
+def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_verified(shards, monkeypatch):
+    def broken(path):
+        if path.name == "00000.tar":
+            raise OSError(errno.EIO, "Input/output error")
+        return hash_file(path)
+
+    monkeypatch.setattr("data_prep.verify.hash_file", broken)
+    seen = Seen()
+    found = list(verify_folder(shards, seen))
+    told = "00000.tar: cannot be read (Input/output error)"
+    assert found == [f"{shards}/train/{told}", f"{shards}/test/{told}"]
+    assert seen.shards == 2
 
 
 def test_a_group_in_two_splits_is_found(make_manifest, tmp_path):
