@@ -20,6 +20,7 @@ from mmmoe_pretrain.limits import (
     MAX_KEY_BYTES,
     MAX_META_BYTES,
     MAX_NAME_BYTES,
+    has_lone_surrogate,
     has_text,
     use_aliases,
 )
@@ -200,7 +201,7 @@ def row_problem(row: Row) -> str | None:
 def _faults(row: Row) -> Iterator[str]:
     if not row.key or len(row.key) > MAX_KEY_BYTES:
         yield f"key has {len(row.key)} bytes with the rest as %XX, and may have 1 to {MAX_KEY_BYTES}"
-    if any("\ud800" <= letter <= "\udfff" for name in FIELDS for letter in getattr(row, name) or ""):
+    if any(has_lone_surrogate(getattr(row, name) or "") for name in FIELDS):
         yield "a text holds half of a character (a lone surrogate)"
     if row.split not in SPLITS:
         yield f"split {brief(row.split)} is not one of {', '.join(SPLITS)} (or {', '.join(SPLIT_ALIASES)})"
@@ -221,7 +222,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         rest = line
         while len(rest) > MAX_META_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(MAX_META_BYTES + 1)
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # Windows' editors begin UTF-8 files so
         if line.strip():
             yield number, line
 

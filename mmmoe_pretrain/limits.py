@@ -86,6 +86,11 @@ def has_text(text: str) -> bool:
     return not all(map(_is_blank, text))
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether ``text`` holds half of a character, which JSON can and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _is_blank(letter: str) -> bool:
     code = ord(letter)
     return (

@@ -16,7 +16,7 @@ from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.members import META, members_read, names
 from mmmoe_pretrain.data.shards import RawSample
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text, use_aliases
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_lone_surrogate, has_text, use_aliases
 from mmmoe_pretrain.modalities import BadSampleError, Codecs
 from mmmoe_pretrain.untrusted import parse_json
 
@@ -120,7 +120,7 @@ def _text(data: bytes) -> str:
     if len(data) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
     try:
-        return _not_blank(data.decode("utf-8"))
+        return _not_blank(data.decode("utf-8-sig"))  # editors of Windows begin files with a byte order mark
     except UnicodeDecodeError as error:
         raise BadSampleError(f"text is not UTF-8: {error}") from error
 
@@ -143,7 +143,7 @@ def read_row(raw: RawSample) -> dict[str, Any]:
     use_aliases(row)
     row.update({name: str(row[name]) for name in _STRINGS if type(row.get(name)) is int})
     texts = [row[name] for name in (*_STRINGS, "text") if isinstance(row.get(name), str)]
-    if any("\ud800" <= letter <= "\udfff" for value in texts for letter in value):
+    if any(map(has_lone_surrogate, texts)):
         raise BadSampleError("json holds half of a character (a lone surrogate)")
     return row
 

@@ -113,6 +113,8 @@ def test_a_sample_without_content_is_bad(codecs: Codecs, members: dict[str, byte
         ({"json": b'{"text": "blue", "caption": ""}'}, "blue"),
         ({"json": b'{"text": " ", "transcript": "blue"}'}, "blue"),
         ({"json": b'{"text": "blue", "caption": "red"}'}, "blue"),
+        ({"txt": b"\xef\xbb\xbfred"}, "red"),
+        ({"json": b'\xef\xbb\xbf{"text": "red"}'}, "red"),
         ({"json": b'{"caption": "red"}', "caption.txt": b"green"}, "green"),
         ({"json": b'{"caption": "red"}', "txt": b" \n"}, "red"),
         ({"json": b'{"caption": ["red"]}'}, ""),
