@@ -115,7 +115,10 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
             ordered = sorted((row for row in rows if row.split == split), key=_order)
             if ordered:
                 work = _Split(split, ordered, root, options, report, progress)
-                report.shards[split] = work.write(building, budget, len(rows))
+                if entries := work.write(building, budget, len(rows)):
+                    report.shards[split] = entries
+        if not report.shards:
+            raise ValueError(f"all {len(rows)} samples are broken: {_worst(report.skipped)}")
         _write_skipped(building.folder / SKIPPED, report.skipped)
         columns = report.members, field_types(rows)
         for split in report.shards:
@@ -142,7 +145,8 @@ class _Split:
         self.since = Finished(self.name)
 
     def write(self, building: Building, budget: int, total: int) -> list[dict[str, Any]]:
-        """The entries of ``shards.json``; shards that an earlier run has finished are kept."""
+        """The entries of ``shards.json``, which is not written where there are none; shards that an earlier run has
+        finished are kept."""
         per_shard, folder = self.options.samples_per_shard, building.folder / self.name
         kept = building.begin(self.name, len(self.rows), per_shard, self.inputs)
         for line in kept:
@@ -166,7 +170,10 @@ class _Split:
                 entries.append(entry)
                 start, self.since = self.end, Finished(self.name)
         self.report.add(self.since)  # bad rows behind the last shard
-        write_shard_list(folder, entries)
+        if entries:
+            write_shard_list(folder, entries)
+        else:
+            folder.rmdir()
         return entries
 
     def inputs(self, start: int, end: int) -> str:
@@ -241,11 +248,13 @@ def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> lis
 
 def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
     if len(skipped) > budget:
-        worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
         raise ValueError(
-            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
-            f"{worst}{'; ...' if len(skipped) > 5 else ''}"
+            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: {_worst(skipped)}"
         )
+
+
+def _worst(skipped: Sequence[BadSample]) -> str:
+    return "; ".join([*(f"{bad.key} ({bad.reason})" for bad in skipped[:5]), *(["..."] if len(skipped) > 5 else [])])
 
 
 @functools.cache

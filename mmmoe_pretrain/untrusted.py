@@ -31,7 +31,7 @@ def brief(value: object) -> str:
 
 
 def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of UTF-8 JSON, after a byte order mark if it has one. Raises ValueError that begins with ``where``."""
+    """The value of UTF-8 JSON, with or without a byte order mark. Raises ValueError that begins with ``where``."""
     if len(data) > limit:
         raise ValueError(f"{where} has {len(data)} bytes of JSON, and at most {limit} are read")
     try:

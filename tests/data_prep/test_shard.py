@@ -257,6 +257,18 @@ def test_a_run_that_was_ended_while_it_moved_shards_goes_on(make_manifest, tmp_p
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_split_without_a_good_sample_is_not_written_and_nothing_at_all_is_refused(make_manifest, tmp_path):
+    rows = read_manifest(make_manifest(3))  # two of train, one of test
+    rows[2] = replace(rows[2], image="absent.png")
+    options = replace(SMALL, max_bad_fraction=1.0)
+    report = shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", options)
+    assert [*report.shards] == ["train"] and not (tmp_path / "out/test").exists()
+    assert [bad.key for bad in report.skipped] == ["row-2"]
+    with pytest.raises(ValueError, match=r"all 1 samples are broken: row-2 \(absent\.png cannot be read"):
+        shard_manifest(rows[2:], tmp_path / "corpus", tmp_path / "none", options)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [BUILDING]
+
+
 def test_a_full_disk_is_named_and_the_next_run_goes_on(make_manifest, tmp_path, monkeypatch):
     manifest, written = make_manifest(9), []
 
