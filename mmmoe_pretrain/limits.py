@@ -1,4 +1,5 @@
-"""Which files are read as an image, audio or text, what they may be, and what decoders raise on a damaged one.
+"""Which files are read as an image, audio or text, what they may be, other names of fields, and what decoders raise
+on a damaged file.
 
 Shared by the codecs, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
 nothing heavy. Limits are checked by the header, before anything is decoded.
