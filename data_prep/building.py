@@ -8,6 +8,7 @@ shard where all of that and its bytes are still the same, so its result is that 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import shutil
@@ -19,7 +20,8 @@ from typing import Any
 
 from data_prep import card
 from data_prep.manifest import SPLITS
-from data_prep.shard_files import BadSample, hash_file, index_path
+from data_prep.shard_files import BadSample, hash_file
+from mmmoe_pretrain.data.shards import index_path
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"
@@ -83,6 +85,10 @@ class Building:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"no space is left for {self.folder}; make room and run the command again, where it goes on"
+            ) from None
 
     def begin(self, split: str, rows: int, per_shard: int, inputs: Callable[[int, int], str]) -> list[Finished]:
         """The finished shards of ``split`` that are still right; all else that is there of it is removed.

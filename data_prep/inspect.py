@@ -12,17 +12,19 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import SPLITS, manifest_path, read_manifest
+from data_prep.manifest import SPLITS, manifest_path, read_manifest, split_called
 from data_prep.media import audio_seconds
 from data_prep.verify import split_folders
 from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.data.decode import BadSampleError, caption, read_row
+from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
 from mmmoe_pretrain.data.members import members_read
 from mmmoe_pretrain.data.shards import OpenShards, RawSample, ShardFolder
 from mmmoe_pretrain.data.survey import survey
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_bytes
+
+DAMAGED = "(damaged)"  # in the place of modalities: a sample that training skips
 
 
 class Kind(NamedTuple):
@@ -47,7 +49,7 @@ class Measure(NamedTuple):
 
 def run(path: Path) -> None:
     """The command: measure, and print a line a kind and a line a split."""
-    totals, left_out = measure(path), unread(path)
+    totals, left_out = measure(path)
     table = Table(*Kind._fields, "rows", "hours", "bytes", title=str(path), title_justify="left")
     for split in sorted({kind.split for kind in totals}, key=lambda split: (split not in SPLITS, split)):
         lines = {kind: total for kind, total in totals.items() if kind.split == split}
@@ -62,23 +64,20 @@ def run(path: Path) -> None:
         console.print(f"not read: {left_out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def measure(path: Path) -> dict[Kind, Measure]:
-    """The sums by kind, of a manifest or of shards."""
+def measure(path: Path) -> tuple[dict[Kind, Measure], str]:
+    """The sums by kind, of a manifest or of shards; and the extensions that are not read, with their numbers."""
+    if path.is_file() or (path / "manifest.jsonl").is_file():
+        return _totals(_of_manifest(path)), ""
+    files = OpenShards()
+    folders = [ShardFolder(folder, files) for folder in split_folders(path)]
+    return _totals(_of_shards(folders)), survey(folders).left_out()
+
+
+def _totals(lines: Iterable[tuple[Kind, Measure]]) -> dict[Kind, Measure]:
     totals: dict[Kind, Measure] = {}
-    for kind, amount in _of_manifest(path) if _is_manifest(path) else _of_shards(path):
+    for kind, amount in lines:
         totals[kind] = totals.get(kind, Measure()).plus(amount)
     return totals
-
-
-def unread(path: Path) -> str:
-    """The extensions of files in shards that are not read, with their numbers; empty where there are none."""
-    if _is_manifest(path):
-        return ""
-    return survey([ShardFolder(folder) for folder in split_folders(path)]).left_out()
-
-
-def _is_manifest(path: Path) -> bool:
-    return path.is_file() or (path / "manifest.jsonl").is_file()
 
 
 def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
@@ -94,26 +93,27 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
         yield Kind(row.split, row.subset, row.language, "+".join(row.modalities)), Measure(1, seconds, size)
 
 
-def _of_shards(path: Path) -> Iterator[tuple[Kind, Measure]]:
-    files = OpenShards()
-    for folder in split_folders(path):
-        shards = ShardFolder(folder, files)
-        for i in track(range(len(shards)), f"reading {folder.name}", len(shards), "samples"):
-            yield _of_sample(shards.read(i), folder.name)
+def _of_shards(folders: Iterable[ShardFolder]) -> Iterator[tuple[Kind, Measure]]:
+    for shards in folders:
+        name = shards.folder.name
+        for i in track(range(len(shards)), f"reading {name}", len(shards), "samples"):
+            yield _of_sample(shards.read(i), split_called(name) if split_called(name) in SPLITS else "train")
 
 
-def _of_sample(raw: RawSample, folder: str) -> tuple[Kind, Measure]:
+def _of_sample(raw: RawSample, split: str) -> tuple[Kind, Measure]:
+    size = sum(len(data) for data in raw.members.values())
     try:
         row = read_row(raw)
-    except BadSampleError as error:
-        raise ValueError(f"sample {raw.key} of {raw.shard}: {error}") from None
+        text = raw_text(raw, row)
+    except BadSampleError:
+        return Kind(split, "", "", DAMAGED), Measure(1, 0.0, size)
     fields = {name: value for name, value in row.items() if isinstance(value, str)}
     chosen = members_read(tuple(raw.members))
-    present = [m for m in MODALITIES if (caption(raw) if m == "text" else m in chosen)]
+    present = [m for m in MODALITIES if (text if m == "text" else m in chosen)]
     seconds = _seconds(raw.members[chosen["audio"]]) if "audio" in chosen else 0.0
-    split = fields.get("split") or (folder if folder in SPLITS else "train")
+    split = split_called(fields.get("split") or split)
     kind = Kind(split, fields.get("subset", ""), fields.get("language", ""), "+".join(present))
-    return kind, Measure(1, seconds, sum(len(data) for data in raw.members.values()))
+    return kind, Measure(1, seconds, size)
 
 
 def _seconds(data: bytes) -> float:

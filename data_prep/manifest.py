@@ -15,22 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_META_BYTES, MAX_NAME_BYTES, has_text
+from mmmoe_pretrain.limits import (
+    FIELD_ALIASES,
+    MAX_KEY_BYTES,
+    MAX_META_BYTES,
+    MAX_NAME_BYTES,
+    has_lone_surrogate,
+    has_text,
+    use_aliases,
+)
 from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, parse_json
 
 SPLITS = ("train", "val", "test")
 AUDIO_KINDS = ("", "speech", "effect")
-# Other names of a field, which count where the field itself is absent or empty; and of a split.
-FIELD_ALIASES = {
-    "__key__": "key",
-    "id": "key",
-    "caption": "text",
-    "transcript": "text",
-    "lang": "language",
-    "class": "label",
-    "license": "licence",
-}
 SPLIT_ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 _CONTENT = ("image", "audio", "text")
 _SHOWN = 20  # problems
@@ -80,6 +78,11 @@ def sample_key(name: str) -> str:
     A dot would end the key, and a slash make a folder, where members of a tar are named by it.
     """
     return urllib.parse.quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+def split_called(name: str) -> str:
+    """``val`` for ``Validation``; a name that is no split's, in lower case."""
+    return SPLIT_ALIASES.get(name.lower(), name.lower())
 
 
 def slug(text: str) -> str:
@@ -198,7 +201,7 @@ def row_problem(row: Row) -> str | None:
 def _faults(row: Row) -> Iterator[str]:
     if not row.key or len(row.key) > MAX_KEY_BYTES:
         yield f"key has {len(row.key)} bytes with the rest as %XX, and may have 1 to {MAX_KEY_BYTES}"
-    if any("\ud800" <= letter <= "\udfff" for name in FIELDS for letter in getattr(row, name) or ""):
+    if any(has_lone_surrogate(getattr(row, name) or "") for name in FIELDS):
         yield "a text holds half of a character (a lone surrogate)"
     if row.split not in SPLITS:
         yield f"split {brief(row.split)} is not one of {', '.join(SPLITS)} (or {', '.join(SPLIT_ALIASES)})"
@@ -219,7 +222,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         rest = line
         while len(rest) > MAX_META_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(MAX_META_BYTES + 1)
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # Windows' editors begin UTF-8 files so
         if line.strip():
             yield number, line
 
@@ -228,9 +230,7 @@ def _parse(line: bytes) -> Row:
     values = parse_json(line, "it", MAX_META_BYTES)
     if not isinstance(values, dict):
         raise ValueError(f"it is {type(values).__name__}, no object")
-    for alias, name in FIELD_ALIASES.items():
-        if alias in values and not has_text(str(values.get(name) or "")):
-            values[name] = values.pop(alias)
+    use_aliases(values)
     if "key" not in values:
         raise ValueError(f"it has no key (its fields: {', '.join(map(_shown, values)) or 'none'})")
     extra = {name: value for name, value in values.items() if name not in FIELDS}
@@ -249,7 +249,7 @@ def _parse(line: bytes) -> Row:
         raise ValueError(f"key {brief(values['key'])} holds half of a character (a lone surrogate)") from None
     if not fields.get("split"):
         fields["split"] = "train"
-    fields["split"] = SPLIT_ALIASES.get(fields["split"].lower(), fields["split"].lower())
+    fields["split"] = split_called(fields["split"])
     return Row(**fields, extra=extra)
 
 

@@ -52,18 +52,15 @@ def _shrunk_member(path: Path, size: int) -> Media:
 
 
 def _image_member(path: Path, size: int | None) -> Media:
-    from PIL import Image
+    from mmmoe_pretrain.flatten import IMAGE_ERRORS, open_image
 
-    from mmmoe_pretrain.flatten import open_image
-
-    errors: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
     suffix = _suffix(path, IMAGE_SUFFIXES)
     data = _read(path)
     try:
         with open_image(data) as image:
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
-    except errors as error:
+    except IMAGE_ERRORS as error:
         raise ValueError(f"{path.name} is no readable image: {decoder_reason(error)}") from None
 
 

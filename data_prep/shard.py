@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,10 @@ from data_prep.manifest import (
 )
 from data_prep.media import audio_member, image_member
 from data_prep.pool import map_in_order
-from data_prep.shard_files import BadSample, EncodedSample, hash_file, index_path, write_shard, write_shard_list
+from data_prep.shard_files import BadSample, EncodedSample, hash_file, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data.shards import index_path
+from mmmoe_pretrain.limits import MODALITY_OF
 from mmmoe_pretrain.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,8 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
         raise ValueError("no rows to write; loosen --filter")
     if outside := files_outside(rows, root):
         log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
+    for (name, kind), count in _unread_files(rows).items():
+        log.warning("field %s names files in %d rows and is not read; call it %s", name, count, kind)
     report = Report()
     budget = int(options.max_bad_fraction * len(rows))
     with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
@@ -110,7 +115,10 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
             ordered = sorted((row for row in rows if row.split == split), key=_order)
             if ordered:
                 work = _Split(split, ordered, root, options, report, progress)
-                report.shards[split] = work.write(building, budget, len(rows))
+                if entries := work.write(building, budget, len(rows)):
+                    report.shards[split] = entries
+        if not report.shards:
+            raise ValueError(f"all {len(rows)} samples are broken: {_worst(report.skipped)}")
         _write_skipped(building.folder / SKIPPED, report.skipped)
         columns = report.members, field_types(rows)
         for split in report.shards:
@@ -137,7 +145,8 @@ class _Split:
         self.since = Finished(self.name)
 
     def write(self, building: Building, budget: int, total: int) -> list[dict[str, Any]]:
-        """The entries of ``shards.json``; shards that an earlier run has finished are kept."""
+        """The entries of ``shards.json``, which is not written where there are none; shards that an earlier run has
+        finished are kept."""
         per_shard, folder = self.options.samples_per_shard, building.folder / self.name
         kept = building.begin(self.name, len(self.rows), per_shard, self.inputs)
         for line in kept:
@@ -161,7 +170,10 @@ class _Split:
                 entries.append(entry)
                 start, self.since = self.end, Finished(self.name)
         self.report.add(self.since)  # bad rows behind the last shard
-        write_shard_list(folder, entries)
+        if entries:
+            write_shard_list(folder, entries)
+        else:
+            folder.rmdir()
         return entries
 
     def inputs(self, start: int, end: int) -> str:
@@ -215,6 +227,17 @@ def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | B
     return EncodedSample(row.key, members)
 
 
+def _unread_files(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
+    """Fields of other names that seem to name the file that their row lacks: (field, image or audio) -> rows."""
+    found: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name, value in row.extra.items():
+            kind = MODALITY_OF.get(Path(value).suffix[1:].lower()) if isinstance(value, str) else None
+            if kind in ("image", "audio") and kind not in row.modalities and "://" not in value:
+                found[name, kind] += 1
+    return found
+
+
 def _order(row: Row) -> tuple[bytes, str]:
     return xxhash.xxh3_64_digest(row.key.encode()), row.key
 
@@ -225,11 +248,13 @@ def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> lis
 
 def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
     if len(skipped) > budget:
-        worst = "; ".join(f"{bad.key} ({bad.reason})" for bad in skipped[:5])
         raise ValueError(
-            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: "
-            f"{worst}{'; ...' if len(skipped) > 5 else ''}"
+            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: {_worst(skipped)}"
         )
+
+
+def _worst(skipped: Sequence[BadSample]) -> str:
+    return "; ".join([*(f"{bad.key} ({bad.reason})" for bad in skipped[:5]), *(["..."] if len(skipped) > 5 else [])])
 
 
 @functools.cache

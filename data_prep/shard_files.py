@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from mmmoe_pretrain.data.shards import LISTING, index_path
+
 INDEX_VERSION = 1
 KIND = "wids-shard-index-v1"
 WIDS_VERSION = 1
-LIST_NAME = "shards.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,6 @@ class BadSample(NamedTuple):
 
     key: str
     reason: str
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
 
 
 def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
@@ -62,7 +59,7 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
 
 
 def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
-    write_json(folder / LIST_NAME, {"__kind__": KIND, "wids_version": WIDS_VERSION, "shardlist": entries})
+    write_json(folder / LISTING, {"__kind__": KIND, "wids_version": WIDS_VERSION, "shardlist": entries})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

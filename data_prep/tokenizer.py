@@ -26,7 +26,7 @@ NORMALIZATIONS = ("nfkc", "nfc", "identity", "nmt_nfkc")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 MODEL_TYPES = ("bpe", "unigram")
 SMALLEST = 4 + 256 + 1  # control pieces, byte pieces, the word mark
-LONGEST_TEXT_BYTES = 1 << 16
+PART = 1 << 14  # characters of a text that sentencepiece is given at once: it leaves longer ones out silently
 
 
 def run(
@@ -75,13 +75,15 @@ def train_tokenizer(
         raise ValueError(f"--model-type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
     if vocab_size < SMALLEST:
         raise ValueError(f"--vocab-size {vocab_size} is below {SMALLEST}, which 4 control and 256 byte pieces need")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out is the file to write")
     if not texts:
         raise ValueError("no texts to train on; check --split and the manifests")
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=(text[at : at + PART] for text in texts for at in range(0, len(text), PART)),
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -95,7 +97,7 @@ def train_tokenizer(
                 unk_id=UNK_ID,
                 input_sentence_size=0,
                 shuffle_input_sentence=False,
-                max_sentence_length=LONGEST_TEXT_BYTES,
+                max_sentence_length=4 * PART,  # bytes
                 num_threads=1,
                 minloglevel=2,
                 **_rule(normalization, folds, Path(folder)),

@@ -14,11 +14,22 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.manifest import SPLITS
-from data_prep.shard_files import LIST_NAME, hash_file, index_path
+from data_prep.manifest import SPLITS, split_called
+from data_prep.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
 from mmmoe_pretrain.data.members import META, members_read, names
-from mmmoe_pretrain.data.shards import IndexedSample, OpenShards, check_sample, read_sample, walk
+from mmmoe_pretrain.data.shards import (
+    LISTING,
+    IndexedSample,
+    OpenShards,
+    check_sample,
+    index_path,
+    listed_shard,
+    read_listing,
+    read_sample,
+    shards_left_out,
+    walk,
+)
 from mmmoe_pretrain.data.survey import Survey
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief, read_json
@@ -41,7 +52,7 @@ class Seen:
         if self.survey.unread:
             yield f"not read: {self.survey.left_out()}"
         if self.unlisted:
-            yield f"no {LIST_NAME} in {names(self.unlisted)}: the *.tar are read in the order of their names"
+            yield f"no {LISTING} in {names(self.unlisted)}: the *.tar are read in the order of their names"
         if self.unindexed:
             yield f"no index beside {self.unindexed:,} shards: their headers are read at each start"
 
@@ -65,14 +76,12 @@ def run(folder: Path) -> bool:
 
 
 def split_folders(folder: Path) -> list[Path]:
-    """The folders that hold shards: ``folder`` itself, or its splits."""
+    """The folders with shards: ``folder`` itself, and those in it unless ``shards.json`` says what is read."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found = [
-        path
-        for path in (folder, *(folder / split for split in SPLITS))
-        if (path / LIST_NAME).is_file() or any(path.glob("*.tar"))
-    ]
+    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_split_order)
+    candidates = [folder] if (folder / LISTING).is_file() else [folder, *inside]
+    found = [path for path in candidates if (path / LISTING).is_file() or any(path.glob("*.tar"))]
     if not found:
         raise ValueError(f"{folder} holds no shards; `mmmoe-data shard MANIFEST --out {folder}` writes some")
     return found
@@ -83,30 +92,38 @@ def verify_folder(folder: Path, seen: Seen) -> Iterator[str]:
     for leftover in sorted(folder.rglob("*.tmp")):
         yield f"{leftover}: left behind by a run that was killed"
     for split in split_folders(folder):
-        listed: dict[str, dict[str, Any]] = {}
-        if (split / LIST_NAME).exists():
-            yield from _verify_list(split, listed)
+        listed: dict[Path, dict[str, Any]] = {}
+        if (split / LISTING).exists():
+            yield from _verify_list(split / LISTING, listed)
         else:
             seen.unlisted.append(str(split))
-        shards = sorted(split.glob("*.tar"))
+        shards = sorted({*split.glob("*.tar"), *listed})
+        seen.survey.unread.update(shards_left_out(split, shards))
         for shard in track(shards, f"verifying {split.name}", len(shards), "shards"):
             seen.shards += 1
-            for problem in _verify_shard(shard, listed.get(shard.name), seen):
-                yield problem if str(shard) in problem else f"{shard}: {problem}"
+            try:
+                for problem in _verify_shard(shard, listed.get(shard), seen):
+                    yield problem if str(shard) in problem else f"{shard}: {problem}"
+            except OSError as error:
+                yield f"{shard}: cannot be read ({error.strerror})"
 
 
-def _verify_list(folder: Path, listed: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Problems of ``shards.json`` itself; its entries go into ``listed``."""
-    path = folder / LIST_NAME
+def _split_order(folder: Path) -> tuple[int, str]:
+    return SPLITS.index(folder.name) if folder.name in SPLITS else len(SPLITS), folder.name
+
+
+def _verify_list(listing: Path, listed: dict[Path, dict[str, Any]]) -> Iterator[str]:
+    """Problems of ``shards.json`` itself; its shards and their entries go into ``listed``."""
     try:
-        entries = {entry["url"]: dict(entry) for entry in read_json(path)["shardlist"]}
-        listed.update({name: entry for name, entry in entries.items() if isinstance(name, str)})
-    except (ValueError, KeyError, TypeError) as error:
-        yield f"{path}: not a list of shards ({brief(str(error))})"
-    present = {file.name for file in folder.iterdir()}
-    for name in listed:
-        if name not in present:
-            yield f"{folder}/{name[:200]}: named in {LIST_NAME} and missing"
+        entries = read_listing(listing)
+    except ValueError as error:
+        yield str(error)
+        return
+    for entry in entries:
+        try:
+            listed[listed_shard(listing, entry)] = entry
+        except ValueError as error:
+            yield str(error)
 
 
 def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iterator[str]:
@@ -116,9 +133,9 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
     size, digest = shard.stat().st_size, hash_file(shard)
     index, index_name = _read_index(shard), index_path(shard).name
     if entry is not None:
-        yield from _differences(size, digest, entry.get("filesize"), entry.get("xxh3_128"), LIST_NAME)
-    elif (shard.parent / LIST_NAME).exists():
-        yield f"not named in {LIST_NAME}"
+        yield from _differences(size, digest, entry.get("filesize"), entry.get("xxh3_128"), LISTING)
+    elif (shard.parent / LISTING).exists():
+        yield f"not named in {LISTING}"
     if index is not None:
         yield from _differences(size, digest, index.get("bytes"), index.get("xxh3_128"), index_name)
     elif index_path(shard).exists():
@@ -135,17 +152,18 @@ def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iter
     if index is not None and index.get("samples") != [_entry(sample) for sample in walked]:
         yield f"{index_name} does not describe the members that are in the tar"
     if entry is not None and entry.get("nsamples", len(walked)) != len(walked):
-        yield f"has {len(walked)} samples, {LIST_NAME} says {brief(entry.get('nsamples'))}"
+        yield f"has {len(walked)} samples, {LISTING} says {brief(entry.get('nsamples'))}"
     if not walked:
         yield "holds no sample"
     files = OpenShards(1)
     for sample in walked:
         try:
             check_sample(sample, shard)
-            yield from _verify_sample(sample, files.descriptor(shard), shard, seen)
+            yield from _verify_sample(sample, files.descriptor(shard), shard, seen, index is not None)
         except ValueError as error:
             yield str(error)
         except BadSampleError as error:
+            seen.survey.add(tuple(sample.members))
             yield f"sample {sample.key}: {error}"
 
 
@@ -160,7 +178,7 @@ def _differences(size: int, digest: str, said_size: Any, said_digest: Any, where
         yield f"xxh3_128 is {digest}, {where} says {brief(said_digest)}"
 
 
-def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Seen) -> Iterator[str]:
+def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Seen, is_ours: bool) -> Iterator[str]:
     key, chosen = sample.key, members_read(tuple(sample.members))
     raw = read_sample(sample, descriptor, shard, only=(META, chosen.get("text", META)))
     row = read_row(raw)
@@ -168,11 +186,11 @@ def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Se
     seen.survey.add(tuple(sample.members), captioned=bool(text))
     if not text and not chosen.keys() & {"image", "audio"}:
         yield f"sample {key} has no image, audio or text (its files: {names(sample.members)})"
-    said = row.get("key")
-    if isinstance(said, str) and said not in (key, key.rpartition("/")[2]):
-        yield f"sample {key} has the json of {brief(said)}"
+    if is_ours and row.get("key", key) != key:  # elsewhere, it may be a key of anything
+        yield f"sample {key} has the json of {brief(row['key'])}"
     group, split = row.get("group"), row.get("split") or shard.parent.name
     if isinstance(group, str) and group and isinstance(split, str):
+        split = split_called(split)
         first = seen.split_of_group.setdefault(group, split)
         if first != split:
             yield f"sample {key} of group {group} is in {split}, another of its group in {first}"

@@ -73,9 +73,8 @@ def read_mono(file: soundfile.SoundFile, most: int | None = None) -> NDArray[np.
 def with_true_length(data: bytes) -> bytes:
     """``data`` with a header that says how long the clip is, and without an ID3 tag before it."""
     if data.startswith(b"ID3"):
-        data = data[
-            10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True)) :
-        ]
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
+        data = data[10 + size :]
     if data.startswith(b"RIFF"):
         return _wav(data)
     if data.startswith(b"fLaC"):

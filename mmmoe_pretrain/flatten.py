@@ -20,6 +20,7 @@ from mmmoe_pretrain.limits import (
     start_problem,
 )
 
+IMAGE_ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)  # of a damaged image
 JPEG_SCALES = (1, 2, 4, 8)  # at which libjpeg decodes
 WHITE = (255, 255, 255)
 STRIP = 1 << 20  # pixels that are laid on white at once
@@ -43,6 +44,8 @@ def open_image(data: bytes, side: int | None = None) -> Image.Image:
     scanned = is_jpeg or "jpeg" in str(image.info.get("compression", "")).lower()  # a TIFF may hold JPEGs
     decoded = size if is_jpeg and jpeg_held_whole(data) else image.size
     problem = image_problem(size, decoded, jpeg_scans(data) if scanned else 1)
+    if not problem and image.mode == "F":
+        problem = "of 32-bit floats has no known range; convert it to 8 or 16 bits"
     if problem:
         raise ValueError(f"an image {problem}")
     return image
@@ -68,8 +71,6 @@ def _identify(data: bytes) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says, 16 bits scaled to 8, transparency on white. May change ``image``."""
-    if image.mode == "F":
-        raise ValueError("holds 32-bit floats, whose range is not known; convert it to 8 or 16 bits")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         image = _eight_bits(image)

@@ -1,4 +1,5 @@
-"""Which files are read as an image, audio or text, what they may be, and what decoders raise on a damaged one.
+"""Which files are read as an image, audio or text, what they may be, other names of fields, and what decoders raise
+on a damaged file.
 
 Shared by the codecs, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
 nothing heavy. Limits are checked by the header, before anything is decoded.
@@ -11,12 +12,23 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 # The last part of a member's extension -> what it is read as. Of several the earlier one is preferred.
 MODALITY_OF: dict[str, str] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"), "image"),
     **dict.fromkeys(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3"), "audio"),
     **dict.fromkeys(("txt", "text", "caption"), "text"),
+}
+# Other names of a field, in a manifest and in a sample's JSON alike.
+FIELD_ALIASES = {
+    "__key__": "key",
+    "id": "key",
+    "caption": "text",
+    "transcript": "text",
+    "lang": "language",
+    "class": "label",
+    "license": "licence",
 }
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no format that calls another program
 MAX_PIXELS = 64_000_000  # decoded ones: a JPEG may be decoded at a half, a quarter or an eighth of its size
@@ -58,6 +70,14 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
+def use_aliases(fields: dict[str, Any]) -> None:
+    """Move the value of a field of another name (``FIELD_ALIASES``) to the field where that is absent or blank."""
+    for alias, name in FIELD_ALIASES.items():
+        value = fields.get(name)
+        if alias in fields and (value is None or (isinstance(value, str) and not has_text(value))):
+            fields[name] = fields.pop(alias)
+
+
 def has_text(text: str) -> bool:
     """Whether ``text`` says anything: the one rule of `mmmoe-data`, of the loader and of the tokenizer.
 
@@ -65,6 +85,11 @@ def has_text(text: str) -> bool:
     the byte order mark) and variation selectors alone are no text.
     """
     return not all(map(_is_blank, text))
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether ``text`` holds half of a character, which JSON can and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _is_blank(letter: str) -> bool:

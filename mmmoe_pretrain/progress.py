@@ -1,7 +1,11 @@
-"""Progress on stderr of whatever lasts above two seconds: a bar on a terminal, else a plain line now and then."""
+"""Progress on stderr of whatever lasts above two seconds: a bar on a terminal, else a plain line now and then.
+
+Of the ranks of a job, the first alone prints it.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -64,7 +68,7 @@ class Progress:
         return f"{scaled:,.0f}" if self._scale == 1 and scaled >= 10 else f"{scaled:,.1f}".removesuffix(".0")
 
     def _show(self) -> None:
-        if self._ended.wait(QUIET_SECONDS):
+        if self._ended.wait(QUIET_SECONDS) or os.environ.get("RANK", "0") != "0":
             return
         if sys.stdout.isatty() and sys.stderr.isatty():
             with Bar(

@@ -31,11 +31,11 @@ def brief(value: object) -> str:
 
 
 def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of UTF-8 JSON. Raises ValueError that begins with ``where``."""
+    """The value of UTF-8 JSON, with or without a byte order mark. Raises ValueError that begins with ``where``."""
     if len(data) > limit:
         raise ValueError(f"{where} has {len(data)} bytes of JSON, and at most {limit} are read")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(f"{where} is no JSON that can be read (it is nested too deeply)") from None
     except ValueError as error:

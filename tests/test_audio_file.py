@@ -81,6 +81,8 @@ def test_mp3s_one_after_another_are_read_and_a_cut_one_is_refused() -> None:
     data = encoded("MP3", 4, bitrate_mode="CONSTANT")
     assert len(read(data + data)) >= 8 * RATE
     assert len(read(b"ID3\4\0\0\0\0\1\0" + b"\xff\xfb\x90\0" * 32 + data)) == 4 * RATE  # a tag of 128 bytes
+    with pytest.raises(ValueError, match="cannot be decoded: Format not recognised"):
+        read(b"ID3")  # a tag that was cut off
     assert len(read(data + b"TAG" + b"\xff" * 125)) == 4 * RATE
     with pytest.raises(ValueError, match=r"ends after \d+ of the 114 MP3 frames"):  # 64,000 samples and padding / 576
         read(data[: len(data) // 2])

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from mmmoe_pretrain import progress
+from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.progress import Progress, track
 
 
@@ -44,6 +45,23 @@ def test_lines_come_after_two_seconds_on_stderr_alone(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and "quick" not in err
     assert "slow: 1 of 2 items, " in err and err.count("\n") >= 3
+
+
+def test_the_first_rank_tells_how_far_the_opening_of_shards_is(monkeypatch, capsys, tmp_path):
+    def slow(path):
+        time.sleep(0.06)
+        return []
+
+    for name in "ab":
+        (tmp_path / f"{name}.tar").touch()
+    monkeypatch.setattr("mmmoe_pretrain.data.shards.read_index", slow)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ShardFolder(tmp_path)
+        told = f"opening {tmp_path}: 1 of 2 shards, " in capsys.readouterr().err
+        assert told == (rank == "0")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):

@@ -16,12 +16,12 @@ from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.members import META, members_read, names
 from mmmoe_pretrain.data.shards import RawSample
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_lone_surrogate, has_text, use_aliases
 from mmmoe_pretrain.modalities import BadSampleError, Codecs
 from mmmoe_pretrain.untrusted import parse_json
 
 PURPOSES = (*MODALITIES, "label")  # of a sample's random numbers
-CAPTION_FIELDS = ("caption", "text")  # of a sample's JSON: its text where no member is one
+_STRINGS = tuple(f.name for f in fields(SampleMeta) if f.name not in ("key", "shard"))  # fields of a sample's JSON
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, positio
 def raw_text(raw: RawSample, row: dict[str, Any]) -> str:
     """The text of a sample, by its member or by a field of its JSON ``row``; empty where it has none."""
     extension = members_read(tuple(raw.members)).get("text")
-    found = (row[name].strip() for name in CAPTION_FIELDS if isinstance(row.get(name), str))
-    return (_text(raw.members[extension]) if extension else "") or next(filter(has_text, found), "")
+    return (_text(raw.members[extension]) if extension else "") or _not_blank(row.get("text"))
 
 
 def caption(raw: RawSample) -> str:
@@ -121,29 +120,36 @@ def _text(data: bytes) -> str:
     if len(data) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
     try:
-        text = data.decode("utf-8").strip()
+        return _not_blank(data.decode("utf-8-sig"))  # editors of Windows begin files with a byte order mark
     except UnicodeDecodeError as error:
         raise BadSampleError(f"text is not UTF-8: {error}") from error
-    return text if has_text(text) else ""
+
+
+def _not_blank(text: object) -> str:
+    return text.strip() if isinstance(text, str) and has_text(text) else ""
 
 
 def read_row(raw: RawSample) -> dict[str, Any]:
-    """The JSON of a sample; empty where it has none. Raises BadSampleError where it is damaged."""
+    """The JSON of a sample, its fields by the names and in the types of a manifest; empty where it has none.
+
+    Raises BadSampleError where it is damaged.
+    """
     try:
         row = parse_json(raw.members.get(META, b"{}"), META, MAX_META_BYTES)
     except ValueError as error:
         raise BadSampleError(f"json is damaged: {error}") from error
     if not isinstance(row, dict):
         raise BadSampleError(f"json holds {type(row).__name__}, not an object")
+    use_aliases(row)
+    row.update({name: str(row[name]) for name in _STRINGS if type(row.get(name)) is int})
+    texts = [row[name] for name in (*_STRINGS, "text") if isinstance(row.get(name), str)]
+    if any(map(has_lone_surrogate, texts)):
+        raise BadSampleError("json holds half of a character (a lone surrogate)")
     return row
 
 
 def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
-    wanted = [field.name for field in fields(SampleMeta) if field.name not in ("key", "shard")]
-    known = {name: row[name] for name in wanted if isinstance(row.get(name), str)}
-    texts = [*known.values(), *(row[name] for name in CAPTION_FIELDS if isinstance(row.get(name), str))]
-    if any("\ud800" <= letter <= "\udfff" for value in texts for letter in value):
-        raise BadSampleError("json holds half of a character (a lone surrogate)")
+    known = {name: row[name] for name in _STRINGS if isinstance(row.get(name), str)}
     return SampleMeta(raw.key, shard=raw.shard, **known)
 
 

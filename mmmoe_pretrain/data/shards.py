@@ -8,6 +8,7 @@ A sample is known by its shard and its key: writers that work side by side often
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -20,11 +21,13 @@ import numpy as np
 from mmmoe_pretrain.data import tar
 from mmmoe_pretrain.data.members import META, dotted_key, members_read, names, split_name
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
+from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_OPEN_SHARDS = 256
 SHARE_OF_DESCRIPTORS = 4  # at most one in so many of those that the process may have
 LISTING = "shards.json"
+_LIKE_A_SHARD = re.compile(r"\.(tar|tgz)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,15 @@ class ShardFolder:
         self._paths = list_shards(self.folder)
         counts, keys, kinds, places = [], [], [], []
         kind_of: dict[tuple[str, ...], int] = {}  # extensions of a sample, of which there are few different ones
-        for path in self._paths:
-            samples = read_index(path)
-            counts.append(len(samples))
-            keys.append(np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_))
-            kinds += [kind_of.setdefault(tuple(sample.members), len(kind_of)) for sample in samples]
-            places.append(np.asarray([p for s in samples for p in s.members.values()], dtype=np.int64).reshape(-1, 2))
+        with Progress(f"opening {self.folder}", len(self._paths), "shards") as progress:
+            for path in self._paths:
+                samples = read_index(path)
+                counts.append(len(samples))
+                keys.append(np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_))
+                kinds += [kind_of.setdefault(tuple(sample.members), len(kind_of)) for sample in samples]
+                at = [place for sample in samples for place in sample.members.values()]
+                places.append(np.asarray(at, dtype=np.int64).reshape(-1, 2))
+                progress.advance()
         self._extensions = list(kind_of)
         self._kind = np.asarray(kinds, dtype=np.int32)
         lengths = np.asarray([len(extensions) for extensions in self._extensions])[self._kind]
@@ -105,6 +111,11 @@ class ShardFolder:
     def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray:
         """The samples that have members of just these extensions, int64 [n]."""
         return np.flatnonzero(self._kind == self._extensions.index(extensions))
+
+    @property
+    def shards_left_out(self) -> Counter[str]:
+        """How many shards of the folder are not read, by their extension."""
+        return shards_left_out(self.folder, self._paths)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``, which another shard may use as well."""
@@ -153,11 +164,50 @@ def list_shards(folder: Path) -> list[Path]:
             held = names((path.name for path in sorted(folder.iterdir())), most=3) or "nothing"
             raise ValueError(f"{folder} holds no *.tar (but {held}); fill it by mmmoe-data shard, or correct the path")
         return paths
+    paths = []
+    for entry in read_listing(listing):
+        path = listed_shard(listing, entry)
+        if entry.get("filesize", path.stat().st_size) != path.stat().st_size:
+            raise ValueError(
+                f"shard {path} has {path.stat().st_size} bytes, but {listing.name} says "
+                f"{brief(entry['filesize'])}: it is truncated or was replaced; copy or make it again"
+            )
+        paths.append(path)
+    return paths
+
+
+def read_listing(listing: Path) -> list[dict[str, Any]]:
+    """The entries of a ``shards.json``."""
     remedy = "make it again by mmmoe-data shard, or remove it"
     entries = _load_json(listing, remedy).get("shardlist")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{listing} lists no shard; {remedy}")
-    return [_listed_shard(folder, entry, listing) for entry in entries]
+    return entries
+
+
+def listed_shard(listing: Path, entry: dict[str, Any]) -> Path:
+    """The shard of an entry of ``listing``, which is there."""
+    url = entry.get("url", "")
+    if not _is_relative_name(url):
+        raise ValueError(
+            f"{listing} names {brief(url)}, which is no file under {listing.parent}; only local shards are "
+            f"read: copy them there and list them by their names"
+        )
+    path = listing.parent / url
+    if not path.is_file():
+        raise ValueError(f"{listing} names {url}, which does not exist; copy it, or make the shards again")
+    return path
+
+
+def shards_left_out(folder: Path, read: Iterable[Path]) -> Counter[str]:
+    """Files of ``folder`` that look like shards and are not among ``read``: compressed, or not in ``shards.json``."""
+    others = {path.name for path in folder.iterdir()} - {path.name for path in read if path.parent == folder}
+    return Counter(f"*{ending[0]}" for ending in map(_LIKE_A_SHARD.search, others) if ending)
+
+
+def index_path(shard: Path) -> Path:
+    """The file beside ``shard`` that says where its members stand."""
+    return shard.with_suffix(".index.json")
 
 
 def read_index(path: Path) -> list[IndexedSample]:
@@ -167,7 +217,7 @@ def read_index(path: Path) -> list[IndexedSample]:
     """
     if not path.is_file():
         raise ValueError(f"shard {path} is no plain file; put the tar itself there")  # a pipe would never end
-    sidecar = path.with_suffix(".index.json")
+    sidecar = index_path(path)
     samples = _from_sidecar(sidecar, path, path.stat().st_size) if sidecar.is_file() else walk(path)
     if not samples:
         raise ValueError(f"shard {path} holds no sample; remove it, or make it again by mmmoe-data shard")
@@ -178,24 +228,6 @@ def read_index(path: Path) -> list[IndexedSample]:
             check_sample(sample, path)
             good.add(extensions)
     return samples
-
-
-def _listed_shard(folder: Path, entry: dict[str, Any], listing: Path) -> Path:
-    url = entry.get("url", "")
-    if not _is_relative_name(url):
-        raise ValueError(
-            f"{listing} names {brief(url)}, which is no file under {folder}; only local shards are "
-            f"read: copy them there and list them by their names"
-        )
-    path = folder / url
-    if not path.is_file():
-        raise ValueError(f"{listing} names {url}, which does not exist; copy it, or make the shards again")
-    if entry.get("filesize", path.stat().st_size) != path.stat().st_size:
-        raise ValueError(
-            f"shard {path} has {path.stat().st_size} bytes, but {listing.name} says "
-            f"{brief(entry['filesize'])}: it is truncated or was replaced; copy or make it again"
-        )
-    return path
 
 
 def _is_relative_name(url: object) -> bool:

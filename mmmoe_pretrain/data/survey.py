@@ -22,7 +22,8 @@ LOOKED_AT = 32  # samples of each kind whose JSON is searched for a text
 
 @dataclass
 class Survey:
-    """Numbers of samples: all, by the modalities of their members, and by an extension that is not read."""
+    """Numbers of samples: all, by the modalities of their members, by an extension that is not read; and of shards
+    that are not read (``*.tar.gz``)."""
 
     samples: int = 0
     modalities: Counter[tuple[str, ...]] = field(default_factory=Counter)
@@ -51,6 +52,7 @@ def survey(folders: Sequence[ShardFolder]) -> Survey:
         for extensions, count in folder.contents.items():
             captioned = "text" not in members_read(extensions) and _captioned(folder, extensions, LOOKED_AT)
             found.add(extensions, count, captioned=captioned)
+        found.unread.update(folder.shards_left_out)
     return found
 
 

@@ -18,6 +18,8 @@ from mmmoe_pretrain.untrusted import brief
 
 BLOCK = 512
 MAX_RECORD_BYTES = 64 << 10  # of a header's extension
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+MAX_PADDING = 1 << 20  # bytes after the end mark that are searched for another tar
 REGULAR, FOLDER = b"0\07", b"5"
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
 
@@ -55,6 +57,8 @@ def _members(descriptor: int, path: Path) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise _broken(path, at, "no end mark, so it is truncated,")
         if not any(header):
+            if b"ustar" in os.pread(descriptor, MAX_PADDING, at):
+                raise _broken(path, at, "another tar after the end of this one, so they were joined by cat,")
             return
         kind, size = header[156:157], _header_size(header, at, path)
         start = at + BLOCK
@@ -88,6 +92,9 @@ def _check(name: str, kind: bytes, path: Path) -> None:
 def _header_size(header: bytes, at: int, path: Path) -> int:
     stored = _number(header[148:156])
     if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        for start, program in COMPRESSED.items():
+            if not at and header.startswith(start):
+                raise ValueError(f"shard {path} is compressed by {program}, and shards are read in place; unpack it")
         raise _broken(path, at, "the checksum of a header")
     size = _number(header[124:136])
     if size is None or size < 0:

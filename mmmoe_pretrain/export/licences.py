@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
-from mmmoe_pretrain.limits import MAX_META_BYTES
-from mmmoe_pretrain.untrusted import parse_json
 
 MAX_ROWS = 10_000  # of a folder, spread evenly, whose JSON is read
-FIELDS = ("licence", "license")
 NOT_STATED = "not stated"
 LONGEST = 100  # characters of a licence or source
 
@@ -43,7 +41,7 @@ def data_facts(config: RunConfig) -> DataFacts:
     rows: Counter[str] = Counter()
     sources: dict[str, set[str]] = defaultdict(set)
     for row in (row for folder in folders.values() for row in _rows(folder)):
-        name = next((text for text in (_text(row.get(field)) for field in FIELDS) if text), NOT_STATED)
+        name = _text(row.get("licence")) or NOT_STATED
         rows[name] += 1
         sources[name] |= {_text(row.get("source"))} - {""}
     licences = tuple(Licence(name, count, tuple(sorted(sources[name]))) for name, count in rows.most_common())
@@ -64,10 +62,9 @@ def _rows(folder: ShardFolder) -> Iterator[dict[str, Any]]:
 
 def _json(raw: RawSample) -> dict[str, Any]:
     try:
-        row = parse_json(raw.members.get("json", b"{}"), raw.key, MAX_META_BYTES)
-    except ValueError:
+        return read_row(raw)
+    except BadSampleError:
         return {}  # training skips such a sample
-    return row if isinstance(row, dict) else {}
 
 
 def _text(value: object) -> str:

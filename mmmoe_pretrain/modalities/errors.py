@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image
-
-from mmmoe_pretrain.limits import DECODER_ERRORS, decoder_reason
-
-_ERRORS: tuple[type[Exception], ...] = (*DECODER_ERRORS, Image.DecompressionBombError)
+from mmmoe_pretrain.flatten import IMAGE_ERRORS
+from mmmoe_pretrain.limits import decoder_reason
 
 
 class BadSampleError(Exception):
@@ -26,5 +23,5 @@ def quarantine(what: str) -> Iterator[None]:
         yield
     except BadSampleError:
         raise
-    except _ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise BadSampleError(f"{what} cannot be decoded: {decoder_reason(error)}") from error

@@ -111,6 +111,10 @@ def test_a_sample_without_content_is_bad(codecs: Codecs, members: dict[str, byte
     [
         ({"json": b'{"caption": " red  "}'}, "red"),
         ({"json": b'{"text": "blue", "caption": ""}'}, "blue"),
+        ({"json": b'{"text": " ", "transcript": "blue"}'}, "blue"),
+        ({"json": b'{"text": "blue", "caption": "red"}'}, "blue"),
+        ({"txt": b"\xef\xbb\xbfred"}, "red"),
+        ({"json": b'\xef\xbb\xbf{"text": "red"}'}, "red"),
         ({"json": b'{"caption": "red"}', "caption.txt": b"green"}, "green"),
         ({"json": b'{"caption": "red"}', "txt": b" \n"}, "red"),
         ({"json": b'{"caption": ["red"]}'}, ""),
@@ -124,9 +128,15 @@ def test_a_text_may_stand_in_the_json(raw: RawSample, codecs: Codecs, members: d
 
 
 def test_foreign_json_values_are_passed_over(raw: RawSample, codecs: Codecs) -> None:
-    row = {"label": 3, "language": None, "subset": "x", "unknown": "y", "key": "other"}
+    row = {"label": True, "language": None, "subset": "x", "unknown": "y", "key": "other", "source": ["z"]}
     sample = good(decode(changed(raw, json=json.dumps(row).encode()), codecs))
     assert sample.meta == SampleMeta("thing-005", subset="x")
+
+
+def test_fields_go_by_the_names_and_types_of_a_manifest(raw: RawSample, codecs: Codecs) -> None:
+    row = {"label": 0, "class": "zero", "lang": "de", "group": 7}
+    sample = good(decode(changed(raw, json=json.dumps(row).encode()), codecs))
+    assert sample.meta == SampleMeta("thing-005", label="0", language="de", group="7")
 
 
 def test_perturbation_depends_on_seed_and_position_alone(raw: RawSample, codecs: Codecs) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -175,6 +179,24 @@ def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.tar is no whole tar file"):
         ShardFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("packer", "name"), [(gzip, "gzip"), (bz2, "bzip2"), (lzma, "xz")])
+def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path: Path, packer: ModuleType, name: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [("BZh.txt", b"red")])  # begins like bzip2, and is none
+    assert len(read_index(path)) == 1
+    path.write_bytes(packer.compress(path.read_bytes() + os.urandom(2000)))
+    with pytest.raises(ValueError, match=rf"x\.tar is compressed by {name}.*unpack it"):
+        read_index(path)
+
+
+def test_tars_that_were_joined_by_cat_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"red")])
+    other = write_tar(tmp_path / "y", [("b.txt", b"blue")]).read_bytes()
+    assert len(read_index(path)) == 1
+    path.write_bytes(path.read_bytes() + other)  # tarfile, too, ends after the first
+    with pytest.raises(ValueError, match=r"x\.tar is no whole tar file \(another tar after the end of this one"):
+        read_index(path)
 
 
 # A member is a header of 512 bytes and its content in blocks of 512: 1024, 2048, 3584, ...

@@ -182,7 +182,7 @@ def test_workers_that_hang_again_and_again_end_the_run_within_its_patience() -> 
     )
     next(items)
     began = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"hung, 0\.\d+ s without an item, at block 1; 3 died on this rank"):
+    with pytest.raises(WorkerDied, match=r"hung, 0\.\d+ s without an item, .*; 3 died on this rank"):
         next(items)
     assert 1.0 < time.monotonic() - began < 2.0  # half of 2 s, then a quarter and an eighth
 

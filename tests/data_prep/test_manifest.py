@@ -66,12 +66,14 @@ def test_names_and_values_of_other_tools_are_understood_and_the_rest_travels(tmp
         {"id": "b", "text": "b", "caption": "c", "label": None, "split": "Training"},
         {"__key__": "c", "text": " ", "transcript": "d", "split": None},
         {"key": "d", "text": "", "caption": "e", "id": 3},
+        {"key": 0, "id": "f", "text": "f", "label": 0, "class": "zero"},
     )
     assert rows == [
         Row("7", text="a", licence="MIT", label="0", language="de", split="val", extra={"score": [1.5]}),
         Row("b", text="b", extra={"caption": "c"}),
         Row("c", text="d"),
         Row("d", text="e", extra={"id": 3}),
+        Row("0", text="f", label="0", extra={"id": "f", "class": "zero"}),
     ]
     assert [row.key for row in filter_rows(rows, ["license=MIT"])] == ["7"]
     assert [row.key for row in filter_rows(rows, ["id=3"])] == ["d"]

@@ -85,6 +85,12 @@ def png(keep: float) -> bytes:
     return buffer.getvalue()[: int(len(buffer.getvalue()) * keep)]
 
 
+def floats() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("F", (4, 4)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 DAMAGED = {
     "long.flac": flac(2**36 - 1),
     "twice.flac": flac(16_000),
@@ -93,6 +99,7 @@ DAMAGED = {
     "rate.wav": wav(24, 2**31 - 1, 4),
     "cut.png": png(0.5),
     "header.png": png(0.01),
+    "float.png": floats(),  # which the codec does not read either
 }
 
 

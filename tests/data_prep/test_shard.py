@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from data_prep import building, shard
 from data_prep.building import FOLDER as BUILDING
 from data_prep.manifest import Row, read_manifest, write_manifest
 from data_prep.shard import ShardOptions, shard_manifest
+from data_prep.shard_files import write_shard
 
 SMALL = ShardOptions(samples_per_shard=3, image_size=16, audio_rate=4000, workers=1)
 
@@ -253,6 +255,42 @@ def test_a_run_that_was_ended_while_it_moved_shards_goes_on(make_manifest, tmp_p
     assert run(manifest, tmp_path / "out").kept == 3
     run(manifest, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_split_without_a_good_sample_is_not_written_and_nothing_at_all_is_refused(make_manifest, tmp_path):
+    rows = read_manifest(make_manifest(3))  # two of train, one of test
+    rows[2] = replace(rows[2], image="absent.png")
+    options = replace(SMALL, max_bad_fraction=1.0)
+    report = shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", options)
+    assert [*report.shards] == ["train"] and not (tmp_path / "out/test").exists()
+    assert [bad.key for bad in report.skipped] == ["row-2"]
+    with pytest.raises(ValueError, match=r"all 1 samples are broken: row-2 \(absent\.png cannot be read"):
+        shard_manifest(rows[2:], tmp_path / "corpus", tmp_path / "none", options)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [BUILDING]
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(make_manifest, tmp_path, monkeypatch):
+    manifest, written = make_manifest(9), []
+
+    def fill(path, samples):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return write_shard(path, samples)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"no space .*out.building\.tmp.*goes on"):
+        patch.setattr(shard, "write_shard", fill)
+        run(manifest, tmp_path / "out")
+    assert run(manifest, tmp_path / "out").kept == 1
+
+
+def test_a_field_that_names_files_and_is_not_read_is_told(make_manifest, tmp_path, caplog):
+    rows = read_manifest(make_manifest(3))
+    extra = {"image_path": "a.JPG", "was": "b.wav", "url": "https://x/c.png", "n": 1}
+    rows[0] = replace(rows[0], image=None, extra=extra)
+    shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", SMALL)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["field image_path names files in 1 rows and is not read; call it image"]
 
 
 def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):

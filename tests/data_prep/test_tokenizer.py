@@ -40,6 +40,13 @@ def test_digits_are_pieces_of_their_own_and_case_is_folded(trained):
     assert trained.encode("A RED Square") == trained.encode("a red square")
 
 
+def test_a_text_longer_than_sentencepiece_takes_is_learned_too(tmp_path):
+    longest = "ж" * (1 << 15) + " кот" * (1 << 14)  # 2 bytes a letter: 64 KiB and 112 KiB
+    train_tokenizer([*TEXTS, longest], tmp_path / "t.model", 340)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert model.encode("кот", out_type=str) == ["▁кот"]  # a word of no other text
+
+
 def test_the_model_is_the_same_twice(tmp_path):
     train_tokenizer(TEXTS, tmp_path / "one.model", 320)
     train_tokenizer(TEXTS, tmp_path / "two.model", 320)
@@ -52,6 +59,12 @@ def test_a_size_that_cannot_be_filled_names_the_largest_that_can(tmp_path, model
         train_tokenizer(TEXTS, tmp_path / "t.model", 5000, model_type)
     largest = int(str(caught.value).rsplit(" ", 1)[1])
     train_tokenizer(TEXTS, tmp_path / "t.model", largest, model_type)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        train_tokenizer(TEXTS, tmp_path, 340)
+    assert not tmp_path.with_name(tmp_path.name + ".tmp").exists()
 
 
 def test_a_size_below_the_characters_names_what_is_needed(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_prep.inspect import Kind, measure, unread
+from data_prep.inspect import Kind, measure
 from data_prep.manifest import read_manifest, write_manifest
 from data_prep.shard import ShardOptions, shard_manifest
-from data_prep.shard_files import EncodedSample, write_shard
+from data_prep.shard_files import EncodedSample, hash_file, write_shard
 from data_prep.verify import Seen, verify_folder
+from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.survey import survey
 
 
 @pytest.fixture
@@ -56,8 +59,9 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
     assert notes.startswith("not read: right.jpg (6), cls (6)\n")
     assert "no shards.json in" in notes
     assert "no index beside 3 shards" in notes
-    assert unread(tmp_path) == "right.jpg (6), cls (6)"
-    assert {kind.modalities: total.rows for kind, total in measure(tmp_path).items()} == {"image": 8, "image+text": 1}
+    totals, left_out = measure(tmp_path)
+    assert left_out == "right.jpg (6), cls (6)"
+    assert {kind.modalities: total.rows for kind, total in totals.items()} == {"image": 8, "image+text": 1}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
         ({"b.cls": b"7"}, "sample b has no image, audio or text (its files: cls)"),
         ({"b.txt": b" \n"}, "sample b has no image, audio or text"),
         ({"b.png": b"", "b.json": b"{"}, "sample b: json is damaged"),
-        ({"b.png": b"", "b.json": b'{"key": "c"}'}, "sample b has the json of 'c'"),
+        ({"b.png": b"", "b.json": b'{"caption": "half of \\ud83d"}'}, "sample b: json holds half of a character"),
         ({"b.0000.png": b"", "b.0001.png": b""}, "under the key 'b'"),
         ({"b.png": b"", "c.png": b"", "b.txt": b"red"}, "holds key 'b' twice"),
     ],
@@ -80,6 +84,38 @@ def test_what_the_loader_could_not_use_is_a_problem(tmp_path, members, problem):
     assert str(tmp_path / "0.tar") in found
 
 
+def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
+    pair = {"png": b"x", "json": json.dumps({"key": "bucket/7", "transcript": "red", "label": 3}).encode()}
+    for name in ("train/a.tar", "validation/sub/b.tar", "more/c.tar"):
+        tar(tmp_path / name, [(f"0.{extension}", data) for extension, data in pair.items()])
+    tar(tmp_path / "more/c.tar", [("0.png", b"x"), ("0.json", b"{")])
+    (tmp_path / "validation/shards.json").write_text(json.dumps({"shardlist": [{"url": "sub/b.tar"}]}))
+    (tmp_path / "train/d.tar.gz").touch()
+    (tmp_path / "validation/e.tar").touch()
+    seen = Seen()
+    found = list(verify_folder(tmp_path, seen))
+    assert (seen.survey.samples, seen.shards) == (3, 4)
+    wanted = ("more/c.tar: sample 0: json", "validation/e.tar: not named", "validation/e.tar is no whole tar")
+    assert all(part in problem for problem, part in zip(found, wanted, strict=True))
+    assert seen.survey.left_out() == "*.tar.gz (1)"
+    totals, left_out = measure(tmp_path)
+    assert {(kind.split, kind.modalities): total.rows for kind, total in totals.items()} == {
+        ("train", "image+text"): 1, ("val", "image+text"): 1, ("train", "(damaged)"): 1,
+    }  # fmt: skip
+    assert sorted(left_out.split(", ")) == ["*.tar (1)", "*.tar.gz (1)"]
+    folders = [ShardFolder(tmp_path / name) for name in ("train", "validation", "more")]
+    assert [len(folder) for folder in folders] == [1, 1, 1]
+    assert survey(folders).left_out() == left_out
+
+
+def test_the_json_of_another_sample_is_a_problem_of_shards_that_were_written_here(tmp_path):
+    write_shard(tmp_path / "0.tar", [EncodedSample("a", {"png": b"", "json": b'{"key": "a"}'})])
+    assert problems(tmp_path) == []
+    write_shard(tmp_path / "0.tar", [EncodedSample("a", {"png": b"", "json": b'{"key": "b"}'})])
+    [found] = problems(tmp_path)
+    assert "sample a has the json of 'b'" in found
+
+
 @pytest.mark.parametrize("name", ["0.mp3", "0.flac"])
 def test_every_kind_of_sound_that_is_sharded_is_known(make_manifest, tmp_path, name):
     manifest = make_manifest(1)
@@ -87,7 +123,7 @@ def test_every_kind_of_sound_that_is_sharded_is_known(make_manifest, tmp_path, n
     soundfile.write(manifest.parent / name, np.zeros(8000), 8000)
     shard_manifest([replace(row, audio=name)], manifest.parent, tmp_path / "out", ShardOptions(workers=1))
     assert problems(tmp_path / "out") == []
-    assert [found.seconds for found in measure(tmp_path / "out").values()] == [pytest.approx(1.0)]
+    assert [found.seconds for found in measure(tmp_path / "out")[0].values()] == [pytest.approx(1.0)]
 
 
 def test_a_flipped_byte_is_found(shards):
@@ -118,9 +154,23 @@ def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):
     (shards / "train/00000.tar").rename(shards / "train/00007.tar")
     (shards / "test/00001.tar.tmp").touch()
     found = "\n".join(problems(shards))
-    assert "00000.tar: named in shards.json and missing" in found
+    assert "shards.json names 00000.tar, which does not exist" in found
     assert "00007.tar: not named in shards.json" in found
     assert "left behind by a run that was killed" in found
+
+
+def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_verified(shards, monkeypatch):
+    def broken(path):
+        if path.name == "00000.tar":
+            raise OSError(errno.EIO, "Input/output error")
+        return hash_file(path)
+
+    monkeypatch.setattr("data_prep.verify.hash_file", broken)
+    seen = Seen()
+    found = list(verify_folder(shards, seen))
+    told = "00000.tar: cannot be read (Input/output error)"
+    assert found == [f"{shards}/train/{told}", f"{shards}/test/{told}"]
+    assert seen.shards == 2
 
 
 def test_a_group_in_two_splits_is_found(make_manifest, tmp_path):
@@ -152,7 +202,7 @@ def test_inspect_counts_the_same_in_a_manifest_and_in_its_shards(make_manifest, 
     manifest = make_manifest(6)
     write_manifest(manifest, read_manifest(manifest))
     shard_manifest(read_manifest(manifest), manifest.parent, tmp_path / "out", ShardOptions(workers=1))
-    of_manifest, of_shards = measure(manifest), measure(tmp_path / "out")
+    of_manifest, of_shards = measure(manifest)[0], measure(tmp_path / "out")[0]
     assert of_manifest.keys() == of_shards.keys()
     kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
     assert of_shards[kind].rows == of_manifest[kind].rows == 2
