@@ -27,6 +27,7 @@ __all__ = [
 
 
 HANG_SHARE = 0.8  # of parallel.timeout_minutes
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RowField = Literal["language", "label", "subset", "audio_kind", "source", "group"]  # of a sample's JSON
 
 
@@ -250,7 +251,7 @@ class EvaluateConfig(_Model):
 class RunConfig(_Model):
     """Everything that a run depends on; saved beside its checkpoints."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run's folder
+    name: str = Field(pattern=RUN_NAME)  # of the run's folder
     runs_dir: PathText = "runs"
     seed: int = 0
     data: DataConfig
@@ -341,8 +342,9 @@ def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item)[:LONGEST_LINE] for item in error.errors(include_url=False)[:MOST_LINES]]
-        more = error.error_count() - len(lines)
+        items = _causes(error.errors(include_url=False))
+        lines = [_explain(item)[:LONGEST_LINE] for item in items[:MOST_LINES]]
+        more = len(items) - len(lines)
         raise ValueError(f"{where}: " + "; ".join(lines) + (f"; and {more} more" if more else "")) from None
 
 
@@ -384,6 +386,16 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
     if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
         raise ValueError(f"override {brief(override)}: {brief(part)} is not an index of a list of {len(node)}")
     return int(part)
+
+
+def _causes(items: list[Any]) -> list[Any]:
+    """Without lists that are said to be too short because their entries are wrong, which stand there too."""
+
+    def follows(item: Any) -> bool:
+        inside = (other["loc"][: len(item["loc"])] for other in items if len(other["loc"]) > len(item["loc"]))
+        return item["type"] == "too_short" and item["loc"] in inside
+
+    return [item for item in items if not follows(item)]
 
 
 def _explain(item: Any) -> str:

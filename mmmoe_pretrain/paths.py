@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
@@ -33,6 +34,16 @@ def given(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [given(item) for item in value]
     return type(value)(expand(str(value)))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder to write results into, if it is missing. Raises ValueError where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be made: {error.strerror}; choose another --out") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written; choose another --out, or change its owner or mode")
 
 
 def _value(match: re.Match[str]) -> str:

@@ -49,6 +49,14 @@ def test_bad_values_are_refused_with_the_remedy(sections: dict[str, object], mes
     assert message in str(caught.value)
 
 
+def test_a_list_with_a_wrong_entry_is_not_called_too_short() -> None:
+    assert parse(data={"train": [{"path": "a"}], "tokenizer": "t"}).data.train[0].path == "a"
+    with pytest.raises(ValueError, match=r"data.train.0.path: .* NOPE is not set[^;]*;[^;]*$"):
+        parse(data={"train": [{"path": "$NOPE/a"}], "tokenizer": "t"})
+    with pytest.raises(ValueError, match=r"data\.train: Tuple should have at least 1 item"):
+        parse(data={"train": [], "tokenizer": "t"})
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text)

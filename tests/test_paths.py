@@ -1,6 +1,7 @@
 """``~`` and ``$VAR`` mean what they mean in a shell, wherever a path is taken."""
 
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import data_prep.cli
 import mmmoe_pretrain.cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.engines.deepspeed_config import _own_swap_folder
-from mmmoe_pretrain.paths import expand, given
+from mmmoe_pretrain.paths import expand, given, make_folder
 from tests.support import tiny_values
 
 PATHS = (("runs_dir",), ("data", "tokenizer"), ("data", "train", 0, "path"), ("evaluate", "test", 0),
@@ -118,3 +119,15 @@ def test_a_command_takes_the_path_that_a_shell_would_take(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+def test_a_folder_for_results_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(ValueError, match=f"^{path} cannot be made: {why}; choose another --out"):
+            make_folder(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match="a cannot be written; choose another --out"):
+        make_folder(tmp_path / "a")

@@ -13,6 +13,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate.leaks import LeakFilter
 from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.paths import make_folder
 from mmmoe_pretrain.untrusted import read_json
 
 BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
@@ -67,7 +68,7 @@ def place_of_report(run_dir: Path, name: str, paths: Sequence[str], out: Path | 
             f"FOLDER, or replace that one with --out {before.parent}"
         )
     folder = out or before.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder
 
 

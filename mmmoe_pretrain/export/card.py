@@ -6,7 +6,6 @@ Nothing is claimed that the run's folder and its training shards do not say. Wha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
 from mmmoe_pretrain.export.licences import NOT_STATED, DataFacts, data_facts
+from mmmoe_pretrain.untrusted import parse_json, read_json
 
 UNKNOWN_LICENSE = "unknown"
 TO_BE_FILLED_IN = "**To be filled in.**"
@@ -55,11 +55,13 @@ def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None
     if not path.is_file():
         return None
     found = None
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
                 break  # a writer was killed in the middle of it
-            record = json.loads(line)
+            record = parse_json(line, where := f"{path}, line {number},")
+            if not isinstance(record, dict) or not {"step", "losses"} <= record.keys():
+                raise ValueError(f"{where} is no record of a step; mend the line or move the file away")
             if record["step"] > step:
                 break
             found = record
@@ -69,9 +71,12 @@ def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None
 def _report(path: Path, step: int) -> tuple[dict[str, Any] | None, str]:
     if not path.is_file():
         return None, "The run holds no evaluation; `mmmoe evaluate` makes one."
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report["step"] != step:
-        return None, f"The run's evaluation is of step {report['step']}, not of these weights."
+    try:
+        report = read_json(path)
+    except ValueError:  # e.g. the evaluation was killed while it wrote
+        return None, f"The run's {REPORT} is damaged; `mmmoe evaluate` makes it anew."
+    if report.get("step") != step:
+        return None, f"The run's evaluation is of step {report.get('step')}, not of these weights."
     return report, ""
 
 

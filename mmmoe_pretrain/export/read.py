@@ -32,7 +32,7 @@ from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Codecs, TextCodec, build_codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.paths import VARIABLE
+from mmmoe_pretrain.paths import VARIABLE, make_folder
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
@@ -52,7 +52,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     places = _places(folder)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    make_folder(draft)
     try:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
         _copy_tokenizer(folder, described, config, draft / TOKENIZER)

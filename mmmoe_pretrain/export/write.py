@@ -23,6 +23,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import copy_tokenizer
+from mmmoe_pretrain.paths import make_folder
 
 PLACES = ("data", "evaluate", "checkpoint")  # sections that say where things are
 
@@ -60,7 +61,7 @@ def export_run(
     weights = layout.weights_of(source.config, source.meta["vocab_size"], dtype)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    make_folder(draft)
     try:
         copy_tokenizer(source.config.data.tokenizer, draft / layout.TOKENIZER, source.meta["tokenizer_fingerprint"])
         files = layout.in_files(weights, file_bytes)

@@ -8,26 +8,44 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+log = logging.getLogger(__name__)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def usable(x: Tensor) -> bool:
-    """True on a GPU with Triton. Under torch.compile and under a dispatch mode (fake tensors, a counter of
+    """True on a GPU where Triton works. Under torch.compile and under a dispatch mode (fake tensors, a counter of
     operations) the PyTorch function runs, which they can see into."""
     return (
         x.device.type == "cuda"
         and x.dtype in TYPES
-        and _has_triton()
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
+        and triton_works()
     )
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_works() -> bool:
+    """Whether it is here, and what it builds its launchers with: a C compiler and Python's headers. Container images
+    often lack those, and then the first kernel would end the run."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton reads it
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    missing = [
+        *([] if "CC" in os.environ or shutil.which("gcc") or shutil.which("clang") else ["a C compiler (gcc)"]),
+        *([] if header.is_file() else [f"Python's headers ({header})"]),
+    ]
+    if missing:
+        log.warning("PyTorch's functions in place of Triton's faster kernels, for want of %s", " and ".join(missing))
+    return not missing

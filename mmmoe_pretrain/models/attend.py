@@ -139,9 +139,11 @@ def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, ca
 
 
 def _varlen_fits(q_nHd: Tensor) -> bool:
-    """FlashAttention's kernels want compute capability 8.0."""
+    """FlashAttention's kernels want compute capability 8.0. AMD's GPUs, whose type is "cuda" too, take the buckets:
+    ``varlen_attn`` has not been tried there."""
     return (
         q_nHd.device.type == "cuda"
+        and torch.version.hip is None
         and q_nHd.dtype in VARLEN_TYPES
         and q_nHd.shape[-1] in VARLEN_HEAD_SIZES
         and torch.cuda.get_device_capability(q_nHd.device) >= (8, 0)

@@ -21,6 +21,7 @@ from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, read_config, root
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.paths import make_folder
 from mmmoe_pretrain.surgery.parameters import State
 from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
 from mmmoe_pretrain.surgery.settings import check_spread, named
@@ -89,7 +90,7 @@ def operate(
     check_spread(config)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    make_folder(draft)
     try:
         if Path(config.data.tokenizer).is_file():
             copy_tokenizer(config.data.tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.model import TOKENIZER
 from mmmoe_pretrain.checkpoint.storage import StorageError
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.engines.base import Progress
@@ -57,10 +58,11 @@ def restore(session: Session, candidates: Sequence[store.Checkpoint]) -> Restore
 def _load(session: Session, checkpoint: store.Checkpoint, meta: dict[str, Any]) -> Restored:
     fingerprint = session.codecs.text.fingerprint
     if meta["tokenizer_fingerprint"] != fingerprint:
+        own = session.config.run_dir / TOKENIZER
         raise ValueError(
             f"{checkpoint} was trained with another tokenizer than {session.config.data.tokenizer} "
-            f"(fingerprint {meta['tokenizer_fingerprint']}, now {fingerprint}); "
-            f"set data.tokenizer to the one that it was trained with"
+            f"(fingerprint {meta['tokenizer_fingerprint']}, now {fingerprint}); set data.tokenizer to the one that "
+            f"it was trained with{f', e.g. the copy in {own}' if own.is_file() else ''}"
         )
     if session.main:
         _warn_of_other_data(session, meta)

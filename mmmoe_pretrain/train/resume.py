@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
 from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, names_tokenizer, with_tokenizer
 from mmmoe_pretrain.checkpoint.storage import open_storage
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config import RUN_NAME, RunConfig
 from mmmoe_pretrain.train.journal import EVENTS
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ def _moved(config: RunConfig, path: Path, folder: Path) -> RunConfig:
         raise ValueError(
             f"{path} was made in {config.run_dir}, and its checkpoints are in {config.checkpoint_root}; move the "
             f"folder back, or say which run is meant with runs_dir=, name= and checkpoint.folder="
+        )
+    if not re.fullmatch(RUN_NAME, folder.name):
+        raise ValueError(
+            f"{folder} is a run under a name that none can have; rename it to letters, digits, dots, - and _, "
+            f"beginning with a letter or digit"
         )
     _tell("%s was made in %s: going on in %s, where it lies now", path, config.run_dir, folder)
     place = {"name": folder.name, "runs_dir": str(folder.parent)}

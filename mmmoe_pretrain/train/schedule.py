@@ -31,11 +31,11 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
     """What to warn of where a run that has done ``step`` steps goes on at another rate than its schedule so far would
-    have given; empty where it does not. ``saved``: the config of its checkpoint."""
+    have given; empty where it does not, or has no step left. ``saved``: the config of its checkpoint."""
     before, steps = OptimizerConfig.model_validate(saved["optimizer"]), saved["train"]["steps"]
     now = learning_rate(step, config.train.steps, config.optimizer)
     planned = learning_rate(step, steps, before)
-    if step == 0 or abs(now - planned) <= JUMP * planned:
+    if step == 0 or step >= config.train.steps or abs(now - planned) <= JUMP * planned:
         return ""
     old = {"train.steps": steps, **{f"optimizer.{key}": value for key, value in before}}
     new = {"train.steps": config.train.steps, **{f"optimizer.{key}": value for key, value in config.optimizer}}

@@ -198,6 +198,27 @@ def test_the_card_shows_an_evaluation_of_this_step_alone(made: tuple[Path, dict[
     assert "evaluation is of step 10, not of these weights" in (tmp_path / "five" / layout.CARD).read_text()
 
 
+def test_a_damaged_report_is_none_and_a_damaged_log_is_named(
+    made: tuple[Path, dict[int, State]], tmp_path: Path
+) -> None:
+    report, log = made[0] / "report.json", made[0] / "metrics.jsonl"
+    before = log.read_bytes() if log.is_file() else None
+    try:
+        log.write_text('{"step": 5, "losses": {"total": 1.25}}\n{"step": 10, "los')
+        report.write_text('{"run": "tiny", "st')
+        export_run(made[0], tmp_path / "out")
+        card = (tmp_path / "out" / layout.CARD).read_text()
+        assert "The run's report.json is damaged" in card
+        assert "| total | 1.25 |" in card
+        for line in ("no JSON", "[1]", '{"step": 5}'):
+            log.write_text(f"{line}\n")
+            with pytest.raises(ValueError, match=f"^{log}, line 1, is no "):
+                export_run(made[0], tmp_path / "again")
+    finally:
+        report.unlink()
+        log.unlink() if before is None else log.write_bytes(before)
+
+
 def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(
     made: tuple[Path, dict[int, State]], tmp_path: Path
 ) -> None:

@@ -123,3 +123,20 @@ def test_a_gpu_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(
         activation.weighted("swiglu", up, weights).cpu(), rounded_between, rtol=0.02, atol=0.02
     )
+
+
+@pytest.mark.parametrize("lacking", ["", "compiler", "headers"])
+def test_without_what_triton_builds_with_pytorch_computes(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler, include = tmp_path / "bin/gcc", tmp_path / "include"
+    for path in (compiler, include / "Python.h"):
+        path.parent.mkdir()
+        path.touch(mode=0o755)
+    (compiler if lacking == "compiler" else include / "Python.h" if lacking else tmp_path / "none").unlink(True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(include))
+    assert kernels.triton_works.__wrapped__() is not bool(lacking)
+    told = {"": "", "compiler": "a C compiler", "headers": f"Python's headers ({include / 'Python.h'})"}
+    assert told[lacking] in caplog.text and bool(caplog.text) is bool(lacking)

@@ -126,6 +126,13 @@ def test_another_name_or_place_on_the_command_line_is_another_run(tmp_path: Path
     assert config_to_train(path, [f"runs_dir={tmp_path}"]).run_dir == tmp_path / "tiny"
 
 
+def test_a_run_renamed_to_what_no_run_is_called_is_told_to_be_renamed(tmp_path: Path) -> None:
+    path = run_folder(tiny_config(tmp_path), tmp_path / "tiny (copy)")
+    with pytest.raises(ValueError, match=r"tiny \(copy\) is a run under a name that none can have; rename it"):
+        config_to_train(path)
+    assert config_to_train(path, ["name=other"]).name == "other"
+
+
 def test_a_link_to_the_runs_and_a_config_beside_no_run_are_no_move(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     path = run_folder(config, tmp_path / "disk" / "tiny")

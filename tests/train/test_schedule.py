@@ -58,6 +58,7 @@ def test_a_longer_cosine_tells_the_rate_before_and_behind_and_the_way_out(tmp_pa
     assert "train.steps was 14 and is 24" in told
     assert "optimizer.decay_steps=14 keeps" in told
     assert jump(tmp_path, 14, {}, decay_steps=14) == ""
+    assert jump(tmp_path, 13, {}, steps=10) == ""  # all of its steps are done
 
 
 @pytest.mark.parametrize(
