@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ def prepare() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its fused helpers compile for a minute
     with quiet_megatron():
         megatron_cpu.install()
+        importlib.import_module("megatron.core.pipeline_parallel.schedules")  # of the first step, else
 
 
 def transformer_config(config: RunConfig, groups: Groups) -> Any:

@@ -66,7 +66,7 @@ class Learning:
         return self._steps * self._config.train.global_batch_size
 
     def _why(self, name: str) -> str:
-        so_far = f"in {self._steps} steps ({self._samples} samples)"
+        so_far = f"in {self._steps} step{'s' * (self._steps != 1)} ({self._samples} samples)"
         if name == CAPTIONING:
             prefixes = " or ".join(self._config.objectives.captioning.prefixes)
             return (

@@ -75,5 +75,5 @@ def test_a_run_that_learns_nothing_at_all_ends_and_others_go_on(tmp_path: Path) 
     few.refuse_nothing(whole_run=True)
     few.add(step(0.0, 0.0))
     few.refuse_nothing()
-    with pytest.raises(ValueError, match="in 1 steps"):
+    with pytest.raises(ValueError, match="in 1 step "):
         few.refuse_nothing(whole_run=True)
