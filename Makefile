@@ -26,7 +26,7 @@ check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
 
-parity: $(STAMP) ## Train every layout against one process (10 minutes on 2 cores); write docs/parallelism.md
+parity: $(STAMP) ## Train every layout against one process (15 minutes on 2 cores); write docs/parallelism.md
 	@$(BIN)/python -W ignore -m tests.layouts.parity --write docs/parallelism.md
 
 reshard: $(STAMP) ## Save under each layout and engine, go on under every other (10 minutes)

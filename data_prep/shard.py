@@ -45,6 +45,7 @@ from mmmoe_pretrain.limits import MODALITY_OF
 from mmmoe_pretrain.progress import Progress
 
 log = logging.getLogger(__name__)
+MOST_NAMED = 20  # samples in one message
 SKIPPED = "skipped.jsonl"
 _ROWS_A_TASK = 32
 
@@ -117,7 +118,9 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
                 work = _Split(split, ordered, root, options, report, progress)
                 if entries := work.write(building, budget, len(rows)):
                     report.shards[split] = entries
-        if not report.shards:
+        if report.shards:
+            _check_budget(report.skipped, budget, options, len(rows))
+        else:
             raise ValueError(f"all {len(rows)} samples are broken: {_worst(report.skipped)}")
         _write_skipped(building.folder / SKIPPED, report.skipped)
         columns = report.members, field_types(rows)
@@ -153,7 +156,7 @@ class _Split:
             self.report.add(line)
             self.end = line.end
         self.report.kept += len(kept)
-        _check_budget(self.report.skipped, budget, total)
+        self._check(self.report.skipped, budget, total)
         if kept:
             self.progress.restart(self.progress.done + self.end, self.progress.total)
         entries, start = [line.entry for line in kept], self.end
@@ -201,8 +204,12 @@ class _Split:
                 else:
                     log.warning("skipped %s: %s", sample.key, sample.reason)
                     self.since.skipped.append(sample)
-                    if len(self.report.skipped) + len(self.since.skipped) > budget:
-                        _check_budget([*self.report.skipped, *self.since.skipped], budget, total)
+                    self._check([*self.report.skipped, *self.since.skipped], budget, total)
+
+    def _check(self, skipped: Sequence[BadSample], budget: int, total: int) -> None:
+        """Go on for as long as all that is wrong can be named at once; the whole is judged in the end."""
+        if len(skipped) > MOST_NAMED:
+            _check_budget(skipped, budget, self.options, total)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
@@ -246,15 +253,17 @@ def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> lis
     return [encode_row(row, root, options) for row in rows]
 
 
-def _check_budget(skipped: Sequence[BadSample], budget: int, total: int) -> None:
+def _check_budget(skipped: Sequence[BadSample], budget: int, options: ShardOptions, total: int) -> None:
     if len(skipped) > budget:
         raise ValueError(
-            f"{len(skipped)} of {total} samples are broken and --max-bad-fraction allows {budget}: {_worst(skipped)}"
+            f"{len(skipped)} of {total} samples cannot be used, and --max-bad-fraction {options.max_bad_fraction:g} "
+            f"allows {budget}; mend them, or raise it: {_worst(skipped)}"
         )
 
 
 def _worst(skipped: Sequence[BadSample]) -> str:
-    return "; ".join([*(f"{bad.key} ({bad.reason})" for bad in skipped[:5]), *(["..."] if len(skipped) > 5 else [])])
+    named = [f"{bad.key} ({bad.reason})" for bad in skipped[:MOST_NAMED]]
+    return "; ".join([*named, *([f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else [])])
 
 
 @functools.cache

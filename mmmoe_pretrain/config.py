@@ -328,13 +328,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no config at {path}; the runs that come along are in configs/")
+        raise ValueError(f"no config at {path}; ready-made configs are in configs/")
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; see configs/demo.yaml")
     for override in overrides:
         _apply_override(raw, override)
-    return parse(raw, where=str(path))
+    return parse(raw, where=" ".join([str(path), *(["with", *map(brief, overrides)] if overrides else [])]))
 
 
 def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:

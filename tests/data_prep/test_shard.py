@@ -159,9 +159,12 @@ def test_other_fields_and_files_elsewhere_travel(make_manifest, tmp_path):
 
 def test_too_many_broken_files_end_the_command_and_leave_no_shards(make_manifest, tmp_path):
     manifest = make_manifest(8)
-    (manifest.parent / "3.wav").write_bytes(b"not a sound")
-    with pytest.raises(ValueError, match=r"1 of 8 samples are broken and --max-bad-fraction allows 0: row-3"):
+    for number in (3, 5):
+        (manifest.parent / f"{number}.wav").write_bytes(b"not a sound")
+    told = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; mend them, or raise it: row-\d"
+    with pytest.raises(ValueError, match=told) as refused:
         run(manifest, tmp_path / "out")
+    assert "row-3 (3.wav" in str(refused.value) and "row-5 (5.wav" in str(refused.value)  # both in one run
     assert [path.name for path in (tmp_path / "out").iterdir()] == [BUILDING]
 
 
@@ -236,7 +239,7 @@ def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
     assert ended(ShardOptions(5, 16, 4000, workers=1)) == 3
     (manifest.parent / "0.wav").unlink()
     assert ended(ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
-    with pytest.raises(ValueError, match="1 of 15 samples are broken"):
+    with pytest.raises(ValueError, match="1 of 15 samples cannot be used"):
         run(manifest, out)  # what was skipped counts, too
     soundfile.write(manifest.parent / "0.wav", np.zeros(800), 8000)
     monkeypatch.setattr(building.Building, "commit", commit)
