@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.layouts.cases import STEPS, Case, in_fp16
+from tests.layouts.cases import FIXED_ROUTING, STEPS, Case, in_fp16
 from tests.layouts.train import train_case
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,8 @@ def runs(engine: str, kinds: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as folder, process_group(timeout_minutes=1) as device:
         for zero_stage, precision in kinds:
-            case = Case("one process", 1, engine, zero_stage, {}, precision)
+            moe = FIXED_ROUTING if precision == "bf16" else {}
+            case = Case("one process", 1, engine, zero_stage, {}, precision, moe=moe)
             if precision == "fp16":
                 case = in_fp16("one process", zero_stage, engine)
             outcome = train_case(case, Path(folder), STEPS, device)

@@ -21,8 +21,8 @@ LEARNING_RATE = 3e-3
 # Of a global microbatch. With two data-parallel ranks or more the later ones see no picture; one sample has
 # text alone, which no pair of the contrastive objective can use.
 GLOBAL = ("iat", "it", "ia", "iat", "t", "at", "a", "t")
-# Of half types. Where scores choose, a rounding sends a token near the edge between two experts to the other one, and
-# that moves a loss by up to 10% (one process against itself): no bound would tell it from a mistake.
+# For half types. Where scores choose, a rounding sends a token near the edge between two experts to the other one,
+# and that moves a loss by up to 10% (one process against itself): no bound would tell it from a mistake.
 FIXED_ROUTING = {"router": "hash", "bias_balancing": {}}
 
 
@@ -56,8 +56,7 @@ class Case:
             parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
         values = config_of(root, parallel, self.precision, self.train).model_dump(mode="json")
         values["objectives"]["contrastive"]["cached"] = bool(self.cached)
-        fixed = {} if self.precision == "fp32" else FIXED_ROUTING
-        values["moe"] |= {"dispatch_chunks": self.chunks, **fixed, **self.moe}
+        values["moe"] |= {"dispatch_chunks": self.chunks, **self.moe}
         if self.cached == "alone":  # nothing that goes by microbatches
             values["objectives"]["captioning"]["weight"] = 0.0
             values["moe"] |= {"losses": {}, "bias_balancing": {}}
@@ -88,12 +87,12 @@ def all_cases() -> list[Case]:
     cases = []
     for layout, (ranks, degrees) in LAYOUTS.items():
         cases += [Case(layout, ranks, "megatron", zero, degrees) for zero in (0, 1)]
-        cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16")]
+        cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16", moe=FIXED_ROUTING)]
         cases += [in_fp16(layout, stage, engine) for engine, stage in FP16.get(layout, ())]
         if "pipeline_parallel_size" in degrees:
             continue  # refused: pipelines belong to the other engine
         cases += [Case(layout, ranks, "deepspeed", zero, degrees) for zero in (1, 2, 3)]
-        cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16")]
+        cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16", moe=FIXED_ROUTING)]
     return cases
 
 
@@ -127,7 +126,8 @@ FP16 = {
 def in_fp16(layout: str, zero_stage: int, engine: str) -> Case:
     """At a scale at which this run, whose gradients are large, does not overflow: every step is an update."""
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
-    return Case(layout, ranks, engine, zero_stage, degrees, "fp16", {"loss_scale": {"initial": 1024.0}})
+    scale = {"loss_scale": {"initial": 1024.0}}
+    return Case(layout, ranks, engine, zero_stage, degrees, "fp16", scale, moe=FIXED_ROUTING)
 
 
 # All that other people's blocks have: GPT-OSS, Qwen2-MoE, Llama 4, DeepSeek.

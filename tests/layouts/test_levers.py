@@ -9,7 +9,7 @@ from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, STEPS, VOCAB, Case
+from tests.layouts.cases import FIXED_ROUTING, GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, STEPS, VOCAB, Case
 from tests.layouts.train import Outcome, adamw, first_moments, start_ranks, whole_state
 from tests.support import random_sample
 
@@ -36,7 +36,7 @@ LEVERS = {
     "ZeRO-3, blocks computed again": case("DP2", 3, "deepspeed", train={"recompute": "blocks"}),
     "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
 }  # fmt: skip
-IN_HALF = {**OTHER_BLOCKS, "router_bias": False}  # which routes by hash
+IN_HALF = {**OTHER_BLOCKS, **FIXED_ROUTING, "router_bias": False}
 CACHED = ["DP2", "EP2", "PP2", "PP2 x VPP2", "TP2 + SP"]
 
 

@@ -324,7 +324,7 @@ def test_weights_that_differ_between_replicas_end_the_run_and_name_rank_and_weig
         run_ranks(2, faulty, config, flip)
     (told,) = events(config, "replica_mismatch")
     assert told["step"] == 6
-    assert events(config, "saved")[-1]["step"] == 4
+    assert events(config, "saved")[-1]["step"] in (0, 4)  # never 6; that of step 4 may not have been done in time
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["a regular save", "the save of a stop"])
