@@ -61,7 +61,7 @@ def shard(
     max_bad_fraction: Annotated[float, typer.Option(help="Broken samples past this share end the command.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
 ) -> None:
-    """Write a manifest's samples as shards with indices; a run that was ended goes on when it is called again."""
+    """Write a manifest's samples as shards with indices; an interrupted run resumes when it is repeated."""
     from data_prep import shard as work
 
     options = work.ShardOptions(samples_per_shard, image_size, audio_rate, workers, max_bad_fraction, overwrite)

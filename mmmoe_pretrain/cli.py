@@ -35,10 +35,10 @@ app.command("import")(import_)
 def train(
     config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file, e.g. configs/demo.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin afresh where no checkpoint is.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Fail if there is no checkpoint to resume from.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
 ) -> None:
-    """Train on this process, or on all ranks of torchrun. A run that has a checkpoint goes on from it.
+    """Train on this process, or on all ranks of torchrun. A run that has a checkpoint resumes from it.
 
     Exit codes: 0 done, 2 an error that you can mend, 75 told to stop, and saved: start it again; 76 a rank hung.
     """
@@ -79,9 +79,9 @@ def routing(
     overrides: Overrides = None,
     test: Test = None,
     out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN/routing.")] = None,
-    top: Annotated[int, typer.Option(help="Favourite tokens shown of each expert and modality.")] = 8,
+    top: Annotated[int, typer.Option(help="Top tokens shown for each expert and modality.")] = 8,
 ) -> None:
-    """Show where a trained mixture sends its tokens, and what each expert likes best."""
+    """Show where the router sends tokens, and each expert's highest-probability tokens."""
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
     routing_command(run, test or [], out, top, overrides or [])

@@ -16,9 +16,11 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", callback=given, help="The folder to write.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")] = None,
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16: what training in bf16 computes with.")] = "fp32",
-    license_id: Annotated[str, typer.Option("--license", help="Of the weights, for the model card.")] = "unknown",
+    license_id: Annotated[
+        str, typer.Option("--license", help="License of the weights, for the model card.")
+    ] = "unknown",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write the weights of a run as safetensors, with config, tokenizer and model card."""

@@ -19,8 +19,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value of the ne
 Out = Annotated[
     Path, typer.Option("--out", callback=given, help="The folder of the new run; its name becomes the run's.")
 ]
-Layers = Annotated[list[int] | None, typer.Option("--layer", help="A block; repeat it. Default: all mixtures.")]
-Noise = Annotated[float, typer.Option(min=0, help="Of a weight matrix, relative to its root mean square.")]
+Layers = Annotated[list[int] | None, typer.Option("--layer", help="A block; repeat it. Default: all MoE layers.")]
+Noise = Annotated[
+    float, typer.Option(min=0, help="Scale of the noise, relative to a weight matrix's root mean square.")
+]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a change of the function.")]
 
 
