@@ -7,6 +7,7 @@ resuming is starting at a later number with the state of a checkpoint. ``run.py`
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -91,3 +92,6 @@ def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
         log.warning("files of data.train that are not read: %s; docs/data_format.md has the rule", found.left_out())
     if unserved:
         log.warning("no sample of data.train serves these objectives: %s", ", ".join(unserved))
+    for path in config.evaluate.test:
+        if not Path(path).is_dir():
+            log.warning("evaluate.test: there is no folder %s, and mmmoe evaluate will ask for one", path)

@@ -17,6 +17,9 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.loader import make_loader
+from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.train import loop
 from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -32,6 +35,17 @@ def config_in(tmp_path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
 def logged(config: RunConfig) -> list[dict[str, Any]]:
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_a_missing_folder_of_held_out_shards_is_told_at_the_start(
+    tmp_path: Path, tiny_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, gone = str(tiny_data / "train"), str(tmp_path / "gone")
+    config = config_in(tmp_path, tiny_data, evaluate={"test": [here, gone]})
+    with make_loader(config, build_codecs(config)) as loader:
+        loop._survey(config, loader, main=True)
+    (told,) = [record.getMessage() for record in caplog.records if "evaluate.test" in record.getMessage()]
+    assert gone in told and here not in told
 
 
 def losses(config: RunConfig) -> np.ndarray:
