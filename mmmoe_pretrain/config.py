@@ -154,6 +154,11 @@ class ContrastiveConfig(_Model):
         """Some pair has a weight."""
         return self.weight > 0 and any(self.pairs.values())
 
+    @property
+    def in_two_passes(self) -> bool:
+        """The step runs twice, to fill the cache and to go by it."""
+        return self.on and self.cached
+
 
 class CaptioningConfig(_Model):
     """Next-token prediction of the text behind an image or audio prefix."""

@@ -81,7 +81,7 @@ class DeepSpeedEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = step_counts(microbatches, self.config.objectives, self.groups.data, self.device)
-        if self.config.objectives.contrastive.on and self.config.objectives.contrastive.cached:
+        if self.config.objectives.contrastive.in_two_passes:
             self._fill_cache(microbatches, counts)
         report = self._forward_backward(microbatches, counts)
         losses = step_losses([report], self.model.loss_names, self.groups, self.device)

@@ -71,7 +71,7 @@ class MegatronEngine:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         counts = step_counts(microbatches, self.config.objectives, self.groups.data, self.device)
-        if self.config.objectives.contrastive.on and self.config.objectives.contrastive.cached:
+        if self.config.objectives.contrastive.in_two_passes:
             self._fill_cache(microbatches, counts)
         reports = self._run(microbatches, counts)
         losses = step_losses(reports, self.models[0].loss_names, self.groups, self.device)
