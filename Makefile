@@ -1,6 +1,7 @@
 # Every target makes its own .venv and installs what it needs; nothing else is changed.
 PYTHON ?= python3
 PIP_ARGS ?=
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ demo: $(STAMP) ## Fetch real data, train on two processes, evaluate, and show th
 	launch/demo.sh
 
 test: $(STAMP) ## Run the tests (not the slow ones, nor those that need a network or a GPU)
-	$(BIN)/python -m pytest -q -m "not slow and not network and not gpu"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not network and not gpu"
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
@@ -29,29 +30,29 @@ check: $(STAMP) ## Lint, check the format and the types
 parity: $(STAMP) ## Train every layout against one process (15 minutes on 2 cores); write docs/parallelism.md
 	@$(BIN)/python -W ignore -m tests.layouts.parity --write docs/parallelism.md
 
-reshard: $(STAMP) ## Save under each layout and engine, go on under every other (10 minutes)
+reshard: $(STAMP) ## Save under each layout and engine, resume under every other (10 minutes)
 	@$(BIN)/python -W ignore -m tests.layouts.reshard
 
 chaos: $(STAMP) ## Kill ranks of a run 50 times, and compare it with an undisturbed one (10 minutes)
 	@$(BIN)/python -W ignore -m tests.chaos.run
 
-fuzz: $(STAMP) ## Feed 20,000 damaged files to everything that reads files (10 minutes)
+fuzz: $(STAMP) ## Feed 20,000 damaged files to all readers of files (10 minutes)
 	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
 
 gpu: $(STAMP) ## On a machine with a GPU: its tests and benchmarks; write benchmarks/GPU.md (8 minutes)
 	@$(BIN)/python -m benchmarks.common.gpu_report --write benchmarks/GPU.md
 
-bench: $(STAMP) ## Run every benchmark with --quick, beside its peers
+bench: $(STAMP) ## Run every benchmark with --quick, compared with other libraries
 	@set -e; $(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'; \
 	 for file in $(wildcard benchmarks/*.py); do \
 	  echo "== $$file"; PYTHONPATH=. $(BIN)/python "$$file" --quick; \
 	done
 
-compare: $(STAMP) ## Train the demo's mixture and a dense model over three seeds (an hour on 2 cores)
+compare: $(STAMP) ## Train the demo's MoE model and a dense model over three seeds (an hour on 2 cores)
 	launch/data.sh
 	$(BIN)/python -m launch.compare
 
-clean: ## Remove .venv and the caches; data/ and runs/ stay
+clean: ## Remove .venv and the caches, but not data/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(wildcard mmmoe_pretrain data_prep launch tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 

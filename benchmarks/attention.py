@@ -1,20 +1,24 @@
-"""Attention over packed segments of unlike lengths, forward and backward, beside plain calls of torch.
+"""Attention over packed blocks of tokens, forward and backward, compared with plain calls of torch.
 
-  ours      ``models.attend``: ``varlen_attn`` on a GPU in half precision, buckets of like length elsewhere
-  buckets   the same by buckets, wherever it runs
-  segments  one call of scaled_dot_product_attention (SDPA) a segment
-  dense     one call of SDPA for all tokens with a mask [n, n]; left out beyond 8,192 tokens
+  ours     ``models.attend``: ``varlen_attn`` on a GPU in half precision, buckets of like length elsewhere
+  buckets  the same by buckets, wherever it runs
+  each     one call of scaled_dot_product_attention (SDPA) a block
+  masked   one call of SDPA for all tokens with a mask [n, n]; skipped beyond 8,192 tokens
 
-Each mix is measured with full and with prefixed segments (half of each is its prefix, the rest causal; these have
-no plain calls beside them). FLOPs are those of full attention. Prints a table and, as its last line, one JSON object.
+First 8,192 causal tokens as one block and as eight, with the peak of memory beyond the inputs; there ``each`` is one
+call, since the blocks have one length: plain SDPA on the same tensors. Then mixes of lengths whose blocks are
+bidirectional, or half a prefix and the rest causal (these have no plain calls beside them). FLOPs count the pairs of
+tokens that may attend. Times are wall-clock, with --busy CPU time on CPUs. Prints a table and, as its last line, one
+JSON object.
 
-    python benchmarks/attention.py [--quick] [--device cuda]
+    python benchmarks/attention.py [--quick] [--busy] [--device cuda]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,10 +30,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
-from benchmarks.layer.timing import clock_for
-from mmmoe_pretrain.batch import Segments
+from benchmarks.common.forked import on_ranks
+from benchmarks.layer.timing import Clock, clock_for
+from mmmoe_pretrain.batch import AttentionBlocks
 from mmmoe_pretrain.models.attend import AttentionPlan, attend, attend_buckets
 
+LONG = {"1 x 8192": [8192], "8 x 1024": [1024] * 8}
 MIXES = {
     "pairs": [51, 66, 196] * 32,
     "256": [256] * 64,
@@ -38,72 +44,148 @@ MIXES = {
     "32768": [32768],
 }
 ON_CPU = {"pairs": [51, 66, 196] * 4, "1024": [1024] * 2}
-MOST_DENSE = 8192  # tokens
+PREFIX = {"bidirectional": 1.0, "prefixed": 0.5, "causal": 0.0}  # share of a block that attends in both directions
+MOST_MASKED = 8192  # tokens
 PASSES = 3.5  # of the forward pass's products, backward included
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def contenders(lengths: list[int], prefixed: bool, device: torch.device) -> dict[str, Attend]:
+def blocks_of(lengths: list[int], kind: str) -> AttentionBlocks:
+    return AttentionBlocks(tuple(lengths), tuple(int(PREFIX[kind] * length) for length in lengths))
+
+
+def contenders(lengths: list[int], kind: str, device: torch.device) -> dict[str, Attend]:
     """By name; each takes queries, keys and values [n, H, d]."""
-    prefixes = tuple(length // 2 if prefixed else 0 for length in lengths)
-    plan = AttentionPlan(Segments(tuple(lengths), prefixes), device)
-    found: dict[str, Attend] = {"ours": lambda q, k, v: attend(q, k, v, plan)}
-    if max(lengths) <= MOST_DENSE:
-        found["buckets"] = lambda q, k, v: attend_buckets(q, k, v, *plan.buckets)
-    if prefixed:
+    plan = AttentionPlan(blocks_of(lengths, kind), device)
+    found: dict[str, Attend] = {
+        "ours": lambda q, k, v: attend(q, k, v, plan),
+        "buckets": lambda q, k, v: attend_buckets(q, k, v, plan.buckets),
+    }
+    if kind == "prefixed":
         return found
-    found["segments"] = lambda q, k, v: torch.cat([
-        _sdpa(*parts) for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    ])  # fmt: skip
-    if sum(lengths) <= MOST_DENSE:
-        segment_n = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
-        mask = segment_n[:, None] == segment_n
-        found["dense"] = lambda q, k, v: _sdpa(q, k, v, mask)
+    causal = kind == "causal"
+    if len(set(lengths)) == 1:
+        found["each"] = lambda q, k, v: _sdpa(q, k, v, len(lengths), is_causal=causal)
+    else:
+        found["each"] = lambda q, k, v: torch.cat([
+            _sdpa(*parts, is_causal=causal)
+            for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        ])  # fmt: skip
+    if sum(lengths) <= MOST_MASKED:
+        found["masked"] = lambda q, k, v: _sdpa(q, k, v, attn_mask=_mask(lengths, causal, device))
     return found
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1)
+def _mask(lengths: list[int], causal: bool, device: torch.device) -> Tensor:
+    block_n = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    mask = block_n[:, None] == block_n
+    return mask.tril_() if causal else mask
 
 
-def seconds_of(function: Attend, tensors: list[Tensor], grad: Tensor, repeats: int) -> float:
-    """Median of forward and backward pass."""
-    clock = clock_for(tensors[0].device, False)
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, blocks: int = 1, is_causal: bool = False, attn_mask: Tensor | None = None
+) -> Tensor:
+    q, k, v = (x.unflatten(0, (blocks, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def both() -> None:
-        torch.autograd.grad(function(*tensors), tensors, grad)
 
-    both()
-    return statistics.median(clock(both) for _ in range(repeats))
+class Problem:
+    """Tensors of one size on one device, and both passes over them."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.heads, self.size, dtype = (4, 64, torch.float32) if device.type == "cpu" else (16, 128, torch.bfloat16)
+        shape = tokens, self.heads, self.size
+        self.tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+        self.grad = torch.randn(shape, device=device).to(dtype).flatten(1)
+
+    def run(self, function: Attend) -> None:
+        torch.autograd.grad(function(*self.tensors), self.tensors, self.grad)
+
+    def flops(self, blocks: AttentionBlocks) -> float:
+        pairs = sum(full**2 + (n**2 - full**2) / 2 for n, full in zip(blocks.lengths, blocks.full, strict=True))
+        return PASSES * 4 * self.heads * self.size * pairs
+
+    def seconds(self, function: Attend, repeats: int, clock: Clock) -> float:
+        """Median of both passes."""
+        self.run(function)
+        return statistics.median(clock(lambda: self.run(function)) for _ in range(repeats))
+
+
+def peak_bytes(lengths: list[int], kind: str, name: str, device: torch.device) -> int:
+    """Of both passes, beyond inputs and the gradient of the output."""
+    if device.type == "cpu":
+        return int(on_ranks(1, _grown, lengths, kind, name, timeout=600))
+    problem, function = Problem(sum(lengths), device), contenders(lengths, kind, device)[name]
+    problem.run(function)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    problem.run(function)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _grown(lengths: list[int], kind: str, name: str) -> int:
+    """In a separate process without memory freed by other measurements (Linux: proc(5), clear_refs)."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    warm, problem = Problem(len(lengths), device), Problem(sum(lengths), device)
+    warm.run(contenders([1] * len(lengths), kind, device)[name])
+    function = contenders(lengths, kind, device)[name]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water()
+    problem.run(function)
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def main() -> None:
-    """Measure every mix."""
+    """Measure every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.device_count() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and nothing of 8,192 tokens")
+    parser.add_argument("--busy", action="store_true", help="CPU time: for a machine that others use")
     args = parser.parse_args()
-    device, on_cpu = torch.device(args.device), args.device == "cpu"
-    heads, size, dtype = (4, 64, torch.float32) if on_cpu else (16, 128, torch.bfloat16)
+    device = torch.device(args.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training: it plans by shape
-    if on_cpu:
+    kind_of_device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(device)
+    cases = [] if args.quick else [(lengths, "causal", name) for name, lengths in LONG.items()]
+    peaks = {
+        (name, contender): peak_bytes(lengths, kind, contender, device)
+        for lengths, kind, name in cases
+        for contender in contenders(lengths, kind, device)
+        if contender != "buckets"
+    }
+    if args.device == "cpu":
         torch.set_num_threads(1)
-    result: dict[str, object] = {}
-    for name, lengths in (ON_CPU if on_cpu else MIXES).items():
-        n = sum(lengths)
-        tensors = [torch.randn(n, heads, size, device=device).to(dtype).requires_grad_() for _ in range(3)]
-        grad = torch.randn(n, heads * size, device=device).to(dtype)
-        flops = PASSES * 4 * heads * size * sum(length * length for length in lengths)
-        for prefixed in (False, True):
-            row = f"{name}{' prefixed' if prefixed else ''}"
-            for contender, function in contenders(lengths, prefixed, device).items():
-                seconds = seconds_of(function, tensors, grad, 3 if args.quick else 10)
-                print(f"{row:<16}{contender:<10}{1e3 * seconds:>9.3f} ms{flops / seconds / 1e12:>8.1f} TFLOP/s")
-                result[f"{row} {contender} ms"] = round(1e3 * seconds, 3)
-    kind = "cpu" if on_cpu else torch.cuda.get_device_name(device)
-    print(json.dumps({**result, "device": kind, "torch": torch.__version__}))
+    mixes = ON_CPU if args.device == "cpu" else MIXES
+    cases += [(lengths, kind, name) for name, lengths in mixes.items() for kind in ("bidirectional", "prefixed")]
+    clock, result = clock_for(device, args.busy), dict[str, object]()
+    print(f"{kind_of_device}, {torch.get_num_threads()} thread(s)" if args.device == "cpu" else kind_of_device)
+    for lengths, kind, name in cases:
+        problem = Problem(sum(lengths), device)
+        for contender, function in contenders(lengths, kind, device).items():
+            seconds = problem.seconds(function, 3 if args.quick or name in LONG else 10, clock)
+            rate = problem.flops(blocks_of(lengths, kind)) / seconds / 1e12
+            row, peak = f"{name} {kind}", peaks.get((name, contender))
+            memory = "" if peak is None else f"{peak / 2**20:>8.0f} MiB"
+            print(f"{row:<20}{contender:<8}{1e3 * seconds:>10.2f} ms{rate:>8.3f} TFLOP/s{memory}", flush=True)
+            result[f"{row} {contender} ms"] = round(1e3 * seconds, 3)
+            if peak is not None:
+                result[f"{row} {contender} MiB"] = round(peak / 2**20, 1)
+    print(json.dumps({**result, "device": kind_of_device, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
 from benchmarks.common.forked import on_ranks, over_ranks, slowest_rank
-from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
+from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor, model_key, optimizer_key
 from mmmoe_pretrain.parallel.mesh import build_host_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
@@ -73,15 +73,15 @@ def state_of(nbytes: int, rank: int, ranks: int) -> ShardedState:
         for place, shape in enumerate(SHAPES):
             rows = shape[0] // ranks
             offset = (rank * rows, *[0] * (len(shape) - 1))
-            value, first, second = ((Piece(offset, torch.rand(rows, *shape[1:])),) for _ in range(3))
-            state[f"layers.{index}.{place}"] = ShardedParameter(shape, value, first, second)
+            name = f"layers.{index}.{place}"
+            for key in (model_key(name), optimizer_key(name, "exp_avg"), optimizer_key(name, "exp_avg_sq")):
+                state[key] = ShardedTensor(shape, {offset: torch.rand(rows, *shape[1:])})
     return state
 
 
 def bytes_of(state: ShardedState) -> int:
     """Of this rank's tensors."""
-    return sum(piece.tensor.nbytes for name, parameter in state.items()
-               for pieces in parameter.named(name).values() for piece in pieces)  # fmt: skip
+    return sum(piece.nbytes for tensor in state.values() for piece in tensor.pieces.values())
 
 
 class Turns:
@@ -105,8 +105,7 @@ class Turns:
         path = self.folder / f"torch_{self.rank}"
 
         def work() -> None:
-            tensors = {key: [piece.tensor for piece in pieces] for name, parameter in self.state.items()
-                       for key, pieces in parameter.named(name).items()}  # fmt: skip
+            tensors = {key: list(tensor.pieces.values()) for key, tensor in self.state.items()}
             with path.open("wb") as file:
                 torch.save(tensors, file)
                 file.flush()
@@ -231,10 +230,10 @@ def print_points(points: list[Point]) -> None:
         rows = [("dd", p.dd, p.dd), ("asynchronous save", p.whole, p.stopped), ("synchronous save", p.sync, p.sync),
                 ("torch.save", p.torch_save, p.torch_save)]  # fmt: skip
         for name, whole, stopped in rows:
-            told = f"{stopped:>11.3f}" if name != "dd" else ""
-            told += f"{p.products:>10.2f}" if whole is p.whole else ""
+            columns = f"{stopped:>11.3f}" if name != "dd" else ""
+            columns += f"{p.products:>10.2f}" if whole is p.whole else ""
             print(f"{p.ranks:>5} {p.nbytes / 1e6:>6.0f}  {name:<18}{whole:>9.3f}{p.nbytes / 1e6 / whole:>8.0f}"
-                  f"{p.dd / whole:>8.2f}{told}")  # fmt: skip
+                  f"{p.dd / whole:>8.2f}{columns}")  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Bytes and seconds of token dispatch and combine over ranks, beside megatron-core's and DeepSpeed's.
 
-Ranks are forked processes with gloo. Everybody gets the same tokens and router logits, moves tokens to
+Ranks are forked processes with gloo. All contenders get the same tokens and router logits, moves tokens to
 experts that only weigh them, and brings them back, forward and backward, in turn in the same processes;
 medians over repeats, of the slowest rank. Outputs and gradients are compared with ours first.
 
@@ -44,6 +44,7 @@ from benchmarks.dispatching.contenders import (
 from benchmarks.dispatching.traffic import least_bytes
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.counting import CollectiveCounter
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -80,7 +81,8 @@ def measure(tasks: list[Task], repeats: int) -> Results:
         if DEEPSPEED in contenders:
             start_deepspeed()
         for task in tasks:
-            groups = build_groups(ParallelConfig(expert_parallel_size=dist.get_world_size()), task.experts)
+            ranks = dist.get_world_size()
+            groups = build_groups(resolve_degrees(ParallelConfig(expert_parallel_size=ranks), task.experts, ranks))
             built = {name: build(task, groups) for name, build in contenders.items()}
             results[task.name] = measure_task(task, groups, built, repeats)
             destroy_groups()

@@ -10,7 +10,7 @@ step takes several microbatches. DeepSpeed keeps fp32 weights beside fp32 master
           samples beside the line through those at a half and three quarters of them.
 
 Prints a table and, as its last line, one JSON object. On a CPU (``--device cpu``) a tiny model runs through the
-same lines: its numbers say nothing of a GPU, and ``held_vs_plan`` is left out.
+same lines: its numbers say nothing about a GPU, and ``held_vs_plan`` is not measured.
 
     python benchmarks/gpu.py                  two minutes on one GPU of 80 GB
     python benchmarks/gpu.py --device cpu     seconds
@@ -33,24 +33,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
 from benchmarks.common.start_deepspeed import prepare_deepspeed
 from benchmarks.layer.roofline import Machine
 from benchmarks.levering.memory import peak_of
-from benchmarks.stepping.workload import BOS, EOS
+from benchmarks.stepping.workload import BOS, EOS, OBJECTIVES, pack_settings
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.models.costs import block_costs
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.memory import Held, foretold_peak, held_bytes, parts_of
+from mmmoe_pretrain.plan.memory import Held, estimate_peak, held_bytes, parts_of
 
 BACKWARD = 2  # times the forward pass
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, by the vendor; SXM
@@ -74,14 +76,15 @@ class Workload:
 ON_GPU = Workload(
     {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "ffn_hidden_size": 5632, "embedding_size": 512},
     {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 5632, "every": 2},
-    {"image": {"size": 224, "patch": 16, "stem": "linear"}, "audio": {"stem": "linear"}, "text": {"max_tokens": 64}},
+    {"image": {"kind": "image", "size": 224, "patch": 16, "stem": "linear"},
+     "audio": {"kind": "audio", "stem": "linear"}, "text": {"kind": "text", "max_tokens": 64}},
     samples=28, microbatches=4, repeats=10, vocab_size=32_000,
 )  # fmt: skip
 ON_CPU = Workload(
     {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32},
     {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 128, "every": 2},
-    {"image": {"size": 32, "patch": 8, "stem": "linear"}, "audio": {"max_seconds": 1.0, "stem": "linear"},
-     "text": {"max_tokens": 16}},
+    {"image": {"kind": "image", "size": 32, "patch": 8, "stem": "linear"},
+     "audio": {"kind": "audio", "max_seconds": 1.0, "stem": "linear"}, "text": {"kind": "text", "max_tokens": 16}},
     samples=16, microbatches=2, repeats=2, vocab_size=512,
 )  # fmt: skip
 
@@ -93,6 +96,7 @@ def config_of(work: Workload, engine: str) -> RunConfig:
             "name": "gpu",
             "data": {"train": [{"path": "nowhere"}], "tokenizer": "none.model"},
             "modalities": work.modalities,
+            "objectives": {"pairs": OBJECTIVES["pairs"]},
             "model": work.model,
             "moe": {**work.moe, "losses": {"balance": 0.01}},
             "parallel": ENGINES[engine],
@@ -106,18 +110,18 @@ def config_of(work: Workload, engine: str) -> RunConfig:
 
 def full_batch(config: RunConfig, vocab_size: int, samples: int) -> Batch:
     """Every modality at its full length."""
-    rng = np.random.default_rng(samples)
-    side, audio, text = config.modalities.image.size, config.modalities.audio, config.modalities.text
-    made = [
-        Sample(
-            SampleMeta(f"s{i}", group=f"g{i}"),
-            image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
-            audio=rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32),
-            text=rng.integers(4, vocab_size, text.max_tokens),
-        )
-        for i in range(samples)
-    ]
-    return pack(made, PackSettings(config.modalities, BOS, EOS, None, config.seed))
+    rng, settings = np.random.default_rng(samples), config.modalities
+    image: Any = settings["image"]
+    audio: Any = settings["audio"]
+    text: Any = settings["text"]
+    made = []
+    for i in range(samples):
+        pixels = rng.integers(0, 256, (3, image.size, image.size), dtype=np.uint8)
+        log_mel = rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32)
+        ids = np.asarray([BOS, *rng.integers(4, vocab_size, text.max_tokens), EOS])
+        items = Item("image", pixels), Item("audio", log_mel), Item("text", ids)
+        made.append(Sample(SampleMeta(f"s{i}", group=f"g{i}"), items))
+    return pack(made, pack_settings(config))
 
 
 def step_flops(config: RunConfig, vocab_size: int, batch: Batch) -> float:
@@ -132,11 +136,11 @@ def planned(config: RunConfig, vocab_size: int) -> Held:
         model = PretrainingModel(config, vocab_size)
     if config.parallel.engine == "megatron":
         model.use_half(torch.bfloat16)
-    return held_bytes(resolve_layout(config, 1), [parts_of(model)])
+    return held_bytes(resolve_layout(config, 1), [parts_of(model)], config.optimizer.state)
 
 
 def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:
-    """FLOP/s, and whose word that is."""
+    """FLOP/s, and its source."""
     if given is not None:
         return 1e12 * given, "given"
     if device.type == "cuda":
@@ -151,7 +155,7 @@ def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:
 def measure(work: Workload, engine_name: str, device: torch.device, rate: float) -> dict[str, float]:
     """One engine, from its making to its end."""
     config = config_of(work, engine_name)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
     before = allocated(device)
     engine = build_engine(config, work.vocab_size, groups, device)
     half, most, whole = (full_batch(config, work.vocab_size, work.samples * n // 4) for n in (2, 3, 4))
@@ -164,7 +168,7 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
     plan, held = planned(config, work.vocab_size).total, allocated(device) - before
     beyond = [peak_of(functools.partial(engine.step, [batch], 1e-4), device) for batch in (half, most, whole)]
     points = [(batch.num_valid, peak) for batch, peak in zip((half, most), beyond, strict=False)]
-    foretold, a_token = foretold_peak(plan, points[0], points[1], whole.num_valid)
+    estimate, a_token = estimate_peak(plan, points[0], points[1], whole.num_valid)
     peak = (held if device.type == "cuda" else plan) + beyond[2]
     taken = statistics.median(seconds)
     found = {
@@ -173,7 +177,7 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
         "ms_a_step": 1e3 * taken,
         "held_planned_gb": plan / 1e9,
         "peak_gb": peak / 1e9,
-        "peak_vs_plan": peak / foretold,
+        "peak_vs_plan": peak / estimate,
         "activation_mb_a_token": a_token / 1e6,
     }
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What the levers of memory and speed buy and cost, each beside the same run without it.
+"""Gain and cost of the settings for memory and speed, each compared with the same run without it.
 
 Recomputation, torch.compile, bf16 and fp16, and the cached contrastive loss in one process; tokens sent in
 chunks, overlapped reductions and gathers, and optimizer state on the host over two ranks. Whole optimizer steps
@@ -31,6 +31,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
@@ -43,6 +44,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.engines.megatron import prepare
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -59,7 +61,7 @@ LEVERS = {
     COMPILE: ["train.compile=blocks"],
 }
 MICROBATCHES = 4
-CACHED = ["objectives.contrastive.cached=true", f"train.num_microbatches={MICROBATCHES}"]
+CACHED = ["objectives.pairs.cached=true", f"train.num_microbatches={MICROBATCHES}"]
 TIMEOUT = 600.0  # seconds for one layout of two ranks
 ON_A_CPU = (
     "bf16, fp16: their time is of this processor's arithmetic in them, which may be emulated",
@@ -93,10 +95,10 @@ def alone(path: Path, levers: list[str], samples: int, repeats: int, groups: Gro
 
 
 def over_ranks(path: Path, samples: int, repeats: int) -> dict[str, float]:
-    """The levers of two ranks; those whose engine or device is missing are left out, with a line that says so."""
+    """The settings of two ranks; those whose engine or device is missing are skipped, with a message."""
     gpus = torch.cuda.device_count()
     if 0 < gpus < RANKS:
-        print(f"left out: the levers of {RANKS} ranks, since there is one GPU; CUDA_VISIBLE_DEVICES= takes the CPU")
+        print(f"skipped: the levers of {RANKS} ranks, since there is one GPU; CUDA_VISIBLE_DEVICES= takes the CPU")
         return {}
     found: dict[str, float] = {}
     with_deepspeed = prepare_deepspeed()
@@ -151,7 +153,7 @@ def main() -> None:
     found = over_ranks(args.config, samples, repeats)  # first: what has used a GPU cannot be forked
     config = run_config.load(args.config, MODEL)
     with process_group(timeout_minutes=5) as device:
-        groups = build_groups(config.parallel, config.moe.group_sizes)
+        groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
         found |= alone(args.config, levers, samples, repeats, groups, device)
         for size in (samples, 2 * samples):
             found |= cached(args.config, size, repeats, groups, device)

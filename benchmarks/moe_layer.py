@@ -1,4 +1,4 @@
-"""Forward and backward of the mixture layer beside its peers and the dense layer of equal operations.
+"""Forward and backward of the MoE layer, compared with other libraries and the dense layer of equal FLOPs.
 
 One process, the same weights, tokens and routing for all: T tokens, E experts, K = 2 experts a token,
 hidden size D = 512, of an expert F = 1,024. Balanced routing makes every expert as likely as another,
@@ -217,7 +217,7 @@ def chosen_points(args: argparse.Namespace) -> list[Point]:
 
 
 def grid(args: argparse.Namespace, machine: Machine, points: list[Point]) -> dict[str, object]:
-    """The table over the points asked for."""
+    """The table of the chosen points."""
     reasons = {name: missing(name) for name in PEERS if not args.peers or name in args.peers}
     for reason in filter(None, reasons.values()):
         print(reason)
@@ -253,7 +253,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("--device cuda needs a GPU that torch can see; leave it out to measure on the CPU")
         if args.curve or args.points or args.peers or args.even:
-            parser.error("--device cuda measures its one point; leave out --curve, --points, --peers and --even")
+            parser.error("--device cuda measures its one point; remove --curve, --points, --peers and --even")
         from benchmarks.layer.gpu import gpu_point
 
         found = gpu_point(machine, args.repeats)

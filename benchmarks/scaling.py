@@ -1,7 +1,7 @@
-"""How communication grows with the ranks: calls and bytes of a step, counted, beside the closed form.
+"""How communication grows with the ranks: calls and bytes of a step, counted and compared with the closed form.
 
-Families of layouts over 1, 2, 4 and 8 forked gloo ranks, at fixed tokens a rank: a job of twice the ranks
-sees twice the samples. Every call of torch.distributed in one optimizer step of two microbatches is counted
+Families of layouts over 1, 2, 4 and 8 forked gloo ranks, at fixed tokens a rank: a job with twice the ranks has twice
+the samples. Every call of torch.distributed in one optimizer step of two microbatches is counted
 (mmmoe_pretrain/parallel/counting.py), those of megatron-core too, and held against what the plan says
 (mmmoe_pretrain/plan/communication.py), by kind and group on every rank. Nothing is timed.
 

@@ -6,7 +6,7 @@ sizes; the expert layer and the engine are swapped:
   megatron   megatron-core's MoELayer (SequentialMLP, all-to-all) under the same engine: Megatron's
              schedule, DistributedDataParallel and optimizer
   deepspeed  DeepSpeed's MoE (no drops) under DeepSpeed's engine, without ZeRO
-Two gloo ranks with one thread each, experts spread over both, K = 2, fp32. Everybody takes a step of the
+Two gloo ranks with one thread each, experts spread over both, K = 2, fp32. All contenders take a step of the
 same batch in turn, in one run; a ratio is the median over the repeats of (their seconds / ours), of the
 slower rank. Before they are timed, all must have the same weights outside of the experts and the same
 losses over some steps. ``where`` says on what our step spends its time, as shares of the wall clock.
@@ -17,7 +17,7 @@ means over the sizes, above 1 in our favour), ``worst``, and ``shares`` (means o
     python benchmarks/step.py            about six minutes on two cores
     python benchmarks/step.py --quick    fewer samples and repeats
     python benchmarks/step.py --busy     by CPU time: for a machine that others use
-    python benchmarks/step.py --dense    one rank: the mixture beside the dense model of equal active FLOPs
+    python benchmarks/step.py --dense    one rank: the MoE model beside the dense model of equal active FLOPs
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine, prepare
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -114,7 +115,7 @@ def batches_of(config: RunConfig, size: Size, number: int) -> list[Batch]:
 
 
 def check_same(size: Size, names: Sequence[str], groups: Groups, device: torch.device) -> dict[str, list[float]]:
-    """Loss of each of the first steps by name. Without balance losses, which everybody counts differently,
+    """Loss of each of the first steps by name. Without balance losses, which every library defines differently,
     and without clipping. Raises AssertionError where weights or losses differ."""
     config = step_config(size, balance=0.0, clip_norm=0.0)
     built = {name: build(name, config, groups, device) for name in names}
@@ -131,7 +132,7 @@ def check_same(size: Size, names: Sequence[str], groups: Groups, device: torch.d
 
 
 def step(engine: Stepper, batch: Batch) -> float:
-    """One step; the loss without auxiliary terms, which peers keep to themselves."""
+    """One step; the loss without auxiliary terms, which other libraries do not report."""
     losses = engine.step([batch], LEARNING_RATE).losses
     return sum(value for name, value in losses.items() if name != "total" and not name.startswith("aux/"))
 
@@ -143,7 +144,7 @@ def measure(size: Size, names: Sequence[str], repeats: int, clock: Clock) -> Row
         if DEEPSPEED in names:
             start_deepspeed()
         config = step_config(size)
-        groups = build_groups(config.parallel, config.moe.num_experts)
+        groups = build_groups(resolve_degrees(config.parallel, config.moe.num_experts, dist.get_world_size()))
         check_same(size, names, groups, device)
         gc.collect()
         engines = {name: build(name, config, groups, device)[1] for name in names}
@@ -233,7 +234,7 @@ def beside_dense(path: Path, quick: bool) -> dict[str, object]:
     print(f"{'samples':>8}{'tokens':>8}{'mixture tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:
-        groups = build_groups(mixture.parallel, mixture.moe.num_experts)
+        groups = build_groups(resolve_degrees(mixture.parallel, mixture.moe.num_experts, dist.get_world_size()))
         engines = {name: build_engine(config, VOCAB_SIZE, groups, device) for name, config in configs.items()}
         for size in sizes:
             batch = random_batch(mixture, size, seed=size)

@@ -2,7 +2,7 @@
 
 ``step``: a whole optimizer step of the demo in one process, against the statistics of all its layers
 as they run inside of it, and against a record (sums to rates, JSON, TensorBoard) divided by
-``train.log_every``. ``layer``: forward and backward of one mixture layer by itself, which is less than
+``train.log_every``. ``layer``: forward and backward of one MoE layer by itself, which is less than
 a step and so the harder measure. "with gradients": forward and backward of the statistics where an
 auxiliary loss needs gradients through them; that much is the losses', not telemetry's. Medians, one
 thread. Prints a table and, as its last line, one JSON object: ``telemetry_share`` is that of the step,
@@ -19,33 +19,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
 from benchmarks.step import ROOT, VOCAB_SIZE, random_batch
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import MODALITIES, TASKS
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.moe import router as router_module
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs
 from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.train.metrics import MetricsLog
-from mmmoe_pretrain.train.record import Recorder
-from mmmoe_pretrain.train.tally import Tally
+from mmmoe_pretrain.train.metrics import MetricsLog, Recorder, SampleCounts
 
 # tokens, experts, experts a token, D, F
 LAYERS = {"demo": (2560, 8, 1, 128, 512), "large": (8192, 64, 2, 512, 1024), "many": (8192, 128, 8, 512, 256)}
@@ -113,18 +113,21 @@ def with_gradients(clock: Clock, repeats: int) -> float:
     return median_seconds(work, repeats)
 
 
+NAMES = StreamNames(("image", "audio", "text"), ("contrastive", "captioning"))
+
+
 def layer_row(name: str, repeats: int) -> Row:
     """One layer by itself, tokens of all modalities and tasks."""
     tokens, experts, top_k, hidden, expert_hidden = LAYERS[name]
     torch.manual_seed(0)
     config = MoEConfig(num_experts=experts, experts_per_token=top_k, expert_hidden_size=expert_hidden, every=1)
-    layer = MoELayer(config, hidden, 0, SINGLE)
+    layer = MoELayer(config, hidden, 0, SINGLE, NAMES)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     x_nD = torch.randn(tokens, hidden, requires_grad=True)
-    modality_n = torch.arange(tokens) * len(MODALITIES) // tokens
-    task_n = torch.randint(len(TASKS), (tokens,))
-    info = TokenInfo(modality_n, task_n, torch.zeros_like(task_n), torch.arange(tokens))
+    modality_n = torch.arange(tokens) * len(NAMES.modalities) // tokens
+    task_n = torch.randint(len(NAMES.tasks), (tokens,))
+    info = TokenInfo(modality_n, task_n, torch.zeros_like(task_n), torch.arange(tokens), NAMES)
     times, inside = [], []
     with clocked() as clock:
         for _ in range(repeats + 1):
@@ -140,7 +143,7 @@ def step_row(config: RunConfig, samples: int, repeats: int) -> Row:
     """A whole step, and a record of it."""
     times, inside = [], []
     with process_group(timeout_minutes=5) as device, tempfile.TemporaryDirectory() as folder, clocked() as clock:
-        groups = build_groups(config.parallel, config.moe.group_sizes)
+        groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
         engine = build_engine(config, VOCAB_SIZE, groups, device)
         batch = random_batch(config, samples, seed=samples)
         for _ in range(repeats + 1):
@@ -149,11 +152,11 @@ def step_row(config: RunConfig, samples: int, repeats: int) -> Row:
             times.append(time.perf_counter() - began)
             inside.append(clock.seconds)
         recorder = Recorder(groups.data)
-        with MetricsLog(Path(folder), heatmap_every=10**9) as log:
+        with closing(MetricsLog(Path(folder), heatmap_every=10**9)) as log:
 
             def record() -> None:
                 recorder.add(result, LoadStats(samples))
-                log.write(recorder.record(1, result, 1e-4, Tally()))
+                log.write(recorder.record(1, result, 1e-4, SampleCounts()))
 
             logged = median_seconds(record, 3 * repeats)
         gradients = with_gradients(clock, repeats)

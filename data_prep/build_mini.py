@@ -1,8 +1,8 @@
 """``mmmoe-data build-mini`` (for maintainers): the small corpus in ``tests/assets/mini``.
 
-Subsets: ``noto`` (emoji and their English names), ``prompts`` (short Asterisk recordings and their
-transcripts) and ``constructed``: an emoji and a recording that say the same thing, paired here by a
-table. Those triples were never seen together before; nobody recorded the word for the picture.
+Subsets: ``noto`` (emoji and their English names), ``prompts`` (short Asterisk recordings and their transcripts) and
+``constructed``: an emoji and a recording of the same thing, paired here by a table. The recordings were not made for
+these images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT_NAMES = 32  # beyond those of the constructed triples
 LIMIT_BYTES = 6_000_000
 _ALL = asterisk.LANGUAGES
 
-# emoji, recording, the languages in which the transcript names what the picture shows
+# emoji, recording, the languages in which the transcript names what the image shows
 CONCEPTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     *((f"{ord(digit):04x}-20e3", f"digits/{digit}", _ALL) for digit in "0123456789"),
     ("1f51f", "digits/10", _ALL),
@@ -79,7 +79,7 @@ def build_rows(
     rows: list[Row] = []
     tokens: dict[str, list[str]] = {}
 
-    def picture(style: Style, code: str) -> str:
+    def image_of(style: Style, code: str) -> str:
         name = f"images/{style.name}-{code}.png"
         if name not in files:
             files[name] = small_png(styles[style][code])
@@ -97,15 +97,15 @@ def build_rows(
 
     noto = next(style for style in styles if style.name == "noto")
     for code in _one_a_family(catalogue, styles[noto]):
-        [row] = emoji.emoji_rows(catalogue[code], noto, picture(noto, code), "")
+        [row] = emoji.emoji_rows(catalogue[code], noto, image_of(noto, code), "")
         add(row, _emoji_identity(catalogue[code]))
     for prompt in _short_prompts(prompts):
         add(asterisk.prompt_row(prompt, "", recording(prompt)), asterisk.identity(prompt))
     by_name = {(prompt.name, prompt.language): prompt for prompt in prompts}
     for code, name, languages in CONCEPTS:
         for prompt in (by_name[name, language] for language in languages if (name, language) in by_name):
-            for style in (style for style, pictures in styles.items() if code in pictures):
-                row = _constructed(catalogue[code], style, prompt, picture(style, code), recording(prompt))
+            for style in (style for style, images in styles.items() if code in images):
+                row = _constructed(catalogue[code], style, prompt, image_of(style, code), recording(prompt))
                 add(row, _emoji_identity(catalogue[code]), asterisk.identity(prompt))
     groups = group_items(tokens)
     return files, [replace(row, group=groups[row.key], split=split_of(groups[row.key], SPLIT_SALT)) for row in rows]
@@ -155,12 +155,12 @@ def write_archive(path: Path, rows: Sequence[Row], files: Mapping[str, bytes]) -
     return size
 
 
-def _one_a_family(catalogue: Mapping[str, Emoji], pictures: Mapping[str, Path]) -> list[str]:
-    """The first emoji of each family; country flags are left out, they say little at 48 px."""
+def _one_a_family(catalogue: Mapping[str, Emoji], images: Mapping[str, Path]) -> list[str]:
+    """The first emoji of each family; country flags are skipped, they are hard to read at 48 px."""
     first: dict[str, str] = {}
     for code in sorted(catalogue):
         family = catalogue[code].family
-        if code in pictures and family != "country-flag":
+        if code in images and family != "country-flag":
             first.setdefault(family, code)
     return list(first.values())
 

@@ -1,4 +1,4 @@
-"""The folder in which shards are built: one writer at a time, and a run that was ended goes on.
+"""The folder in which shards are built: one writer at a time, and a run that was ended resumes.
 
 ``OUT/building.tmp`` holds the splits as far as they are written, and ``finished.jsonl`` with a line for each shard:
 its entry of ``shards.json``, the rows that it took and the digest of what they were made from. A later run keeps a
@@ -31,7 +31,7 @@ _LOCK = "lock"
 
 @dataclass(slots=True)
 class Finished:
-    """A shard that is written, and what was left out on the way to it."""
+    """A written shard, and the rows that were skipped in it."""
 
     split: str
     entry: dict[str, Any] = field(default_factory=dict)  # of shards.json
@@ -44,7 +44,7 @@ class Finished:
 
 
 class Building:
-    """What is written and not yet in its place; ``with`` makes this process its only writer."""
+    """The shards that are written but not yet moved to their folder; ``with`` makes this process the only writer."""
 
     def __init__(self, out: Path, overwrite: bool) -> None:
         self.out, self.folder = out, out / FOLDER
@@ -87,11 +87,11 @@ class Building:
         self._lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
-                f"no space is left for {self.folder}; make room and run the command again, where it goes on"
+                f"no space is left for {self.folder}; free some and repeat the command to resume"
             ) from None
 
     def begin(self, split: str, rows: int, per_shard: int, inputs: Callable[[int, int], str]) -> list[Finished]:
-        """The finished shards of ``split`` that are still right; all else that is there of it is removed.
+        """The finished shards of ``split`` that are still valid; all other files of it are removed.
 
         ``inputs(start, end)`` is the digest of what these rows would be made from now.
         """
@@ -124,7 +124,7 @@ class Building:
             file.write(_line(line))
 
     def commit(self, *files: str) -> None:
-        """Move the splits and ``files`` to their places; what was there before goes."""
+        """Move the splits and ``files`` to their folders, replacing earlier ones."""
         (self.folder / _WHOLE).touch()
         for split in SPLITS:
             shutil.rmtree(self.out / split, ignore_errors=True)
@@ -140,7 +140,7 @@ def _line(line: Finished) -> str:
 
 
 def _read(path: Path) -> list[Finished]:
-    """The lines that are whole."""
+    """The complete lines."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -148,7 +148,7 @@ def _read(path: Path) -> list[Finished]:
             shard.skipped = [BadSample(*bad) for bad in shard.skipped]
             found.append(shard)
         except (ValueError, TypeError):
-            break  # torn by the end of its writer, or of another version
+            break  # incomplete because its writer was killed, or of another version
     return found
 
 

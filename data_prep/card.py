@@ -1,7 +1,7 @@
 """The ``README.md`` by which Hugging Face's ``load_dataset`` opens a folder of shards as it is.
 
-Its front matter names the tars (else the JSON files beside them, being more, are taken for the data) and the type of
-every column (else they are taken from the first five samples, which must then have the same members).
+Its front matter names the tars (otherwise the more numerous JSON files are taken for the data) and the type of
+every column (otherwise they are taken from the first five samples, which must then have the same members).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from data_prep.manifest import Row, sample_fields
-from data_prep.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 
 NAME = "README.md"
 _TEXT = "Shards in the format of webdataset, written by `mmmoe-data shard`.\n"
@@ -34,12 +33,12 @@ def write_card(folder: Path, tars: Mapping[str, str], members: Collection[str], 
 
 
 def is_ours(path: Path) -> bool:
-    """Whether nobody has changed or added anything."""
+    """Whether the file is unchanged since it was written."""
     return path.read_text(encoding="utf-8", errors="replace").endswith(f"---\n{_TEXT}")
 
 
 def field_types(rows: Iterable[Row]) -> dict[str, str]:
-    """Of the fields of KEY.json whose values are numbers, texts or truth values of one type in all rows."""
+    """The types of the fields of KEY.json that have one type (number, string or boolean) in all rows."""
     found: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.extra.items():
@@ -55,6 +54,7 @@ def _agree(types: set[type]) -> bool:
 
 
 def _dtype(member: str) -> str:
-    if member in IMAGE_SUFFIXES.values():
-        return "image"
-    return "audio" if member in AUDIO_SUFFIXES.values() else "string"
+    from mmmoe_pretrain.modalities import format_of
+
+    kind = format_of(member)
+    return kind if kind in ("image", "audio") else "string"  # types of `datasets` of the same names

@@ -25,7 +25,7 @@ app = typer.Typer(
 
 @app.command()
 def corpus(
-    name: Annotated[str, typer.Argument(help="tuxpaint, emoji, asterisk or mini.")],
+    name: Annotated[str, typer.Argument(help="tuxpaint, emoji, asterisk, gcide or mini.")],
     out: Annotated[Path, typer.Option(callback=given, help="Folder for the files and manifest.jsonl.")],
     language: Annotated[
         list[str] | None,
@@ -34,8 +34,8 @@ def corpus(
 ) -> None:
     """Fetch a real corpus and write its manifest.
 
-    Splits hold within one manifest: mini has recordings of asterisk and pictures of emoji in splits of
-    its own, so a model trained on those must not be tested on mini, nor the other way round.
+    Splits hold within one manifest: mini has recordings of asterisk and images of emoji in splits of
+    its own, so a model trained on those must not be tested on mini, or the reverse.
     """
     from data_prep import corpus as work
 
@@ -45,10 +45,8 @@ def corpus(
 @app.command()
 def shard(
     manifest: Annotated[Path, typer.Argument(callback=given, help="manifest.jsonl, or the folder that holds it.")],
-    out: Annotated[
-        Path, typer.Option(callback=given, help="Folder for the shards; one folder a split is made in it.")
-    ],
-    samples_per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1000,
+    out: Annotated[Path, typer.Option(callback=given, help="Folder for the shards, with one folder per split.")],
+    samples_per_shard: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
     image_size: Annotated[
         int | None, typer.Option(help="Shrink the longest side to this many pixels, on white, as PNG.")
     ] = None,
@@ -58,7 +56,9 @@ def shard(
         typer.Option(help="Only rows with field=value (may be repeated; values of one field are alternatives)."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode and encode.")] = 2,
-    max_bad_fraction: Annotated[float, typer.Option(help="Broken samples past this share end the command.")] = 0.01,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Fail if more than this share of the samples is broken.")
+    ] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
 ) -> None:
     """Write a manifest's samples as shards with indices; an interrupted run resumes when it is repeated."""
@@ -72,16 +72,16 @@ def shard(
 def tokenizer(
     manifests: Annotated[list[Path], typer.Argument(callback=given, help="One or more manifests.")],
     out: Annotated[Path, typer.Option(callback=given, help="The .model file to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Pieces, the 4 control and 256 byte pieces included.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces, including 4 control and 256 byte pieces.")],
     model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
     casefold: Annotated[
-        bool | None, typer.Option(help="Fold case or keep it; folded by default, except under identity.")
+        bool | None, typer.Option(help="Fold or keep case; folded by default, except with identity.")
     ] = None,
     normalization: Annotated[
         str,
         typer.Option(
-            help="nfkc: compatible characters are one. nfc: equivalent spellings alone are one. identity: none. "
+            help="nfkc: merge compatible characters. nfc: merge only equivalent spellings. identity: none. "
             "nmt_nfkc: nfkc with control and zero-width characters as spaces, which breaks Persian and Indic words."
         ),
     ] = "nfkc",
@@ -137,7 +137,7 @@ class _Stderr:
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and exit code 2."""
+    """Entry point: an error that a user can fix prints one line on stderr and exits with code 2."""
     logging.basicConfig(level=logging.WARNING, stream=_Stderr(), format="%(levelname)s %(message)s")
     try:
         app()

@@ -1,4 +1,4 @@
-"""``mmmoe-data corpus``: fetch a corpus, write ``manifest.jsonl``, print what it holds."""
+"""``mmmoe-data corpus``: fetch a corpus, write ``manifest.jsonl``, print its contents."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def run(name: str, out: Path, languages: Sequence[str] = ()) -> None:
     console = Console()
     print_counts(console, f"{name}: {path}", count_rows(rows))
     for what, count in notes.items():
-        console.print(f"left out: {count} {what}", highlight=False)
+        console.print(f"skipped: {count} {what}", highlight=False)

@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed where it broke off, checked, and named only when it is whole.
+"""One file over HTTP: resumed after an interruption, checked, and renamed only when it is complete.
 
 Bytes gather in ``NAME.part``; a later call asks the server for the rest (HTTP Range).
 """
@@ -21,12 +21,12 @@ ATTEMPTS = 5
 
 
 class MissingFileError(ValueError):
-    """The server answers that it has no such file."""
+    """The server has no such file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A file to fetch and the digest that proves it."""
+    """A file to fetch and its digest."""
 
     url: str
     name: str

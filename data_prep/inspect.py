@@ -1,4 +1,4 @@
-"""``mmmoe-data inspect``: what a manifest or a folder of shards holds, as a table.
+"""``mmmoe-data inspect``: the contents of a manifest or a folder of shards, as a table.
 
 Counts rows, hours of audio and bytes by split, subset, language and modalities, and the files that are not read.
 """
@@ -15,12 +15,11 @@ from rich.table import Table
 from data_prep.manifest import SPLITS, manifest_path, read_manifest, split_called
 from data_prep.media import audio_seconds
 from data_prep.verify import split_folders
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
-from mmmoe_pretrain.data.members import members_read
+from mmmoe_pretrain.data.decode import PARTS, BadSampleError, read_row
 from mmmoe_pretrain.data.shards import OpenShards, RawSample, ShardFolder
-from mmmoe_pretrain.data.survey import survey
+from mmmoe_pretrain.data.survey import held_by, in_order, survey
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
+from mmmoe_pretrain.modalities import Modalities, format_of
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_bytes
 
@@ -28,7 +27,7 @@ DAMAGED = "(damaged)"  # in the place of modalities: a sample that training skip
 
 
 class Kind(NamedTuple):
-    """What the table has a line for."""
+    """The key of a line of the table."""
 
     split: str
     subset: str
@@ -40,7 +39,7 @@ class Measure(NamedTuple):
     """Sums over the rows of a kind."""
 
     rows: int = 0
-    seconds: float = 0.0  # of sound
+    seconds: float = 0.0  # of audio
     bytes: int = 0
 
     def plus(self, other: Measure) -> Measure:
@@ -84,40 +83,48 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
     root = manifest_path(path).parent
     rows = read_manifest(path)
     for row in track(rows, "reading the files", len(rows), "rows"):
-        seconds, size = 0.0, len((row.text or "").encode())
-        if row.image and (root / row.image).is_file():
-            size += (root / row.image).stat().st_size
-        if row.audio and (root / row.audio).is_file():
-            data = read_bytes(root / row.audio, MAX_MEMBER_BYTES)
-            seconds, size = _seconds(data), size + len(data)
-        yield Kind(row.split, row.subset, row.language, "+".join(row.modalities)), Measure(1, seconds, size)
+        seconds, size = 0.0, sum(len(text.encode()) for text in row.texts)
+        for file in filter(Path.is_file, (root / name for name in row.files)):
+            size += file.stat().st_size
+            seconds += _seconds(read_bytes(file, MAX_MEMBER_BYTES)) if _is_clip(file.name) else 0.0
+        content = _content(row.modalities, row.parts is not None)
+        yield Kind(row.split, row.subset, row.language, content), Measure(1, seconds, size)
 
 
 def _of_shards(folders: Iterable[ShardFolder]) -> Iterator[tuple[Kind, Measure]]:
     for shards in folders:
         name = shards.folder.name
         for i in track(range(len(shards)), f"reading {name}", len(shards), "samples"):
-            yield _of_sample(shards.read(i), split_called(name) if split_called(name) in SPLITS else "train")
+            yield _of_sample(
+                shards.read(i), shards.modalities, split_called(name) if split_called(name) in SPLITS else "train"
+            )
 
 
-def _of_sample(raw: RawSample, split: str) -> tuple[Kind, Measure]:
+def _of_sample(raw: RawSample, modalities: Modalities, split: str) -> tuple[Kind, Measure]:
     size = sum(len(data) for data in raw.members.values())
     try:
         row = read_row(raw)
-        text = raw_text(raw, row)
+        held, named = held_by(raw, row, modalities, any_kind=True)
     except BadSampleError:
         return Kind(split, "", "", DAMAGED), Measure(1, 0.0, size)
     fields = {name: value for name, value in row.items() if isinstance(value, str)}
-    chosen = members_read(tuple(raw.members))
-    present = [m for m in MODALITIES if (text if m == "text" else m in chosen)]
-    seconds = _seconds(raw.members[chosen["audio"]]) if "audio" in chosen else 0.0
+    read = named or modalities.members_read((*raw.members, *raw.unread)).values()
+    seconds = sum(_seconds(raw.members[name]) for name in read if name in raw.members and _is_clip(name))
     split = split_called(fields.get("split") or split)
-    kind = Kind(split, fields.get("subset", ""), fields.get("language", ""), "+".join(present))
-    return kind, Measure(1, seconds, size)
+    content = _content(in_order(held, modalities), PARTS in row)
+    return Kind(split, fields.get("subset", ""), fields.get("language", ""), content), Measure(1, seconds, size)
+
+
+def _content(held: Iterable[str], is_document: bool) -> str:
+    return f"{'document of ' * is_document}{'+'.join(held)}"
+
+
+def _is_clip(name: str) -> bool:
+    return format_of(name.lower()) == "audio"
 
 
 def _seconds(data: bytes) -> float:
-    """Length of a sound; a broken one counts for nothing here, ``shard`` and training report it."""
+    """Length of a clip; a broken one counts for nothing here, ``shard`` and training report it."""
     try:
         return audio_seconds(data)
     except ValueError:

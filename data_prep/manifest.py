@@ -1,6 +1,6 @@
 """Rows of ``manifest.jsonl``: their schema, reading, writing and filtering.
 
-Owns what a row may hold (docs/data_format.md); knows nothing of where the files come from.
+Owns the content of a row (docs/data_format.md), except documents (``documents.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_prep.documents import PARTS, Part, parts_of
 from mmmoe_pretrain.limits import (
     FIELD_ALIASES,
     MAX_KEY_BYTES,
@@ -36,7 +37,7 @@ _SHOWN = 20  # problems
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample: any non-empty subset of an image, a sound and a text."""
+    """One sample: any non-empty subset of an image, a clip of audio and a text, or a document of ``parts``."""
 
     key: str
     image: str | None = None
@@ -51,20 +52,43 @@ class Row:
     source: str = ""
     licence: str = ""
     attribution: str = ""
+    parts: Any = field(default=None, hash=False)  # of a document, as they are written; None: the row is none
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of other names
 
     @property
     def modalities(self) -> tuple[str, ...]:
+        """Kinds that it holds; of a document that is damaged, none."""
+        if self.parts is not None:
+            held = {part.name for part in self._parts if part.path or has_text(part.text or "")}
+            return (*(name for name in _CONTENT if name in held), *sorted(held.difference(_CONTENT)))
         found = {"image": bool(self.image), "audio": bool(self.audio), "text": has_text(self.text or "")}
         return tuple(name for name in _CONTENT if found[name])
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths that it names."""
+        return tuple(filter(None, (self.image, self.audio, *(part.path for part in self._parts))))
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Row) if field.name != "extra")
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.text, *(part.text for part in self._parts))))
+
+    @property
+    def _parts(self) -> list[Part]:
+        try:
+            return [] if self.parts is None else parts_of(self.parts)
+        except ValueError:
+            return []
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Row) if field.name not in (PARTS, "extra"))
 
 
 def row_fields(row: Row) -> dict[str, Any]:
     """A row as a line of a manifest holds it."""
-    return {**{name: getattr(row, name) for name in FIELDS}, "key": urllib.parse.unquote(row.key), **row.extra}
+    document = {} if row.parts is None else {PARTS: row.parts}
+    values = {name: getattr(row, name) for name in FIELDS}
+    return {**values, "key": urllib.parse.unquote(row.key), **document, **row.extra}
 
 
 def sample_fields(row: Row) -> dict[str, Any]:
@@ -73,7 +97,7 @@ def sample_fields(row: Row) -> dict[str, Any]:
 
 
 def sample_key(name: str) -> str:
-    """``name`` in the alphabet of keys, ``[0-9A-Za-z_-]`` and %XX; ``urllib.parse.unquote`` gives it back.
+    """``name`` in the alphabet of keys, ``[0-9A-Za-z_-]`` and %XX; ``urllib.parse.unquote`` decodes it.
 
     A dot would end the key, and a slash make a folder, where members of a tar are named by it.
     """
@@ -81,7 +105,7 @@ def sample_key(name: str) -> str:
 
 
 def split_called(name: str) -> str:
-    """``val`` for ``Validation``; a name that is no split's, in lower case."""
+    """``val`` for ``Validation``; a name that is not a split's, in lower case."""
     return SPLIT_ALIASES.get(name.lower(), name.lower())
 
 
@@ -182,14 +206,25 @@ def filter_rows(rows: Iterable[Row], filters: Sequence[str]) -> list[Row]:
 
 
 def files_outside(rows: Iterable[Row], root: Path) -> list[str]:
-    """The files that rows name and that do not lie below ``root``, the manifest's folder."""
+    """The files of rows outside of ``root``, the manifest's folder."""
     base = os.path.abspath(root)
-    named = dict.fromkeys(name for row in rows for name in (row.image, row.audio) if name)
+    named = dict.fromkeys(name for row in rows for name in row.files)
     return [name for name in named if not os.path.abspath(root / name).startswith(base + os.sep)]
+
+
+def is_inside(name: str, root: Path) -> bool:
+    """Whether the file is below ``root``, links resolved: a file that is not decoded could be any file of the
+    machine."""
+    return os.path.realpath(root / name).startswith(os.path.realpath(root) + os.sep)
 
 
 def row_problem(row: Row) -> str | None:
     """Why a row cannot be written, as the rest of a sentence, or None."""
+    if row.parts is not None:
+        try:
+            parts_of(row.parts)
+        except ValueError as error:
+            return f"is not a document: {error}"
     if not row.modalities:
         return "has no image, audio or text"
     if sample_key(urllib.parse.unquote(row.key)) != row.key:
@@ -207,15 +242,17 @@ def _faults(row: Row) -> Iterator[str]:
         yield f"split {brief(row.split)} is not one of {', '.join(SPLITS)} (or {', '.join(SPLIT_ALIASES)})"
     if row.audio_kind not in AUDIO_KINDS:
         yield f"audio_kind {brief(row.audio_kind)} is not speech, effect or empty"
-    for name in (row.image, row.audio):
-        if name and "\0" in name:
+    if row.parts is not None and (row.image or row.audio or row.text):
+        yield f"it has {PARTS}, and beside them an image, audio or a text, which belong into them"
+    for name in row.files:
+        if "\0" in name:
             yield f"path {brief(name)} holds a NUL"
-        elif name and (_bytes(name) > MAX_NAME_BYTES or any(_bytes(part) > 255 for part in Path(name).parts)):
+        elif _bytes(name) > MAX_NAME_BYTES or any(_bytes(part) > 255 for part in Path(name).parts):
             yield f"path {brief(name)} is longer than file systems have it"
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, by number; of one that is too long, no more than shows it."""
+    """Lines that are not blank, by number; of a line that is too long, only its beginning."""
     number = 0
     while line := file.readline(MAX_META_BYTES + 1):
         number += 1
@@ -229,13 +266,14 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _parse(line: bytes) -> Row:
     values = parse_json(line, "it", MAX_META_BYTES)
     if not isinstance(values, dict):
-        raise ValueError(f"it is {type(values).__name__}, no object")
+        raise ValueError(f"it is {type(values).__name__}, not an object")
     use_aliases(values)
     if "key" not in values:
         raise ValueError(f"it has no key (its fields: {', '.join(map(_shown, values)) or 'none'})")
     extra = {name: value for name, value in values.items() if name not in FIELDS}
+    parts = extra.pop(PARTS, None)
     try:
-        json.dumps(extra, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps([extra, parts], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise ValueError("a field holds NaN, half of a character or too deep a nesting") from None
     plain = {name: _text(values[name], name) for name in FIELDS if values.get(name) is not None}
@@ -250,7 +288,7 @@ def _parse(line: bytes) -> Row:
     if not fields.get("split"):
         fields["split"] = "train"
     fields["split"] = split_called(fields["split"])
-    return Row(**fields, extra=extra)
+    return Row(**fields, parts=parts, extra=extra)
 
 
 def _text(value: object, name: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
-"""Files of a sample to the bytes a shard holds: decoded once here, so that a broken one never ships.
+"""Files of a sample to the bytes a shard holds: decoded once here, so that no broken one gets into a shard.
 
-An image is turned upright, shrunk and composited on white; a sound is mixed to mono and resampled. Where
+An image is turned upright, shrunk and composited on white; a clip is mixed to mono and resampled. Where
 no change is asked for, the original bytes pass. Every failure is a ValueError that says what is wrong
 with the file. The limits are those of the loader.
 """
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmmoe_pretrain.audio_file import open_audio, read_mono
 from mmmoe_pretrain.limits import (
     DECODER_ERRORS,
     MAX_MEMBER_BYTES,
-    MODALITY_OF,
     decoder_reason,
 )
+from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
 from mmmoe_pretrain.untrusted import read_bytes
 
 if TYPE_CHECKING:
@@ -27,48 +26,55 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-IMAGE_SUFFIXES = {f".{extension}": extension for extension, kind in MODALITY_OF.items() if kind == "image"}
-AUDIO_SUFFIXES = {f".{extension}": extension for extension, kind in MODALITY_OF.items() if kind == "audio"}
-
+DECODED = ("image", "audio")  # kinds whose files are decoded here; those of others pass as they are
 _LOUDEST = 1000.0  # 1 is full scale; what soxr does to floats that are much louder is not a number
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Encoded bytes and the suffix they go by."""
+    """Encoded bytes and their suffix."""
 
     suffix: str
     data: bytes
 
 
+def member(kind: str, path: Path, image_size: int | None, audio_rate: int | None) -> Media:
+    """The file as a member of a shard; of a kind that is not converted, its bytes as they are."""
+    if kind == "image":
+        return image_member(path, image_size)
+    if kind == "audio":
+        return audio_member(path, audio_rate)
+    return Media(_suffix(path, kind), _read(path))
+
+
 def image_member(path: Path, size: int | None) -> Media:
-    """The picture, its longest side at most ``size`` pixels (None: as it is)."""
+    """The image, its longest side at most ``size`` pixels (None: as it is)."""
     return _image_member(path, None) if size is None else _shrunk_member(path, size)
 
 
-@functools.lru_cache(maxsize=1024)  # rows share pictures; only shrunk ones are small enough to keep
+@functools.lru_cache(maxsize=1024)  # rows share images; only shrunk ones are small enough to keep
 def _shrunk_member(path: Path, size: int) -> Media:
     return _image_member(path, size)
 
 
 def _image_member(path: Path, size: int | None) -> Media:
-    from mmmoe_pretrain.flatten import IMAGE_ERRORS, open_image
+    from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, open_image
 
-    suffix = _suffix(path, IMAGE_SUFFIXES)
+    suffix = _suffix(path, "image")
     data = _read(path)
     try:
         with open_image(data) as image:
             image.load()
             return Media(suffix, data) if size is None else Media("png", _shrunk_png(image, size))
     except IMAGE_ERRORS as error:
-        raise ValueError(f"{path.name} is no readable image: {decoder_reason(error)}") from None
+        raise ValueError(f"{path.name} is not a readable image: {decoder_reason(error)}") from None
 
 
 def audio_member(path: Path, rate: int | None) -> Media:
-    """The sound, as mono FLAC at ``rate`` Hz (None: as it is)."""
+    """The clip, as mono FLAC at ``rate`` Hz (None: as it is)."""
     import numpy as np
 
-    suffix = _suffix(path, AUDIO_SUFFIXES)
+    suffix = _suffix(path, "audio")
     data = _read(path)
     try:
         with open_audio(data) as file:
@@ -77,11 +83,11 @@ def audio_member(path: Path, rate: int | None) -> Media:
                 raise ValueError("it holds NaN or infinite samples")
             return Media(suffix, data) if rate is None else Media("flac", _flac(mono, file.samplerate, rate))
     except DECODER_ERRORS as error:
-        raise ValueError(f"{path.name} is no readable audio: {decoder_reason(error)}") from None
+        raise ValueError(f"{path.name} is not readable audio: {decoder_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:
-    """Length of an encoded sound within the limits."""
+    """Length of an encoded clip within the limits."""
     try:
         with open_audio(data) as file:
             return float(file.frames / file.samplerate)
@@ -92,7 +98,7 @@ def audio_seconds(data: bytes) -> float:
 def _shrunk_png(image: Image.Image, size: int) -> bytes:
     from PIL import Image
 
-    from mmmoe_pretrain.flatten import upright_rgb
+    from mmmoe_pretrain.modalities.image_file import upright_rgb
 
     flat = upright_rgb(image)
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)  # never enlarges
@@ -115,10 +121,13 @@ def _flac(mono: NDArray[np.float32], found_rate: int, rate: int) -> bytes:
     return buffer.getvalue()
 
 
-def _suffix(path: Path, known: dict[str, str]) -> str:
-    suffix = known.get(path.suffix.lower())
-    if suffix is None:
-        raise ValueError(f"{path.name}: suffix {path.suffix!r} is not one of {', '.join(known)}")
+def _suffix(path: Path, kind: str) -> str:
+    from mmmoe_pretrain import kinds
+
+    formats = kinds.MODALITIES.load(kind).formats
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in formats:
+        raise ValueError(f"{path.name}: suffix {path.suffix!r} is not one of {', '.join(f'.{f}' for f in formats)}")
     return suffix
 
 

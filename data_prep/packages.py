@@ -1,7 +1,7 @@
 """Debian and npm packages as plain folders, without root and without installing anything.
 
-The package managers' own clients say where a package lies and what it hashes to, so the machine's
-mirrors and registries are honoured; ``download.py`` fetches it and this file unpacks it.
+The package managers' clients give the URL and hash of a package, so the machine's mirrors and registries are used;
+``download.py`` fetches it and this file unpacks it.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise ValueError(
-            "a worker process was killed (memory that runs out is the usual reason); run the command again, where "
-            "it goes on, with fewer --workers"
+            "a worker process was killed (memory that runs out is the usual reason); run the command again, which "
+            "resumes, with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -26,22 +26,25 @@ from rich.table import Table
 from data_prep.building import Building, Finished
 from data_prep.card import NAME as CARD
 from data_prep.card import field_types, write_card
+from data_prep.documents import PARTS, parts_of
 from data_prep.manifest import (
     SPLITS,
     Row,
     files_outside,
     filter_rows,
+    is_inside,
     manifest_path,
     read_manifest,
     row_fields,
     sample_fields,
 )
-from data_prep.media import audio_member, image_member
+from data_prep.media import DECODED, member
 from data_prep.pool import map_in_order
 from data_prep.shard_files import BadSample, EncodedSample, hash_file, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain.data.shards import index_path
-from mmmoe_pretrain.limits import MODALITY_OF
+from mmmoe_pretrain.limits import MAX_META_BYTES
+from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions
         console.print(f"skipped {len(report.skipped)} broken samples, named in {out / SKIPPED}", highlight=False)
     if report.blank_texts:
         console.print(
-            f"left out {report.blank_texts:,} blank texts of samples with an image or audio", highlight=False
+            f"skipped {report.blank_texts:,} blank texts of samples with an image or audio", highlight=False
         )
 
 
@@ -180,10 +183,10 @@ class _Split:
         return entries
 
     def inputs(self, start: int, end: int) -> str:
-        """The digest of all that decides about the bytes of these rows."""
+        """The digest of everything that determines the bytes of these rows."""
         digest = xxhash.xxh3_128(repr((*_versions(), *dataclasses.astuple(self.options)[:3])).encode())
         for row in self.rows[start:end]:
-            files = [_stamp(self.root / name) for name in (row.image, row.audio) if name]
+            files = [_stamp(self.root / name) for name in row.files]
             digest.update(json.dumps([row_fields(row), files]).encode())
         return digest.hexdigest()
 
@@ -207,25 +210,25 @@ class _Split:
                     self._check([*self.report.skipped, *self.since.skipped], budget, total)
 
     def _check(self, skipped: Sequence[BadSample], budget: int, total: int) -> None:
-        """Go on for as long as all that is wrong can be named at once; the whole is judged in the end."""
+        """Continue while all problems can still be listed; the total is checked at the end."""
         if len(skipped) > MOST_NAMED:
             _check_budget(skipped, budget, self.options, total)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
-    """The members of a row's sample; the one place where a broken file is set aside."""
+    """The members of a row's sample; the only place that skips a broken file or document."""
+    if row.parts is not None:
+        return _encode_document(row, root, options)
     if not row.modalities:
         others = f" (its other fields: {', '.join(row.extra)})" if row.extra else ""
         what = "a blank text and no image or audio" if row.text else "no image, audio or text"
         return BadSample(row.key, f"it has {what}{others}")
     members: dict[str, bytes] = {}
     try:
-        if row.image:
-            image = image_member(root / row.image, options.image_size)
-            members[image.suffix] = image.data
-        if row.audio:
-            audio = audio_member(root / row.audio, options.audio_rate)
-            members[audio.suffix] = audio.data
+        for kind, name in (("image", row.image), ("audio", row.audio)):
+            if name:
+                media = member(kind, root / name, options.image_size, options.audio_rate)
+                members[media.suffix] = media.data
     except ValueError as error:
         return BadSample(row.key, str(error))
     if "text" in row.modalities:
@@ -234,12 +237,36 @@ def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | B
     return EncodedSample(row.key, members)
 
 
+def _encode_document(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
+    members: dict[str, bytes] = {}
+    parts: list[dict[str, Any]] = []
+    try:
+        for number, part in enumerate(parts_of(row.parts)):
+            if part.text is not None:
+                parts.append({part.name: part.text, **part.other})
+                continue
+            if part.name not in DECODED and not is_inside(part.path, root):
+                raise ValueError(
+                    f"part {number} of {PARTS}: {part.path} lies outside of the manifest's folder, and only images "
+                    f"and audio are taken from there; copy it into the folder"
+                )
+            media = member(part.name, root / part.path, options.image_size, options.audio_rate)
+            members[f"{number}.{media.suffix}"] = media.data
+            parts.append({"member": f"{number}.{media.suffix}", **part.other})
+        data = json.dumps({**sample_fields(row), PARTS: parts}, ensure_ascii=False).encode()
+        if len(data) > MAX_META_BYTES:
+            raise ValueError(f"its texts and fields take {len(data):,} bytes, at most {MAX_META_BYTES:,} are read")
+    except ValueError as error:
+        return BadSample(row.key, str(error))
+    return EncodedSample(row.key, {**members, "json": data})
+
+
 def _unread_files(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
     """Fields of other names that seem to name the file that their row lacks: (field, image or audio) -> rows."""
     found: Counter[tuple[str, str]] = Counter()
-    for row in rows:
+    for row in (row for row in rows if row.parts is None):
         for name, value in row.extra.items():
-            kind = MODALITY_OF.get(Path(value).suffix[1:].lower()) if isinstance(value, str) else None
+            kind = format_of(Path(value).suffix[1:].lower()) if isinstance(value, str) else None
             if kind in ("image", "audio") and kind not in row.modalities and "://" not in value:
                 found[name, kind] += 1
     return found
@@ -257,7 +284,7 @@ def _check_budget(skipped: Sequence[BadSample], budget: int, options: ShardOptio
     if len(skipped) > budget:
         raise ValueError(
             f"{len(skipped)} of {total} samples cannot be used, and --max-bad-fraction {options.max_bad_fraction:g} "
-            f"allows {budget}; mend them, or raise it: {_worst(skipped)}"
+            f"allows {budget}; fix them, or raise it: {_worst(skipped)}"
         )
 
 
@@ -273,7 +300,7 @@ def _versions() -> tuple[str, ...]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells that a file has not changed; None where it is not there."""
+    """The state of a file, to detect changes; None if it is missing."""
     try:
         status = path.stat()
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """One shard: a tar whose bytes depend on its samples alone, and its index sidecar.
 
 Owns the layout of ``NNNNN.tar``, ``NNNNN.index.json`` and ``shards.json`` (docs/data_format.md),
-written and read; knows nothing of manifests and media.
+written and read, independent of manifests and media.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``mmmoe-data tokenizer``: a sentencepiece model from the train split of manifests.
 
-Ids: pad 0, bos 1, eos 2, unk 3; bytes stand in for characters the vocabulary lacks, so any text
-comes back whole (up to the normalization). One thread and sorted texts make it deterministic.
+Ids: pad 0, bos 1, eos 2, unk 3; bytes stand in for characters the vocabulary lacks, so any text can be decoded (up to
+the normalization). One thread and sorted texts make it deterministic.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from data_prep.manifest import SPLITS, Row, read_manifest
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.progress import Progress
 
-# sentencepiece's own rules, with case folded as NAME_cf; nfc is a table that is made here. nmt_nfkc alone turns
+# sentencepiece's own rules, with case folded as NAME_cf; nfc is a table made here. nmt_nfkc alone turns
 # the zero-width non-joiner (U+200C), which Persian and Indic scripts spell with, and direction marks into spaces.
 NORMALIZATIONS = ("nfkc", "nfc", "identity", "nmt_nfkc")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 MODEL_TYPES = ("bpe", "unigram")
 SMALLEST = 4 + 256 + 1  # control pieces, byte pieces, the word mark
-PART = 1 << 14  # characters of a text that sentencepiece is given at once: it leaves longer ones out silently
+PART = 1 << 14  # characters of a text that sentencepiece is given at once: it silently skips longer ones
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     casefold: bool | None,
     normalization: str,
 ) -> None:
-    """The command: gather the texts of all manifests, train, and say what came out."""
+    """The command: gather the texts of all manifests, train, and print a summary."""
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} is not one of {', '.join(SPLITS)}")
     texts = texts_of(itertools.chain.from_iterable(map(read_manifest, manifests)), split)
@@ -49,7 +49,7 @@ def run(
 
 def texts_of(rows: Iterable[Row], split: str) -> list[str]:
     """The distinct texts of a split, sorted; one line each."""
-    kept = (row.text for row in rows if row.split == split and row.text and has_text(row.text))
+    kept = (text for row in rows if row.split == split for text in row.texts if has_text(text))
     return sorted({re.sub(r"\s+", " ", text, flags=re.ASCII).strip() for text in kept})
 
 
@@ -61,7 +61,7 @@ def train_tokenizer(
     casefold: bool | None = None,
     normalization: str = "nfkc",
 ) -> None:
-    """Train on ``texts`` and write ``out``; case is folded unless told otherwise or nothing is normalized."""
+    """Train on ``texts`` and write ``out``; case is folded by default, except without normalization."""
     import sentencepiece
 
     if normalization not in NORMALIZATIONS:

@@ -1,7 +1,7 @@
-"""``mmmoe-data verify``: whether shards are what their indices and lists say, and can be trained on.
+"""``mmmoe-data verify``: checks shards against their indices and lists, and that they can be trained on.
 
 Checks hashes, sizes, offsets and headers, that every sample has something to read and a fitting JSON, and that
-no group is in two splits. Shards from elsewhere have neither lists nor indices: that is a note, no problem.
+no group is in two splits. Shards made by other tools have neither lists nor indices: that is a note, not a problem.
 Reads every byte once; decodes nothing.
 """
 
@@ -16,8 +16,8 @@ from rich.console import Console
 
 from data_prep.manifest import SPLITS, split_called
 from data_prep.shard_files import hash_file
-from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
-from mmmoe_pretrain.data.members import META, members_read, names
+from mmmoe_pretrain.data.decode import BadSampleError, read_row
+from mmmoe_pretrain.data.members import META, names
 from mmmoe_pretrain.data.shards import (
     LISTING,
     IndexedSample,
@@ -30,7 +30,7 @@ from mmmoe_pretrain.data.shards import (
     shards_left_out,
     walk,
 )
-from mmmoe_pretrain.data.survey import Survey
+from mmmoe_pretrain.data.survey import Survey, held_by
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief, read_json
 
@@ -39,7 +39,7 @@ _SHOWN = 50
 
 @dataclass(slots=True)
 class Seen:
-    """What was met so far, over all splits."""
+    """What was found so far, over all splits."""
 
     shards: int = 0
     unindexed: int = 0  # shards
@@ -48,7 +48,7 @@ class Seen:
     split_of_group: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> Iterator[str]:
-        """What is no problem, and good to know."""
+        """Notes that are not problems."""
         if self.survey.unread:
             yield f"not read: {self.survey.left_out()}"
         if self.unlisted:
@@ -68,10 +68,10 @@ def run(folder: Path) -> bool:
         console.print(f"... and {len(problems) - _SHOWN} more")
     for note in seen.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    verdict = f"{len(problems)} problems in" if problems else "all is well in"
+    summary = f"{len(problems)} problems in" if problems else "all is well in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
     samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"
-    console.print(f"{verdict} {samples} under {folder}{content}", highlight=False, soft_wrap=True)
+    console.print(f"{summary} {samples} under {folder}{content}", highlight=False, soft_wrap=True)
     return not problems
 
 
@@ -128,7 +128,7 @@ def _verify_list(listing: Path, listed: dict[Path, dict[str, Any]]) -> Iterator[
 
 def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iterator[str]:
     if not shard.is_file():
-        yield "is no plain file"
+        yield "is not a plain file"
         return
     size, digest = shard.stat().st_size, hash_file(shard)
     index, index_name = _read_index(shard), index_path(shard).name
@@ -179,13 +179,16 @@ def _differences(size: int, digest: str, said_size: Any, said_digest: Any, where
 
 
 def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Seen, is_ours: bool) -> Iterator[str]:
-    key, chosen = sample.key, members_read(tuple(sample.members))
-    raw = read_sample(sample, descriptor, shard, only=(META, chosen.get("text", META)))
+    key, known = sample.key, seen.survey.known
+    chosen = known.members_read(tuple(sample.members))
+    texts = {chosen[name] for name in chosen if known[name].default_field}
+    raw = read_sample(sample, descriptor, shard, only={META, *texts})
     row = read_row(raw)
-    text = raw_text(raw, row)
-    seen.survey.add(tuple(sample.members), captioned=bool(text))
-    if not text and not chosen.keys() & {"image", "audio"}:
-        yield f"sample {key} has no image, audio or text (its files: {names(sample.members)})"
+    held, named = held_by(raw, row, known, any_kind=True)
+    seen.survey.add(tuple(sample.members), 1, held, named)
+    if not held:
+        *most, last = known
+        yield f"sample {key} has no {', '.join(most)} or {last} (its files: {names(sample.members)})"
     if is_ours and row.get("key", key) != key:  # elsewhere, it may be a key of anything
         yield f"sample {key} has the json of {brief(row['key'])}"
     group, split = row.get("group"), row.get("split") or shard.parent.name

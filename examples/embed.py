@@ -5,16 +5,18 @@ from pathlib import Path
 
 import torch
 
-from mmmoe_pretrain.batch import Sample, SampleMeta
+from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.export.read import load_export
 
 folder, image, *texts = sys.argv[1:]
-model, config, codecs = load_export(Path(folder))
-samples = [Sample(SampleMeta(image), image=codecs.image.decode(Path(image).read_bytes()))]
-samples += [Sample(SampleMeta(text), text=codecs.text.encode(text)) for text in texts]
+model, config, modalities = load_export(Path(folder))
+content = [("image", Path(image).read_bytes()), *(("text", text.encode()) for text in texts)]
+values = [(name, modalities[name].decode(data)) for name, data in content]
+items = [() if value is None else (Item(name, value),) for name, value in values]  # a blank text has no features
+samples = [Sample(SampleMeta(str(number)), item) for number, item in enumerate(items)]
 with torch.inference_mode():
-    features = model(pack(samples, PackSettings.from_config(config, codecs))).features
-image_P, texts_NP = features["image"][0], features["text"][1:]  # unit vectors of the joint space
+    outputs, _ = model(pack(samples, PackSettings.from_config(config, modalities)))
+image_P, texts_NP = outputs.features["image"][0], outputs.features["text"][1:]  # unit vectors of the joint space
 for text, similarity in zip(texts, (texts_NP @ image_P).tolist(), strict=True):
     print(f"{similarity:+.4f}  {text}")

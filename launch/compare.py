@@ -1,8 +1,8 @@
-"""``make compare``: the demo's mixture and its dense baseline, by one recipe, over several seeds.
+"""``make compare``: the demo's MoE model and its dense baseline, by one recipe, over several seeds.
 
-Dense means one expert as wide as the K experts that a token visits together, so that a token costs
-the same arithmetic. Each run trains on two ranks as the demo does, one after another. Writes
-``docs/results.json`` (a column of ``mmmoe evaluate --dense-results``) and ``docs/results.md``.
+Dense means one expert as wide as the K experts that a token visits together, so that a token costs the same FLOPs.
+Each run trains on two ranks as the demo does, one after another. Writes ``docs/results.json`` (a column of ``mmmoe
+evaluate --dense-results``) and ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mmmoe_pretrain.untrusted import brief, read_json
 ROOT = Path(__file__).resolve().parents[1]
 HEADLINE = ("image_to_text_r1", "image_to_text_r10", "text_to_image_r10", "speech_to_text_r1",
             "speech_to_text_r10", "text_to_speech_r10", "image_to_speech_r10", "speech_to_image_r10",
-            "zero_shot_accuracy", "zero_shot_balanced", "caption_perplexity")  # fmt: skip
+            "image_to_text_zero_shot", "image_to_text_zero_shot_balanced", "captions_perplexity")  # fmt: skip
 MODELS = ("mixture", "dense")
 
 
 def dense_overrides(config: RunConfig) -> list[str]:
-    """The dense model whose active parameters a token equal those of the mixture."""
+    """The dense model with as many active parameters a token as the MoE model."""
     width = config.moe.experts_per_token * config.moe.expert_hidden_size
     return ["moe.num_experts=1", "moe.experts_per_token=1", f"moe.expert_hidden_size={width}"]
 
@@ -57,7 +57,7 @@ def read_report(path: Path) -> dict[str, Any]:
     rows = report.get("results")
     for row in rows if isinstance(rows, list) else [rows]:
         if not _is_row(row):
-            raise ValueError(f"{path} is no report (it has {brief(row)}); remove it, and the run is evaluated again")
+            raise ValueError(f"{path} is not a report (it has {brief(row)}); remove it to evaluate the run again")
     return report
 
 
@@ -87,11 +87,11 @@ def summarise(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(record: dict[str, Any]) -> str:
     """The recorded comparison as a page."""
     lines = [
-        "# The mixture beside a dense model of equal active FLOPs", "",
+        "# The MoE model and a dense model of equal active FLOPs", "",
         f"Recorded {record['date']} by `make compare`: `{record['config']}`, {record['steps']} steps, seeds "
         f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks, the same data and recipe. Held-out "
         f"rows of {', '.join(record['dense']['test'])}; mean ± standard deviation over the seeds.", "",
-        "| metric | chance | majority | dense | mixture | n |", "|---|---|---|---|---|---|",
+        "| metric | chance | majority | dense | MoE | n |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     dense = {row["metric"]: row for row in record["dense"]["results"]}
     for row in record["mixture"]["results"]:
@@ -111,7 +111,7 @@ def _show(value: float | None, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the two files; one line where a user must mend something."""
+    """Run what is missing, then write the two files; errors that a user can fix print one line."""
     try:
         compare()
     except ValueError as error:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The data of the demo: fetch real corpora, shard them, learn a tokenizer. What is there already is kept.
-# Where Tux Paint cannot be fetched, the small corpus of this repository stands alone, and the script says so.
+# The data of the demo: fetch real corpora, shard them, train a tokenizer. Steps whose output exists are skipped.
+# If Tux Paint cannot be fetched, the script warns and uses only the small corpus of this repository.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/steps.sh
 source launch/steps.sh
 
-# shard NAME CORPUS OPTION...: into data/demo/NAME, which appears only when it is whole; a second call goes on.
+# shard NAME CORPUS OPTION...: into data/demo/NAME, which exists only when it is complete; a second call resumes.
 shard() {
   local out=data/demo/$1 corpus=data/corpora/$2
   shift 2
@@ -21,8 +21,8 @@ make_once "Shard it" data/demo/mini shard mini mini --image-size 96 --audio-rate
 
 config=configs/demo.yaml
 manifests=(data/corpora/mini/manifest.jsonl)
-# The step stands in a condition, so its failure does not end the script.
-if make_once "Fetch the Tux Paint corpus (pictures, words and voices; 161 MB)" data/corpora/tuxpaint/manifest.jsonl \
+# In a condition, so that its failure does not end the script.
+if make_once "Fetch the Tux Paint corpus (images, words and voices; 161 MB)" data/corpora/tuxpaint/manifest.jsonl \
   mmmoe-data corpus tuxpaint --out data/corpora/tuxpaint; then
   manifests+=(data/corpora/tuxpaint/manifest.jsonl)
   make_once "Shard the named stamps" data/demo/tuxpaint-named \
@@ -32,7 +32,7 @@ if make_once "Fetch the Tux Paint corpus (pictures, words and voices; 161 MB)" d
 else
   config=configs/demo_mini.yaml
   echo
-  echo "!! The Tux Paint corpus could not be fetched (the messages above say why)."
+  echo "!! The Tux Paint corpus could not be fetched (see the messages above)."
 fi
 
 tokenizer=$(setting tokenizer "$config")

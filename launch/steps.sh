@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: the environment, and steps that say what they do and how long they took.
+# Sourced by the scripts beside it: the environment, and steps that print their title and duration.
 
 if [[ -d .venv/bin ]]; then
   PATH=$PWD/.venv/bin:$PATH
@@ -8,7 +8,7 @@ fi
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# step TITLE COMMAND...: run it, and say how long it took.
+# step TITLE COMMAND...: run it, and print its duration.
 step() {
   local title=$1 start=$SECONDS
   shift
@@ -19,13 +19,13 @@ step() {
   echo "   done in $((SECONDS - start)) s"
 }
 
-# make_once TITLE FILE COMMAND...: a step that is left out where FILE, its last output, is there.
+# make_once TITLE FILE COMMAND...: a step that is skipped if FILE, its last output, exists.
 make_once() {
   local title=$1 file=$2
   shift 2
   if [[ -e $file ]]; then
     echo
-    echo "== $title: $file is there already"
+    echo "== $title: $file exists, skipped"
   else
     step "$title" "$@"
   fi

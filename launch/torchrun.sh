@@ -2,9 +2,9 @@
 # Run an mmmoe command on N processes of this machine: launch/torchrun.sh N COMMAND [ARGUMENT...]
 # More processes than cores is fine; it is slower, and the numbers are the same.
 #
-# SIGTERM, SIGUSR1 (Slurm: --signal=B:USR1@120) and Ctrl-C: training saves itself, and this script exits with 75,
-# "start me again". Where a rank dies, all are started again and go on from the last checkpoint, MAX_RESTARTS times
-# (3). Other exit codes: 0 done, 2 an error that a new start does not mend, 76 a rank hung, 1 any other failure.
+# SIGTERM, SIGUSR1 (Slurm: --signal=B:USR1@120) and Ctrl-C: training saves a checkpoint, and this script exits with 75
+# (restart it). If a rank crashes, all are restarted and resume from the last checkpoint, MAX_RESTARTS times (3).
+# Other exit codes: 0 done, 2 an error that a restart does not fix, 76 a rank hung, 1 any other failure.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -28,12 +28,12 @@ fi
 # Tensor parallelism on GPUs overlaps with communication only where kernels start in the order of their launch.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Workers get a store of their own: keys left in a shared one break restarts (pytorch #135712).
+# Workers get their own store: keys left in a shared one break restarts (pytorch #135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-# What the script and its workers tell each other: stop, please; and why they ended (mmmoe_pretrain/exit_codes.py).
+# Two files between the script and its workers: a request to stop, and their exit code (mmmoe_pretrain/exit_codes.py).
 talk=$(mktemp -d)
 trap 'rm -rf "$talk"' EXIT
 export MMMOE_STOP_FILE=$talk/stop MMMOE_EXIT_FILE=$talk/exit_code
@@ -49,16 +49,16 @@ ask_to_stop() {
     exit 130
   fi
   echo "$1" >"$MMMOE_STOP_FILE" # first: after a SIGHUP there is no terminal to write to
-  echo "torchrun.sh: $1: training saves itself and ends" >&2 || true
+  echo "torchrun.sh: $1: training saves a checkpoint and ends" >&2 || true
 }
 for signal in TERM USR1 INT HUP; do
   # shellcheck disable=SC2064 # the name of this signal, now
   trap "ask_to_stop SIG$signal" "$signal"
 done
 
-set -m # torchrun gets a process group of its own: Ctrl-C reaches this script alone
+set -m # torchrun gets its own process group: Ctrl-C reaches only this script
 (
-  # torchrun kills its workers 30 s after a SIGTERM, and dies of SIGUSR1; schedulers may send both to every process.
+  # torchrun kills its workers 30 s after a SIGTERM, and terminates on SIGUSR1; schedulers may send both to every process.
   trap '' TERM USR1
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
     --max-restarts "$restarts" --signals-to-handle SIGHUP,SIGQUIT -m mmmoe_pretrain.cli "$@"
@@ -74,7 +74,7 @@ done
 
 reason=$(cat "$MMMOE_EXIT_FILE" 2>/dev/null || true)
 case $status:$reason in
-  0:75 | 0:2) status=$reason ;; # stopped after saving; an error that ended workers which were started again
+  0:75 | 0:2) status=$reason ;; # stopped after saving; an error that ended restarted workers
   0:*) ;;
   *:2 | *:76) status=$reason ;;
 esac

@@ -1,48 +1,44 @@
-"""The values that travel from the loader to the model: one sample, and one packed microbatch.
+"""The values that travel from the loader to the model: a sample, its segments, and one packed microbatch.
 
-Owns the vocabulary of modalities and the shape legend of the whole project; knows nothing of
-files, models or communication.
+Defines the terms for sequences and the shape legend of the whole project. Independent of files, models,
+communication, and of the names of modalities and objectives.
 
-Shape legend: B samples in a microbatch, T tokens in the stream, S segments, D hidden size,
-H heads, F expert hidden size, E experts, E_local experts on this rank, K experts a token,
-C capacity, M modalities, X tasks, V vocabulary. A tensor whose layout is not obvious carries it as a
-suffix: ``x_TD``, ``expert_ids_TK``.
+Shape legend: B samples in a microbatch, T tokens in the stream, S segments, D hidden size, H heads, F expert hidden
+size, E experts, E_local experts on this rank, K experts per token, C capacity, M modalities, X tasks, V vocabulary. A
+tensor whose layout is not obvious carries it as a suffix: ``x_TD``, ``expert_ids_TK``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MODALITIES: tuple[str, ...] = ("image", "audio", "text")
-MODALITY_ID: dict[str, int] = {name: i for i, name in enumerate(MODALITIES)}
-TASKS: tuple[str, ...] = ("contrastive", "captioning")  # what a segment is trained for
-TASK_ID: dict[str, int] = {name: i for i, name in enumerate(TASKS)}
 IGNORE = -100  # a target that takes no part in a loss
 
 
 @dataclass(frozen=True)
 class SampleMeta:
-    """What is known of a sample beside its content; every field but ``key`` may be empty. Several shards may use
-    a key."""
+    """The metadata of a sample; every field but ``key`` may be empty. Several shards may use
+    a key. ``tags``: other short strings of its JSON."""
 
     key: str
     group: str = ""  # samples that show the same thing share a group and are never negatives
     language: str = ""
     label: str = ""
     subset: str = ""
-    audio_kind: str = ""  # "speech" or "effect"
     source: str = ""
     shard: str = ""  # the file that holds it
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """What no other sample has."""
+        """Unique among all samples."""
         return f"\0{self.shard}\0{self.key}"
 
     @property
@@ -50,68 +46,125 @@ class SampleMeta:
         """The group; a sample without one is a group of its own."""
         return self.group or self.identity
 
+    def get(self, name: str) -> str:
+        """A field or a tag; empty where the sample has none."""
+        return str(getattr(self, name, "")) if name in META_FIELDS else self.tags.get(name, "")
+
+
+META_FIELDS = ("group", "language", "label", "subset", "source")  # of a sample's JSON that have a meaning here
+
+
+@dataclass(frozen=True)
+class Item:
+    """One decoded item of a sample: ``value`` is the result of its modality's ``decode``. ``raw``: the string in the
+    shard, if it is one. ``loss``: False if none of its tokens is a target."""
+
+    modality: str
+    value: np.ndarray
+    raw: str = ""
+    loss: bool = True
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample; a modality that it lacks is None.
-
-    ``image``: uint8 [3, size, size]. ``audio``: float32 log-mel [n_mels, frames].
-    ``text``: int64 token ids [n], without begin or end marks.
-    """
+    """One decoded sample: its items in order. A triple has three, each of another modality; a document has any
+    number, in reading order."""
 
     meta: SampleMeta
-    image: np.ndarray | None = None
-    audio: np.ndarray | None = None
-    text: np.ndarray | None = None
-    raw_text: str = ""
+    items: tuple[Item, ...] = ()
+    document: bool = False  # the order of the items has a meaning
 
     def has(self, modality: str) -> bool:
-        """True if the sample carries ``modality``."""
-        return getattr(self, modality) is not None
+        """True if the sample has an item of ``modality``."""
+        return self.index(modality) is not None
+
+    def index(self, modality: str) -> int | None:
+        """The number of the first item of ``modality``."""
+        return next((i for i, item in enumerate(self.items) if item.modality == modality), None)
+
+    def first(self, modality: str) -> Item | None:
+        """The first item of ``modality``."""
+        return next((item for item in self.items if item.modality == modality), None)
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The segments of a stream in their order, as numbers of tokens [S], known on the host.
+class Part:
+    """The tokens ``start`` to ``stop`` of item ``item`` of a sample, as a part of a segment.
 
-    Tokens of a segment attend to each other. In a segment with a prefix (``prefixes`` > 0) the prefix attends to
-    itself, and what follows it to the prefix and, causally, to itself.
+    ``attention``: tokens of ``full`` parts attend to each other in both directions; those of ``causal`` parts to
+    themselves and to all before them; a part that is ``alone`` attends to itself only. ``targets``: int64
+    [stop - start], IGNORE where there is none. Positions count from ``first_position``.
     """
 
+    item: int
+    start: int
+    stop: int
+    attention: Literal["full", "causal", "alone"] = "full"
+    targets: np.ndarray | None = None
+    first_position: int = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one sample for one ``task``. Full parts come before causal ones, which attend to them.
+    ``representation``: the name under which its tokens are pooled, or empty."""
+
+    task: str
+    parts: tuple[Part, ...]
+    representation: str = ""
+
+    def __post_init__(self) -> None:
+        order = ["full causal".find(part.attention) for part in self.parts if part.attention != "alone"]
+        assert order == sorted(order), f"a full part stands after a causal one: {self.parts}"
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """Runs of consecutive tokens of a stream, as numbers of tokens, known on the host. Tokens of different blocks
+    never attend to each other. The first ``full[i]`` tokens of block i attend to each other in both directions;
+    those after them causally: to themselves and to all before them."""
+
     lengths: tuple[int, ...]
-    prefixes: tuple[int, ...]
+    full: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of one task: int64 [N] rows of the stream, and the token that follows each."""
+
+    rows: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed microbatch: raw inputs by modality, and the stream that is laid over them.
+    """One packed microbatch: the inputs of the embedders, by modality, and the stream made of their outputs.
 
-    An embedder turns the inputs of modality m into rows ``[rows_m, D]``; the stream takes
-    ``emb_m[source[m]]`` at its rows ``rows[m]``. One image may stand in the stream twice (in
-    its own segment and as the prefix of a caption) and is embedded once.
-
-    Segments with ``pool_sample[s] >= 0`` are *unimodal*: all tokens of one modality of one
-    sample, attending to each other in both directions, pooled for contrastive objectives.
-    The others are *fused*: a prefix (image or audio) and a text that attends causally.
+    The embedder of modality m turns ``inputs[m]`` into rows ``[rows_m, D]``; the stream takes ``emb_m[source[m]]`` at
+    its rows ``rows[m]``. One item may be in several segments and is embedded once. Mappings of one batch have
+    the modalities, tasks and representations of the run in the config's order, whatever modalities the samples have.
     """
 
-    images: Tensor  # uint8 [n_image, 3, size, size]
-    audio: Tensor  # float32 [n_audio, n_mels, frames]; padded with the codec's silence
-    audio_frames: Tensor  # int64 [n_audio]: valid frames
-    text_ids: Tensor  # int64 [n_text_tokens]: all text inputs, begin marks included
+    inputs: dict[str, dict[str, Tensor]]
+    rows: dict[str, Tensor]  # by modality: rows of the stream, int64 [n]
+    source: dict[str, Tensor]  # by modality: rows of the embedder's output, int64 [n]
     modality_ids: Tensor  # int64 [T]; padding carries 0 and valid = False
     segment_ids: Tensor  # int64 [T]; padding carries -1
-    positions: Tensor  # int64 [T]: position within the modality's run inside its segment
+    positions: Tensor  # int64 [T]: for rotary positions
+    keys: Tensor  # int64 [T]: the id of a discrete token, else its number in its item
     valid: Tensor  # bool [T]
-    targets: Tensor  # int64 [T]: next token of a caption, else IGNORE
-    rows: tuple[Tensor, ...]  # by modality: rows of the stream, int64 [n]
-    source: tuple[Tensor, ...]  # by modality: rows of the embedder's output, int64 [n]
-    segments: Segments
-    pool_sample: Tensor  # int64 [S]: sample of a unimodal segment, else -1
-    pool_modality: Tensor  # int64 [S]: its modality, else -1
-    present_MB: Tensor  # bool [M, B]: sample b has a unimodal segment of modality m
+    task_ids: Tensor  # int64 [S]
+    attention: AttentionBlocks
+    targets: dict[str, Targets]  # by task, of those that predict tokens
+    pooled: dict[str, Tensor]  # by representation: int64 [B], the segment of each sample, or -1
     group_ids: Tensor  # int64 [B]: hash of the sample's group
-    metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has present_MB False everywhere
+    metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has no segment
 
     @property
     def num_tokens(self) -> int:
@@ -120,19 +173,27 @@ class Batch:
 
     @property
     def num_valid(self) -> int:
-        """Tokens without padding; known on the host, so that no GPU is waited for."""
-        return sum(rows.shape[0] for rows in self.rows)
+        """Tokens without padding; known on the host, without a GPU synchronization."""
+        return sum(self.attention.lengths)
+
+    @property
+    def num_segments(self) -> int:
+        return int(self.task_ids.shape[0])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return dataclasses.replace(
-            self, **{f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
-        )
+        return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
+def map_leaves(value: Any, kind: type, function: Any) -> Any:
+    """Apply ``function`` to every ``kind`` in ``value``, through tuples, dicts and dataclasses."""
+    if isinstance(value, kind):
+        return function(value)
+    if type(value) is tuple:
+        return tuple(map_leaves(item, kind, function) for item in value)
+    if type(value) is dict:
+        return {name: map_leaves(item, kind, function) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: map_leaves(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
     return value

@@ -1,8 +1,7 @@
 """The command line: ``mmmoe train``, ``evaluate``, ``routing``, ``experts``, ``export`` and ``import``.
 
-Heavy imports wait until a command runs, so that ``--help`` answers at once. What a user can
-mend (ValueError) ends with one line and exit code 2; anything else is a defect and shows its
-traceback.
+Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
+print one line and exit with code 2; other errors are bugs and show their traceback.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ app = typer.Typer(
     help="Pretrain multimodal mixture-of-experts transformers.",
 )
 app.add_typer(experts, name="experts")
+configs = typer.Typer(no_args_is_help=True, help="Work on configs.")
+app.add_typer(configs, name="config")
 app.command("export")(export)
 app.command("import")(import_)
 
@@ -40,10 +41,10 @@ def train(
 ) -> None:
     """Train on this process, or on all ranks of torchrun. A run that has a checkpoint resumes from it.
 
-    Exit codes: 0 done, 2 an error that you can mend, 75 told to stop, and saved: start it again; 76 a rank hung.
+    Exit codes: 0 done, 2 an error that you can fix, 75 saved after a signal (start it again), 76 a rank hung.
     """
     from mmmoe_pretrain.train.loop import train as run_training
-    from mmmoe_pretrain.train.resume import config_to_train
+    from mmmoe_pretrain.train.start import config_to_train
 
     code = run_training(config_to_train(config, overrides or []), resume=resume, overwrite=overwrite)
     raise typer.Exit(exit_codes.record(code))
@@ -79,12 +80,45 @@ def routing(
     overrides: Overrides = None,
     test: Test = None,
     out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN/routing.")] = None,
-    top: Annotated[int, typer.Option(help="Top tokens shown for each expert and modality.")] = 8,
+    top: Annotated[int, typer.Option(help="Top-activating tokens shown for each expert and modality.")] = 8,
 ) -> None:
-    """Show where the router sends tokens, and each expert's highest-probability tokens."""
+    """Show where the router sends tokens, and each expert's top-activating tokens."""
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
     routing_command(run, test or [], out, top, overrides or [])
+
+
+@configs.command("upgrade")
+def upgrade(
+    file: Annotated[Path, typer.Argument(callback=given, help="A run's YAML file.")],
+) -> None:
+    """Rewrite a config of an earlier version in the current format; the old file is kept as FILE.old."""
+    import yaml
+
+    from mmmoe_pretrain import config as run_config
+    from mmmoe_pretrain.config.upgrade import needs_upgrade, upgraded
+    from mmmoe_pretrain.untrusted import read_yaml
+
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is a run, and its checkpoints have one tensor for all modalities instead of one for each; "
+            f"resume it with the version that began it, or upgrade a copy of {file / 'config.yaml'} and train again"
+        )
+    if not file.is_file():
+        raise ValueError(f"no config at {file}")
+    values = read_yaml(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}, not a mapping of sections")
+    if not needs_upgrade(values):
+        print(f"{file} needs no change")
+        return
+    new, kept = upgraded(values), file.with_name(file.name + ".old")
+    run_config.parse(new, where=f"{file}, upgraded")
+    if kept.exists():
+        raise ValueError(f"{kept} exists, and would be lost; move it away")
+    kept.write_bytes(file.read_bytes())
+    file.write_text(yaml.safe_dump(new, sort_keys=False), encoding="utf-8")
+    print(f"wrote {file}; the old one, with its comments, is {kept}")
 
 
 def main() -> None:
@@ -99,7 +133,7 @@ def main() -> None:
     except ValueError as error:
         rank = os.environ.get("RANK")
         print(f"mmmoe: {'rank ' + rank + ': ' if rank else ''}{error}", file=sys.stderr)
-        passing = isinstance(error, exit_codes.Restartable | OSError)  # a storage that does not answer now
+        passing = isinstance(error, exit_codes.Restartable | OSError)  # a storage that does not respond
         code = exit_codes.FAULT if passing else exit_codes.USER_ERROR
         sys.exit(exit_codes.record(code))
 

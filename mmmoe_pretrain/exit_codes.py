@@ -1,8 +1,8 @@
-"""How a process of a run ends, in numbers that launchers and schedulers act upon.
+"""Exit codes for launchers and schedulers.
 
-torchrun makes 1 of every worker's failure, and starts workers again that fail, stopped ones included. So
-under ``launch/torchrun.sh``, which names a file in MMMOE_EXIT_FILE, a worker writes its code there, ends
-with 0 where no new start is wanted, and the script ends with the code of the file.
+torchrun turns every failure of a worker into 1, and restarts workers that fail, stopped ones included. So under
+``launch/torchrun.sh``, which names a file in MMMOE_EXIT_FILE, a worker writes its code there and exits with 0 where
+it must not be restarted; the script exits with the code of the file.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 from pathlib import Path
 
 DONE = 0
-FAULT = 1  # a defect, or a fault that a new start from the last checkpoint may mend
-USER_ERROR = 2  # a new start would end the same way
-STOPPED = 75  # EX_TEMPFAIL: told to stop (SIGTERM, SIGUSR1), and saved; start it again
+FAULT = 1  # a defect, or a fault that a restart from the last checkpoint may fix
+USER_ERROR = 2  # a restart would end the same way
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal (SIGTERM, SIGUSR1) after saving; start it again
 HUNG = 76  # a rank made no progress
 
 EXIT_FILE = "MMMOE_EXIT_FILE"
 
 
 class Restartable(ValueError):
-    """What went wrong, in a line; the run may go on from its last checkpoint in new processes."""
+    """An error after which the run may resume from its last checkpoint in new processes."""
 
 
 def record(code: int) -> int:
-    """Tell the launcher, if one listens, why this process ends; the code for the process itself."""
+    """Write ``code`` for the launcher, if there is one; the code that this process must exit with."""
     path = os.environ.get(EXIT_FILE)
     if path is None:
         return code
@@ -35,7 +35,7 @@ def record(code: int) -> int:
 
 
 def ended_for_good() -> bool:
-    """Is this a worker that torchrun started again after an error that no new start mends?"""
+    """Whether torchrun restarted this worker after an error that no restart fixes."""
     path = os.environ.get(EXIT_FILE)
     if path is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not Path(path).is_file():
         return False
@@ -43,7 +43,7 @@ def ended_for_good() -> bool:
 
 
 def forget_earlier() -> None:
-    """The first process of a machine clears what an earlier start wrote, or a hang long ago would name the end."""
+    """The first process of a machine deletes the code of an earlier start, so that it is not taken for this one's."""
     path = os.environ.get(EXIT_FILE)
     if path is None or os.environ.get("LOCAL_RANK", "0") != "0" or not Path(path).is_file():
         return

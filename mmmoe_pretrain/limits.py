@@ -1,7 +1,6 @@
-"""Which files are read as an image, audio or text, what they may be, other names of fields, and what decoders raise
-on a damaged file.
+"""Limits of a sample's files, aliases of fields, and the errors of decoders on damaged files.
 
-Shared by the codecs, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
+Shared by the modalities, the loader and ``mmmoe-data``, so that what is sharded can be loaded. Imports
 nothing heavy. Limits are checked by the header, before anything is decoded.
 """
 
@@ -14,13 +13,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-# The last part of a member's extension -> what it is read as. Of several the earlier one is preferred.
-MODALITY_OF: dict[str, str] = {
-    **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"), "image"),
-    **dict.fromkeys(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3"), "audio"),
-    **dict.fromkeys(("txt", "text", "caption"), "text"),
-}
-# Other names of a field, in a manifest and in a sample's JSON alike.
+# Other names of a field, in a manifest and in a sample's JSON.
 FIELD_ALIASES = {
     "__key__": "key",
     "id": "key",
@@ -34,8 +27,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no format that 
 MAX_PIXELS = 64_000_000  # decoded ones: a JPEG may be decoded at a half, a quarter or an eighth of its size
 MAX_SIDE = 65_535  # pixels; an image of one column costs Pillow seconds a million rows
 MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: each scan goes over all of them
-SOUND_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
-SOUND_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # libsndfile reads two dozen formats more
+AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+AUDIO_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # libsndfile reads two dozen formats more
 MAX_CLIP_SECONDS = 600.0
 MAX_CLIP_SAMPLES = 64_000_000  # over all channels
 MAX_CHANNELS = 32
@@ -43,7 +36,7 @@ SAMPLE_RATES = (1_000, 384_000)  # Hz
 MAX_TEXT_BYTES = 1 << 20
 MAX_META_BYTES = 1 << 20  # of a sample's JSON, and of a manifest's line
 MAX_MEMBER_BYTES = 256 << 20  # of any file of a sample: read whole
-MAX_KEY_BYTES = 512  # keys stand in memory as an array as wide as the longest
+MAX_KEY_BYTES = 512  # keys are an array in memory, as wide as the longest one
 MAX_NAME_BYTES = 1024
 
 # Characters of no width or form of their own, beside spaces, control and format characters: Unicode's
@@ -79,10 +72,10 @@ def use_aliases(fields: dict[str, Any]) -> None:
 
 
 def has_text(text: str) -> bool:
-    """Whether ``text`` says anything: the one rule of `mmmoe-data`, of the loader and of the tokenizer.
+    """Whether ``text`` has visible content: the rule of `mmmoe-data`, of the loader and of the tokenizer.
 
     White space, control characters (Cc), format characters (Cf: zero-width spaces and joiners, marks of direction,
-    the byte order mark) and variation selectors alone are no text.
+    the byte order mark) and variation selectors alone do not count as text.
     """
     return not all(map(_is_blank, text))
 
@@ -103,7 +96,7 @@ def _is_blank(letter: str) -> bool:
 
 
 def decoder_reason(error: Exception) -> str:
-    """What a decoder says of a damaged file, without the addresses of objects, which differ from run to run."""
+    """A decoder's error message without addresses of objects, which differ from run to run."""
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "it", getattr(error, "error_string", "") or str(error))
     says_little = not text or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError)
     return ": ".join(filter(None, [type(error).__name__ if says_little else "", text]))
@@ -112,22 +105,22 @@ def decoder_reason(error: Exception) -> str:
 def start_problem(data: bytes, formats: Sequence[str]) -> str:
     """That a file begins like none of ``formats``, as the rest of a sentence."""
     begins = f"begins with {data[:16]!r}" if data else "is empty"
-    return f"{begins} and is no {', '.join(formats[:-1])} or {formats[-1]}"
+    return f"{begins} and is not {', '.join(formats[:-1])} or {formats[-1]}"
 
 
 def image_problem(size: tuple[int, int], decoded: tuple[int, int], scans: int) -> str | None:
-    """What a header says that no usable image has, as the rest of a sentence; None if it is fine.
+    """Why an image with this header cannot be used, as the end of a sentence; None if it can.
 
     ``decoded``: the width and height at which it is decoded.
     """
     width, height = size
-    told = f"of {width} x {height} pixels"
+    pixels = f"of {width} x {height} pixels"
     if decoded[0] * decoded[1] > MAX_PIXELS:
-        return f"{told} exceeds the limit of {MAX_PIXELS} decoded pixels; shrink it"
+        return f"{pixels} exceeds the limit of {MAX_PIXELS} decoded pixels; shrink it"
     if max(width, height) > MAX_SIDE:
-        return f"{told} exceeds the limit of {MAX_SIDE} pixels a side"
+        return f"{pixels} exceeds the limit of {MAX_SIDE} pixels a side"
     if width * height * scans > MAX_SCANNED_PIXELS:
-        return f"{told} in {scans} scans exceeds the limit of {MAX_SCANNED_PIXELS} pixels"
+        return f"{pixels} in {scans} scans exceeds the limit of {MAX_SCANNED_PIXELS} pixels"
     return None
 
 
@@ -137,8 +130,8 @@ def jpeg_scans(data: bytes) -> int:
 
 
 def jpeg_held_whole(data: bytes) -> bool:
-    """Must a decoder hold the coefficients of the whole image, at whatever scale it decodes: is the JPEG progressive,
-    or does each colour have a scan of its own? (ISO 10918-1, B.1.1.4 to B.2.3)"""
+    """Whether a decoder holds the coefficients of the whole image at any scale: the JPEG is progressive, or each
+    colour has its own scan (ISO 10918-1, B.1.1.4 to B.2.3)"""
     at, sequential, components = 2, False, 0
     while data[at : at + 1] == b"\xff" and at + 4 < len(data):
         marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
@@ -150,13 +143,13 @@ def jpeg_held_whole(data: bytes) -> bool:
     return True
 
 
-def sound_start_problem(data: bytes) -> str | None:
+def audio_start_problem(data: bytes) -> str | None:
     """Whether ``data`` begins like none of the formats that are read, before any decoder sees it."""
-    return None if data.startswith(SOUND_STARTS) else start_problem(data, SOUND_FORMATS)
+    return None if data.startswith(AUDIO_STARTS) else start_problem(data, AUDIO_FORMATS)
 
 
-def sound_problem(sample_rate: int, channels: int, frames: int) -> str | None:
-    """What a header says that no usable sound has, as the rest of a sentence; None if it is fine."""
+def audio_problem(sample_rate: int, channels: int, frames: int) -> str | None:
+    """Why a clip with this header cannot be used, as the end of a sentence; None if it can."""
     if not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
         return f"at {sample_rate} Hz is outside {SAMPLE_RATES} Hz"
     if channels > MAX_CHANNELS:

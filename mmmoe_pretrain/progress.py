@@ -1,6 +1,7 @@
-"""Progress on stderr of whatever lasts above two seconds: a bar on a terminal, else a plain line now and then.
+"""Progress on stderr of operations that take more than two seconds: a bar on a terminal, else a line every ten
+seconds.
 
-Of the ranks of a job, the first alone prints it.
+Of the ranks of a job, only rank 0 prints it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """What is done of ``total`` (None: unknown), told with its rate and the time left while this is open.
+    """Prints what is done of ``total`` (None: unknown), its rate and the time left, from ``with`` to its end.
 
     ``scale`` is what one ``unit`` is made of: ``Progress("a.tar", size, "MB", scale=10**6)``.
     """
@@ -37,7 +38,7 @@ class Progress:
         self.restart(0, total)
 
     def restart(self, done: float, total: float | None) -> None:
-        """Begin at ``done``, which took no time."""
+        """Start again at ``done``, which does not count for the rate."""
         self.done, self.total, self._first, self._begun = done, total, done, time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -58,9 +59,9 @@ class Progress:
         seconds = max(time.monotonic() - self._begun, 1e-9)
         rate = (self.done - self._first) / seconds
         if not self._unit or rate <= 0:
-            return f"{self.what}: {_clock(seconds)} so far"
+            return f"{self.what}: {clock(seconds)} so far"
         total = f" of {self._amount(self.total)}" if self.total else ""
-        left = f", {_clock(max(self.total - self.done, 0) / rate)} left" if self.total else ""
+        left = f", {clock(max(self.total - self.done, 0) / rate)} left" if self.total else ""
         return f"{self.what}: {self._amount(self.done)}{total} {self._unit}, {self._amount(rate)} a second{left}"
 
     def _amount(self, value: float) -> str:
@@ -84,14 +85,15 @@ class Progress:
 
 
 def track(items: Iterable[T], what: str, total: int | None, unit: str) -> Iterator[T]:
-    """``items``, and how many of them have been taken."""
+    """``items``, with progress as they are taken."""
     with Progress(what, total, unit) as progress:
         for item in items:
             yield item
             progress.advance()
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def clock(seconds: float) -> str:
+    """200 -> ``3:20``, 3725 -> ``1:02:05``."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

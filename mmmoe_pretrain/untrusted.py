@@ -37,16 +37,16 @@ def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except RecursionError:
-        raise ValueError(f"{where} is no JSON that can be read (it is nested too deeply)") from None
+        raise ValueError(f"{where} is not JSON that can be read (it is nested too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error})") from None
+        raise ValueError(f"{where} is not JSON ({error})") from None
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in the JSON file ``path``. Raises ValueError that names it, FileNotFoundError where it is absent."""
     value = parse_json(read_bytes(path, limit), str(path), limit)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, no JSON object")
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
 
 
@@ -54,7 +54,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a plain file (a pipe would never end) of at most ``limit`` bytes."""
     status = path.stat()
     if not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+        raise ValueError(f"{path} is not a plain file")
     if status.st_size > limit:
         raise ValueError(f"{path} has {status.st_size} bytes, and at most {limit} are read")
     return path.read_bytes()

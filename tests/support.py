@@ -15,9 +15,10 @@ import soundfile
 from PIL import Image
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.modalities import build_modalities
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "grey": (120, 120, 120),
            "yellow": (240, 230, 40), "black": (10, 10, 10),
@@ -36,13 +37,13 @@ def things(count: int) -> list[dict[str, Any]]:
 def write_shards(
     folder: Path, rows: list[dict[str, Any]], lacking: tuple[str, ...] = (), corrupt: tuple[str, ...] = ()
 ) -> Path:
-    """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``; the pictures
+    """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``; the images
     of the keys in ``corrupt`` are broken."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for row in rows:
-            picture = b"no picture" if row["key"] in corrupt else _png(row)
-            members = {"image": ("png", picture), "audio": ("wav", _wav(row)),
+            image = b"not an image" if row["key"] in corrupt else _png(row)
+            members = {"image": ("png", image), "audio": ("wav", _wav(row)),
                        "text": ("txt", row["name"].encode())}  # fmt: skip
             meta = {"group": row["group"], "label": row["label"], "language": "en", "subset": "named",
                     "audio_kind": "speech"}  # fmt: skip
@@ -85,13 +86,14 @@ def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
         "runs_dir": str(root / "runs"),
         "data": {"train": [{"path": str(root / "train")}], "tokenizer": str(root / "tokens.model"),
                  "num_workers": 0},
-        "modalities": {"image": {"size": 16, "stem_channels": 8},
-                       "audio": {"max_seconds": 0.4, "stem_channels": 8}, "text": {"max_tokens": 16}},
+        "modalities": {"image": {"kind": "image", "size": 16, "stem_channels": 8},
+                       "audio": {"kind": "audio", "max_seconds": 0.4, "stem_channels": 8},
+                       "text": {"kind": "text", "max_tokens": 16}},
         "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 16,
                   "embedding_size": 8},
         "moe": {"num_experts": 4, "expert_hidden_size": 8,
                 "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001}},
-        "objectives": {"captioning": {"weight": 0.5, "fraction": 0.5}},
+        "objectives": objectives(captioning={"fraction": 0.5}),
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "train": {"steps": 20, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1,
                   "heatmap_every": 1000},
@@ -100,27 +102,50 @@ def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
     return {**values, **sections}
 
 
+AS_IT_IS: dict[str, Any] = {}
+
+
+def objectives(
+    contrastive: dict[str, Any] | None = AS_IT_IS, captioning: dict[str, Any] | None = AS_IT_IS
+) -> dict[str, Any]:
+    """The values of the section with both objectives, more of their settings, or without one (None)."""
+    pairs = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}
+    both = {
+        "contrastive": (contrastive, {"kind": "contrastive", "pairs": pairs}),
+        "captioning": (captioning, {"kind": "next_token", "parts": [["image", "audio"], "text"], "weight": 0.5}),
+    }
+    return {name: {**fixed, **more} for name, (more, fixed) in both.items() if more is not None}  # fmt: skip
+
+
 def tiny_config(root: Path, **sections: Any) -> RunConfig:
     """``tiny_values`` as a config."""
     return run_config.parse(tiny_values(root, **sections))
 
 
+BEGIN, END = 1, 2  # marks of a text
+
+
 def random_sample(seed: int, has: str, config: RunConfig, vocab_size: int = 48) -> Sample:
-    """A sample of noise with the modalities whose first letters are in ``has``."""
+    """A sample of noise with the modalities whose first letters are in ``has``; texts are short."""
     rng = np.random.default_rng(seed)
-    size, audio = config.modalities.image.size, config.modalities.audio
-    frames = audio.patch * int(rng.integers(1, audio.max_tokens + 1))
-    return Sample(
-        SampleMeta(key=f"sample-{seed}", group=f"g{seed}"),
-        image=rng.integers(0, 256, (3, size, size), dtype=np.uint8) if "i" in has else None,
-        audio=rng.normal(size=(audio.n_mels, frames)).astype(np.float32) if "a" in has else None,
-        text=rng.integers(4, vocab_size, int(rng.integers(1, 8))) if "t" in has else None,
-    )
+    items = []
+    for name, modality in build_modalities(config.modalities, decoding=False).items():
+        if name[0] not in has:
+            continue
+        if modality.predictable:
+            value = np.asarray([BEGIN, *rng.integers(4, vocab_size, int(rng.integers(1, 8))), END])
+        else:
+            value = modality.example(rng)
+        items.append(Item(name, value))
+    return Sample(SampleMeta(key=f"sample-{seed}", group=f"g{seed}"), tuple(items))
+
+
+def pack_settings(config: RunConfig) -> PackSettings:
+    """For samples that are decoded already: no tokenizer is read."""
+    return PackSettings.from_config(config, build_modalities(config.modalities, decoding=False))
 
 
 def random_batch(config: RunConfig, modalities: list[str], seed: int = 0) -> Batch:
     """Samples of noise, packed; e.g. ``["iat", "it", "a"]``."""
-    captioning = config.objectives.captioning
-    settings = PackSettings(config.modalities, 1, 2, captioning if captioning.weight else None, config.seed)
     samples = [random_sample(1000 * seed + i, has, config) for i, has in enumerate(modalities)]
-    return pack(samples, settings)
+    return pack(samples, pack_settings(config))

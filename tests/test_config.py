@@ -1,13 +1,26 @@
 """Reading a run's YAML: what is refused, and with which words."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mmmoe_pretrain import config as run_config
-from tests.support import tiny_values
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.cli import upgrade
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.upgrade import needs_upgrade, upgraded
+from tests.support import objectives, tiny_values
 
 ROOT = Path(__file__).parents[1]
+PAIRS = {"image-text": 1.0}
+
+
+def of(name: str, **settings: Any) -> dict[str, Any]:
+    """The section modalities of the tiny run with more settings of one."""
+    values = tiny_values(Path("unused"))["modalities"]
+    return {**values, name: {**values[name], **settings}}
 
 
 def parse(**sections: object) -> run_config.RunConfig:
@@ -24,22 +37,68 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"moe": {"num_exprts": 4}}, "unknown key 'moe.num_exprts'; did you mean 'num_experts'?"),
     ({"moe": {"losses": {"entropy": 1}}}, "unknown key 'moe.losses.entropy'"),
     ({"data": {"train": [{"path": "a", "wieght": 1}], "tokenizer": "t"}}, "did you mean 'weight'?"),
-    ({"data": {"train": []}}, "data.tokenizer: required"),
+    ({"data": {}}, "data.train: required, and missing"),
     ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1 (got 0)"),
     ({"train": {"steps": "many"}}, "train.steps"),
     ({"moe": {"num_experts": 2, "experts_per_token": 4}}, "moe.experts_per_token 4 exceeds moe.num_experts 2"),
     ({"moe": {"batch_priority": True}}, "moe.capacity_factor null has none"),
     ({"moe": {"num_experts": 4, "losses": {"min_experts": {"image": 5}}}}, "min_experts of image is 5"),
     ({"model": {"hidden_size": 100, "num_heads": 8}}, "use a multiple of 16"),
-    ({"modalities": {"image": {"size": 50, "patch": 16}}}, "image.size 50 is not a multiple of image.patch 16"),
-    ({"modalities": {"audio": {"patch": 6}}}, "audio.patch must be a power of two, not 6"),
-    ({"objectives": {"contrastive": {"weight": 0}}}, "nothing to learn"),
-    ({"objectives": {"contrastive": {"pairs": {}}}}, "nothing to learn"),
-    ({"objectives": {"contrastive": {"weight": 0}, "captioning": {"weight": 1, "prefixes": []}}}, "nothing to learn"),
-    ({"objectives": {"captioning": {"weight": 0.5, "prefixes": []}}}, "captioning.weight 0.5 without prefixes"),
-    ({"objectives": {"contrastive": {"pairs": {"image-text": -1}}}}, "greater than or equal to 0 (got -1)"),
+    ({"model": {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 4}},
+     "num_kv_heads 4 does not divide model.num_heads 6, so that heads of queries could not share those of keys and "
+     "values evenly; use one of [1, 2, 3, 6]"),
+    ({"modalities": of("image", size=50, patch=16)},
+     "modalities.image: size 50 of an image is not a multiple of patch 16"),
+    ({"modalities": of("audio", patch=6)}, "patch must be a power of two, not 6"),
+    ({"modalities": of("image", szie=8)}, "unknown key 'modalities.image.szie'; did you mean 'size'?"),
+    ({"modalities": of("image", size=4)},
+     "modalities.image.size: Input should be greater than or equal to 8 (got 4)"),
+    ({"modalities": {"image": {"kind": "imge"}}},
+     "modalities.image: there is no modality kind 'imge'; did you mean image?"),
+    ({"modalities": {"x": {"kind": "lidar"}}},
+     "there is no modality kind 'lidar'; there are audio, image, series, text"),
+    ({"modalities": {"image": {"size": 64}}},
+     "modalities.image: it has no kind; give one of audio, image, series, text"),
+    ({"modalities": {"image": {"size": 64}}}, "rewritten by mmmoe config upgrade FILE"),
+    ({"modalities": {"image": 3}}, "modalities.image: it has no kind"),
+    ({"modalities": ["image"]}, "modalities holds list, not names with their settings"),
+    ({"modalities": {}}, "modalities: Dictionary should have at least 1 item"),
+    ({"modalities": {"Image": {"kind": "image"}}}, "modalities.Image: a name is at most 40 lower-case letters, "),
+    ({"modalities": {"a-b": {"kind": "image"}}}, "modalities.a-b: a name is at most 40 lower-case letters"),
+    ({"modalities": {3: {"kind": "image"}}}, "modalities.3: a name is at most 40 lower-case letters"),
+    ({"modalities": {"a" * 41: {"kind": "image"}}}, "a name is at most 40 lower-case letters"),
+    ({"modalities": {"type": {"kind": "image"}}},
+     "modalities.type: the name is reserved by torch; choose e.g. type_1"),
+    ({"modalities": of("text", label_with=["imgae"])}, "modalities.text.label_with imgae: it names other modalities"),
+    ({"objectives": {"train": {"kind": "contrastive", "pairs": PAIRS}}}, "objectives.train: the name is reserved"),
+    ({"objectives": {"a": {"kind": "clip"}}}, "there is no objective kind 'clip'; there are contrastive, next_token"),
+    ({"objectives": objectives({"weight": 0}, None)},
+     "none of contrastive has a weight, so there is nothing to learn"),
+    ({"objectives": objectives({"weight": [[0, 0.0], [9, 0.0]]}, None)}, "nothing to learn"),
+    ({"objectives": objectives({"pairs": {"image-text": 0}}, None)}, "nothing to learn"),
+    ({"objectives": {}}, "objectives: Dictionary should have at least 1 item"),
+    ({"objectives": objectives({"pairs": {}}, None)},
+     "objectives.contrastive.pairs: Dictionary should have at least 1"),
+    ({"objectives": objectives({"pairs": {"image-text": -1}})}, "greater than or equal to 0 (got -1)"),
+    ({"objectives": objectives({"pairs": {"image-words": 1}})},
+     "pairs 'image-words' is not two of image, audio, text"),
+    ({"objectives": objectives({"pairs": {"text-text": 1}})}, "pairs 'text-text' is not two of image, audio, text"),
+    ({"representations": {"scene": ["image", "adio"]}},
+     "representations.scene: there is no modality adio; did you mean audio?"),
+    ({"representations": {"text": ["image"]}}, "every modality is a representation under its own name"),
+    ({"representations": {"scene": []}}, "name one modality or more"),
+    ({"representations": {"scene": ["image", "image"]}}, "name one modality or more, each once"),
+    ({"modalities": {"a": {"kind": "image", "members": ["png"]}, "b": {"kind": "image", "members": [".PNG"]}}},
+     "members names png more than once"),
+    ({"objectives": {"total": {"kind": "next_token"}}}, "that of other losses; choose e.g. total_1"),
+    ({"representations": {"forward": ["image"]}}, "representations.forward: the name is reserved"),
+    ({"moe": {"losses": {"min_experts": {"imge": 2}}}},
+     "moe.losses.min_experts: there is no modality imge; did you mean image?"),
+    ({"moe": {"losses": {"entropy_modalities": ["video"]}}}, "the modalities are image, audio, text"),
+    ({"evaluate": {"rows": {"image-txt": {"subset": ["a"]}}}},
+     "evaluate.rows 'image-txt' is not two of image, audio, text joined by -; e.g. image-audio"),
     ({"moe": {"every": 3}}, "moe.every 3 exceeds model.num_layers 2"),
-    ({"evaluate": {"prompt": "a picture of {label}"}}, "must hold {} once"),
+    ({"evaluate": {"prompt": "an image of {label}"}}, "must hold {} once"),
     ({"runs_dir": None}, "runs_dir: Input should be a valid string (got None; YAML reads ~ alone as null, so"),
     ({"name": "../elsewhere"}, "name: String should match pattern"),
 ])  # fmt: skip
@@ -63,12 +122,23 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-MINIMAL = "name: a\ndata:\n  tokenizer: t\n  train:\n  - {path: p}\n"
+MINIMAL = """name: a
+data: {train: [{path: p}]}
+modalities: {text: {kind: text}, photo: {kind: image, size: 64}}
+objectives: {reading: {kind: next_token}}
+"""
 
 
 def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
-    config = run_config.load(write(tmp_path, MINIMAL), ["train.steps=7", "data.train.0.weight=2.5", "moe.every=1"])
+    config = run_config.load(write(tmp_path, MINIMAL), [
+        "train.steps=7", "data.train.0.weight=2.5", "moe.every=1", "modalities.photo.size=32",
+        "modalities.other={kind: image}", "objectives.reading.weight=[[0, 0], [10, 0.5]]",
+    ])  # fmt: skip
     assert (config.train.steps, config.data.train[0].weight, config.moe.every) == (7, 2.5, 1)
+    sizes: Any = {name: settings for name, settings in config.modalities.items() if settings.kind == "image"}
+    assert {name: settings.size for name, settings in sizes.items()} == {"photo": 32, "other": 48}
+    assert config.objectives["reading"].weight == ((0, 0.0), (10, 0.5))
+    assert config.stream_names == StreamNames(("text", "photo", "other"), ("reading",))
 
 
 @pytest.mark.parametrize("override,message", [
@@ -76,6 +146,9 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     ("name.steps=1", "'name' is a value"),
     ("data.train.5.weight=1", "'5' is not an index"),
     ("train.stpes=1", "did you mean 'steps'?"),
+    ("modalities.photo.szie=1", "did you mean 'size'?"),
+    ("objectives.reading.parts=[photos, text]",
+     "objectives.reading names photos, and the modalities are text, photo"),
 ])  # fmt: skip
 def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -98,3 +171,108 @@ def test_a_dumped_config_loads_as_the_same_value(tmp_path: Path) -> None:
     config = parse()
     run_config.dump(config, tmp_path / "config.yaml")
     assert run_config.load(tmp_path / "config.yaml") == config
+
+
+def test_a_weight_follows_its_schedule() -> None:
+    reading = parse(objectives={"reading": {"kind": "next_token", "weight": [[10, 0.0], [20, 1.0], [40, 0.5]]}})
+    objective = reading.objectives["reading"]
+    steps = (0, 10, 11, 20, 30, 40, 10**9)
+    assert [objective.weight_at(step) for step in steps] == pytest.approx([0, 0, 0.1, 1, 0.75, 0.5, 0.5])
+    assert objective.on
+    assert parse(objectives=objectives({"weight": 0.3}, None)).objectives["contrastive"].weight_at(7) == 0.3
+
+
+# A config of version 0.11: the demo's of that time.
+OLD_DEMO = """
+name: demo
+seed: 1
+data:
+  train: [{path: data/demo/tuxpaint-spoken/train, weight: 3}, {path: data/demo/mini/train}]
+  tokenizer: data/demo/tokenizer.model
+  image_flip: false
+  label_text: 0.25
+modalities:
+  image: {size: 64, patch: 16}
+  audio: {sample_rate: 16000, patch: 8, max_seconds: 4.0}
+  text: {max_tokens: 48}
+moe: {losses: {min_experts: {image: 5, audio: 4, text: 4}}}
+objectives:
+  contrastive: {pairs: {image-text: 1.5, audio-text: 1.0, image-audio: 0.5}}
+  captioning: {weight: 0.25, fraction: 0.25}
+evaluate:
+  test: [data/demo/tuxpaint-named/test]
+  image_rows: {subset: [named], language: [en]}
+"""
+NEW_DEMO = """
+name: demo
+seed: 1
+data:
+  train: [{path: data/demo/tuxpaint-spoken/train, weight: 3}, {path: data/demo/mini/train}]
+  tokenizer: data/demo/tokenizer.model
+modalities:
+  image: {kind: image, size: 64, patch: 16, mean: 0.7, std: 0.35, flip: false}
+  audio: {kind: audio, sample_rate: 16000, patch: 8, max_seconds: 4.0}
+  text: {kind: text, max_tokens: 48, label_probability: 0.25, label_with: [image]}
+moe: {losses: {min_experts: {image: 5, audio: 4, text: 4}}}
+objectives:
+  contrastive: {kind: contrastive, pairs: {image-text: 1.5, audio-text: 1.0, image-audio: 0.5}}
+  captioning: {kind: next_token, parts: [[image, audio], text], weight: 0.25, fraction: 0.25}
+evaluate:
+  test: [data/demo/tuxpaint-named/test]
+  rows: {image-text: {subset: [named], language: [en]}}
+  by: {audio: audio_kind}
+  within: language
+"""
+
+
+def test_a_config_of_before_is_refused_until_it_is_upgraded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no kind.*mmmoe config upgrade FILE"):
+        run_config.load(write(tmp_path, OLD_DEMO))
+    old, new = yaml.safe_load(OLD_DEMO), yaml.safe_load(NEW_DEMO)
+    assert needs_upgrade(old) and not needs_upgrade(new)
+    assert run_config.parse(upgraded(old)) == run_config.parse(new)
+    assert upgraded(new) is new
+    assert old == yaml.safe_load(OLD_DEMO), "the values that were given are left alone"
+
+
+def test_a_kind_of_another_package_without_settings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_installed", lambda group: {"bare": "json:JSONDecoder"})
+    with pytest.raises(ValueError, match=r"modalities\.a: modality kind bare has no class Settings"):
+        parse(modalities={"a": {"kind": "bare"}})
+
+
+def test_config_upgrade_rewrites_a_file_once_and_keeps_the_old_one(tmp_path: Path) -> None:
+    path = write(tmp_path, OLD_DEMO)
+    before, kept = path.read_text(), path.with_name(path.name + ".old")
+    upgrade(path)
+    assert kept.read_text() == before
+    after = path.read_text()
+    assert run_config.load(path) == run_config.parse(yaml.safe_load(NEW_DEMO))
+    upgrade(path)
+    assert path.read_text() == after
+    path.write_text(before)
+    with pytest.raises(ValueError, match="exists, and would be lost"):
+        upgrade(path)
+    with pytest.raises(ValueError, match=r"no config at .*absent"):
+        upgrade(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("old", [{"modalities": ["image"]}, {"modalities": {"image": 32}}, {"evaluate": "x"},
+                                 {"objectives": {"captioning": 0.5}}])  # fmt: skip
+def test_a_section_that_is_none_is_not_upgraded(old: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a mapping of settings"):
+        upgraded(old)
+
+
+def test_what_an_old_config_left_out_is_what_was_meant_then() -> None:
+    """Three modalities, the contrastive objective with three pairs, and captioning at weight 0."""
+    old = {
+        "name": "a",
+        "data": {"train": [{"path": "p"}], "tokenizer": "t", "text_dropout": 0.1, "audio_augment": False},
+    }
+    config: Any = run_config.parse(upgraded(old))
+    assert list(config.modalities) == ["image", "audio", "text"]
+    assert (config.modalities["image"].mean, config.modalities["image"].std) == (0.7, 0.35)
+    assert (config.modalities["text"].dropout, config.modalities["audio"].augment) == (0.1, False)
+    assert config.stream_names.tasks == ("contrastive",)
+    assert config.objectives["contrastive"].pairs == {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}

@@ -7,13 +7,13 @@ import pytest
 import yaml
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.config_moe import MoEConfig, RouterName, RoutingTerm
+from mmmoe_pretrain.config.moe import MoEConfig, RoutingTerm
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.moe.expert_math import EXPERT_BACKENDS
-from mmmoe_pretrain.moe.gates import GATES
+from mmmoe_pretrain.moe.cpu.activation import KERNELS
+from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS
 from mmmoe_pretrain.moe.losses import TERMS
-from mmmoe_pretrain.moe.routers import ROUTERS
-from tests.support import tiny_values
+from mmmoe_pretrain.moe.router import GATES
+from tests.support import objectives, tiny_values
 
 IMAGE_ALONE = {"num_experts": 2, "modalities": ["image"]}
 OTHERS = {"num_experts": 2, "modalities": ["audio", "text"]}
@@ -32,7 +32,7 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"batch_priority": True}, "moe.capacity_factor null", "capacity_factor: 1.25"),
     ({"losses": {"min_experts": {"image": 5}}}, "min_experts of image is 5", "use 1 to 4"),
     ({"losses": {"balance_scope": "sequence", "per_modality": ["balance"]}}, "balance_scope sequence",
-     "take balance out"),
+     "remove balance"),
     ({"expert_groups": [IMAGE_ALONE]}, "hold 2 experts together, and moe.num_experts is 4", "set num_experts: 2"),
     ({"expert_groups": [IMAGE_ALONE, {"num_experts": 2, "modalities": ["text"]}]}, "let audio reach 0 experts",
      "add audio to a group"),
@@ -42,36 +42,37 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "group_limited", "node_groups": 2}, "moe.node_groups 2",
      "drop expert_groups"),
     ({"router": "expert_choice", "batch_priority": True, "capacity_factor": 1.0}, "moe.router expert_choice",
-     "leave both out"),
-    ({"router": "expert_choice", "bias_balancing": {"rate": 0.001}}, "moe.bias_balancing", "leave both out"),
-    ({"router": "hash", "losses": {"load": 0.1}}, "moe.router hash does not choose so", "losses.load: 0"),
+     "remove both"),
+    ({"router": "expert_choice", "bias_balancing": {"rate": 0.001}}, "moe.bias_balancing", "remove both"),
+    ({"router": "hash", "losses": {"load": 0.1}}, "moe.router hash does not;", "losses.load: 0"),
     ({"router": "expert_choice", "losses": {"load": 0.1}}, "moe.router expert_choice does not", "losses.load: 0"),
-    ({"router": "hash", "jitter": 0.1}, "moe.router hash", "leave them out"),
-    ({"router": "hash", "task_conditioned": True}, "moe.task_conditioned", "leave them out"),
-    ({"router": "hash", "bias_balancing": {"rate": 0.1}}, "moe.bias_balancing", "leave them out"),
+    ({"router": "hash", "jitter": 0.1}, "moe.router hash", "remove them"),
+    ({"router": "hash", "task_conditioned": True}, "moe.task_conditioned", "remove them"),
+    ({"router": "hash", "bias_balancing": {"rate": 0.1}}, "moe.bias_balancing", "remove them"),
     ({"router": "group_limited", "node_groups": 3}, "moe.node_groups 3", "use a divisor of 4"),
     ({"router": "group_limited", "node_groups": 2, "groups_per_token": 3}, "moe.groups_per_token 3",
      "at most that many groups"),
     ({"router": "group_limited", "node_groups": 4}, "1 of 4 leaves a token 1 experts", "raise groups_per_token"),
     ({"router": "group_limited", "node_groups": 2, "null_experts": 1}, "moe.null_experts", "or moe.node_groups"),
-    ({"node_groups": 2}, "moe.node_groups 2", "leave them out"),
+    ({"node_groups": 2}, "moe.node_groups 2", "remove them"),
     ({"scores_per_group": 2}, "moe.scores_per_group 2", "raise node_groups"),
     ({"router": "group_limited", "node_groups": 2, "scores_per_group": 3}, "moe.scores_per_group 3", "use 1 to 2"),
-    ({"shared_expert_gate": True}, "moe.shared_expert_hidden_size 0", "shared_expert_gate: false"),
-    ({"router": "hash", "router_bias": True}, "moe.router_bias", "leave them out"),
+    ({"shared_expert_gate": True}, "moe.shared_expert_hidden_size is 0", "shared_expert_gate: false"),
+    ({"router": "hash", "router_bias": True}, "moe.router_bias", "remove them"),
     ({"routed_scaling_factor": 0}, "got 0", "greater than 0"),
     ({"layers": {1: {"losses": {"z": 1}}}}, "moe.layers.1.losses holds for all layers", "set moe.losses instead"),
-    ({"layers": {0: {"router": "hash"}}}, "block 0 is no mixture under moe.every 2", "name one of 1, 3, 5, 7"),
-    ({"layers": {-1: {"router": "hash"}}}, "block -1 is no mixture", "name one of 1, 3, 5, 7"),
+    ({"layers": {0: {"router": "hash"}}}, "block 0 has no experts under moe.every 2", "name one of 1, 3, 5, 7"),
+    ({"layers": {-1: {"router": "hash"}}}, "block -1 has no experts", "name one of 1, 3, 5, 7"),
     ({"layers": {1: {"ruter": "hash"}}}, "moe.layers.1: unknown key 'ruter'", "known keys: router"),
-    ({"layers": {1: {"num_experts": 1, "experts_per_token": 1}}}, "moe.layers.1", "use num_experts: 2 up"),
+    ({"layers": {1: {"num_experts": 1, "experts_per_token": 1}}}, "moe.layers.1", "use num_experts: 2 or more"),
     ({"layers": {1: {"experts_per_token": 9}}}, "moe.layers.1: moe.experts_per_token 9 exceeds", "lower the first"),
-    ({"layers": {1: {"router": "hashing"}}}, "moe.layers.1: router: Input should be", "'hash'"),
+    ({"layers": {1: {"router": "hashing"}}},
+     "moe.layers.1: router: there is no router 'hashing'", "did you mean hash?"),
     ({"layers": {3: {"router": "hash"}}}, "moe.layers.3: there is no such block", "model.num_layers is 2"),
-    ({"router": "softmax"}, "got 'softmax'", "'softmax_top_k'"),
+    ({"router": "softmax"}, "there is no router 'softmax'", "did you mean softmax_top_k?"),
     ({"jitter": 1.0}, "got 1.0", "less than 1"),
 ])  # fmt: skip
-def test_impossible_mixtures_are_refused_with_the_value_and_the_remedy(
+def test_impossible_moe_settings_are_refused_with_the_value_and_the_remedy(
     moe: dict[str, Any], value: str, remedy: str
 ) -> None:
     message = refusal(moe)
@@ -81,12 +82,12 @@ def test_impossible_mixtures_are_refused_with_the_value_and_the_remedy(
 @pytest.mark.parametrize("moe", [{"router": "expert_choice"}, {"layers": {1: {"router": "expert_choice"}}}],
                          ids=["everywhere", "in one layer"])  # fmt: skip
 def test_expert_choice_is_refused_where_segments_are_causal(moe: dict[str, Any]) -> None:
-    message = refusal(moe, objectives={"captioning": {"weight": 0.1}})
+    message = refusal(moe, objectives=objectives())
     assert "moe.router expert_choice" in message and "set objectives.captioning.weight: 0" in message
 
 
 def test_expert_choice_serves_contrastive_objectives() -> None:
-    values = tiny_values(Path("unused"), moe={"router": "expert_choice"}, objectives={})
+    values = tiny_values(Path("unused"), moe={"router": "expert_choice"}, objectives=objectives({}, None))
     assert run_config.parse(values).moe.router == "expert_choice"
 
 
@@ -107,10 +108,9 @@ def test_groups_without_a_size_take_that_of_the_mixture() -> None:
 
 def test_the_names_that_a_config_may_use_are_those_of_the_tables() -> None:
     fields = MoEConfig.model_fields
-    assert set(get_args(RouterName)) == ROUTERS.keys()
     assert set(get_args(RoutingTerm)) == TERMS.keys()
     assert set(get_args(fields["gate"].annotation)) == GATES.keys()
-    assert set(get_args(fields["activation"].annotation)) == ACTIVATIONS.keys()
+    assert set(get_args(fields["activation"].annotation)) == ACTIVATIONS.keys() == KERNELS.keys()
     assert set(get_args(fields["expert_backend"].annotation)) == EXPERT_BACKENDS.keys() | {"auto"}
 
 

@@ -43,7 +43,7 @@ def test_a_worker_started_again_after_a_user_s_error_leaves(tmp_path: Path, monk
 def test_the_first_process_of_a_start_clears_the_code_of_an_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, rank: int, kept: bool
 ) -> None:
-    """A hang that a restart mended must not name the end hours later; an error of a user ends all starts."""
+    """A hang that a restart fixed must not set the exit code hours later; an error of a user ends all starts."""
     monkeypatch.setenv("MMMOE_EXIT_FILE", str(tmp_path / "code"))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     exit_codes.forget_earlier()

@@ -45,12 +45,12 @@ def test_a_path_is_expanded_as_by_a_shell_and_a_url_is_not(path: str, expected: 
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [("$NOPE/a", "variable NOPE is not set"), ("a/${NOPE}", "variable NOPE is not set"), ("$EMPTY/a", "EMPTY is not"),
      ("~no_such_user/a", "no such user"), ("$NESTED", r"holds \$DISK")],
 )  # fmt: skip
-def test_what_cannot_be_filled_in_is_named(path: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_filled_in_is_named(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         expand(path)
 
 
@@ -103,7 +103,7 @@ def test_every_path_of_the_command_lines_goes_through_the_rule(app: typer.Typer)
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "told"),
+    ("module", "arguments", "message"),
     [(mmmoe_pretrain.cli, ["train", "~/x.yaml"], "no config at /h/x.yaml"),
      (mmmoe_pretrain.cli, ["evaluate", "$NOPE/run"], "$NOPE/run: the environment variable NOPE is not set"),
      (data_prep.cli, ["tokenizer", "~/a", "$NOPE/b", "--vocab-size", "9", "--out", "c"], "NOPE is not set"),
@@ -111,14 +111,18 @@ def test_every_path_of_the_command_lines_goes_through_the_rule(app: typer.Typer)
     ids=["mmmoe ~", "mmmoe $", "mmmoe-data $", "mmmoe-data ~"],
 )  # fmt: skip
 def test_a_command_takes_the_path_that_a_shell_would_take(
-    module: Any, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as end:
         module.main()
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 def test_a_folder_for_results_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

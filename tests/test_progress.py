@@ -1,4 +1,4 @@
-"""What lasts is told on stderr with its rate and the time left, and what is quick is not."""
+"""Long operations report rate and time left on stderr, short ones do not."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_the_first_rank_tells_how_far_the_opening_of_shards_is(monkeypatch, caps
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         ShardFolder(tmp_path)
-        told = f"opening {tmp_path}: 1 of 2 shards, " in capsys.readouterr().err
-        assert told == (rank == "0")
+        message = f"opening {tmp_path}: 1 of 2 shards, " in capsys.readouterr().err
+        assert message == (rank == "0")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
@@ -74,3 +74,8 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
         time.sleep(0.3)
     out, err = capsys.readouterr()
     assert out == "" and "slow: 1 of 2 items" in err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (200, "3:20"), (3725, "1:02:05"), (59.7, "1:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.clock(seconds) == text

@@ -9,7 +9,7 @@ import yaml
 from data_prep.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -55,7 +55,7 @@ class Outcome:
 
 
 def run_part(name: str, arguments: tuple[str, ...]) -> Outcome:
-    """Run one part in a process of its own, which sees the first GPU alone."""
+    """Run one part in a separate process with only the first GPU."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": path}
     began = time.monotonic()

@@ -15,7 +15,7 @@ import torch
 def prepare_deepspeed() -> bool:
     """Import DeepSpeed once, before ranks are forked; False, with a message, where it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
-        print("deepspeed is left out: it is not installed (pip install -e '.[bench]')")
+        print("deepspeed is skipped: it is not installed (pip install -e '.[bench]')")
         return False
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

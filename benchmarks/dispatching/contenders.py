@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks.common.start_deepspeed import prepare_deepspeed
 from benchmarks.layer.peers import as_on_cpu
 from mmmoe_pretrain.engines import megatron as megatron_engine
-from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
+from mmmoe_pretrain.moe.dispatch import AllToAllDispatcher
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import quiet_megatron
+from mmmoe_pretrain.parallel.quiet import silence_megatron
 
 OURS, MEGATRON, DEEPSPEED, DEEPSPEED_DROPS = "ours", "megatron", "deepspeed", "deepspeed, drops"
 LOSSY = (DEEPSPEED_DROPS,)  # these lose tokens, so their results differ
@@ -81,7 +81,7 @@ def megatron(task: Task, groups: Groups) -> Contender:
 
     if not torch.cuda.is_available():
         token_dispatcher.maybe_move_tensor_to_cpu = as_on_cpu
-    with quiet_megatron():
+    with silence_megatron():
         config = TransformerConfig(
             num_layers=1,
             hidden_size=task.hidden_size,

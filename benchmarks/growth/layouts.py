@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.stepping.workload import OBJECTIVES
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 
@@ -47,7 +48,7 @@ FAMILIES = (
 
 
 def layout_config(family: Family, ranks: int) -> RunConfig:
-    """Four blocks, every other one a mixture of 8 experts; all objectives and usual auxiliary losses."""
+    """Four blocks, every other one an MoE layer of 8 experts; all objectives and usual auxiliary losses."""
     data = ranks // family.sharing
     degrees = {"expert_parallel_size": data if family.experts_spread else 1, **family.degrees}
     return run_config.parse(
@@ -55,7 +56,11 @@ def layout_config(family: Family, ranks: int) -> RunConfig:
             "name": "growth",
             "seed": 1,
             "data": {"train": [{"path": "nowhere"}], "tokenizer": "none.model"},
-            "modalities": {"image": {"size": 64, "patch": 16, "stem_channels": 8}, "audio": {"stem_channels": 8}},
+            "modalities": {
+                "image": {"kind": "image", "size": 64, "patch": 16, "stem_channels": 8},
+                "audio": {"kind": "audio", "stem_channels": 8},
+                "text": {"kind": "text"},
+            },
             "model": {
                 "hidden_size": 64,
                 "num_layers": 4,
@@ -70,7 +75,7 @@ def layout_config(family: Family, ranks: int) -> RunConfig:
                 "expert_hidden_size": 64,
                 "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001},
             },
-            "objectives": {"captioning": {"weight": 0.25, "fraction": 0.25}},
+            "objectives": OBJECTIVES,
             "parallel": degrees,
             "train": {"num_microbatches": MICROBATCHES, **family.train},
         }

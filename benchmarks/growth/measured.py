@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.stepping.workload import VOCAB_SIZE, random_batch, valid_tokens
-from mmmoe_pretrain.batch import IGNORE, Batch
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.megatron import MegatronEngine
@@ -44,8 +44,8 @@ class Comparison:
 
 
 class Routes:
-    """Listens at the dispatchers of a rank's mixtures: rows and assignments to each rank of the expert
-    group, by mixture and forward pass."""
+    """Counts at the dispatchers of a rank's MoE layers: rows and assignments to each rank of the expert
+    group, by MoE layer and forward pass."""
 
     def __init__(self, engine: MegatronEngine) -> None:
         self.groups = engine.groups
@@ -72,7 +72,7 @@ class Routes:
             sent.clear()
 
     def routed(self, passes: int) -> list[list[Routed]]:
-        """By microbatch, then mixture. ``passes``: forward passes of a microbatch."""
+        """By microbatch, then MoE layer. ``passes``: forward passes of a microbatch."""
         return [[self._routed(sent[i]) for sent in self.sent] for i in range(0, len(self.sent[0]), passes)]
 
     def _routed(self, out_R2: Tensor) -> Routed:
@@ -87,8 +87,8 @@ class Routes:
 
 def compare(config: RunConfig, samples: int) -> Comparison:
     """The second step on random samples. On every rank of the job; ``destroy_groups`` afterwards."""
-    groups = build_groups(config.parallel, config.moe.group_sizes)
     layout = resolve_layout(config, dist.get_world_size(), VOCAB_SIZE)
+    groups = build_groups(layout)
     engine = build_engine(config, VOCAB_SIZE, groups, torch.device("cpu"))
     assert isinstance(engine, MegatronEngine)
     number = config.train.num_microbatches
@@ -129,8 +129,8 @@ def microbatch_of(batch: Batch, routed: Sequence[Routed]) -> Microbatch:
     return Microbatch(
         tokens=valid_tokens(batch),
         samples=len(batch.metas),
-        text_tokens=batch.text_ids.shape[0],
-        targets=int((batch.targets != IGNORE).sum()),
+        discrete_tokens=batch.inputs["text"]["ids"].shape[0],
+        targets=sum(len(targets) for targets in batch.targets.values()),
         routed=tuple(routed),
     )
 
@@ -142,7 +142,7 @@ def parameters_of(model: torch.nn.Module) -> Iterator[Parameter]:
             parameter.element_size(),
             expert=not getattr(parameter, "allreduce", True),
             partial=getattr(parameter, "sequence_parallel", False),
-            alike=computed_alike(parameter),
+            replicated=computed_alike(parameter),
         )
 
 

@@ -1,1 +1,1 @@
-"""What the benchmark of the mixture layer is made of: the task, the implementations, the bounds."""
+"""Parts of the benchmark of the MoE layer: the task, the implementations, the bounds."""

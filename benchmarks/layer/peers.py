@@ -1,6 +1,6 @@
 """The implementations that are timed: one class each, all of the same function of the same tensors.
 
-A peer is imported when it is built; ``missing`` says why one cannot be. All are dropless, without
+A library is imported when it is built; ``missing`` gives the reason if it cannot be. All are dropless, without
 auxiliary losses, and route by softmax, top K, weights divided by their sum. Each keeps the layout of
 weights that its library prescribes.
 """
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.layer.workload import Point, Task
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.moe.cpu.matmul import linear
 from mmmoe_pretrain.moe.layer import MoELayer
-from mmmoe_pretrain.moe.products import linear
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
 
@@ -62,7 +63,7 @@ class Dense(Layer):
 
 
 class DenseTwin(Dense):
-    """The same with its products by the library that ours takes (``moe/products.py``): what of our lead
+    """The same with its products by the library that ours takes (``moe/cpu/matmul.py``): what of our lead
     over ``Dense`` is the library's."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -70,8 +71,11 @@ class DenseTwin(Dense):
         return linear(F.silu(gate) * up, self.layer.down.weight)
 
 
+NAMES = StreamNames(("text",), ("reading",))
+
+
 class Ours(Layer):
-    """``MoELayer`` with its default settings; its router is fp32 whatever the experts are."""
+    """``MoELayer`` with its default settings; its router is always fp32."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -79,10 +83,11 @@ class Ours(Layer):
         config = MoEConfig(
             num_experts=point.experts, experts_per_token=point.top_k, expert_hidden_size=point.expert_hidden_size
         )
-        self.layer: Any = MoELayer(config, point.hidden_size, 0, SINGLE).to(task.x_TD.device)
+        self.layer: Any = MoELayer(config, point.hidden_size, 0, SINGLE, NAMES).to(task.x_TD.device)
         self.layer.router.weight.data = task.router_ED.float()
         self.layer.experts.up.data, self.layer.experts.down.data = task.up_EFD, task.down_EDF
-        self.tokens = TokenInfo.of_modalities(torch.zeros(point.tokens, dtype=torch.int64, device=task.x_TD.device))
+        modality_n = torch.zeros(point.tokens, dtype=torch.int64, device=task.x_TD.device)
+        self.tokens = TokenInfo.of_modalities(modality_n, NAMES)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.layer(x_TD, self.tokens)[0]
@@ -299,8 +304,8 @@ BASELINES: dict[str, Callable[[Task], Layer]] = {"grouped_mm": Plain, "loop": Lo
 
 
 def missing(name: str) -> str | None:
-    """Why a peer cannot be timed here, or None."""
+    """Why this library cannot be timed here, or None."""
     package = PEERS[name][1]
     if package is not None and importlib.util.find_spec(package) is None:
-        return f"{name} is left out: {package} is not installed (pip install -e '.[bench]')"
+        return f"{name} is skipped: {package} is not installed (pip install -e '.[bench]')"
     return None

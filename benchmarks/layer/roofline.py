@@ -76,7 +76,7 @@ class Bound:
 
 @dataclass
 class Machine:
-    """Rates of this machine, each measured when first asked for and then kept."""
+    """Rates of this machine, each measured at its first use and then cached."""
 
     device: torch.device
     busy: bool = False  # shared with others: see timing.clock_for

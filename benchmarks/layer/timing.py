@@ -21,7 +21,7 @@ from benchmarks.layer.workload import Task
 # order (about sqrt(1024) roundings of 6e-8). bf16: a few roundings of 2^-9 in intermediate results,
 # of logits too where a library keeps its router in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-SLOW = 6.0  # an implementation that takes so much longer than ours in the warm-up is not asked again
+SLOW = 6.0  # an implementation slower than this in the warm-up is not timed again
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def clock_for(device: torch.device, busy: bool) -> Clock:
-    """``busy``: the machine is shared, so points of one thread go by their own CPU time."""
+    """``busy``: the machine is shared, so points of one thread use their own CPU time."""
     if device.type == "cuda":
         return cuda_seconds
     return cpu_seconds if busy and torch.get_num_threads() == 1 else wall_seconds

@@ -1,8 +1,7 @@
 """One point of the grid, and the tensors that every implementation is given for it.
 
-The routing is made first and the tokens after it: the router's rows are orthonormal, so a token can
-be moved until its logits choose exactly the experts that were meant for it, whatever the
-implementation and the type.
+The routing is made first and the tokens after it: the router's rows are orthonormal, so a token can be shifted until
+its logits choose exactly its experts, whatever the implementation and the type.
 
 Shapes: T tokens, D hidden size, F expert hidden size, E experts, K experts a token.
 """
@@ -124,8 +123,8 @@ def _orthonormal_rows(rows: int, columns: int, generator: torch.Generator) -> Te
 
 
 def _tokens_for(ids_TK: Tensor, router_ED: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal tokens whose logits are small but for the chosen: those lie 1.5 above and 1 apart, more
-    than bf16 blurs a logit."""
+    """Normal tokens with small logits, except for the chosen experts: 1.5 higher and 1 apart, more than the rounding
+    of bf16."""
     tokens, top_k = ids_TK.shape
     experts, hidden_size = router_ED.shape
     x_TD = torch.randn(tokens, hidden_size, generator=generator)

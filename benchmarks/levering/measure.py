@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.levering.memory import peak_of
-from benchmarks.stepping.workload import BOS, EOS, random_samples
+from benchmarks.stepping.workload import pack_settings, random_samples
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.engines.base import Engine
 
 # Of first losses. Recomputation comes after them; compiled and cached steps sum in another order in fp32, and so do
@@ -45,9 +45,7 @@ class Row:
 
 def batches(config: RunConfig, samples: int, parts: int) -> list[Batch]:
     """The same samples in ``parts`` microbatches; each sample keeps its position, and so its tasks."""
-    made, settings = random_samples(config, samples, seed=samples), PackSettings(
-        config.modalities, BOS, EOS, config.objectives.captioning, config.seed
-    )  # fmt: skip
+    made, settings = random_samples(config, samples, seed=samples), pack_settings(config)
     size = samples // parts
     return [pack(made[i : i + size], settings, range(i, i + size)) for i in range(0, samples, size)]
 
@@ -82,7 +80,7 @@ def check_same(rows: dict[str, Row], yardstick: str) -> None:
     for name, row in rows.items():
         for loss, expected in rows[yardstick].losses.items():
             bound = SAME.get(name)
-            if bound is None or not loss.startswith("contrastive"):
+            if bound is None or not loss.startswith("pairs"):
                 continue
             if abs(row.losses[loss] - expected) > bound * abs(expected):
                 raise RuntimeError(f"{name} computes {loss} {row.losses[loss]!r}, {yardstick} {expected!r}")

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.levering.measure import Row, Variant, measure
-from benchmarks.stepping.workload import BOS, EOS, VOCAB_SIZE, random_samples
+from benchmarks.stepping.workload import VOCAB_SIZE, pack_settings, random_samples
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -54,7 +55,7 @@ def measure_family(family: Family, path: Path, base: list[str], samples: int, re
     torch.set_num_threads(1)
     with process_group(timeout_minutes=5) as device:
         config = run_config.load(path, [*base, *family.layout])
-        groups = build_groups(config.parallel, config.moe.group_sizes)
+        groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
         variants: dict[str, Variant] = {}
         held: dict[str, int] = {}  # bytes on the GPU that stay there from step to step
         for name, lever in {"none": (), **family.levers}.items():
@@ -75,9 +76,8 @@ def share_of(config: RunConfig, samples: int, groups: Groups) -> Batch:
     """This rank's part of the global batch."""
     share = samples // groups.data_size
     first = groups.data_rank * share
-    settings = PackSettings(config.modalities, BOS, EOS, config.objectives.captioning, config.seed)
     made = random_samples(config, samples, seed=samples)[first : first + share]
-    return pack(made, settings, range(first, first + share))
+    return pack(made, pack_settings(config), range(first, first + share))
 
 
 def largest(value: float, device: torch.device) -> float:

@@ -1,1 +1,1 @@
-"""What the benchmark of the training step is made of: the sizes, who takes part, where the time goes."""
+"""Parts of the benchmark of the training step: sizes, implementations, and the time by part."""

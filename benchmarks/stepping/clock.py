@@ -1,4 +1,4 @@
-"""Where a step's time goes: the wall clock of one thread, charged to one part at a time.
+"""The time of a step by part: the wall time of one thread, attributed to one part at a time.
 
 A part begins where its function is called and ends where it returns; in the backward pass, between two
 marks that its outputs and inputs went through. Autograd runs nodes in the reverse order of their making,

@@ -19,14 +19,13 @@ from benchmarks.layer.peers import SwiGLU, make_megatron_layer
 from benchmarks.layer.workload import Point
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.engines.results import step_losses
+from mmmoe_pretrain.engines.base import StepResult, step_losses
 from mmmoe_pretrain.models.block import Block
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
-from mmmoe_pretrain.objectives.counts import step_counts
+from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.parallel.groups import Groups
 
 MEGATRON, DEEPSPEED = "megatron", "deepspeed"
@@ -125,15 +124,15 @@ def take_weights(theirs: Tensor, ours: Tensor) -> None:
 
 
 def replace_mixtures(model: PretrainingModel, layer: type[PeerLayer]) -> None:
-    """Put ``layer`` where the model's blocks have our mixture, all before an engine takes the model."""
+    """Put ``layer`` where the model's blocks have our MoE layer, all before an engine takes the model."""
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.ffn, MoELayer):
             block.ffn = layer(block.ffn, model.groups, model.config.moe.losses.balance)
 
 
 class DeepSpeedEngine:
-    """A model with ``DeepSpeedLayer`` under DeepSpeed's engine, as its documentation wants it: expert
-    parameters in groups of their own, torch's AdamW, no ZeRO."""
+    """A model with ``DeepSpeedLayer`` under DeepSpeed's engine, as in its documentation: expert parameters in
+    separate groups, torch's AdamW, no ZeRO."""
 
     def __init__(self, model: PretrainingModel, config: RunConfig) -> None:
         import deepspeed
@@ -148,8 +147,9 @@ class DeepSpeedEngine:
                 {"name": "vectors", "params": vectors, "weight_decay": 0.0},
             ]
         )
-        betas = settings.beta1, settings.beta2
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=betas, eps=settings.eps)
+        own = settings.own  # of AdamW
+        betas = own["beta1"], own["beta2"]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=betas, eps=own["eps"])
         given = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -159,7 +159,7 @@ class DeepSpeedEngine:
         }
         with contextlib.redirect_stdout(None):
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=given)[0]
-        self.groups, self.balance, self.objectives = model.groups, config.moe.losses.balance, config.objectives
+        self.groups, self.balance, self.objectives = model.groups, config.moe.losses.balance, model.objectives
         self.layers = [module for module in model.modules() if isinstance(module, DeepSpeedLayer)]
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:

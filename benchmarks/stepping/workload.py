@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.modalities import build_modalities
 
 VOCAB_SIZE, BOS, EOS = 1024, 1, 2
-BALANCE = 0.01  # weight of the balance loss, the one auxiliary loss that everybody has
+BALANCE = 0.01  # weight of the balance loss, the only auxiliary loss that every implementation has
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Size:
 
     hidden_size: int
     num_layers: int
-    every: int  # each every-th block is a mixture
+    every: int  # each every-th block is an MoE layer
     num_experts: int
     expert_hidden_size: int
     samples: int
@@ -39,6 +41,12 @@ SIZES = (
 )
 
 
+OBJECTIVES = {
+    "pairs": {"kind": "contrastive", "pairs": {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}},
+    "captions": {"kind": "next_token", "parts": [["image", "audio"], "text"], "weight": 0.25, "fraction": 0.25},
+}
+
+
 def step_config(size: Size, balance: float = BALANCE, clip_norm: float = 1.0) -> RunConfig:
     """The demo's model at ``size``: three embedders, contrastive pairs and captioning, fp32, no drops."""
     return run_config.parse(
@@ -46,7 +54,11 @@ def step_config(size: Size, balance: float = BALANCE, clip_norm: float = 1.0) ->
             "name": "step",
             "seed": 1,
             "data": {"train": [{"path": "nowhere"}], "tokenizer": "none.model"},
-            "modalities": {"image": {"size": 64, "patch": 16}},
+            "modalities": {
+                "image": {"kind": "image", "size": 64, "patch": 16},
+                "audio": {"kind": "audio"},
+                "text": {"kind": "text"},
+            },
             "model": {
                 "hidden_size": size.hidden_size,
                 "num_layers": size.num_layers,
@@ -60,31 +72,35 @@ def step_config(size: Size, balance: float = BALANCE, clip_norm: float = 1.0) ->
                 "expert_hidden_size": size.expert_hidden_size,
                 "losses": {"local_entropy": 0, "global_entropy": 0, "z": 0, "balance": balance},
             },
-            "objectives": {"captioning": {"weight": 0.25, "fraction": 0.25}},
+            "objectives": OBJECTIVES,
             "optimizer": {"clip_norm": clip_norm},
         }
     )
 
 
 def random_samples(config: RunConfig, count: int, seed: int) -> list[Sample]:
-    """Picture, about 1.4 s of sound and about ten pieces of text a sample, as in the demo's data."""
-    rng = np.random.default_rng(seed)
-    side, audio = config.modalities.image.size, config.modalities.audio
-    return [
-        Sample(
-            SampleMeta(f"s{seed}-{i}", group=f"g{seed}-{i}"),
-            image=rng.integers(0, 256, (3, side, side), dtype=np.uint8),
-            audio=rng.normal(size=(audio.n_mels, audio.patch * int(rng.integers(10, 26)))).astype(np.float32),
-            text=rng.integers(4, VOCAB_SIZE, int(rng.integers(4, 17))),
-        )
-        for i in range(count)
-    ]
+    """Image, about 1.4 s of audio and about ten pieces of text a sample, as in the demo's data."""
+    rng, settings = np.random.default_rng(seed), config.modalities
+    image: Any = settings["image"]
+    audio: Any = settings["audio"]
+    made = []
+    for i in range(count):
+        pixels = rng.integers(0, 256, (3, image.size, image.size), dtype=np.uint8)
+        log_mel = rng.normal(size=(audio.n_mels, audio.patch * int(rng.integers(10, 26)))).astype(np.float32)
+        ids = np.asarray([BOS, *rng.integers(4, VOCAB_SIZE, int(rng.integers(4, 17))), EOS])
+        items = Item("image", pixels), Item("audio", log_mel), Item("text", ids)
+        made.append(Sample(SampleMeta(f"s{seed}-{i}", group=f"g{seed}-{i}"), items))
+    return made
 
 
 def random_batch(config: RunConfig, samples: int, seed: int) -> Batch:
     """That many random samples, packed."""
-    made = random_samples(config, samples, seed)
-    return pack(made, PackSettings(config.modalities, BOS, EOS, config.objectives.captioning, config.seed))
+    return pack(random_samples(config, samples, seed), pack_settings(config))
+
+
+def pack_settings(config: RunConfig) -> PackSettings:
+    """For samples that are decoded already: no tokenizer is read."""
+    return PackSettings.from_config(config, build_modalities(config.modalities, decoding=False))
 
 
 def valid_tokens(batch: Batch) -> int:

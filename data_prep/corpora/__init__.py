@@ -18,6 +18,7 @@ CORPORA = {
     "tuxpaint": "stamps of Tux Paint: images, names in 77 languages, speech, sound effects (GPL-2, 161 MB)",
     "emoji": "Noto, Twitter and Fluent emoji with their names (Apache-2.0, CC-BY-4.0, MIT; 159 MB)",
     "asterisk": "spoken prompts with transcripts in en, es, fr, it, ru (CC-BY-SA-3.0, 98 MB)",
+    "gcide": "entries of a dictionary: English text alone (GPL-2+, 4.8 million words, 15 MB)",
     "mini": "a small mix that ships with the repository, for tests and demos without a network",
 }
 

@@ -1,4 +1,4 @@
-"""Checkpoints by logical name and shape: they know neither engine nor layout."""
+"""Checkpoints by logical name and shape, independent of engine and layout."""
 
 from mmmoe_pretrain.checkpoint.model import load_model
 

@@ -1,4 +1,4 @@
-"""Ranks that act together: what fails on one is raised on all, so that none waits for the others."""
+"""Collective actions: an error on one rank is raised on all, so that no rank waits for the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error that a rank can tell the others."""
+    """An error that a rank can send to the others."""
 
     rank: int
     kind: type[Exception]
@@ -75,8 +75,8 @@ def on_first(group: ProcessGroup | None, action: Callable[[], R]) -> R:
 
 
 def broadcast(group: ProcessGroup | None, action: Callable[[], bytes]) -> bytes:
-    """``action()`` on rank 0 alone; its bytes, or its error, on every rank. For what is large: ``on_first`` makes
-    a message a rank."""
+    """``action()`` on rank 0 alone; its bytes, or its error, on every rank. For large replies: ``on_first`` sends one
+    message per rank."""
     kept: list[bytes] = []
 
     def first() -> int:
@@ -94,8 +94,8 @@ def broadcast(group: ProcessGroup | None, action: Callable[[], bytes]) -> bytes:
 
 
 def _meet(group: ProcessGroup) -> None:
-    """Until every rank is here. Long waits are Python's: a thread of a save that wakes inside torch while its
-    process ends, because a peer died, turns the exit status into an abort (up to Python 3.13)."""
+    """Wait until every rank is here. Long waits use Python's sleep: a thread of a save that wakes inside torch while
+    its process ends, because a peer died, turns the exit status into an abort (up to Python 3.13)."""
     arrived, pause = dist.barrier(group=group, async_op=True), 1e-4
     while not arrived.is_completed():
         time.sleep(pause)

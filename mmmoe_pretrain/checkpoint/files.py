@@ -108,8 +108,8 @@ def digest_of(storage: Storage, path: str, nbytes: int) -> str:
 def read_box(read_into: ReadInto, at: int, stored: tuple[int, ...], wanted: Box, gap: int, target: Tensor) -> None:
     """Fill ``target`` with the numbers ``wanted`` of a box of size ``stored`` that begins at byte ``at``.
 
-    ``target`` has the box's dtype. Runs of numbers shorter than ``gap`` bytes are read with what lies
-    between them, in blocks; longer ones alone.
+    ``target`` has the box's dtype. Runs of numbers shorter than ``gap`` bytes are read in blocks with the bytes
+    between them; longer ones separately.
     """
     strides = [math.prod(stored[dim + 1 :]) for dim in range(len(stored))]
     place = at + sum(o * s for o, s in zip(wanted.offset, strides, strict=True)) * target.dtype.itemsize
@@ -136,7 +136,7 @@ def _fill(read_into: ReadInto, at: int, strides: list[int], gap: int, target: Te
 
 
 def _run(size: tuple[int, ...], strides: list[int]) -> int:
-    """How many numbers of a box of ``size`` lie side by side."""
+    """The number of contiguous numbers of a box of ``size``."""
     run = 1
     for n, stride in zip(reversed(size), reversed(strides), strict=True):
         if n > 1 and stride != run:

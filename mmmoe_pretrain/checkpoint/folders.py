@@ -1,8 +1,11 @@
-"""Which checkpoints there are, which are complete, and deleting them."""
+"""Which checkpoints there are, which are complete, which may go, and deleting them."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,38 @@ from mmmoe_pretrain.checkpoint.names import (
     Checkpoint,
     checkpoint_at,
 )
-from mmmoe_pretrain.checkpoint.retention import Retention, to_delete
 from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The checkpoints to keep: the ``last`` ones, those at multiples of ``every`` steps, and the ``best`` by
+    metric."""
+
+    last: int = 2
+    every: int = 0  # steps; 0: none
+    best: int = 0
+
+
+def to_delete(
+    checkpoints: Sequence[Checkpoint], metrics: Mapping[int, float | None], retention: Retention
+) -> list[Checkpoint]:
+    """The complete checkpoints to delete, oldest first. The newest is always kept.
+
+    ``metrics`` are by step, the lower the better; one without a finite metric is never among the best, and of
+    equals the later is better.
+    """
+    ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    kept = {c.step for c in ordered[-max(1, retention.last) :]}
+    if retention.every:
+        kept |= {c.step for c in ordered if c.step % retention.every == 0}
+    known = [
+        (metric, -c.step) for c in ordered if (metric := metrics.get(c.step)) is not None and math.isfinite(metric)
+    ]
+    kept |= {-step for _, step in sorted(known)[: retention.best]}
+    return [c for c in ordered if c.step not in kept]
 
 
 def checkpoints(root: str | Path) -> list[Checkpoint]:
@@ -35,26 +66,26 @@ def find_latest(root: str | Path) -> Checkpoint | None:
     """The checkpoint that ``latest`` names if it is complete; or else the newest complete one before that; or else
     the newest complete one; or None."""
     storage = open_storage(root)
-    told = _pointed_at(storage)
-    named = None if told is None else checkpoint_at(storage.root, told)
+    latest = _pointed_at(storage)
+    named = None if latest is None else checkpoint_at(storage.root, latest)
     if named is not None and _is_complete(storage, named):
         return named
     found = checkpoints(root)
     found = [c for c in found if named is not None and c.step <= named.step] or found
-    if told is not None:
+    if latest is not None:
         taken = f"the newest complete one is {found[-1].name}" if found else "and there is no other"
-        log.warning("%s/%s names %.100r, which is no complete checkpoint; %s", storage.root, LATEST, told, taken)
+        log.warning("%s/%s names %.100r, which is not complete; %s", storage.root, LATEST, latest, taken)
     return found[-1] if found else None
 
 
 def candidates(root: str | Path) -> list[Checkpoint]:
-    """On one rank, while nobody writes: the checkpoints that a run may go on from, oldest first. They are the
+    """On one rank, while nobody writes: the checkpoints that a run may resume from, oldest first. They are the
     complete ones, but none later than ``find_latest`` gives.
 
-    A later one is of a run that went back and was killed before it was deleted (``rewind``), or of a save that
-    ended between the checkpoint and ``latest``. It does not count until the run saves that step again, which
-    replaces it in one step, or until ``rewind`` deletes it. Where ``latest`` is damaged itself (its hashes) the one
-    before is next, and where it is gone or torn, too. What a kill left aside is put back first (``put_back``).
+    A later one is left by a rollback that was killed before it deleted it (``rewind``), or by a save that was killed
+    between the checkpoint and ``latest``. It does not count: the run replaces it when it saves that step again, or
+    ``rewind`` deletes it. If the latest checkpoint is damaged, the one before is used. Checkpoints that a kill left
+    under their temporary name are restored first (``put_back``).
     """
     put_back(root)
     newest = find_latest(root)
@@ -72,7 +103,7 @@ def complete(storage: Storage, checkpoint: Checkpoint) -> Manifest:
         if there.get(record.name) != record.nbytes:
             raise ValueError(
                 f"{checkpoint} is damaged: {record.name} has {there.get(record.name, 'no')} bytes of "
-                f"{record.nbytes}; delete that folder to go on from the one before, or restore the file"
+                f"{record.nbytes}; delete that folder to resume from the one before, or restore the file"
             )
     return manifest
 
@@ -82,13 +113,13 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str, limit: int) -
     data = storage.read(f"{checkpoint.name}/{name}", limit)
     if data is None:
         raise ValueError(
-            f"{checkpoint} has no {name}: it is no complete checkpoint; delete that folder to go on from another one"
+            f"{checkpoint} has no {name}, so it is not complete; delete that folder to resume from another one"
         )
     return data
 
 
 def read_meta(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The facts saved beside the tensors; ``step`` among them."""
+    """The metadata saved with the tensors, including ``step``."""
     data = read_file(open_storage(checkpoint.root), checkpoint, META, MAX_META)
     meta = parse_json(data, str(checkpoint), META)
     if type(meta.get("step")) is not int or meta["step"] != checkpoint.step:
@@ -98,20 +129,20 @@ def read_meta(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def prune(root: str | Path, keep: Retention) -> list[Checkpoint]:
     """On one rank: delete what ``keep`` does not keep of the newest checkpoint and those before it; what was
-    deleted. Later ones, from which a run went back, are left alone (``rewind`` deletes them)."""
+    deleted. Later ones, from before a rollback, are kept (``rewind`` deletes them)."""
     newest = find_latest(root)
     found = [c for c in checkpoints(root) if newest is not None and c.step <= newest.step]
     metrics = {c.step: _metric(c) for c in found} if keep.best else {}
-    gone = to_delete(found, metrics, keep)
-    for checkpoint in gone:
+    deleted = to_delete(found, metrics, keep)
+    for checkpoint in deleted:
         open_storage(root).remove_folder(checkpoint.name)
-    return gone
+    return deleted
 
 
 def rewind(checkpoint: Checkpoint) -> None:
-    """On one rank: make this one the newest and delete later ones, the newest first, before a run goes on from it.
+    """On one rank: make this one the newest and delete later ones, the newest first, before a run resumes from it.
 
-    Killed anywhere in it, ``candidates`` has no later one.
+    If it is killed at any point, ``candidates`` has no later one.
     """
     storage = open_storage(checkpoint.root)
     complete(storage, checkpoint)
@@ -122,8 +153,8 @@ def rewind(checkpoint: Checkpoint) -> None:
 
 
 def put_back(root: str | Path) -> list[Checkpoint]:
-    """On one rank, while nobody writes: checkpoints that were taken away for a newer one of the same step, which a
-    kill kept from coming, back in their place. Where folders cannot be exchanged they may be the only ones."""
+    """On one rank, while nobody writes: restore checkpoints that were moved aside for a newer one of the same step
+    when a kill interrupted the save. Where folders cannot be exchanged they may be the only ones."""
     storage = open_storage(root)
     folders = storage.folders()
     back = []
@@ -141,18 +172,18 @@ def put_back(root: str | Path) -> list[Checkpoint]:
 def clean(root: str | Path) -> list[str]:
     """On one rank, before a run's first save: delete what killed writers left; the names of the folders.
 
-    What has a manifest, damaged or not, is left alone, and so are folders with files that are none of ours.
+    Folders with a manifest, damaged or not, and folders with files of other programs are kept.
     """
     put_back(root)
     storage = open_storage(root)
-    gone = []
+    deleted = []
     for name in storage.folders():
         files = storage.sizes(name)
         leftover = LEFTOVER.fullmatch(name) or (FOLDER.fullmatch(name) and MANIFEST not in files)
         if leftover and all(FILE.fullmatch(file) for file in files):
             storage.remove_folder(name)
-            gone.append(name)
-    return gone
+            deleted.append(name)
+    return deleted
 
 
 def named_checkpoints(storage: Storage) -> list[Checkpoint]:
@@ -165,7 +196,7 @@ def _is_complete(storage: Storage, checkpoint: Checkpoint) -> bool:
     try:
         complete(storage, checkpoint)
     except ValueError as error:
-        if isinstance(error, OSError):  # the disk or the service fails: that says nothing of the checkpoint
+        if isinstance(error, OSError):  # the disk or service failed, not the checkpoint
             raise
         return False
     return True

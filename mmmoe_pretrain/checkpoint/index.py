@@ -1,14 +1,14 @@
-"""index.json and manifest.json: written as they are read, and read as if an enemy had written them.
-
-Every number is checked against the sizes of the files before anything is allocated by it.
+"""index.json and manifest.json: written and read. The reader trusts nothing: every number is checked against the
+sizes of the files before anything is allocated by it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
@@ -18,6 +18,7 @@ import torch
 
 from mmmoe_pretrain.checkpoint.files import DTYPES, NAMES, FileRecord
 from mmmoe_pretrain.checkpoint.names import FILE, INDEX, MANIFEST, META
+from mmmoe_pretrain.checkpoint.state import Shape
 from mmmoe_pretrain.parallel.placement import Box
 
 FORMAT, VERSION = "mmmoe-checkpoint", 1
@@ -28,17 +29,14 @@ MAX_ELEMENTS = 1 << 60
 HASH = re.compile(r"[0-9a-f]{32}")
 KEY = re.compile(r"[!-~]{1,1000}")
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
     """A box of a tensor, from byte ``at`` of ``file``."""
 
+    box: Box
     file: str
     at: int
-    offset: Shape
-    size: Shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ Index = dict[str, StoredTensor]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What makes a folder a complete checkpoint: every other file of it."""
+    """Sizes and hashes of all other files of a checkpoint."""
 
     step: int
     files: dict[str, FileRecord]
@@ -75,7 +73,7 @@ def index_json(index: Index) -> bytes:
         key: {
             "shape": tensor.shape,
             "dtype": NAMES[tensor.dtype],
-            "boxes": [(number[box.file], box.at, box.offset, box.size) for box in tensor.boxes],
+            "boxes": [(number[b.file], b.at, b.box.offset, b.box.size) for b in tensor.boxes],
         }
         for key, tensor in index.items()
     }
@@ -133,7 +131,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 def parse_index(data: bytes, nbytes: Mapping[str, int], where: str) -> Index:
     """Raises ValueError for what no save has written, and for boxes outside of the files of ``nbytes``.
 
-    Whether the boxes of a tensor make up the whole is for the caller to see (planner.tiles).
+    Whether the boxes of a tensor make up the whole is for the caller to see (``tiles``).
     """
     reading = _Reading(where, INDEX)
     value = reading.document(data)
@@ -147,11 +145,11 @@ def parse_index(data: bytes, nbytes: Mapping[str, int], where: str) -> Index:
             raise reading.error(f"a tensor named {short(key)}")
         tensor = _tensor(reading, key, reading.mapping(entry, key), files)
         index[key] = tensor
-        for box in tensor.boxes:
-            count = math.prod(box.size) * tensor.dtype.itemsize
-            filled[box.file] += count
-            if box.at + count > nbytes[box.file]:
-                raise reading.error(f"{count:,} bytes of {key} at {box.at:,} in {box.file} of {nbytes[box.file]:,}")
+        for stored in tensor.boxes:
+            count, file = math.prod(stored.box.size) * tensor.dtype.itemsize, stored.file
+            filled[file] += count
+            if stored.at + count > nbytes[file]:
+                raise reading.error(f"{count:,} bytes of {key} at {stored.at:,} in {file} of {nbytes[file]:,}")
     for file, count in filled.items():  # boxes that share bytes could ask for any amount of memory
         if count > nbytes[file]:
             raise reading.error(f"{count:,} bytes in {file} of {nbytes[file]:,}")
@@ -180,8 +178,28 @@ def _tensor(reading: _Reading, key: str, entry: dict[str, Any], files: Sequence[
         inside = len(offset) == len(size) == len(shape)
         if not inside or any(o + n > whole for o, n, whole in zip(offset, size, shape, strict=True)):
             raise reading.error(f"a box {list(size)} at {list(offset)} of {key}, which is {list(shape)}")
-        boxes.append(StoredBox(files[number], at, offset, size))
+        boxes.append(StoredBox(Box(offset, size), files[number], at))
     return StoredTensor(shape, DTYPES[dtype], tuple(boxes))
+
+
+def tiles(boxes: Iterable[Box], shape: Shape) -> bool:
+    """Whether ``boxes`` cover a tensor of ``shape``, each number of it once, and nothing beyond it.
+
+    A sum of boxes is determined by their corners, counted +1 and -1 in turn (its mixed difference): the
+    boxes add up to the whole if and only if all corners but the whole's cancel. Linear in the boxes.
+    """
+    corners: Counter[Shape] = Counter()
+    for box, weight in itertools.chain(((box, 1) for box in boxes), [(Box((0,) * len(shape), shape), -1)]):
+        ends = [((start, 1), (start + length, -1)) for start, length in zip(box.offset, box.size, strict=True)]
+        for corner in itertools.product(*ends):
+            corners[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
+    return not any(corners.values())
+
+
+def fill(boxes: Iterable[Box], shape: Shape) -> str:
+    """How much of a tensor the boxes cover, for messages."""
+    held, whole = sum(math.prod(box.size) for box in boxes), math.prod(shape)
+    return f"{held} of the {whole} numbers" + (", some twice," if held >= whole else "")
 
 
 def _fits(sizes: Shape) -> bool:
@@ -198,7 +216,7 @@ class _Reading:
     def error(self, found: str) -> ValueError:
         return ValueError(
             f"{self.where} is damaged or of another version: {self.name} has {found}; "
-            f"delete that folder to go on from the one before"
+            f"delete that folder to resume from the one before"
         )
 
     def document(self, data: bytes) -> dict[str, Any]:
@@ -228,7 +246,3 @@ class _Reading:
         if not _fits(sizes):
             raise self.error(f"{what[:100]} as {short(list(sizes))}, which is too large")
         return sizes
-
-
-def boxes_of(tensor: StoredTensor) -> Iterable[Box]:
-    return (Box(box.offset, box.size) for box in tensor.boxes)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
-from mmmoe_pretrain.checkpoint.store import find_latest, load_weights, read_meta, verify
+from mmmoe_pretrain.checkpoint.store import Checkpoint, find_latest, load_weights, read_meta, verify
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 CONFIG = "config.yaml"
@@ -47,13 +49,25 @@ def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, Run
         raise ValueError(f"no finished checkpoint in {root_of(run_dir, config)}; {EXAMPLE}")
     verify(checkpoint)
     meta = read_meta(checkpoint)
+    refuse_old(checkpoint, meta)
     vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 24:
+    if type(vocab_size) is not int or not 0 <= vocab_size <= 1 << 24:
         raise ValueError(f"{checkpoint} is damaged: meta.json has vocab_size {str(vocab_size)[:40]}")
     model = MMMoE(config, vocab_size=vocab_size)
     weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
     load_weights(checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
     return model.eval(), config, checkpoint.step
+
+
+def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """Raises ValueError if a version with other names of weights wrote the checkpoint."""
+    written = meta.get("config")
+    if isinstance(written, dict) and needs_upgrade(written):
+        raise ValueError(
+            f"{checkpoint} was written by MMMoE {str(meta.get('version'))[:40]}, where modalities shared tensors "
+            f"that are one for each now. Resume it with that version, or take its weights over: mmmoe export RUN "
+            f"--out FOLDER there, mmmoe import FOLDER --out RUN here"
+        )
 
 
 def root_of(run_dir: Path, config: RunConfig) -> str:

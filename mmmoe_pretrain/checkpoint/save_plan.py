@@ -1,7 +1,7 @@
 """Who writes which box of a checkpoint, and writing it: a file a rank, hashed, then committed by rank 0.
 
     plan = plan_save(state, group)       # once a run: it depends on the layout alone
-    tensors = plan.views(state)          # live memory, in the order of plan.items; a copy of these may be written
+    tensors = plan.views(state)          # live memory, in the order of plan.entries; a copy of these may be written
     write_checkpoint(storage, step, plan, tensors, meta, group)
 
 Nothing is gathered but descriptions of boxes. What several ranks hold is written by one of them.
@@ -28,38 +28,19 @@ from mmmoe_pretrain.checkpoint.index import (
     Manifest,
     StoredBox,
     StoredTensor,
+    fill,
     index_json,
     manifest_json,
     meta_json,
     refuse_unreadable,
+    tiles,
 )
 from mmmoe_pretrain.checkpoint.names import INDEX, LATEST, MANIFEST, META, Checkpoint, folder_name, rank_file
-from mmmoe_pretrain.checkpoint.planner import fill, logical_tensors, tiles
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
+from mmmoe_pretrain.checkpoint.state import Shape, ShardedState
 from mmmoe_pretrain.checkpoint.storage import Storage, StorageError
 from mmmoe_pretrain.parallel.placement import Box
 
-Shape = tuple[int, ...]
 RETRY = 1.0  # seconds
-
-
-@dataclass(frozen=True)
-class Item:
-    """One box that a rank writes: of the logical tensor ``key``, from ``offset``."""
-
-    key: str
-    offset: Shape
-    size: Shape
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.size) * self.dtype.itemsize
-
-    @property
-    def entry(self) -> Entry:
-        """Its name in the file."""
-        return Entry(f"{self.key}@{','.join(map(str, self.offset))}", self.dtype, self.size)
 
 
 @dataclass(frozen=True)
@@ -67,45 +48,38 @@ class SavePlan:
     """What one rank writes, every time."""
 
     file: str
-    items: tuple[Item, ...]  # in the order of the file
+    entries: tuple[Entry, ...]  # in the order of the file
     index: bytes | None = field(default=None, repr=False)  # index.json, of all ranks' files; on rank 0 alone
 
     @property
     def nbytes(self) -> int:
-        return sum(item.nbytes for item in self.items)
+        return sum(entry.nbytes for entry in self.entries)
 
     def views(self, state: ShardedState) -> list[Tensor]:
-        """The live tensors of ``items``: perhaps strided, perhaps on a GPU."""
+        """The live tensors of ``entries``: perhaps strided, perhaps on a GPU."""
         held = {
-            (key, piece.offset): piece.tensor.detach()
-            for name, parameter in state.items()
-            for key, pieces in parameter.named(name).items()
-            for piece in pieces
-            if piece.tensor.numel() or piece.tensor.shape == parameter.shape
+            _name(key, at): piece.detach() for key, tensor in state.items() for at, piece in tensor.pieces.items()
         }
-        return [held[item.key, item.offset] for item in self.items]
+        return [held[entry.key] for entry in self.entries]
 
 
-@dataclass(frozen=True)
-class _Offer:
-    """What a rank holds of a tensor of ``shape``."""
-
-    shape: Shape
-    boxes: tuple[tuple[Box, torch.dtype], ...]
+_Boxes = list[tuple[Box, torch.dtype]]
+_Offers = dict[str, tuple[Shape, _Boxes]]  # what a rank holds, by key of the logical tensor
 
 
-_Offers = dict[str, _Offer]
+def _name(key: str, offset: Shape) -> str:
+    """The name of a box in its file."""
+    return f"{key}@{','.join(map(str, offset))}"
 
 
 def plan_save(state: ShardedState, group: ProcessGroup | None) -> SavePlan:
-    """Collective: who writes what. The boxes of all ranks are seen by rank 0 alone.
-
-    Raises ValueError on every rank where the pieces of all ranks do not make up each tensor that one of them
-    names; what several ranks hold must be cut alike. And where readers would refuse what is written.
+    """Collective: who writes what. Only rank 0 gets the boxes of all ranks. Raises ValueError on every rank if the
+    pieces of all ranks do not cover each tensor, if replicas have different boxes, or if the result would be too
+    large to be read.
     """
 
     def offer() -> _Offers:
-        return {key: _Offer(tuple(t.shape), tuple(t.held())) for key, t in logical_tensors(state).items()}
+        return {key: (tensor.shape, tensor.boxes()) for key, tensor in state.items()}
 
     kept: list[bytes] = []
 
@@ -126,11 +100,11 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     group: ProcessGroup | None,
 ) -> Checkpoint:
-    """Collective; in a thread, too, if nobody else uses ``group`` meanwhile.
+    """Collective; may run in a thread if ``group`` has no other user.
 
-    Where a rank fails, every rank raises its error; then the draft is gone, and the checkpoints before and
-    ``latest`` are as they were. Only what fails behind ``commit`` leaves the checkpoint: ``latest`` that could
-    not be replaced (``point_to``), or a peer that was gone before it was told.
+    If a rank fails, every rank raises its error, the draft is deleted, and earlier checkpoints and ``latest`` do not
+    change. Only a failure after ``commit`` leaves the checkpoint: if ``latest`` cannot be replaced (``point_to``), or
+    a rank ended before it got the result.
     """
     draft = begin(storage, step, meta, group)
     committed: list[Checkpoint] = []  # on rank 0
@@ -165,7 +139,7 @@ def begin(storage: Storage, step: int, meta: Mapping[str, Any], group: ProcessGr
 def write_rank_file(storage: Storage, draft: str, plan: SavePlan, tensors: Sequence[Tensor]) -> FileRecord:
     """This rank's file. ``tensors`` are those of ``plan.views``, or copies of them in host memory, each whole or
     in parts (``files.write_tensors``)."""
-    return write_tensors(storage, draft, plan.file, [item.entry for item in plan.items], tensors)
+    return write_tensors(storage, draft, plan.file, plan.entries, tensors)
 
 
 def commit(
@@ -173,7 +147,7 @@ def commit(
 ) -> Checkpoint:
     """On rank 0, after every rank has written: make the draft a checkpoint, in place of one of the same step.
 
-    Runs go on from it once ``point_to`` has been called (``folders.candidates``).
+    Runs resume from it once ``point_to`` has been called (``folders.candidates``).
     """
     assert plan.index is not None, "only rank 0 commits"
     _refuse_lost_files(storage, draft, records)
@@ -189,8 +163,8 @@ def commit(
 
 
 def point_to(storage: Storage, checkpoint: Checkpoint) -> None:
-    """On rank 0: have ``latest`` name this one, with one more attempt. Where both fail the save has failed, as runs
-    go on from the one before; but nothing is removed, and the next save that works makes both count."""
+    """On rank 0: let ``latest`` name this one, with one retry. If both fail, the save has failed and runs resume from
+    the one before; nothing is removed, and the next successful save makes both valid."""
     try:
         storage.replace(LATEST, f"{checkpoint.name}\n".encode())
     except StorageError:
@@ -199,7 +173,8 @@ def point_to(storage: Storage, checkpoint: Checkpoint) -> None:
             storage.replace(LATEST, f"{checkpoint.name}\n".encode())
         except StorageError as error:
             raise StorageError(
-                f"{checkpoint} is written, but {LATEST} may still name the one before, from which runs go on: {error}"
+                f"{checkpoint} is written, but {LATEST} may still name the one before, and runs resume from that: "
+                f"{error}"
             ) from error
 
 
@@ -220,41 +195,42 @@ def _refuse_lost_files(storage: Storage, draft: str, records: Sequence[FileRecor
 
 
 def _plans(offers: list[_Offers]) -> tuple[list[SavePlan], Index]:
-    """What each rank writes, and the index of it all."""
+    """The plan of each rank, and the index."""
     shapes = _refuse_holes(offers)
-    items: list[list[Item]] = [[] for _ in offers]
+    items: list[list[_Item]] = [[] for _ in offers]
     for item, rank in _writers(offers).items():
         items[rank].append(item)
     plans, boxes = [], defaultdict[str, list[StoredBox]](list)
     dtypes: dict[str, torch.dtype] = {}
     for rank, mine in enumerate(items):
-        mine.sort(key=lambda item: -item.dtype.itemsize)  # for alignment; the order is else that of the state
-        plans.append(SavePlan(rank_file(rank), tuple(mine)))
-        _, begins = header_of([item.entry for item in mine])
-        for item, at in zip(mine, begins, strict=True):
-            boxes[item.key].append(StoredBox(rank_file(rank), at, item.offset, item.size))
-            dtypes[item.key] = item.dtype
+        mine.sort(key=lambda item: -item[2].itemsize)  # for alignment; the order is else that of the state
+        entries = tuple(Entry(_name(key, box.offset), dtype, box.size) for key, box, dtype in mine)
+        plans.append(SavePlan(rank_file(rank), entries))
+        _, begins = header_of(entries)
+        for (key, box, dtype), at in zip(mine, begins, strict=True):
+            boxes[key].append(StoredBox(box, rank_file(rank), at))
+            dtypes[key] = dtype
     index = {key: StoredTensor(shape, dtypes[key], tuple(boxes[key])) for key, shape in shapes.items()}
     return plans, index
 
 
 def _refuse_holes(offers: list[_Offers]) -> dict[str, Shape]:
-    """Every tensor that a rank names must be held whole, alike wherever it is held twice. The shapes by key."""
+    """Check that the ranks cover every tensor, with equal shapes and types of replicas. Returns the shapes by key."""
     shapes: dict[str, set[Shape]] = defaultdict(set)
     boxes: dict[str, set[Box]] = defaultdict(set)
     dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
     for mine in offers:
-        for key, offer in mine.items():
-            shapes[key].add(offer.shape)
-            boxes[key].update(box for box, _ in offer.boxes)
-            dtypes[key].update(dtype for _, dtype in offer.boxes)
+        for key, (shape, held) in mine.items():
+            shapes[key].add(shape)
+            boxes[key].update(box for box, _ in held)
+            dtypes[key].update(dtype for _, dtype in held)
     problems = []
     for key in sorted(shapes):
         for shape in shapes[key]:
             refuse_unreadable(key, shape)
         if len(shapes[key]) > 1 or len(dtypes[key]) > 1:
-            told = [*sorted(shapes[key]), *sorted(map(str, dtypes[key]))]
-            problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, told))}")
+            values = [*sorted(shapes[key]), *sorted(map(str, dtypes[key]))]
+            problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, values))}")
         elif not tiles(boxes[key], next(iter(shapes[key]))):
             problems.append(f"hold {fill(boxes[key], next(iter(shapes[key])))} of {key}")
         elif not dtypes[key] <= NAMES.keys():
@@ -262,22 +238,26 @@ def _refuse_holes(offers: list[_Offers]) -> dict[str, Shape]:
     if problems:
         raise ValueError(
             f"no checkpoint is written: the ranks {'; '.join(problems[:3])} ({len(problems)} such in all); "
-            f"the checkpoints before are untouched"
+            f"earlier checkpoints are unchanged"
         )
     return {key: next(iter(found)) for key, found in shapes.items()}
 
 
-def _writers(offers: list[_Offers]) -> dict[Item, int]:
+_Item = tuple[str, Box, torch.dtype]  # a box of the logical tensor of that key
+
+
+def _writers(offers: list[_Offers]) -> dict[_Item, int]:
     """The rank that writes each box: those of one holder first, then the largest first, to the holder with
     the fewest bytes so far."""
-    holders: dict[Item, list[int]] = defaultdict(list)
+    holders: dict[_Item, list[int]] = defaultdict(list)
     for rank, mine in enumerate(offers):
-        for key, offer in mine.items():
-            for box, dtype in offer.boxes:
-                holders[Item(key, box.offset, box.size, dtype)].append(rank)
+        for key, (_, held) in mine.items():
+            for box, dtype in held:
+                holders[key, box, dtype].append(rank)
+    nbytes = {(key, box, dtype): math.prod(box.size) * dtype.itemsize for key, box, dtype in holders}
     written = [0] * len(offers)
-    writer: dict[Item, int] = {}
-    for item in sorted(holders, key=lambda item: (len(holders[item]) > 1, -item.nbytes)):
+    writer: dict[_Item, int] = {}
+    for item in sorted(holders, key=lambda item: (len(holders[item]) > 1, -nbytes[item])):
         writer[item] = min(holders[item], key=written.__getitem__)
-        written[writer[item]] += item.nbytes
+        written[writer[item]] += nbytes[item]
     return {item: writer[item] for item in holders}

@@ -11,7 +11,7 @@ import atexit
 import copy
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,18 @@ from torch.distributed import ProcessGroup
 
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.exchange import agree
-from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.save_plan import SavePlan, plan_save, write_checkpoint
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
-from mmmoe_pretrain.checkpoint.staging import Staging
+from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.checkpoint.storage import open_storage
+from mmmoe_pretrain.parallel.agreement import any_rank
 
-RESTARTABLE = (OSError, RuntimeError, MemoryError)  # of a disk, a service, a peer
+RESTARTABLE = (OSError, RuntimeError, MemoryError)  # of a disk, a service or another rank
 FAILURES = (*RESTARTABLE, ValueError)  # not of this program
 REST = 1.0  # seconds
+# Bytes. Torch rounds pinned memory up to a power of two, which one large block may double; of small parts any block
+# but the last is full up to a part.
+BLOCK, PART = 2**28, 2**24
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class SaveReport:
     bytes: int  # that this rank wrote
     error: str | None = None  # why there is no checkpoint
     restartable: bool = False  # the error is a disk's, a service's or a peer's: a later start may do better
-    warning: str | None = None  # on rank 0: it is there, but so is what should have been deleted
+    warning: str | None = None  # on rank 0: the checkpoint is complete, but old ones could not be deleted
 
 
 class Saver:
@@ -83,7 +86,7 @@ class Saver:
         where memory is missing.
         """
         layout = _layout(state)
-        if not self._any_rank(layout != self._layout):
+        if not any_rank(self._group, layout != self._layout):
             return
         self._layout = self._plan = self._staging = None
         plan = plan_save(state, self._group)
@@ -91,9 +94,8 @@ class Saver:
         self._layout, self._plan = layout, plan
 
     def save(self, step: int, state: ShardedState, meta: Mapping[str, Any], metric: float | None = None) -> None:
-        """Take a copy of ``state`` and begin to write it; what comes of it is in a report, failures too.
-
-        ``metric``: by which retention knows the best checkpoints, the lower the better. Collective.
+        """Copy ``state`` and start to write it; a report has the result, failures included. ``metric``: for
+        ``Retention.best``, the lower the better. Collective.
         """
         began = time.perf_counter()
         self.wait()
@@ -115,14 +117,14 @@ class Saver:
             self._reports[-1] = replace(self._reports[-1], seconds_blocked=time.perf_counter() - began)
 
     def poll(self) -> list[SaveReport]:
-        """The saves that ended since the last call. Raises what the thread did not expect."""
+        """The saves that ended since the last call. Raises unexpected errors of the thread."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self) -> None:
-        """Until no save is in flight; ``poll`` then has the report. Raises what the thread did not expect."""
+        """Wait for the save in flight; ``poll`` then has the report. Raises unexpected errors of the thread."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._reports.append(thread.result())
@@ -134,7 +136,7 @@ class Saver:
         atexit.unregister(self._rest)
 
     def _rest(self) -> None:
-        """Let the thread end, or come to where it writes or waits for a peer."""
+        """Let the thread end, or reach a write or a wait for another rank."""
         if self._thread is not None:
             self._thread.join(REST)
 
@@ -154,21 +156,14 @@ class Saver:
         seconds = time.perf_counter() - began
         if self._first and error is None:
             warning = _warning(lambda: store.prune(self._root, self._retention)) or warning
-        # Deleting may take long. Ranks that trained on meanwhile would wait for rank 0 in a collective that ends
+        # Deleting may take long. Ranks that continue training would wait for rank 0 in a collective that ends
         # the job sooner than this one.
         _warning(lambda: agree(self._group, lambda: None))
         return SaveReport(step, path, blocked, waited, seconds, plan.nbytes, error, restartable, warning)
 
-    def _any_rank(self, here: bool) -> bool:
-        if self._group is None:
-            return here
-        anywhere = torch.tensor(int(here))
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(anywhere)
-
 
 class _Thread(threading.Thread):
-    """Holds up no exit of the process, and loses no error."""
+    """Never delays the exit of the process, and never loses an error."""
 
     def __init__(self, work: Callable[[], SaveReport]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -192,11 +187,11 @@ class _Thread(threading.Thread):
 
 
 def _layout(state: ShardedState) -> Any:
-    """What a plan and its host memory depend on; equal for states that can share them. Holds no tensors."""
+    """The properties that a plan and its host memory depend on; equal for states that can share them. Without
+    tensors."""
     return [
-        (key, parameter.shape, [(p.offset, p.tensor.shape, p.tensor.dtype, p.tensor.is_cuda) for p in pieces])
-        for name, parameter in state.items()
-        for key, pieces in parameter.named(name).items()
+        (key, tensor.shape, [(at, piece.shape, piece.dtype, piece.is_cuda) for at, piece in tensor.pieces.items()])
+        for key, tensor in state.items()
     ]
 
 
@@ -206,3 +201,57 @@ def _warning(deletes: Callable[[], object]) -> str | None:
     except FAILURES as error:
         return str(error)
     return None
+
+
+class Staging:
+    """Copies of tensors in memory that is allocated once: pinned where one of them is on a GPU.
+
+    Small tensors are adjacent, as in the file, so that many of them are written at once. A copy has the type and
+    shape of its tensor and is contiguous; that of a large one is in several parts, which follow each other.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        pinned = any(tensor.is_cuda for tensor in tensors)
+        self._copies: list[Tensor] = []
+        for run in _runs(part for tensor in tensors for part in _parts(tensor)):
+            block = torch.empty(sum(t.nbytes for t in run), dtype=torch.uint8, pin_memory=pinned)
+            block.zero_()  # its pages are there before training waits for them
+            begin = 0
+            for tensor in run:
+                part = block[begin : begin + tensor.nbytes]
+                self._copies.append(part.view(tensor.dtype).view(tensor.shape))
+                begin += tensor.nbytes
+
+    @torch.no_grad()
+    def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The copies, once the numbers of ``tensors`` are in them; they hold until the next call."""
+        for copied, part in zip(self._copies, (part for t in tensors for part in _parts(t)), strict=True):
+            copied.copy_(part, non_blocking=True)
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return self._copies
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of at most ``PART`` bytes, in the order of the numbers."""
+    if tensor.nbytes <= PART:
+        yield tensor
+        return
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor
+    dim = next(d for d, n in enumerate(flat.shape) if n > 1)
+    for part in flat.split(max(1, PART * flat.shape[dim] // flat.nbytes), dim):
+        yield from _parts(part)
+
+
+def _runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours that can share a block: of at most ``BLOCK`` bytes, each aligned to its type."""
+    run: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if run and (size + tensor.nbytes > BLOCK or size % tensor.element_size()):
+            yield run
+            run, size = [], 0
+        run.append(tensor)
+        size += tensor.nbytes
+    if run:
+        yield run

@@ -26,12 +26,12 @@ ReadInto = Callable[[int, memoryview], None]  # fill the buffer from a place in 
 
 
 class StorageError(OSError, ValueError):
-    """A disk, a right or a service is missing: what, where and what to do."""
+    """A disk, permission or service failed: what, where and the remedy."""
 
 
 class Storage(Protocol):
     root: str
-    gap: int  # bytes; rather than reading twice, what lies between is read too, up to this
+    gap: int  # bytes; gaps up to this size are read, too, instead of reading twice
 
     def draft(self, name: str) -> str:
         """Where the folder ``name`` is written before ``publish``."""
@@ -44,7 +44,7 @@ class Storage(Protocol):
         ...
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a small file such that a reader sees the old or the new one."""
+        """Write a small file atomically."""
         ...
 
     def read(self, path: str, limit: int) -> bytes | None:
@@ -72,7 +72,7 @@ class Storage(Protocol):
         ...
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder, if it is there, such that half of it never looks whole."""
+        """Remove a folder, if it exists, such that a partial one never looks complete."""
         ...
 
 
@@ -214,13 +214,15 @@ class LocalStorage:
             case errno.EROFS:
                 return "the file system is read-only; mount it writable, or set checkpoint.folder to another place"
             case errno.EACCES | errno.EPERM:
-                return "this user has not the right; change the folder's owner or mode, or set checkpoint.folder"
+                return "no permission; change the folder's owner or mode, or set checkpoint.folder"
             case errno.ENOTDIR | errno.EEXIST:
                 return "a file is where a folder must be; remove it, or set checkpoint.folder to another place"
             case errno.ENOENT:
-                return "it is not there; the folder must be shared by all nodes, and nobody else may delete in it"
+                return (
+                    "it does not exist; the folder must be shared by all nodes, and no other program may delete in it"
+                )
             case _:
-                return f"{error.strerror or error}; see whether the disk is well, or set checkpoint.folder to another"
+                return f"{error.strerror or error}; check the disk, or set checkpoint.folder to another"
 
 
 class UrlStorage:
@@ -286,10 +288,10 @@ class UrlStorage:
         return sorted(_last(entry["name"]) for entry in self._list("") if entry["type"] == "directory")
 
     def publish(self, name: str) -> None:
-        """Nothing: the manifest, written last, has done it."""
+        """Nothing to do: the manifest, written last, commits."""
 
     def put_back(self, name: str) -> None:
-        """Nothing: no folder was taken away."""
+        """Nothing to do: no folder was moved."""
 
     def remove_folder(self, name: str) -> None:
         with self._explained("delete", name):
@@ -318,9 +320,9 @@ class UrlStorage:
             yield
         except (AssertionError, StorageError):
             raise
-        except Exception as error:  # each service's client has errors of its own
+        except Exception as error:  # each client library has its own errors
             raise StorageError(
-                f"cannot {doing} {self.root}/{path}: {type(error).__name__}: {error}; look at the credentials, "
+                f"cannot {doing} {self.root}/{path}: {type(error).__name__}: {error}; check the credentials, "
                 f"the network and the service, or set checkpoint.folder to another place"
             ) from error
 
@@ -337,13 +339,13 @@ def _bounded(data: bytes, limit: int, where: object) -> bytes:
 
 def _ends_early(where: object, at: int) -> str:
     return (
-        f"{where} is damaged: it ends at byte {at:,}, before what index.json says; delete that folder to go on from "
+        f"{where} is damaged: it ends at byte {at:,}, before what index.json says; delete that folder to resume from "
         f"the one before"
     )
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step, so that a kill finds either in place. False where the system cannot
+    """Exchange two folders in one step, so that after a kill one of them is in place. False where the system cannot
     (it is Linux's alone, and few network file systems have it)."""
     try:
         rename = ctypes.CDLL(None).renameat2

@@ -1,27 +1,25 @@
 """Writing, finding and reading the checkpoints under a root, which is a path or any fsspec URL.
 
-A checkpoint is a folder (names.py) of safetensors files with the tensors ``model/NAME`` and
-``optimizer/NAME/exp_avg(_sq)`` in their full logical shape, as the boxes that ranks held. It is complete
-when its manifest stands and every file has the size that the manifest says.
+A checkpoint is a folder (names.py) of safetensors files with the logical tensors of state.py, as the boxes that ranks
+held. It is complete if it has a manifest and every file has the size in the manifest.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
 
 from mmmoe_pretrain.checkpoint.exchange import agree, broadcast, exchange, on_first
-from mmmoe_pretrain.checkpoint.files import FileRecord, digest_of
+from mmmoe_pretrain.checkpoint.files import FileRecord, digest_of, read_box
 from mmmoe_pretrain.checkpoint.folders import (
+    Retention,
     candidates,
     checkpoints,
     clean,
@@ -32,15 +30,31 @@ from mmmoe_pretrain.checkpoint.folders import (
     read_meta,
     rewind,
 )
-from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, boxes_of, manifest_json, parse_index, parse_manifest
+from mmmoe_pretrain.checkpoint.index import (
+    MAX_INDEX,
+    Index,
+    StoredBox,
+    fill,
+    manifest_json,
+    parse_index,
+    parse_manifest,
+    tiles,
+)
 from mmmoe_pretrain.checkpoint.names import INDEX, Checkpoint
-from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalTensor, fill, logical_tensors, tiles
-from mmmoe_pretrain.checkpoint.reader import CheckpointReader
-from mmmoe_pretrain.checkpoint.retention import Retention
 from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
-from mmmoe_pretrain.checkpoint.state import ParameterState
-from mmmoe_pretrain.checkpoint.storage import open_storage
+from mmmoe_pretrain.checkpoint.state import (
+    Shape,
+    ShardedState,
+    ShardedTensor,
+    WholeState,
+    intersection,
+    model_key,
+    split_key,
+    view,
+    within,
+)
+from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
+from mmmoe_pretrain.parallel.placement import Box
 
 __all__ = [
     "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune",
@@ -65,8 +79,8 @@ def save(
     storage = agree(group, lambda: open_storage(root))
     on_first(group, lambda: clean(root))
     plan = plan_save(state, group)
-    told = meta if metric is None else {**meta, "metric": metric}
-    checkpoint = write_checkpoint(storage, step, plan, plan.views(state), told, group)
+    full_meta = meta if metric is None else {**meta, "metric": metric}
+    checkpoint = write_checkpoint(storage, step, plan, plan.views(state), full_meta, group)
     on_first(group, lambda: prune(root, keep))
     return checkpoint
 
@@ -92,7 +106,7 @@ def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
         if bad:
             raise ValueError(
                 f"{checkpoint} is damaged: {', '.join(bad[:3])} ({len(bad)} files in all) are not as they were "
-                f"written; delete that folder to go on from the one before, or restore the files"
+                f"written; delete that folder to resume from the one before, or restore the files"
             )
         return [None] * len(ranks)
 
@@ -103,67 +117,96 @@ def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
 def load(checkpoint: Checkpoint, like: ShardedState, group: ProcessGroup | None) -> ShardedState:
     """The numbers of ``checkpoint`` for the pieces that ``like`` has, in tensors of their own.
 
-    Called on all ranks of ``group``, each with the names and pieces that it holds. Raises ValueError on every
-    rank where the names of all ranks together, or a shape, are not the checkpoint's, or where it is damaged
+    Called on all ranks of ``group``, each with the keys and pieces that it holds. Raises ValueError on every
+    rank where the keys of all ranks together, or a shape, are not the checkpoint's, or where it is damaged
     (``verify`` sees every damage; this what shows in sizes and places).
     """
-    state = {name: parameter.empty_like() for name, parameter in like.items()}
-    _read(checkpoint, logical_tensors(state), group, exactly=True)
+    state = {key: tensor.empty_like() for key, tensor in like.items()}
+    _read(checkpoint, state, group, exactly=True)
     return state
 
 
 def load_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """Fill full tensors in place, by logical name, in one process."""
-    _read(checkpoint, {f"model/{name}": LogicalTensor.whole(t) for name, t in weights.items()}, None, exactly=False)
+    """Fill full tensors in place, by the names of their parameters, in one process."""
+    wanted = {model_key(name): ShardedTensor.whole(tensor) for name, tensor in weights.items()}
+    _read(checkpoint, wanted, None, exactly=False)
 
 
-def read_state(checkpoint: Checkpoint) -> dict[str, ParameterState]:
+def read_state(checkpoint: Checkpoint) -> WholeState:
     """Everything that a checkpoint holds, in full, in one process."""
     index = _index(checkpoint)
     tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in index.items()}
-    _read(checkpoint, {key: LogicalTensor.whole(t) for key, t in tensors.items()}, None, exactly=True)
-    names = [key.removeprefix("model/") for key in tensors if key.startswith("model/")]
-    return {
-        name: ParameterState(
-            tensors[f"model/{name}"],
-            tensors.get(f"optimizer/{name}/exp_avg"),
-            tensors.get(f"optimizer/{name}/exp_avg_sq"),
-        )
-        for name in names
-    }
+    _read(checkpoint, {key: ShardedTensor.whole(tensor) for key, tensor in tensors.items()}, None, exactly=True)
+    return tensors
 
 
-def write_state(root: str | Path, step: int, state: dict[str, ParameterState], meta: Mapping[str, Any]) -> Checkpoint:
+def write_state(root: str | Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> Checkpoint:
     """``save`` of full tensors from one process; deletes none."""
-
-    def whole(tensor: Tensor | None) -> tuple[Piece, ...] | None:
-        return None if tensor is None else (Piece((0,) * tensor.dim(), tensor),)
-
-    sharded = {
-        name: ShardedParameter(tuple(p.value.shape), whole(p.value) or (), whole(p.exp_avg), whole(p.exp_avg_sq))
-        for name, p in state.items()
-    }
+    sharded = {key: ShardedTensor.whole(tensor) for key, tensor in state.items()}
     plan = plan_save(sharded, None)
     return write_checkpoint(open_storage(root), step, plan, plan.views(sharded), meta, None)
 
 
-def _read(
-    checkpoint: Checkpoint, tensors: dict[str, LogicalTensor], group: ProcessGroup | None, exactly: bool
-) -> None:
+def _read(checkpoint: Checkpoint, state: ShardedState, group: ProcessGroup | None, exactly: bool) -> None:
+    """Fill the pieces of ``state``. Rank 0 checks the requests of all ranks before anything is read."""
     storage = agree(group, lambda: open_storage(checkpoint.root))
     index = _index(checkpoint, group)
-    with _plain_errors():
-        dcp.load(
-            tensors,
-            storage_reader=CheckpointReader(storage, checkpoint.name, index),
-            planner=LogicalLoadPlanner(str(checkpoint), exactly),
-            process_group=group,
-            no_dist=group is None,
+
+    def compare(ranks: list[dict[str, Shape]]) -> list[None]:
+        _refuse_other_model(checkpoint, index, ranks, exactly)
+        return [None] * len(ranks)
+
+    exchange(group, lambda: {key: tensor.shape for key, tensor in state.items()}, compare)
+    agree(group, lambda: _fill(storage, checkpoint, index, state))
+
+
+def _refuse_other_model(checkpoint: Checkpoint, index: Index, ranks: list[dict[str, Shape]], exactly: bool) -> None:
+    """ValueError for keys that are not there, other shapes, and, if ``exactly``, keys that no rank asks for."""
+    wanted: dict[str, set[Shape]] = defaultdict(set)
+    for key, shape in itertools.chain.from_iterable(rank.items() for rank in ranks):
+        wanted[key].add(shape)
+    problems = [f"lacks {key}" for key in sorted(wanted.keys() - index.keys())]
+    if exactly:
+        problems += [f"has {key}, which this model has not" for key in sorted(index.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & index.keys()):
+        stored = index[key].shape
+        others = sorted(wanted[key] - {stored})
+        problems += [f"has {key} as {list(stored)}, and this model {list(other)}" for other in others]
+    kept, asked = (sorted({tensor for key in keys if (tensor := split_key(key)[1])}) for keys in (index, wanted))
+    if exactly and kept != asked:
+        raise ValueError(
+            f"{checkpoint} has the optimizer state {kept}, and the optimizer of this run keeps {asked}; set "
+            f"optimizer.kind (and momentum) as its meta.json has them"
+        )
+    if problems:
+        raise ValueError(
+            f"{checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in "
+            f"all); its meta.json has the config that it was saved under"
         )
 
 
+def _fill(storage: Storage, checkpoint: Checkpoint, index: Index, state: ShardedState) -> None:
+    """Read the overlap of the pieces of ``state`` with the stored boxes; each file once, forwards."""
+    reads: dict[str, list[tuple[StoredBox, Box, torch.dtype, Tensor]]] = defaultdict(list)
+    for key, tensor in state.items():
+        for (mine, _), piece in zip(tensor.boxes(), tensor.pieces.values(), strict=True):
+            for stored in index[key].boxes:
+                common = intersection(mine, stored.box)
+                if common is not None:
+                    target = view(piece.detach(), within(common, mine))
+                    reads[stored.file].append((stored, within(common, stored.box), index[key].dtype, target))
+    for file, wanted in reads.items():
+        wanted.sort(key=lambda read: read[0].at)
+        with storage.reader(f"{checkpoint.name}/{file}") as read_into:
+            for stored, box, dtype, target in wanted:
+                alike = target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype)
+                read_box(read_into, stored.at, stored.box.size, box, storage.gap, alike)
+                if alike is not target:
+                    target.copy_(alike)
+
+
 def _index(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> Index:
-    """What a complete checkpoint holds, without holes. Rank 0 alone looks at the disk, every rank parses."""
+    """What a complete checkpoint holds, without holes. Only rank 0 reads the files, every rank parses."""
 
     def manifest_bytes() -> bytes:
         return manifest_json(complete(open_storage(checkpoint.root), checkpoint))
@@ -180,22 +223,9 @@ def _index(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> Index:
 
 def _refuse_holes(checkpoint: Checkpoint, index: Index) -> None:
     for key, tensor in index.items():
-        boxes = set(boxes_of(tensor))
+        boxes = {stored.box for stored in tensor.boxes}
         if len(boxes) != len(tensor.boxes) or not tiles(boxes, tensor.shape):
             raise ValueError(
                 f"{checkpoint} is damaged: it holds {fill(boxes, tensor.shape)} of {key}; "
-                f"delete that folder to go on from the one before"
+                f"delete that folder to resume from the one before"
             )
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a rank raised, on every rank, in place of torch's wrapping of it, which is no Exception; and
-    without torch's remarks that a process group is missing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no_dist.*|.*single process.*|.*torch.distributed is disabled.*")
-        try:
-            yield
-        except CheckpointException as error:
-            first, _ = error.failures[min(error.failures)]
-            raise first from error

@@ -1,4 +1,4 @@
-"""How many bad samples a run puts up with, judged over all ranks and with the confidence that counts allow."""
+"""The limit of bad samples of a run: a statistical test over the counts of all ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FALSE_ALARM = 1e-6  # chance of ending a run whose share of bad samples is withi
 
 @dataclass
 class BadBudget:
-    """Ends the run once surely more than ``limit`` of the samples read were bad.
+    """Ends the run when the share of bad samples is almost surely above ``limit``.
 
-    b bad ones of n read are judged by the Chernoff bound (Hoeffding 1963, theorem 1): were the share
+    b bad ones of n read are tested by the Chernoff bound (Hoeffding 1963, theorem 1): were the share
     no more than q, so many would turn up with a chance of at most ``exp(-n KL(b/n || q))``, where
     ``KL(p || q) = p ln(p/q) + (1-p) ln((1-p)/(1-q))``. The run ends where that is below FALSE_ALARM.
-    At a limit of 1%: 2 of 128 or 1 of 8 go on; 4 of 4, 11 of 128 or 25 of 600 end it. A limit of 0 ends
+    At a limit of 1%: 2 of 128 or 1 of 8 are within it; 4 of 4, 11 of 128 or 25 of 600 end the run. A limit of 0 ends
     it at the first bad sample, a limit of 1 never.
     """
 
@@ -41,7 +41,7 @@ class BadBudget:
         self.bad += len(stats.bad)
         self.read += stats.samples
 
-    def judge(self, total_bad: int, total_read: int) -> None:
+    def check(self, total_bad: int, total_read: int) -> None:
         """Raise ValueError past the limit: on every rank, as all are given the same totals.
 
         The totals are ``bad`` and ``read`` summed over the data-parallel ranks.
@@ -53,7 +53,7 @@ class BadBudget:
         raise ValueError(
             f"{total_bad} of {total_read} samples read were bad, more than "
             f"data.max_bad_fraction {self.limit} allows. {where}. Repair or "
-            f"leave out these files and shard again (mmmoe-data shard), or raise data.max_bad_fraction"
+            f"remove these files and shard again (mmmoe-data shard), or raise data.max_bad_fraction"
         )
 
 

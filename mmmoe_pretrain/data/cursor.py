@@ -1,7 +1,7 @@
 """Which global batch a training step reads: a pure function, saved as a handful of integers.
 
-A run that goes back to a checkpoint after a fault leaves out a *window* ``[first, end)`` of batches.
-Step i reads the i-th number (from 0) that stands in no window, so no other batch is lost or repeated.
+A run that rolls back to a checkpoint skips a *window* ``[first, end)`` of batches. Step i reads the i-th batch (from
+0) outside of all windows, so no other batch is lost or repeated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class Cursor:
         return batch
 
     def skip(self, first: int, end: int, *, step: int) -> Cursor:
-        """Leave out the batches ``[first, end)`` from ``step`` on, where training resumes.
-
-        The batches of earlier steps have been trained on: a window that begins among them is cut,
-        else it would move them and later steps would lose as many that nobody has seen.
+        """Skip the batches ``[first, end)`` from ``step`` on, where training resumes. Batches before it have been
+        trained on: a window that begins among them is cut. Otherwise it would shift them, and later steps would lose
+        as many unread batches.
         """
         first = max(first, self.batch(step))
         return Cursor((*self.skipped, (first, end))) if first < end else self

@@ -1,27 +1,29 @@
-"""Bytes -> arrays for one sample; what cannot be used becomes a BadSample value.
-
-Owns where the text of a sample stands, the random numbers of a sample (a pure function of seed,
-position and modality) and the one place where a bad sample is caught.
+"""Bytes -> arrays for one sample; a sample that cannot be used becomes a BadSample value. Owns the meaning of a
+sample's JSON, the order of a document's parts, the random numbers of a sample (a pure function of seed, position and
+modality) and the one place where a bad sample is caught.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from mmmoe_pretrain.batch import MODALITIES, Sample, SampleMeta
-from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.members import META, members_read, names
+from mmmoe_pretrain.batch import META_FIELDS, Item, Sample, SampleMeta
+from mmmoe_pretrain.data.members import META, names
 from mmmoe_pretrain.data.shards import RawSample
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_lone_surrogate, has_text, use_aliases
-from mmmoe_pretrain.modalities import BadSampleError, Codecs
-from mmmoe_pretrain.untrusted import parse_json
+from mmmoe_pretrain.limits import MAX_META_BYTES, has_lone_surrogate, use_aliases
+from mmmoe_pretrain.modalities import BadSampleError, Modalities, format_of
+from mmmoe_pretrain.untrusted import brief, parse_json
 
-PURPOSES = (*MODALITIES, "label")  # of a sample's random numbers
-_STRINGS = tuple(f.name for f in fields(SampleMeta) if f.name not in ("key", "shard"))  # fields of a sample's JSON
+MAX_TAG = 256  # letters of a string of a sample's JSON that is kept as a tag
+MAX_PARTS = 4096  # of a document
+PARTS = "parts"  # of a document: the field of its JSON
 
 
 @dataclass(frozen=True)
@@ -37,96 +39,147 @@ class BadSample:
 
 
 @dataclass(frozen=True)
-class Augment:
-    """What is perturbed in training; the default perturbs nothing.
+class Draws:
+    """The random numbers of one sample in training, by purpose."""
 
-    With probability ``label_text`` a labelled picture comes with its class as its text (and without
-    sound, which says something else), so that the names of the classes are learned too.
-    """
+    seed: int
+    position: int  # of the sample in the run's global order
 
-    image: bool = False
-    audio: bool = False
-    text_dropout: float = 0.0
-    label_text: float = 0.0
-    prompt: str = "{}"
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> Augment:
-        data = config.data
-        return cls(data.image_augment, data.audio_augment, data.text_dropout, data.label_text, config.evaluate.prompt)
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A generator that no other purpose uses."""
+        words = (self.seed & (1 << 64) - 1, self.position, xxhash.xxh3_64_intdigest(purpose.encode()))
+        return np.random.default_rng(words)
 
 
 def decode(
-    raw: RawSample, codecs: Codecs, augment: Augment = Augment(), *, seed: int = 0, position: int = 0
+    raw: RawSample,
+    modalities: Modalities,
+    draws: Draws | None = None,
+    prompt: str = "{}",
+    most: int | None = None,
 ) -> Sample | BadSample:
-    """The sample of ``raw``, perturbed by a generator of (seed, position)."""
+    """The sample of ``raw``; with ``draws`` as in training: augmented, and sometimes with its class in ``prompt`` as
+    a text. ``most``: tokens of a document."""
     try:
-        return _decode(raw, codecs, augment, seed, position)
+        sample = _decode(raw, modalities, draws, prompt)
+        return sample if most is None or not sample.document else _cut(sample, most, modalities)
     except BadSampleError as error:
         return BadSample(raw.key, str(error), raw.shard)
 
 
-def _decode(raw: RawSample, codecs: Codecs, augment: Augment, seed: int, position: int) -> Sample:
+def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt: str) -> Sample:
     row = read_row(raw)
-    content = {modality: raw.members[extension] for modality, extension in members_read(tuple(raw.members)).items()}
-    text, meta = raw_text(raw, row), _meta(raw, row)
-    if (
-        augment.label_text
-        and "image" in content
-        and meta.label
-        and (_generator(seed, position, "label").random() < augment.label_text)
-    ):
-        content, text = {"image": content["image"]}, augment.prompt.format(meta.label)
-        meta = dataclasses.replace(meta, group=f"label {meta.label}")
-    rngs = {
-        name: _generator(seed, position, name) if wanted else None
-        for name, wanted in (
-            ("image", augment.image),
-            ("audio", augment.audio),
-            ("text", augment.text_dropout > 0),
-        )
-    }
-    ids = codecs.text.encode(text, rngs["text"], augment.text_dropout) if text else None
-    if ids is not None and not len(ids):  # a tokenizer may drop all of an odd text
-        text, ids = "", None
-    sample = Sample(
-        meta=meta,
-        image=codecs.image.decode(content["image"], rngs["image"]) if "image" in content else None,
-        audio=codecs.audio.decode(content["audio"], rngs["audio"]) if "audio" in content else None,
-        text=ids,
-        raw_text=text,
-    )
-    if not any(sample.has(name) for name in MODALITIES):
+    meta = _meta(raw, row)
+    if PARTS in row:
+        parts = [(part.name, _bytes_of(part, raw), part.loss) for part in document(row, raw.members, modalities)]
+    else:
+        content = contents(raw, row, modalities)
+        if draws is not None and meta.label:
+            content, meta = _label_as_text(content, meta, modalities, draws, prompt)
+        parts = [(name, data, True) for name, data in content.items()]
+    items = []
+    for number, (name, data, loss) in enumerate(parts):
+        purpose = modalities.streams[name] if PARTS not in row else f"{modalities.streams[name]}/{number}"
+        value = modalities[name].decode(data, None if draws is None else draws.generator(purpose))
+        if value is not None:
+            items.append(Item(name, value, modalities[name].raw(data), loss))
+    if not items:
         members = (*raw.members, *raw.unread)
-        raise BadSampleError(f"no image, audio or text in it (members: {names(members) or 'none'})")
-    return sample
+        raise BadSampleError(f"no {' or '.join(modalities)} in it (members: {names(members) or 'none'})")
+    return Sample(meta, tuple(items), document=PARTS in row)
 
 
-def raw_text(raw: RawSample, row: dict[str, Any]) -> str:
-    """The text of a sample, by its member or by a field of its JSON ``row``; empty where it has none."""
-    extension = members_read(tuple(raw.members)).get("text")
-    return (_text(raw.members[extension]) if extension else "") or _not_blank(row.get("text"))
+def _cut(document: Sample, most: int, modalities: Modalities) -> Sample:
+    """Its first items, as many as have ``most`` tokens or fewer together; the others count as cut."""
+    lengths = [modalities[item.modality].num_tokens(item.value) for item in document.items]
+    fitting = sum(total <= most for total in itertools.accumulate(lengths))
+    for item in document.items[fitting:]:
+        modalities[item.modality].cut += 1
+    return dataclasses.replace(document, items=document.items[:fitting])
 
 
-def caption(raw: RawSample) -> str:
-    """The text of a sample; empty where it has none or it cannot be read."""
+def contents(raw: RawSample, row: dict[str, Any], modalities: Modalities) -> dict[str, bytes]:
+    """The bytes of a sample by modality: from its member, or from a field of its JSON ``row``."""
+    chosen = modalities.members_read((*raw.members, *raw.unread))
+    found = {}
+    for name in modalities:
+        field = modalities.field(name)
+        if name in chosen and chosen[name] in raw.members:
+            found[name] = raw.members[chosen[name]]
+            if not (modalities[name].default_field and not modalities[name].raw(found[name])):
+                continue  # the field replaces a blank text
+        if field is not None and isinstance(row.get(field), str):
+            found[name] = row[field].encode()
+    return found
+
+
+def text_of(raw: RawSample, modalities: Modalities) -> str:
+    """The first text of a sample; empty where it has none or it cannot be read."""
     try:
-        return raw_text(raw, read_row(raw))
+        content = contents(raw, read_row(raw), modalities)
+        return next(filter(None, (modalities[name].raw(data) for name, data in content.items())), "")
     except BadSampleError:
         return ""
 
 
-def _text(data: bytes) -> str:
-    if len(data) > MAX_TEXT_BYTES:
-        raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
-    try:
-        return _not_blank(data.decode("utf-8-sig"))  # editors of Windows begin files with a byte order mark
-    except UnicodeDecodeError as error:
-        raise BadSampleError(f"text is not UTF-8: {error}") from error
+def _label_as_text(
+    content: dict[str, bytes], meta: SampleMeta, modalities: Modalities, draws: Draws, prompt: str
+) -> tuple[dict[str, bytes], SampleMeta]:
+    for name, modality in modalities.items():
+        share, beside = modality.label_probability, modality.label_with
+        if not share or not set(beside) <= content.keys():
+            continue
+        if draws.generator(f"{modalities.streams[name]}/label").random() < share:
+            kept = {m: data for m, data in content.items() if m in beside or not beside}
+            content = {m: prompt.format(meta.label).encode() if m == name else kept[m]
+                       for m in modalities if m == name or m in kept}  # fmt: skip
+            meta = dataclasses.replace(meta, group=f"label {meta.label}")
+    return content, meta
 
 
-def _not_blank(text: object) -> str:
-    return text.strip() if isinstance(text, str) and has_text(text) else ""
+@dataclass(frozen=True)
+class DocumentPart:
+    """A part of a document: the modality ``name``, and a string or the extension of a member."""
+
+    name: str
+    string: str | None
+    member: str
+    loss: bool
+
+
+def _bytes_of(part: DocumentPart, raw: RawSample) -> bytes:
+    return raw.members[part.member] if part.string is None else part.string.encode()
+
+
+def document(
+    row: dict[str, Any], members: Collection[str], modalities: Modalities, any_kind: bool = False
+) -> Iterator[DocumentPart]:
+    """The parts of the document with the JSON ``row`` and members of these extensions, in order. ``any_kind``: files
+    that none of ``modalities`` reads are named by their kind, and any modality name is accepted. Raises
+    BadSampleError for an invalid document.
+    """
+    parts = row[PARTS]
+    if not isinstance(parts, list) or not parts or len(parts) > MAX_PARTS:
+        raise BadSampleError(f"json.{PARTS} is not a list of 1 to {MAX_PARTS} parts")
+    fields = {modalities.field(name) or name: name for name in modalities if modalities[name].predictable}
+    for number, part in enumerate(parts):
+        where = f"part {number} of json.{PARTS}"
+        if not isinstance(part, dict) or not isinstance(part.get("loss", True), bool):
+            raise BadSampleError(f"{where} is {brief(part)}, not an object whose loss is true or false")
+        loss = part.get("loss", True)
+        strings = [key for key in part if key in fields and isinstance(part[key], str)]
+        if len(strings) == 1 and part.keys() <= {strings[0], "loss"}:
+            yield DocumentPart(fields[strings[0]], part[strings[0]], "", loss)
+            continue
+        member = str(part.get("member")).lower()
+        name = str(part.get("modality") or modalities.read_as(member) or (any_kind and format_of(member)) or "")
+        fits = bool(name) if any_kind else name in modalities
+        if not part.keys() <= {"member", "modality", "loss"} or member not in members or not fits:
+            raise BadSampleError(
+                f"{where} is {brief(part)}; it needs {' or '.join(fields) or 'no string'}, or the extension of a "
+                f"member of the sample ({names(members) or 'none'}) and, unless its format says so, its modality"
+            )
+        yield DocumentPart(name, None, member, loss)
 
 
 def read_row(raw: RawSample) -> dict[str, Any]:
@@ -141,17 +194,19 @@ def read_row(raw: RawSample) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadSampleError(f"json holds {type(row).__name__}, not an object")
     use_aliases(row)
-    row.update({name: str(row[name]) for name in _STRINGS if type(row.get(name)) is int})
-    texts = [row[name] for name in (*_STRINGS, "text") if isinstance(row.get(name), str)]
-    if any(map(has_lone_surrogate, texts)):
+    row.update({name: str(row[name]) for name in META_FIELDS if type(row.get(name)) is int})
+    parts = row[PARTS] if isinstance(row.get(PARTS), list) else []
+    in_parts = (value for part in parts if isinstance(part, dict) for value in part.values())
+    if any(isinstance(value, str) and has_lone_surrogate(value) for value in (*row.values(), *in_parts)):
         raise BadSampleError("json holds half of a character (a lone surrogate)")
     return row
 
 
 def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
-    known = {name: row[name] for name in _STRINGS if isinstance(row.get(name), str)}
-    return SampleMeta(raw.key, shard=raw.shard, **known)
-
-
-def _generator(seed: int, position: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng((seed & (1 << 64) - 1, position, PURPOSES.index(purpose)))
+    known = {name: row[name] for name in META_FIELDS if isinstance(row.get(name), str)}
+    tags = {
+        name: value
+        for name, value in row.items()
+        if name not in META_FIELDS and isinstance(value, str) and len(value) <= MAX_TAG
+    }
+    return SampleMeta(raw.key, shard=raw.shard, tags=tags, **known)

@@ -1,67 +1,76 @@
-"""Held-out samples: each once, in order, unperturbed; and batches of plain texts."""
+"""Held-out samples: each once, in order, not augmented; and batches of plain texts."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.budget import BadBudget
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
-from mmmoe_pretrain.modalities import Codecs
+from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 
 
 def iterate_eval(
     paths: Sequence[str | Path],
     config: RunConfig,
-    codecs: Codecs,
+    modalities: Modalities,
     batch_size: int,
     keep: Callable[[Sample], bool] | None = None,
 ) -> Iterator[tuple[Batch, list[Sample]]]:
-    """Every sample of the folders ``paths`` once, in order, in batches of at most ``batch_size``.
+    """Every sample of the folders ``paths`` once, in order, in batches of at most ``batch_size``, as ``eval_samples``
+    reads them."""
+    settings = eval_settings(config, modalities)
+    for samples, positions in eval_samples(paths, config, modalities, batch_size, keep):
+        yield pack(samples, settings, positions), samples
 
-    Where the run trains captioning, every sample that can has a fused segment. A bad sample keeps
-    an empty slot and counts against data.max_bad_fraction. Samples that ``keep`` refuses are left out.
+
+def eval_samples(
+    paths: Sequence[str | Path],
+    config: RunConfig,
+    modalities: Modalities,
+    batch_size: int,
+    keep: Callable[[Sample], bool] | None = None,
+) -> Iterator[tuple[list[Sample], range]]:
+    """The samples of each batch, and their positions.
+
+    A bad sample keeps an empty slot and counts against data.max_bad_fraction. Samples that ``keep`` rejects are
+    skipped.
     """
-    settings = _caption_all(PackSettings.from_config(config, codecs))
-    budget = BadBudget(config.data.max_bad_fraction)
+    budget, most = BadBudget(config.data.max_bad_fraction), config.data.max_tokens_per_document
     files = OpenShards()
-    folders = [ShardFolder(path, files) for path in paths]
+    folders = [ShardFolder(path, files, modalities) for path in paths]
     where = [(folder, i) for folder in folders for i in range(len(folder))]
     with Progress("held-out samples", len(where), "samples") as progress:
         for start in range(0, len(where), batch_size):
-            decoded = [decode(folder.read(i), codecs) for folder, i in where[start : start + batch_size]]
+            raws = (folder.read(i) for folder, i in where[start : start + batch_size])
+            decoded = [decode(raw, modalities, most=most) for raw in raws]
             bad = tuple(item for item in decoded if isinstance(item, BadSample))
             budget.add(LoadStats(len(decoded), bad))
-            budget.judge(budget.bad, budget.read)
+            budget.check(budget.bad, budget.read)
             samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
             if samples:
-                yield pack(samples, settings, range(start, start + len(samples))), samples
+                yield samples, range(start, start + len(samples))
             progress.advance(len(decoded))
 
 
-def text_batches(texts: Sequence[str], config: RunConfig, codecs: Codecs, batch_size: int) -> Iterator[Batch]:
-    """Batches of texts alone, e.g. the class names of a zero-shot score."""
-    settings = dataclasses.replace(PackSettings.from_config(config, codecs), captioning=None)
+def eval_settings(config: RunConfig, modalities: Modalities) -> PackSettings:
+    """How held-out samples are packed: objectives that draw samples take every sample that they can."""
+    fixed = {name: settings.of_every_sample() for name, settings in config.objectives.items()}
+    return PackSettings.from_config(config.model_copy(update={"objectives": fixed}), modalities)
+
+
+def text_batches(
+    texts: Sequence[str], modality: str, config: RunConfig, modalities: Modalities, batch_size: int
+) -> Iterator[Batch]:
+    """Batches of texts alone, as values of ``modality``, e.g. the class names of a zero-shot score."""
+    settings = PackSettings.from_config(config, modalities)
     for start in range(0, len(texts), batch_size):
-        part = texts[start : start + batch_size]
-        yield pack(
-            [
-                Sample(SampleMeta(f"text-{start + i}"), text=codecs.text.encode(text), raw_text=text)
-                for i, text in enumerate(part)
-            ],
-            settings,
-        )
-
-
-def _caption_all(settings: PackSettings) -> PackSettings:
-    if settings.captioning is None:
-        return settings
-    everyone = settings.captioning.model_copy(update={"fraction": 1.0})
-    return dataclasses.replace(settings, captioning=everyone)
+        values = [(text, modalities[modality].decode(text.encode())) for text in texts[start : start + batch_size]]
+        items = [() if value is None else (Item(modality, value, text),) for text, value in values]
+        yield pack([Sample(SampleMeta(f"text-{start + i}"), item) for i, item in enumerate(items)], settings)

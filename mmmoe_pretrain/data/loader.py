@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
-from mmmoe_pretrain.data.decode import Augment, BadSample, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, decode
 from mmmoe_pretrain.data.order import MixOrder
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
 from mmmoe_pretrain.data.workers import ReadAhead, Workers
-from mmmoe_pretrain.modalities import Codecs
+from mmmoe_pretrain.modalities import Modalities
 
 SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging
 
@@ -34,9 +35,7 @@ class LoadStats:
 
     samples: int = 0
     bad: tuple[BadSample, ...] = ()
-    cut_audio: int = 0  # clips longer than max_seconds
-    cut_text: int = 0  # texts longer than max_tokens
-    work_seconds: float = 0.0
+    cut: Counter[str] = field(default_factory=Counter)  # values that were too long, by modality
     wait_seconds: float = 0.0
     worker_restarts: int = 0  # of workers that died or hung
 
@@ -64,21 +63,19 @@ class MicrobatchDataset:
     def __init__(
         self,
         config: RunConfig,
-        codecs: Codecs,
+        modalities: Modalities,
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
-        tokens: int | None = None,
     ) -> None:
         self.batch_size = microbatch_size(config, dp_size)
-        self.tokens = tokens
+        self._most = document_tokens(config, modalities)
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._seed = config.seed
-        self._codecs = codecs
-        self._augment = Augment.from_config(config)
-        self._settings = PackSettings.from_config(config, codecs)
+        self._modalities, self._prompt = modalities, config.evaluate.prompt
+        self._settings = PackSettings.from_config(config, modalities)
         files = OpenShards()
-        self.folders = [ShardFolder(source.path, files) for source in config.data.train]
+        self.folders = [ShardFolder(source.path, files, modalities) for source in config.data.train]
         self._order = MixOrder(
             [len(folder) for folder in self.folders],
             [source.weight for source in config.data.train],
@@ -92,13 +89,14 @@ class MicrobatchDataset:
             self.folders[source].read(index)
             for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
         )
-        with _Counted(self._codecs) as counted:
-            decoded = [
-                decode(raw, self._codecs, self._augment, seed=self._seed, position=position)
-                for raw, position in zip(raws, positions.tolist(), strict=True)
-            ]
-            batch = pack([keep_slot(item) for item in decoded], self._settings, positions, self.tokens)
-        return batch, counted.stats(decoded)
+        cut_before = Counter(self._modalities.cut)
+        decoded = [
+            decode(raw, self._modalities, Draws(self._seed, position), self._prompt, self._most)
+            for raw, position in zip(raws, positions.tolist(), strict=True)
+        ]
+        bad = tuple(item for item in decoded if isinstance(item, BadSample))
+        stats = LoadStats(len(decoded), bad, Counter(self._modalities.cut) - cut_before)
+        return pack([keep_slot(item) for item in decoded], self._settings, positions), stats
 
     def positions(self, number: int) -> np.ndarray:
         """Global positions of microbatch ``number``, int64 [batch_size]."""
@@ -125,6 +123,18 @@ def microbatch_size(config: RunConfig, dp_size: int) -> int:
     return total // parts
 
 
+def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
+    """The most that a document keeps. Raises ValueError where one item may take more."""
+    most = config.data.max_tokens_per_document
+    longest, name = max((modality.max_tokens, name) for name, modality in modalities.items())
+    if most is not None and most < longest:
+        raise ValueError(
+            f"data.max_tokens_per_document {most} leaves no room for the {longest} tokens that one {name} may have; "
+            f"raise it to {longest}, or lower the limits of modalities.{name}"
+        )
+    return most
+
+
 def positions_of(config: RunConfig, batch: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
     """Global positions that a rank reads of global batch ``batch``, int64 [num_microbatches, microbatch size].
 
@@ -144,40 +154,14 @@ def keep_slot(item: Sample | BadSample) -> Sample:
     return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))
 
 
-class _Counted:
-    """Measures the time and the codecs' cuts of the work inside a ``with``."""
-
-    def __init__(self, codecs: Codecs) -> None:
-        self._codecs = codecs
-
-    def __enter__(self) -> _Counted:
-        self._before = (time.perf_counter(), self._codecs.audio.cut, self._codecs.text.cut)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        after = (time.perf_counter(), self._codecs.audio.cut, self._codecs.text.cut)
-        self._spent = [b - a for a, b in zip(self._before, after, strict=True)]
-
-    def stats(self, decoded: list[Sample | BadSample]) -> LoadStats:
-        seconds, cut_audio, cut_text = self._spent
-        return LoadStats(
-            len(decoded),
-            tuple(item for item in decoded if isinstance(item, BadSample)),
-            int(cut_audio),
-            int(cut_text),
-            seconds,
-        )
-
-
 def make_loader(
     config: RunConfig,
-    codecs: Codecs,
+    modalities: Modalities,
     *,
     dp_rank: int = 0,
     dp_size: int = 1,
     start_step: int = 0,
     stop_step: int | None = None,
-    tokens: int | None = None,
     cursor: Cursor | None = None,
 ) -> Loader:
     """The data of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given), whose
@@ -185,7 +169,7 @@ def make_loader(
 
     The first step of a resumed run equals the same step of an uninterrupted one by construction.
     """
-    dataset = MicrobatchDataset(config, codecs, dp_rank=dp_rank, dp_size=dp_size, tokens=tokens)
+    dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size)
     stop = config.train.steps if stop_step is None else stop_step
     return Loader(dataset, config, start_step, stop, cursor or Cursor())
 
@@ -279,21 +263,8 @@ class _Microbatches:
 
 def _to_arrays(item: object) -> object:
     """Tensors as arrays, which cross a pipe faster."""
-    return _map_leaves(item, torch.Tensor, torch.Tensor.numpy)
+    return map_leaves(item, torch.Tensor, torch.Tensor.numpy)
 
 
 def _to_tensors(item: Any) -> Any:
-    return _map_leaves(item, np.ndarray, torch.from_numpy)
-
-
-def _map_leaves(value: Any, kind: type, function: Any) -> Any:
-    if isinstance(value, kind):
-        return function(value)
-    if type(value) is tuple:
-        return tuple(_map_leaves(item, kind, function) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value,
-            **{f.name: _map_leaves(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)},
-        )
-    return value
+    return map_leaves(item, np.ndarray, torch.from_numpy)

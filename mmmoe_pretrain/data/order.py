@@ -1,4 +1,4 @@
-"""Which sample stands at which global position: a pure function of (seed, position).
+"""The sample at each global position: a pure function of (seed, position).
 
 Owns the mixing of the sources by weight and the permutation of each source in each epoch. Holds
 no state, so resuming costs the same at every position and no layout can change the order.

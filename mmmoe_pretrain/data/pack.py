@@ -1,66 +1,58 @@
 """Samples -> one packed microbatch (the contract is batch.Batch).
 
-Owns the layout of the stream: a unimodal segment for each modality of each sample, then the fused
-segments [prefix | begin t1 .. tn] of the samples drawn for captioning, then padding. Also owns
-that draw, a pure function of (seed, position). Everything is numpy until the last step.
+Owns the layout of the stream: the segments that each objective asks for, objective by objective, then padding. What
+nobody asks for is neither packed nor embedded. Everything is numpy until the last step.
 
-Shapes: B samples, T tokens, S segments, R runs (a segment is one run, a fused one two).
+Shapes: B samples, T tokens, S segments, R runs (one for each part of a segment).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import xxhash
 
-from mmmoe_pretrain.batch import IGNORE, MODALITIES, MODALITY_ID, Batch, Sample, Segments
-from mmmoe_pretrain.config import CaptioningConfig, ModalitiesConfig, RunConfig
-from mmmoe_pretrain.data.order import fold
-from mmmoe_pretrain.modalities import Codecs
+from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Part, Sample, Segment, Targets
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import Draws
+from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.modalities.base import Collated
+from mmmoe_pretrain.objectives import Objectives, build_objectives
 
 TOKEN_MULTIPLE = 64
-IMAGE, AUDIO, TEXT = (MODALITY_ID[name] for name in ("image", "audio", "text"))
 
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What packing depends on beside the samples. ``captioning`` None makes no fused segments."""
+    """What packing depends on beside the samples. ``generator``: of (position, purpose), the random numbers that an
+    objective chooses segments by."""
 
-    modalities: ModalitiesConfig
-    bos_id: int
-    eos_id: int
-    captioning: CaptioningConfig | None
-    seed: int
+    modalities: Modalities
+    objectives: Objectives
+    generator: Callable[[int, str], np.random.Generator]
 
     @classmethod
-    def from_config(cls, config: RunConfig, codecs: Codecs) -> PackSettings:
-        captioning = config.objectives.captioning
-        return cls(
-            config.modalities,
-            codecs.text.bos_id,
-            codecs.text.eos_id,
-            captioning if captioning.weight > 0 else None,
-            config.seed,
-        )
+    def from_config(cls, config: RunConfig, modalities: Modalities) -> PackSettings:
+        objectives = build_objectives(config.objectives, modalities, config.representations)
+        return cls(modalities, objectives, lambda position, purpose: Draws(config.seed, position).generator(purpose))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Runs:
-    """Runs [R] in the order of the stream, and the segments [S] that they make up."""
+    """Runs [R] and segments [S] in the order of the stream, as they are added."""
 
-    modality: np.ndarray
-    segment: np.ndarray
-    length: np.ndarray
-    source_start: np.ndarray  # first row of the embedder's output
-    pool_sample: np.ndarray
-    pool_modality: np.ndarray
-    prefix_length: np.ndarray  # [S]: 0 where unimodal
-    text_ids: np.ndarray
-    text_targets: np.ndarray  # next token of each text id, IGNORE outside of captions
+    modality: list[int] = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    length: list[int] = field(default_factory=list)
+    source_start: list[int] = field(default_factory=list)  # first row of the embedder's output
+    first_position: list[int] = field(default_factory=list)
+    keys: list[np.ndarray] = field(default_factory=list)
+    task: list[int] = field(default_factory=list)  # [S]
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # of attention: lengths, and of them full
+    tokens: int = 0
 
 
 def pack(
@@ -71,49 +63,155 @@ def pack(
 ) -> Batch:
     """Lay ``samples`` out as one stream of ``tokens`` rows, or of as few as a multiple of 64 allows.
 
-    ``positions`` are the samples' global positions, for the captioning draw (default: 0, 1, ...).
-    A sample without any modality keeps its slot and takes no row.
+    ``positions`` are the samples' global positions, by which objectives draw (default: 0, 1, ...). A sample without
+    any item keeps its slot and takes no row.
     """
-    if positions is None:
-        positions = np.arange(len(samples))
-    audio, audio_frames = _stack_audio(samples, settings)
-    runs = _lay_out(
-        samples,
-        settings,
-        np.asarray(positions, dtype=np.int64),
-        audio.shape[2] // settings.modalities.audio.patch,
-    )
-    used = int(runs.length.sum())
-    total = _budget(used, tokens, len(samples))
+    segments = _segments(samples, settings, _places(samples, positions))
+    collated, start_of = _collate(samples, segments, settings.modalities)
+    runs, pooled, targets = _lay_out(samples, segments, start_of, settings)
+    total = _budget(runs.tokens, tokens, len(samples))
+    modality, position, source, keys = _tokens(runs)
+    rows = {name: np.flatnonzero(modality == m) for m, name in enumerate(settings.modalities)}
     return Batch(
-        images=torch.from_numpy(_stack_images(samples, settings)),
-        audio=torch.from_numpy(audio),
-        audio_frames=torch.from_numpy(audio_frames),
-        text_ids=torch.from_numpy(runs.text_ids),
-        **_stream(runs, used, total),
-        segments=_segments(runs),
-        pool_sample=torch.from_numpy(runs.pool_sample),
-        pool_modality=torch.from_numpy(runs.pool_modality),
-        present_MB=torch.from_numpy(_present(samples)),
+        inputs={name: _tensors(c.arrays) for name, c in collated.items()},
+        rows=_tensors(rows),
+        source=_tensors({name: source[row] for name, row in rows.items()}),
+        modality_ids=_padded(modality, total, 0),
+        segment_ids=_padded(np.repeat(_int64(runs.segment), runs.length), total, -1),
+        positions=_padded(position, total, 0),
+        keys=_padded(keys, total, 0),
+        valid=torch.from_numpy(np.arange(total) < runs.tokens),
+        task_ids=torch.from_numpy(_int64(runs.task)),
+        attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
+        targets={task: Targets(*map(torch.from_numpy, rows_and_ids)) for task, rows_and_ids in targets.items()},
+        pooled=_tensors(pooled),
         group_ids=torch.from_numpy(_group_ids(samples)),
         metas=tuple(sample.meta for sample in samples),
     )
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Of each valid token of a batch: its sample, its item there, and its number in the item."""
+
+    sample_n: np.ndarray
+    item_n: np.ndarray
+    token_n: np.ndarray
+
+
+def origins(
+    samples: Sequence[Sample], settings: PackSettings, positions: Sequence[int] | np.ndarray | None = None
+) -> Origins:
+    """Of the batch that ``pack`` makes of the same arguments."""
+    segments = _segments(samples, settings, _places(samples, positions))
+    parts = [(b, part) for b, segment in segments for part in segment.parts]
+    length = _int64([len(part) for _, part in parts])
+    first = np.repeat(np.cumsum(length) - length - _int64([part.start for _, part in parts]), length)
+    sample_n, item_n = (np.repeat(_int64(its), length) for its in ([b for b, _ in parts], [p.item for _, p in parts]))
+    return Origins(sample_n, item_n, np.arange(len(first)) - first)
+
+
 def max_tokens_per_sample(settings: PackSettings) -> int:
-    """The longest stretch that one sample can take: a fixed budget of B times this always fits."""
-    config = settings.modalities
-    lengths = {"image": config.image.num_tokens, "audio": config.audio.max_tokens}
-    text = config.text.max_tokens
-    fused = 0
-    if settings.captioning is not None and settings.captioning.prefixes:
-        fused = max(lengths[name] for name in settings.captioning.prefixes) + text + 1
-    return sum(lengths.values()) + text + 2 + fused
+    """The longest stretch that a sample with one item of each modality can take: a fixed budget of B times this
+    always fits."""
+    pooled = settings.objectives.representations.values()
+    total = sum(settings.modalities[name].max_tokens for rep in pooled for name in rep.modalities)
+    for objective in settings.objectives.values():
+        if not objective.representations:
+            total += max((expected.length for expected in objective.expected()), default=0)
+    return total
 
 
-def _present(samples: Sequence[Sample]) -> np.ndarray:
-    return np.array([[sample.has(name) for sample in samples] for name in MODALITIES], dtype=bool).reshape(
-        len(MODALITIES), len(samples)
+def _places(samples: Sequence[Sample], positions: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    return np.arange(len(samples)) if positions is None else np.asarray(positions, dtype=np.int64)
+
+
+def _segments(samples: Sequence[Sample], settings: PackSettings, places: np.ndarray) -> list[tuple[int, Segment]]:
+    """What objectives ask for, each with its sample; a representation that several ask for once."""
+    found: list[tuple[int, Segment]] = []
+    pooled: set[tuple[int, str]] = set()
+    for name, objective in settings.objectives.items():
+        stream = f"objective/{settings.objectives.streams[name]}"
+        for b, (sample, position) in enumerate(zip(samples, places.tolist(), strict=True)):
+            if not sample.items:
+                continue
+            for segment in objective.segments(sample, settings.generator(position, stream)):
+                if segment.representation and (b, segment.representation) in pooled:
+                    continue
+                pooled.add((b, segment.representation))
+                found.append((b, segment))
+    return found
+
+
+def _collate(
+    samples: Sequence[Sample], segments: Sequence[tuple[int, Segment]], modalities: Modalities
+) -> tuple[dict[str, Collated], dict[tuple[int, int], int]]:
+    """By modality, the embedder's input of the items that some segment uses; and of each (sample, item) the first
+    row of the embedder's output."""
+    used = sorted({(b, part.item) for b, segment in segments for part in segment.parts})
+    collated: dict[str, Collated] = {}
+    start_of: dict[tuple[int, int], int] = {}
+    for name, modality in modalities.items():
+        own = [(b, i) for b, i in used if samples[b].items[i].modality == name]
+        collated[name] = modality.collate([samples[b].items[i].value for b, i in own])
+        start_of.update(zip(own, collated[name].starts.tolist(), strict=True))
+    return collated, start_of
+
+
+def _lay_out(
+    samples: Sequence[Sample],
+    segments: Sequence[tuple[int, Segment]],
+    start_of: dict[tuple[int, int], int],
+    settings: PackSettings,
+) -> tuple[_Runs, dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The runs; by representation the segment of each sample, or -1; by task the rows and ids of its targets."""
+    runs, objectives = _Runs(), settings.objectives
+    pooled = {rep: np.full(len(samples), -1, dtype=np.int64) for rep in objectives.representations}
+    targets: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task: [] for task in objectives.predicting}
+    ids = {name: m for m, name in enumerate(settings.modalities)}
+    tasks = {name: x for x, name in enumerate(objectives)}
+    for number, (b, segment) in enumerate(segments):
+        runs.task.append(tasks[segment.task])
+        runs.blocks += attention_blocks(segment)
+        if segment.representation:
+            pooled[segment.representation][b] = number
+        for part in segment.parts:
+            item = samples[b].items[part.item]
+            runs.modality.append(ids[item.modality])
+            runs.segment.append(number)
+            runs.length.append(len(part))
+            runs.source_start.append(start_of[b, part.item] + part.start)
+            runs.first_position.append(part.first_position)
+            runs.keys.append(settings.modalities[item.modality].keys(item.value)[part.start : part.stop])
+            if part.targets is not None:
+                within = np.flatnonzero(part.targets != IGNORE)
+                targets[segment.task].append((runs.tokens + within, part.targets[within]))
+            runs.tokens += len(part)
+    joined = {task: (_concatenated([r for r, _ in found]), _concatenated([i for _, i in found]))
+              for task, found in targets.items()}  # fmt: skip
+    return runs, pooled, joined
+
+
+def attention_blocks(segment: Segment) -> list[tuple[int, int]]:
+    """Lengths of the segment's attention blocks, and how many tokens of each attend in both directions."""
+    alone = [(len(part), len(part)) for part in segment.parts if part.attention == "alone"]
+    together: list[Part] = [part for part in segment.parts if part.attention != "alone"]
+    if alone and together:
+        raise ValueError(f"parts that attend alone stand beside others: {[part.attention for part in segment.parts]}")
+    full = sum(len(part) for part in together if part.attention == "full")
+    return alone or [(sum(map(len, together)), full)]
+
+
+def _tokens(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token: its modality, its position, its row in the embedder's output, its key."""
+    length = _int64(runs.length)
+    starts = np.cumsum(length) - length
+    within = np.arange(runs.tokens) - np.repeat(starts, length)
+    return (
+        np.repeat(_int64(runs.modality), length),
+        within + np.repeat(_int64(runs.first_position), length),
+        within + np.repeat(_int64(runs.source_start), length),
+        _concatenated(runs.keys),
     )
 
 
@@ -122,136 +220,24 @@ def _group_ids(samples: Sequence[Sample]) -> np.ndarray:
     return np.asarray(hashes, dtype=np.uint64).view(np.int64)
 
 
-def _stack_images(samples: Sequence[Sample], settings: PackSettings) -> np.ndarray:
-    size = settings.modalities.image.size
-    images = [sample.image for sample in samples if sample.image is not None]
-    return np.stack(images) if images else np.zeros((0, 3, size, size), dtype=np.uint8)
-
-
-def _stack_audio(samples: Sequence[Sample], settings: PackSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Clips padded to the longest one, rounded up to whole tokens; and their valid frames."""
-    config = settings.modalities.audio
-    clips = [sample.audio for sample in samples if sample.audio is not None]
-    frames = np.asarray([clip.shape[1] for clip in clips], dtype=np.int64)
-    padded = -(-int(frames.max(initial=1)) // config.patch) * config.patch
-    out = np.zeros((len(clips), config.n_mels, padded), dtype=np.float32)
-    for i, clip in enumerate(clips):
-        out[i, :, : clip.shape[1]] = clip
-        out[i, :, clip.shape[1] :] = clip.min()
-    return out, frames
-
-
-def _prefixes(samples: Sequence[Sample], settings: PackSettings, positions: np.ndarray) -> list[int]:
-    """By sample: the modality that captions start from, or -1 where the sample gets no fused segment."""
-    captioning = settings.captioning
-    if captioning is None:
-        return [-1] * len(samples)
-    draws = fold(settings.seed + 2, positions)
-    drawn = (draws >> np.uint64(32)).astype(np.float64) / 2**32 < captioning.fraction
-    chosen = []
-    for sample, is_drawn, draw in zip(samples, drawn, draws.tolist(), strict=True):
-        options = [MODALITY_ID[name] for name in captioning.prefixes if sample.has(name)]
-        fits = is_drawn and options and sample.text is not None
-        chosen.append(options[(draw & 0xFFFFFFFF) % len(options)] if fits else -1)
-    return chosen
-
-
-class _Layout:
-    """Runs, segments and text ids in the order in which they are added."""
-
-    def __init__(self) -> None:
-        self._runs: list[tuple[int, int, int, int]] = []  # modality, segment, length, source_start
-        self._segments: list[tuple[int, int, int]] = []  # pool_sample, pool_modality, prefix_length
-        self._ids: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-        self._targets: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-        self._num_ids = 0
-
-    def add_segment(self, *runs: tuple[int, int, int], sample: int = -1, modality: int = -1, prefix: int = 0) -> None:
-        """Append a segment of ``runs`` (modality, length, source_start)."""
-        self._runs += [(m, len(self._segments), length, start) for m, length, start in runs]
-        self._segments.append((sample, modality, prefix))
-
-    def add_text(self, ids: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
-        """Append text inputs; returns their run."""
-        self._ids.append(ids)
-        self._targets.append(targets)
-        self._num_ids += len(ids)
-        return TEXT, len(ids), self._num_ids - len(ids)
-
-    def runs(self) -> _Runs:
-        run_R4 = np.asarray(self._runs, dtype=np.int64).reshape(-1, 4)
-        segment_S3 = np.asarray(self._segments, dtype=np.int64).reshape(-1, 3)
-        modality, segment, length, source_start = run_R4.T
-        pool_sample, pool_modality, prefix_length = segment_S3.T
-        return _Runs(
-            modality,
-            segment,
-            length,
-            source_start,
-            pool_sample,
-            pool_modality,
-            prefix_length,
-            np.concatenate(self._ids),
-            np.concatenate(self._targets),
-        )
-
-
-def _lay_out(samples: Sequence[Sample], settings: PackSettings, positions: np.ndarray, clip_rows: int) -> _Runs:
-    """``clip_rows``: rows that the audio embedder makes of one padded clip."""
-    config, layout = settings.modalities, _Layout()
-    begin, end = np.asarray([settings.bos_id]), np.asarray([settings.eos_id])
-    run_of: dict[tuple[int, int], tuple[int, int, int]] = {}  # (sample, modality) -> run
-    images = clips = 0
-    for b, sample in enumerate(samples):
-        if sample.image is not None:
-            run_of[b, IMAGE] = IMAGE, config.image.num_tokens, images * config.image.num_tokens
-            images += 1
-        if sample.audio is not None:
-            run_of[b, AUDIO] = AUDIO, -(-sample.audio.shape[1] // config.audio.patch), clips * clip_rows
-            clips += 1
-        if sample.text is not None:
-            ids = np.concatenate([begin, sample.text, end])
-            run_of[b, TEXT] = layout.add_text(ids, np.full(len(ids), IGNORE))
-    for (b, modality), run in run_of.items():
-        layout.add_segment(run, sample=b, modality=modality)
-    for b, modality in enumerate(_prefixes(samples, settings, positions)):
-        text = samples[b].text
-        if modality >= 0 and text is not None:
-            prefix = run_of[b, modality]
-            caption = layout.add_text(np.concatenate([begin, text]), np.concatenate([text, end]))
-            layout.add_segment(prefix, caption, prefix=prefix[1])
-    return layout.runs()
-
-
 def _budget(used: int, tokens: int | None, num_samples: int) -> int:
     if tokens is None:
         return max(1, -(-used // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
     if used > tokens:
         raise ValueError(
-            f"{num_samples} samples take {used} tokens, but the budget is {tokens}; raise it "
-            f"to at least {used}, put fewer samples into a microbatch (train.num_microbatches), or "
-            f"shorten modalities.audio.max_seconds or modalities.text.max_tokens"
+            f"{num_samples} samples take {used} tokens, but the budget is {tokens}; raise it to at least {used}, put "
+            f"fewer samples into a microbatch (train.num_microbatches), or shorten what a sample may hold (the "
+            f"limits in modalities)"
         )
     return tokens
 
 
-def _stream(runs: _Runs, used: int, total: int) -> dict[str, Any]:
-    starts = np.cumsum(runs.length) - runs.length
-    modality = np.repeat(runs.modality, runs.length)
-    position = np.arange(used) - np.repeat(starts, runs.length)
-    source = np.repeat(runs.source_start, runs.length) + position
-    rows = [np.flatnonzero(modality == m) for m in range(len(MODALITIES))]
-    targets = np.full(total, IGNORE, dtype=np.int64)
-    targets[rows[TEXT]] = runs.text_targets
-    return {
-        "modality_ids": _padded(modality, total, 0),
-        "segment_ids": _padded(np.repeat(runs.segment, runs.length), total, -1),
-        "positions": _padded(position, total, 0),
-        "valid": torch.from_numpy(np.arange(total) < used),
-        "targets": torch.from_numpy(targets),
-        "rows": tuple(torch.from_numpy(row) for row in rows),
-        "source": tuple(torch.from_numpy(source[row]) for row in rows),
-    }
+def _int64(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
 
 
 def _padded(values: np.ndarray, total: int, fill: int) -> torch.Tensor:
@@ -260,7 +246,5 @@ def _padded(values: np.ndarray, total: int, fill: int) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _segments(runs: _Runs) -> Segments:
-    length_S = np.zeros(len(runs.pool_sample), dtype=np.int64)
-    np.add.at(length_S, runs.segment, runs.length)
-    return Segments(tuple(length_S.tolist()), tuple(runs.prefix_length.tolist()))
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

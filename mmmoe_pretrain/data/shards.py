@@ -1,8 +1,8 @@
 """A folder of tar shards, read by position.
 
-Owns opening and checking of shards (docs/data_format.md) and reading one sample's bytes. Knows
-nothing of what the bytes mean. The index is a handful of arrays, whatever the number of samples.
-A sample is known by its shard and its key: writers that work side by side often use the same keys.
+Owns opening and checking of shards (docs/data_format.md) and reading one sample's bytes. Does not decode them. The
+index is a handful of arrays, for any number of samples. A sample is identified by its shard and its key:
+parallel writers often use the same keys.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from mmmoe_pretrain.data import tar
-from mmmoe_pretrain.data.members import META, dotted_key, members_read, names, split_name
+from mmmoe_pretrain.data.members import META, dotted_key, names, split_name
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
+from mmmoe_pretrain.modalities import Modalities, default_modalities, format_of
 from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, read_json
 
@@ -42,14 +43,14 @@ class RawSample:
 
 @dataclass(frozen=True)
 class IndexedSample:
-    """Where the members of a sample stand in its shard: extension -> (offset, size)."""
+    """The position of a sample's members in its shard: extension -> (offset, size)."""
 
     key: str
     members: dict[str, tuple[int, int]]
 
 
 class OpenShards:
-    """Descriptors of shards: a bounded number, whatever the number of folders that share this."""
+    """Open descriptors of shards: a bounded number for all folders that share this."""
 
     def __init__(self, limit: int | None = None) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -58,7 +59,7 @@ class OpenShards:
         self._descriptors: OrderedDict[Path, int] = OrderedDict()  # least recently used first
 
     def descriptor(self, path: Path) -> int:
-        """Of the shard ``path``, to be used before the next call."""
+        """The descriptor of the shard ``path``, to be used before the next call."""
         if path in self._descriptors:
             self._descriptors.move_to_end(path)
         else:
@@ -75,9 +76,13 @@ class OpenShards:
 class ShardFolder:
     """The samples of a folder's shards, in the order of ``shards.json`` or of the names."""
 
-    def __init__(self, folder: str | Path, files: OpenShards | None = None) -> None:
-        """``files`` is shared by the folders that a process reads at the same time."""
+    def __init__(
+        self, folder: str | Path, files: OpenShards | None = None, modalities: Modalities | None = None
+    ) -> None:
+        """``files`` is shared by the folders that a process reads at the same time. ``modalities`` decide which
+        members are read (default: one of each built-in kind)."""
         self.folder = Path(folder)
+        self.modalities = modalities or default_modalities()
         self._files = OpenShards() if files is None else files
         self._paths = list_shards(self.folder)
         counts, keys, kinds, places = [], [], [], []
@@ -123,6 +128,8 @@ class ShardFolder:
 
     def read(self, i: int, only: Iterable[str] | None = None) -> RawSample:
         """The bytes of the members of sample ``i`` that are read, or of those whose extensions are in ``only``.
+        Where there is a JSON, which may name them as the parts of a document, all files in a format of some modality
+        are read.
 
         Raises ValueError where the shard has shrunk since it was opened.
         """
@@ -130,15 +137,19 @@ class ShardFolder:
         extensions = self._extensions[self._kind[i]]
         places = self._places[self._first_member[i] : self._first_member[i + 1]].tolist()
         sample = IndexedSample(self.key(i), dict(zip(extensions, map(tuple, places), strict=True)))
-        return read_sample(sample, self._files.descriptor(path), path, only)
+        wanted = self._wanted(extensions) if only is None else only
+        return read_sample(sample, self._files.descriptor(path), path, wanted)
+
+    def _wanted(self, extensions: tuple[str, ...]) -> set[str]:
+        if META in extensions:
+            return {e for e in extensions if self.modalities.can_read(e)} | {META}
+        return set(self.modalities.members_read(extensions).values())
 
 
-def read_sample(
-    sample: IndexedSample, descriptor: int, path: Path, only: Iterable[str] | None = None
-) -> RawSample:
-    """The bytes of ``sample`` from its shard ``path``, which is open as ``descriptor``; as ``ShardFolder.read``."""
-    extensions = tuple(sample.members)
-    wanted = {*members_read(extensions).values(), META} if only is None else set(only)
+def read_sample(sample: IndexedSample, descriptor: int, path: Path, only: Iterable[str]) -> RawSample:
+    """The bytes of the members ``only`` of ``sample`` from its shard ``path``, which is open as ``descriptor``; as
+    ``ShardFolder.read``."""
+    extensions, wanted = tuple(sample.members), set(only)
     members = {}
     for extension, (offset, size) in sample.members.items():
         if extension not in wanted:
@@ -162,7 +173,7 @@ def list_shards(folder: Path) -> list[Path]:
         paths = sorted(folder.glob("*.tar"))
         if not paths:
             held = names((path.name for path in sorted(folder.iterdir())), most=3) or "nothing"
-            raise ValueError(f"{folder} holds no *.tar (but {held}); fill it by mmmoe-data shard, or correct the path")
+            raise ValueError(f"{folder} holds no *.tar (but {held}); fill it by mmmoe-data shard, or fix the path")
         return paths
     paths = []
     for entry in read_listing(listing):
@@ -186,11 +197,11 @@ def read_listing(listing: Path) -> list[dict[str, Any]]:
 
 
 def listed_shard(listing: Path, entry: dict[str, Any]) -> Path:
-    """The shard of an entry of ``listing``, which is there."""
+    """The existing shard of an entry of ``listing``."""
     url = entry.get("url", "")
     if not _is_relative_name(url):
         raise ValueError(
-            f"{listing} names {brief(url)}, which is no file under {listing.parent}; only local shards are "
+            f"{listing} names {brief(url)}, which is not a file under {listing.parent}; only local shards are "
             f"read: copy them there and list them by their names"
         )
     path = listing.parent / url
@@ -206,7 +217,7 @@ def shards_left_out(folder: Path, read: Iterable[Path]) -> Counter[str]:
 
 
 def index_path(shard: Path) -> Path:
-    """The file beside ``shard`` that says where its members stand."""
+    """The index file of ``shard`` with the positions of its members."""
     return shard.with_suffix(".index.json")
 
 
@@ -216,7 +227,7 @@ def read_index(path: Path) -> list[IndexedSample]:
     Raises ValueError that names the shard, and the key where dots belong to it.
     """
     if not path.is_file():
-        raise ValueError(f"shard {path} is no plain file; put the tar itself there")  # a pipe would never end
+        raise ValueError(f"shard {path} is not a plain file; put the tar itself there")  # a pipe would never end
     sidecar = index_path(path)
     samples = _from_sidecar(sidecar, path, path.stat().st_size) if sidecar.is_file() else walk(path)
     if not samples:
@@ -257,7 +268,7 @@ def _from_sidecar(sidecar: Path, path: Path, actual: int) -> list[IndexedSample]
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = brief(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{sidecar} is no shard index ({why}); {remedy}") from None
+        raise ValueError(f"{sidecar} is not a shard index ({why}); {remedy}") from None
     (key, count), *_ = [*Counter(sample.key for sample in samples).most_common(1), ("", 0)]
     if count > 1:
         raise _double(key, sidecar)
@@ -273,7 +284,7 @@ def walk(path: Path) -> list[IndexedSample]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in tar.members(path):
         key, extension = split_name(member.name)
-        if not key or key.endswith("/"):  # .DS_Store, ._a.png: what systems leave beside files
+        if not key or key.endswith("/"):  # .DS_Store, ._a.png: files of operating systems
             continue
         _checked_key(key, path)
         if key in samples and (key != next(reversed(samples)) or extension in samples[key]):
@@ -301,14 +312,13 @@ def check_sample(sample: IndexedSample, path: Path) -> None:
     extensions = tuple(sample.members)
     if mixed := dotted_key(extensions):
         raise ValueError(
-            f"shard {path} holds {len(mixed)} files of one kind under the key {sample.key!r}, which ends at the first "
-            f"dot of a name: {names(mixed)}. Where those are samples of their own, make the shard again without dots "
-            f"in the keys ({sample.key}_{mixed[0]}); where they belong to one sample, name the one to read "
-            f"{sample.key}.{mixed[0].rpartition('.')[2]}"
+            f"shard {path} holds {len(mixed)} files of one kind under the key {sample.key!r}, which ends at the "
+            f"first dot of a name: {names(mixed)}. Where those are samples of their own, make the shard again "
+            f"without dots in the keys ({sample.key}_{mixed[0]}); where they belong to one sample, name the "
+            f"one to read {sample.key}.{mixed[0].rpartition('.')[2]}"
         )
-    read = members_read(extensions).values()
     for extension, (_, size) in sample.members.items():
-        if size > MAX_MEMBER_BYTES and (extension in read or extension == META):
+        if size > MAX_MEMBER_BYTES and (format_of(extension) or extension == META):
             raise ValueError(
                 f"shard {path} holds a file of {size} bytes in sample {sample.key!r}, and samples are read whole; "
                 f"leave out what exceeds {MAX_MEMBER_BYTES} bytes"

@@ -1,23 +1,23 @@
-"""What folders of shards hold, counted from their indices: what is read, and what is left out.
-
-Shared by ``mmmoe train``, which refuses data that no objective of its config can use, and by ``mmmoe-data``.
+"""What folders of shards hold, counted from their indices: what is read and what is not. Shared by ``mmmoe train``,
+which fails if no objective of its config can use the data, and by ``mmmoe-data``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import BadSampleError, raw_text, read_row
-from mmmoe_pretrain.data.members import META, members_read, names
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.decode import PARTS, BadSampleError, contents, document, read_row
+from mmmoe_pretrain.data.members import META, names
+from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.limits import has_text
+from mmmoe_pretrain.modalities import Modalities, default_modalities
 
-LOOKED_AT = 32  # samples of each kind whose JSON is searched for a text
+LOOKED_AT = 32  # samples of each kind whose JSON is searched for content
 
 
 @dataclass
@@ -25,16 +25,21 @@ class Survey:
     """Numbers of samples: all, by the modalities of their members, by an extension that is not read; and of shards
     that are not read (``*.tar.gz``)."""
 
+    known: Modalities = field(default_factory=default_modalities)
     samples: int = 0
     modalities: Counter[tuple[str, ...]] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
 
-    def add(self, extensions: tuple[str, ...], count: int = 1, *, captioned: bool = False) -> None:
-        """``count`` samples whose members have these ``extensions``; ``captioned``: their JSON holds a text."""
-        chosen = members_read(extensions)
+    def add(
+        self, extensions: tuple[str, ...], count: int = 1, in_json: Iterable[str] = (), in_parts: Iterable[str] = ()
+    ) -> None:
+        """``count`` samples whose members have these ``extensions``. ``in_json``: modalities that their JSON has;
+        ``in_parts``: extensions that it names as the parts of a document."""
+        chosen = self.known.members_read(extensions)
+        read = {META, *chosen.values(), *in_parts}
         self.samples += count
-        self.modalities[tuple(m for m in MODALITIES if m in chosen or (m == "text" and captioned))] += count
-        self.unread.update({e: count for e in extensions if e != META and e not in chosen.values()})
+        self.modalities[in_order({*chosen, *in_json}, self.known)] += count
+        self.unread.update({e: count for e in extensions if e not in read})
 
     def content(self) -> str:
         """E.g. ``image+text 30, image 2``."""
@@ -46,23 +51,22 @@ class Survey:
 
 
 def survey(folders: Sequence[ShardFolder]) -> Survey:
-    """Of all samples. Whether the JSONs of a kind of sample hold texts is judged by a few of them."""
-    found = Survey()
+    """The counts of all samples. The content of the JSONs of a kind of sample is estimated from a few of them."""
+    found = Survey(folders[0].modalities) if folders else Survey()
     for folder in folders:
         for extensions, count in folder.contents.items():
-            captioned = "text" not in members_read(extensions) and _captioned(folder, extensions, LOOKED_AT)
-            found.add(extensions, count, captioned=captioned)
+            found.add(extensions, count, *_in_json(folder, extensions, LOOKED_AT))
         found.unread.update(folder.shards_left_out)
     return found
 
 
-def refuse_useless(folders: Sequence[ShardFolder], found: Survey, config: RunConfig) -> list[str]:
-    """The objectives of ``config`` that no sample seems to serve. Raises ValueError where there is none for any:
-    then every JSON has been searched for texts."""
-    needs, kinds, labelled = needed(config), set(found.modalities), config.data.label_text > 0
+def refuse_useless(folders: Sequence[ShardFolder], found: Survey, needs: Mapping[str, set[str]]) -> list[str]:
+    """The entries of ``needs`` (the modalities that an objective requires, by its description in errors) that no
+    sample satisfies. Raises ValueError if no sample satisfies any, after searching every JSON."""
+    kinds = set(found.modalities)
     for most in (LOOKED_AT, None):
-        if not _served(needs, kinds) or (labelled and most):
-            kinds |= set(_with_texts_of_json(folders, labelled, most))
+        if not _served(needs, kinds):
+            kinds |= set(_kinds_with_json(folders, most))
     served = _served(needs, kinds)
     if not served:
         asked = "; ".join(f"{name} needs {' and '.join(sorted(wanted))}" for name, wanted in needs.items())
@@ -70,51 +74,76 @@ def refuse_useless(folders: Sequence[ShardFolder], found: Survey, config: RunCon
         raise ValueError(
             f"no sample of data.train serves an objective, so there is nothing to learn. {asked}. The "
             f"{found.samples:,} samples hold: {found.content()}{unread}. Correct data.train, the extensions of its "
-            f"files (docs/data_format.md) or objectives.contrastive.pairs and objectives.captioning.prefixes"
+            f"files (docs/data_format.md) or the config's objectives"
         )
     return sorted(needs.keys() - served)
 
 
-def needed(config: RunConfig) -> dict[str, set[str]]:
-    """The modalities that a sample must have to serve each objective, by what an error calls it."""
-    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
-    pairs = [pair for pair, weight in contrastive.pairs.items() if contrastive.weight and weight]
-    prefixes = captioning.prefixes if captioning.weight else ()
-    return {
-        **{f"contrastive {pair}": set(pair.split("-")) for pair in pairs},
-        **{f"captioning of {prefix}": {prefix, "text"} for prefix in prefixes},
-    }
-
-
-def _served(needs: dict[str, set[str]], kinds: Iterable[tuple[str, ...]]) -> set[str]:
+def _served(needs: Mapping[str, set[str]], kinds: Iterable[tuple[str, ...]]) -> set[str]:
     return {name for name, wanted in needs.items() if any(wanted <= set(kind) for kind in kinds)}
 
 
-def _with_texts_of_json(
-    folders: Sequence[ShardFolder], labelled: bool, most: int | None
-) -> Iterator[tuple[str, ...]]:
-    """The modalities of samples whose JSON holds their text, or where ``labelled`` the label that stands for it."""
+def _kinds_with_json(folders: Sequence[ShardFolder], most: int | None) -> Iterator[tuple[str, ...]]:
+    """The modalities of kinds of samples, with those that the JSON of some has; a label may be used as a text."""
     for folder in folders:
         for extensions in folder.contents:
-            chosen = members_read(extensions)
-            if "text" not in chosen and _captioned(folder, extensions, most, labelled and "image" in chosen):
-                yield (*chosen, "text")
+            yield (*folder.modalities.members_read(extensions), *_in_json(folder, extensions, most)[0])
 
 
-def _captioned(folder: ShardFolder, extensions: tuple[str, ...], most: int | None, labelled: bool = False) -> bool:
-    """Does the JSON of a sample with these ``extensions`` hold a text (or a label)? Of at most ``most`` samples."""
+def _in_json(folder: ShardFolder, extensions: tuple[str, ...], most: int | None) -> tuple[set[str], set[str]]:
+    """The modalities that the JSONs of samples with these ``extensions`` hold, and the extensions that they name as
+    the parts of documents, of at most ``most`` samples."""
+    chosen = folder.modalities.members_read(extensions)
+    absent = {name for name in folder.modalities if name not in chosen and folder.modalities.field(name)}
+    others = {e for e in extensions if e not in chosen.values() and folder.modalities.can_read(e)}
+    held, named = set[str](), set[str]()
     if META not in extensions:
-        return False
+        return held, named
     places = folder.with_contents(extensions)
     if most is not None:
         places = places[np.unique(np.linspace(0, len(places) - 1, most).astype(int))]
-    return any(_holds_text(folder, int(i), labelled) for i in places)
+    for i in places.tolist():
+        if absent <= held and (others <= named or most is None):
+            break
+        of_one = _held(folder, i)
+        held, named = held | of_one[0], named | of_one[1]
+    return held, named
 
 
-def _holds_text(folder: ShardFolder, i: int, labelled: bool) -> bool:
-    raw = folder.read(i, only=(META,))
+def _held(folder: ShardFolder, i: int) -> tuple[set[str], set[str]]:
+    raw, modalities = folder.read(i, only=(META,)), folder.modalities
     try:
         row = read_row(raw)
-        return bool(raw_text(raw, row) or (labelled and isinstance(row.get("label"), str) and row["label"]))
+        held, named = held_by(raw, row, modalities)
     except BadSampleError:
-        return False
+        return set(), set()
+    labelled = {name for name, modality in modalities.items() if modality.label_probability and row.get("label")}
+    return held if PARTS in row else held | labelled, named
+
+
+def held_by(
+    raw: RawSample, row: dict[str, Any], modalities: Modalities, any_kind: bool = False
+) -> tuple[set[str], set[str]]:
+    """The modalities that a sample with the JSON ``row`` has something for, and the extensions that it names as the
+    parts of a document. ``any_kind``: see ``document``. Only members that are texts are read.
+
+    Raises BadSampleError where a text or a document is damaged.
+    """
+    extensions = (*raw.members, *raw.unread)
+    if PARTS in row:
+        parts = list(document(row, extensions, modalities, any_kind))
+        held = {part.name for part in parts if part.string is None or has_text(part.string)}
+        return held, {part.member for part in parts if part.member}
+    texts = {name for name, modality in modalities.items() if modality.default_field}
+    held = modalities.members_read(extensions).keys() - texts
+    return held | {
+        name
+        for name, data in contents(raw, row, modalities).items()
+        if name not in texts or modalities[name].raw(data)
+    }, set()
+
+
+def in_order(held: Iterable[str], modalities: Iterable[str]) -> tuple[str, ...]:
+    """In the order of ``modalities``, then by name."""
+    first = tuple(name for name in modalities if name in held)
+    return (*first, *sorted(set(held).difference(first)))

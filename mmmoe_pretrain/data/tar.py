@@ -1,9 +1,9 @@
 """The plain files of a tar: name, offset and size, by one pass over its headers.
 
-Python's own tarfile trusts headers more than a file from elsewhere deserves (where it is not mended, a negative
-size in a pax record sends it round in circles; a size beyond the file makes it ask for as much memory). This reads
-ustar, GNU and pax headers of plain files and folders, and refuses everything else: links, devices, sparse
-files, names that leave the folder, sizes that leave the file. Formats: POSIX.1-2001 pax, GNU tar 1.35.
+Python's tarfile trusts the headers (unpatched versions loop forever on a negative size in a pax record, and allocate
+memory for a size beyond the file). This reads ustar, GNU and pax headers of plain files and folders, and refuses
+everything else: links, devices, sparse files, names that leave the folder, sizes that leave the file. Formats:
+POSIX.1-2001 pax, GNU tar 1.35.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Member:
 
 @dataclass
 class _Next:
-    """What records before a header say of it."""
+    """The values for a header from the records before it."""
 
     name: str | None = None
     size: int | None = None
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The plain files of the tar ``path`` in order. Raises ValueError that names it where anything is amiss."""
+    """The plain files of the tar ``path`` in order. Raises ValueError that names it if anything is invalid."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _members(descriptor, path)
@@ -155,4 +155,4 @@ def _text(name: bytes, at: int, path: Path) -> str:
 
 
 def _broken(path: Path, at: int, what: str) -> ValueError:
-    return ValueError(f"shard {path} is no whole tar file ({what} at byte {at}); copy or make it again")
+    return ValueError(f"shard {path} is not a whole tar file ({what} at byte {at}); copy or make it again")

@@ -1,8 +1,7 @@
-"""Worker processes that read ahead, and are replaced where they stood when they die or hang.
-
-Owns processes, pipes and restarts; knows nothing of what is read. Worker w of W makes the items
-w, w + W, ... of a range and sends them through a pipe of its own, so that a worker that is killed
-in the middle of a message disturbs no other and leaves no lock behind.
+"""Worker processes that prefetch items. A worker that dies or hangs is replaced and continues at the same item. Owns
+processes, pipes and restarts, not the items. Worker w of W makes the items w, w + W, ... of a range and sends them
+through its own pipe, so that a worker that is killed in the middle of a message affects no other and leaves no lock
+behind.
 
 torch's DataLoader is not used: its workers share one queue, whose lock dies with its holder, and its
 SIGCHLD handler raises in whatever the main thread is doing, such as the middle of an optimizer step.
@@ -46,7 +45,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes read ahead, and what they are forgiven."""
+    """The number of worker processes, and their limits."""
 
     count: int  # 0: read in this process
     prefetch: int = 4  # items that a worker keeps ready
@@ -57,18 +56,18 @@ class Workers:
 
 
 class WorkerDied(RuntimeError):
-    """Data workers died or hung more often than they may."""
+    """Data workers died or hung more often than allowed."""
 
 
 class _Lost(Exception):
-    """The worker at the other end of a pipe is gone, or hangs."""
+    """The worker at the other end of a pipe has ended, or hangs."""
 
 
 class Source(Protocol[T_co]):
     """Items by number."""
 
     def read(self, k: int) -> T_co:
-        """Item ``k``: a pure function of k, which is read again where the worker that had it ready dies."""
+        """Item ``k``: a pure function of k, which is read again if the worker that prefetched it dies."""
 
     def describe(self, k: int) -> str:
         """What item ``k`` is, for an error."""
@@ -110,7 +109,7 @@ class ReadAhead(Generic[T]):
         _end_all(self._workers)
 
     def seek(self, source: Source[T], numbers: range) -> None:
-        """Go on with other items."""
+        """Continue with other items."""
         _end_all(self._workers)
         self._source, self._numbers, self._done = source, numbers, 0
 
@@ -194,7 +193,7 @@ class _Worker:
             os.close(writer)  # so that the pipe ends with the worker
 
     def receive(self, timeout: float) -> memoryview:
-        """The next message. Raises _Lost where the worker is gone, or the message is not there in ``timeout`` seconds."""
+        """The next message. Raises _Lost if the worker has ended, or no message comes in ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         try:
             (size,) = _SIZE.unpack(self._exactly(_SIZE.size, deadline))
@@ -251,7 +250,7 @@ def _end_all(workers: list[_Worker]) -> None:
 def _work(
     source: Source[Any], numbers: range, prefetch: int, writer: int, at: mmap.mmap, inherited: list[int], parent: int
 ) -> None:
-    """The life of a worker: make items, at most ``prefetch`` of them unread."""
+    """The main function of a worker: make items, at most ``prefetch`` of them unread."""
     # Slurm and a terminal signal every process, but it is the rank that ends or saves, and it reads until then.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -270,7 +269,7 @@ def _work(
             _AT.pack_into(at, 0, number)
             ready.put(_message("item", source.read(number)))
             _AT.pack_into(at, 0, _AT_NONE)
-    except ValueError as error:  # what a user can mend
+    except ValueError as error:  # what a user can fix
         ready.put(_message("value_error", str(error)))
     except Exception:
         ready.put(_message("error", traceback.format_exc()))
@@ -281,8 +280,8 @@ def _work(
 
 
 def _close_sockets() -> None:
-    """Those of the rank (not 0 to 2: a service's output may be one), whose peers would not see its end as long as a
-    worker that cannot die holds them."""
+    """Those of the rank (not 0 to 2: a service's output may be one), so that other ranks see the rank end even if a
+    worker that cannot be killed still runs."""
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
@@ -302,7 +301,7 @@ def _send(ready: queue.SimpleQueue[bytes | None], room: threading.Semaphore, wri
                     while view:
                         view = view[pipe.write(view) :]
                 room.release()
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the reader has ended
         os._exit(0)
 
 

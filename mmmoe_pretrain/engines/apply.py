@@ -1,4 +1,4 @@
-"""From a config to a running engine: the one place where the order of application shows.
+"""From a config to a running engine: the only place with the order of application.
 
 Groups exist (``parallel/mesh.py``) -> the trunk is cut into pipeline stages -> this rank's stages are
 built, matrices cut by the tensor group and experts by the expert group -> activation recomputation and
@@ -7,9 +7,12 @@ compilation -> precision -> the engine wraps them (data parallelism, optimizer).
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.engines import ENGINES
 from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.models.compiling import compile_blocks
 from mmmoe_pretrain.models.costs import block_costs
@@ -31,10 +34,6 @@ def build_engine(config: RunConfig, vocab_size: int, groups: Groups, device: tor
         model.mmmoe.trunk.recompute = config.train.recompute == "blocks"
         if config.train.compile == "blocks":
             compile_blocks(model, device)
-    if config.parallel.engine == "megatron":
-        from mmmoe_pretrain.engines.megatron import MegatronEngine
-
-        return MegatronEngine(models, config, device)
-    from mmmoe_pretrain.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(models[0], config, device)
+    module, _, name = ENGINES[config.parallel.engine].place.partition(":")
+    make = getattr(importlib.import_module(module), name)  # here: an engine library takes seconds to import
+    return make(models, config, device)

@@ -1,30 +1,45 @@
-"""The protocol of an engine: what the training loop asks of megatron-core or DeepSpeed.
+"""The engine interface between the training loop and megatron-core or DeepSpeed, and the code that all engines share.
 
-An engine owns gradient reduction, clipping and the optimizer step. Its state goes out and comes
-in by logical parameter name, so that a checkpoint knows neither engine nor layout.
+An engine owns gradient reduction, clipping and the optimizer step. It exports and imports its state by logical
+parameter name, so that checkpoints are independent of engine and layout.
+
+All engines scale their fp16 losses by one dynamic loss scale (arXiv 1710.03740). megatron-core has the same rule in
+its ``DynamicGradScaler``, but one per optimizer: after an overflow of one of them, dense parameters and experts would
+be unscaled by different numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+import torch.distributed as dist
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
+from mmmoe_pretrain.checkpoint.state import ShardedState
+from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
+from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.objectives.counts import StepCounts
+from mmmoe_pretrain.objectives import StepCounts
+from mmmoe_pretrain.parallel.collectives import group_size
+from mmmoe_pretrain.parallel.groups import Groups
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the trunk, by train.precision
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step over all its microbatches and data-parallel ranks, equal on every rank. The gradient is
-    that of ``losses["total"]``.
+    """The result of one optimizer step over all its microbatches and data-parallel ranks, equal on every rank. The
+    gradient is that of ``losses["total"]``.
 
-    ``routing`` holds sums over all of them, of the mixtures on this rank's stages. ``grad_norm`` is the
+    ``routing`` holds sums over all of them, of the MoE layers on this rank's stages. ``grad_norm`` is the
     norm before clipping, over all parameters of the model, experts included.
     """
 
@@ -32,7 +47,7 @@ class StepResult:
     grad_norm: float
     counts: StepCounts  # that the losses were divided by
     routing: tuple[RoutingStats, ...]
-    skipped: bool = False  # the loss or the gradient was not finite: weights, moments and routers are as before
+    skipped: bool = False  # loss or gradient was not finite: weights, moments and routers are unchanged
     loss_scale: float = 1.0  # that the gradient was computed with (fp16)
 
     @property
@@ -51,8 +66,8 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Progress:
-    """What an engine counts, saved in a checkpoint's ``meta.json``. Steps that were left out are steps, but no
-    updates: Adam's bias correction counts updates."""
+    """The counts of an engine, saved in a checkpoint's ``meta.json``. Skipped steps are steps but not updates; Adam's
+    bias correction uses updates."""
 
     steps: int
     updates: int
@@ -60,7 +75,7 @@ class Progress:
 
     @property
     def scale(self) -> float:
-        """That losses are multiplied by."""
+        """The factor of the losses."""
         return 1.0 if self.loss_scale is None else self.loss_scale.scale
 
     def to_json(self) -> dict[str, Any]:
@@ -72,25 +87,149 @@ class Progress:
         return cls(value["steps"], value["updates"], None if scale is None else LossScale(**scale))
 
 
-class Engine(Protocol):
-    @property
-    def models(self) -> Sequence[nn.Module]:
-        """The stages of this rank, with the weights that they compute with."""
+class EngineState(Protocol):
+    """Weights, buffers and optimizer state of an engine, by the keys of ``checkpoint/state.py``."""
+
+    def export(self) -> ShardedState:
+        """Views of this rank's state; the optimizer's tensors exist from the start, as zeros."""
         ...
 
+    def load(self, state: ShardedState, updates: int) -> None:
+        """Import a state with the pieces of ``export``, made by ``updates`` updates."""
+        ...
+
+
+class Engine(ABC):
+    """Steps ``models``: the stages of this rank in the order of the forward pass, with their working weights. A
+    subclass has ``_state`` and ``step``."""
+
+    _state: EngineState
+
+    def __init__(self, models: Sequence[PretrainingModel], config: RunConfig, device: torch.device) -> None:
+        self.config, self.device, self.groups = config, device, models[0].groups
+        self.models = [model.to(device) for model in models]
+        self._progress = first_progress(config.train)
+
+    @abstractmethod
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the microbatches of this rank."""
-        ...
 
-    def export_state(self) -> ShardedState:
-        """What this rank holds of each parameter and its optimizer moments, by logical name; views of live
-        memory, not copies."""
-        ...
-
-    def import_state(self, state: ShardedState, progress: Progress) -> None:
-        """Take over a state with the same pieces as ``export_state`` gives, and go on after ``progress.steps``."""
-        ...
+    @property
+    def steps_done(self) -> int:
+        """Steps done, skipped ones included."""
+        return self._progress.steps
 
     def progress(self) -> Progress:
-        """How far this engine is."""
-        ...
+        """The progress of this engine."""
+        return self._progress
+
+    def export_state(self) -> ShardedState:
+        """This rank's part of weights, buffers and optimizer state; views of live memory, not copies."""
+        return self._state.export()
+
+    def import_state(self, state: ShardedState, progress: Progress) -> None:
+        """Import a state with the same pieces as ``export_state``, and resume after ``progress.steps``."""
+        self._progress = resumed(progress, self.config.train)
+        self._state.load(state, progress.updates)
+
+    def _losses(self, reports: Sequence[LossReport]) -> dict[str, float]:
+        return step_losses(reports, self.models[0].loss_names, self.groups, self.device)
+
+    def _is_finite(self, *numbers: float) -> bool:
+        return finite_everywhere(numbers, self.groups, self.device)
+
+    def _gradient_factor(self, norm: float) -> float:
+        return gradient_factor(norm, self.config.optimizer.clip_norm, self._progress.scale)
+
+    def _end_step(
+        self, reports: Sequence[LossReport], losses: dict[str, float], norm: float, counts: StepCounts, skipped: bool
+    ) -> StepResult:
+        for model, report in zip(self.models, reports, strict=True):
+            model.end_step(None if skipped else report.routing)
+        routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
+        result = StepResult(losses, norm, counts, routing, skipped, self._progress.scale)
+        self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
+        return result
+
+
+def first_progress(train: TrainConfig) -> Progress:
+    """The progress of a new run; without a loss scale if nothing is scaled."""
+    settings = train.loss_scale
+    scaled = train.precision == "fp16"
+    return Progress(0, 0, LossScale(settings.initial, 0, settings.hysteresis) if scaled else None)
+
+
+def resumed(progress: Progress, train: TrainConfig) -> Progress:
+    """The progress of a run that resumes after ``progress``, perhaps in another precision."""
+    own = first_progress(train).loss_scale
+    if own is None or progress.loss_scale is None:
+        return dataclasses.replace(progress, loss_scale=own)
+    return progress
+
+
+def gradient_factor(norm: float, limit: float, scale: float) -> float:
+    """Unscales gradients and clips them to ``limit`` (0: does not), ``norm`` being the unscaled one."""
+    return (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / scale
+
+
+def after_step(progress: Progress, skipped: bool, settings: LossScaleConfig) -> Progress:
+    """``skipped``: as after an overflow."""
+    scale = progress.loss_scale
+    return Progress(
+        progress.steps + 1,
+        progress.updates + (not skipped),
+        None if scale is None else next_scale(scale, skipped, settings),
+    )
+
+
+def next_scale(scale: LossScale, overflow: bool, settings: LossScaleConfig) -> LossScale:
+    """The scale halves at the overflow that uses up the hysteresis and at each one from then on; ``window`` good
+    steps in a row double it and give the hysteresis back."""
+    if overflow and scale.hysteresis > 1:
+        return LossScale(scale.scale, 0, scale.hysteresis - 1)
+    if overflow:
+        return LossScale(max(scale.scale / 2, settings.minimum), 0, 1)
+    if scale.good_steps + 1 < settings.window:
+        return LossScale(scale.scale, scale.good_steps + 1, scale.hysteresis)
+    return LossScale(scale.scale * 2, 0, settings.hysteresis)
+
+
+def step_losses(
+    reports: Sequence[LossReport], names: Sequence[str], groups: Groups, device: torch.device
+) -> dict[str, float]:
+    """The losses of a step by name, and their ``total``: sums over the stages and microbatches of means over the
+    data-parallel ranks. Equal on every rank of the job, but for the last bit, since groups of ranks may add up in
+    another order.
+
+    ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``). ``names``: every
+    loss of the model.
+    """
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for report in reports:
+        for i, name in enumerate(names):
+            if name in report.losses:
+                sums[i] += report.losses[name]
+    for group in (groups.data, groups.pipeline):
+        if group_size(group) > 1:
+            dist.all_reduce(sums, group=group)
+    losses = {name: value / groups.data_size for name, value in zip(names, sums.tolist(), strict=True)}
+    return {"total": sum(losses.values()), **losses}
+
+
+def add_reports(sums: LossReport | None, report: LossReport) -> LossReport:
+    """Sums over the microbatches of one stage, made as they come: the co-activation of one layer has [M, E, E]
+    numbers. Losses add up in fp64. Routing is over all data-parallel ranks already."""
+    losses = {name: loss.double() for name, loss in report.losses.items()}
+    if sums is None:
+        return LossReport(losses, report.routing)
+    routing = tuple(a + b for a, b in zip(sums.routing, report.routing, strict=True))
+    return LossReport({name: sums.losses[name] + loss for name, loss in losses.items()}, routing)
+
+
+def finite_everywhere(numbers: Sequence[float], groups: Groups, device: torch.device) -> bool:
+    """Whether the numbers of every rank of the job are finite; equal on all ranks."""
+    bad = torch.tensor(float(not all(map(math.isfinite, numbers))), device=device)
+    for group in (groups.tensor, groups.data, groups.pipeline):
+        if group_size(group) > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
+    return not bool(bad)

@@ -1,8 +1,6 @@
-"""The JSON that DeepSpeed is given: what our own keys say, and ``parallel.deepspeed`` over it.
-
-DeepSpeed accepts unknown top-level keys in silence, and some that are known would work against our own
-settings. So every key of ``parallel.deepspeed`` must be one of ``ALLOWED``, where DeepSpeed's own models
-know what is inside, and must not be one that belongs to us.
+"""The JSON config for DeepSpeed: our own settings, overridden by ``parallel.deepspeed``. DeepSpeed silently accepts
+unknown top-level keys, and some known ones would contradict our settings. So every key of ``parallel.deepspeed`` must
+be one of ``ALLOWED`` (DeepSpeed's own models validate the values) and not one that our settings determine.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ OURS: dict[str, str] = {
     "gradient_accumulation_steps": "train.num_microbatches",
     "managed_gradient_accumulation": "train.num_microbatches",
     "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "the section optimizer (it is AdamW)",
+    "optimizer": "the section optimizer",
     "scheduler": "the section optimizer (learning_rate, warmup_steps, schedule, min_learning_rate)",
     "zero_allow_untested_optimizer": "the section optimizer",
     "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
@@ -123,6 +121,7 @@ def _generated(config: RunConfig, groups: Groups, num_parameters: int) -> dict[s
         "steps_per_print": None,
         "gradient_clipping": config.optimizer.clip_norm if parallel.zero_stage else 0.0,  # else the engine clips
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled, for minutes
+        "zero_allow_untested_optimizer": True,  # torch's SGD, which tests/layouts/test_reshard.py tests
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }

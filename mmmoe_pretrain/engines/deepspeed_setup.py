@@ -21,7 +21,7 @@ from mmmoe_pretrain.parallel.groups import Group, Groups
 
 
 def prepare() -> Any:
-    """DeepSpeed, imported (a second, once) and quiet; nothing of it is compiled.
+    """DeepSpeed, imported (a second, once) without its log lines; nothing is compiled.
 
     Raises ValueError where it is not installed.
     """
@@ -87,7 +87,7 @@ def join_process_group(deepspeed: Any, groups: Groups) -> Any:
 
 
 def _all_experts(groups: Groups) -> Group:
-    """The ranks whose experts are all there are. DeepSpeed sums an expert norm over them (ZeRO-3), so
+    """The ranks that together hold all experts. DeepSpeed sums an expert norm over them (ZeRO-3), so
     with tensor ranks, which hold parts of each expert, it is the group of both."""
     if groups.tensor_size == 1 or groups.expert_size == 1:
         return groups.expert
@@ -134,7 +134,7 @@ class _TensorRanks:
 
 
 def adopt_experts(model: nn.Module, groups: Groups) -> None:
-    """Make DeepSpeed see the experts, whose gradients it then sums over their replicas alone.
+    """Register the experts with DeepSpeed, which then sums their gradients only over their replicas.
 
     It looks for instances of its own ``AutoEPMoELayer``, so a ``MoELayer`` becomes one: routing,
     dispatch and arithmetic stay ours. Where every rank holds all experts they are plain parameters.
@@ -163,9 +163,9 @@ def adopt_experts(model: nn.Module, groups: Groups) -> None:
 
 
 def join_tensor_ranks(model: nn.Module, groups: Groups) -> None:
-    """What the other engine does at the end of a step, here by gradient: parameters that meet a tensor rank's
-    share of the tokens alone (``sequence_parallel``, megatron-core's mark) get theirs summed over the tensor
-    ranks, and those that each of them computes alike averaged (``cuts.computed_alike``)."""
+    """The reductions that megatron-core makes at the end of a step, here per gradient: parameters that meet a tensor
+    rank's share of the tokens alone (``sequence_parallel``, megatron-core's mark) are summed over the tensor
+    ranks, and those that all of them compute equally are averaged (``cuts.computed_alike``)."""
     if groups.tensor_size == 1:
         return
 
@@ -181,9 +181,8 @@ def join_tensor_ranks(model: nn.Module, groups: Groups) -> None:
             parameter.register_hook(lambda grad: summed(grad) / groups.tensor_size)
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) -> torch.optim.AdamW:
-    """torch's AdamW; vectors do not decay. Experts that are spread form groups of their own, as DeepSpeed
-    wants them."""
+def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
+    """torch's own; vectors do not decay. Sharded experts form separate groups, as DeepSpeed requires."""
     parameters = list(model.parameters())
     decayed = {"name": "matrices", "weight_decay": settings.weight_decay}
     plain = {"name": "vectors", "weight_decay": 0.0}
@@ -196,6 +195,11 @@ def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) 
 
         param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
     param_groups = [group for group in param_groups if group["params"]]
-    betas = (settings.beta1, settings.beta2)
+    rate, own = settings.learning_rate, settings.own
     fused = all(parameter.device.type == "cuda" for parameter in parameters)
-    return torch.optim.AdamW(param_groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, fused=fused)
+    match settings.kind:
+        case "adamw":
+            betas = (own["beta1"], own["beta2"])
+            return torch.optim.AdamW(param_groups, lr=rate, betas=betas, eps=own["eps"], fused=fused)
+        case "sgd":
+            return torch.optim.SGD(param_groups, lr=rate, momentum=own["momentum"])

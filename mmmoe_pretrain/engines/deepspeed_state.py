@@ -1,14 +1,14 @@
-"""Weights and moments in and out of DeepSpeed's optimizers, by logical name.
+"""Exports and imports weights and optimizer state of DeepSpeed's optimizers, by key.
 
-Legend: a parameter's *part* is what this rank's model holds of it (``parallel/placement.py``). ZeRO
-flattens parts, lays them one behind the other, and gives each rank an equal stretch of the whole (stages
-1 and 2) or of every part (stage 3); the end is padding.
+Legend: a parameter's *part* is what this rank's model holds of it (``parallel/placement.py``). ZeRO flattens and
+concatenates parts, and gives each rank an equal range of the whole (stages 1 and 2) or of every part (stage 3); the
+end is padding.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState, pieces_of_part, pieces_of_range
-from mmmoe_pretrain.checkpoint.state import persistent_buffers
+from mmmoe_pretrain.checkpoint.state import (
+    Pieces,
+    ShardedState,
+    ShardedTensor,
+    model_key,
+    optimizer_key,
+    persistent_buffers,
+    pieces_of_range,
+)
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_Flat = tuple[Tensor, Tensor, Tensor]  # a flat master weight and its moments
+_Flat = list[Tensor]  # a flat master weight, and what the optimizer keeps for it, in the order of the names
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one parameter, noted before ZeRO-3 takes its shape away."""
+    """The metadata of one parameter, stored before ZeRO-3 removes its shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,41 +41,42 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Elements ``start`` to ``start + length`` of a flattened part: where they lie in ``flat``."""
+    """Elements ``start`` to ``start + length`` of a flattened part, and their offset in ``flat``."""
 
     flat: Tensor
     begin: int
     start: int
     length: int
 
-    def of(self, tensor: Tensor, part: _Part) -> tuple[Piece, ...]:
+    def of(self, tensor: Tensor, part: _Part) -> Pieces:
         """Views of ``tensor``, which is laid out like ``flat``, or is a copy of it."""
         numbers = tensor.detach().view(-1).narrow(0, self.begin, self.length)
         return pieces_of_range(numbers, self.start, part.shape, part.placement)
 
 
 class DeepSpeedState:
-    """The state of an engine's model and optimizer. Moments exist from the start, as zeros.
+    """The state of an engine's model and optimizer. ``names``: of the tensors that the optimizer keeps for each
+    parameter (``OptimizerConfig.state``); they exist from the start, as zeros.
 
     Make it before ``deepspeed.initialize`` and ``attach`` the engine after.
     """
 
-    def __init__(self, model: nn.Module, stage: int) -> None:
+    def __init__(self, model: nn.Module, stage: int, names: Sequence[str]) -> None:
         placed = placements(model)
         self._parts = {
             parameter: _Part(name, tuple(parameter.shape), placed[name])
             for name, parameter in model.named_parameters()
         }
-        self._model, self._stage = model, stage
+        self._model, self._stage, self._names = model, stage, names
         self._optimizer: Any = None
 
     def attach(self, engine: Any) -> None:
         """``engine``: DeepSpeed's."""
         self._optimizer = engine.optimizer
-        self._reset_moments(0)
+        self._reset_optimizer(0)
 
     def export(self) -> ShardedState:
-        """Views of what this rank holds; of what is in files, copies in host memory."""
+        """Views of this rank's state; copies in host memory of state that is in files."""
         return self._export(self._copies_of_files())
 
     def _export(self, copies: dict[Tensor, _Flat]) -> ShardedState:
@@ -77,24 +84,23 @@ class DeepSpeedState:
         found: ShardedState = {}
         for parameter, part in self._parts.items():
             shape = logical_shape(part.shape, part.placement)
+            keys = [model_key(part.name), *(optimizer_key(part.name, name) for name in self._names)]
             stretch = stretches.get(parameter)
             if stretch is None:
-                found[part.name] = ShardedParameter(shape, (), (), ())
+                found |= {key: ShardedTensor(shape, {}) for key in keys}
                 continue
             tensors = copies.get(stretch.flat) or self._live(stretch.flat)
-            value, first, second = (stretch.of(tensor, part) for tensor in tensors)
-            found[part.name] = ShardedParameter(shape, value, first, second)
-        for name, buffer in persistent_buffers(self._model).items():
-            found[name] = ShardedParameter(tuple(buffer.shape), pieces_of_part(buffer, ()), None, None)
-        return found
+            for key, tensor in zip(keys, tensors, strict=True):
+                found[key] = ShardedTensor(shape, stretch.of(tensor, part))
+        return found | {model_key(n): ShardedTensor.whole(b) for n, b in persistent_buffers(self._model).items()}
 
     @torch.no_grad()
     def load(self, state: ShardedState, updates: int) -> None:
-        """Take over a state with the pieces that ``export`` gives; ``updates`` made its moments."""
-        self._reset_moments(updates)
+        """Import a state with the pieces of ``export``, made by ``updates`` updates."""
+        self._reset_optimizer(updates)
         copies = self._copies_of_files()
-        for name, mine in self._export(copies).items():
-            mine.copy_(state[name])
+        for key, mine in self._export(copies).items():
+            mine.copy_(state[key])
         optimizer = self._optimizer
         if self._stage == 3:
             optimizer._partition_all_parameters()  # some stay gathered between steps
@@ -118,7 +124,7 @@ class DeepSpeedState:
 
     def _live(self, flat: Tensor) -> _Flat:
         state = self._torch_state[flat]
-        return flat, state["exp_avg"], state["exp_avg_sq"]
+        return [flat, *(state[name] for name in self._names)]
 
     @torch.no_grad()
     def _copies_of_files(self) -> dict[Tensor, _Flat]:
@@ -126,8 +132,7 @@ class DeepSpeedState:
         for _, stretch in self._stretches(padding_too=True):
             if self._in_files(stretch.flat) and stretch.flat not in copies:
                 with self._resident(stretch.flat, changed=False):
-                    value, first, second = (tensor.detach().clone() for tensor in self._live(stretch.flat))
-                    copies[stretch.flat] = value, first, second
+                    copies[stretch.flat] = [tensor.detach().clone() for tensor in self._live(stretch.flat)]
         return copies
 
     def _in_files(self, flat: Tensor) -> bool:
@@ -137,7 +142,7 @@ class DeepSpeedState:
 
     @contextlib.contextmanager
     def _resident(self, flat: Tensor, changed: bool) -> Iterator[None]:
-        """Its numbers and moments are in memory meanwhile; they go back to their files where they ``changed``."""
+        """Inside, it and its optimizer state are in memory; they are written back to their files if ``changed``."""
         if not self._in_files(flat):
             yield
             return
@@ -152,21 +157,21 @@ class DeepSpeedState:
     def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
         return self._optimizer.optimizer.state if self._stage else self._optimizer.state
 
-    def _reset_moments(self, updates: int) -> None:
+    def _reset_optimizer(self, updates: int) -> None:
         for flat in {id(stretch.flat): stretch.flat for _, stretch in self._stretches(padding_too=True)}.values():
             with self._resident(flat, changed=True):
-                moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
                 state = self._torch_state[flat]
-                if self._in_files(flat) and state.keys() >= moments.keys():
-                    for key, zeros in moments.items():
-                        state[key].copy_(zeros)  # its file is known by the tensor that is there
-                else:
-                    state |= moments
+                for name in self._names:
+                    if self._in_files(flat) and name in state:
+                        state[name].zero_()  # its file is known by the tensor that is there
+                    else:
+                        state[name] = torch.zeros_like(flat, requires_grad=False)
                 # Each its own, as torch adds to it in place; the fused kernel of a GPU reads it there.
                 state["step"] = torch.tensor(float(updates), device=flat.device)
 
     def _stretches(self, padding_too: bool = False) -> Iterator[tuple[nn.Parameter, _Stretch]]:
-        """Of each parameter of which this rank holds something; ``padding_too``: or nothing."""
+        """The ranges of each parameter that this rank holds; ``padding_too``: also of those of which it holds
+        nothing."""
         every = (self._whole, self._of_flat_groups, self._of_flat_groups, self._of_sub_groups)[self._stage]()
         for parameter, stretch in every:
             if stretch.length > 0 or padding_too:

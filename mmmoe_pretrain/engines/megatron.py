@@ -7,7 +7,6 @@ is averaged over the data-parallel ranks; megatron-core does both.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
-from mmmoe_pretrain.engines.base import Progress, StepResult
-from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES, after_step, first_progress, gradient_factor, resumed
+from mmmoe_pretrain.engines.base import HALF_TYPES, Engine, StepResult, add_reports
 from mmmoe_pretrain.engines.megatron_setup import (
     data_parallel,
     inner_optimizers,
@@ -29,38 +26,31 @@ from mmmoe_pretrain.engines.megatron_setup import (
     transformer_config,
 )
 from mmmoe_pretrain.engines.megatron_state import MegatronState
-from mmmoe_pretrain.engines.results import add_reports, finite_everywhere, step_losses
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
-from mmmoe_pretrain.objectives.counts import StepCounts, step_counts
+from mmmoe_pretrain.objectives import StepCounts, step_counts
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import quiet_megatron
+from mmmoe_pretrain.parallel.quiet import silence_megatron
 
 __all__ = ["MegatronEngine", "prepare"]
 
 
-class MegatronEngine:
-    """Implements the ``Engine`` protocol; needs ``parallel.mesh.build_groups`` to have run.
-
-    ``models``: the stages of this rank in the order of the data's way through them.
-    """
+class MegatronEngine(Engine):
+    """Needs ``parallel.mesh.build_groups`` to have run."""
 
     def __init__(self, models: Sequence[PretrainingModel], config: RunConfig, device: torch.device) -> None:
         prepare()
-        self.config, self.device = config, device
-        self.models = [model.to(device) for model in models]
-        self.groups = self.models[0].groups
-        self._progress = first_progress(config.train)
+        super().__init__(models, config, device)
         if config.train.precision in HALF_TYPES:
             for model in self.models:
                 model.use_half(HALF_TYPES[config.train.precision])
-        with quiet_megatron():
+        with silence_megatron():
             self.transformer = transformer_config(config, self.groups)
             if self._progress.loss_scale is not None:
                 self.transformer.grad_scale_func = lambda loss: loss * self._progress.scale
             self.stages = [_Stage(model, self.transformer, i) for i, model in enumerate(self.models)]
             self.wrapped = data_parallel(self.stages, self.transformer, config)
             self.optimizer = make_optimizer(self.wrapped, config)
-        self._state = MegatronState(self.models, self.wrapped, self.optimizer)
+        self._state = MegatronState(self.models, self.wrapped, self.optimizer, config.optimizer.state)
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
@@ -70,43 +60,37 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-        counts = step_counts(microbatches, self.config.objectives, self.groups.data, self.device)
-        if self.config.objectives.contrastive.in_two_passes:
-            self._fill_cache(microbatches, counts)
+        counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
+        if self.models[0].objectives.whole_step:
+            self._collect(microbatches, counts)
         reports = self._run(microbatches, counts)
-        losses = step_losses(reports, self.models[0].loss_names, self.groups, self.device)
+        losses = self._losses(reports)
         with megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm()) / self._progress.scale
-            skipped = not finite_everywhere((losses["total"], grad_norm), self.groups, self.device)
+            skipped = not self._is_finite(losses["total"], grad_norm)
             if not skipped:
                 self._update(grad_norm)
-        for model, report in zip(self.models, reports, strict=True):
-            model.end_step(None if skipped else report.routing)
-        routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
-        result = StepResult(losses, grad_norm, counts, routing, skipped, self._progress.scale)
-        self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
-        return result
+        return self._end_step(reports, losses, grad_norm, counts, skipped)
 
     @torch.no_grad()
     def _update(self, grad_norm: float) -> None:
         """Unscale and clip the gradients, and step the optimizer."""
-        limit = self.config.optimizer.clip_norm
-        factor = gradient_factor(grad_norm, limit, self._progress.scale)
+        factor = self._gradient_factor(grad_norm)
         mains = [main for inner in inner_optimizers(self.optimizer) for main in inner.get_parameters()]
         gradients = [main.grad for main in mains if main.grad is not None]
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step_with_ready_grads()
 
-    def _fill_cache(self, batches: list[Batch], counts: StepCounts) -> None:
-        """The first pass of a step whose contrastive loss is of all its microbatches."""
+    def _collect(self, batches: list[Batch], counts: StepCounts) -> None:
+        """The first pass of a step in which some loss is of all its microbatches."""
         for model in self.models:
-            model.begin_caching()
+            model.begin_collecting()
         with torch.no_grad():
             self._run(batches, counts, forward_only=True)
         for model in self.models:
-            model.end_caching()
+            model.end_collecting()
 
     def _run(self, batches: list[Batch], counts: StepCounts, forward_only: bool = False) -> list[LossReport]:
         """Run the schedule; of each stage of this rank, the sums of its reports over the microbatches."""
@@ -137,30 +121,12 @@ class MegatronEngine:
         )
         return [report for report in reports if report is not None]
 
-    @property
-    def steps_done(self) -> int:
-        """Those left out included."""
-        return self._progress.steps
-
-    def progress(self) -> Progress:
-        """See ``Engine.progress``."""
-        return self._progress
-
-    def export_state(self) -> ShardedState:
-        """See ``Engine.export_state``."""
-        return self._state.export()
-
-    def import_state(self, state: ShardedState, progress: Progress) -> None:
-        """See ``Engine.import_state``."""
-        self._progress = resumed(progress, self.config.train)
-        self._state.load(state, progress.updates)
-
 
 class _Stage(nn.Module):
     """A PretrainingModel with the attributes that Megatron's schedules and wrappers ask for.
 
     Between stages hidden states are [rows, 1, D] for every microbatch of a step: the longest one's, which
-    each stage knows from its own copy of the batches, so that no sizes travel. The others are padded.
+    each stage knows from its own copy of the batches, so that no sizes are sent. The others are padded.
     """
 
     def __init__(self, model: PretrainingModel, config: Any, chunk: int) -> None:

@@ -1,10 +1,9 @@
-"""Development equipment: megatron-core on a machine without CUDA.
+"""For development: megatron-core on a machine without CUDA.
 
-megatron-core names CUDA in its allocations, streams and dtype checks. Where CUDA is absent,
-``install`` gives the modules of ``megatron.core`` (and no others) a stand-in for the name
-``torch`` that redirects those to the CPU. ``torch`` itself is untouched, nothing happens where
-CUDA is present, and no arithmetic changes. It proves numerics and the order of collectives on
-gloo; it says nothing of streams, overlap or speed on a GPU.
+megatron-core names CUDA in its allocations, streams and dtype checks. Where CUDA is absent, ``install`` gives the
+modules of ``megatron.core`` (and no others) a stand-in for the name ``torch`` that redirects those to the CPU.
+``torch`` itself is untouched, nothing happens where CUDA is present, and no arithmetic changes. It verifies numerics
+and the order of collectives on gloo, not streams, overlap or speed on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
 
 class _Inert:
-    """A stream or event that does nothing, whatever is asked of it."""
+    """A stream or event whose methods do nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

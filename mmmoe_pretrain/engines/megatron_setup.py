@@ -14,23 +14,23 @@ from torch import nn
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
-from mmmoe_pretrain.engines.loss_scaling import HALF_TYPES
+from mmmoe_pretrain.engines.base import HALF_TYPES
 from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import quiet_megatron
+from mmmoe_pretrain.parallel.quiet import silence_megatron
 
 
 def prepare() -> None:
     """Import megatron-core (seconds, once) without its notes on optional packages; shim it on CPUs."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its fused helpers compile for a minute
-    with quiet_megatron():
+    with silence_megatron():
         megatron_cpu.install()
         importlib.import_module("megatron.core.pipeline_parallel.schedules")  # of the first step, else
 
 
 def transformer_config(config: RunConfig, groups: Groups) -> Any:
-    """What Megatron's schedules, wrappers and gradient finalisation read of a model."""
+    """The config that Megatron's schedules, wrappers and gradient finalisation read from a model."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     precision = config.train.precision
@@ -46,7 +46,7 @@ def transformer_config(config: RunConfig, groups: Groups) -> Any:
         virtual_pipeline_model_parallel_size=groups.virtual_size if groups.virtual_size > 1 else None,
         pipeline_dtype=dtype,
         batch_p2p_comm=groups.virtual_size == 1,  # two ranks would mix up the two ways of an interleaved batch
-        batch_p2p_sync=False,  # a wait of the host after every message, for versions of torch long gone
+        batch_p2p_sync=False,  # a wait of the host after every message, for old versions of torch
         expert_model_parallel_size=groups.expert_size,
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
@@ -95,25 +95,27 @@ def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConf
 
 
 def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
-    """AdamW over all stages of this rank; vectors do not decay. Clipping and loss scaling are the engine's:
-    ``bf16`` says that there are half parameters of either type with fp32 masters, and no scale of its own."""
-    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import ParamPredicate
+    """Over all stages of this rank; vectors do not decay. The engine does clipping and loss scaling: ``bf16`` means
+    half parameters of either type with fp32 masters, without a loss scale."""
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamPredicate, SGDOptimizerConfig
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
     settings = config.optimizer
-    optimizer = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        clip_grad=0.0,
-        bf16=config.train.precision in HALF_TYPES,
-        use_distributed_optimizer=config.parallel.zero_stage == 1,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
+    common = {
+        "lr": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "clip_grad": 0.0,
+        "bf16": config.train.precision in HALF_TYPES,
+        "use_distributed_optimizer": config.parallel.zero_stage == 1,
+        "overlap_param_gather": config.parallel.overlap_param_gather,
+    }
+    match settings.kind:
+        case "adamw":
+            own = {f"adam_{key}": value for key, value in settings.own.items()}
+            optimizer = AdamOptimizerConfig(**common, **own)
+        case "sgd":
+            optimizer = SGDOptimizerConfig(**common, sgd_momentum=settings.own["momentum"])
     vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=is_vector))
     with megatron_cpu.optimizer_calls():
         made = get_megatron_optimizer(
@@ -138,6 +140,6 @@ def fuse_adam(optimizer: Any) -> None:
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """One of dense parameters and one of experts, or one of both; those that hold nothing left out."""
+    """One of dense parameters and one of experts, or one of both; without those that hold nothing."""
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
     return [inner for inner in optimizers if getattr(inner, "optimizer", None) is not None]

@@ -1,4 +1,4 @@
-"""Weights and moments in and out of megatron-core's optimizers, by logical name."""
+"""Exports and imports weights and optimizer state of megatron-core's optimizers, by key."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.checkpoint.sharded import (
-    Piece,
-    ShardedParameter,
+from mmmoe_pretrain.checkpoint.state import (
+    Pieces,
     ShardedState,
+    ShardedTensor,
+    model_key,
+    optimizer_key,
+    persistent_buffers,
     pieces_of_part,
     pieces_of_range,
-    whole_shape,
 )
-from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.engines.megatron_setup import inner_optimizers
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.parallel.placement import Placement, placements
+from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
 
 
 class MegatronState:
-    """The state of an engine's models and optimizer. Moments exist from the start, as zeros."""
+    """The state of an engine's models and optimizer. ``names``: of the tensors that the optimizer keeps for each
+    parameter (``OptimizerConfig.state``); they exist from the start, as zeros."""
 
-    def __init__(self, models: Sequence[PretrainingModel], wrapped: Sequence[Any], optimizer: Any) -> None:
-        self._models, self._wrapped, self._optimizer = models, wrapped, optimizer
-        self._reset_moments(0)
+    def __init__(
+        self, models: Sequence[PretrainingModel], wrapped: Sequence[Any], optimizer: Any, names: Sequence[str]
+    ) -> None:
+        self._models, self._wrapped, self._optimizer, self._names = models, wrapped, optimizer, names
+        self._reset_optimizer(0)
 
     def export(self) -> ShardedState:
-        """Views of what this rank holds."""
+        """Views of this rank's state."""
         shards = {parameter: (main, start) for parameter, main, start in self._shards()}
         states = {main: state for inner in self._inner() for main, state in inner.optimizer.state.items()}
         found: ShardedState = {}
@@ -40,30 +44,27 @@ class MegatronState:
                 main, start = shards.get(parameter, (None, 0))
                 if not self._distributed:
                     main = getattr(parameter, "main_param", parameter)
-                held = [] if main is None else [main, states[main]["exp_avg"], states[main]["exp_avg_sq"]]
-                value, first, second = self._pieces(held, start, parameter, placed[name])
-                found[name] = ShardedParameter(whole_shape(parameter, placed[name]), value, first, second)
-            for name, buffer in persistent_buffers(model).items():
-                found[name] = ShardedParameter(tuple(buffer.shape), pieces_of_part(buffer, ()), None, None)
+                shape = logical_shape(tuple(parameter.shape), placed[name])
+                held = {model_key(name): main}
+                held |= {optimizer_key(name, k): None if main is None else states[main][k] for k in self._names}
+                for key, tensor in held.items():
+                    pieces = {} if tensor is None else self._pieces(tensor.detach(), start, parameter, placed[name])
+                    found[key] = ShardedTensor(shape, pieces)
+            found |= {model_key(name): ShardedTensor.whole(b) for name, b in persistent_buffers(model).items()}
         return found
 
-    def _pieces(
-        self, held: Sequence[Tensor], start: int, parameter: Tensor, placement: Placement
-    ) -> list[tuple[Piece, ...]]:
-        """Of weight and moments: none, whole parts, or stretches of the flat part from ``start`` on."""
-        if not held:
-            return [()] * 3
+    def _pieces(self, held: Tensor, start: int, parameter: Tensor, placement: Placement) -> Pieces:
+        """The pieces of a whole part, or of a range of the flat part from ``start`` on."""
         if not self._distributed:
-            return [pieces_of_part(tensor.detach(), placement) for tensor in held]
-        shape = tuple(parameter.shape)
-        return [pieces_of_range(tensor.detach().view(-1), start, shape, placement) for tensor in held]
+            return pieces_of_part(held, placement)
+        return pieces_of_range(held.view(-1), start, tuple(parameter.shape), placement)
 
     @torch.no_grad()
     def load(self, state: ShardedState, updates: int) -> None:
-        """Take over a state with the pieces that ``export`` gives; ``updates`` made its moments."""
-        self._reset_moments(updates)
-        for name, mine in self.export().items():
-            mine.copy_(state[name])
+        """Import a state with the pieces of ``export``, made by ``updates`` updates."""
+        self._reset_optimizer(updates)
+        for key, mine in self.export().items():
+            mine.copy_(state[key])
         for inner in self._inner():
             if hasattr(inner, "_copy_main_params_to_model_params"):  # masters in fp32, or shards of them
                 inner._copy_main_params_to_model_params()
@@ -71,14 +72,14 @@ class MegatronState:
             for stage in self._wrapped:
                 stage.start_param_sync(force_sync=True)
 
-    def _reset_moments(self, updates: int) -> None:
+    def _reset_optimizer(self, updates: int) -> None:
         for inner in self._inner():
             by_parameter = type(inner.optimizer).__module__.startswith("torch.")  # TE's and Apex's count by group
             for group in inner.optimizer.param_groups:
                 if not by_parameter:
                     group["step"] = updates
                 for main in group["params"]:
-                    state = {name: torch.zeros_like(main, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+                    state = {name: torch.zeros_like(main, dtype=torch.float32) for name in self._names}
                     if by_parameter:
                         # The fused kernel reads the step on the device, the others on the host.
                         state["step"] = torch.tensor(
@@ -94,8 +95,8 @@ class MegatronState:
         return inner_optimizers(self._optimizer)
 
     def _shards(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Of the distributed optimizer: each parameter of which this rank holds a stretch, the stretch,
-        and where it begins in the flat parameter."""
+        """The shards of the distributed optimizer on this rank: parameter, range, and its start in the flat
+        parameter."""
         if not self._distributed:
             return
         for inner in self._inner():

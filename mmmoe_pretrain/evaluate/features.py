@@ -1,14 +1,15 @@
-"""One pass of a model over held-out rows, and everything the scores are computed from.
+"""One pass of a model over held-out rows, which collects the inputs of all scores.
 
-Owns the collection: features and content names of every row, caption likelihoods, routing totals.
-Content is named by hash, so that one picture in thirteen languages is one picture.
+Owns the collection: features and content names of every row, likelihoods of targets, sums of routing. Content is
+named by hash, so that one image with captions in thirteen languages is one image.
 
-Shapes: N rows, P the joint space, G captions, V vocabulary.
+Shapes: N rows, P the joint space, G segments with targets, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,150 +17,154 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import IGNORE, MODALITIES, Batch, Sample, SampleMeta
-from mmmoe_pretrain.evaluate.routing_report import RoutingTotals
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
+from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.stats import RoutingStats
+
+Batches = Iterable[tuple[Batch, Sequence[Sample]]]
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Sums over each fused segment, and the token counts of all targets together."""
+class Predicted:
+    """The likelihoods of one task: sums over each segment with targets, and the count of each token id among all
+    targets."""
 
     nll_G: np.ndarray
     tokens_G: np.ndarray
-    prefix_G: np.ndarray  # modality id
-    targets_V: np.ndarray  # how often each token id was a target
+    first_G: np.ndarray  # modality id of the segment's first token
+    targets_V: np.ndarray
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one pass over the held-out rows leaves behind; row i of everything is one sample."""
+    """The results of one pass over the held-out rows; row i of each array is one sample."""
 
     metas: tuple[SampleMeta, ...]
-    texts: tuple[str, ...]  # equal texts are equal strings; "" where there is none
-    content: dict[str, tuple[str, ...]]  # modality -> name of its content, "" where absent
-    features: dict[str, np.ndarray]  # modality -> float32 [N, P], unit rows
-    captions: Captions
-    routing: tuple[RoutingTotals, ...]
+    texts: tuple[str, ...]  # the first of each sample; equal texts are equal strings; "" where there is none
+    content: dict[str, tuple[str, ...]]  # representation -> name of its content, "" where the row has none
+    features: dict[str, np.ndarray]  # representation -> float32 [N, P], unit rows
+    predicted: dict[str, Predicted]  # by task
+    routing: tuple[RoutingStats, ...]
+    damaged: int = 0  # rows that could not be decoded
 
 
 @dataclass
 class _Pass:
     """Lists that grow batch by batch."""
 
-    metas: list[SampleMeta] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    content: dict[str, list[str]] = field(default_factory=lambda: {m: [] for m in MODALITIES})
-    features: dict[str, list[np.ndarray]] = field(default_factory=lambda: {m: [] for m in MODALITIES})
-    captions: list[Captions] = field(default_factory=list)
-    routing: tuple[RoutingTotals, ...] = ()
+    samples: list[tuple[SampleMeta, str]] = field(default_factory=list)
+    content: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    features: defaultdict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    predicted: defaultdict[str, list[Predicted]] = field(default_factory=lambda: defaultdict(list))
+    routing: tuple[RoutingStats, ...] = ()
+    damaged: int = 0
 
 
-def collect(model: nn.Module, batches: Iterable[tuple[Batch, Sequence[Sample]]], vocab_size: int) -> HeldOut:
+def collect(model: MMMoE, batches: Batches, vocab_size: int) -> HeldOut:
     """Run ``model`` once over ``batches``."""
     seen = _Pass()
     with torch.inference_mode():
         for batch, samples in batches:
             _add(seen, model, batch, samples, vocab_size)
-    if not seen.metas:
-        raise ValueError("the held-out shards hold no sample; check evaluate.test or --test")
+    if not seen.samples:
+        raise ValueError(
+            "the held-out shards hold no sample whose text is not trained on, too; check evaluate.test or --test, or "
+            "set evaluate.keep_seen_texts=true"
+        )
     return HeldOut(
-        metas=tuple(seen.metas),
-        texts=tuple(seen.texts),
-        content={m: tuple(names) for m, names in seen.content.items()},
-        features={m: np.concatenate(rows) for m, rows in seen.features.items()},
-        captions=_join(seen.captions),
+        metas=tuple(meta for meta, _ in seen.samples),
+        texts=tuple(text for _, text in seen.samples),
+        content={name: tuple(names) for name, names in seen.content.items()},
+        features={name: np.concatenate(rows) for name, rows in seen.features.items()},
+        predicted={task: _join(parts) for task, parts in seen.predicted.items()},
         routing=seen.routing,
+        damaged=seen.damaged,
     )
 
 
-def collect_routing(model: nn.Module, batches: Iterable[tuple[Batch, Sequence[Sample]]]) -> tuple[RoutingTotals, ...]:
-    """The routing totals alone."""
-    totals: tuple[RoutingTotals, ...] = ()
+def collect_routing(model: nn.Module, batches: Batches) -> tuple[RoutingStats, ...]:
+    """The sums of routing alone, by layer."""
+    sums: tuple[RoutingStats, ...] = ()
     with torch.inference_mode():
         for batch, _ in batches:
-            totals = _sum(totals, model(batch.to(_device(model))).routing)
-    return totals
+            sums = add_routing(sums, model(batch.to(device_of(model)))[1])
+    return sums
 
 
-def encode_texts(model: nn.Module, batches: Iterable[Batch]) -> np.ndarray:
-    """Text features [N, P] of batches of texts alone."""
+def add_routing(sums: tuple[RoutingStats, ...], new: tuple[RoutingStats, ...]) -> tuple[RoutingStats, ...]:
+    return tuple(a + b for a, b in zip(sums, new, strict=True)) if sums else new
+
+
+def encode(model: nn.Module, representation: str, batches: Iterable[Batch]) -> np.ndarray:
+    """Its features [N, P] of all samples of ``batches``."""
     with torch.inference_mode():
-        return np.concatenate([_numpy(model(batch.to(_device(model))).features["text"]) for batch in batches])
+        return np.concatenate([_numpy(model(b.to(device_of(model)))[0].features[representation]) for b in batches])
 
 
 def same_text(text: str) -> str:
-    """The form in which texts are compared: case and spacing aside."""
+    """A text normalized for comparison, without case and spacing."""
     return " ".join(text.casefold().split())
 
 
-def _add(seen: _Pass, model: nn.Module, batch: Batch, samples: Sequence[Sample], vocab_size: int) -> None:
-    output = model(batch.to(_device(model)))
-    present_MB = batch.present_MB.numpy()
-    for m, modality in enumerate(MODALITIES):
-        rows = _numpy(output.features[modality])
-        if not np.isfinite(rows[present_MB[m]]).all():
+def first_text(sample: Sample) -> str:
+    """What the shard holds of the first item that is a text; empty without one."""
+    return next((item.raw for item in sample.items if item.raw), "")
+
+
+def content_name(item: Item) -> str:
+    """Equal for equal content: a text itself, a hash of anything else."""
+    if item.raw:
+        return same_text(item.raw)
+    return hashlib.blake2b(np.ascontiguousarray(item.value).tobytes(), digest_size=16).hexdigest()
+
+
+def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample], vocab_size: int) -> None:
+    outputs, routing = model(batch.to(device_of(model)))
+    for name, features in outputs.features.items():
+        rows, present = _numpy(features), batch.pooled[name].numpy() >= 0
+        if not np.isfinite(rows[present]).all():
             key = batch.metas[int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])].key
             raise ValueError(
-                f"the {modality} feature of held-out sample {key!r} is not finite, so it has no rank; "
+                f"the {name} feature of held-out sample {key!r} is not finite, so it has no rank; "
                 f"this checkpoint diverged: evaluate an earlier one"
             )
-        seen.features[modality].append(rows)
-        seen.content[modality] += [
-            content_name(sample, modality) if here else ""
-            for sample, here in zip(samples, present_MB[m], strict=True)
+        parts = model.objectives.representations[name].modalities
+        seen.features[name].append(rows)
+        seen.content[name] += [
+            " ".join(content_name(item) for part in parts if (item := sample.first(part))) if here else ""
+            for sample, here in zip(samples, present, strict=True)
         ]
-    seen.metas += [sample.meta for sample in samples]
-    seen.texts += [same_text(s.raw_text) for s in samples]
-    seen.captions.append(caption_sums(batch, output.caption_nll, vocab_size))
-    seen.routing = _sum(seen.routing, output.routing)
+    seen.samples += [(sample.meta, same_text(first_text(sample))) for sample in samples]
+    seen.damaged += sum(not sample.items for sample in samples)
+    for task, nll_N in outputs.token_nll.items():
+        seen.predicted[task].append(sums_of_targets(batch, task, nll_N, vocab_size))
+    seen.routing = add_routing(seen.routing, routing)
 
 
-def caption_sums(batch: Batch, nll_N: Tensor, vocab_size: int) -> Captions:
-    """Sum the targets' negative log-likelihoods by fused segment; none from a model that cannot caption."""
-    rows = torch.nonzero(batch.targets != IGNORE)[:, 0] if nll_N.numel() else torch.zeros(0, dtype=torch.int64)
-    assert nll_N.shape == rows.shape, (nll_N.shape, rows.shape)
-    segments, caption_N = torch.unique(batch.segment_ids[rows], return_inverse=True)
-    caption = caption_N.numpy()
-    first_token = [int(torch.nonzero(batch.segment_ids == s)[0, 0]) for s in segments.tolist()]
-    return Captions(
-        nll_G=np.bincount(caption, weights=_numpy(nll_N).astype(np.float64), minlength=len(segments)),
-        tokens_G=np.bincount(caption, minlength=len(segments)),
-        prefix_G=batch.modality_ids.numpy()[first_token],
-        targets_V=np.bincount(batch.targets[rows].numpy(), minlength=vocab_size),
+def sums_of_targets(batch: Batch, task: str, nll_N: Tensor, vocab_size: int) -> Predicted:
+    """The negative log-likelihoods of the targets of ``task``, summed by segment."""
+    targets = batch.targets[task]
+    segment_ids = batch.segment_ids.numpy()
+    segments, segment_N = np.unique(segment_ids[targets.rows.numpy()], return_inverse=True)
+    first_G = np.searchsorted(segment_ids[: batch.num_valid], segments)  # segments rise along the stream
+    return Predicted(
+        nll_G=np.bincount(segment_N, weights=_numpy(nll_N).astype(np.float64), minlength=len(segments)),
+        tokens_G=np.bincount(segment_N, minlength=len(segments)),
+        first_G=batch.modality_ids.numpy()[first_G],
+        targets_V=np.bincount(targets.ids.numpy(), minlength=vocab_size),
     )
 
 
-def content_name(sample: Sample, modality: str) -> str:
-    """Equal for equal content: a text itself, a hash of anything else."""
-    if modality == "text":
-        return same_text(sample.raw_text)
-    content = np.ascontiguousarray(getattr(sample, modality))
-    return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
-
-
-def _join(parts: Sequence[Captions]) -> Captions:
-    return Captions(
+def _join(parts: Sequence[Predicted]) -> Predicted:
+    return Predicted(
         nll_G=np.concatenate([p.nll_G for p in parts]),
         tokens_G=np.concatenate([p.tokens_G for p in parts]),
-        prefix_G=np.concatenate([p.prefix_G for p in parts]),
+        first_G=np.concatenate([p.first_G for p in parts]),
         targets_V=np.sum([p.targets_V for p in parts], axis=0),
     )
 
 
-def _sum(totals: tuple[RoutingTotals, ...], routing: Sequence[RoutingStats]) -> tuple[RoutingTotals, ...]:
-    new = tuple(routing_totals(stats) for stats in routing)
-    return tuple(a + b for a, b in zip(totals, new, strict=True)) if totals else new
-
-
-def routing_totals(stats: RoutingStats) -> RoutingTotals:
-    """The sums that ``routing_report`` reads, in float64."""
-    names = ("counts_ME", "probability_ME", "entropy_M", "tokens_M", "dropped_M")
-    arrays = {name: _numpy(getattr(stats, name)).astype(np.float64) for name in names}
-    return RoutingTotals(layer=int(stats.layer), **arrays)
-
-
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 

@@ -1,7 +1,7 @@
-"""A picture of tables: one panel a layer, a row an expert, a column a modality, shares as colour.
+"""Heat maps: one panel a layer, a row an expert, a column a modality, shares as colour.
 
-Owns the look and knows nothing of routing. The colours (viridis) can be told apart by colour-blind
-readers and in print; every panel has one scale. Shapes: E experts, M modalities.
+Owns the look, not the numbers. The colours (viridis) can be distinguished by colour-blind readers and in print; all
+panels have one scale. Shapes: E experts, M modalities.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
-    """The picture as uint8 [height, width, 3]."""
+    """uint8 [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
@@ -55,10 +55,10 @@ def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_axis_off()
     for ax, panel in zip(axes.flat, panels, strict=False):
-        image = _panel(ax, panel, top)
+        colours = _panel(ax, panel, top)
     for row in axes:
         row[0].set_ylabel("expert", color=QUIET, fontsize=9)
-    colour_bar(figure, image, axes, "share of the modality's assignments", 100 * largest)
+    colour_bar(figure, colours, axes, "share of the modality's assignments", 100 * largest)
     shares = {f"{100 / len(panel.share_EM):.3g}%" for panel in panels}
     figure.suptitle(f"{title}  (even share: {', '.join(sorted(shares))})", color=INK, fontsize=11)
     canvas.draw()
@@ -66,7 +66,7 @@ def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
 
 
 def save(image_HWC: np.ndarray, path: Path) -> None:
-    """Write a PNG that is never seen half-written."""
+    """Write a PNG atomically."""
     from PIL import Image
 
     whole = path.with_name(path.name + ".tmp")
@@ -75,8 +75,8 @@ def save(image_HWC: np.ndarray, path: Path) -> None:
 
 
 def scale_top(shares: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Where the colours end, and the largest share. The two are one, save that among many shares a
-    hundredth may lie beyond the colours, lest a single one leave the rest in the dark."""
+    """Where the colours end, and the largest share. The two are equal, except that one in a hundred of many shares
+    may exceed the colours, so that a single large one does not darken all others."""
     values = np.concatenate([np.ravel(share) for share in shares])
     values = values[~np.isnan(values)]
     largest = float(values.max(initial=0.0))
@@ -84,11 +84,11 @@ def scale_top(shares: Sequence[np.ndarray]) -> tuple[float, float]:
     return top or largest or 1.0, largest
 
 
-def colour_bar(figure: Figure, image: Any, axes: Any, label: str, largest: float) -> None:
-    """Of percentages; with a point where colours end before the values do, and no taller than ``BAR_INCHES``."""
+def colour_bar(figure: Figure, colours: Any, axes: Any, label: str, largest: float) -> None:
+    """A colour bar of percentages; with a point if values exceed the colours, and no taller than ``BAR_INCHES``."""
     bar = figure.colorbar(
-        image, ax=axes, pad=0.02, aspect=25, shrink=min(1.0, BAR_INCHES / figure.get_size_inches()[1]),
-        anchor=(0, 1), format="{x:.3g}%", extend="max" if largest > image.norm.vmax else "neither",
+        colours, ax=axes, pad=0.02, aspect=25, shrink=min(1.0, BAR_INCHES / figure.get_size_inches()[1]),
+        anchor=(0, 1), format="{x:.3g}%", extend="max" if largest > colours.norm.vmax else "neither",
     )  # fmt: skip
     bar.set_label(label, color=QUIET, fontsize=9)
     bar.ax.tick_params(labelsize=8, length=0, colors=QUIET)
@@ -99,7 +99,7 @@ def _panel(ax: Axes, panel: Panel, top: float) -> AxesImage:
     percent_EM = 100 * panel.share_EM
     experts, modalities = percent_EM.shape
     ax.set_facecolor(ABSENT)
-    image = ax.imshow(percent_EM, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    shown = ax.imshow(percent_EM, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     ax.set_title(panel.title, color=INK, fontsize=10)
     ax.set_xticks(range(modalities), panel.columns, fontsize=9, color=INK)
     step = 1 if experts <= MAX_ANNOTATED_ROWS else 8
@@ -112,14 +112,15 @@ def _panel(ax: Axes, panel: Panel, top: float) -> AxesImage:
     for modality in np.flatnonzero(np.isnan(percent_EM).all(axis=0)).tolist():
         ax.text(modality, (experts - 1) / 2, "no tokens", rotation=90, ha="center", va="center", color=QUIET)
     if experts <= MAX_ANNOTATED_ROWS:
-        _annotate(ax, percent_EM, top)
-    return image
+        annotate(ax, percent_EM, top, 8.5)
+    return shown
 
 
-def _annotate(ax: Axes, percent_EM: np.ndarray, top: float) -> None:
-    for (expert, modality), value in np.ndenumerate(percent_EM):
+def annotate(ax: Axes, percent: np.ndarray, top: float, font_size: float) -> None:
+    """The numbers in the cells of a map whose colours end at ``top``."""
+    for (row, column), value in np.ndenumerate(percent):
         if np.isnan(value):
             continue
         text = "0" if value == 0 else "<1" if value < 1 else f"{value:.0f}"
         colour = INK if value > 0.6 * top else "white"
-        ax.text(modality, expert, text, ha="center", va="center", fontsize=8.5, color=colour)
+        ax.text(column, row, text, ha="center", va="center", fontsize=font_size, color=colour)

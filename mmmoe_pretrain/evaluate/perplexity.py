@@ -1,30 +1,35 @@
-"""Caption perplexity, and the unigram perplexity that stands beside it.
+"""Perplexity of predicted tokens, and of a unigram model of the training targets as its baseline.
 
-Owns the arithmetic. Which captions there are comes from ``features.py``.
-
-Shapes: G captions (fused segments), V vocabulary.
+Shapes: G segments with targets, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 
+from mmmoe_pretrain.batch import IGNORE
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import BadSample, decode
+from mmmoe_pretrain.data.evaluation import eval_settings
+from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.evaluate.retrieval import Z95
+from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.progress import track
+
+MAX_SAMPLES = 10_000  # of which training targets are counted
 
 
 def perplexity(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, tuple[float, float]]:
     """exp of the mean negative log-likelihood of a token, and its 95% interval.
 
-    ``nll_G`` sums over a caption's tokens. The interval treats captions, not tokens, as independent
-    (the ratio estimator's standard error), since the tokens of one caption hang together.
+    ``nll_G`` sums over a segment's targets. The interval treats segments, not tokens, as independent (the ratio
+    estimator's standard error), since the tokens of one text depend on each other.
     """
     total = int(tokens_G.sum())
-    if total == 0:
-        raise ValueError(
-            "perplexity over no tokens is undefined; the held-out rows need a text behind an image or audio"
-        )
+    assert total, "perplexity over no tokens"
     mean = float(nll_G.sum()) / total
     residual_G = nll_G - mean * tokens_G
     groups = len(nll_G)
@@ -35,7 +40,45 @@ def perplexity(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, tuple[fl
 
 def unigram_perplexity(heldout_V: np.ndarray, train_V: np.ndarray) -> float:
     """Perplexity of held-out token counts under the training frequencies, add-one smoothed."""
-    if heldout_V.sum() == 0:
-        raise ValueError("unigram perplexity over no held-out tokens is undefined; give at least one")
     log_probability_V = np.log(train_V + 1.0) - math.log(float(train_V.sum()) + len(train_V))
     return math.exp(-float((heldout_V * log_probability_V).sum()) / float(heldout_V.sum()))
+
+
+def count_train_targets(
+    config: RunConfig, modalities: Modalities, limit: int = MAX_SAMPLES
+) -> tuple[dict[str, np.ndarray], int]:
+    """The count of each token id as a target [V], by task; and the number of samples read: spread evenly over each
+    training folder, of which each gives its share of the mix."""
+    modalities = _of_targets_alone(modalities)
+    settings = eval_settings(config, modalities)
+    counts = {task: np.zeros(modalities.vocab_size, dtype=np.int64) for task in settings.objectives.predicting}
+    total_weight = sum(source.weight for source in config.data.train)
+    read = 0
+    for source in config.data.train:
+        folder = ShardFolder(source.path, modalities=modalities)
+        wanted = min(len(folder), max(1, round(limit * source.weight / total_weight)))
+        places = np.linspace(0, len(folder) - 1, wanted).astype(int).tolist()
+        for i in track(places, f"counting the tokens of {source.path}", wanted, "samples"):
+            sample = decode(folder.read(i), modalities)
+            if isinstance(sample, BadSample):
+                continue
+            read += 1
+            for task, counts_V in counts.items():
+                for segment in settings.objectives[task].segments(sample, settings.generator(i, task)):
+                    for part in segment.parts:
+                        if part.targets is not None:
+                            ids = part.targets[part.targets != IGNORE]
+                            counts_V += np.bincount(ids, minlength=len(counts_V))
+    return counts, read
+
+
+def _of_targets_alone(modalities: Modalities) -> Modalities:
+    """The same, except that values without targets are not decoded: each is one example."""
+    cheap = copy.copy(modalities)
+    for name, modality in modalities.items():
+        if not modality.predictable:
+            example = modality.example(np.random.default_rng(0))
+            stand_in = copy.copy(modality)
+            setattr(stand_in, "decode", lambda data, rng=None, example=example: example)  # noqa: B010
+            cheap[name] = stand_in
+    return cheap

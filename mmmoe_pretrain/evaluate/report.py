@@ -20,14 +20,14 @@ from mmmoe_pretrain.untrusted import brief, read_json
 JSON, PAGE = "report.json", "report.md"
 LEGEND = (
     "Chance answers at random. Majority gives every query the best fixed answer (perplexity: token "
-    "frequencies of the training texts). In brackets: 95% interval. n: queries, images or tokens."
+    "frequencies of the training targets). In brackets: 95% interval. n: queries, items or tokens."
 )
 DENSE = " Dense is a recorded run without experts."
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     run: str
     step: int
@@ -38,7 +38,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def value(self, metric: str) -> float:
-        """The value of one metric; KeyError if it was left out."""
+        """The value of one metric; KeyError if it is missing."""
         return {row["metric"]: row["value"] for row in self.results}[metric]
 
 
@@ -61,7 +61,7 @@ def read_dense(path: Path | None, test: Sequence[str]) -> dict[str, float] | Non
 
 
 def rows_of(scores: Sequence[Score], dense: dict[str, float] | None) -> list[dict[str, Any]]:
-    """Scores with the dense run's value beside each."""
+    """Scores, each with the dense run's value."""
     rows = [asdict(s) | {"interval": list(s.interval)} for s in scores]
     return rows if dense is None else [row | {"dense": dense.get(row["metric"])} for row in rows]
 
@@ -82,8 +82,8 @@ def markdown(report: Report) -> str:
     if report.notes:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report.notes]
     if report.routing["layers"]:
-        picture = report.routing["picture"]
-        lines += ["", "## Which experts serve which modality", ""] + ([f"![]({picture})", ""] if picture else [])
+        figure = report.routing["figure"]
+        lines += ["", "## Which experts serve which modality", ""] + ([f"![]({figure})", ""] if figure else [])
         lines += _routing_lines(report.routing["layers"])
     return "\n".join(lines) + "\n"
 
@@ -111,14 +111,15 @@ def print_table(report: Report) -> None:
 
 
 def specialisation_line(layer: dict[str, Any]) -> str:
-    """One layer's specialisation and its dead experts in words."""
+    """One layer's specialisation, where there is more than one modality, and its dead experts in words."""
     dead = len(layer["dead"])
-    return (
+    specialisation = (
         f"specialisation {layer['specialisation']:.0%} "
         f"({layer['specialisation_bits']:.2f} of {layer['modality_bits']:.2f} bits; "
         f"untrained {layer['specialisation_untrained']:.0%}), "
-        f"{dead if dead else 'no'} dead expert{'' if dead == 1 else 's'} of {layer['experts']}"
     )
+    dead_experts = f"{dead if dead else 'no'} dead expert{'' if dead == 1 else 's'} of {layer['experts']}"
+    return specialisation + dead_experts if layer["modality_bits"] else dead_experts
 
 
 Row = dict[str, Any]

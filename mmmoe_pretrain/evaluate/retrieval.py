@@ -1,12 +1,12 @@
-"""Recall at k, its chance and its majority baseline, as pure functions of arrays.
+"""Recall at k and zero-shot accuracy, their chance and their majority baselines, as pure functions of arrays.
 
 Owns the counting. Which rows take part is decided in ``scores.py``.
 
-A query is answered when any of its relevant candidates is among the first k. Equal scores count as
-in a random order: a tie earns the probability that a relevant candidate comes early enough, so a
-model that scores all candidates alike gets chance, no more and no less.
+A query is answered when any of its relevant candidates is among the first k. Equal scores count as in a random order:
+a tie earns the probability that a relevant candidate comes early enough, so a model that scores all candidates
+equally gets exactly chance.
 
-Shapes: Q distinct queries, C distinct candidates.
+Shapes: Q distinct queries, C distinct candidates or classes, N items to classify.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall at one k beside what needs no model."""
+    """Recall at one k, with its baselines."""
 
     value: float
     chance: float
@@ -41,36 +41,26 @@ class Recall:
     candidates: int
 
 
-def pose(queries: Sequence[str], candidates: Sequence[str], links: Sequence[Sequence[str]]) -> Task:
+def pose(queries: Sequence[str], candidates: Sequence[str], links: Sequence[str]) -> Task:
     """The retrieval task of rows that pair a query with a candidate.
 
     ``queries[i]`` and ``candidates[i]`` name the content of row i; rows of equal content are one
-    item. A candidate is relevant if it shares a row's link with the query in any column of ``links``.
+    item. A candidate is relevant if a row of it and a row of the query have the same link.
     """
     query_rows, query_of_row = _distinct(queries)
     candidate_rows, candidate_of_row = _distinct(candidates)
     relevance = np.zeros((len(query_rows), len(candidate_rows)), dtype=bool)
-    for column in links:
-        rows_of: dict[str, list[int]] = defaultdict(list)
-        for row, link in enumerate(column):
-            rows_of[link].append(row)
-        for rows in rows_of.values():
-            relevance[np.ix_(query_of_row[rows], candidate_of_row[rows])] = True
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, link in enumerate(links):
+        rows_of[link].append(row)
+    for rows in rows_of.values():
+        relevance[np.ix_(query_of_row[rows], candidate_of_row[rows])] = True
     return Task(query_rows, candidate_rows, relevance)
 
 
 def recall_at(k: int, similarity_QC: np.ndarray, relevance_QC: np.ndarray) -> Recall:
     """Recall at ``k``, averaged over the queries."""
-    if similarity_QC.size == 0 or k < 1:
-        raise ValueError(
-            f"recall at {k} of {similarity_QC.shape[0]} queries and {similarity_QC.shape[1]} "
-            f"candidates is undefined; give at least one of each and k >= 1"
-        )
-    if not np.isfinite(similarity_QC).all():
-        raise ValueError(
-            "the similarities hold NaN or infinity, so no rank is defined; the features of this "
-            "checkpoint are broken: evaluate an earlier one"
-        )
+    _check_finite(similarity_QC)
     assert relevance_QC.any(axis=1).all(), "a query without a relevant candidate"
     relevant_Q = relevance_QC.sum(axis=1)
     size = similarity_QC.shape[1]
@@ -139,3 +129,40 @@ def _distinct(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             index[name] = len(first_rows)
             first_rows.append(row)
     return np.array(first_rows, dtype=np.int64), np.array([index[n] for n in names], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Both accuracies of a classifier, with their baselines."""
+
+    accuracy: float
+    balanced: float  # mean recall over the classes that occur
+    chance: float  # of both
+    majority: float  # of the plain accuracy; a constant answer's balanced accuracy is chance
+    counts: tuple[int, ...]  # items of each class
+
+
+def classify(similarity_NC: np.ndarray, labels_N: np.ndarray) -> ZeroShot:
+    """Accuracies of the nearest of C classes; a tie of t classes earns 1/t if the true one is among them."""
+    _check_finite(similarity_NC)
+    best_NC = similarity_NC == similarity_NC.max(axis=1, keepdims=True)
+    credit_N = best_NC[np.arange(len(labels_N)), labels_N] / best_NC.sum(axis=1)
+    classes = similarity_NC.shape[1]
+    counts_C = np.bincount(labels_N, minlength=classes)
+    present = counts_C > 0
+    recall_C = np.bincount(labels_N, weights=credit_N, minlength=classes)[present] / counts_C[present]
+    return ZeroShot(
+        accuracy=float(credit_N.mean()),
+        balanced=float(recall_C.mean()),
+        chance=1.0 / classes,
+        majority=float(counts_C.max() / counts_C.sum()),
+        counts=tuple(counts_C[present].tolist()),
+    )
+
+
+def _check_finite(similarity: np.ndarray) -> None:
+    if not np.isfinite(similarity).all():
+        raise ValueError(
+            "the similarities hold NaN or infinity, so no rank is defined; the features of this "
+            "checkpoint are broken: evaluate an earlier one"
+        )

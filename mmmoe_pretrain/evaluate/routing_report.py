@@ -1,11 +1,11 @@
 """Which experts serve which modality, from assignment counts.
 
-Owns the statistics of a layer's [M, E] counts. Every modality weighs the same, so that the score
-does not depend on how many tokens an image has beside a text.
+Owns the statistics of a layer's [M, E] counts. All modalities have the same weight, so the score does not depend on
+their numbers of tokens.
 
 * specialisation: mutual information of modality and expert, I(M; E) = sum over m, e of
   p(m) p(e|m) log2(p(e|m) / p(e)) in bits, and its share of H(M), the bits that name a modality.
-  0: every modality uses the experts alike; 1: an expert tells its modality.
+  0: all modalities use the experts equally; 1: the expert determines the modality.
 * experts used: exp of the entropy of p(e|m), the number of experts an even use would need.
 * dead: an expert that gets less than 1% of an even share of every modality's assignments.
 
@@ -16,55 +16,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES, TASKS
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.moe.stats import RoutingStats
 
 DEAD_SHARE = 0.01  # of an even share
 
 
-@dataclass(frozen=True)
-class RoutingTotals:
-    """A layer's routing statistics, summed over the held-out batches."""
-
-    layer: int
-    counts_ME: np.ndarray
-    probability_ME: np.ndarray
-    entropy_M: np.ndarray  # nats, summed over tokens
-    tokens_M: np.ndarray
-    dropped_M: np.ndarray
-
-    def __add__(self, other: RoutingTotals) -> RoutingTotals:
-        assert self.layer == other.layer, (self.layer, other.layer)
-        return RoutingTotals(
-            self.layer,
-            self.counts_ME + other.counts_ME,
-            self.probability_ME + other.probability_ME,
-            self.entropy_M + other.entropy_M,
-            self.tokens_M + other.tokens_M,
-            self.dropped_M + other.dropped_M,
-        )
+def array(sums: Tensor) -> np.ndarray:
+    """float64, on the host."""
+    return sums.detach().double().cpu().numpy()
 
 
-def summarise_layer(totals: RoutingTotals, untrained: RoutingTotals) -> dict[str, Any]:
-    """One layer's numbers, ready for JSON; a modality without tokens is left out.
+def summarise_layer(stats: RoutingStats, untrained: RoutingStats) -> dict[str, Any]:
+    """One layer's numbers, ready for JSON, from its sums over held-out rows; a modality without tokens is omitted.
 
     ``untrained``: of the same model before its first step, on the same rows.
     """
-    seen = np.flatnonzero(totals.counts_ME.sum(axis=1) > 0)
-    share_ME = _share(totals.counts_ME[seen])
-    names = [MODALITIES[m] for m in seen]
+    counts_ME = array(stats.counts_ME)
+    seen = np.flatnonzero(counts_ME.sum(axis=1) > 0)
+    chosen_M, tokens_M = counts_ME[seen].sum(axis=1), array(stats.tokens_M)[seen]
+    share_ME = _share(counts_ME[seen])
+    names = [stats.names.modalities[m] for m in seen]
     bits = mutual_information(share_ME)
-    untrained_bits = mutual_information(_share(untrained.counts_ME[seen]))
+    untrained_bits = mutual_information(_share(array(untrained.counts_ME)[seen]))
     modality_bits = math.log2(len(seen)) if len(seen) > 1 else 0.0
-    tokens_M = totals.tokens_M[seen]
-    chosen_M = totals.counts_ME[seen].sum(axis=1)
     return {
-        "layer": totals.layer,
-        "experts": int(totals.counts_ME.shape[1]),
+        "layer": stats.layer,
+        "experts": stats.num_experts,
         "specialisation_bits": bits,
         "modality_bits": modality_bits,
         "specialisation": bits / modality_bits if modality_bits else 0.0,
@@ -73,17 +56,17 @@ def summarise_layer(totals: RoutingTotals, untrained: RoutingTotals) -> dict[str
         "tokens": _by_name(names, tokens_M),
         "share": {name: row.tolist() for name, row in zip(names, share_ME, strict=True)},
         "experts_used": _by_name(names, experts_used(share_ME)),
-        "entropy_bits": _by_name(names, totals.entropy_M[seen] / tokens_M / math.log(2)),
-        "dropped": _by_name(names, totals.dropped_M[seen] / chosen_M),
+        "entropy_bits": _by_name(names, array(stats.entropy_M)[seen] / tokens_M / math.log(2)),
+        "dropped": _by_name(names, array(stats.dropped_M)[seen] / chosen_M),
     }
 
 
-def summarise_tasks(counts_MXE: np.ndarray) -> dict[str, dict[str, float]]:
+def summarise_tasks(counts_MXE: np.ndarray, names: StreamNames) -> dict[str, dict[str, float]]:
     """``specialisation_by_task``: specialisation over each task's tokens alone, where at least two
-    modalities have some. ``task_specialisation``: by modality, how far an expert tells the task: the
+    modalities have some. ``task_specialisation``: by modality, how much the expert says about the task: the
     mutual information of task and expert over the bits that name a task, where two tasks have tokens."""
-    by_task = {task: _specialisation(counts_MXE[:, x]) for x, task in enumerate(TASKS)}
-    by_modality = {name: _specialisation(counts_MXE[m]) for m, name in enumerate(MODALITIES)}
+    by_task = {task: _specialisation(counts_MXE[:, x]) for x, task in enumerate(names.tasks)}
+    by_modality = {name: _specialisation(counts_MXE[m]) for m, name in enumerate(names.modalities)}
     return {
         "specialisation_by_task": {task: score for task, score in by_task.items() if score is not None},
         "task_specialisation": {name: score for name, score in by_modality.items() if score is not None},
@@ -119,7 +102,7 @@ def dead_experts(share_ME: np.ndarray) -> list[int]:
 
 
 def _specialisation(counts_CE: np.ndarray) -> float | None:
-    """Of classes C (modalities or tasks) that all weigh the same; None where fewer than two have tokens."""
+    """The specialisation over classes C (modalities or tasks) of equal weight; None if fewer than two have tokens."""
     seen_CE = counts_CE[counts_CE.sum(1) > 0]
     return mutual_information(_share(seen_CE)) / math.log2(len(seen_CE)) if len(seen_CE) > 1 else None
 

@@ -1,7 +1,12 @@
-"""The held-out rows of a run: which folders, read by which codecs, without what was trained on."""
+"""The held-out rows of a run: which folders, read by which modalities, without those whose text was trained on.
+
+A corpus splits its own rows so that nothing leaks; a mix of corpora can still share a text ("four"). Such rows are
+not scored.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,33 +15,84 @@ from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import root_of
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.evaluation import iterate_eval
-from mmmoe_pretrain.evaluate.leaks import LeakFilter
-from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.data.decode import text_of
+from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
+from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.evaluate.features import first_text
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.paths import make_folder
+from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_json
 
 BATCH_SIZE = 64  # samples; under a capacity factor, tokens compete within a batch
+MAX_TEXTS = 500_000  # of a training folder; what lies beyond is not compared
+
+
+class LeakFilter:
+    """Decides whether a held-out sample is clean, and counts those that are not. Documents, whose texts are parts
+    of a whole, are not compared."""
+
+    def __init__(self, config: RunConfig, modalities: Modalities) -> None:
+        self.dropped: set[str] = set()
+        self.absent = [source.path for source in config.data.train if not Path(source.path).is_dir()]
+        self._texts: set[str] = set()
+        for source in config.data.train:
+            if source.path not in self.absent:
+                self._texts |= _texts(source.path, modalities)
+
+    def clean(self, sample: Sample) -> bool:
+        """True unless the sample's text is in the training shards."""
+        leaked = not sample.document and _words(first_text(sample)) in self._texts  # which never holds ""
+        if leaked:
+            self.dropped.add(sample.meta.identity)
+        return not leaked
+
+    def notes(self) -> list[str]:
+        """Notes for readers of the scores."""
+        notes = []
+        if self.dropped:
+            notes.append(f"{len(self.dropped)} held-out rows are skipped: their texts are also trained on")
+        if self.absent:
+            notes.append(f"held-out texts are not compared with those of {self.absent[0]}: it is missing")
+        return notes
+
+
+def _texts(path: str, modalities: Modalities) -> set[str]:
+    folder = ShardFolder(path, modalities=modalities)
+    count = min(len(folder), MAX_TEXTS)
+    places = track(range(count), f"reading the texts of {path}", count, "samples")
+    return {_words(text_of(folder.read(i), modalities)) for i in places} - {""}
+
+
+def _words(text: str) -> str:
+    """The words, without case, spacing and punctuation ("Four." is "four")."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """``leaks`` is None where the rows are trained on, and nothing can be left out."""
+    """``leaks`` is None if no row is skipped: they are trained on themselves, or ``evaluate.keep_seen_texts``."""
 
     paths: list[str]
     config: RunConfig
-    codecs: Codecs
+    modalities: Modalities
     leaks: LeakFilter | None
 
     def batches(self) -> Iterator[tuple[Batch, list[Sample]]]:
         """One pass, in order, unperturbed; the same every time."""
         return iterate_eval(
-            self.paths, self.config, self.codecs, BATCH_SIZE, self.leaks.clean if self.leaks else None
+            self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean if self.leaks else None
+        )
+
+    def samples(self) -> Iterator[tuple[list[Sample], range]]:
+        """The same samples, batch by batch, and their positions."""
+        return eval_samples(
+            self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean if self.leaks else None
         )
 
     def notes(self) -> list[str]:
-        """What a reader of numbers over these rows should know; complete after a pass."""
-        trained = [f"{path} is trained on: these are no held-out rows" for path in trains_on(self.paths, self.config)]
+        """Notes for readers of numbers over these rows; complete after a pass."""
+        trained = [f"{path} is trained on, it is not held out" for path in trains_on(self.paths, self.config)]
         return trained + (self.leaks.notes() if self.leaks else [])
 
 
@@ -47,19 +103,22 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
         raise ValueError(
             f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
         )
-    codecs = build_codecs(config, expected_fingerprint=_tokenizer_fingerprint(root_of(run_dir, config)))
-    return HeldOutRows(paths, config, codecs, LeakFilter(config) if not trains_on(paths, config) else None)
+    fingerprint = _tokenizer_fingerprint(root_of(run_dir, config))
+    modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
+    keep = config.evaluate.keep_seen_texts or trains_on(paths, config)
+    leaks = None if keep else LeakFilter(config, modalities)
+    return HeldOutRows(paths, config, modalities, leaks)
 
 
 def overridden(overrides: Sequence[str]) -> list[str]:
-    """The note that says under which settings, other than its own, a run was looked at."""
+    """The note on overridden settings of an evaluation."""
     return [f"with {', '.join(overrides)} instead of the run's own settings"] if overrides else []
 
 
 def place_of_report(run_dir: Path, name: str, paths: Sequence[str], out: Path | None) -> Path:
     """The folder for the report ``name`` of ``paths``: ``out``, or the run's, made if it is missing.
 
-    Raises ValueError where the run's report is of other shards and ``out`` does not say that it may go.
+    Raises ValueError where the run's report is of other shards and ``out`` is not given.
     """
     before = run_dir / name
     if out is None and (others := _other_shards(before, paths)):
@@ -73,7 +132,7 @@ def place_of_report(run_dir: Path, name: str, paths: Sequence[str], out: Path | 
 
 
 def _other_shards(report: Path, paths: Sequence[str]) -> list[str]:
-    """The folders that an earlier report is of, where it says so and they are others than ``paths``."""
+    """The folders of an earlier report, if they differ from ``paths``."""
     try:
         before = [str(path) for path in read_json(report).get("test", ())]
     except (ValueError, TypeError, FileNotFoundError):  # no report, or a damaged one
@@ -89,6 +148,7 @@ def trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:
 
 
 def _tokenizer_fingerprint(root: str) -> str | None:
-    """What the run's checkpoint says of its tokenizer: another one of the same size would score noise."""
+    """The tokenizer's fingerprint in the run's checkpoint: another tokenizer of the same size would give meaningless
+    scores."""
     checkpoint = store.find_latest(root)
     return store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None

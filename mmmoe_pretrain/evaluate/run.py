@@ -5,28 +5,27 @@ Owns the order of the steps; each step is in its own file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import load_model
-from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.evaluate import picture, report, routing_report, scores, unigrams
-from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode_texts
+from mmmoe_pretrain.evaluate import report, routing_report, scores
+from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode
+from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
-from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, open_rows, overridden, place_of_report, trains_on
+from mmmoe_pretrain.evaluate.routing import figures
+from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows, open_rows, overridden, place_of_report, trains_on
 from mmmoe_pretrain.evaluate.scores import Score
-from mmmoe_pretrain.modalities import Codecs
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
-Batches = Iterable[tuple[Batch, list[Sample]]]
-PICTURE = "routing.png"
+FIGURE = "routing.png"
 
 
 def evaluate(
@@ -44,21 +43,20 @@ def evaluate(
     model, config, step = load_model(run_dir, overrides)
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
-    codecs = rows.codecs
     dense = report.read_dense(dense_results, rows.paths)
-    data = collect(model, rows.batches(), codecs.text.vocab_size)
-    found, notes = _score(data, model, config, codecs)
-    layers = _routing(data, rows.batches(), config, codecs)
+    data = collect(model, rows.batches(), rows.modalities.vocab_size)
+    found, notes = _score(data, model, rows)
+    layers = _routing(data, rows)
     notes += rows.leaks.notes() if rows.leaks else []
-    drawn = picture.draw(layers, folder / PICTURE)
+    drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
     result = Report(
         run=config.name,
         step=step,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         test=rows.paths,
         results=report.rows_of(found, dense),
-        routing={"layers": layers, "picture": PICTURE if drawn else None},
-        notes=overridden(overrides) + _notes(rows.paths, config, data, dense, dense_results) + notes,
+        routing={"layers": layers, "figure": FIGURE if drawn else None},
+        notes=overridden(overrides) + _notes(rows, data, dense, dense_results) + notes,
     )
     report.write(result, folder)
     return result
@@ -70,80 +68,68 @@ def evaluate_command(
     """``mmmoe evaluate``: evaluate and show the table."""
     result = evaluate(run_dir, test, dense_results, out, overrides)
     report.print_table(result)
-    written = [report.PAGE, report.JSON, *filter(None, [result.routing["picture"]])]
+    written = [report.PAGE, report.JSON, *filter(None, [result.routing["figure"]])]
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
 
 
-def _score(data: HeldOut, model: MMMoE, config: RunConfig, codecs: Codecs) -> tuple[list[Score], list[str]]:
-    def encode(texts: list[str]) -> np.ndarray:
-        return encode_texts(model, text_batches(texts, config, codecs, BATCH_SIZE))
-
-    settings = config.evaluate
-    rows = scores.matching_rows(data, settings.image_rows)
-    train_V, caption_notes = _train_counts(data, config, codecs)
-    parts = [
-        scores.image_text_scores(data, rows, settings.min_clips_per_language),
-        scores.audio_scores(data, "text", settings.min_clips_per_language),
-        scores.audio_scores(data, "image", settings.min_clips_per_language),
-        scores.zero_shot_scores(data, rows, encode, settings.prompt),
-        scores.caption_scores(data, train_V),
-    ]
-    notes = [n for _, part in parts for n in part] + caption_notes + _not_scored(data, config, rows)
-    return [s for found, _ in parts for s in found], notes
+def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score], list[str]]:
+    settings, objectives = rows.config.evaluate, model.objectives
+    aligned = objectives.aligned
+    parts = [scores.retrieval_scores(data, pair, settings) for pair in aligned]
+    for source, target in [way for a, b in aligned for way in ((a, b), (b, a))]:
+        if (reader := _reader(target, model, rows)) is not None:
+            class_features = functools.partial(_class_features, model, rows, reader, target)
+            parts.append(scores.zero_shot_scores(data, (source, target), class_features, settings))
+    train, notes = _train_counts(data, rows)
+    for task, predicted in data.predicted.items():
+        found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
+        nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
+        parts.append((found, nothing))
+    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
 
 
-def _not_scored(data: HeldOut, config: RunConfig, rows: Sequence[int]) -> list[str]:
-    """What the run trains, and the held-out rows cannot show."""
-    notes = []
-    if config.evaluate.image_rows and not any(data.content["image"][i] for i in rows):
-        notes.append(f"no held-out row with an image has {config.evaluate.image_rows} (evaluate.image_rows)")
-    contrastive = config.objectives.contrastive
-    for pair in (pair for pair, weight in contrastive.pairs.items() if weight and contrastive.weight):
-        one, other = (data.content[modality] for modality in pair.split("-"))
-        if not any(a and b for a, b in zip(one, other, strict=True)):
-            notes.append(f"no held-out row has both {pair.replace('-', ' and ')}: no score of them")
-    if config.objectives.captioning.weight and not data.captions.targets_V.any():
-        notes.append("no held-out row has a text with an image or audio: no caption_perplexity")
-    return notes
+def _reader(representation: str, model: MMMoE, rows: HeldOutRows) -> str | None:
+    """The modality of texts that is ``representation`` alone; None for any other representation."""
+    (first, *more) = model.objectives.representations[representation].modalities
+    return first if rows.modalities[first].needs_tokenizer and not more else None
 
 
-def _routing(data: HeldOut, batches: Batches, config: RunConfig, codecs: Codecs) -> list[dict[str, Any]]:
-    """Each layer's routing beside that of the same model before its first step."""
+def _class_features(model: MMMoE, rows: HeldOutRows, reader: str, target: str, texts: list[str]) -> np.ndarray:
+    return encode(model, target, text_batches(texts, reader, rows.config, rows.modalities, BATCH_SIZE))
+
+
+def _routing(data: HeldOut, rows: HeldOutRows) -> list[dict[str, Any]]:
+    """Each layer's routing, with that of the same model before its first step."""
     if not data.routing:
         return []
-    untrained = PretrainingModel(config, codecs.text.vocab_size).mmmoe.eval()
-    before = collect_routing(untrained, batches)
+    untrained = PretrainingModel(rows.config, rows.modalities.vocab_size).mmmoe.eval()
+    before = collect_routing(untrained, rows.batches())
     return [routing_report.summarise_layer(a, b) for a, b in zip(data.routing, before, strict=True)]
 
 
-def _train_counts(data: HeldOut, config: RunConfig, codecs: Codecs) -> tuple[np.ndarray | None, list[str]]:
-    """Token counts of training captions, where there are captions to score and shards to count."""
-    if not data.captions.targets_V.any():
-        return None, []
-    absent = [source.path for source in config.data.train if not Path(source.path).is_dir()]
+def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Token counts of training targets by task, if there are targets to score and shards to count."""
+    if not any(predicted.targets_V.any() for predicted in data.predicted.values()):
+        return {}, []
+    absent = [source.path for source in rows.config.data.train if not Path(source.path).is_dir()]
     if absent:
-        return None, [f"no majority for caption_perplexity: the training shards {absent[0]} are not here"]
-    counts_V, captions = unigrams.count_train_tokens(config, codecs)
-    return counts_V, [f"the majority of caption_perplexity is of {captions:,} training captions"]
+        return {}, [f"no majority for perplexity: the training shards {absent[0]} are missing"]
+    counts, samples = count_train_targets(rows.config, rows.modalities)
+    return counts, [f"the majority of perplexity is the token frequencies in {samples:,} training samples"]
 
 
-def _notes(
-    paths: Sequence[str],
-    config: RunConfig,
-    data: HeldOut,
-    dense: dict[str, float] | None,
-    dense_results: Path | None,
-) -> list[str]:
+def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, dense_results: Path | None) -> list[str]:
     notes = []
-    empty = sum(not any(names) for names in zip(*data.content.values(), strict=True))
-    if empty:
-        notes.append(f"{empty} held-out samples could not be decoded and take no part")
-    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in trains_on(paths, config)]
-    if config.data.label_text > 0:
-        notes.append(
-            "class names were trained as texts (data.label_text): zero_shot is over unseen pictures, not over "
-            "unseen classes; its classes are those of the held-out pictures"
-        )
+    if data.damaged:
+        notes.append(f"{data.damaged} held-out samples could not be decoded and are not scored")
+    trained = trains_on(rows.paths, rows.config)
+    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in trained]
+    notes += [
+        f"class names were trained as {name} (modalities.{name}.label_probability): zero-shot is over unseen items, "
+        f"not over unseen classes; its classes are those of the held-out items"
+        for name, modality in rows.modalities.items()
+        if modality.label_probability > 0
+    ]
     if dense_results and dense is None:
         notes.append(f"{dense_results} records no dense run for these shards")
     return notes

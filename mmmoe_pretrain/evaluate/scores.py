@@ -1,34 +1,35 @@
-"""Which held-out rows make which score.
+"""The held-out rows of each score.
 
 Owns the choice of rows, queries and candidates:
 
-* image and text, and zero-shot classes: the rows that ``evaluate.image_rows`` names, or all. Classes take the
-  distinct images that carry a label.
-* audio and text, image and audio: each kind of audio by itself, under its name in the rows (``speech_to_text``,
-  ``effect_to_text``), or ``audio_to_text`` where they give none.
-* Every retrieval score is within a language, whose rows are its candidates, and averaged over the languages with
-  enough of them, each weighing the same.
+* Retrieval, of each pair of representations that an objective aligns, in both directions: ``image_to_text_r1``. Of
+  the rows that ``evaluate.rows`` keeps; split by ``evaluate.by`` (a part has the name of its field's value, such as
+  ``speech_to_text_r1``); within each value of ``evaluate.within``, averaged over those with enough items on both
+  sides, each of which weighs the same.
+* Zero-shot, of each representation that is aligned with one of texts: the distinct items that carry a label, among
+  the class names of these items as texts.
+* Perplexity, of each task that predicts tokens.
 
-A candidate is right if some row shows it with the query's text or, where an image takes part, with
-the same picture. Being of one group is not enough: two pictures of apples are two answers.
+A candidate is correct if some row pairs it with the query, or with the query's text. The same group is not enough:
+two images of apples are two answers.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmmoe_pretrain.batch import MODALITY_ID
-from mmmoe_pretrain.config import RowField
-from mmmoe_pretrain.evaluate import perplexity, retrieval, zero_shot
-from mmmoe_pretrain.evaluate.features import HeldOut
+from mmmoe_pretrain.config import EvaluateConfig
+from mmmoe_pretrain.evaluate import perplexity, retrieval
+from mmmoe_pretrain.evaluate.features import HeldOut, Predicted
 from mmmoe_pretrain.evaluate.retrieval import Recall, effective_count, wilson_interval
 
 KS = (1, 5, 10)
-AUDIO_KINDS = ("speech", "effect")  # of docs/data_format.md
+Encode = Callable[[list[str]], np.ndarray]  # texts -> features [n, P]
 
 
 @dataclass(frozen=True)
@@ -46,105 +47,122 @@ class Score:
 
 
 Scored = tuple[list[Score], list[str]]  # and notes for a reader
+Pair = tuple[str, str]  # of representations
 
 
-def matching_rows(data: HeldOut, wanted: Mapping[RowField, Sequence[str]]) -> list[int]:
-    """The rows whose fields have one of the values in ``wanted``; all of them where it is empty."""
-    return [
-        i for i, meta in enumerate(data.metas) if all(getattr(meta, key) in values for key, values in wanted.items())
-    ]
-
-
-def image_text_scores(data: HeldOut, rows: Sequence[int], least: int) -> Scored:
-    """Recall of texts by images and of images by texts, of ``rows``."""
-    return _retrieval(data, rows, "image", "text", least, {})
-
-
-def audio_scores(data: HeldOut, other: str, least: int) -> Scored:
-    """Recall between audio and ``other``, each kind of audio by itself."""
-    kinds: dict[str, list[int]] = defaultdict(list)
-    for i, meta in enumerate(data.metas):
-        kinds[meta.audio_kind if meta.audio_kind in AUDIO_KINDS else "audio"].append(i)
-    parts = [_retrieval(data, rows, "audio", other, least, {"audio": kind}) for kind, rows in sorted(kinds.items())]
-    return [s for scores, _ in parts for s in scores], [n for _, notes in parts for n in notes]
-
-
-def _retrieval(
-    data: HeldOut, rows: Sequence[int], one: str, other: str, least: int, names: Mapping[str, str]
-) -> Scored:
-    """Both directions, within each language that has ``least`` distinct items of modality ``one`` (where none has, in
-    those with the most), then averaged. ``names``: modality -> its name in the scores, where that is another."""
-    languages: dict[str, list[int]] = defaultdict(list)
-    for i in rows:
-        if data.content[one][i] and data.content[other][i]:
-            languages[data.metas[i].language or "unknown"].append(i)
-    if not languages:
-        return [], []
-    counts = {language: len({data.content[one][i] for i in of}) for language, of in languages.items()}
-    most = max(counts.values())
-    chosen = sorted(language for language, count in counts.items() if count >= min(least, most))
-    name = {modality: names.get(modality, modality) for modality in (one, other)}
-    notes = [] if most >= least or len(languages) == 1 else [
-        f"no language has {least} distinct held-out items of {name[one]} with {other} "
-        f"(evaluate.min_clips_per_language); these scores are of {', '.join(chosen)} ({most} items)"
-    ]  # fmt: skip
+def retrieval_scores(data: HeldOut, pair: Pair, settings: EvaluateConfig) -> Scored:
+    """Recall of each of the two by the other."""
     scores: list[Score] = []
-    for query, target in ((one, other), (other, one)):
-        metric = f"{name[query]}_to_{name[target]}"
-        recalls = {language: _recalls(data, languages[language], query, target) for language in chosen}
-        scores += [_score(f"{metric}_r{k}", [by_k[k] for by_k in recalls.values()]) for k in KS]
-        if len(chosen) > 1:
-            scores += [_score(f"{metric}_r10/{language}", [by_k[10]]) for language, by_k in recalls.items()]
+    notes: list[str] = []
+    for names, rows in _parts(data, pair, _rows_of(data, pair, settings), settings.by):
+        found, more = _within(data, pair, names, rows, settings)
+        scores, notes = scores + found, notes + more
+    if not scores:
+        wanted = _wanted(pair, settings)
+        where = f" and {wanted} (evaluate.rows)" if wanted else ""
+        notes.append(f"no held-out row has both {' and '.join(pair)}{where}: no score of them")
     return scores, notes
 
 
-def zero_shot_scores(
-    data: HeldOut, rows: Sequence[int], encode: Callable[[list[str]], np.ndarray], prompt: str
-) -> Scored:
-    """Plain and balanced accuracy of the classes of the labelled rows."""
-    seen = [i for i in reversed(rows) if data.metas[i].label and data.content["image"][i]]
-    labelled = sorted({data.content["image"][i]: i for i in seen}.values())
-    classes = sorted({data.metas[i].label for i in labelled})
-    if len(classes) < 2:
-        return [], [f"all labelled held-out images are {classes[0]!r}: zero-shot is left out"] if classes else []
-    text_features = encode(zero_shot.class_texts(prompt, classes))
-    similarity = data.features["image"][labelled] @ text_features.T
-    result = zero_shot.classify(similarity, np.array([classes.index(data.metas[i].label) for i in labelled]))
-    n, size = len(labelled), len(classes)
-    plain = wilson_interval(result.accuracy, n)
-    balanced = wilson_interval(result.balanced, effective_count(result.counts))
-    return [
-        Score("zero_shot_accuracy", result.accuracy, result.chance, result.majority, n, plain, size),
-        Score("zero_shot_balanced", result.balanced, result.chance, result.chance, n, balanced, size),
-    ], []
+def zero_shot_scores(data: HeldOut, pair: Pair, encode: Encode, settings: EvaluateConfig) -> Scored:
+    """Plain and balanced accuracy of the first of ``pair``, with class names as texts of the second."""
+    source, target = pair
+    rows = [i for i in _rows_of(data, pair, settings) if data.metas[i].label and data.content[source][i]]
+    scores: list[Score] = []
+    notes: list[str] = []
+    for (name,), part in _parts(data, (source,), rows, settings.by):
+        labelled = sorted({data.content[source][i]: i for i in reversed(part)}.values())
+        classes = sorted({data.metas[i].label for i in labelled})
+        if len(classes) < 2:
+            notes.append(f"all labelled held-out rows with {name} are {classes[0]!r}: no zero-shot score of it")
+            continue
+        similarity = data.features[source][labelled] @ encode([settings.prompt.format(c) for c in classes]).T
+        result = retrieval.classify(similarity, np.array([classes.index(data.metas[i].label) for i in labelled]))
+        n, size, metric = len(labelled), len(classes), f"{name}_to_{target}_zero_shot"
+        plain = wilson_interval(result.accuracy, n)
+        balanced = wilson_interval(result.balanced, effective_count(result.counts))
+        scores += [
+            Score(metric, result.accuracy, result.chance, result.majority, n, plain, size),
+            Score(f"{metric}_balanced", result.balanced, result.chance, result.chance, n, balanced, size),
+        ]
+    return scores, notes
 
 
-def caption_scores(data: HeldOut, train_V: np.ndarray | None) -> Scored:
-    """Perplexity of all captions, and of those behind each kind of prefix."""
-    captions = data.captions
-    if captions.targets_V.sum() == 0:
-        return [], []
-    vocab_size = len(captions.targets_V)
-    unigram = None if train_V is None else perplexity.unigram_perplexity(captions.targets_V, train_V)
-    everything = np.ones(len(captions.nll_G), dtype=bool)
-    kinds: dict[str, tuple[np.ndarray, float | None]] = {"caption_perplexity": (everything, unigram)}
-    for prefix in ("image", "audio"):
-        of_kind = captions.prefix_G == MODALITY_ID[prefix]
-        if of_kind.any() and not of_kind.all():
-            kinds[f"caption_perplexity/{prefix}"] = (of_kind, None)
+def perplexity_scores(
+    task: str, found: Predicted, train_V: np.ndarray | None, modalities: Sequence[str]
+) -> list[Score]:
+    """Perplexity of all targets, and of those in segments that begin with each modality."""
+    if not found.targets_V.any():
+        return []
+    vocab_size = len(found.targets_V)
+    unigram = None if train_V is None else perplexity.unigram_perplexity(found.targets_V, train_V)
+    parts = {f"{task}_perplexity": (np.ones(len(found.nll_G), dtype=bool), unigram)}
+    if len(begins := np.unique(found.first_G).tolist()) > 1:
+        parts |= {f"{task}_perplexity/{modalities[m]}": (found.first_G == m, None) for m in begins}
     scores = []
-    for metric, (of_kind, majority) in kinds.items():
-        value, interval = perplexity.perplexity(captions.nll_G[of_kind], captions.tokens_G[of_kind])
-        tokens = int(captions.tokens_G[of_kind].sum())
+    for metric, (chosen_G, majority) in parts.items():
+        value, interval = perplexity.perplexity(found.nll_G[chosen_G], found.tokens_G[chosen_G])
+        tokens = int(found.tokens_G[chosen_G].sum())
         scores.append(Score(metric, value, float(vocab_size), majority, tokens, interval, None, "perplexity"))
-    return scores, []
+    return scores
+
+
+def _rows_of(data: HeldOut, pair: Pair, settings: EvaluateConfig) -> list[int]:
+    wanted = _wanted(pair, settings)
+    return [i for i, meta in enumerate(data.metas) if all(meta.get(key) in values for key, values in wanted.items())]
+
+
+def _wanted(pair: Pair, settings: EvaluateConfig) -> dict[str, tuple[str, ...]]:
+    """The values, by field, of the rows that ``evaluate.rows`` keeps for ``pair``, in either order."""
+    by_pair = {frozenset(key.split("-")): wanted for key, wanted in settings.rows.items()}
+    return by_pair.get(frozenset(pair), {})
+
+
+def _parts(
+    data: HeldOut, sides: Sequence[str], rows: Sequence[int], by: Mapping[str, str]
+) -> list[tuple[tuple[str, ...], list[int]]]:
+    """``rows`` split by the fields ``by`` of ``sides``, with the name that each side has there: the field's value, or
+    its own where that is empty or another's."""
+    parts: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i in rows:
+        values = [data.metas[i].get(by[side]) if side in by else "" for side in sides]
+        plain = [re.sub(r"\W+", "_", value.casefold()).strip("_") for value in values]
+        free = [
+            value if value and value not in data.content else side for side, value in zip(sides, plain, strict=True)
+        ]
+        parts[tuple(free if len(set(free)) == len(free) else sides)].append(i)
+    return sorted(parts.items())
+
+
+def _within(data: HeldOut, pair: Pair, names: Sequence[str], rows: Sequence[int], settings: EvaluateConfig) -> Scored:
+    """Both directions, within each value of the field ``evaluate.within`` that has enough distinct items (where none
+    has, in those with the most), then averaged."""
+    strata: dict[str, list[int]] = defaultdict(list)
+    for i in rows:
+        if all(data.content[side][i] for side in pair):
+            strata[(data.metas[i].get(settings.within) or "unknown") if settings.within else ""].append(i)
+    if not strata:
+        return [], []
+    counts = {value: min(len({data.content[side][i] for i in of}) for side in pair) for value, of in strata.items()}
+    least, most = settings.min_items, max(counts.values())
+    chosen = sorted(value for value, count in counts.items() if count >= min(least, most))
+    notes = [] if most >= least or len(strata) == 1 else [
+        f"no {settings.within} has {least} distinct held-out items of {' with '.join(names)} (evaluate.min_items); "
+        f"these scores are of {', '.join(chosen)} ({most} items)"
+    ]  # fmt: skip
+    scores: list[Score] = []
+    for query, target in ((0, 1), (1, 0)):
+        metric = f"{names[query]}_to_{names[target]}"
+        recalls = {value: _recalls(data, strata[value], pair[query], pair[target]) for value in chosen}
+        scores += [_score(f"{metric}_r{k}", [by_k[k] for by_k in recalls.values()]) for k in KS]
+        if len(chosen) > 1:
+            scores += [_score(f"{metric}_r10/{value}", [by_k[10]]) for value, by_k in recalls.items()]
+    return scores, notes
 
 
 def _recalls(data: HeldOut, rows: Sequence[int], query: str, target: str) -> dict[int, Recall]:
     """Recall at every k of one direction over ``rows``."""
-    links = [[data.texts[i] or data.metas[i].identity for i in rows]]
-    if "image" in (query, target):
-        links.append([data.content["image"][i] for i in rows])
+    links = [data.texts[i] or data.metas[i].identity for i in rows]
     task = retrieval.pose([data.content[query][i] for i in rows], [data.content[target][i] for i in rows], links)
     index = np.asarray(rows)
     queries = data.features[query][index[task.query_rows]]

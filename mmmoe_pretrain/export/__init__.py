@@ -1,1 +1,1 @@
-"""Weights as safetensors with a model card, for programs that know nothing of this package; and back."""
+"""Weights as safetensors with a model card, for programs without this package; and the import of such files."""

@@ -1,7 +1,6 @@
 """The model card of an export: front matter as Hugging Face reads it, and facts of the run.
 
-Nothing is claimed that the run's folder and its training shards do not say. What only its makers know is marked
-"to be filled in".
+It contains only facts from the run's folder and its training shards. The rest is marked "to be filled in".
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import yaml
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
 from mmmoe_pretrain.export.licences import NOT_STATED, DataFacts, data_facts
+from mmmoe_pretrain.modalities import build_modalities
+from mmmoe_pretrain.objectives import Objectives, build_objectives
 from mmmoe_pretrain.untrusted import parse_json, read_json
 
 UNKNOWN_LICENSE = "unknown"
@@ -26,8 +27,8 @@ MOST_LICENCES, MOST_SOURCES = 20, 5
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says. ``losses``: those logged last up to the exported step, and their step; ``report``: the
-    evaluation of that very step, else None with the reason in ``no_report``."""
+    """The content of a card. ``losses``: those logged last up to the exported step, and their step; ``report``: the
+    evaluation of that step, else None with the reason in ``no_report``."""
 
     config: RunConfig
     described: dict[str, Any]  # config.json
@@ -61,7 +62,7 @@ def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None
                 break  # a writer was killed in the middle of it
             record = parse_json(line, where := f"{path}, line {number},")
             if not isinstance(record, dict) or not {"step", "losses"} <= record.keys():
-                raise ValueError(f"{where} is no record of a step; mend the line or move the file away")
+                raise ValueError(f"{where} is not a record of a step; fix the line or move the file away")
             if record["step"] > step:
                 break
             found = record
@@ -70,24 +71,25 @@ def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None
 
 def _report(path: Path, step: int) -> tuple[dict[str, Any] | None, str]:
     if not path.is_file():
-        return None, "The run holds no evaluation; `mmmoe evaluate` makes one."
+        return None, "The run has no evaluation; `mmmoe evaluate` makes one."
     try:
         report = read_json(path)
     except ValueError:  # e.g. the evaluation was killed while it wrote
-        return None, f"The run's {REPORT} is damaged; `mmmoe evaluate` makes it anew."
+        return None, f"The run's {REPORT} is damaged; `mmmoe evaluate` makes it again."
     if report.get("step") != step:
         return None, f"The run's evaluation is of step {report.get('step')}, not of these weights."
     return report, ""
 
 
+def _objectives(config: RunConfig) -> Objectives:
+    modalities = build_modalities(config.modalities, decoding=False)
+    return build_objectives(config.objectives, modalities, config.representations)
+
+
 def _modalities(config: RunConfig) -> list[str]:
-    """Those that some objective trains."""
-    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
-    pairs = [pair for pair, weight in contrastive.pairs.items() if weight] if contrastive.weight else []
-    found = {name for pair in pairs for name in pair.split("-")}
-    if captioning.weight:
-        found |= {*captioning.prefixes, "text"} if captioning.prefixes else set()
-    return sorted(found)
+    """The modalities that some objective trains."""
+    trained = {name for wanted in _objectives(config).needs().values() for name in wanted}
+    return [name for name in config.modalities if name in trained]
 
 
 def _front_matter(facts: Facts) -> Iterator[str]:
@@ -111,27 +113,28 @@ def _what_it_is(facts: Facts) -> Iterator[str]:
         f"{counts['active']:,}. These are the weights of step {facts.described['step']:,}."
     )
     yield ""
-    for name, weight in _objectives(config):
-        yield f"- objective: {name}, weight {weight:g}"
+    objectives = _objectives(config)
+    for loss, weight in objectives.weights(facts.described["step"]).items():
+        kind = objectives[objectives.losses[loss]].settings.kind
+        yield f"- loss {loss} (kind {kind}), weight {weight:g}"
     if facts.license_id == UNKNOWN_LICENSE:
         yield f"- license of the weights: {TO_BE_FILLED_IN}"
-
-
-def _objectives(config: RunConfig) -> Iterator[tuple[str, float]]:
-    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
-    for pair, weight in contrastive.pairs.items():
-        if contrastive.weight * weight:
-            yield f"contrastive, {pair}", contrastive.weight * weight
-    if captioning.weight:
-        yield f"captioning from {_listed(captioning.prefixes)}", captioning.weight
 
 
 def _architecture(facts: Facts) -> Iterator[str]:
     model, described = facts.config.model, facts.described
     yield "## Architecture"
     yield ""
-    yield f"- {model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_heads} heads"
-    yield f"- joint embedding of {model.embedding_size} numbers; {described['vocab_size']:,} text pieces"
+    shared = f", {model.kv_heads} of keys and values" if model.kv_heads < model.num_heads else ""
+    yield f"- {model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_heads} heads{shared}"
+    if representations := _objectives(facts.config).representations:
+        yield f"- joint embedding of {model.embedding_size} numbers for {_listed(list(representations))}"
+    if described["vocab_size"]:
+        yield f"- a vocabulary of {described['vocab_size']:,} pieces"
+    for name, modality in build_modalities(facts.config.modalities, decoding=False).items():
+        settings = modality.settings.model_dump(mode="json", exclude={"kind", "members", "field"})
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items())
+        yield f"- {name} (kind {modality.settings.kind}), at most {modality.max_tokens:,} tokens: {shown}"
     for index, moe in sparse_blocks(facts.config):
         sizes = sorted({group.expert_hidden_size or moe.expert_hidden_size for group in moe.groups})
         more = [
@@ -153,7 +156,7 @@ def _training(facts: Facts) -> Iterator[str]:
     yield ""
     yield (
         f"{facts.described['step']:,} of {config.train.steps:,} steps of {config.train.global_batch_size:,} samples, "
-        f"seed {config.seed}, AdamW, learning rate {config.optimizer.learning_rate:g}."
+        f"seed {config.seed}, optimizer {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}."
     )
     yield ""
     total, samples = sum(source.weight for source in config.data.train), facts.data.samples
@@ -216,7 +219,8 @@ def _results(facts: Facts) -> Iterator[str]:
 def _how_to_load(facts: Facts) -> Iterator[str]:
     yield "## How to load"
     yield ""
-    yield f"`{INDEX}` says which file holds each tensor, `{CONFIG}` the settings, `{TOKENIZER}` is for sentencepiece."
+    tokenizer = f", `{TOKENIZER}` is for sentencepiece" if facts.described["tokenizer"] else ""
+    yield f"`{INDEX}` says which file holds each tensor, `{CONFIG}` the settings{tokenizer}."
     yield ""
     yield "```python"
     yield "import json"

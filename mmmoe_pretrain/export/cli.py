@@ -39,7 +39,7 @@ def import_(
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the new run.")] = None,
 ) -> None:
-    """Make a run of an export: its weights at step 0, to train anew or to evaluate."""
+    """Make a run of an export: its weights at step 0, to train or to evaluate."""
     from mmmoe_pretrain.export.read import import_run
 
     for line in import_run(folder, out, overrides or []):

@@ -1,9 +1,9 @@
-"""What an export holds: files, names, shapes and types, worked out from a config alone.
+"""What an export holds: files, names, shapes and types, computed from a config alone.
 
 model-00001-of-00002.safetensors ...   weights by logical name, in full shape (experts [E, ...])
 model.safetensors.index.json           {"metadata": {"total_size"}, "weight_map": {name: file}}
 config.json                            format, step, sizes, and the run's whole config
-tokenizer.model                        sentencepiece
+tokenizer.model                        sentencepiece, where a modality reads text
 README.md                              the model card
 """
 
@@ -20,7 +20,7 @@ from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 
-FORMAT, VERSION = "mmmoe", 1
+FORMAT, VERSION = "mmmoe", 2
 CONFIG, INDEX, TOKENIZER, CARD = "config.json", "model.safetensors.index.json", "tokenizer.model", "README.md"
 FILE_BYTES = 5_000_000_000  # of a file of weights, unless one tensor is larger
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,7 +59,7 @@ def weights_of(config: RunConfig, vocab_size: int, dtype: str = "fp32") -> list[
 
 
 def in_files(weights: list[Weight], file_bytes: int = FILE_BYTES) -> dict[str, list[Weight]]:
-    """Names of files -> what stands in each, in order; none is larger than ``file_bytes`` unless it holds one
+    """File names -> the tensors of each, in order; none is larger than ``file_bytes`` unless it holds one
     tensor alone."""
     groups: list[list[Weight]] = []
     room = 0
@@ -75,9 +75,9 @@ def in_files(weights: list[Weight], file_bytes: int = FILE_BYTES) -> dict[str, l
 
 
 def parameter_counts(config: RunConfig, weights: list[Weight]) -> tuple[int, int]:
-    """All trained numbers, and those that one token meets: of a mixture of E outputs K experts of mean size, of all
-    else everything, embedding tables included. Experts without computation among the K make it an upper bound
-    of what is computed."""
+    """All trained numbers, and those that one token meets: of an MoE layer of E outputs K experts of mean size, of
+    all else everything, embedding tables included. Experts without computation among the K make it an upper bound of
+    what is computed."""
     total = sum(weight.numel for weight in weights if weight.trained)
     idle = 0.0
     for index, moe in sparse_blocks(config):
@@ -87,7 +87,7 @@ def parameter_counts(config: RunConfig, weights: list[Weight]) -> tuple[int, int
 
 
 def sparse_blocks(config: RunConfig) -> Iterator[tuple[int, MoEConfig]]:
-    """Index and settings of each mixture."""
+    """Index and settings of each MoE layer."""
     for index in range(config.model.num_layers):
         if is_sparse(config.moe, index):
             yield index, config.moe.for_layer(index)

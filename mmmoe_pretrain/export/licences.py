@@ -1,4 +1,4 @@
-"""What the training shards say of themselves, for the model card: their samples, licences and sources."""
+"""Facts from the training shards for the model card: their samples, licences and sources."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
+from mmmoe_pretrain.data.members import META
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
 
 MAX_ROWS = 10_000  # of a folder, spread evenly, whose JSON is read
@@ -35,7 +36,7 @@ class DataFacts:
 
 
 def data_facts(config: RunConfig) -> DataFacts:
-    """Of the folders in ``data.train``."""
+    """The facts of the folders in ``data.train``."""
     opened = ((source.path, _opened(source.path)) for source in config.data.train)
     folders = {path: folder for path, folder in opened if folder is not None}
     rows: Counter[str] = Counter()
@@ -57,7 +58,7 @@ def _opened(path: str) -> ShardFolder | None:
 
 def _rows(folder: ShardFolder) -> Iterator[dict[str, Any]]:
     for i in np.linspace(0, len(folder) - 1, min(len(folder), MAX_ROWS)).astype(int).tolist():
-        yield _json(folder.read(i))
+        yield _json(folder.read(i, only=(META,)))
 
 
 def _json(raw: RawSample) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """``mmmoe import``: an export becomes a run that begins at step 0 with these weights and moments of zero.
 
-An export is somebody else's file: sizes of its JSON are bounded, names of files may not leave the folder, only
+An export is not trusted: sizes of its JSON are limited, file names must stay inside the folder, only
 safetensors are read, and every name, shape and type must be what the config's model has.
 """
 
@@ -25,26 +25,27 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
 from mmmoe_pretrain.checkpoint.model import TOKENIZER
-from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.upgrade import upgraded
 from mmmoe_pretrain.engines.base import Progress
-from mmmoe_pretrain.export import layout
+from mmmoe_pretrain.export import layout, version_1
 from mmmoe_pretrain.export.layout import Weight
-from mmmoe_pretrain.modalities import Codecs, TextCodec, build_codecs
+from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.paths import VARIABLE, make_folder
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
-OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes of somebody else's
+OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes from an untrusted file
 ALLOWED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Make the run ``out`` of the export in ``folder``; what was done, for people.
+    """Make the run ``out`` of the export in ``folder``; returns a summary.
 
     ``overrides``: key=value of the new run. Raises ValueError where ``out`` exists, and where something of the
-    export is missing, unknown, or not as its config says; nothing is left behind then.
+    export is missing, unknown, or not as in its config; then nothing is written.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another --out, or remove it")
@@ -55,10 +56,12 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     make_folder(draft)
     try:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
-        _copy_tokenizer(folder, described, config, draft / TOKENIZER)
+        _copy_tokenizer(folder, described, draft / TOKENIZER)
         _plausible(config, _headers(folder, places))
         weights = layout.weights_of(config, described["vocab_size"])
-        state = {weight.name: _state(weight, value) for weight, value in _read(folder, places, weights)}
+        state: WholeState = {}
+        for weight, value in _read(folder, places, weights, described["format_version"]):
+            state |= _state(weight, value, config.optimizer.state)
         store.write_state(str(draft / "checkpoints"), 0, state, _meta(config, described))
         os.replace(draft, out)
     finally:
@@ -67,33 +70,35 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
             f"train on with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 
 
-def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Codecs]:
-    """The model of an export in eval mode and fp32, its config, and the codecs of what goes in.
+def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Modalities]:
+    """The model of an export in eval mode and fp32, its config, and its modalities, which decode what goes in.
 
     Raises ValueError as ``import_run`` does.
     """
     described, places = _described(folder), _places(folder)
-    tokenizer = folder / _plain(described["tokenizer"], f"{layout.CONFIG}: tokenizer")
-    config = run_config.parse(_values(described, tokenizer), where=str(folder / layout.CONFIG))
-    codecs = build_codecs(config, expected_fingerprint=described["tokenizer_fingerprint"])
+    config = run_config.parse(_values(described, _tokenizer(folder, described)), where=str(folder / layout.CONFIG))
+    modalities = build_modalities(
+        config.modalities, config.data.tokenizer, fingerprint=described["tokenizer_fingerprint"]
+    )
     _plausible(config, _headers(folder, places))
-    model = MMMoE(config, codecs.text.vocab_size)
+    model = MMMoE(config, modalities.vocab_size)
     own = {f"mmmoe.{name}": p.data for name, p in model.named_parameters()}
     own |= {f"mmmoe.{name}": buffer for name, buffer in persistent_buffers(model).items()}
-    for weight, value in _read(folder, places, layout.weights_of(config, codecs.text.vocab_size)):
+    weights = layout.weights_of(config, modalities.vocab_size)
+    for weight, value in _read(folder, places, weights, described["format_version"]):
         if weight.name in own:  # the others are of the objectives
             own[weight.name].copy_(value)
-    return model.eval(), config, codecs
+    return model.eval(), config, modalities
 
 
 def _described(folder: Path) -> dict[str, Any]:
     value = _json(folder / layout.CONFIG)
     if value.get("model_type") != layout.FORMAT:
         raise ValueError(f"{folder / layout.CONFIG} is of model_type {brief(value.get('model_type'))}, not mmmoe")
-    if value.get("format_version") != layout.VERSION:
+    if value.get("format_version") not in (version_1.VERSION, layout.VERSION):
         raise ValueError(
             f"{folder} has format_version {brief(value.get('format_version'))}, and MMMoE {__version__} reads "
-            f"{layout.VERSION}; export it anew with this version"
+            f"{version_1.VERSION} and {layout.VERSION}; export it again with this version"
         )
     wanted = {"step": int, "vocab_size": int, "tokenizer": str, "tokenizer_fingerprint": str, "config": dict}
     for key, kind in wanted.items():
@@ -119,20 +124,22 @@ def _plain(name: Any, what: str) -> str:
 
 def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: Sequence[str]) -> RunConfig:
     """The exported config as that of the run ``out``, written to ``path``. The tokenizer is the new run's own, and
-    what belongs to a machine (layout, checkpoints, budgets of faults) the default, unless an override says else."""
-    raw = {**_values(described, out / TOKENIZER), "name": out.name, "runs_dir": str(out.parent)}
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    the machine's settings (layout, checkpoints, fault limits) are the defaults or overrides."""
+    tokenizer = out / TOKENIZER if described["tokenizer"] else None
+    raw = {**_values(described, tokenizer), "name": out.name, "runs_dir": str(out.parent)}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")  # the order of names numbers them
     config = run_config.load(path, list(overrides))
     run_config.dump(config, path)
     return config
 
 
-def _values(described: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
-    raw = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
+def _values(described: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+    written = described["config"] if described["format_version"] == layout.VERSION else upgraded(described["config"])
+    raw = {name: value for name, value in written.items() if name not in OF_A_MACHINE}
     found = VARIABLE.search(json.dumps([_section(raw, "data"), _section(raw, "evaluate").get("test")]))
-    if found:  # an export has none, and the environment of this machine is not for the paths of somebody else
+    if found:  # an export has none, and the environment of this machine must not enter untrusted paths
         raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
-    return {**raw, "data": {**_section(raw, "data"), "tokenizer": str(tokenizer)}}
+    return {**raw, "data": {**_section(raw, "data"), "tokenizer": None if tokenizer is None else str(tokenizer)}}
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -142,15 +149,22 @@ def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _copy_tokenizer(folder: Path, described: dict[str, Any], config: RunConfig, to: Path) -> None:
-    path = folder / _plain(described["tokenizer"], f"{layout.CONFIG}: tokenizer")
-    TextCodec(path, config.modalities.text, expected_fingerprint=described["tokenizer_fingerprint"],
-              expected_vocab_size=described["vocab_size"])  # fmt: skip
-    shutil.copyfile(path, to)
+def _tokenizer(folder: Path, described: dict[str, Any]) -> Path | None:
+    """None where no modality reads text."""
+    name = described["tokenizer"]
+    return folder / _plain(name, f"{layout.CONFIG}: tokenizer") if name else None
+
+
+def _copy_tokenizer(folder: Path, described: dict[str, Any], to: Path) -> None:
+    path = _tokenizer(folder, described)
+    if path is not None:
+        Tokenizer(path, expected_fingerprint=described["tokenizer_fingerprint"],
+                  expected_vocab_size=described["vocab_size"])  # fmt: skip
+        shutil.copyfile(path, to)
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Name -> file, as the index says."""
+    """Name -> file, from the index."""
     found = _json(folder / layout.INDEX).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{folder / layout.INDEX} has no weight_map")
@@ -158,7 +172,7 @@ def _places(folder: Path) -> dict[str, str]:
 
 
 def _headers(folder: Path, places: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of everything that the files hold, which must be what the index says."""
+    """Name -> shape of everything that the files hold, which must match the index."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(places.values())):
         with _opened(folder / file) as opened:
@@ -179,14 +193,21 @@ def _plausible(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> None:
                              f"more than {largest} numbers")  # fmt: skip
 
 
-def _read(folder: Path, places: dict[str, str], weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+def _read(
+    folder: Path, places: dict[str, str], weights: Sequence[Weight], version: int
+) -> Iterator[tuple[Weight, Tensor]]:
     """Every weight in fp32, checked; the files are mapped, not copied, where they hold fp32."""
-    _same_names(set(places), {weight.name for weight in weights}, layout.INDEX)
-    by_name = {weight.name: weight for weight in weights}
+    stored: dict[str, tuple[str, int | None]] = {weight.name: (weight.name, None) for weight in weights}
+    if version == version_1.VERSION:
+        stored = {name: version_1.stored_as(name) for name in stored}
+    names = {name for name, _ in stored.values()}
+    _same_names(set(places) if version == layout.VERSION else set(places) & names, names, layout.INDEX)
     for file in sorted(set(places.values())):
         with _opened(folder / file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                yield by_name[name], _tensor(opened, by_name[name], file)
+            for weight in weights:
+                name, row = stored[weight.name]
+                if places[name] == file:
+                    yield weight, _tensor(opened, weight, name, row, file)
 
 
 @contextmanager
@@ -209,21 +230,20 @@ def _same_names(found: set[str], expected: set[str], where: str) -> None:
         )
 
 
-def _tensor(opened: Any, weight: Weight, file: str) -> Tensor:
-    piece = opened.get_slice(weight.name)
+def _tensor(opened: Any, weight: Weight, name: str, row: int | None, file: str) -> Tensor:
+    piece = opened.get_slice(name)
     shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-    if shape != weight.shape:
-        raise ValueError(f"{file}: {weight.name} has shape {shape}, and the config's model {weight.shape}")
+    if (shape if row is None else (int(row < shape[0]), *shape[1:])) != weight.shape:
+        raise ValueError(f"{file}: {name} has shape {shape}, and the config's model {weight.shape} for {weight.name}")
     if dtype not in ALLOWED:
-        raise ValueError(f"{file}: {weight.name} is of type {dtype}; weights are {', '.join(ALLOWED)}")
-    return opened.get_tensor(weight.name).float()
+        raise ValueError(f"{file}: {name} is of type {dtype}; weights are {', '.join(ALLOWED)}")
+    return (opened.get_tensor(name) if row is None else piece[row : row + 1]).float()
 
 
-def _state(weight: Weight, value: Tensor) -> ParameterState:
-    if not weight.trained:
-        return ParameterState(value, None, None)
+def _state(weight: Weight, value: Tensor, optimizer: Sequence[str]) -> WholeState:
     zero = torch.zeros([1] * len(weight.shape)).expand(weight.shape)  # takes no memory
-    return ParameterState(value, zero, zero)
+    fresh = {optimizer_key(weight.name, tensor): zero for tensor in optimizer if weight.trained}
+    return {model_key(weight.name): value} | fresh
 
 
 def _meta(config: RunConfig, described: dict[str, Any]) -> dict[str, Any]:

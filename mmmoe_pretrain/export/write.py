@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, root_of
+from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, refuse_old, root_of
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.paths import make_folder
 
-PLACES = ("data", "evaluate", "checkpoint")  # sections that say where things are
+PLACES = ("data", "evaluate", "checkpoint")  # sections with paths
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def export_run(
     license_id: str = card.UNKNOWN_LICENSE,
     file_bytes: int = layout.FILE_BYTES,
 ) -> list[str]:
-    """Write the checkpoint of ``step`` (default: the newest) to the folder ``out``; what was done, for people.
+    """Write the checkpoint of ``step`` (default: the newest) to the folder ``out``; returns a summary.
 
     Raises ValueError where there is no such checkpoint, it is damaged, the tokenizer is not the one that it was
     trained with, or ``out`` exists and ``overwrite`` does not allow to replace an earlier export.
@@ -63,7 +63,7 @@ def export_run(
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(draft)
     try:
-        copy_tokenizer(source.config.data.tokenizer, draft / layout.TOKENIZER, source.meta["tokenizer_fingerprint"])
+        _copy_tokenizer(source, draft / layout.TOKENIZER)
         files = layout.in_files(weights, file_bytes)
         for name, held in files.items():
             _write_file(source.checkpoint, held, draft / name)
@@ -98,7 +98,9 @@ def open_checkpoint(run_dir: Path, step: int | None, overrides: Sequence[str] = 
             raise ValueError(f"no finished checkpoint of step {step} in {root}; there are {sorted(there)}")
         checkpoint = there[step]
     store.verify(checkpoint)
-    return Source(run_dir, config, checkpoint, store.read_meta(checkpoint))
+    meta = store.read_meta(checkpoint)
+    refuse_old(checkpoint, meta)
+    return Source(run_dir, config, checkpoint, meta)
 
 
 def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
@@ -111,11 +113,17 @@ def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str,
         "step": source.checkpoint.step,
         "dtype": dtype,
         "vocab_size": source.meta["vocab_size"],
-        "tokenizer": layout.TOKENIZER,
+        "tokenizer": layout.TOKENIZER if source.meta["tokenizer_fingerprint"] else "",
         "tokenizer_fingerprint": source.meta["tokenizer_fingerprint"],
         "parameters": {"total": total, "active": active},
         "config": source.config.model_dump(mode="json"),
     }
+
+
+def _copy_tokenizer(source: Source, to: Path) -> None:
+    fingerprint = source.meta["tokenizer_fingerprint"]
+    if fingerprint:  # empty where no modality reads text
+        copy_tokenizer(source.config.data.tokenizer or "", to, fingerprint)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -124,7 +132,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{out} exists; choose another --out, or replace an earlier export with --overwrite")
     if not (out / layout.INDEX).is_file():
-        raise ValueError(f"{out} is no export (it has no {layout.INDEX}), and is not replaced; choose another --out")
+        raise ValueError(f"{out} is not an export (it has no {layout.INDEX}) and is not replaced; change --out")
 
 
 def _take_place(draft: Path, out: Path) -> None:
@@ -143,7 +151,7 @@ def _write_file(checkpoint: store.Checkpoint, weights: Sequence[Weight], path: P
     tensors = {weight.name: torch.empty(weight.shape) for weight in weights}
     store.load_weights(checkpoint, tensors)
     path.touch()
-    mode = path.stat().st_mode  # as the umask says; safetensors gives the file that it puts there 0600
+    mode = path.stat().st_mode  # by the umask; safetensors creates files with mode 0600
     save_file({w.name: tensors[w.name].to(w.dtype) for w in weights}, path, metadata={"format": "pt"})
     path.chmod(mode)
 

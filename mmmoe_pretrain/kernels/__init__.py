@@ -1,7 +1,7 @@
 """Triton kernels for GPUs; each is one small file and names the PyTorch function that it replaces.
 
-``usable`` decides, by the tensor at hand. The kernels compute in fp32 whatever the type of their inputs, and
-round once, at the end; the PyTorch functions round after every operation.
+``usable`` decides, by the tensor at hand. The kernels always compute in fp32 and round once, at the end; the PyTorch
+functions round after every operation.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def usable(x: Tensor) -> bool:
 
 @functools.cache
 def triton_works() -> bool:
-    """Whether it is here, and what it builds its launchers with: a C compiler and Python's headers. Container images
-    often lack those, and then the first kernel would end the run."""
+    """Whether Triton is installed, with a C compiler and Python's headers for its launchers. Container images often
+    lack these, and the first kernel would then fail."""
     if importlib.util.find_spec("triton") is None:
         return False
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton reads it
@@ -47,5 +47,8 @@ def triton_works() -> bool:
         *([] if header.is_file() else [f"Python's headers ({header})"]),
     ]
     if missing:
-        log.warning("PyTorch's functions in place of Triton's faster kernels, for want of %s", " and ".join(missing))
+        log.warning(
+            "PyTorch functions are used instead of the faster Triton kernels, because these are missing: %s",
+            " and ".join(missing),
+        )
     return not missing

@@ -1,62 +1,150 @@
-"""The modalities: one file each, and this explicit table of them.
+"""The modalities: one file a kind (the table is ``kinds.MODALITIES``), and those of a run by name.
 
-A new modality is one file with a codec and an embedder, a line in each of the two functions
-below, a name in ``batch.MODALITIES`` and a section of the config.
+Owns which file of a sample is read as which modality.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
-
-from mmmoe_pretrain.config import ModalitiesConfig, RunConfig
-from mmmoe_pretrain.modalities.audio import AudioCodec, AudioEmbedder
-from mmmoe_pretrain.modalities.errors import BadSampleError
-from mmmoe_pretrain.modalities.image import ImageCodec, ImageEmbedder
-from mmmoe_pretrain.modalities.text import TextCodec, TextEmbedder, copy_tokenizer
-from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.modalities.base import BadSampleError, Modality, ModalitySettings
+from mmmoe_pretrain.modalities.tokenizer import Tokenizer, copy_tokenizer
 
 __all__ = [
-    "AudioCodec",
-    "AudioEmbedder",
-    "BadSampleError",
-    "Codecs",
-    "ImageCodec",
-    "ImageEmbedder",
-    "TextCodec",
-    "TextEmbedder",
-    "build_codecs",
-    "build_embedders",
-    "copy_tokenizer",
-]
+    "BadSampleError", "Modalities", "Modality", "ModalitySettings", "Tokenizer", "build_modalities", "copy_tokenizer",
+    "default_modalities", "format_of",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Codecs:
-    """What turns the bytes of each modality into arrays."""
+class Modalities(dict[str, Modality]):
+    """The modalities of a run by name, in the config's order, which defines their ids in a batch."""
 
-    image: ImageCodec
-    audio: AudioCodec
-    text: TextCodec
+    def __init__(self, by_name: Mapping[str, Modality], tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(by_name)
+        self._tokenizer = tokenizer
+        self._read: dict[tuple[str, ...], Mapping[str, str]] = {}
+        self.streams = kinds.stream_keys({name: modality.settings.kind for name, modality in self.items()})
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError where no modality reads text."""
+        if self._tokenizer is None:
+            raise ValueError(f"no modality reads text ({', '.join(self)}), and this needs one; add one to modalities")
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's vocabulary size; 0 without one."""
+        return 0 if self._tokenizer is None else self._tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """The tokenizer's fingerprint; empty without one."""
+        return "" if self._tokenizer is None else self._tokenizer.fingerprint
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """Values that were too long so far, by name."""
+        return {name: modality.cut for name, modality in self.items()}
+
+    @property
+    def predictable(self) -> tuple[str, ...]:
+        """The modalities whose tokens can be predicted."""
+        return tuple(name for name, modality in self.items() if modality.predictable)
+
+    def field(self, name: str) -> str | None:
+        """The field of a sample's JSON that is read as modality ``name`` where it has no file for it."""
+        modality = self[name]
+        if modality.settings.field or not modality.default_field:
+            return modality.settings.field
+        return modality.default_field if len(self._of_kind[modality.settings.kind]) == 1 else name
+
+    @functools.cached_property
+    def _of_kind(self) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for name, modality in self.items():
+            found[modality.settings.kind].append(name)
+        return found
+
+    def read_as(self, extension: str) -> str | None:
+        """The modality that a member with this extension (``png``, ``left.png``) is read as, or None."""
+        claimed = next((name for name, modality in self.items() if extension in modality.settings.members), None)
+        if claimed is not None:
+            return claimed
+        before, _, ending = extension.rpartition(".")
+        open_to_all = [
+            name for name, modality in self.items() if ending in modality.formats and not modality.settings.members
+        ]
+        named = [name for name in open_to_all if name == before.rpartition(".")[2]]
+        fitting = named or (open_to_all if len(open_to_all) == 1 else [])
+        return fitting[0] if fitting else None
+
+    def can_read(self, extension: str) -> bool:
+        """Whether some modality's kind reads files of this format."""
+        ending = extension.rpartition(".")[2]
+        return any(ending in its.formats or extension in its.settings.members for its in self.values())
+
+    def members_read(self, extensions: tuple[str, ...]) -> Mapping[str, str]:
+        """Modality -> the extension that is read for it, of a sample that has these ``extensions``: of several the
+        one with the fewest dots, then the one in its kind's preferred format, then the first by name."""
+        if extensions not in self._read:  # of a few kinds of samples
+            by_name: dict[str, list[str]] = defaultdict(list)
+            for extension in extensions:
+                if (name := self.read_as(extension)) is not None:
+                    by_name[name].append(extension)
+            self._read[extensions] = {
+                name: min(by_name[name], key=functools.partial(self._preference, name))
+                for name in self
+                if name in by_name
+            }
+        return self._read[extensions]
+
+    def _preference(self, name: str, extension: str) -> tuple[int, int, str]:
+        formats = self[name].formats
+        ending = extension.rpartition(".")[2]
+        return extension.count("."), formats.index(ending) if ending in formats else len(formats), extension
 
 
-def build_codecs(config: RunConfig, expected_fingerprint: str | None = None) -> Codecs:
-    """The codecs of a run; with a fingerprint the tokenizer must be that one."""
-    return Codecs(
-        image=ImageCodec(config.modalities.image, config.data.image_flip),
-        audio=AudioCodec(config.modalities.audio),
-        text=TextCodec(config.data.tokenizer, config.modalities.text, expected_fingerprint=expected_fingerprint),
-    )
+def build_modalities(
+    settings: Mapping[str, ModalitySettings],
+    tokenizer: str | Path | None = None,
+    *,
+    fingerprint: str | None = None,
+    decoding: bool = True,
+) -> Modalities:
+    """The modalities of a run; with a ``fingerprint`` the tokenizer must be that one. Without ``decoding`` no file is
+    read: sizes, costs and embedders need none."""
+    classes = {name: kinds.MODALITIES.load(value.kind) for name, value in settings.items()}
+    readers = [name for name, kind in classes.items() if kind.needs_tokenizer]
+    loaded = None
+    if decoding and readers:
+        if tokenizer is None:
+            raise ValueError(f"modalities.{readers[0]} reads text, and data.tokenizer names no tokenizer; give one")
+        loaded = Tokenizer(tokenizer, expected_fingerprint=fingerprint or None)
+    built = {name: kind(name, settings[name], loaded) for name, kind in classes.items()}
+    return Modalities(built, loaded)
 
 
-def build_embedders(
-    config: ModalitiesConfig, hidden_size: int, vocab_size: int, groups: Groups = SINGLE
-) -> dict[str, nn.Module]:
-    """The embedder of each modality by name; text's also takes the tokens' positions. Every tensor rank
-    computes all rows alike."""
-    return {
-        "image": ImageEmbedder(config.image, hidden_size),
-        "audio": AudioEmbedder(config.audio, hidden_size),
-        "text": TextEmbedder(vocab_size, hidden_size, config.text, groups),
-    }
+@functools.cache
+def default_modalities() -> Modalities:
+    """One of each built-in kind that needs no settings, named after it: for tools that read shards without a run."""
+    settings = {}
+    for kind in kinds.MODALITIES.builtin:
+        model = kinds.MODALITIES.load(kind).Settings
+        if not any(field.is_required() for name, field in model.model_fields.items() if name != "kind"):
+            settings[kind] = model(kind=kind)
+    return build_modalities(settings, decoding=False)
+
+
+@functools.cache
+def _formats() -> dict[str, str]:
+    return {ending: kind for kind in kinds.MODALITIES.names for ending in kinds.MODALITIES.load(kind).formats}
+
+
+def format_of(extension: str) -> str | None:
+    """The kind that reads files whose extension ends in this format; None where none does."""
+    return _formats().get(extension.rpartition(".")[2])

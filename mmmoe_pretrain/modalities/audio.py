@@ -1,4 +1,4 @@
-"""Sound: the codec (bytes -> log-mel [n_mels, frames]) and the embedder (-> tokens).
+"""Audio: bytes -> log-mel [n_mels, frames], and the stem that embeds it.
 
 Owns decoding, resampling, the log-mel spectrogram, the light training augmentation and the stem.
 Legend: n clips, F frames, D hidden size. Frames of a decoded clip are a multiple of ``patch``.
@@ -11,17 +11,24 @@ Masks follow SpecAugment (arXiv 1904.08779).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
 import numpy as np
+import PIL.Image
 import soxr
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmmoe_pretrain.audio_file import open_audio, read_mono
-from mmmoe_pretrain.config import AudioConfig
-from mmmoe_pretrain.modalities.errors import BadSampleError, quarantine
-from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
+from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
+from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
+from mmmoe_pretrain.modalities.stem import ChannelNorm, conv_stem_flops, stem_widths
+from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 FMIN = 30.0  # Hz
 FLOOR_DECADES = 7.0  # below the clip's loudest band everything counts as silence
@@ -35,26 +42,121 @@ NUM_WARPS = 9
 TILT = 0.3  # of LOG_STD, over the whole band
 TIME_MASK = 0.15  # of the frames
 FREQUENCY_MASK = 0.15  # of the bands
+KERNEL, RESIDUAL_KERNEL = 5, 3  # of the convolutional stem
 
 
-class AudioCodec:
-    """Decodes one clip; with a generator it also augments it. ``cut`` counts clips that were too long."""
+class AudioSettings(ModalitySettings):
+    """The log-mel spectrogram, and the frames of a token (``patch``)."""
 
-    def __init__(self, config: AudioConfig) -> None:
-        self.config = config
-        self.cut = 0
-        self._window = np.hanning(config.n_fft + 1)[:-1].astype(np.float32)
-        self._filters = [mel_filters(config, warp) for warp in np.linspace(1 - WARP, 1 + WARP, NUM_WARPS)]
+    not_of_the_model = ("augment",)
 
-    def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        """float32 log-mel [n_mels, frames]. Raises BadSampleError for anything that is no usable clip."""
+    kind: Literal["audio"] = "audio"
+    sample_rate: int = Field(16_000, ge=4_000)  # Hz
+    n_fft: int = Field(512, ge=16)
+    hop_length: int = Field(160, ge=1)  # samples between two frames
+    n_mels: int = Field(64, ge=8)
+    max_seconds: float = Field(4.0, gt=0)
+    patch: int = Field(8, ge=1)
+    stem: Literal["linear", "conv"] = "conv"
+    stem_channels: int = Field(64, ge=4)
+    positions: Literal["learned", "rotary"] = "rotary"
+    augment: bool = True
+
+    @property
+    def max_frames(self) -> int:
+        """Frames of the longest clip, a multiple of ``patch``."""
+        frames = 1 + int(self.max_seconds * self.sample_rate) // self.hop_length
+        return -(-frames // self.patch) * self.patch
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Self:
+        if self.stem == "conv" and self.patch & (self.patch - 1):
+            raise ValueError(
+                f"stem conv of audio halves the frames step by step, so patch must be a power of two, not "
+                f"{self.patch}; use 8 or stem: linear"
+            )
+        return self
+
+
+class Audio(Modality):
+    """A value is float32 log-mel [n_mels, frames]; a token is ``patch`` frames."""
+
+    Settings = AudioSettings
+    formats = ("flac", "ogg", "oga", "opus", "wav", "wave", "mp3")
+
+    def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(name, settings, tokenizer)
+        self._window = np.hanning(settings.n_fft + 1)[:-1].astype(np.float32)
+
+    @functools.cached_property
+    def _filters(self) -> list[np.ndarray]:
+        return [mel_filters(self.settings, warp) for warp in np.linspace(1 - WARP, 1 + WARP, NUM_WARPS)]
+
+    def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
+        """See ``Modality.decode``."""
         with quarantine("audio"):
-            wave, rate = _read(data, self.config.max_seconds)
+            wave, rate = _read(data, self.settings.max_seconds)
+        if not self.settings.augment:
+            rng = None
         wave = self._level(wave, rate)
         tempo = 1.0 if rng is None else 1 + TEMPO * (2 * rng.random() - 1)
         warp = NUM_WARPS // 2 if rng is None else int(rng.integers(NUM_WARPS))
         mel = self._log_mel(wave, tempo, self._filters[warp])
-        return _pad_frames(mel if rng is None else _spec_augment(mel, rng), self.config.patch)
+        mel = mel if rng is None else _spec_augment(mel, rng)  # which draws in fp64
+        return _pad_frames(mel, self.settings.patch).astype(np.float32, copy=False)
+
+    def num_tokens(self, value: np.ndarray) -> int:
+        return int(-(-value.shape[1] // self.settings.patch))
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.settings.max_frames // self.settings.patch)
+
+    def collate(self, values: Sequence[np.ndarray]) -> Collated:
+        """Clips padded with their own silence to the longest one, in whole tokens."""
+        frames = np.asarray([value.shape[1] for value in values], dtype=np.int64)
+        rows = -(-int(frames.max(initial=1)) // self.settings.patch)
+        log_mel = np.zeros((len(values), self.settings.n_mels, rows * self.settings.patch), dtype=np.float32)
+        for row, value in zip(log_mel, values, strict=True):
+            row[:, : value.shape[1]] = value
+            row[:, value.shape[1] :] = value.min()
+        return Collated({"log_mel": log_mel, "frames_valid": frames}, np.arange(len(values)) * rows)
+
+    def stem_flops(self, hidden_size: int) -> float:
+        settings = self.settings
+        if settings.stem == "linear":
+            return 2.0 * settings.n_mels * settings.patch * hidden_size
+        widths = [settings.n_mels, *_widths(settings, hidden_size)]
+        places = [max(1, settings.patch >> i + 1) for i in range(len(widths) - 1)]
+        return conv_stem_flops(widths, places, KERNEL, RESIDUAL_KERNEL, hidden_size)
+
+    def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
+        return AudioEmbedder(self.settings, hidden_size)
+
+    def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
+        return {"seconds": [round(second, 4) for second in self._seconds(token)]}
+
+    def caption(self, value: np.ndarray, token: int) -> str:
+        return "{:.2f} to {:.2f} s".format(*self._seconds(token))
+
+    def draw(self, value: np.ndarray, token: int) -> tuple[PIL.Image.Image, tuple[float, float, float, float]] | None:
+        """The spectrogram: low pitch at the bottom, loud is dark."""
+        low, high = float(value.min()), float(value.max())
+        grey = 255 * (1 - (value[::-1] - low) / max(high - low, 1e-6))
+        shares = (
+            frame / value.shape[1] for frame in (token * self.settings.patch, (token + 1) * self.settings.patch)
+        )
+        left, right = (min(1.0, share) for share in shares)
+        return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB"), (left, 0.0, right, 1.0)
+
+    def _seconds(self, token: int) -> tuple[float, float]:
+        """Start and end of a token in the clip without its silent ends: frame f is at f hops."""
+        second = self.settings.patch * self.settings.hop_length / self.settings.sample_rate
+        return token * second, (token + 1) * second
+
+    def example(self, rng: np.random.Generator, vocab_size: int = 0) -> np.ndarray:
+        frames = self.settings.patch * int(rng.integers(1, self.max_tokens + 1))
+        return rng.normal(size=(self.settings.n_mels, frames)).astype(np.float32)
 
     def _level(self, wave: np.ndarray, rate: int) -> np.ndarray:
         """At the configured rate, with a peak of 1 (loudness does not matter), without silent ends."""
@@ -62,21 +164,21 @@ class AudioCodec:
         if not np.isfinite(peak):
             raise BadSampleError("audio holds NaN or infinite samples")
         wave = wave / peak if peak > 0 else wave  # before soxr, where loud floats would overflow
-        if rate != self.config.sample_rate:
-            wave = soxr.resample(wave, rate, self.config.sample_rate, quality="MQ")
-        return _trim(wave, self.config.sample_rate)
+        if rate != self.settings.sample_rate:
+            wave = soxr.resample(wave, rate, self.settings.sample_rate, quality="MQ")
+        return _trim(wave, self.settings.sample_rate)
 
     def _log_mel(self, wave: np.ndarray, tempo: float, filters: np.ndarray) -> np.ndarray:
-        config = self.config
-        hop = config.hop_length * tempo
+        settings = self.settings
+        hop = settings.hop_length * tempo
         frames = 1 + int(wave.shape[0] / hop)
-        if frames > config.max_frames:
-            frames = config.max_frames
+        if frames > settings.max_frames:
+            frames = settings.max_frames
             self.cut += 1
         starts = (np.arange(frames) * hop).astype(np.int64)
-        half = config.n_fft // 2
-        wave = np.pad(wave, (half, config.n_fft + half))
-        windows = sliding_window_view(wave, config.n_fft)[starts]
+        half = settings.n_fft // 2
+        wave = np.pad(wave, (half, settings.n_fft + half))
+        windows = sliding_window_view(wave, settings.n_fft)[starts]
         windows *= self._window
         spectrum = np.fft.rfft(windows)
         power = np.square(spectrum.real) + np.square(spectrum.imag)
@@ -85,7 +187,7 @@ class AudioCodec:
         return (mel - mel.mean()) / LOG_STD
 
 
-def mel_filters(config: AudioConfig, warp: float = 1.0) -> np.ndarray:
+def mel_filters(config: AudioSettings, warp: float = 1.0) -> np.ndarray:
     """Triangles [n_mels, n_fft // 2 + 1] on the HTK mel scale, all bands moved up by ``warp``."""
     top = config.sample_rate / 2
     points = 700 * (10 ** (np.linspace(_mel(FMIN), _mel(top), config.n_mels + 2) / 2595) - 1)
@@ -112,7 +214,7 @@ def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 def _trim(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Without the silence at both ends, save a margin."""
+    """Without the silence at both ends, except for a margin."""
     loud = np.flatnonzero(np.abs(wave) > 10 ** (-TRIM_DECIBELS / 20))
     if not loud.size:
         return wave
@@ -142,11 +244,11 @@ def _pad_frames(mel: np.ndarray, multiple: int) -> np.ndarray:
 class AudioEmbedder(nn.Module):
     """Log-mel [n, n_mels, F] and valid frames [n] -> [n * F / patch, D].
 
-    Frames past the valid ones are zeroed before and after every layer that looks at neighbours, so
+    Frames past the valid ones are zeroed before and after every layer with a receptive field of several frames, so
     a clip's tokens do not depend on how far its batch pads it.
     """
 
-    def __init__(self, config: AudioConfig, hidden_size: int) -> None:
+    def __init__(self, config: AudioSettings, hidden_size: int) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(_conv_layers(config, hidden_size) if config.stem == "conv" else ())
@@ -157,7 +259,7 @@ class AudioEmbedder(nn.Module):
         )
         self.positions: nn.Parameter | None = None
         if config.positions == "learned":
-            self.positions = nn.Parameter(0.02 * torch.randn(config.max_tokens, hidden_size))
+            self.positions = nn.Parameter(0.02 * torch.randn(config.max_frames // config.patch, hidden_size))
 
     def forward(self, log_mel: Tensor, frames_valid: Tensor) -> Tensor:
         assert log_mel.shape[2] % self.config.patch == 0, (log_mel.shape, self.config.patch)
@@ -177,7 +279,7 @@ class _Halve(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv1d(inputs, outputs, 5, stride=stride, padding=2)
+        self.conv = nn.Conv1d(inputs, outputs, KERNEL, stride=stride, padding=2)
         self.norm = ChannelNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,18 +289,18 @@ class _Halve(nn.Module):
 class _Residual1d(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv1d(channels, channels, RESIDUAL_KERNEL, padding=1)
         self.norm = ChannelNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.gelu(self.norm(self.conv(x)))
 
 
-def _widths(config: AudioConfig, hidden_size: int) -> list[int]:
+def _widths(config: AudioSettings, hidden_size: int) -> list[int]:
     return stem_widths(config.stem_channels, max(1, config.patch.bit_length() - 1), hidden_size)
 
 
-def _conv_layers(config: AudioConfig, hidden_size: int) -> list[nn.Module]:
+def _conv_layers(config: AudioSettings, hidden_size: int) -> list[nn.Module]:
     widths = [config.n_mels, *_widths(config, hidden_size)]
     steps, stride = len(widths) - 1, 2 if config.patch > 1 else 1
     layers: list[nn.Module] = []

@@ -1,141 +1,146 @@
-"""Text: the codec (a sentencepiece model) and the embedder (token ids -> rows).
-
-Owns the tokenizer's file checks, its fingerprint and subword dropout. The packer adds the begin
-and end marks.
-"""
+"""Text: sentencepiece ids between a begin and an end mark, and the table that embeds them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 import torch
-import xxhash
+from pydantic import Field
 from torch import Tensor, nn
 
-from mmmoe_pretrain.config import TextConfig
-from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
+from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
+from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, in_markdown
+from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import vocab_embedding
-from mmmoe_pretrain.untrusted import read_bytes
+
+MARKS = 2  # begin and end
+CONTEXT = 48  # characters shown on either side of a piece in a report
 
 
-class TextCodec:
-    """Text -> ids and back. ``cut`` counts the texts that were too long."""
+class TextSettings(ModalitySettings):
+    """``dropout``: sentencepiece subword regularisation in training (BPE dropout). With probability
+    ``label_probability`` a sample that has a label gets its class in ``evaluate.prompt`` as its text, and keeps only
+    its modalities in ``label_with`` (empty: all)."""
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        config: TextConfig,
-        *,
-        expected_fingerprint: str | None = None,
-        expected_vocab_size: int | None = None,
-    ) -> None:
-        data = _read_model(Path(model_path))
-        self.config = config
-        self.cut = 0
-        self.fingerprint = xxhash.xxh3_128_hexdigest(data)
-        _check_same("fingerprint", self.fingerprint, expected_fingerprint, model_path)
-        self._model = _load_model(data, model_path)
-        self.vocab_size: int = self._model.vocab_size()
-        self.pad_id: int = self._model.pad_id()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        self.unk_id: int = self._model.unk_id()
-        self._splits: dict[int, list[tuple[int, int]]] = {}
-        if min(self.bos_id, self.eos_id) < 0:
+    not_of_the_model = ("dropout", "label_probability", "label_with")
+
+    kind: Literal["text"] = "text"
+    max_tokens: int = Field(48, ge=2)  # longer texts are cut, and counted
+    positions: Literal["learned", "rotary"] = "rotary"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    label_probability: float = Field(0.0, ge=0, le=1)
+    label_with: tuple[str, ...] = ()
+
+    def check_names(self, name: str, modalities: Mapping[str, ModalitySettings]) -> None:
+        """See ``ModalitySettings.check_names``."""
+        if unknown := [other for other in self.label_with if other not in modalities or other == name]:
             raise ValueError(
-                f"tokenizer {model_path} has no begin or end mark (ids {self.bos_id}, "
-                f"{self.eos_id}); train one by mmmoe-data tokenizer"
+                f"modalities.{name}.label_with {', '.join(unknown)}: it names other modalities, and those are "
+                f"{', '.join(other for other in modalities if other != name) or 'none'}"
             )
-        _check_same("vocabulary size", self.vocab_size, expected_vocab_size, model_path)
 
-    def encode(self, text: str, rng: np.random.Generator | None = None, dropout: float = 0.0) -> np.ndarray:
-        """int64 ids [n], n <= max_tokens, without marks.
 
-        With ``rng`` each piece falls apart into two pieces of the vocabulary with probability
-        ``dropout``, and so do those: the effect of BPE dropout (arXiv 1910.13267) as a pure function
-        of the generator, which sentencepiece's own sampling (one global seed) is not.
-        """
-        ids: list[int] = self._model.encode(text)
-        if rng is not None and dropout > 0:
-            ids = self._drop(ids, rng, dropout)
-        if len(ids) > self.config.max_tokens:
+class Text(Modality):
+    """A value is int64 ids [n] with its marks: begin, at most ``max_tokens`` pieces, end."""
+
+    Settings = TextSettings
+    formats = ("txt", "text", "caption")
+    default_field = "text"
+    needs_tokenizer = True
+    predictable = True
+
+    def __init__(self, name: str, settings: TextSettings, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(name, settings, tokenizer)
+        self.label_probability, self.label_with = settings.label_probability, settings.label_with
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "a modality that reads text was built without its tokenizer"
+        return self._tokenizer
+
+    def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
+        """See ``Modality.decode``; a text that is blank, or that the tokenizer drops whole, has no value."""
+        ids = self.tokenizer.encode(self.raw(data), rng, self.settings.dropout)
+        if not len(ids):
+            return None
+        if len(ids) > self.settings.max_tokens:
             self.cut += 1
-        return np.asarray(ids[: self.config.max_tokens], dtype=np.int64)
+        marks = self.tokenizer
+        return np.concatenate([[marks.bos_id], ids[: self.settings.max_tokens], [marks.eos_id]])
 
-    def decode(self, ids: list[int] | np.ndarray) -> str:
-        """The text of ``ids``; marks leave no trace."""
-        return self._model.decode([int(i) for i in ids])
+    def raw(self, data: bytes) -> str:
+        if len(data) > MAX_TEXT_BYTES:
+            raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
+        try:
+            text = data.decode("utf-8-sig")  # editors of Windows begin files with a byte order mark
+        except UnicodeDecodeError as error:
+            raise BadSampleError(f"text is not UTF-8: {error}") from error
+        return text.strip() if has_text(text) else ""
 
-    def piece(self, token_id: int) -> str:
-        """The piece of the vocabulary; a word's first one begins with U+2581."""
-        return str(self._model.id_to_piece(int(token_id)))
+    def num_tokens(self, value: np.ndarray) -> int:
+        return len(value)
 
-    def _drop(self, ids: list[int], rng: np.random.Generator, dropout: float) -> list[int]:
-        stack, out = ids[::-1], []
-        while stack:
-            piece = stack.pop()
-            splits = self._split_points(piece)
-            if splits and rng.random() < dropout:
-                left, right = splits[int(rng.integers(len(splits)))]
-                stack += (right, left)
-            else:
-                out.append(piece)
-        return out
+    def keys(self, value: np.ndarray) -> np.ndarray:
+        return value
 
-    def _split_points(self, piece: int) -> list[tuple[int, int]]:
-        """The ways to write a piece as two pieces of the vocabulary."""
-        if piece not in self._splits:
-            text = self._model.id_to_piece(piece)
-            special = self._model.is_control(piece) or self._model.is_unknown(piece) or self._model.is_byte(piece)
-            halves = [] if special else [(text[:i], text[i:]) for i in range(1, len(text))]
-            pairs = [tuple(self._model.piece_to_id(half) for half in pair) for pair in halves]
-            self._splits[piece] = [(a, b) for a, b in pairs if self.unk_id not in (a, b)]
-        return self._splits[piece]
+    def collate(self, values: Sequence[np.ndarray]) -> Collated:
+        lengths = np.asarray([len(value) for value in values], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        nothing = np.zeros(0, dtype=np.int64)
+        positions = np.concatenate([nothing, *(np.arange(n) for n in lengths.tolist())])
+        return Collated({"ids": np.concatenate([nothing, *values]), "positions": positions}, starts)
 
+    @property
+    def max_tokens(self) -> int:
+        return int(self.settings.max_tokens) + MARKS
 
-def copy_tokenizer(path: str | Path, to: Path, fingerprint: str) -> None:
-    """Raises ValueError where ``path`` is not the tokenizer of ``fingerprint``."""
-    data = _read_model(Path(path))
-    _check_same("fingerprint", xxhash.xxh3_128_hexdigest(data), fingerprint, path)
-    to.write_bytes(data)
+    def stem_flops(self, hidden_size: int) -> float:
+        return 0.0
 
+    def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
+        return TextEmbedder(vocab_size, hidden_size, self.settings, groups)
 
-def _check_same(what: str, found: object, expected: object, path: str | Path) -> None:
-    if expected is not None and found != expected:
-        raise ValueError(
-            f"tokenizer {path} has {what} {found}, but the run was made with {expected}; set data.tokenizer to the "
-            f"file that the run started with"
-        )
+    def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
+        return {"piece": self._shown(int(value[token])), "of": self.tokenizer.decode(value)}
 
+    def caption(self, value: np.ndarray, token: int) -> str:
+        """The piece in bold within its text, in Markdown; marks are named."""
+        pieces = [self._piece(int(token_id)) for token_id in value]
+        before, after = ("".join(pieces[part]) for part in (slice(1, max(1, token)), slice(token + 1, -1)))
+        piece = pieces[token]
+        gap = " " if piece != piece.lstrip() and before else ""
+        before = before.lstrip()
+        before = before if len(before) <= CONTEXT else "…" + before[-CONTEXT:]
+        after = after if len(after) <= CONTEXT else after[:CONTEXT] + "…"
+        word = self._shown(int(value[token]))
+        return f"{in_markdown(before)}{gap}**{in_markdown(word)}**{in_markdown(after)}"
 
-def _read_model(path: Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}; give data.tokenizer=FILE, or make one by mmmoe-data tokenizer")
-    return read_bytes(path, MAX_MEMBER_BYTES)
+    def _shown(self, token_id: int) -> str:
+        return self._piece(token_id).strip() or "␣"  # a piece can be the space alone
 
+    def _piece(self, token_id: int) -> str:
+        """As it occurs in a text, with the space before a word."""
+        marks = {self.tokenizer.bos_id: "⟨begin⟩", self.tokenizer.eos_id: "⟨end⟩"}
+        return marks.get(token_id) or self.tokenizer.piece(token_id).replace("\u2581", " ")
 
-def _load_model(data: bytes, path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(data)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no sentencepiece model ({error}); make one by mmmoe-data tokenizer") from None
-    return model
+    def example(self, rng: np.random.Generator, vocab_size: int = 0) -> np.ndarray:
+        """See ``Modality.example``; its marks are of noise, too."""
+        return rng.integers(0, vocab_size, MARKS + int(rng.integers(1, self.settings.max_tokens + 1)))
 
 
 class TextEmbedder(nn.Module):
-    """ids [n] -> [n, D]; ``positions`` [n] count from the begin mark of each run."""
+    """ids [n] -> [n, D]; ``positions`` [n] count from the begin mark of each text."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, config: TextConfig, groups: Groups = SINGLE) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, settings: TextSettings, groups: Groups = SINGLE) -> None:
         super().__init__()
         self.table = vocab_embedding(vocab_size, hidden_size, groups)
         nn.init.normal_(self.table.get_parameter("weight"), std=0.02)
         self.positions: nn.Parameter | None = None
-        if config.positions == "learned":
-            self.positions = nn.Parameter(0.02 * torch.randn(config.max_tokens + 2, hidden_size))
+        if settings.positions == "learned":
+            self.positions = nn.Parameter(0.02 * torch.randn(settings.max_tokens + MARKS, hidden_size))
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         rows = self.table(ids)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain import kernels
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
+from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.models.attention import Attention, StreamPlan
 from mmmoe_pretrain.moe.activation import swiglu
 from mmmoe_pretrain.moe.layer import MoELayer
@@ -23,7 +24,7 @@ EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in fp32 (arXiv 1910.07467), whatever the type of x."""
+    """Root-mean-square normalisation in fp32 (arXiv 1910.07467) for any type of x."""
 
     def __init__(self, size: int, groups: Groups = SINGLE) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, groups: Groups = SINGLE) -> None:
         super().__init__()
-        self.gate_up = column_linear(hidden_size, 2 * ffn_hidden_size, groups, blocks=2)
+        self.gate_up = column_linear(hidden_size, 2 * ffn_hidden_size, groups, blocks=(1, 1))
         self.down = row_linear(ffn_hidden_size, hidden_size, groups)
         self.activate = swiglu
 
@@ -61,15 +62,15 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Block ``index`` of the trunk; sparse where ``is_sparse`` says so."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, groups: Groups) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, groups: Groups, names: StreamNames) -> None:
         super().__init__()
         size = model.hidden_size
         self.attention_norm = RMSNorm(size, groups)
-        self.attention = Attention(size, model.num_heads, groups)
+        self.attention = Attention(size, model.num_heads, model.kv_heads, groups)
         self.ffn_norm = RMSNorm(size, groups)
         self.ffn: MoELayer | FeedForward
         if is_sparse(moe, index):
-            self.ffn = MoELayer(moe, size, index, groups)
+            self.ffn = MoELayer(moe, size, index, groups, names)
         else:
             self.ffn = FeedForward(size, dense_width(model, moe, index), groups)
 
@@ -83,15 +84,15 @@ class Block(nn.Module):
         return x_tD + self.ffn(h_tD), None
 
 
-def has_mixture_place(moe: MoEConfig, index: int) -> bool:
+def has_moe_place(moe: MoEConfig, index: int) -> bool:
     """Block ``index`` is one of every ``moe.every``-th, the last of each group."""
     return (index + 1) % moe.every == 0
 
 
 def is_sparse(moe: MoEConfig, index: int) -> bool:
-    return has_mixture_place(moe, index) and not moe.dense
+    return has_moe_place(moe, index) and not moe.dense
 
 
 def dense_width(model: ModelConfig, moe: MoEConfig, index: int) -> int:
     """Hidden size of a dense block; with one expert its place keeps the expert's size."""
-    return moe.expert_hidden_size if has_mixture_place(moe, index) else model.ffn_hidden_size
+    return moe.expert_hidden_size if has_moe_place(moe, index) else model.ffn_hidden_size

@@ -1,12 +1,12 @@
-"""torch.compile for what it gains in a block: the chains of elementwise work between the matrix products.
+"""torch.compile for the chains of elementwise operations between the matrix products of a block.
 
 Compiled are the normalisations, the preparation of the heads (normalise, rotate, lay side by side) and
 SwiGLU. Each is a function of tensors alone, without branch or communication, and serves every block and
 every number of tokens by one graph. Products and attention kernels would stay the same library calls;
-routing and dispatch go by sizes that differ from step to step.
+sizes in routing and dispatch differ from step to step.
 
 The functions are exchanged inside the modules: names of parameters, hooks and layouts are untouched. Once
-one of them has run under a dispatch mode (a counter of operations) torch runs it uncompiled ever after.
+one of them has run under a dispatch mode (a counter of operations) torch always runs it uncompiled.
 """
 
 from __future__ import annotations

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mmmoe_pretrain.config import AudioConfig, ImageConfig, RunConfig
-from mmmoe_pretrain.config_moe import MoEConfig
-from mmmoe_pretrain.modalities.stem import stem_widths
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-
-IMAGE_KERNEL, AUDIO_KERNEL, RESIDUAL_KERNEL = 3, 5, 3  # of the convolutional stems, a side
+from mmmoe_pretrain.objectives import Objectives, objectives_of
 
 
 class TrunkCosts(NamedTuple):
@@ -31,7 +29,7 @@ class TrunkCosts(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Tokens of one sample: in all, that one token attends to on average, and with a caption target."""
+    """Tokens of one sample: in all, that one token attends to on average, and with a target."""
 
     tokens: float
     attended: float
@@ -41,18 +39,20 @@ class _Sample(NamedTuple):
 def block_costs(config: RunConfig, vocab_size: int) -> TrunkCosts:
     """FLOPs a token in the forward pass.
 
-    Each block: attention 8 D^2 + 4 L D (queries, keys, values and output; scores and their mix), and
-    ``feed_forward_flops``. First: the stems, for each modality's share of the tokens. Last: the joint
-    heads 2 D P for each of the modalities of a sample, the similarities 4 P G for each pair of them,
-    and the language head 2 D V for the share of tokens that have a target.
+    Each block: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less
+    for fewer, and 4 L D (scores and their mix); and ``feed_forward_flops``. First: the stems, for each modality's
+    share of the tokens. Last: the joint heads 2 D P for each representation of a sample, what objectives compute
+    beside, and the language head 2 D V for the share of tokens that have a target.
     """
-    sample, model = _sample(config), config.model
-    attention = 8 * model.hidden_size**2 + 4 * sample.attended * model.hidden_size
+    objectives, model = objectives_of(config), config.model
+    sample = _sample(objectives)
+    projections = 4 * model.hidden_size**2 * (1 + model.kv_heads / model.num_heads)
+    attention = projections + 4 * sample.attended * model.hidden_size
     blocks = tuple(attention + feed_forward_flops(config, i) for i in range(model.num_layers))
     return TrunkCosts(
         blocks,
-        _stem_flops_of_sample(config) / sample.tokens,
-        _head_flops_of_sample(config, vocab_size, sample) / sample.tokens,
+        _stem_flops_of_sample(objectives, model.hidden_size) / sample.tokens,
+        _head_flops_of_sample(config, objectives, vocab_size, sample.targets) / sample.tokens,
     )
 
 
@@ -76,58 +76,27 @@ def _mean_expert_size(moe: MoEConfig) -> float:
     return total / moe.router_outputs
 
 
-def _sample(config: RunConfig) -> _Sample:
-    modalities, captioning = config.modalities, config.objectives.captioning
-    text = modalities.text.max_tokens
-    lengths = {"image": modalities.image.num_tokens, "audio": modalities.audio.max_tokens, "text": text + 2}
-    segments = [(1.0, float(length)) for length in lengths.values()]  # how many a sample, tokens of each
-    targets = 0.0
-    if captioning.weight > 0:
-        for prefix in captioning.prefixes:
-            segments.append((captioning.fraction / len(captioning.prefixes), lengths[prefix] + text + 1.0))
-            targets += captioning.fraction / len(captioning.prefixes) * (text + 1)
-    tokens = sum(count * length for count, length in segments)
-    return _Sample(tokens, sum(count * length**2 for count, length in segments) / tokens, targets)
+def _sample(objectives: Objectives) -> _Sample:
+    segments = [expected for objective in objectives.values() for expected in objective.expected()]
+    tokens = sum(segment.count * segment.length for segment in segments)
+    attended = sum(segment.count * segment.scores for segment in segments) / tokens
+    return _Sample(tokens, attended, sum(segment.count * segment.targets for segment in segments))
 
 
-def _stem_flops_of_sample(config: RunConfig) -> float:
-    image, audio, hidden = config.modalities.image, config.modalities.audio, config.model.hidden_size
-    return image.num_tokens * _image_stem(image, hidden) + audio.max_tokens * _audio_stem(audio, hidden)
+def _stem_flops_of_sample(objectives: Objectives, hidden_size: int) -> float:
+    """Each modality that stands in some segment is embedded once."""
+    modalities = {
+        name: modality for objective in objectives.values() for name, modality in objective.modalities.items()
+    }
+    used = {name for objective in objectives.values() for part in objective.expected() for name, _ in part.tokens}
+    return sum(modalities[name].max_tokens * modalities[name].stem_flops(hidden_size) for name in sorted(used))
 
 
-def _image_stem(image: ImageConfig, hidden: int) -> float:
-    """FLOPs a token."""
-    if image.stem == "linear":
-        return 2 * 3 * image.patch**2 * hidden
-    steps = image.patch.bit_length() - 1
-    widths = [3, *stem_widths(image.stem_channels, steps, hidden)]
-    places = [(image.patch >> i + 1) ** 2 for i in range(steps)]  # of a token, after each halving
-    return _conv_stem(widths, places, IMAGE_KERNEL**2, RESIDUAL_KERNEL**2, hidden)
-
-
-def _audio_stem(audio: AudioConfig, hidden: int) -> float:
-    """FLOPs a token."""
-    if audio.stem == "linear":
-        return 2 * audio.n_mels * audio.patch * hidden
-    steps = max(1, audio.patch.bit_length() - 1)
-    widths = [audio.n_mels, *stem_widths(audio.stem_channels, steps, hidden)]
-    places = [max(1, audio.patch >> i + 1) for i in range(steps)]
-    return _conv_stem(widths, places, AUDIO_KERNEL, RESIDUAL_KERNEL, hidden)
-
-
-def _conv_stem(widths: list[int], places: list[int], kernel: int, residual_kernel: int, hidden: int) -> float:
-    """Steps that halve, a residual layer after each of the last two, and a product with [width, D]."""
-    flops = 2.0 * widths[-1] * hidden
-    for step, count in enumerate(places):
-        residual = residual_kernel * widths[step + 1] ** 2 if step >= len(places) - 2 else 0
-        flops += 2 * count * (kernel * widths[step] * widths[step + 1] + residual)
-    return flops
-
-
-def _head_flops_of_sample(config: RunConfig, vocab_size: int, sample: _Sample) -> float:
-    model, contrastive = config.model, config.objectives.contrastive
-    heads = 3 * 2 * model.hidden_size * model.embedding_size
-    parts = 1 if contrastive.cached else config.train.num_microbatches
-    others = config.train.global_batch_size / parts
-    similarities = len(contrastive.pairs) * 2 * 2 * model.embedding_size * others  # either way round
-    return heads + similarities + 2 * model.hidden_size * vocab_size * sample.targets
+def _head_flops_of_sample(config: RunConfig, objectives: Objectives, vocab_size: int, targets: float) -> float:
+    model, train = config.model, config.train
+    heads = len(objectives.representations) * 2 * model.hidden_size * model.embedding_size
+    losses = 0.0
+    for objective in objectives.values():
+        parts = 1 if objective.whole_step else train.num_microbatches
+        losses += objective.flops(model.embedding_size, train.global_batch_size / parts)
+    return heads + losses + 2 * model.hidden_size * vocab_size * targets

@@ -1,6 +1,6 @@
 """Initial weights that depend on the seed and the parameter's logical name alone.
 
-Every layout then starts from the same model: a rank that holds experts 4 to 7, or a part of a matrix,
+So every layout starts from the same model: a rank that holds experts 4 to 7, or a part of a matrix,
 draws what one process would have drawn and keeps its own.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,15 @@ RESIDUAL_OUTPUTS = re.compile(
     r"(attention\.out|ffn\.down|ffn\.shared\.down)\.weight$|ffn\.experts\.(stacks\.\d+\.)?down$"
 )
 EMBEDDING_STD = 0.02
+TABLES = ("modality_embedding", "task_embedding")  # of rows by name
 
 
-def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
-    """Overwrite every parameter: matrices normal with variance 1 / fan-in (those that write into
-    the residual stream divided by sqrt(2 num_layers), as in GPT-2), embeddings normal with
-    ``EMBEDDING_STD``, biases zero, scales one. What an objective brings keeps its own value.
+def init_parameters(
+    model: nn.Module, seed: int, num_layers: int, stream_name: Callable[[str], str] = lambda name: name
+) -> None:
+    """Overwrite every parameter: matrices normal with variance 1 / fan-in (those that write into the residual stream
+    divided by sqrt(2 num_layers), as in GPT-2), embeddings normal with ``EMBEDDING_STD``, biases zero, scales one.
+    ``stream_name`` maps a parameter's name to the key of its random numbers.
     """
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     # an embedding, cut or not, has this attribute
@@ -42,7 +46,7 @@ def init_parameters(model: nn.Module, seed: int, num_layers: int) -> None:
             elif parameter.ndim >= 2:
                 shape = logical_shape(tuple(parameter.shape), cuts[name])
                 std = EMBEDDING_STD if name in tables or _is_table(name) else math.prod(shape[1:]) ** -0.5
-                whole = _normal(shape, std * _residual_scale(name, num_layers), f"{seed}/{name}")
+                whole = _normal(shape, std * _residual_scale(name, num_layers), f"{seed}/{stream_name(name)}")
                 parameter.copy_(part_of(whole, cuts[name]))
             elif name.endswith("bias"):
                 parameter.zero_()
@@ -63,7 +67,7 @@ def _init_experts(
 
 
 def _is_table(name: str) -> bool:
-    return name.endswith(("positions", "position_embedding", "task_embedding"))
+    return name.endswith("positions") or any(f"{table}." in name for table in TABLES)
 
 
 def _residual_scale(name: str, num_layers: int) -> float:

@@ -1,13 +1,14 @@
-"""The model together with what it is trained to do: a batch goes in, one loss comes out.
+"""The model together with its objectives: from a batch to one loss.
 
-Under pipelining each rank holds one stage of it (or several). Objectives live on the last stage; the
-auxiliary losses of a stage's own mixtures get their gradient where they arise.
+Under pipelining each rank holds one stage of it (or several). Objectives are on the last stage; the auxiliary losses
+of a stage's MoE layers get their gradient on that stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,11 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.models.init import init_parameters
-from mmmoe_pretrain.models.mmmoe import MMMoE, ModelOutput
+from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.losses import BalanceWindow, loss_names, reduce_stats, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.objectives.cached import ContrastiveCache
-from mmmoe_pretrain.objectives.contrastive import ContrastiveObjective
-from mmmoe_pretrain.objectives.counts import CAPTIONING, CONTRASTIVE, StepCounts, loss_weights, step_counts
+from mmmoe_pretrain.objectives import ObjectiveModule, Outputs, StepCounts, step_counts
 from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
@@ -32,7 +31,7 @@ from mmmoe_pretrain.parallel.stages import Stage, whole
 class LossReport:
     """``losses`` by name, each times its weight: a microbatch's part of the step's losses on this rank. Over all
     stages and microbatches they sum to the rank's loss, and the mean over the data-parallel ranks is the loss.
-    ``routing`` is over those ranks, of this stage's mixtures."""
+    ``routing`` is over those ranks, of this stage's MoE layers."""
 
     losses: dict[str, Tensor]
     routing: tuple[RoutingStats, ...]
@@ -49,75 +48,77 @@ class PretrainingModel(nn.Module):
         self.groups = groups
         self.stage = stage or whole(config.model.num_layers)
         self.window = BalanceWindow()
+        self._step = 0
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
-        self._cache: _Cache | None = None
+        self._pass: Literal["only", "collecting", "second"] = "only"  # of a step
         self.mmmoe = MMMoE(config, vocab_size, groups, self.stage)
-        init_parameters(self.mmmoe, config.seed, config.model.num_layers)
-        self.contrastive: ContrastiveObjective | None = None
-        if config.objectives.contrastive.on and self.stage.last:
-            self.contrastive = ContrastiveObjective(config.objectives.contrastive)
+        self.objectives = self.mmmoe.objectives
+        modules = {name: objective.module() for name, objective in self.objectives.items()} if self.stage.last else {}
+        self.tasks = nn.ModuleDict(modules)
+        seed, num_layers, stream_name = config.seed, config.model.num_layers, self.mmmoe.stream_name
+        init_parameters(self.mmmoe, seed, num_layers, stream_name)
+        init_parameters(self.tasks, seed, num_layers, lambda name: stream_name(f"tasks.{name}"))
 
     def forward(self, batch: Batch, received_nD: Tensor | None = None) -> tuple[Tensor, LossReport]:
         """The last stage: this microbatch's part of the step's loss, a scalar (``LossReport``). Another: the
         hidden states for the next one, which carry the gradient of this stage's auxiliary losses. Both:
         the parts of the loss. ``received_nD`` is what the stage before sent, None on the first."""
         x_nD, own_routing = self.mmmoe.run_stage(batch, received_nD)
-        if self._cache is not None and self._cache.sums is None:
+        if self._pass == "collecting":
             return self._collect(x_nD, batch), LossReport({}, ())
-        counts = self._counts or step_counts([batch], self.config.objectives, self.groups.data, x_nD.device)
+        counts = self._counts or step_counts([batch], self.objectives, self.groups.data, x_nD.device)
         routing = reduce_stats(own_routing, self.groups.data)
         losses: dict[str, Tensor] = {}
-        surrogate = None
+        total = x_nD.new_zeros((), dtype=torch.float32)
         if self.stage.last:
-            output = self.mmmoe.heads(x_nD, batch, own_routing)
-            losses |= self._objectives(output, batch, counts)
-            surrogate = self._cache.next_surrogate(output.features) if self._cache is not None else None
+            losses, total = self._objectives(self.mmmoe.heads(x_nD, batch), batch, counts)
         auxiliary = self._auxiliary(routing, counts.tokens)
         losses |= auxiliary
+        if auxiliary:
+            total = total + torch.stack(list(auxiliary.values())).sum()
         report = LossReport({k: v.detach() for k, v in losses.items()}, tuple(s.detach() for s in routing))
         if self.stage.last:
-            if self.contrastive is None:  # no loss reaches the joint heads, and engines wait for every gradient
-                surrogate = 0.0 * torch.stack([rows.sum() for rows in output.features.values()]).sum()
-            return self._total(losses, surrogate), report
-        if auxiliary:
-            total = torch.stack(list(auxiliary.values())).sum()
-            x_nD = _WithLoss.apply(x_nD, total, self._loss_scale)
-        return x_nD, report
+            return total, report
+        return (_WithLoss.apply(x_nD, total, self._loss_scale) if auxiliary else x_nD), report
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Every loss of the whole model in a fixed order, whatever this stage holds."""
-        names = list(loss_weights(self.config.objectives))
-        if self._num_mixtures:
-            names += [f"aux/{name}" for name in loss_names(self.config.moe.losses)]
+        """Every loss of the whole model in a fixed order, on every stage."""
+        names = list(self.objectives.losses)
+        if self._num_moe_layers:
+            names += [f"aux/{name}" for name in loss_names(self.config.moe.losses, self.mmmoe.names.modalities)]
         return tuple(names)
 
     @property
-    def _num_mixtures(self) -> int:
+    def _num_moe_layers(self) -> int:
         return sum(is_sparse(self.config.moe, i) for i in range(self.config.model.num_layers))
 
-    def _objectives(self, output: ModelOutput, batch: Batch, counts: StepCounts) -> dict[str, Tensor]:
-        sums = {CAPTIONING: output.caption_nll.sum()}
-        if self.contrastive is not None:
-            if self._cache is not None:
-                pairs = self._cache.known_sums
-            else:
-                pairs = self.contrastive(output.features, batch.present_MB, batch.group_ids, self.groups)
-            sums |= {CONTRASTIVE + pair: value for pair, value in pairs.items()}
-        return {name: factor * sums[name] for name, factor in self._factors(counts).items()}
+    def _objectives(self, outputs: Outputs, batch: Batch, counts: StepCounts) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted losses by name, and what stands for them in the total: themselves, or of an objective over the
+        whole step, whose losses are values alone, its surrogate, which is 0 and has their gradient."""
+        sums: dict[str, Tensor] = {}
+        total = outputs.hidden_nD.new_zeros((), dtype=torch.float32)
+        factors = self._factors(counts)
+        for name, module in self._task_modules():
+            own = module(outputs, batch, self.groups)
+            sums |= own
+            if self._pass == "second" and self.objectives[name].whole_step:
+                total = total + module.surrogate(outputs)
+            total = total + torch.stack([factors[loss] * value for loss, value in own.items()]).sum()
+        return {loss: factors[loss] * sums[loss] for loss in self.objectives.losses}, total
 
     def _factors(self, counts: StepCounts) -> dict[str, float]:
-        """By the name of an objective's loss: what makes of a rank's sum its part of the weighted mean."""
-        weights = loss_weights(self.config.objectives)
-        return {name: w * self.groups.data_size / max(1, counts.terms[name]) for name, w in weights.items()}
+        """The factors, by loss, from a rank's sum to its part of the weighted mean."""
+        weights = self.objectives.weights(self._step)
+        return {loss: w * self.groups.data_size / max(1, counts.terms[loss]) for loss, w in weights.items()}
 
     def _auxiliary(self, routing: tuple[RoutingStats, ...], tokens: int) -> dict[str, Tensor]:
-        """This stage's part of the mean over all mixtures, for a global microbatch of a step of ``tokens``."""
+        """This stage's part of the mean over all MoE layers, for a global microbatch of a step of ``tokens``."""
         if not routing:
             return {}
         counts = self.window.add(routing) if self.training else None
-        share = len(routing) / self._num_mixtures * routing[0].tokens_M.sum() / max(1, tokens)
+        share = len(routing) / self._num_moe_layers * routing[0].tokens_M.sum() / max(1, tokens)
         losses = routing_losses(routing, self.config.moe.losses, counts)
         return {f"aux/{name}": share * loss for name, loss in losses.items()}
 
@@ -127,38 +128,49 @@ class PretrainingModel(nn.Module):
         resumed run repeats it. The engine multiplies the loss by ``loss_scale`` (fp16), and so it is with
         auxiliary losses that get their gradient on an earlier stage."""
         seed = (self.config.seed * 1_000_003 + step) * 65_537 + self.groups.data_rank
-        self._counts, self._loss_scale = counts, loss_scale
+        self._step, self._counts, self._loss_scale = step, counts, loss_scale
         self.window.reset()
         self.mmmoe.begin_step(seed)
 
-    def begin_caching(self) -> None:
-        """Before a pass without gradients over all microbatches of a step, where
-        ``objectives.contrastive.cached``: it collects what the contrastive loss is of."""
-        self._cache = _Cache()
+    def begin_collecting(self) -> None:
+        """Before a pass without gradients over all microbatches of a step, where some objective's loss is of the
+        whole step (``Objectives.whole_step``)."""
+        self._pass = "collecting"
 
-    def end_caching(self) -> None:
-        """After that pass: the contrastive loss of the whole step, for ``forward`` to go by. ``begin_step``
-        has to be called again after it."""
-        assert self._cache is not None and self._counts is not None
-        factors = {name.removeprefix(CONTRASTIVE): f for name, f in self._factors(self._counts).items()}
-        self._cache.finish(self.contrastive, self.groups, factors)
+    def end_collecting(self) -> None:
+        """After that pass: the losses of the whole step, for ``forward`` to use. ``begin_step`` has to be called
+        again after it."""
+        assert self._pass == "collecting" and self._counts is not None
+        self._pass = "second"
+        for module in self._over_whole_step():
+            module.finish(self.groups, self._factors(self._counts))
 
     def _collect(self, x_nD: Tensor, batch: Batch) -> Tensor:
-        assert self._cache is not None
         if not self.stage.last:
             return x_nD
-        self._cache.cache.collect(self.mmmoe.features(x_nD, batch), batch.present_MB, batch.group_ids)
+        outputs = self.mmmoe.heads(x_nD, batch)
+        for module in self._over_whole_step():
+            module.collect(outputs, batch)
         return x_nD.new_zeros(())
 
-    def _total(self, losses: dict[str, Tensor], surrogate: Tensor | None) -> Tensor:
-        """The loss. Losses out of a cache are values alone; the surrogate, of value 0, has their gradient."""
-        total = torch.stack(list(losses.values())).sum()
-        return total if surrogate is None else total + surrogate
+    def _task_modules(self) -> Iterator[tuple[str, ObjectiveModule]]:
+        for name, module in self.tasks.items():
+            assert isinstance(module, ObjectiveModule)
+            yield name, module
+
+    def _over_whole_step(self) -> list[ObjectiveModule]:
+        return [module for name, module in self._task_modules() if self.objectives[name].whole_step]
+
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        """Parameters that objectives keep below a bound."""
+        return [bound for _, module in self._task_modules() for bound in module.upper_bounds()]
 
     def end_step(self, routing: tuple[RoutingStats, ...] | None) -> None:
-        """After the optimizer step: routers follow the load. ``routing``, of this stage's mixtures, is over
-        all data-parallel ranks and microbatches; None where the step was left out."""
-        self._cache = self._counts = None
+        """After the optimizer step: routers follow the load. ``routing``, of this stage's MoE layers, is over
+        all data-parallel ranks and microbatches; None if the step was skipped."""
+        self._counts, self._pass = None, "only"
+        for module in self._over_whole_step():
+            module.forget()
         if routing is not None:
             for router, stats in zip(self._routers(), routing, strict=True):
                 router.end_step(stats)
@@ -175,27 +187,6 @@ class PretrainingModel(nn.Module):
         if self.mmmoe.language_head is not None:
             for parameter in self.mmmoe.language_head.parameters():
                 parameter.data = parameter.data.to(dtype)
-
-
-class _Cache:
-    """The contrastive part of a step that is run twice; on the last stage, else a mark of the first pass."""
-
-    def __init__(self) -> None:
-        self.cache = ContrastiveCache()
-        self.sums: dict[str, Tensor] | None = None  # of each pair, a microbatch's share; None in the first pass
-        self._next = 0
-
-    @property
-    def known_sums(self) -> dict[str, Tensor]:
-        assert self.sums is not None
-        return self.sums
-
-    def finish(self, objective: ContrastiveObjective | None, groups: Groups, factors: dict[str, float]) -> None:
-        self.sums = {} if objective is None else self.cache.finish(objective, groups, factors)
-
-    def next_surrogate(self, features: dict[str, Tensor]) -> Tensor:
-        self._next += 1
-        return self.cache.surrogate(self._next - 1, features)
 
 
 class _WithLoss(torch.autograd.Function):

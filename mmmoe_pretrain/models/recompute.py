@@ -1,6 +1,6 @@
 """Activations that are computed again in the backward pass instead of being kept (arXiv 1604.06174).
 
-``experts``: what is widest in a mixture, inside the experts alone (``moe/expert_math.py``).
+``experts``: the widest activations of an MoE layer, inside the experts alone (``moe/expert_math.py``).
 ``blocks``: of each block of the trunk its input alone is kept.
 
 A block may be run twice because it is a function of its input, its parameters and the plan: the noise of

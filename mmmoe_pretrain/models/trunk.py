@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
+from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
 from mmmoe_pretrain.models.recompute import run_block
@@ -20,11 +21,11 @@ class Trunk(nn.Module):
     normalisation. Between the blocks a tensor rank holds all tokens, or under sequence parallelism its
     share of them; the first stage cuts them and the last one puts them together."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, groups: Groups, stage: Stage) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, groups: Groups, stage: Stage, names: StreamNames) -> None:
         super().__init__()
         self.groups, self.stage = groups, stage
         self.recompute = False  # keep each block's input alone for the backward pass
-        self.blocks = nn.ModuleDict({str(i): Block(model, moe, i, groups) for i in stage.blocks})
+        self.blocks = nn.ModuleDict({str(i): Block(model, moe, i, groups, names) for i in stage.blocks})
         self.norm = RMSNorm(model.hidden_size, groups) if stage.last else None
 
     def forward(self, x_nD: Tensor, plan: StreamPlan) -> tuple[Tensor, tuple[RoutingStats, ...]]:

@@ -1,9 +1,9 @@
-"""Experts: stacked weights of this rank, and where each expert of the whole layer lives.
+"""Experts: the stacked weights of this rank, and on which rank each expert of the layer is.
 
-Owns parameters and placement; the arithmetic is in ``expert_math.py``. Knows nothing of routing or
-communication. Experts of unlike size (``moe.expert_groups``) form one stack a group; every expert
-rank holds an equal share of every group. Tensor ranks hold a share of each expert's hidden size, so
-that their results are parts of a sum.
+Has the parameters, their placement and the choice of the backend (``expert_math.py``, ``cpu/``), without routing and
+communication. Experts of different sizes (``moe.expert_groups``) form one stack a group; every expert rank holds an
+equal share of every group. Tensor ranks hold a share of each expert's hidden size, so that their results are parts of
+a sum.
 """
 
 from __future__ import annotations
@@ -14,25 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.moe.expert_math import choose_backend
-from mmmoe_pretrain.moe.memory import Buffers
+from mmmoe_pretrain.moe.cpu.blocked import blocked
+from mmmoe_pretrain.moe.cpu.buffers import Buffers
+from mmmoe_pretrain.moe.expert_math import ExpertMath, ExpertStack, grouped_mm, grouped_mm_fits
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.parallel.cuts import expert_cut, mark_cut, mark_stacked, tensor_cut, tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.placement import Placement
 from mmmoe_pretrain.parallel.tensor import sum_gradients
 
+EXPERT_BACKENDS: dict[str, ExpertMath] = {"blocked": blocked, "grouped_mm": grouped_mm}
+
+
+def choose_backend(name: str, x_mD: Tensor, plan: ExpertPlan, stack: ExpertStack) -> ExpertMath:
+    """``auto``: grouped products on a GPU, blocks on a CPU. Blocks wherever grouped products do not fit."""
+    wants_grouped = name == "grouped_mm" or (name == "auto" and x_mD.device.type != "cpu")
+    return grouped_mm if wants_grouped and grouped_mm_fits(x_mD, plan, stack) else blocked
+
 
 class Experts(nn.Module):
     """A stack of equal experts; ``local_experts`` are their indices within their group.
 
     ``up``: [E_local, F, D], or [E_local, 2F, D] with the gate before the up projection (SwiGLU).
-    ``down``: [E_local, D, F]; F is this tensor rank's share. Each expert stands as in ``nn.Linear``.
+    ``down``: [E_local, D, F]; F is this tensor rank's share. Each expert has the layout of ``nn.Linear``.
     ``up_bias`` and ``down_bias``, if ``biases``: [E_local, F or 2F], [E_local, D]; of D, too, a tensor rank
     has a share, since the ranks' results are summed. All are marked so that the engines reduce their
-    gradients over the replicas of the expert alone. ``weight_on_input``: y = expert(w x), not w expert(x).
+    gradients only over the replicas of the expert. ``weight_on_input``: y = expert(w x), not w expert(x).
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class Experts(nn.Module):
             mark_stacked(weight)
 
     def placements(self) -> dict[str, Placement]:
-        experts, blocks = expert_cut(self.groups), ACTIVATIONS[self.activation].width
+        experts, blocks = expert_cut(self.groups), (1,) * ACTIVATIONS[self.activation].width
         wide = (*experts, *tensor_cut(1, self.groups, blocks))
         found = {"up": wide, "down": (*experts, *tensor_cut(2, self.groups))}
         if self.down_bias is not None:
@@ -87,14 +96,13 @@ class Experts(nn.Module):
         return sum_rows(self._weighted_sum(x_AD, torch.ones_like(weights_A), plan.one_by_one()), plan)
 
     def _weighted_sum(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
-        math = choose_backend(self.backend, x_mD, plan, self.up, self.down)
-        buffers, recompute = self._memory, self.recompute
-        y_mD = math(x_mD, weights_A, plan, self.up, self.down, self.activation, buffers, recompute, self.up_bias)
+        stack = ExpertStack(self.up, self.down, self.activation, self.up_bias, self.recompute, self._memory)
+        y_mD = choose_backend(self.backend, x_mD, plan, stack)(x_mD, weights_A, plan, stack)
         return y_mD if self.down_bias is None else y_mD + self._down_biases(weights_A, plan).to(y_mD.dtype)
 
     def _down_biases(self, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
-        """[m, D]: the sum of w b_e over each row's experts, 0 outside this tensor rank's share of D. By a
-        gather, so that a row's gradient reaches no expert that it does not visit, not even 0 times it."""
+        """[m, D]: the sum of w b_e over each row's experts, 0 outside this tensor rank's share of D. Uses a gather,
+        so that a row's gradient reaches only its own experts (0 times NaN is NaN)."""
         assert self.down_bias is not None
         table = F.pad(self.down_bias, (0, 0, 0, 1))  # a row of zeros, for "none"
         weights = F.pad(weights_A.to(table.dtype), (0, 1))[plan.place]
@@ -105,7 +113,7 @@ class Experts(nn.Module):
 
 
 class ExpertGroups(nn.Module):
-    """Stacks of unlike size one after another; the plan counts their experts in that order."""
+    """Stacks of different sizes, one after another; the plan counts their experts in that order."""
 
     def __init__(self, stacks: list[Experts]) -> None:
         super().__init__()
@@ -125,7 +133,7 @@ class ExpertGroups(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token visits; held by every expert rank (DeepSeekMoE, arXiv 2401.06066), and
+    """The expert of every token; held by every expert rank (DeepSeekMoE, arXiv 2401.06066), and
     of its hidden size a share by each tensor rank. The layer sums those parts with its experts'.
     ``gated``: the output times sigmoid(w x), w of the parameter ``gate`` (Qwen2-MoE)."""
 
@@ -147,7 +155,7 @@ class SharedExpert(nn.Module):
             mark_cut(layer.get_parameter("weight"), groups)
 
     def placements(self) -> dict[str, Placement]:
-        blocks = ACTIVATIONS[self.activation].width
+        blocks = (1,) * ACTIVATIONS[self.activation].width
         return {"up.weight": tensor_cut(0, self.groups, blocks), "down.weight": tensor_cut(1, self.groups)}
 
     def forward(self, x_nD: Tensor, alike_nD: Tensor) -> Tensor:
@@ -177,9 +185,9 @@ def make_experts(config: MoEConfig, hidden_size: int, groups: Groups) -> Experts
 
 
 def slot_of_expert(config: MoEConfig, ranks: int) -> Tensor:
-    """[router outputs]: the place of each expert in the order (rank, index on that rank).
+    """[router outputs]: the position of each expert in the order (rank, index on that rank).
 
-    An expert without computation lives nowhere: its slot is ``num_experts``. Raises ValueError where
+    An expert without computation is on no rank: its slot is ``num_experts``. Raises ValueError where
     a group does not divide among the ranks.
     """
     slots, before, per_rank = [], 0, config.num_experts // ranks

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: router, dispatcher and experts composed.
 
-Every tensor rank makes the same decisions for all n tokens and holds a part of every expert; the parts
-are summed once, behind the dispatcher. t: rows of this rank, n or under sequence parallelism a share.
+Every tensor rank routes all n tokens in the same way and holds a part of every expert; the partial sums are reduced
+once, after the dispatcher. t: rows of this rank, n or under sequence parallelism a share.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.base import ONE_STREAM, StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.dispatch import make_dispatcher
 from mmmoe_pretrain.moe.experts import SharedExpert, make_experts, slot_of_expert
 from mmmoe_pretrain.moe.router import Router
@@ -22,11 +23,13 @@ from mmmoe_pretrain.parallel.tensor import enter_parts, leave_parts, sum_gradien
 class MoELayer(nn.Module):
     """A sparse feed-forward layer over the valid tokens of a stream."""
 
-    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, groups: Groups) -> None:
+    def __init__(
+        self, config: MoEConfig, hidden_size: int, layer: int, groups: Groups, names: StreamNames = ONE_STREAM
+    ) -> None:
         super().__init__()
         config = config.for_layer(layer)
         self.config, self.groups = config, groups
-        self.router = Router(config, hidden_size, layer)
+        self.router = Router(config, hidden_size, layer, names)
         self.experts = make_experts(config, hidden_size, groups)
         self.shared: SharedExpert | None = None
         if config.shared_expert_hidden_size:
@@ -49,13 +52,13 @@ class MoELayer(nn.Module):
         )
         if shared_nD is not None:
             out_nD = out_nD + shared_nD
-        if self.config.identity_experts and self.groups.tensor_rank == 0:  # no part but a whole: once in the sum
+        if self.config.identity_experts and self.groups.tensor_rank == 0:  # not a partial sum: added on one rank only
             identity_n = self._identity_weight(routing.expert_ids_nK, weights_nK)
             out_nD = out_nD + identity_n[:, None].to(x_nD.dtype) * x_nD
         return leave_parts(out_nD, self.groups), routing.stats
 
     def _identity_weight(self, ids_nK: Tensor, weights_nK: Tensor) -> Tensor:
-        """[n]: the weight that each token's identity experts have together."""
+        """[n]: the sum of the weights of each token's identity experts."""
         first = self.config.num_experts
         is_identity = (ids_nK >= first) & (ids_nK < first + self.config.identity_experts)
         return torch.where(is_identity, weights_nK, 0.0).sum(-1)

@@ -1,8 +1,6 @@
-"""From a router's decision to the sums that its losses and its telemetry are computed from.
-
-``stats.gather_stats`` counts what is always kept; here are the sums that only a loss asks for.
-Tokens are the valid ones (n of them): padding never reaches a router. Shapes: M modalities,
-E experts (those without computation included), K choices, S segments.
+"""Sums over a router's decisions for its losses and its telemetry. ``stats.gather_stats`` computes the sums that are
+always kept; this module those that only a loss needs. Tokens are the valid ones (n of them): padding never reaches a
+router. Shapes: M modalities, E experts (those without computation included), K choices, S segments.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs
-from mmmoe_pretrain.moe.stats import M, RoutingStats, gather_stats
+from mmmoe_pretrain.moe.stats import RoutingStats, gather_stats
 
 MIN_STD = 1e-4  # of learned noise: a softplus far below 0 is 0 in fp32, and the load divides by it
 
@@ -22,7 +20,7 @@ MIN_STD = 1e-4  # of learned noise: a softplus far below 0 is 0 in fp32, and the
 def statistics(
     inputs: RouterInputs, choice: Choice, kept_nK: Tensor, weight_ED: Tensor, allowed_ME: Tensor | None
 ) -> RoutingStats:
-    """Sums over this rank's tokens, with gradients only where a loss asks for them.
+    """Sums over this rank's tokens, with gradients only if a loss needs them.
 
     ``inputs.logits_nE`` are masked by ``allowed_ME`` already; None is a router without masks.
     """
@@ -33,7 +31,7 @@ def statistics(
         allowed_nE = None if allowed_ME is None else allowed_ME[tokens.modality_ids_n]
         if losses.load:
             load_nE = smooth_load(inputs, allowed_nE)
-            member_Mn = F.one_hot(tokens.modality_ids_n, M).to(load_nE.dtype).t()
+            member_Mn = F.one_hot(tokens.modality_ids_n, len(tokens.names.modalities)).to(load_nE.dtype).t()
             stats = dataclasses.replace(stats, load_ME=member_Mn @ load_nE)
         if losses.balance and losses.balance_scope == "sequence":
             p_nE = choice.log_p_nE.exp()
@@ -47,10 +45,10 @@ def statistics(
 def smooth_load(inputs: RouterInputs, allowed_nE: Tensor | None) -> Tensor:
     """[n, E]: the probability that an expert is among the token's top k if the noise were drawn again.
 
-    p_e(x) = 1 - Phi((eta_k - (W x)_e) / sigma), eta_k the k-th largest of the logits as they were seen
-    (V-MoE, arXiv 2106.05974, appendix A.2): on logits, not on probabilities, and eta_k has a gradient
-    too. sigma is 1 / E, or what noisy_top_k has learned. A balancing bias or node groups are left out:
-    the load is what the logits alone would choose. 0 where an expert may not be chosen.
+    p_e(x) = 1 - Phi((eta_k - (W x)_e) / sigma), eta_k the k-th largest of the logits as they were seen (V-MoE, arXiv
+    2106.05974, appendix A.2): on logits, not on probabilities, and eta_k has a gradient too. sigma is 1 / E, or what
+    noisy_top_k has learned. Balancing biases and node groups are ignored: the load is that of the logits alone. 0
+    where an expert may not be chosen.
     """
     logits_nE = inputs.logits_nE
     std: float | Tensor = 1 / logits_nE.shape[-1]
@@ -96,7 +94,7 @@ def sequence_balance(
 
 def _rank_of_segment(segment_ids_n: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the segments present a token belongs to, from 0, and how many there are: any ids, in
-    any order, without asking the device for their maximum."""
+    any order, without reading their maximum from the device."""
     order_n = segment_ids_n.argsort(stable=True)
     sorted_n = segment_ids_n[order_n]
     first_n = torch.ones_like(sorted_n)
@@ -107,10 +105,10 @@ def _rank_of_segment(segment_ids_n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonality(weight_ED: Tensor) -> Tensor:
-    """|W W^T - I|_F^2 / E^2 with rows of length 1: experts should listen to unlike directions.
+    """|W W^T - I|_F^2 / E^2 with rows of length 1: experts should have orthogonal directions.
 
     Router orthogonalisation loss of the ERNIE 4.5 technical report (Baidu, 2025). There every modality
-    has a router of its own and the step is taken beside Adam; here it is one router of all experts
+    has a router of its own and the step is taken outside of Adam; here it is one router of all experts
     (those of other modality groups too), and the gradient goes through the optimizer like any other.
     """
     unit_ED = F.normalize(weight_ED.float(), dim=-1)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES, MODALITY_ID
-from mmmoe_pretrain.config_moe import RoutingLossConfig
+from mmmoe_pretrain.config.moe import RoutingLossConfig
 from mmmoe_pretrain.moe.balance import ALL, balance, importance, load, sequence_balance
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.collectives import all_reduce_sum
@@ -28,7 +27,7 @@ def reduce_stats(stats: Sequence[RoutingStats], group: Group) -> tuple[RoutingSt
         return ()
     flat = [layer.flatten() for layer in stats]
     total = all_reduce_sum(torch.cat(flat), group)
-    rows = total.split([row.numel() for row in flat])  # layers may have unlike numbers of experts
+    rows = total.split([row.numel() for row in flat])  # layers may have different numbers of experts
     return tuple(layer.unflatten(row) for layer, row in zip(stats, rows, strict=True))
 
 
@@ -47,18 +46,18 @@ class BalanceWindow:
 
     Call ``reset`` where a step begins, and ``add`` once for each microbatch of training with reduced
     statistics, outside of anything that is recomputed. Without gradients (evaluation, or the first
-    pass of a reentrant recomputation) ``add`` remembers nothing.
+    pass of a reentrant recomputation) ``add`` stores nothing.
     """
 
     def __init__(self) -> None:
         self._counts: tuple[Tensor, ...] = ()
 
     def reset(self) -> None:
-        """An optimizer step begins."""
+        """Start an optimizer step."""
         self._counts = ()
 
     def add(self, stats: Sequence[RoutingStats]) -> tuple[Tensor, ...]:
-        """Of each layer: [M, E] assignments of this step so far, those of ``stats`` included."""
+        """The assignments [M, E] of each layer in this step so far, including ``stats``."""
         counts = tuple(layer.counts_ME.detach() for layer in stats)
         if self._counts:
             counts = tuple(old + new for old, new in zip(self._counts, counts, strict=True))
@@ -100,11 +99,10 @@ def z_loss(stats: RoutingStats, rows: slice = ALL) -> Tensor:
 def layer_losses(
     stats: RoutingStats, config: RoutingLossConfig, counts_so_far_ME: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The weighted terms of one layer, by name. ``counts_so_far_ME`` (of ``BalanceWindow``, by default
-    those of ``stats``) is what balance at global-batch scope goes by.
-
-    A term by modality is a mean over the modalities present, as entropies are; its names end in theirs.
-    The names depend on ``config`` alone: a modality without tokens has its term, a 0.
+    """The weighted terms of one layer, by name. ``counts_so_far_ME`` (of ``BalanceWindow``, by default those of
+    ``stats``) are the counts of balance at global-batch scope. A term by modality is a mean over the modalities
+    present, like the entropies; its name ends in the modality's. The names depend on ``config`` alone: the term of a
+    modality without tokens is 0.
     """
     losses: dict[str, Tensor] = {}
     present_M = (stats.tokens_M > 0).to(stats.tokens_M.dtype)
@@ -116,15 +114,16 @@ def layer_losses(
             losses[term] = weight * compute(stats, ALL, config, counts_so_far_ME)
             continue
         share_M = present_M / present_M.sum().clamp(min=1)
-        for m, name in enumerate(MODALITIES):
+        for m, name in enumerate(stats.names.modalities):
             value = compute(stats, slice(m, m + 1), config, counts_so_far_ME)
             losses[f"{term}/{name}"] = weight * share_M[m] * value
     if config.orthogonality:
         losses["orthogonality"] = config.orthogonality * stats.orthogonality
-    for term, name in config.entropy_terms:
-        rows = [MODALITY_ID[other] for its, other in config.entropy_terms if its == term]
+    terms, number = config.entropy_terms(stats.names.modalities), stats.names.modalities.index
+    for term, name in terms:
+        rows = [number(other) for its, other in terms if its == term]
         share_M = present_M / sum((present_M[m] for m in rows), present_M.new_zeros(())).clamp(min=1)
-        m = MODALITY_ID[name]
+        m = number(name)
         if term == "local_entropy":
             value = local_entropy(stats, m)
         else:
@@ -133,15 +132,15 @@ def layer_losses(
     return losses
 
 
-def loss_names(config: RoutingLossConfig) -> tuple[str, ...]:
+def loss_names(config: RoutingLossConfig, modalities: Sequence[str]) -> tuple[str, ...]:
     """The terms of ``layer_losses``, in its order."""
     names: list[str] = []
     for term in TERMS:
         if getattr(config, term):
-            names += [f"{term}/{m}" for m in MODALITIES] if term in config.per_modality else [term]
+            names += [f"{term}/{m}" for m in modalities] if term in config.per_modality else [term]
     if config.orthogonality:
         names.append("orthogonality")
-    return (*names, *(f"{term}/{m}" for term, m in config.entropy_terms))
+    return (*names, *(f"{term}/{m}" for term, m in config.entropy_terms(modalities)))
 
 
 def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
-"""Which rows go to which local expert, and how their results come together again.
+"""Which rows go to which local expert, and how their results are summed.
 
-Owns the index arithmetic between "one row a token" and "one row an assignment, sorted by expert";
-knows nothing of weights or ranks. Shapes: m rows, A assignments.
+Index arithmetic between "one row per token" and "one row per assignment, sorted by expert", without weights and
+ranks. Shapes: m rows, A assignments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.moe.host import to_device
-
 
 @dataclass(frozen=True)
 class ExpertPlan:
     """A assignments of m rows, sorted by local expert.
 
     ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local
-    expert. ``place``: where the assignments of each row stand in that order: [m, K], or flat with
-    ``offsets_m`` (the start of each row's run) where rows have unlike numbers; an entry of A means
+    expert. ``place``: the positions of each row's assignments in that order: [m, K], or flat with
+    ``offsets_m`` (the start of each row's run) where rows have different numbers; an entry of A means
     "none" and adds nothing; where ``complete`` there is none such.
     """
 
@@ -42,7 +40,7 @@ class ExpertPlan:
         return self.place.shape[0] if self.offsets_m is None else self.offsets_m.shape[0]
 
     def experts_with_none(self) -> Tensor:
-        """[A + 1]: the local expert of each assignment, and behind them their number for "none"."""
+        """[A + 1]: the local expert of each assignment, and at the end their number, for "none"."""
         counts = to_device([*self.counts, 1], torch.int64, self.rows_A.device)
         experts = torch.arange(len(counts), device=counts.device)
         return experts.repeat_interleave(counts, output_size=self.num_assignments + 1)
@@ -53,7 +51,7 @@ class ExpertPlan:
         return ExpertPlan(rows_A, self.counts, rows_A[:, None], complete=True)
 
     def part(self, start: int, end: int, counts: list[int]) -> ExpertPlan:
-        """The assignments ``start`` to ``end`` alone, of the experts that ``counts`` are of."""
+        """Only the assignments ``start`` to ``end``, of the experts that ``counts`` are of."""
         inside = (self.place >= start) & (self.place < end)
         place = torch.where(inside, self.place - start, end - start)
         return ExpertPlan(self.rows_A[start:end], counts, place, self.offsets_m)
@@ -76,9 +74,9 @@ Compute = Callable[[Tensor, Tensor, ExpertPlan], Tensor]
 
 
 def sort_slots(slots_nK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat assignments by rising slot (stable), where each stands then, and the counts [num_slots].
+    """Flat assignments by rising slot (stable), the position of each then, and the counts [num_slots].
 
-    Slot ``num_slots`` stands for "goes nowhere" and sorts last.
+    Slot ``num_slots`` means "not sent" and sorts last.
     """
     slots, order = slots_nK.reshape(-1).sort(stable=True)
     ends = torch.searchsorted(slots, torch.arange(num_slots, device=slots.device), right=True)
@@ -86,7 +84,7 @@ def sort_slots(slots_nK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def inverse(order: Tensor) -> Tensor:
-    """Where each element stands in a permutation."""
+    """The position of each element in a permutation."""
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
     return place
@@ -105,7 +103,7 @@ def plan_of_slots(order: Tensor, place: Tensor, counts: list[int], top_k: int) -
 
 
 def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows: int) -> tuple[ExpertPlan, Tensor]:
-    """The plan of assignments that stand row by row, and their order in it [A].
+    """The plan of assignments that are given row by row, and their order in it [A].
 
     ``experts_A``: local expert. ``first_A``: 1 where a row's run of assignments begins, else 0; each
     row has one at least. ``counts``: assignments of each local expert.
@@ -150,3 +148,10 @@ def take_rows(x_mD: Tensor, plan: ExpertPlan) -> Tensor:
 def sum_rows(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
     """[A, D] -> [m, D], each row's assignments summed; differentiable."""
     return _SumRows.apply(y_AD, plan)
+
+
+def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table from the host, without waiting for the device: a copy from memory that is not pinned would wait
+    for all work that the device has been given."""
+    table = torch.tensor(values, dtype=dtype)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -1,26 +1,26 @@
-"""The router of one layer: its parameters, and the order in which a decision is made.
+"""The router of one layer: its parameters, and the steps of a routing decision.
 
 input (task embedding, jitter) -> gate (logits) -> mask (expert groups) -> router function (choice)
--> capacity -> statistics. Everything in fp32, whatever the type of x.
+-> capacity -> statistics. Everything in fp32 for any type of x.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import MODALITY_ID, TASKS
-from mmmoe_pretrain.config_moe import MoEConfig
-from mmmoe_pretrain.moe.bias_balancing import updated_bias
-from mmmoe_pretrain.moe.capacity import expert_capacity, within_capacity
-from mmmoe_pretrain.moe.gates import GATES
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.moe.balance import updated_bias
+from mmmoe_pretrain.moe.cpu.matmul import linear
 from mmmoe_pretrain.moe.loss_sums import statistics
-from mmmoe_pretrain.moe.routers import ROUTERS
-from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs, Routing
+from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs, Routing, expert_capacity, within_capacity
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
@@ -28,9 +28,9 @@ DORMANT = 32.0  # exp(-32) = 1.3e-14, below the resolution of fp32 beside a prob
 
 
 class Router(nn.Module):
-    """``weight``: [E, D]. ``task_embedding``: [X, D], if task-conditioned. ``noise_weight``: [E, D],
-    of noisy_top_k. ``logit_bias``: [E], if ``router_bias``. ``bias``: buffer [1 or M, E] of bias
-    balancing. E counts the experts without computation too. ``dormancy``: buffer [E], by which logits
+    """``weight``: [E, D]. ``task_embedding``: [1, D] by task, if task-conditioned. ``noise_weight``: [E, D],
+    of noisy_top_k. ``logit_bias``: [E], if ``router_bias``. ``bias``: buffers [1, E] of bias balancing, ``all`` or by
+    modality. E counts the experts without computation too. ``dormancy``: buffer [E], by which logits
     are lowered: ``DORMANT`` for an expert just added to a trained model, falling to 0 over
     ``wake_steps`` optimizer steps; 0 for all others.
 
@@ -38,24 +38,29 @@ class Router(nn.Module):
     layer, and ``TokenInfo.draw``.
     """
 
-    bias: Tensor
     dormancy: Tensor
 
-    def __init__(self, config: MoEConfig, hidden_size: int, layer: int) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, names: StreamNames) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         experts = config.router_outputs
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
-        self.task_embedding = nn.Parameter(torch.zeros(len(TASKS), hidden_size)) if config.task_conditioned else None
+        self.task_embedding: nn.ParameterDict | None = None
+        if config.task_conditioned:
+            rows = {task: nn.Parameter(torch.zeros(1, hidden_size)) for task in names.tasks}
+            self.task_embedding = nn.ParameterDict(rows)
         noisy = config.router == "noisy_top_k"
         self.noise_weight = nn.Parameter(torch.zeros(experts, hidden_size)) if noisy else None
         self.logit_bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
-        rows = len(MODALITY_ID) if config.bias_balancing.per_modality else 1
+        self.bias: nn.Module | None = None
         if config.bias_balancing.on:
-            self.register_buffer("bias", torch.zeros(rows, experts))
+            self.bias = nn.Module()
+            for name in names.modalities if config.bias_balancing.per_modality else ("all",):
+                self.bias.register_buffer(name, torch.zeros(1, experts))
         if config.wake_steps:
             self.register_buffer("dormancy", torch.zeros(experts))
-        self.register_buffer("allowed_ME", _allowed(config), persistent=False)
+        self.register_buffer("allowed_ME", _allowed(config, names.modalities), persistent=False)
+        self._route: Callable[[RouterInputs], Choice] = kinds.ROUTERS.load(config.router)
         self._seed = layer
 
     def begin_step(self, seed: int) -> None:
@@ -66,10 +71,15 @@ class Router(nn.Module):
         """After an optimizer step whose routing over all ranks and microbatches was ``stats``."""
         if self.config.bias_balancing.rate:
             allowed_ME = self.get_buffer("allowed_ME")
-            if self.config.wake_steps:  # a sleeping expert takes no part: it has no load, and would only rise
+            if self.config.wake_steps:  # dormant experts are excluded: without load their bias would only rise
                 allowed_ME = allowed_ME & (self.dormancy <= 0)
-            bias = updated_bias(self.bias, stats, self.config.bias_balancing.rate, allowed_ME)
-            self.bias.copy_(torch.where(self.dormancy > 0, self.bias, bias) if self.config.wake_steps else bias)
+            assert self.bias is not None
+            before = torch.cat(list(self.bias.buffers()))
+            bias = updated_bias(before, stats, self.config.bias_balancing.rate, allowed_ME)
+            if self.config.wake_steps:
+                bias = torch.where(self.dormancy > 0, before, bias)
+            for buffer, row_E in zip(self.bias.buffers(), bias, strict=True):
+                buffer.copy_(row_E[None])
         if self.config.wake_steps:
             self.dormancy.sub_(DORMANT / self.config.wake_steps).clamp_(min=0)
 
@@ -84,7 +94,7 @@ class Router(nn.Module):
         if config.wake_steps:
             logits_nE = logits_nE - self.dormancy
         inputs = self._inputs(seen_nD, logits_nE, tokens, generator)
-        choice = ROUTERS[config.router](inputs)
+        choice = self._route(inputs)
         ids_nK, kept_nK = choice.expert_ids_nK, self._kept(choice)
         allowed_ME = self.get_buffer("allowed_ME") if config.expert_groups else None
         stats = statistics(inputs, choice, kept_nK, self.weight, allowed_ME)
@@ -95,7 +105,8 @@ class Router(nn.Module):
     def _input(self, x_nD: Tensor, tokens: TokenInfo, generator: torch.Generator | None) -> Tensor:
         seen_nD = x_nD.float()
         if self.task_embedding is not None:
-            seen_nD = seen_nD + self.task_embedding.float()[tokens.task_ids_n]
+            of_task_XD = torch.cat([self.task_embedding[task] for task in tokens.names.tasks]).float()
+            seen_nD = seen_nD + of_task_XD[tokens.task_ids_n]
         if self.config.jitter and generator is not None:
             noise = torch.rand(seen_nD.shape, generator=generator, device=seen_nD.device)
             seen_nD = seen_nD * (1 + self.config.jitter * (2 * noise - 1))
@@ -105,9 +116,10 @@ class Router(nn.Module):
         self, seen_nD: Tensor, logits_nE: Tensor, tokens: TokenInfo, generator: torch.Generator | None
     ) -> RouterInputs:
         bias_nE = None
-        if self.config.bias_balancing.on:
-            bias_nE = self.bias[tokens.modality_ids_n] if self.config.bias_balancing.per_modality else self.bias
-            if self.config.wake_steps:  # no bias lifts a sleeping expert into the choice
+        if self.bias is not None:
+            rows = torch.cat(list(self.bias.buffers()))
+            bias_nE = rows[tokens.modality_ids_n] if self.config.bias_balancing.per_modality else rows
+            if self.config.wake_steps:  # no balancing bias makes a dormant expert chosen
                 bias_nE = bias_nE - self.dormancy
         allowed_ME = self.get_buffer("allowed_ME")
         if self.config.expert_groups:
@@ -136,11 +148,28 @@ class Router(nn.Module):
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)  # the seed is 63 bits
 
 
-def _allowed(config: MoEConfig) -> Tensor:
-    """[M, E]: may a token of the modality choose the expert; experts without computation serve all."""
+def _allowed(config: MoEConfig, modalities: Sequence[str]) -> Tensor:
+    """[M, E]: whether tokens of the modality may choose the expert; all may choose experts without computation."""
     columns = [
-        torch.tensor([m in group.modalities for m in MODALITY_ID])[:, None].expand(-1, group.num_experts)
+        torch.tensor([group.serves(m) for m in modalities])[:, None].expand(-1, group.num_experts)
         for group in config.groups
     ]
-    free = torch.ones(len(MODALITY_ID), config.router_outputs - config.num_experts, dtype=torch.bool)
+    free = torch.ones(len(modalities), config.router_outputs - config.num_experts, dtype=torch.bool)
     return torch.cat([*columns, free], dim=1)
+
+
+def linear_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x . w_e."""
+    return linear(x_nD, weight_ED)
+
+
+def laplace_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
+    """-|x - w_e| (FuseMoE, arXiv 2402.03226): the nearest experts, bounded above by 0.
+
+    Always by a matrix product: torch's default switches to it at 26 rows, and a token's logits would then
+    depend on how many others there are. A distance near 0 is off by up to 1e-3 |x|; its gradient is finite.
+    """
+    return -torch.cdist(x_nD, weight_ED, compute_mode="use_mm_for_euclid_dist")
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear_gate, "laplace": laplace_gate}

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES, TASKS
+from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
-M, X = len(MODALITIES), len(TASKS)
 REDUCED = (
     "probability_MXE", "entropy_MX", "z_MX", "counts_MXE", "tokens_MX", "dropped_MX", "load_ME", "sequence_balance",
 )  # fmt: skip
@@ -33,7 +32,8 @@ class RoutingStats:
 
     ``coactivation_MEE`` (how often two experts served one token; symmetric, diagonal 0) stays this
     rank's own: it is reduced where it is logged. ``orthogonality`` is of the router's weights, the same
-    on every rank. ``allowed_ME`` is True where a modality may choose an expert; None lets each choose all.
+    on every rank. ``names``: of the M modalities and X tasks. ``allowed_ME`` is True where a modality may choose an
+    expert; None lets each choose all.
     """
 
     probability_MXE: Tensor
@@ -46,6 +46,7 @@ class RoutingStats:
     sequence_balance: Tensor
     coactivation_MEE: Tensor
     orthogonality: Tensor
+    names: StreamNames
     layer: int = 0
     allowed_ME: Tensor | None = None
 
@@ -81,7 +82,7 @@ class RoutingStats:
     def reach_ME(self) -> Tensor:
         """1 where a modality may choose an expert, else 0."""
         if self.allowed_ME is None:
-            return self.counts_MXE.new_ones(M, self.num_experts)
+            return self.counts_MXE.new_ones(self.counts_MXE.shape[0], self.num_experts)
         return self.allowed_ME.to(self.counts_MXE.dtype)
 
     def flatten(self) -> Tensor:
@@ -100,7 +101,7 @@ class RoutingStats:
         return dataclasses.replace(self, **{name: getattr(self, name).detach() for name in names})
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
-        """Of two microbatches of the same layer."""
+        """The sum of two microbatches of the same layer."""
         assert self.layer == other.layer, (self.layer, other.layer)
         summed = {name: getattr(self, name) + getattr(other, name) for name in (*REDUCED, "coactivation_MEE")}
         return dataclasses.replace(self, **summed)
@@ -115,8 +116,8 @@ def gather_stats(
     chosen_nK: Tensor | None = None,
 ) -> RoutingStats:
     """Sums over this rank's tokens. ``log_p_nE`` is the log of the routing distribution;
-    ``chosen_nK`` is False where an entry of ``ids_nK`` is no assignment at all (expert choice)."""
-    num_experts = logits_nE.shape[-1]
+    ``chosen_nK`` is False where an entry of ``ids_nK`` is not an assignment at all (expert choice)."""
+    num_experts, M, X = logits_nE.shape[-1], len(tokens.names.modalities), len(tokens.names.tasks)
     p_nE = log_p_nE.exp()
     cell_n = tokens.modality_ids_n * X + tokens.task_ids_n
     member_Cn = F.one_hot(cell_n, M * X).to(p_nE.dtype).t()
@@ -132,14 +133,17 @@ def gather_stats(
         dropped_MX=(member_Cn @ dropped_nK.sum(-1).to(p_nE.dtype)).view(M, X),
         load_ME=p_nE.new_zeros(M, num_experts),
         sequence_balance=p_nE.new_zeros(2),
-        coactivation_MEE=coactivation(ids_nK, kept_nK, tokens.modality_ids_n, num_experts),
+        coactivation_MEE=coactivation(ids_nK, kept_nK, tokens.modality_ids_n, M, num_experts),
         orthogonality=p_nE.new_zeros(()),
+        names=tokens.names,
     )
 
 
-def coactivation(ids_nK: Tensor, kept_nK: Tensor, modality_ids_n: Tensor, num_experts: int) -> Tensor:
+def coactivation(
+    ids_nK: Tensor, kept_nK: Tensor, modality_ids_n: Tensor, num_modalities: int, num_experts: int
+) -> Tensor:
     """[M, E, E]: tokens that both experts served."""
-    top_k = ids_nK.shape[-1]
+    M, top_k = num_modalities, ids_nK.shape[-1]
     if top_k < 2:
         return torch.zeros(M, num_experts, num_experts, device=ids_nK.device)
     if top_k * (top_k - 1) > 2 * num_experts:  # expert choice has E entries a token: too many pairs to list

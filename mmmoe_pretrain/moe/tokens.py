@@ -1,35 +1,38 @@
-"""What a mixture layer may know of the tokens of a stream beside their content."""
+"""What an MoE layer may know of the tokens of a stream beside their content."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITY_ID, Batch
+from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.config.base import ONE_STREAM, StreamNames
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """Of each of the n valid tokens: its modality, its task, its segment, and an identity.
+    """Modality, task, segment and identity of each of the n valid tokens, all int64 [n].
 
-    ``keys_n`` is the id of a text token, and the position of any other: what hash routing goes by.
-    All int64 [n]. ``draw`` numbers the forward passes of an optimizer step: what is random in a router
-    goes by it, so that a recomputed pass repeats its draws.
+    ``keys_n`` is the id of a discrete token, and the number in its item of any other, for hash routing.
+    ``draw`` numbers the forward passes of an optimizer step: random numbers of a router depend on it, so that a
+    recomputed pass repeats its draws. ``names``: of the modalities and tasks.
     """
 
     modality_ids_n: Tensor
     task_ids_n: Tensor
     segment_ids_n: Tensor
     keys_n: Tensor
+    names: StreamNames
     draw: int = 0
 
     @classmethod
-    def of_modalities(cls, modality_ids_n: Tensor) -> TokenInfo:
+    def of_modalities(cls, modality_ids_n: Tensor, names: StreamNames = ONE_STREAM) -> TokenInfo:
         """Tokens of one segment of the first task, each its own key; for layers used by themselves."""
         zeros = torch.zeros_like(modality_ids_n)
-        return cls(modality_ids_n, zeros, zeros, torch.arange(zeros.numel(), device=zeros.device))
+        return cls(modality_ids_n, zeros, zeros, torch.arange(zeros.numel(), device=zeros.device), names)
 
     @property
     def num_tokens(self) -> int:
@@ -37,21 +40,14 @@ class TokenInfo:
 
     def slice(self, start: int, end: int) -> TokenInfo:
         """Tokens ``start`` to ``end``."""
-        return TokenInfo(
-            self.modality_ids_n[start:end],
-            self.task_ids_n[start:end],
-            self.segment_ids_n[start:end],
-            self.keys_n[start:end],
-            self.draw,
-        )
+        parts = {f: getattr(self, f)[start:end] for f in ("modality_ids_n", "task_ids_n", "segment_ids_n", "keys_n")}
+        return dataclasses.replace(self, **parts)
 
 
-def token_info(batch: Batch, draw: int = 0) -> TokenInfo:
-    """The valid tokens of a packed batch; a fused segment is for captioning, the others for contrast."""
-    num_valid = batch.num_valid
-    segment_ids_n = batch.segment_ids[:num_valid]
-    fused_S = (batch.pool_sample < 0).to(torch.int64)  # TASKS: contrastive, captioning
-    text = MODALITY_ID["text"]
-    keys_n = batch.positions[:num_valid].clone()
-    keys_n[batch.rows[text]] = batch.text_ids.index_select(0, batch.source[text])
-    return TokenInfo(batch.modality_ids[:num_valid], fused_S[segment_ids_n], segment_ids_n, keys_n, draw)
+def token_info(batch: Batch, names: StreamNames, draw: int = 0) -> TokenInfo:
+    """The valid tokens of a packed batch."""
+    n = batch.num_valid
+    segment_ids_n = batch.segment_ids[:n]
+    return TokenInfo(
+        batch.modality_ids[:n], batch.task_ids[segment_ids_n], segment_ids_n, batch.keys[:n], names, draw
+    )

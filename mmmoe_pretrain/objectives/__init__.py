@@ -1,1 +1,118 @@
-"""What the model is trained to do; one file an objective."""
+"""The objectives: one file a kind (the table is ``kinds.OBJECTIVES``), those of a run by name, and what the losses of
+a step are divided by.
+
+A loss is a sum over its terms (targets, samples that have both sides of a pair) divided by their number in the step,
+over all microbatches and data-parallel ranks, known before the first forward pass. So every term has the same weight
+however a step is split into microbatches and ranks, and a microbatch without terms does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.modalities import Modality, build_modalities
+from mmmoe_pretrain.objectives.base import Objective, ObjectiveModule, ObjectiveSettings, Outputs, Representation
+from mmmoe_pretrain.parallel.collectives import group_size
+from mmmoe_pretrain.parallel.groups import Group
+
+__all__ = [
+    "Objective", "ObjectiveModule", "ObjectiveSettings", "Objectives", "Outputs", "Representation", "StepCounts",
+    "build_objectives", "objectives_of", "step_counts",
+]  # fmt: skip
+
+
+class Objectives(dict[str, Objective]):
+    """Those of a run that have a weight, by name, in the config's order, which defines the task ids in a batch."""
+
+    def __init__(self, by_name: Mapping[str, Objective], streams: Mapping[str, str]) -> None:
+        super().__init__(by_name)
+        self.streams = streams  # keys of the random numbers of each (``kinds.stream_keys``)
+        self.losses = {loss: name for name, objective in self.items() for loss in objective.losses}
+
+    @property
+    def representations(self) -> dict[str, Representation]:
+        """The pooled vectors that some objective reads, by name."""
+        return {rep: its.all_representations[rep] for its in self.values() for rep in its.representations}
+
+    @property
+    def aligned(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of representations that some objective brings into one space, each once."""
+        found: dict[frozenset[str], tuple[str, str]] = {}
+        for objective in self.values():
+            for pair in objective.aligned:
+                found.setdefault(frozenset(pair), pair)
+        return tuple(found.values())
+
+    @property
+    def predicting(self) -> tuple[str, ...]:
+        """Names of the tasks that predict tokens."""
+        return tuple(name for name, objective in self.items() if objective.predicts)
+
+    @property
+    def whole_step(self) -> bool:
+        """Some loss is of the whole step: its microbatches run twice, the first time without gradients."""
+        return any(objective.whole_step for objective in self.values())
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Every loss by name, with its weight in the total."""
+        return {
+            loss: self[name].settings.weight_at(step) * self[name].losses[loss] for loss, name in self.losses.items()
+        }
+
+    def needs(self) -> dict[str, set[str]]:
+        """The needs of all objectives (``Objective.needs``)."""
+        return {what: wanted for objective in self.values() for what, wanted in objective.needs().items()}
+
+
+def build_objectives(
+    settings: Mapping[str, ObjectiveSettings],
+    modalities: Mapping[str, Modality],
+    representations: Mapping[str, Sequence[str]] = {},
+) -> Objectives:
+    """``representations``: those that the config adds to one for each modality, with their modalities."""
+    known = {name: Representation(name, (name,)) for name in modalities}
+    known |= {name: Representation(name, tuple(parts)) for name, parts in representations.items()}
+    on = {
+        name: kinds.OBJECTIVES.load(value.kind)(name, value, modalities, known)
+        for name, value in settings.items()
+        if value.on
+    }
+    return Objectives(on, kinds.stream_keys({name: value.kind for name, value in settings.items()}))
+
+
+def objectives_of(config: RunConfig) -> Objectives:
+    """The objectives of ``config``; no file is read."""
+    modalities = build_modalities(config.modalities, decoding=False)
+    return build_objectives(config.objectives, modalities, config.representations)
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Over all microbatches and data-parallel ranks of a step. ``terms``: of each objective's loss, by its name."""
+
+    tokens: int  # padding not counted
+    terms: dict[str, int]
+
+
+def step_counts(batches: Sequence[Batch], objectives: Objectives, group: Group, device: torch.device) -> StepCounts:
+    """The counts of a step with the microbatches ``batches`` on this rank, by one small reduction over the
+    data-parallel ranks in ``group``, all of which must call it. Equal on every pipeline stage, since each has the
+    batches."""
+    terms = dict.fromkeys(objectives.losses, 0)
+    for batch in batches:
+        for objective in objectives.values():
+            for loss, count in objective.counts(batch).items():
+                terms[loss] += count
+    counts = [sum(batch.num_valid for batch in batches), *terms.values()]
+    if group_size(group) > 1:
+        sums = torch.tensor(counts, device=device)
+        dist.all_reduce(sums, group=group)
+        counts = sums.tolist()
+    return StepCounts(counts[0], dict(zip(terms, counts[1:], strict=True)))

@@ -1,22 +1,41 @@
-"""Contrastive learning between pairs of modalities (CLIP, arXiv 2103.00020; three ways as in
-the pairwise sum of ImageBind, arXiv 2305.05665).
+"""Contrastive learning between pairs of representations (CLIP, arXiv 2103.00020; several pairs as in the pairwise sum
+of ImageBind, arXiv 2305.05665).
 
-Features are gathered over the data-parallel ranks, so the negatives are those of the global
-microbatch. A sample that lacks one of the two takes no part as a query; samples of the same
-group (the same thing shown or said again) are never each other's negatives. The loss of a pair is
-the mean over the samples of the step that have both (``counts.py``).
+Features are gathered over the data-parallel ranks, so the negatives are those of the global microbatch. A sample that
+lacks one of the two takes no part as a query; samples of the same group (the same thing shown or said again) are
+never negatives of each other. The loss of a pair is the mean over the samples of the step that have both.
+
+With ``cached`` the negatives are those of the whole optimizer step, whose microbatches together need not fit in
+memory (GradCache, arXiv 2101.06983). The step runs twice. Pass 1, without gradients, collects the features of each
+microbatch; then the loss of all of them, and its gradient for each feature, are computed. In pass 2 a surrogate takes
+the loss's place and gives features and temperatures that gradient. It is exact, as long as both passes compute the
+same features.
+
+Shapes: B samples of a microbatch, G samples of a global microbatch (or step), R representations, P joint space.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import MODALITIES, MODALITY_ID, Batch
-from mmmoe_pretrain.config import ContrastiveConfig
+from mmmoe_pretrain.batch import Batch, Sample, Segment
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.objectives.base import (
+    Expected,
+    Objective,
+    ObjectiveModule,
+    Outputs,
+    Representation,
+)
 from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -24,49 +43,235 @@ MAX_LOG_SCALE = math.log(100.0)
 MASKED = -1e4  # a logit that weighs nothing; finite, so that a row of them has a gradient of zero
 
 
+class ContrastiveSettings(ObjectiveSettings):
+    """``pairs``: ``a-b`` of two representations (a modality is one), with its weight; a pair that is not named takes
+    no part. ``cached``: the negatives are those of the whole step, over all its microbatches."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
+    cached: bool = False
+
+    @property
+    def on(self) -> bool:
+        """See ``ObjectiveSettings.on``; some pair must have a weight, too."""
+        return super().on and any(self.pairs.values())
+
+    def check_names(
+        self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """See ``ObjectiveSettings.check_names``."""
+        for pair in self.pairs:
+            first, second = _sides(pair)
+            if not {first, second} <= representations.keys() or first == second:
+                raise ValueError(
+                    f"objectives.{name}.pairs {pair!r} is not two of {', '.join(representations)} joined by -; e.g. "
+                    f"{'-'.join(list(representations)[:2])}"
+                )
+
+    def batch_problem(self, name: str, global_batch_size: int, num_microbatches: int, data_size: int) -> str | None:
+        """See ``ObjectiveSettings.batch_problem``."""
+        parts = 1 if self.cached else num_microbatches
+        if not self.on or global_batch_size != parts:
+            return None
+        remedies = [f"train.global_batch_size {2 * parts} or more"]
+        if parts > 1:
+            share = global_batch_size // data_size or 1
+            fewer = [n for n in range(1, share + 1) if share % n == 0 and n < parts]
+            remedies += [f"num_microbatches {fewer}", f"objectives.{name}.cached: true (negatives of the whole step)"]
+        return (
+            f"train.global_batch_size {global_batch_size} in train.num_microbatches {num_microbatches}: with one "
+            f"sample a microbatch objectives.{name} has no negatives, and its loss and gradient would always be 0; "
+            f"use {', '.join(remedies)}, or objectives.{name}.weight: 0"
+        )
+
+
+class Contrastive(Objective):
+    """Makes the segment of every representation that a pair names."""
+
+    Settings = ContrastiveSettings
+
+    def __init__(
+        self,
+        name: str,
+        settings: ContrastiveSettings,
+        modalities: Mapping[str, Modality],
+        representations: Mapping[str, Representation],
+    ) -> None:
+        super().__init__(name, settings, modalities, representations)
+        self.pairs = {pair: _sides(pair) for pair in settings.pairs}
+        self.aligned = tuple(self.pairs.values())
+        named = {side for sides in self.pairs.values() for side in sides}
+        self.representations = tuple(rep for rep in representations if rep in named)
+        self.whole_step = settings.cached
+
+    def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
+        """See ``Objective.segments``."""
+        for rep in self.representations:
+            segment = self.all_representations[rep].segment(sample, self.name, self.modalities)
+            if segment is not None:
+                yield segment
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {f"{self.name}/{pair}": weight for pair, weight in self.settings.pairs.items()}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {
+            f"{self.name}/{pair}": int(((batch.pooled[a] >= 0) & (batch.pooled[b] >= 0)).sum())
+            for pair, (a, b) in self.pairs.items()
+        }
+
+    def module(self) -> ObjectiveModule:
+        return InfoNCE(self)
+
+    def needs(self) -> dict[str, set[str]]:
+        return {
+            f"{self.name} {pair}": {m for side in sides for m in self.all_representations[side].modalities}
+            for pair, sides in self.pairs.items()
+            if self.settings.pairs[pair]
+        }
+
+    def expected(self) -> list[Expected]:
+        segments = (self.all_representations[rep].modalities for rep in self.representations)
+        return [
+            Expected(1.0, tuple((name, self.modalities[name].max_tokens) for name in names)) for names in segments
+        ]
+
+    def flops(self, embedding_size: int, samples: float) -> float:
+        return len(self.pairs) * 2 * 2 * embedding_size * samples  # similarities, either way round
+
+    def why_idle(self, loss: str, count: int, so_far: str) -> str:
+        pair = loss.removeprefix(f"{self.name}/")
+        if not count:
+            return (
+                f"objectives.{self.name} had no sample with {' and '.join(self.pairs[pair])} {so_far}. Give the data "
+                f"such samples, or take {pair} out of its pairs"
+            )
+        return (
+            f"objectives.{self.name} had no negatives for {pair} {so_far}: no sample with both met one of another "
+            f"group in its global microbatch. Lower train.num_microbatches, raise train.global_batch_size, set "
+            f"objectives.{self.name}.cached: true, or see that not all samples of the data have the same group"
+        )
+
+
 @dataclass(frozen=True)
-class Gathered:
+class Features:
+    """The features of this rank's B samples, or gathered from all ranks."""
+
+    of: dict[str, Tensor]  # by representation: [B, P] in fp32
+    present_RB: Tensor
+    group_ids_B: Tensor
+
+
+@dataclass(frozen=True)
+class _Gathered:
     """The global microbatch, G = ranks * B samples."""
 
-    features_GMP: Tensor
-    present_GM: Tensor
+    features_GRP: Tensor
+    present_GR: Tensor
     group_ids_G: Tensor
     first: int  # global index of this rank's first sample
 
 
-class ContrastiveObjective(nn.Module):
-    """Symmetric InfoNCE with a learned temperature for each pair."""
+@dataclass
+class _Cache:
+    """The state of a step that runs twice: the features of pass 1, and the gradients for pass 2."""
 
-    def __init__(self, config: ContrastiveConfig) -> None:
+    seen: list[Features] = field(default_factory=list)
+    sums: dict[str, Tensor] | None = None  # of each loss, a microbatch's share
+    of_features: list[list[Tensor]] = field(default_factory=list)  # gradients, by microbatch and representation
+    of_scales: list[Tensor] = field(default_factory=list)  # gradients, a microbatch's share
+
+
+class InfoNCE(ObjectiveModule):
+    """Symmetric InfoNCE with a learned temperature for each pair; and the cache of a step that runs twice.
+
+    Ranks may split their samples into different microbatches, but each must have as many samples in all, as
+    ``collectives.gather_rows`` asks.
+    """
+
+    def __init__(self, objective: Contrastive) -> None:
         super().__init__()
-        self.config = config
-        start = math.log(1.0 / config.initial_temperature)
-        self.log_scale = nn.ParameterDict(
-            {pair: nn.Parameter(torch.full((1,), start)) for pair in sorted(config.pairs)}
-        )
+        self.name, self.sides = objective.name, objective.representations
+        self.pairs = objective.pairs
+        start = math.log(1.0 / objective.settings.initial_temperature)
+        self.log_scale = nn.ParameterDict({pair: nn.Parameter(torch.full((1,), start)) for pair in self.pairs})
+        self._cache = _Cache()
 
-    def forward(
-        self, features: dict[str, Tensor], present_MB: Tensor, group_ids: Tensor, groups: Groups
-    ) -> dict[str, Tensor]:
-        """Of each pair, the sum over this rank's samples of their losses in nats, not yet weighted."""
-        everyone = _gather(features, present_MB, group_ids, groups)
-        sums, rows = {}, present_MB.shape[1]
-        for pair, log_scale in self.log_scale.items():
-            a, b = _modalities(pair)
-            scale = _bounded(log_scale).float().exp()
-            sums[pair] = 0.5 * (_one_way(everyone, a, b, rows, scale) + _one_way(everyone, b, a, rows, scale))
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        return [(scale, MAX_LOG_SCALE) for scale in self.log_scale.values()]
+
+    def forward(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
+        """The sum of the losses in nats over this rank's samples, by pair; in the second pass of a step that
+        runs twice a microbatch's share of it, as a value."""
+        if self._cache.sums is not None:
+            return self._cache.sums
+        return self.sums(self._features(outputs, batch), groups)
+
+    def sums(self, features: Features, groups: Groups) -> dict[str, Tensor]:
+        """See ``forward``."""
+        everyone = _gather(features, self.sides, groups)
+        rows = features.group_ids_B.shape[0]
+        sums = {}
+        for pair, (a, b) in self.pairs.items():
+            scale = _bounded(self.log_scale[pair]).float().exp()
+            one, other = self.sides.index(a), self.sides.index(b)
+            both = _one_way(everyone, one, other, rows, scale) + _one_way(everyone, other, one, rows, scale)
+            sums[f"{self.name}/{pair}"] = 0.5 * both
         return sums
 
+    def _features(self, outputs: Outputs, batch: Batch) -> Features:
+        present_RB = torch.stack([batch.pooled[side] >= 0 for side in self.sides])
+        return Features({side: outputs.features[side].float() for side in self.sides}, present_RB, batch.group_ids)
 
-def num_pairs(batch: Batch, pair: str) -> int:
-    """Samples that have both modalities of ``pair``."""
-    a, b = _modalities(pair)
-    return int((batch.present_MB[a] & batch.present_MB[b]).sum())
+    def collect(self, outputs: Outputs, batch: Batch) -> None:
+        """The next microbatch of pass 1."""
+        assert self._cache.sums is None, "collect after finish: a cache is of one step"
+        self._cache.seen.append(self._features(outputs, batch))
+
+    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+        """Between the passes: the loss of all that was collected. No parameter gets a gradient here."""
+        leaves = [
+            {side: rows.detach().requires_grad_() for side, rows in seen.of.items()} for seen in self._cache.seen
+        ]
+        count, scales = len(leaves), list(self.log_scale.values())
+        with torch.enable_grad():
+            whole = Features(
+                {side: torch.cat([of[side] for of in leaves]) for side in self.sides},
+                torch.cat([seen.present_RB for seen in self._cache.seen], dim=1),
+                torch.cat([seen.group_ids_B for seen in self._cache.seen]),
+            )
+            sums = self.sums(whole, groups)
+            total = torch.stack([factors[loss] * value for loss, value in sums.items()]).sum()
+            wanted = [*(of[side] for of in leaves for side in self.sides), *scales]
+            found = list(torch.autograd.grad(total, wanted))
+        self._cache.of_scales = [gradient / count for gradient in found[count * len(self.sides) :]]
+        self._cache.of_features = [found[i * len(self.sides) : (i + 1) * len(self.sides)] for i in range(count)]
+        self._cache.sums = {loss: value.detach() / count for loss, value in sums.items()}
+        self._cache.seen = []
+
+    def surrogate(self, outputs: Outputs) -> Tensor:
+        """For the next microbatch of pass 2: a scalar of value 0 that replaces the weighted losses.
+
+        Its sum over the microbatches has the gradient of this rank's loss: a feature's comes from its own
+        microbatch, and a temperature's from each in equal parts, since engines may wait for it in each.
+        """
+        gradients = self._cache.of_features.pop(0)
+        total = torch.stack(
+            [(outputs.features[side].float() * grad).sum() for side, grad in zip(self.sides, gradients, strict=True)]
+        ).sum()
+        for scale, grad in zip(self.log_scale.values(), self._cache.of_scales, strict=True):
+            total = total + (scale * grad).sum()
+        return total - total.detach()
+
+    def forget(self) -> None:
+        self._cache = _Cache()
 
 
-def _modalities(pair: str) -> tuple[int, int]:
-    first, second = pair.split("-")
-    return MODALITY_ID[first], MODALITY_ID[second]
+def _sides(pair: str) -> tuple[str, str]:
+    first, _, second = pair.partition("-")
+    return first, second
 
 
 def _bounded(log_scale: Tensor) -> Tensor:
@@ -77,29 +282,29 @@ def _bounded(log_scale: Tensor) -> Tensor:
     return log_scale
 
 
-def _gather(features: dict[str, Tensor], present_MB: Tensor, group_ids: Tensor, groups: Groups) -> Gathered:
-    local_BMP = torch.stack([features[name].float() for name in MODALITIES], dim=1)
-    flags = torch.cat([present_MB.t().to(torch.int64), group_ids[:, None]], dim=1)
+def _gather(features: Features, sides: tuple[str, ...], groups: Groups) -> _Gathered:
+    local_BRP = torch.stack([features.of[side] for side in sides], dim=1)
+    flags = torch.cat([features.present_RB.t().to(torch.int64), features.group_ids_B[:, None]], dim=1)
     flags_G = gather_rows(flags, groups.data)
-    return Gathered(
-        gather_rows(local_BMP, groups.data),
+    return _Gathered(
+        gather_rows(local_BRP, groups.data),
         flags_G[:, :-1].bool(),
         flags_G[:, -1],
-        groups.data_rank * group_ids.shape[0],
+        groups.data_rank * local_BRP.shape[0],
     )
 
 
-def _one_way(everyone: Gathered, query: int, key: int, rows: int, scale: Tensor) -> Tensor:
-    """The sum of the cross-entropy over this rank's samples that have both modalities."""
+def _one_way(everyone: _Gathered, query: int, key: int, rows: int, scale: Tensor) -> Tensor:
+    """The sum of the cross-entropy over this rank's samples that have both representations."""
     mine = slice(everyone.first, everyone.first + rows)
-    both_G = everyone.present_GM[:, query] & everyone.present_GM[:, key]
-    logits_BG = scale * everyone.features_GMP[mine, query] @ everyone.features_GMP[:, key].t()
+    both_G = everyone.present_GR[:, query] & everyone.present_GR[:, key]
+    logits_BG = scale * everyone.features_GRP[mine, query] @ everyone.features_GRP[:, key].t()
     itself_BG = (
         torch.arange(both_G.numel(), device=both_G.device)
         == torch.arange(everyone.first, everyone.first + rows, device=both_G.device)[:, None]
     )
     same_BG = everyone.group_ids_G[mine, None] == everyone.group_ids_G
-    usable_BG = everyone.present_GM[:, key] & (~same_BG | itself_BG) & both_G[mine, None]
+    usable_BG = everyone.present_GR[:, key] & (~same_BG | itself_BG) & both_G[mine, None]
     logits_BG = logits_BG.masked_fill(~usable_BG, MASKED)
     target_B = torch.arange(everyone.first, everyone.first + rows, device=both_G.device)
     loss_B = torch.nn.functional.cross_entropy(logits_BG, target_B, reduction="none")

@@ -60,8 +60,8 @@ class RowExchange:
 
     Differentiable, and as asynchronous backward as forward: autograd runs nodes in the reverse order
     of their making, so the gradient of ``wait`` starts the way back, the gradient of ``start`` waits
-    for it, and whatever was computed in between lies in between again. Between the two stands an
-    empty tensor, a ticket: no buffer is seen before it is filled.
+    for it, and computation in between stays in between. Between the two is an
+    empty tensor, a ticket: no buffer is read before it is filled.
     """
 
     def __init__(self, send: list[int], receive: list[int], group: Group) -> None:
@@ -69,17 +69,17 @@ class RowExchange:
         self._under_way: tuple[dist.Work | None, Tensor, Tensor] | None = None
         self._ticket: Tensor | None = None
 
-    def start(self, x: Tensor, riders: Tensor | None = None) -> None:
-        """x: [sum(send), ...]. ``riders``: int32 beside x: fp32 [sum(send)]; they travel in the same
-        message, 8 bytes a row, and no gradient of theirs comes back."""
-        self._ticket = _StartExchange.apply(x, riders, self)
+    def start(self, x: Tensor, metadata: Tensor | None = None) -> None:
+        """x: [sum(send), ...]. ``metadata``: int32 beside x: fp32 [sum(send)]; sent in the same message, 8 bytes a
+        row, without a gradient."""
+        self._ticket = _StartExchange.apply(x, metadata, self)
 
     def wait(self) -> Tensor:
         """[sum(receive), ...], in the order of the senders."""
         return _WaitExchange.apply(self._take_ticket(), False, self)[0]
 
-    def wait_with_riders(self) -> tuple[Tensor, Tensor]:
-        """The received x and riders, both [sum(receive)]."""
+    def wait_with_metadata(self) -> tuple[Tensor, Tensor]:
+        """The received x and metadata, both [sum(receive)]."""
         return _WaitExchange.apply(self._take_ticket(), True, self)
 
     def _take_ticket(self) -> Tensor:
@@ -88,7 +88,7 @@ class RowExchange:
         return ticket
 
     def issue(self, x: Tensor, send: list[int], receive: list[int]) -> None:
-        """Put x on its way."""
+        """Start the transfer of x."""
         x = x.contiguous()
         if group_size(self.group) == 1:
             self._under_way = (None, x.view_as(x), x)
@@ -98,7 +98,7 @@ class RowExchange:
         self._under_way = (work, out, x)  # x must outlive the transfer
 
     def arrive(self) -> Tensor:
-        """What ``issue`` brought."""
+        """The result of ``issue``."""
         assert self._under_way is not None
         (work, out, _), self._under_way = self._under_way, None
         if work is not None:
@@ -108,9 +108,9 @@ class RowExchange:
 
 class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, riders: Tensor | None, exchange: RowExchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, metadata: Tensor | None, exchange: RowExchange) -> Tensor:
         ctx.exchange = exchange
-        packed = x if riders is None else torch.stack([x.view(torch.int32), riders], dim=1)
+        packed = x if metadata is None else torch.stack([x.view(torch.int32), metadata], dim=1)
         exchange.issue(packed, exchange.send, exchange.receive)
         return x.new_empty(0)
 
@@ -122,18 +122,18 @@ class _StartExchange(torch.autograd.Function):
 
 class _WaitExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, riders: bool, exchange: RowExchange) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ticket: Tensor, metadata: bool, exchange: RowExchange) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
         arrived = exchange.arrive()
-        if not riders:
+        if not metadata:
             return (arrived,)
-        x, arrived_riders = arrived[:, 0].contiguous().view(torch.float32), arrived[:, 1].contiguous()
-        ctx.mark_non_differentiable(arrived_riders)
-        return x, arrived_riders
+        x, arrived_metadata = arrived[:, 0].contiguous().view(torch.float32), arrived[:, 1].contiguous()
+        ctx.mark_non_differentiable(arrived_metadata)
+        return x, arrived_metadata
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_riders: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_metadata: Tensor) -> tuple[Tensor, None, None]:
         ctx.exchange.issue(grad, ctx.exchange.receive, ctx.exchange.send)
         return grad.new_empty(0), None, None
 

@@ -1,9 +1,7 @@
-"""Counts the collectives that a rank takes part in, whoever calls them.
+"""Counts the collectives of a rank: every call of torch.distributed below Python, including those of megatron-core,
+DeepSpeed and backward passes. A coalesced call is one call.
 
-It sees every call of torch.distributed below Python: those of megatron-core and DeepSpeed too, those of
-backward passes too. A coalesced call is one call.
-
-Bytes are those that leave this rank for another one; what a rank sends to itself is left out. All-reduce,
+Bytes are those that leave this rank for another one; what a rank sends to itself is not counted. All-reduce,
 reduce-scatter and all-gather count as rings over the R ranks of the group: 2 (R - 1) / R of the tensor,
 (R - 1) / R of the whole and (R - 1) times the own part (``RING``), the least that any algorithm can do.
 """
@@ -43,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Total:
-    """Of several calls."""
+    """The totals of several calls."""
 
     calls: int = 0
     sent: float = 0.0
@@ -75,7 +73,7 @@ class CollectiveCounter(TorchDispatchMode):
         return sum(call.sent for call in self.calls)
 
     def totals(self) -> dict[tuple[str, Ranks], Total]:
-        """By kind and ranks."""
+        """The totals by kind and ranks."""
         found: dict[tuple[str, Ranks], Total] = defaultdict(Total)
         for call in self.calls:
             found[call.kind, call.ranks] += Total(1, call.sent)
@@ -99,7 +97,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _nbytes(tensors: Any) -> int:
-    """Of a tensor, or of lists of them."""
+    """The bytes of a tensor, or of lists of tensors."""
     return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(_nbytes, tensors))
 
 
@@ -120,7 +118,7 @@ def _all_to_all_list(args: Any, ranks: int, rank: int) -> float:
 
 
 def _broadcast(args: Any, ranks: int, rank: int) -> float:
-    """Down a chain of ranks, pipelined: all but one send it on."""
+    """A pipelined chain of ranks: all but the last one send."""
     return (ranks - 1) / ranks * _nbytes(args[0])
 
 

@@ -22,7 +22,7 @@ def tensor_share(size: int, groups: Groups) -> int:
     return size // groups.tensor_size
 
 
-def tensor_cut(dim: int, groups: Groups, blocks: int = 1) -> Placement:
+def tensor_cut(dim: int, groups: Groups, blocks: tuple[int, ...] = (1,)) -> Placement:
     """Dimension ``dim`` is cut over the tensor ranks; see ``Cut`` for ``blocks``."""
     return (Cut(dim, groups.tensor_rank, groups.tensor_size, blocks),) if groups.tensor_size > 1 else ()
 

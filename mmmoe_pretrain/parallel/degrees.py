@@ -1,4 +1,4 @@
-"""Degrees of parallelism become numbers of ranks, or an error that names the degrees that fit.
+"""From degrees of parallelism to numbers of ranks, or an error that names possible degrees.
 
 Owns what the ``parallel`` section and the number of ranks decide alone; ``layout.py`` has the rest. Pure
 arithmetic: no process group and no torch. A rule is one function that returns what is wrong, or None,
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.config.engines import ENGINES, Capabilities
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Layout:
     @property
     def num_stages(self) -> int:
         return self.pipeline * self.virtual_pipeline
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The capabilities of its engine."""
+        return ENGINES[self.engine]
 
 
 def resolve_degrees(parallel: ParallelConfig, num_experts: int | Sequence[int], world_size: int) -> Layout:
@@ -63,7 +69,7 @@ def resolve_degrees(parallel: ParallelConfig, num_experts: int | Sequence[int], 
 def resolve_expert_parallel_size(requested: int | str, num_experts: int | Sequence[int], data_size: int) -> int:
     """The number of data-parallel ranks that share one set of experts.
 
-    ``num_experts``: of the mixture, or of each group and layer where they differ. ``auto`` takes the
+    ``num_experts``: of the MoE layers, or of each group and layer where they differ. ``auto`` takes the
     largest number that divides both the experts and the ranks. Raises ValueError.
     """
     counts = [num_experts] if isinstance(num_experts, int) else list(num_experts)
@@ -94,10 +100,10 @@ def _context(parallel: ParallelConfig, world_size: int) -> str | None:
     if parallel.context_parallel_size == 1:
         return None
     return (
-        f"parallel.context_parallel_size {parallel.context_parallel_size}: tokens attend within one segment (a "
-        f"picture, a clip, a text), and segments are short and computed in buckets of like length, so there is no "
-        f"long sequence to cut; set context_parallel_size: 1, and for memory use parallel.tensor_parallel_size with "
-        f"parallel.sequence_parallel, or shorter segments (modalities.audio.max_seconds, modalities.text.max_tokens)"
+        f"parallel.context_parallel_size {parallel.context_parallel_size}: tokens attend within one segment (an "
+        f"image, a clip, a text), which one rank computes whole, in memory linear in its length; set "
+        f"context_parallel_size: 1, and for memory use parallel.tensor_parallel_size with "
+        f"parallel.sequence_parallel, or shorter segments (the limits in modalities)"
     )
 
 

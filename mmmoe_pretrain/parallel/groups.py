@@ -1,4 +1,4 @@
-"""The process groups a model is handed: a frozen value, so that model code knows groups, not ranks."""
+"""The process groups of a model as a frozen value, so that model code uses groups, not ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True)
 class Groups:
-    """Where this rank stands. A group of None is a group of this process alone.
+    """The groups of this rank. A group of None is a group of this process alone.
 
-    ``data``: the ranks that see different samples and are otherwise alike (same pipeline stage, same
+    ``data``: the ranks that read different samples and are otherwise equal (same pipeline stage, same
     tensor rank); it splits into ``expert`` (the ranks that together hold all experts) times
     ``expert_data`` (the replicas of one expert). ``tensor``: the ranks that share each matrix, experts'
     included; all see the same samples. ``pipeline``: the ranks that hold the stages of one model.
@@ -36,22 +36,18 @@ class Groups:
     virtual_size: int = 1  # stages that a pipeline rank holds
 
     @property
-    def expert_data_size(self) -> int:
-        return self.data_size // self.expert_size
-
-    @property
     def num_stages(self) -> int:
         return self.pipeline_size * self.virtual_size
 
     def local_experts(self, num_experts: int) -> range:
-        """Global indices of the experts that live on this rank."""
+        """Global indices of the experts on this rank."""
         share = num_experts // self.expert_size
         return range(self.expert_rank * share, (self.expert_rank + 1) * share)
 
 
 @dataclass(frozen=True)
 class HostGroups:
-    """All ranks of the job, talking through host memory (gloo) beside whatever the model's groups do.
+    """All ranks of the job, communicating through host memory (gloo), independent of the model's groups.
 
     ``control``: small messages of the main thread. ``storage``: saving, loading and deleting checkpoints; a
     thread of a save in flight may own it. Collectives of two threads on one group would mix.

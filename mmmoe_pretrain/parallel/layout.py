@@ -1,14 +1,15 @@
-"""Which layouts a run can have: its degrees, model, schedule and engine must go together.
+"""Checks of a run's layout: its degrees, model, schedule and engine must be compatible.
 
-Pure arithmetic, so that a layout can be planned on any machine. A rule is one function that returns what
-is wrong and what would work, or None, and one line in the table.
+Pure arithmetic, so that a layout can be planned on any machine. A rule is one function that returns the problem and
+the remedy, or None, and one line in the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.engines import ENGINES, Capabilities
 from mmmoe_pretrain.parallel.degrees import Layout, divisors, refuse, resolve_degrees
 
 __all__ = ["Layout", "resolve_layout"]
@@ -17,8 +18,8 @@ __all__ = ["Layout", "resolve_layout"]
 def resolve_layout(config: RunConfig, world_size: int, vocab_size: int | None = None) -> Layout:
     """The layout of a run on ``world_size`` ranks; the vocabulary is checked where its size is given.
 
-    Raises ValueError for a layout that cannot work or would train something else than one process,
-    with the keys, their values and the nearest that can.
+    Raises ValueError for a layout that cannot work or would not train the same as one process, with the keys, their
+    values and the nearest possible ones.
     """
     layout = resolve_degrees(config.parallel, config.moe.group_sizes, world_size)
     for check in RUN_CHECKS:
@@ -45,10 +46,12 @@ def _cut_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
     """The key and size of everything that tensor parallelism cuts, but the vocabulary."""
     model, moe = config.model, config.moe
     yield "model.num_heads", model.num_heads
-    mixtures = range(moe.every - 1, model.num_layers, moe.every)
-    if len(mixtures) < model.num_layers:
+    if model.num_kv_heads is not None:
+        yield "model.num_kv_heads", model.num_kv_heads
+    moe_blocks = range(moe.every - 1, model.num_layers, moe.every)
+    if len(moe_blocks) < model.num_layers:
         yield "model.ffn_hidden_size", model.ffn_hidden_size
-    for index in mixtures:
+    for index in moe_blocks:
         layer, where = moe.for_layer(index), f"moe.layers.{index}" if index in moe.layers else "moe"
         for number, group in enumerate(layer.groups):
             key = f"expert_groups.{number}.expert_hidden_size" if layer.expert_groups else "expert_hidden_size"
@@ -88,70 +91,78 @@ def _interleaved_microbatches(config: RunConfig, layout: Layout) -> str | None:
     )
 
 
-def _samples_to_contrast(config: RunConfig, layout: Layout) -> str | None:
-    contrastive, train = config.objectives.contrastive, config.train
-    parts = 1 if contrastive.cached else train.num_microbatches
-    if not contrastive.on or train.global_batch_size != parts:
-        return None
-    remedies = [f"train.global_batch_size {2 * parts} or more"]
-    if parts > 1:
-        fewer = [n for n in divisors(train.global_batch_size // layout.data or 1) if n < parts]
-        remedies += [f"num_microbatches {fewer}", "objectives.contrastive.cached: true (negatives of the whole step)"]
-    return (
-        f"train.global_batch_size {train.global_batch_size} in train.num_microbatches {train.num_microbatches}: with "
-        f"one sample a microbatch objectives.contrastive has no negatives, and its loss and gradient would always be "
-        f"0; use {', '.join(remedies)}, or objectives.contrastive.weight: 0"
-    )
+def _samples_of_objectives(config: RunConfig, layout: Layout) -> str | None:
+    sizes = config.train.global_batch_size, config.train.num_microbatches, layout.data
+    return next(filter(None, (its.batch_problem(name, *sizes) for name, its in config.objectives.items())), None)
 
 
 def _pipeline_engine(config: RunConfig, layout: Layout) -> str | None:
-    if layout.engine == "megatron" or layout.pipeline == 1:
+    if layout.pipeline == 1 or layout.capabilities.pipeline:
         return None
     return (
-        f"parallel.pipeline_parallel_size {layout.pipeline} with parallel.engine deepspeed: pipelines are engine "
-        f"megatron's (DeepSpeed's own exclude ZeRO stages 2 and 3); set engine: megatron, or "
+        f"parallel.pipeline_parallel_size {layout.pipeline} with parallel.engine {layout.engine}: it has no "
+        f"pipeline; set {_switch(layout, lambda engine: engine.pipeline)}, or "
         f"pipeline_parallel_size: 1 with tensor_parallel_size {divisors(layout.world_size)}"
     )
 
 
-def _clipping_without_zero(config: RunConfig, layout: Layout) -> str | None:
-    clips = config.optimizer.clip_norm > 0
-    if layout.engine == "megatron" or layout.zero_stage > 0 or not clips or layout.expert == 1:
+def _zero_stage(config: RunConfig, layout: Layout) -> str | None:
+    stage, legal = layout.zero_stage, layout.capabilities.zero_stages
+    if stage in legal:
         return None
+    what = {1: "optimizer state", 2: "gradients", 3: "parameters"}.get(stage, "nothing")
     return (
-        f"parallel.zero_stage 0 with parallel.engine deepspeed, optimizer.clip_norm {config.optimizer.clip_norm:g} "
-        f"and parallel.expert_parallel_size {layout.expert}: without ZeRO, DeepSpeed takes the mean of the "
-        f"ranks' norms for the gradient's (its issue 8475); use zero_stage 1, 2 or 3, expert_parallel_size: 1, or "
-        f"clip_norm: 0"
+        f"parallel.zero_stage {stage} shards {what}, and parallel.engine {layout.engine} has the stages {_or(legal)} "
+        f"alone; use zero_stage: {legal[-1]}, or {_switch(layout, lambda engine: stage in engine.zero_stages)}"
     )
 
 
-def _megatron_zero(config: RunConfig, layout: Layout) -> str | None:
-    if layout.engine == "deepspeed" or layout.zero_stage < 2:
+def _optimizer(config: RunConfig, layout: Layout) -> str | None:
+    kind, stage = config.optimizer.kind, layout.zero_stage
+    legal = layout.capabilities.optimizers.get(kind, ())
+    if stage in legal:
         return None
-    what = "gradients" if layout.zero_stage == 2 else "parameters"
+    remedies = [f"zero_stage {_or(legal)}"] if legal else []
+    switch = _switch(layout, lambda engine: stage in engine.optimizers.get(kind, ()))
+    remedies += [switch] if switch else []
+    remedies += [f"optimizer.kind: {other}" for other, stages in layout.capabilities.optimizers.items()
+                 if stage in stages]  # fmt: skip
     return (
-        f"parallel.zero_stage {layout.zero_stage} shards {what}, and parallel.engine megatron shards optimizer state "
-        f"alone; use zero_stage: 1 (its distributed optimizer), or {_with_deepspeed(layout)}"
+        f"optimizer.kind {kind} with parallel.engine {layout.engine} and parallel.zero_stage {stage}, which work "
+        f"with other optimizers alone; use {', or '.join(remedies)}"
     )
 
 
-def _deepspeed_settings(config: RunConfig, layout: Layout) -> str | None:
-    if layout.engine == "deepspeed" or not config.parallel.deepspeed:
+def _precision(config: RunConfig, layout: Layout) -> str | None:
+    precision, legal = config.train.precision, layout.capabilities.precisions
+    if precision in legal:
         return None
     return (
-        f"parallel.deepspeed ({', '.join(sorted(config.parallel.deepspeed))}) is DeepSpeed's JSON, and "
-        f"parallel.engine is megatron, which never reads it; set engine: deepspeed, or leave it out"
+        f"train.precision {precision} with parallel.engine {layout.engine}, which computes in {_or(legal)}; use "
+        f"one of these, or {_switch(layout, lambda engine: precision in engine.precisions)}"
     )
 
 
-def _deepspeed_overlap(config: RunConfig, layout: Layout) -> str | None:
-    asked = [key for key in ("overlap_grad_reduce", "overlap_param_gather") if getattr(config.parallel, key)]
-    if layout.engine == "megatron" or not asked:
+def _engine_settings(config: RunConfig, layout: Layout) -> str | None:
+    for name, engine in ENGINES.items():
+        given = getattr(config.parallel, engine.settings) if engine.settings else {}
+        if given and engine.settings != layout.capabilities.settings:
+            return (
+                f"parallel.{engine.settings} ({', '.join(sorted(given))}) has settings of engine {name}, and "
+                f"parallel.engine is {layout.engine}, which never reads them; set engine: {name}, or leave it out"
+            )
+    return None
+
+
+def _overlap(config: RunConfig, layout: Layout) -> str | None:
+    known = dict.fromkeys(key for engine in ENGINES.values() for key in engine.overlap)
+    wrong = [key for key in known if getattr(config.parallel, key) and key not in layout.capabilities.overlap]
+    if not wrong:
         return None
+    instead = layout.capabilities.instead_of_overlap
     return (
-        f"parallel.{asked[0]} is engine megatron's, and parallel.engine is deepspeed; set {asked[0]}: false, and "
-        f"parallel.deepspeed: {{zero_optimization: {{overlap_comm: true}}}} for DeepSpeed's own overlap"
+        f"parallel.{wrong[0]} has no meaning under parallel.engine {layout.engine}; set {wrong[0]}: false"
+        f"{f', and {instead}' if instead else ''}, or {_switch(layout, lambda engine: wrong[0] in engine.overlap)}"
     )
 
 
@@ -168,41 +179,55 @@ def _overlap_param_gather(config: RunConfig, layout: Layout) -> str | None:
 
 
 def _offload(config: RunConfig, layout: Layout) -> str | None:
-    target = config.parallel.offload_optimizer
-    if target == "nvme" and not (layout.engine == "deepspeed" and layout.zero_stage == 3):
-        return (
-            f"parallel.offload_optimizer nvme with parallel.engine {layout.engine} and parallel.zero_stage "
-            f"{layout.zero_stage}: DeepSpeed keeps optimizer state in files under ZeRO-3 alone; use "
-            f"{_with_deepspeed(layout)} and zero_stage: 3, or offload_optimizer: cpu with zero_stage 1, 2 or 3"
-        )
-    if target == "none" or (layout.engine == "deepspeed" and layout.zero_stage > 0):
+    target, kind = config.parallel.offload_optimizer, config.optimizer.kind
+    offload = layout.capabilities.offload.get(target)
+    if target == "none" or (offload and layout.zero_stage in offload.zero_stages and kind in offload.optimizers):
         return None
-    if layout.engine == "deepspeed":
-        return (
-            "parallel.offload_optimizer cpu moves optimizer state that ZeRO sharded, and parallel.zero_stage is 0; "
-            "use zero_stage 1, 2 or 3, or offload_optimizer: none"
-        )
+    remedies = [
+        f"{_engine(name, layout)} and zero_stage {_or(engine.offload[target].zero_stages)} with optimizer.kind "
+        f"{_or(engine.offload[target].optimizers)}"
+        for name, engine in ENGINES.items()
+        if target in engine.offload
+    ]
+    remedies += [
+        f"offload_optimizer: {other} with zero_stage {_or(able.zero_stages)}"
+        for other, able in layout.capabilities.offload.items()
+        if other != target and kind in able.optimizers
+    ]
+    share = f" with zero_stage 1 or more, which leaves each rank 1/{layout.data} of it" if layout.data > 1 else ""
     return (
-        f"parallel.offload_optimizer cpu with parallel.engine megatron, which keeps optimizer state on the device; "
-        f"use offload_optimizer: none with zero_stage: 1, which leaves each rank 1/{layout.data} of it, or "
-        f"{_with_deepspeed(layout)} and zero_stage 1, 2 or 3"
+        f"parallel.offload_optimizer {target} with parallel.engine {layout.engine}, parallel.zero_stage "
+        f"{layout.zero_stage} and optimizer.kind {kind}, whose state stays on the device; use "
+        f"{', or '.join(remedies)}, or offload_optimizer: none{share}"
     )
 
 
-def _with_deepspeed(layout: Layout) -> str:
-    """A remedy; that engine has no pipeline."""
-    return f"engine: deepspeed{' with pipeline_parallel_size: 1' if layout.pipeline > 1 else ''}"
+def _switch(layout: Layout, able: Callable[[Capabilities], bool]) -> str:
+    """A remedy: the engines that are able."""
+    return " or ".join(_engine(name, layout) for name, engine in ENGINES.items() if able(engine))
+
+
+def _engine(name: str, layout: Layout) -> str:
+    """A remedy: this engine, which may have no pipeline."""
+    unpipelined = layout.pipeline > 1 and not ENGINES[name].pipeline
+    return f"engine: {name}{' with pipeline_parallel_size: 1' if unpipelined else ''}"
+
+
+def _or(values: Sequence[object]) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _pipeline_engine,
     _blocks_for_stages,
     _interleaved_microbatches,
-    _samples_to_contrast,
-    _megatron_zero,
-    _deepspeed_settings,
-    _deepspeed_overlap,
+    _samples_of_objectives,
+    _zero_stage,
+    _optimizer,
+    _engine_settings,
+    _overlap,
     _overlap_param_gather,
-    _clipping_without_zero,
     _offload,
+    _precision,
 )

@@ -20,8 +20,10 @@ from mmmoe_pretrain.parallel.placement import Placement
 class ColumnLinear(ColumnParallelLinear):
     """``weight``: [out / ranks, in]. With ``sequence_parallel`` the input is this rank's rows, else all."""
 
-    def __init__(self, in_size: int, out_size: int, groups: Groups, blocks: int, sequence_parallel: bool) -> None:
-        assert out_size % (blocks * groups.tensor_size) == 0, f"{out_size} / {blocks} / {groups.tensor_size}"
+    def __init__(
+        self, in_size: int, out_size: int, groups: Groups, blocks: tuple[int, ...], sequence_parallel: bool
+    ) -> None:
+        assert out_size % (sum(blocks) * groups.tensor_size) == 0, f"{out_size} / {blocks} / {groups.tensor_size}"
         super().__init__(
             in_size,
             out_size,

@@ -1,23 +1,20 @@
 """The only creator of process groups: turns degrees of parallelism into ``Groups``.
 
-The groups are made by megatron-core's parallel_state, so that its engine finds the same ones. Ranks
-are numbered with the tensor rank fastest, then expert, expert-data and pipeline rank: the ranks that
-talk most are neighbours.
+The groups are made by megatron-core's parallel_state, so that its engine finds the same ones. Ranks are numbered with
+the tensor rank fastest, then expert, expert-data and pipeline rank: the ranks that communicate most are adjacent.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from mmmoe_pretrain.config import ParallelConfig
-from mmmoe_pretrain.parallel.degrees import Layout, resolve_degrees
+from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.parallel.quiet import quiet_calls, quiet_megatron
+from mmmoe_pretrain.parallel.quiet import silence_calls, silence_megatron
 
 STORAGE_TIMEOUT = timedelta(hours=6)  # a rank may write a large share to a slow target while the others wait
 
@@ -33,16 +30,12 @@ def build_host_groups(timeout_minutes: float) -> HostGroups:
     )
 
 
-def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Groups:
-    """Create the groups of the running job; the default process group must exist.
-
-    ``num_experts``: of the mixture, or of each group and layer where they differ. Raises ValueError for
-    degrees that do not fit the ranks; ``layout.resolve_layout`` says the rest.
-    """
-    layout = resolve_degrees(config, num_experts, dist.get_world_size())
-    with quiet_megatron():
+def build_groups(layout: Layout, timeout_minutes: float = 5.0) -> Groups:
+    """Create the groups of the running job; the default process group must exist. A rank that keeps the others
+    waiting in a collective for ``timeout_minutes`` ends the job."""
+    with silence_megatron():
         from megatron.core import parallel_state
-    quiet_calls()
+    silence_calls()
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -50,7 +43,7 @@ def build_groups(config: ParallelConfig, num_experts: int | Sequence[int]) -> Gr
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor,
-        distributed_timeout_minutes=config.timeout_minutes,
+        distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # for its own checkpoints; each is a connection to every other rank
     )
     return _groups(layout)

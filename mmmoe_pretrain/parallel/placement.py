@@ -1,7 +1,7 @@
-"""Where a rank's part of a parameter stands in the whole, logical parameter.
+"""The position of a rank's part in the whole, logical parameter.
 
 A model's modules say how their parameters are cut; engines say which stretch of a part they hold;
-checkpoints and initial weights need nothing else. Knows no groups and no communication.
+checkpoints and initial weights need nothing else. No groups and no communication.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,14 +19,24 @@ from torch import Tensor, nn
 class Cut:
     """Dimension ``dim`` of a logical parameter is cut into ``parts``; this rank holds part ``index``.
 
-    ``blocks``: equal stretches that lie side by side in the dimension and are cut alike (3 for queries,
-    keys and values in one matrix, 2 for gate and up).
+    ``blocks``: stretches that lie side by side in the dimension, each cut into ``parts`` of its own, by their
+    relative lengths: (1, 1) for gate and up, (4, 1, 1) for queries, keys and values of a quarter as many heads.
     """
 
     dim: int
     index: int
     parts: int
-    blocks: int = 1
+    blocks: tuple[int, ...] = (1,)
+
+    def stretches(self, length: int) -> list[tuple[int, int, int]]:
+        """For each block in a part of ``length``: its start in the part, its start in the whole, and its length."""
+        unit, rest = divmod(length, sum(self.blocks))
+        assert not rest, (length, self)
+        begins = [unit * sum(self.blocks[:i]) for i in range(len(self.blocks))]
+        return [
+            (begin, begin * self.parts + self.index * unit * block, unit * block)
+            for begin, block in zip(begins, self.blocks, strict=True)
+        ]
 
 
 Placement = tuple[Cut, ...]  # at most one cut a dimension; () is the whole parameter
@@ -52,15 +63,15 @@ def placements(model: nn.Module) -> dict[str, Placement]:
 def part_of(whole: Tensor, placement: Placement) -> Tensor:
     """This rank's part of a logical tensor; a view where there is one block."""
     for cut in placement:
-        assert whole.shape[cut.dim] % (cut.blocks * cut.parts) == 0, (tuple(whole.shape), cut)
-        share = whole.shape[cut.dim] // (cut.blocks * cut.parts)
-        stretched = whole.unflatten(cut.dim, (cut.blocks, cut.parts * share))
-        whole = stretched.narrow(cut.dim + 1, cut.index * share, share).flatten(cut.dim, cut.dim + 1)
+        length, rest = divmod(whole.shape[cut.dim], cut.parts)
+        assert not rest, (tuple(whole.shape), cut)
+        stretches = [whole.narrow(cut.dim, begin, share) for _, begin, share in cut.stretches(length)]
+        whole = stretches[0] if len(stretches) == 1 else torch.cat(stretches, cut.dim)
     return whole
 
 
 def logical_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
-    """Of the whole parameter of which a rank holds ``shape``."""
+    """The shape of the whole parameter of which a rank holds ``shape``."""
     whole = list(shape)
     for cut in placement:
         whole[cut.dim] *= cut.parts
@@ -70,12 +81,7 @@ def logical_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ..
 def boxes(shape: tuple[int, ...], placement: Placement) -> Iterator[tuple[Box, Box]]:
     """Pairs of rectangles: in this rank's part of shape ``shape``, and where it stands in the whole."""
     by_dim = {cut.dim: cut for cut in placement if cut.parts > 1}
-    runs = []  # of each dimension: (begin here, begin in the whole, length)
-    for dim, length in enumerate(shape):
-        cut = by_dim.get(dim, Cut(dim, 0, 1))
-        assert length % cut.blocks == 0, (shape, cut)
-        share = length // cut.blocks
-        runs.append([(b * share, (b * cut.parts + cut.index) * share, share) for b in range(cut.blocks)])
+    runs = [by_dim.get(dim, Cut(dim, 0, 1)).stretches(length) for dim, length in enumerate(shape)]
     for combination in itertools.product(*runs):
         here, whole, size = (tuple(v) for v in zip(*combination, strict=True)) if shape else ((), (), ())
         yield Box(here, size), Box(whole, size)
@@ -97,7 +103,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[tup
 
 
 def _largest_from(shape: tuple[int, ...], index: list[int], room: int) -> tuple[int, ...]:
-    """Of the rectangles that begin at ``index`` and are contiguous in memory, the largest of ``room``."""
+    """The largest rectangle of at most ``room`` numbers that begins at ``index`` and is contiguous in memory."""
     best = (1,) * len(shape)
     for dim in reversed(range(len(shape))):
         below = math.prod(shape[dim + 1 :])

@@ -1,4 +1,4 @@
-"""Keeps notes of megatron-core that nobody here can act on out of every rank's output."""
+"""Suppresses warnings of megatron-core that users cannot act on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 
 
 @contextlib.contextmanager
-def quiet_megatron() -> Iterator[None]:
+def silence_megatron() -> Iterator[None]:
     """Around imports of megatron-core and the making of its configs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=OPTIONAL)
         yield
 
 
-def quiet_calls() -> None:
+def silence_calls() -> None:
     """For the rest of the process: megatron-core calls collectives by names that torch has since changed,
     and gives a hint on CUDA's queues without CUDA too. A filter for good, since most of this happens in
     backward passes."""

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.parallel.cuts import divides_tokens
 from mmmoe_pretrain.parallel.groups import Group, Groups
-from mmmoe_pretrain.parallel.quiet import quiet_megatron
+from mmmoe_pretrain.parallel.quiet import silence_megatron
 
 
-def column_linear(in_size: int, out_size: int, groups: Groups, blocks: int = 1) -> nn.Module:
+def column_linear(in_size: int, out_size: int, groups: Groups, blocks: tuple[int, ...] = (1,)) -> nn.Module:
     """[t, in] -> [n and padding, this rank's share of out]. ``blocks``: see ``Cut``."""
     if groups.tensor_size == 1:
         return nn.Linear(in_size, out_size, bias=False)
-    with quiet_megatron():
+    with silence_megatron():
         from mmmoe_pretrain.parallel.megatron_layers import ColumnLinear
     return ColumnLinear(in_size, out_size, groups, blocks, divides_tokens(groups))
 
@@ -37,7 +37,7 @@ def row_linear(in_size: int, out_size: int, groups: Groups) -> nn.Module:
     """[n and padding, this rank's share of in] -> [t, out], summed over the tensor ranks."""
     if groups.tensor_size == 1:
         return nn.Linear(in_size, out_size, bias=False)
-    with quiet_megatron():
+    with silence_megatron():
         from mmmoe_pretrain.parallel.megatron_layers import RowLinear
     return RowLinear(in_size, out_size, groups)
 
@@ -46,22 +46,22 @@ def vocab_embedding(vocab_size: int, hidden_size: int, groups: Groups) -> nn.Mod
     """ids [n] -> [n, D], on every tensor rank; each holds a share of the table's rows."""
     if groups.tensor_size == 1:
         return nn.Embedding(vocab_size, hidden_size)
-    with quiet_megatron():
+    with silence_megatron():
         from mmmoe_pretrain.parallel.megatron_layers import VocabEmbedding
     return VocabEmbedding(vocab_size, hidden_size, groups)
 
 
 def vocab_head(hidden_size: int, vocab_size: int, groups: Groups) -> nn.Module:
-    """[N, D], alike on every tensor rank -> this rank's share of the logits [N, V]."""
+    """[N, D], equal on every tensor rank -> this rank's share of the logits [N, V]."""
     if groups.tensor_size == 1:
         return nn.Linear(hidden_size, vocab_size, bias=False)
-    with quiet_megatron():
+    with silence_megatron():
         from mmmoe_pretrain.parallel.megatron_layers import ColumnLinear
-    return ColumnLinear(hidden_size, vocab_size, groups, blocks=1, sequence_parallel=False)
+    return ColumnLinear(hidden_size, vocab_size, groups, blocks=(1,), sequence_parallel=False)
 
 
 def vocab_cross_entropy(logits_NV: Tensor, targets_N: Tensor, groups: Groups) -> Tensor:
-    """[N] fp32 negative log-likelihoods (nats), alike on every tensor rank.
+    """[N] fp32 negative log-likelihoods (nats), equal on every tensor rank.
 
     ``logits_NV``: fp32, this rank's columns; with several tensor ranks they are overwritten.
     """
@@ -73,7 +73,7 @@ def vocab_cross_entropy(logits_NV: Tensor, targets_N: Tensor, groups: Groups) ->
 
 
 def enter_trunk(x_nD: Tensor, groups: Groups) -> Tensor:
-    """[n, D], alike on every tensor rank -> this rank's rows [t, D]."""
+    """[n, D], equal on every tensor rank -> this rank's rows [t, D]."""
     if not divides_tokens(groups):
         return x_nD
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -82,7 +82,7 @@ def enter_trunk(x_nD: Tensor, groups: Groups) -> Tensor:
 
 
 def leave_trunk(x_tD: Tensor, num_valid: int, groups: Groups) -> Tensor:
-    """The inverse of ``enter_trunk``: [t, D] -> [n, D]. What follows must be computed alike on every
+    """The inverse of ``enter_trunk``: [t, D] -> [n, D]. What follows must be computed equally on every
     tensor rank: its gradient is taken as it is, without a sum."""
     if not divides_tokens(groups):
         return x_tD
@@ -99,7 +99,7 @@ def pad_rows(x_nF: Tensor, groups: Groups) -> Tensor:
 
 
 def enter_parts(x_tD: Tensor, num_valid: int, groups: Groups) -> tuple[Tensor, Tensor]:
-    """All tokens [n, D] twice: for a computation that every tensor rank makes alike, and for one of
+    """All tokens [n, D] twice: for a computation that is equal on every tensor rank, and for one of
     which each makes a part. Either gradient comes out as one process would compute it."""
     if not divides_tokens(groups):
         return x_tD, sum_gradients(x_tD, groups)

@@ -4,8 +4,8 @@ Engine megatron. Bytes are counted as ``parallel/counting.py`` counts them, so t
 against a measurement (``benchmarks/scaling.py``). Everything is exact but for what routing decides: how
 many rows and assignments go to other ranks. Those are given, or ``expected_routed``.
 
-Not here: cached contrastive batches, DeepSpeed's engine, and overlap (it changes when, not how much, but cuts
-the gradients into more calls).
+Not here: losses of the whole step (its first pass), DeepSpeed's engine, and overlap (it changes when, not how much,
+but cuts the gradients into more calls).
 
 Shapes: n tokens, t rows of a tensor rank, D hidden size, K experts a token, E experts, R ranks of the group.
 """
@@ -16,11 +16,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmmoe_pretrain.batch import MODALITIES, TASKS
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.moe.losses import loss_names
-from mmmoe_pretrain.objectives.counts import loss_weights
+from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.stages import Stage
@@ -30,8 +31,7 @@ DATA, EXPERT, EXPERT_DATA, TENSOR, PIPELINE = "data", "expert", "expert_data", "
 MODEL, EXPERT_MODEL, WORLD = "tensor x pipeline", "tensor x expert x pipeline", "world"
 
 FP32, INT32, FP64, INT64 = 4, 4, 8, 8  # bytes
-RIDER = 4  # bytes beside an assignment's weight: its expert
-M, X = len(MODALITIES), len(TASKS)
+METADATA = 4  # bytes sent with an assignment's weight: its expert
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements, of megatron-core's sharded buffers
 
 
@@ -49,8 +49,8 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Routed:
-    """Of one mixture and microbatch: rows (token, rank) and assignments (token, expert) that leave for
-    other ranks of the expert group, and that come from them."""
+    """The traffic of one MoE layer and microbatch: rows (token, rank) and assignments (token, expert) that are sent
+    to other ranks of the expert group, and received from them."""
 
     rows_out: float
     rows_in: float
@@ -60,25 +60,26 @@ class Routed:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Of one data-parallel rank. ``routed``: of each mixture of this rank's stages, in their order."""
+    """A microbatch of one data-parallel rank. ``routed``: for each MoE layer of this rank's stages, in their
+    order."""
 
     tokens: int
     samples: int
-    text_tokens: int  # inputs of the text embedder
-    targets: int  # of captions
+    discrete_tokens: int  # rows that are looked up in tables of the vocabulary
+    targets: int  # of all tasks that predict tokens
     routed: tuple[Routed, ...]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A rank's part of one. ``partial``: its gradient is summed over the tensor ranks, since it meets a
-    share of the tokens alone. ``alike``: each tensor rank computes all of it, and they take the mean."""
+    """A rank's part of one. ``partial``: its gradient is summed over the tensor ranks, since each
+    sees only a share of the tokens. ``replicated``: each tensor rank computes all of it, and they take the mean."""
 
     numel: int
     bytes: int  # of an element
     expert: bool
     partial: bool = False
-    alike: bool = False
+    replicated: bool = False
 
 
 def step_traffic(
@@ -118,11 +119,11 @@ def _stage(
     sequence = layout.sequence_parallel and layout.tensor > 1
     rows = _padded(batch.tokens, layout.tensor) if sequence else batch.tokens
     if stage.first:
-        yield from _embedding(layout, batch, hidden, rows * hidden * element if sequence else 0)
-    mixtures = [index for index in stage.blocks if is_sparse(config.moe, index)]
+        yield from _embedding(config, layout, batch, rows * hidden * element if sequence else 0)
+    moe_layers = [index for index in stage.blocks if is_sparse(config.moe, index)]
     for index in stage.blocks:
         yield from matrices(layout, rows * hidden * element, passes)
-        if index not in mixtures:
+        if index not in moe_layers:
             yield from matrices(layout, rows * hidden * element, passes)
             continue
         moe = config.moe.for_layer(index)
@@ -133,8 +134,8 @@ def _stage(
         yield from dispatch(
             layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes
         )
-    if mixtures:
-        yield from _statistics(config, layout, mixtures)
+    if moe_layers:
+        yield from _statistics(config, layout, moe_layers)
     if stage.last:
         yield from _objectives(config, layout, batch, rows * hidden * element if sequence else 0)
 
@@ -142,7 +143,7 @@ def _stage(
 def dispatch(
     ranks: int, num_experts: int, chunks: int, routed: Routed, row_bytes: float, forward_passes: int = 1
 ) -> Iterator[Transfer]:
-    """Tokens to their experts and back, forward and backward, for one mixture.
+    """Tokens to their experts and back, forward and backward, for one MoE layer.
 
     Sizes: int32 rows and assignments by local expert for each chunk. Assignments: weight and expert there,
     the weight's gradient back. Rows: there and back, and their gradients the same two ways.
@@ -150,14 +151,14 @@ def dispatch(
     sizes = (ranks - 1) * chunks * (1 + num_experts // ranks) * INT32
     both = routed.rows_out + routed.rows_in
     yield Transfer("sizes", ALL_TO_ALL, EXPERT, ranks, forward_passes, forward_passes * sizes)
-    weights = forward_passes * routed.assignments_out * (FP32 + RIDER) + routed.assignments_in * FP32
+    weights = forward_passes * routed.assignments_out * (FP32 + METADATA) + routed.assignments_in * FP32
     yield Transfer("assignments", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * chunks, weights)
     sent = (forward_passes + 1) * both * row_bytes
     yield Transfer("rows", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * 2 * chunks, sent)
 
 
 def expected_routed(tokens: float, top_k: int, num_experts: int, ranks: int) -> Routed:
-    """If every set of K experts were as likely. A token visits a rank, and so leaves for it once, unless
+    """If every set of K experts were equally likely. A token is sent to a rank, once, unless
     all its K experts are among the E - E / R others: probability 1 - C(E - E / R, K) / C(E, K)."""
     elsewhere = num_experts - num_experts // ranks
     visits = 1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
@@ -166,12 +167,12 @@ def expected_routed(tokens: float, top_k: int, num_experts: int, ranks: int) -> 
 
 
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
-    """No routing makes more rows leave: a token goes once to each other rank, and for each of K at most once."""
+    """The most rows that any routing sends: a token goes once to each other rank, and at most K times."""
     return tokens * min(top_k, ranks - 1)
 
 
 def matrices(layout: Layout, activation: float, forward_passes: int = 1) -> Iterator[Transfer]:
-    """A column-parallel matrix and a row-parallel one behind it (attention, or a dense layer).
+    """A column-parallel matrix and a row-parallel one after it (attention, or a dense layer).
     ``activation``: bytes of [n, D], padding included.
 
     The sum of the products forward, of the gradients backward. Under sequence parallelism each is half an
@@ -188,7 +189,7 @@ def matrices(layout: Layout, activation: float, forward_passes: int = 1) -> Iter
 
 
 def _expert_parts(layout: Layout, activation: float, weights: float, forward_passes: int) -> Iterator[Transfer]:
-    """Around a mixture whose experts each tensor rank has a part of: the sum of the parts forward, of the
+    """Around an MoE layer of whose experts each tensor rank has a part: the sum of the parts forward, of the
     tokens' gradients and the routing weights' backward."""
     yield _ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
     calls = forward_passes + 1
@@ -200,41 +201,49 @@ def _expert_parts(layout: Layout, activation: float, weights: float, forward_pas
     yield _ring("experts' parts", REDUCE_SCATTER, TENSOR, layout.tensor, calls * activation, calls)
 
 
-def _embedding(layout: Layout, batch: Microbatch, hidden: int, divided: float) -> Iterator[Transfer]:
-    """The vocabulary's rows are summed; rows that were divided have their gradients gathered."""
-    yield _ring("vocabulary", ALL_REDUCE, TENSOR, layout.tensor, batch.text_tokens * hidden * FP32)
+def _embedding(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
+    """The vocabulary's rows are summed, by modality; rows that were divided have their gradients gathered."""
+    looked_up = batch.discrete_tokens * config.model.hidden_size * FP32
+    tables = len(build_modalities(config.modalities, decoding=False).predictable)
+    if tables:
+        yield _ring("vocabulary", ALL_REDUCE, TENSOR, layout.tensor, looked_up, calls=tables)
     if divided:
         yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
 
 
 def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
-    """Features and flags of all samples; the vocabulary's logits over its parts: their maximum, the target's
-    own and the sum of exponentials, and the gradient of the head's input."""
-    contrastive, captioning = config.objectives.contrastive, config.objectives.captioning
+    """Features and flags of all samples, of each objective that compares representations; the vocabulary's logits
+    over its parts, of each that predicts tokens: their maximum, the target's own and the sum of exponentials, and the
+    gradient of the head's input."""
+    objectives = objectives_of(config)
     if divided:
         yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
-    if contrastive.on:
-        features = batch.samples * M * config.model.embedding_size * FP32
-        flags = batch.samples * (M + 1) * INT64
+    for compared in (
+        len(objective.representations) for objective in objectives.values() if objective.representations
+    ):
+        features = batch.samples * compared * config.model.embedding_size * FP32
+        flags = batch.samples * (compared + 1) * INT64
         yield _ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
         yield _ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
-    if captioning.weight > 0:
-        yield _ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3)
+    if tasks := len(objectives.predicting):
+        yield _ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3 * tasks)
         head = batch.targets * config.model.hidden_size * _element(config)
-        yield _ring("head", ALL_REDUCE, TENSOR, layout.tensor, head)
+        yield _ring("head", ALL_REDUCE, TENSOR, layout.tensor, head, calls=tasks)
 
 
-def _statistics(config: RunConfig, layout: Layout, mixtures: Sequence[int]) -> Iterator[Transfer]:
-    """Routing statistics of a stage's mixtures, and their gradient where a loss asks for one."""
-    numel = sum(statistics_numel(config.moe.for_layer(index).router_outputs) for index in mixtures)
+def _statistics(config: RunConfig, layout: Layout, moe_layers: Sequence[int]) -> Iterator[Transfer]:
+    """Routing statistics of a stage's MoE layers, and their gradient where a loss asks for one."""
+    names = config.stream_names
+    numel = sum(statistics_numel(names, config.moe.for_layer(index).router_outputs) for index in moe_layers)
     calls = 2 if config.moe.losses.any_of_tokens else 1
     yield _ring("statistics", ALL_REDUCE, DATA, layout.data, calls * numel * FP32, calls)
 
 
-def statistics_numel(num_experts: int) -> int:
-    """Of what ``RoutingStats`` reduces: probabilities and counts [M, X, E], smooth load [M, E]; entropy, z,
+def statistics_numel(names: StreamNames, num_experts: int) -> int:
+    """The numbers that ``RoutingStats`` reduces: probabilities and counts [M, X, E], smooth load [M, E]; entropy, z,
     tokens and drops [M, X]; and the sum and number of segments."""
-    return (2 * X + 1) * M * num_experts + 4 * M * X + 2
+    modalities, tasks = len(names.modalities), len(names.tasks)
+    return (2 * tasks + 1) * modalities * num_experts + 4 * modalities * tasks + 2
 
 
 def _between_stages(
@@ -269,7 +278,7 @@ def gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Trans
 
 
 def padded_numel(numels: Sequence[int], ranks: int) -> int:
-    """Of megatron-core's buffer of parameters, laid out from the last to the first."""
+    """The size of megatron-core's buffer of parameters, laid out from the last to the first."""
     end = 0
     for numel in reversed(numels):
         end = _padded(end, PARAMETER_ALIGNMENT) + numel
@@ -277,13 +286,13 @@ def padded_numel(numels: Sequence[int], ranks: int) -> int:
 
 
 def _joined_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
-    """Between tensor ranks: sums of partial gradients, means of those that each computes alike."""
+    """Between tensor ranks: sums of partial gradients, means of replicated ones."""
     partial = sum(p.numel for p in parameters if p.partial)
     if partial and layout.sequence_parallel:
         yield _ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, partial * FP32)
-    alike = sum(p.numel for p in parameters if p.alike)
-    if alike:
-        yield _ring("gradients computed alike", ALL_REDUCE, TENSOR, layout.tensor, alike * FP32)
+    replicated = sum(p.numel for p in parameters if p.replicated)
+    if replicated:
+        yield _ring("replicated gradients", ALL_REDUCE, TENSOR, layout.tensor, replicated * FP32)
 
 
 def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
@@ -300,10 +309,10 @@ def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
 
 def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     """What the losses are divided by, and the tokens; the losses by name; whether the step is finite everywhere."""
-    names = len(loss_weights(config.objectives))
+    names = len(objectives_of(config).losses)
     yield _ring("counts", ALL_REDUCE, DATA, layout.data, (1 + names) * INT64)
     if any(is_sparse(config.moe, index) for index in range(config.model.num_layers)):
-        names += len(loss_names(config.moe.losses))
+        names += len(loss_names(config.moe.losses, tuple(config.modalities)))
     for group, ranks in ((DATA, layout.data), (PIPELINE, layout.pipeline)):
         yield _ring("losses", ALL_REDUCE, group, ranks, names * FP64)
     for group, ranks in ((TENSOR, layout.tensor), (DATA, layout.data), (PIPELINE, layout.pipeline)):

@@ -1,1 +1,1 @@
-"""Surgery on trained experts: a checkpoint goes in, another one of the same step comes out."""
+"""Changes the experts of a trained model: from one checkpoint to another one of the same step."""

@@ -1,19 +1,27 @@
-"""Lifelong growth: new experts that sleep at first, so that a trained model goes on as it was.
+"""Add experts that are dormant at first, so that the function of the trained model does not change.
 
 A new expert is a copy of a used one with noise, and so is its router row. The router's buffer
 ``dormancy`` lowers its logit by 32, below the resolution of fp32, and falls to 0 over
-``moe.wake_steps`` optimizer steps; the expert is chosen more and more, and learns to differ.
+``moe.wake_steps`` optimizer steps; then the expert is chosen more and more, and diverges from its source.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.moe.router import DORMANT
 from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
-from mmmoe_pretrain.surgery.parameters import STACKED, Layer, State, noise_like, select_experts, without_moments
+from mmmoe_pretrain.surgery.parameters import (
+    STACKED,
+    Layer,
+    Parameter,
+    State,
+    clear_means,
+    fresh,
+    noise_like,
+    select_experts,
+)
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
 
@@ -29,8 +37,8 @@ def add(
     """``count`` experts behind the others in each of ``layers`` (all where none is named): copies of
     ``copy_from``, or of the most used ones in turn, with ``noise`` relative to their root mean square.
 
-    Moments: ``exp_avg`` of the new ones is zero, since nothing pulls them yet; ``exp_avg_sq`` is that of the
-    expert they come from, so that their first steps have its size.
+    Optimizer state: averages of the gradient of the new ones are zero; those of its square are copied from the source
+    expert, so that their first steps have its size.
     """
     if count < 1 or wake_steps < 1:
         raise ValueError(f"--count {count} and --wake-steps {wake_steps} must be at least 1")
@@ -59,7 +67,7 @@ def _check_router(layer: Layer) -> None:
     moe = layer.moe
     if moe.node_groups > 1:
         raise ValueError(
-            f"block {layer.index}: router {moe.router} has {moe.node_groups} runs of equally many experts, and new "
+            f"block {layer.index}: router {moe.router} has {moe.node_groups} groups of equally many experts, and new "
             f"ones behind the last would move their borders; divide the experts with mmmoe experts split instead"
         )
     if moe.expert_groups:
@@ -83,7 +91,7 @@ def _with_experts(state: State, layer: Layer, parents: list[int], noise: float) 
     first = layer.moe.num_experts
     dormancy = f"{layer.prefix}router.dormancy"
     if dormancy not in state:
-        state = {**state, dormancy: without_moments(torch.zeros(layer.moe.router_outputs), moments=False)}
+        state = {**state, dormancy: fresh(torch.zeros(layer.moe.router_outputs))}
     state = select_experts(state, layer, [*range(first), *parents])
     new = slice(first, first + len(parents))
     state[dormancy].value[new] = DORMANT
@@ -92,14 +100,13 @@ def _with_experts(state: State, layer: Layer, parents: list[int], noise: float) 
         _perturb(state[name], range(new.start, new.stop), noise, name)
     for name in ("noise_weight", "logit_bias"):
         rows = state.get(f"{layer.prefix}router.{name}")
-        if rows is not None and rows.exp_avg is not None:
-            rows.exp_avg[new] = 0
+        if rows is not None:
+            clear_means(rows, new)
     return state
 
 
-def _perturb(parameter: ParameterState, new: range, noise: float, name: str) -> None:
-    """Of rows that ``select_experts`` made: they are nobody else's."""
+def _perturb(parameter: Parameter, new: range, noise: float, name: str) -> None:
+    """Changes rows made by ``select_experts`` in place: they are copies."""
     for row in new:
         parameter.value[row] += noise_like(parameter.value[row], noise, f"{name}/added/{row}")
-        if parameter.exp_avg is not None:
-            parameter.exp_avg[row] = 0
+        clear_means(parameter, slice(row, row + 1))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 experts = typer.Typer(no_args_is_help=True, help="Change the experts of a trained model; the result is a new run.")
 
-Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it is not touched.")]
+Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it does not change.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value of the new run, e.g. train.steps=2000.")]
 Out = Annotated[
     Path, typer.Option("--out", callback=given, help="The folder of the new run; its name becomes the run's.")
@@ -32,11 +32,11 @@ def upcycle(
     out: Out,
     num_experts: Annotated[int, typer.Option(help="Copies of each dense layer.")],
     overrides: Overrides = None,
-    experts_per_token: Annotated[int, typer.Option(help="Copies that each token visits; 2 or more.")] = 2,
+    experts_per_token: Annotated[int, typer.Option(help="Experts per token; 2 or more.")] = 2,
     noise: Noise = 0.0,
     every: Annotated[int | None, typer.Option(min=1, help="Every how many blocks; default: moe.every.")] = None,
 ) -> None:
-    """Turn a dense run into a mixture of copies of its feed-forward layers; outputs stay equal."""
+    """Turn a dense run into a sparse one, whose experts copy its feed-forward layers; outputs stay equal."""
     from mmmoe_pretrain.surgery.operation import operate
     from mmmoe_pretrain.surgery.upcycle import upcycle as make
 
@@ -68,10 +68,10 @@ def add(
     copy_from: Annotated[int | None, typer.Option(help="The expert to copy; default: the most used ones.")] = None,
     layer: Layers = None,
     noise: Noise = 0.1,
-    wake_steps: Annotated[int, typer.Option(help="Optimizer steps until they are fully awake.")] = 1000,
+    wake_steps: Annotated[int, typer.Option(help="Optimizer steps over which their dormancy falls to 0.")] = 1000,
     lossy: Lossy = False,
 ) -> None:
-    """Add experts that sleep at first and wake in training; outputs stay equal."""
+    """Add experts that are dormant at first; outputs stay equal."""
     from mmmoe_pretrain.surgery.add import add as make
     from mmmoe_pretrain.surgery.operation import operate
 
@@ -87,18 +87,18 @@ def prune(
     overrides: Overrides = None,
     chosen: Annotated[str, typer.Option("--experts", help="The experts to remove, e.g. 3,5.")] = "",
     unused: Annotated[
-        bool, typer.Option("--unused", help="Remove those that nothing chose, by the run's log.")
+        bool, typer.Option("--unused", help="Remove the experts that no token chose, by the run's log.")
     ] = False,
     below: Annotated[float, typer.Option(min=0, max=1, help="With --unused: up to this share of a layer.")] = 0.0,
     layer: Layers = None,
     lossy: Lossy = False,
 ) -> None:
-    """Remove experts; outputs stay equal where nothing chose them, else only with --lossy."""
+    """Remove experts; outputs stay equal if no token chose them; otherwise --lossy is needed."""
     from mmmoe_pretrain.surgery.operation import operate
     from mmmoe_pretrain.surgery.prune import prune as make
 
     if bool(chosen) == unused:
-        raise ValueError("say which experts go: either --experts 3,5 or --unused")
+        raise ValueError("name the experts to remove: either --experts 3,5 or --unused")
     numbers, layers, limit = _numbers(chosen), tuple(layer or ()), below if unused else None
     _tell(operate(run, out, overrides or [], "prune", lambda source: make(source, numbers, limit, layers, lossy)))
 
@@ -112,7 +112,7 @@ def merge(
     overrides: Overrides = None,
     lossy: Lossy = False,
 ) -> None:
-    """Make one expert of two; outputs stay equal where one of them was not in use, else only with --lossy."""
+    """Make one expert of two; outputs stay equal if one of them was not in use; otherwise --lossy is needed."""
     from mmmoe_pretrain.surgery.merge import merge as make
     from mmmoe_pretrain.surgery.operation import operate
 
@@ -127,7 +127,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     wrong = [part for part in parts if not part.isdigit()]
     if wrong:
-        raise ValueError(f"--experts {text}: {wrong[0]!r} is no expert; give numbers, e.g. 3,5")
+        raise ValueError(f"--experts {text}: {wrong[0]!r} is not an expert; give numbers, e.g. 3,5")
     return tuple(int(part) for part in parts)
 
 

@@ -1,21 +1,16 @@
-"""Two experts become one: the mean of their weights and router rows, weighed by how much each is used.
-
-Exact where one of them takes no part: one that no token chooses, such as one added and still asleep.
-Two equal experts with sigmoid scores at K = 1 are exact too. Otherwise the two took two places
-among the K or shared a probability, and one cannot do the same; and the mean of unlike experts is
-neither of them, since their hidden units need not correspond.
+"""Two experts become one: the mean of their weights and router rows, weighted by how much each is used. Exact if no
+token chooses one of them, such as a dormant one. Two equal experts with sigmoid scores at K = 1 are exact too.
+Otherwise the two were two of the top K or shared a probability, which one cannot reproduce; and the mean of different
+experts is neither of them, since their hidden units need not correspond.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.checkpoint.state import ParameterState
 from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
-from mmmoe_pretrain.surgery.parameters import STACKED, Layer, State, group_changes, select_experts
+from mmmoe_pretrain.surgery.parameters import STACKED, Layer, Parameter, State, group_changes, select_experts
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
 WHY_NOT = "Pass --lossy to do it all the same"
@@ -24,8 +19,8 @@ WHY_NOT = "Pass --lossy to do it all the same"
 def merge(source: Source, layer_index: int, experts: tuple[int, int], lossy: bool) -> Result:
     """The second of ``experts`` goes into the place of the first.
 
-    Moments: the merged expert gets the tokens of both, so its gradient is the sum of theirs; both moments
-    are summed over those of the two that are used (independent tokens: variances add).
+    Optimizer state: the merged expert gets the tokens of both, so its gradient is the sum of theirs; averages of the
+    gradient and of its square are summed over those of the two that are used (independent tokens: variances add).
     """
     layer = chosen_layers(source.config, (layer_index,))[0]
     first, second = experts
@@ -53,7 +48,7 @@ def _check(layer: Layer, first: int, second: int) -> None:
     if moe.num_experts == 2 or moe.router_outputs == moe.experts_per_token:
         raise ValueError(
             f"block {layer.index} has {moe.num_experts} experts, of which a token chooses {moe.experts_per_token}: "
-            f"with one less it would be no mixture"
+            f"with one less there would be no choice"
         )
     if moe.node_groups > 1:
         raise ValueError(
@@ -68,7 +63,7 @@ def _check(layer: Layer, first: int, second: int) -> None:
 
 
 def _shares(source: Source, layer: Layer, first: int, second: int) -> tuple[float, float]:
-    """How much each is used, of the two together; 0 for one that sleeps."""
+    """How much each is used, of the two together; 0 for a dormant one."""
     dormancy = source.state.get(f"{layer.prefix}router.dormancy")
     awake = [float(dormancy is None or dormancy.value[e] == 0) for e in (first, second)]
     used = [source.usage.share[layer.index][e] * a for e, a in zip((first, second), awake, strict=True)]
@@ -80,9 +75,8 @@ def _shares(source: Source, layer: Layer, first: int, second: int) -> tuple[floa
 
 def _merged(state: State, layer: Layer, first: int, second: int, used: tuple[float, float]) -> State:
     changed = dict(state)
-    for name, axis in layer.row_axis.items():
-        if name in state:
-            changed[name] = _combined(state[name], axis, (first, second), used)
+    for name, axis in layer.row_axis(state).items():
+        changed[name] = _combined(state[name], axis, (first, second), used)
     for prefix, stack in layer.stacks:
         if first in stack:
             for name in (prefix + name for name in STACKED if prefix + name in state):
@@ -90,10 +84,8 @@ def _merged(state: State, layer: Layer, first: int, second: int, used: tuple[flo
     return changed
 
 
-def _combined(
-    parameter: ParameterState, axis: int, rows: tuple[int, int], used: tuple[float, float]
-) -> ParameterState:
-    """Row ``rows[0]`` holds both: their weighted mean, and the sums of the moments of those in use."""
+def _combined(parameter: Parameter, axis: int, rows: tuple[int, int], used: tuple[float, float]) -> Parameter:
+    """Row ``rows[0]`` holds both: their weighted mean, and the sums of the optimizer's tensors of those in use."""
 
     def write(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:
         both = sum(tensor.select(axis, row) * factor for row, factor in zip(rows, factors, strict=True) if factor)
@@ -102,5 +94,5 @@ def _combined(
         return copy
 
     summed = tuple(float(u > 0) for u in used)
-    first, second = (None if m is None else write(m, summed) for m in (parameter.exp_avg, parameter.exp_avg_sq))
-    return dataclasses.replace(parameter, value=write(parameter.value, used), exp_avg=first, exp_avg_sq=second)
+    kept = {name: write(tensor, summed) for name, tensor in parameter.optimizer.items()}
+    return Parameter(write(parameter.value, used), kept)

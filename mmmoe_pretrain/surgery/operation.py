@@ -1,6 +1,6 @@
-"""The frame of every command: read a run, change its state, write a new run, and compare the two.
+"""The common steps of all commands: read a run, change its state, write a new run, and compare the two.
 
-The new run is written under ``NAME.tmp`` and takes its name only when the comparison holds.
+The new run is written under ``NAME.tmp`` and renamed only if the comparison succeeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.paths import make_folder
-from mmmoe_pretrain.surgery.parameters import State
+from mmmoe_pretrain.surgery.parameters import State, by_key, by_parameter
 from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
 from mmmoe_pretrain.surgery.settings import check_spread, named
 
@@ -55,8 +55,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command made of a source. ``exact`` promises the same function; ``why_not`` says what to
-    do where the promise turns out wrong. ``on_data`` compares on the run's data instead of noise."""
+    """The result of a command. ``exact``: the function should be the same; ``why_not``: what to do if it is not.
+    ``on_data`` compares on the run's data instead of noise."""
 
     config: RunConfig
     state: State
@@ -79,8 +79,8 @@ def operate(
 ) -> Outcome:
     """Write the run ``out`` that ``make`` turns the newest checkpoint of ``run_dir`` into.
 
-    Raises ValueError where ``out`` exists, and where a promise of the same function is not kept: then
-    nothing is left behind. ``run_dir`` is never touched.
+    Raises ValueError where ``out`` exists, and if the function should be the same but is not: then nothing is
+    written. ``run_dir`` never changes.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another --out, or remove it")
@@ -92,14 +92,15 @@ def operate(
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(draft)
     try:
-        if Path(config.data.tokenizer).is_file():
-            copy_tokenizer(config.data.tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
+        tokenizer = config.data.tokenizer
+        if tokenizer is not None and Path(tokenizer).is_file():
+            copy_tokenizer(tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
             config = with_tokenizer(config, out / TOKENIZER)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
-        store.write_state(root_of(draft, config), source.step, result.state, meta)
+        store.write_state(root_of(draft, config), source.step, by_key(result.state), meta)
         run_config.dump(config, draft / CONFIG)
         largest, probe = _compare(source, result, draft)
-        lines = (*result.did, _verdict(result, largest, probe, command))
+        lines = (*result.did, _summary(result, largest, probe, command))
         record = {
             "command": command, "source": str(run_dir), "step": source.step, "did": list(lines),
             "largest_difference": largest,
@@ -109,7 +110,7 @@ def operate(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     stands = f"it stands at step {source.step} of {config.train.steps}"
-    wrote = f"wrote {out}; go on with: mmmoe train {out / CONFIG} ({stands})"
+    wrote = f"wrote {out}; resume with: mmmoe train {out / CONFIG} ({stands})"
     return Outcome(largest, (*lines, wrote))
 
 
@@ -119,17 +120,18 @@ def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     checkpoint = store.find_latest(root_of(run_dir, trained))
     assert checkpoint is not None  # load_model found it
     config = read_config(run_dir, overrides)
-    return Source(run_dir, config, model, step, store.read_meta(checkpoint), store.read_state(checkpoint))
+    state = by_parameter(store.read_state(checkpoint))
+    return Source(run_dir, config, model, step, store.read_meta(checkpoint), state)
 
 
 def refuse_inexact(reason: str, lossy: bool) -> None:
-    """A change of the function needs the user's word."""
+    """A change of the function needs --lossy."""
     if not lossy:
-        raise ValueError(f"{reason}; pass --lossy to do it all the same")
+        raise ValueError(f"{reason}; pass --lossy to allow it")
 
 
 def capacity_reason(moe: MoEConfig) -> str:
-    """Why a change of the number of experts changes who finds room; empty where nobody is refused."""
+    """Why the number of experts changes which tokens are dropped; empty if none are."""
     if moe.router == "expert_choice":
         return "router expert_choice gives each expert C = ceil(c n K / E) tokens, and E changes"
     if moe.router == "hash":
@@ -154,8 +156,8 @@ WITHOUT_REASON = (
 )
 
 
-def _verdict(result: Result, largest: float, probe: str, command: str) -> str:
-    numbers = f"largest difference of features and caption likelihoods {largest:.2g} on {probe}"
+def _summary(result: Result, largest: float, probe: str, command: str) -> str:
+    numbers = f"largest difference of features and likelihoods {largest:.2g} on {probe}"
     if not result.exact:
         changed = "changed as announced" if largest > TOLERANCE else "hardly changed"
         return f"the function {changed}: {numbers}"

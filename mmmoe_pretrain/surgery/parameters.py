@@ -1,49 +1,81 @@
-"""Edits of parameters together with their optimizer moments.
+"""Edits of parameters together with the state that the optimizer keeps for them.
 
-If a weight is scaled by s and the function stays, its gradient is scaled by 1 / s: so ``exp_avg`` by
-1 / s, ``exp_avg_sq`` by 1 / s^2. If n copies share what one weight did, their gradients sum to its
-gradient: a copy's share of ``exp_avg`` is 1 / n, and that of ``exp_avg_sq`` lies between 1 / n^2 (the
-copies' gradients are alike) and 1 / n (they are independent). The larger one is taken, so that the
-first steps are rather too small than too large.
+If a weight is scaled by s and the function stays, its gradient is scaled by 1 / s: so averages of the gradient
+(``exp_avg``, ``momentum_buffer``) by 1 / s, and those of its square (``exp_avg_sq``) by 1 / s^2. If n copies share
+what one weight did, their gradients sum to its gradient: a copy's share of the former is 1 / n, and that of the
+latter is between 1 / n^2 (equal gradients of the copies) and 1 / n (independent ones). The larger one is
+taken, so that the first steps are rather too small than too large.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, split_key
 from mmmoe_pretrain.config import MoEConfig
+from mmmoe_pretrain.config.optimizer import GRADIENT_POWER
 
-State = dict[str, ParameterState]
 STACKED = ("up", "down", "up_bias", "down_bias")  # of each stack of experts; biases where there are any
 
 
-def each(parameter: ParameterState, change: Callable[[Tensor], Tensor]) -> ParameterState:
-    """The same change of the value and of both moments, e.g. a slice of all three."""
-    first, second = (None if m is None else change(m) for m in (parameter.exp_avg, parameter.exp_avg_sq))
-    return dataclasses.replace(parameter, value=change(parameter.value), exp_avg=first, exp_avg_sq=second)
+@dataclass(frozen=True)
+class Parameter:
+    """The fp32 master weight, and what the optimizer keeps for it, by name. A buffer has none of that."""
+
+    value: Tensor
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
-def scaled(
-    parameter: ParameterState, weight: float = 1.0, exp_avg: float = 1.0, exp_avg_sq: float = 1.0
-) -> ParameterState:
-    """Value and moments times factors of their own."""
-    first = None if parameter.exp_avg is None else parameter.exp_avg * exp_avg
-    second = None if parameter.exp_avg_sq is None else parameter.exp_avg_sq * exp_avg_sq
-    return dataclasses.replace(parameter, value=parameter.value * weight, exp_avg=first, exp_avg_sq=second)
+State = dict[str, Parameter]
 
 
-def without_moments(value: Tensor, moments: bool) -> ParameterState:
-    """A parameter with moments of zero, or a buffer, which has none."""
-    zeros = torch.zeros_like(value) if moments else None
-    return ParameterState(value, zeros, None if zeros is None else zeros.clone())
+def by_parameter(state: WholeState) -> State:
+    """What a checkpoint holds, by the names of parameters and buffers."""
+    found = {split_key(key)[0]: Parameter(value) for key, value in state.items() if split_key(key)[1] is None}
+    for key, value in state.items():
+        name, tensor = split_key(key)
+        if tensor is not None:
+            found[name].optimizer[tensor] = value
+    return found
+
+
+def by_key(state: State) -> WholeState:
+    """For a checkpoint."""
+    found = {}
+    for name, parameter in state.items():
+        found[model_key(name)] = parameter.value
+        found |= {optimizer_key(name, tensor): value for tensor, value in parameter.optimizer.items()}
+    return found
+
+
+def each(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> Parameter:
+    """The same change of the value and of the optimizer's tensors, e.g. a slice of all."""
+    return Parameter(change(parameter.value), {name: change(kept) for name, kept in parameter.optimizer.items()})
+
+
+def scaled(parameter: Parameter, weight: float = 1.0, mean: float = 1.0, square: float = 1.0) -> Parameter:
+    """Value, averages of the gradient, and averages of its square, times factors of their own."""
+    factors = {1: mean, 2: square}
+    kept = {name: value * factors[GRADIENT_POWER[name]] for name, value in parameter.optimizer.items()}
+    return Parameter(parameter.value * weight, kept)
+
+
+def fresh(value: Tensor, optimizer: Iterable[str] = ()) -> Parameter:
+    """A parameter for which the optimizer keeps zeros under these names; without names, a buffer."""
+    return Parameter(value, {name: torch.zeros_like(value) for name in optimizer})
+
+
+def clear_means(parameter: Parameter, rows: slice) -> None:
+    """Nothing has pulled these rows yet: averages of their gradient become zero, in place."""
+    for name, kept in parameter.optimizer.items():
+        if GRADIENT_POWER[name] == 1:
+            kept[rows] = 0
 
 
 def noise_like(value: Tensor, relative_std: float, key: str) -> Tensor:
@@ -55,7 +87,7 @@ def noise_like(value: Tensor, relative_std: float, key: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where block ``index`` keeps its mixture. ``moe`` holds the settings of that block."""
+    """Where block ``index`` keeps its MoE layer. ``moe`` holds the settings of that block."""
 
     index: int
     moe: MoEConfig
@@ -64,11 +96,16 @@ class Layer:
     def prefix(self) -> str:
         return f"mmmoe.trunk.blocks.{self.index}.ffn."
 
+    def row_axis(self, state: State) -> dict[str, int]:
+        """The router's tensors of ``state`` that have an entry for each expert -> the axis of the experts."""
+        router = f"{self.prefix}router."
+        axes = {f"{router}{name}": 0 for name in ("weight", "noise_weight", "logit_bias", "dormancy")}
+        return {name: axes.get(name, 1) for name in state if name in axes or name.startswith(self.biases)}
+
     @property
-    def row_axis(self) -> dict[str, int]:
-        """The router's tensors that have an entry for each expert -> the axis of the experts."""
-        names = {"weight": 0, "noise_weight": 0, "logit_bias": 0, "bias": 1, "dormancy": 0}
-        return {f"{self.prefix}router.{name}": axis for name, axis in names.items()}
+    def biases(self) -> str:
+        """What the names of the buffers of bias balancing begin with."""
+        return f"{self.prefix}router.bias."
 
     @property
     def stacks(self) -> list[tuple[str, range]]:
@@ -87,13 +124,13 @@ class Layer:
 
 
 def change_rows(state: State, layer: Layer, change: Callable[..., Tensor]) -> State:
-    """``change(tensor, axis=that of the experts)`` for all of the router's tensors and their moments."""
-    rows = {name: axis for name, axis in layer.row_axis.items() if name in state}
-    return {**state, **{name: each(state[name], partial(change, axis=axis)) for name, axis in rows.items()}}
+    """``change(tensor, axis=that of the experts)`` for all of the router's tensors and their optimizer state."""
+    rows = layer.row_axis(state).items()
+    return {**state, **{name: each(state[name], partial(change, axis=axis)) for name, axis in rows}}
 
 
 def change_stacks(state: State, layer: Layer, change: Callable[..., Tensor]) -> State:
-    """``change(tensor, stack=its experts)`` for the weights of all stacks and their moments."""
+    """``change(tensor, stack=its experts)`` for the weights of all stacks and their optimizer state."""
     names = ((prefix + name, experts) for prefix, experts in layer.stacks for name in STACKED)
     stacks = {name: experts for name, experts in names if name in state}
     return {**state, **{name: each(state[name], partial(change, stack=stack)) for name, stack in stacks.items()}}

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.evaluation import iterate_eval
-from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
+from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.untrusted import brief, parse_json
 
@@ -28,42 +28,40 @@ TOLERANCE = 1e-4
 
 
 def noise_batch(config: RunConfig, vocab_size: int) -> Batch:
-    """Samples of noise with all modalities, every one captioned."""
-    captioning = config.objectives.captioning
-    everyone = captioning.model_copy(update={"fraction": 1.0}) if captioning.weight > 0 else None
+    """Samples of noise with all modalities, each of which every objective uses."""
+    modalities = build_modalities(config.modalities, decoding=False)
     rng = np.random.default_rng(0)
-    size, audio, text = config.modalities.image.size, config.modalities.audio, config.modalities.text
-    samples = [
-        Sample(
-            SampleMeta(key=f"noise-{i}", group=str(i)),
-            image=rng.integers(0, 256, (3, size, size), dtype=np.uint8),
-            audio=rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32),
-            text=rng.integers(0, vocab_size, int(rng.integers(1, text.max_tokens))),
-        )
-        for i in range(SAMPLES)
-    ]
-    return pack(samples, PackSettings(config.modalities, 0, 0, everyone, config.seed))
+    samples = []
+    for i in range(SAMPLES):
+        items = (Item(name, modality.example(rng, vocab_size)) for name, modality in modalities.items())
+        samples.append(Sample(SampleMeta(key=f"noise-{i}", group=str(i)), tuple(items)))
+    return pack(samples, eval_settings(config, modalities))
 
 
 def held_out_batch(config: RunConfig) -> tuple[Batch, str] | None:
     """Samples of the run's held-out shards, else of its training shards; None where neither is here."""
-    if not Path(config.data.tokenizer).is_file():
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not Path(tokenizer).is_file():
         return None
+    modalities = build_modalities(config.modalities, tokenizer)
     for paths in (config.evaluate.test, tuple(source.path for source in config.data.train)):
         if paths and all(Path(path).is_dir() for path in paths):
-            batch, _ = next(iterate_eval(paths, config, build_codecs(config), 4 * SAMPLES))
+            batch, _ = next(iterate_eval(paths, config, modalities, 4 * SAMPLES))
             return batch, f"{len(batch.metas)} samples of {paths[0]}"
     return None
 
 
 def largest_difference(old: MMMoE, new: MMMoE, batch: Batch) -> float:
-    """Over the features (absolute) and the captions' negative log-likelihoods (relative to max(1, nll))."""
+    """Over features (absolute) and the targets' negative log-likelihoods (relative to max(1, nll)); over the trunk's
+    output where the objectives read neither."""
     with torch.inference_mode():
-        before, after = old(batch), new(batch)
-    differences = [(before.features[m] - after.features[m]).abs().max() for m in before.features]
-    nll = before.caption_nll
-    if nll.numel():
-        differences.append(((nll - after.caption_nll).abs() / nll.clamp(min=1)).max())
+        (before, _), (after, _) = old(batch), new(batch)
+    differences = [(features - after.features[name]).abs().max() for name, features in before.features.items()]
+    for task, nll in before.token_nll.items():
+        if nll.numel():
+            differences.append(((nll - after.token_nll[task]).abs() / nll.clamp(min=1)).max())
+    if not differences:
+        differences.append((before.hidden_nD - after.hidden_nD).abs().max())
     largest = float(torch.stack(differences).max())
     if not np.isfinite(largest):
         raise ValueError("the outputs are not finite, so that nothing can be compared; take an earlier checkpoint")
@@ -82,15 +80,15 @@ class Usage:
 def usage(run_dir: Path, step: int, model: MMMoE, batch: Batch, batch_name: str) -> Usage:
     """From the last logged steps up to ``step``; where there is no log of this model, from ``batch``."""
     with torch.inference_mode():
-        counts = {stats.layer: stats.counts_ME.sum(0).double().numpy() for stats in model(batch).routing}
+        counts = {stats.layer: stats.counts_ME.sum(0).double().numpy() for stats in model(batch)[1]}
     log = run_dir / "metrics.jsonl"
     logged = logged_usage(log, step, {layer: len(count) for layer, count in counts.items()})
     return logged or Usage({layer: count / max(1.0, count.sum()) for layer, count in counts.items()}, batch_name)
 
 
 def logged_usage(log: Path, step: int, experts: dict[int, int]) -> Usage | None:
-    """By the last records of ``log`` up to ``step``; None where there are none, or they are of other ``experts``
-    (layer -> number). A last line without its end is left out. Raises ValueError that names the file."""
+    """The usage in the last records of ``log`` up to ``step``; None if there are none, or they are of other
+    ``experts`` (layer -> number). An incomplete last line is skipped. Raises ValueError that names the file."""
     try:
         records = [record for record in _records(log) if record["step"] <= step][-LOGGED_STEPS:]
         if not records or any(_experts(record) != experts for record in records):
@@ -104,7 +102,7 @@ def logged_usage(log: Path, step: int, experts: dict[int, int]) -> Usage | None:
             raise ValueError("shares of experts are not finite or negative")
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:
         why = brief(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{log} is no log of a run ({why}); mend the line or move the file away") from error
+        raise ValueError(f"{log} is not a log of a run ({why}); fix the line or move the file away") from error
     origin = f"{log.name}, {len(records)} records of steps {records[0]['step']} to {records[-1]['step']}"
     return Usage({layer: count / max(1.0, count.sum()) for layer, count in logged.items()}, origin)
 

@@ -1,4 +1,4 @@
-"""Experts are taken out. That is exact where no token chose them and their probability was no part of
+"""Experts are taken out. That is exact where no token chose them and their probability was not a part of
 a weight; anything else is a loss, which the user must ask for."""
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def prune(
     (all where none is named)."""
     state, changes, did, exact = dict(source.state), {}, [], not lossy
     for layer in chosen_layers(source.config, layers):
-        gone = _chosen(source, layer, experts, unused_below)
-        if not gone:
+        removed = _chosen(source, layer, experts, unused_below)
+        if not removed:
             did.append(f"block {layer.index}: every expert is used; nothing was removed")
             continue
-        kept = [e for e in range(layer.moe.num_experts) if e not in gone]
+        kept = [e for e in range(layer.moe.num_experts) if e not in removed]
         _check_kept(layer, kept)
         share = source.usage.share[layer.index]
-        lost = float(share[gone].sum())
-        numbers = f"experts {', '.join(map(str, gone))}, {lost:.2%} of the assignments ({source.usage.origin})"
+        lost = float(share[removed].sum())
+        numbers = f"experts {', '.join(map(str, removed))}, {lost:.2%} of the assignments ({source.usage.origin})"
         if lost > 0:
             refuse_inexact(f"block {layer.index}: removing {numbers} changes the function", lossy)
         if capacity_reason(layer.moe):
@@ -59,7 +59,7 @@ def _chosen(source: Source, layer: Layer, experts: tuple[int, ...], unused_below
 def _check_kept(layer: Layer, kept: list[int]) -> None:
     moe = layer.moe
     if len(kept) < 2:
-        raise ValueError(f"block {layer.index} would keep {len(kept)} experts, which is no mixture; keep 2 or more")
+        raise ValueError(f"block {layer.index} would keep {len(kept)} experts, and an MoE layer has 2 or more")
     if len(kept) + len(layer.free) < moe.experts_per_token:
         raise ValueError(
             f"block {layer.index} would keep {len(kept)} experts, fewer than the {moe.experts_per_token} that a "
@@ -69,7 +69,7 @@ def _check_kept(layer: Layer, kept: list[int]) -> None:
         if not any(e in stack for e in kept):
             raise ValueError(
                 f"block {layer.index}: experts {stack.start} to {stack.stop - 1} are a group of moe.expert_groups "
-                f"and would all go; keep one of them"
+                f"and would all be removed; keep one of them"
             )
     if moe.node_groups > 1:
         size = moe.num_experts // moe.node_groups

@@ -12,7 +12,7 @@ from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.surgery.parameters import Layer
 
 
-def mixture_layers(config: RunConfig) -> list[Layer]:
+def moe_layers(config: RunConfig) -> list[Layer]:
     """The sparse blocks of a model."""
     moe = config.moe
     return [Layer(i, moe.for_layer(i)) for i in range(config.model.num_layers) if is_sparse(moe, i)]
@@ -20,12 +20,12 @@ def mixture_layers(config: RunConfig) -> list[Layer]:
 
 def chosen_layers(config: RunConfig, wanted: tuple[int, ...]) -> list[Layer]:
     """The sparse blocks of these indices; all where none is named."""
-    layers = mixture_layers(config)
+    layers = moe_layers(config)
     known = [layer.index for layer in layers]
     unknown = sorted(set(wanted) - set(known))
     if unknown or not layers:
         raise ValueError(
-            f"--layer {unknown[0] if unknown else ''}: no mixture there; the mixtures of this run are blocks "
+            f"--layer {unknown[0] if unknown else ''}: no MoE layer there; the MoE layers of this run are blocks "
             f"{', '.join(map(str, known)) or 'none: it is dense, see mmmoe experts upcycle'}"
         )
     return [layer for layer in layers if not wanted or layer.index in wanted]
@@ -38,7 +38,7 @@ def with_layers(config: RunConfig, changes: dict[int, dict[str, Any]]) -> RunCon
     moe = values["moe"]
     fields = sorted({field for change in changes.values() for field in change})
     rows: dict[int, dict[str, Any]] = {}
-    for layer in mixture_layers(config):
+    for layer in moe_layers(config):
         whole = {**layer.moe.model_dump(mode="json"), **changes.get(layer.index, {})}
         rows[layer.index] = {field: whole[field] for field in fields}
     count = Counter(repr(row) for row in rows.values())
@@ -76,6 +76,6 @@ def check_spread(config: RunConfig) -> None:
     uneven = [] if size == "auto" else [count for count in config.moe.group_sizes if count % int(size)]
     if uneven:
         raise ValueError(
-            f"{uneven[0]} experts do not spread over parallel.expert_parallel_size {size}; choose another number "
+            f"{uneven[0]} experts cannot be divided over parallel.expert_parallel_size {size}; choose another number "
             f"of experts, or add parallel.expert_parallel_size=auto to the command"
         )

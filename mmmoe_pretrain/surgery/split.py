@@ -18,18 +18,18 @@ from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.surgery.operation import Result, Source, refuse_inexact
 from mmmoe_pretrain.surgery.parameters import Layer, State, change_rows, each, scaled
-from mmmoe_pretrain.surgery.settings import mixture_layers, with_layers
+from mmmoe_pretrain.surgery.settings import moe_layers, with_layers
 
 EXACT_ROUTERS = ("softmax_top_k", "sigmoid_top_k", "group_limited", "expert_choice")
 
 
 def split(source: Source, factor: int, lossy: bool) -> Result:
-    """Every expert of every mixture becomes ``factor`` experts, and a token chooses ``factor`` times as many."""
+    """Every expert of every MoE layer becomes ``factor`` experts, and a token chooses ``factor`` times as many."""
     if factor < 2:
-        raise ValueError(f"--factor {factor} divides nothing; use 2 or more")
-    layers = mixture_layers(source.config)
+        raise ValueError(f"--factor {factor} must be 2 or more")
+    layers = moe_layers(source.config)
     if not layers:
-        raise ValueError("this run is dense; make it sparse with mmmoe experts upcycle")
+        raise ValueError("this run is dense; convert it with mmmoe experts upcycle")
     state, changes, exact = dict(source.state), {}, True
     for layer in layers:
         reason = _reason(layer.moe, factor)
@@ -50,7 +50,7 @@ def split(source: Source, factor: int, lossy: bool) -> Result:
 
 
 def part_weight(moe: MoEConfig, factor: int) -> float:
-    """By how much the weight of a part is smaller than that of the whole."""
+    """The factor by which the weight of a part is smaller than that of the whole."""
     divided = moe.router != "sigmoid_top_k" or (moe.renormalize and moe.experts_per_token > 1)
     return 1 / factor if divided else 1.0
 
@@ -81,7 +81,7 @@ def _reason(moe: MoEConfig, factor: int) -> str:
     ):
         return (
             f"groups are judged by their best K / groups_per_token experts, and {top_k} / {limit} is not whole, so "
-            f"that parts of an expert would be left out"
+            f"that parts of an expert would be missed"
         )
     return ""
 
@@ -104,7 +104,7 @@ def _changes(moe: MoEConfig, factor: int) -> dict[str, Any]:
     }
     if moe.expert_groups:
         changes["expert_groups"] = [
-            {"modalities": list(g.modalities), "num_experts": factor * g.num_experts,
+            {**g.model_dump(mode="json"), "num_experts": factor * g.num_experts,
              "expert_hidden_size": g.expert_hidden_size and g.expert_hidden_size // factor}
             for g in moe.expert_groups
         ]  # fmt: skip
@@ -129,12 +129,9 @@ def _more_thresholds(config: RunConfig, factor: int) -> RunConfig:
 
 def _split_layer(state: State, layer: Layer, factor: int) -> State:
     state = change_rows(state, layer, lambda tensor, axis: tensor.repeat_interleave(factor, axis))
-    for name in layer.row_axis:
-        if name in state:  # copies: see parameters.py
-            state[name] = scaled(state[name], exp_avg=1 / factor, exp_avg_sq=1 / factor)
-    bias = f"{layer.prefix}router.bias"
-    if bias in state and _scores_shrink(layer.moe):
-        state[bias] = scaled(state[bias], weight=1 / factor)
+    for name in layer.row_axis(state):  # copies: see parameters.py
+        shrinks = name.startswith(layer.biases) and _scores_shrink(layer.moe)
+        state[name] = scaled(state[name], 1 / factor if shrinks else 1.0, 1 / factor, 1 / factor)
     width = ACTIVATIONS[layer.moe.activation].width
     larger = 1 / part_weight(layer.moe, factor)
     for prefix, _ in layer.stacks:

@@ -1,7 +1,7 @@
 """A dense checkpoint becomes a sparse one (sparse upcycling, arXiv 2212.05055).
 
 Every expert is a copy of the block's dense layer and the router is new. Where the chosen weights sum
-to 1, K equal experts give what the one gave, whatever the router says.
+to 1, K equal experts give the output of one, for any routing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.models.block import dense_width
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.surgery.operation import Result, Source
-from mmmoe_pretrain.surgery.parameters import Layer, State, each, noise_like, scaled, without_moments
-from mmmoe_pretrain.surgery.settings import mixture_layers, with_layers
+from mmmoe_pretrain.surgery.parameters import Layer, Parameter, State, each, fresh, noise_like, scaled
+from mmmoe_pretrain.surgery.settings import moe_layers, with_layers
 
 BIASES = ("up_bias", "down_bias")
 WEIGHTS_SUM_TO_ONE = ("softmax_top_k", "sigmoid_top_k", "group_limited", "noisy_top_k")
@@ -28,12 +28,12 @@ def upcycle(source: Source, num_experts: int, experts_per_token: int, noise: flo
     """Experts are copies; ``noise``, a standard deviation relative to each weight matrix's root mean
     square, makes them differ and the function with them.
 
-    Moments: the copies' gradients sum to the dense layer's, and an expert sees K / E of the tokens at
-    weights of 1 / K. So ``exp_avg`` is divided by E, ``exp_avg_sq`` by E K (see ``parameters.py``).
+    Optimizer state: the copies' gradients sum to the dense layer's, and an expert sees K / E of the tokens at
+    weights of 1 / K. So averages of the gradient are divided by E, those of its square by E K (``parameters.py``).
     """
     config = _sparse_config(source.config, num_experts, experts_per_token, every or source.config.moe.every)
     state = dict(source.state)
-    layers = mixture_layers(config)
+    layers = moe_layers(config)
     for layer in layers:
         state = _with_experts(state, layer, noise)
     state |= _new_parameters(config, source.meta["vocab_size"], layers)
@@ -47,11 +47,11 @@ def upcycle(source: Source, num_experts: int, experts_per_token: int, noise: flo
 def _sparse_config(config: RunConfig, num_experts: int, experts_per_token: int, every: int) -> RunConfig:
     if not config.moe.dense:
         raise ValueError(
-            f"this run has mixtures already (moe.num_experts {config.moe.num_experts}); add experts to them with "
+            f"this run has MoE layers already (moe.num_experts {config.moe.num_experts}); add experts to them with "
             f"mmmoe experts add, or divide them with mmmoe experts split"
         )
     if num_experts < 2:
-        raise ValueError(f"--num-experts {num_experts} is no mixture; use 2 or more")
+        raise ValueError(f"--num-experts {num_experts}: an MoE layer has 2 or more")
     _check_equality(config.moe, experts_per_token)
     old = {i: dense_width(config.model, config.moe, i) for i in range(config.model.num_layers)}
     changes: dict[str, Any] = {
@@ -64,7 +64,7 @@ def _sparse_config(config: RunConfig, num_experts: int, experts_per_token: int, 
                 f"under --every {every} block {i} stays dense with width model.ffn_hidden_size "
                 f"{config.model.ffn_hidden_size}, and it was trained with {width}; use --every {config.moe.every}"
             )
-    if sparse:  # else the config says that no block is a mixture
+    if sparse:  # else the config says that no block is an MoE layer
         changes["expert_hidden_size"] = old[sparse[0]]
     values = config.model_dump(mode="json")
     values["moe"] |= changes
@@ -93,7 +93,7 @@ def _check_equality(moe: MoEConfig, experts_per_token: int) -> None:
     }
     wrong = [remedy for remedy, applies in remedies.items() if applies]
     if wrong:
-        raise ValueError(f"the sparse model would not begin as the dense one: {'; '.join(wrong)}")
+        raise ValueError(f"the MoE model would not equal the dense one: {'; '.join(wrong)}")
 
 
 def _with_experts(state: State, layer: Layer, noise: float) -> State:
@@ -102,12 +102,12 @@ def _with_experts(state: State, layer: Layer, noise: float) -> State:
     dense = {"up": changed.pop(f"{layer.prefix}gate_up.weight"), "down": changed.pop(f"{layer.prefix}down.weight")}
     for prefix, experts in layer.stacks:
         for name, parameter in dense.items():
-            shared = scaled(parameter, exp_avg=1 / copies, exp_avg_sq=1 / (copies * top_k))
+            shared = scaled(parameter, mean=1 / copies, square=1 / (copies * top_k))
             changed[prefix + name] = _stacked(shared, experts, noise, prefix + name)
     return changed
 
 
-def _stacked(parameter: ParameterState, experts: range, noise: float, name: str) -> ParameterState:
+def _stacked(parameter: Parameter, experts: range, noise: float, name: str) -> Parameter:
     """[out, in], as nn.Linear keeps it -> [E, out, in]."""
 
     def copy(tensor: Tensor) -> Tensor:
@@ -121,15 +121,15 @@ def _stacked(parameter: ParameterState, experts: range, noise: float, name: str)
 
 def _new_parameters(config: RunConfig, vocab_size: int, layers: list[Layer]) -> State:
     """Routers, and the experts' biases of zero if they have any, as a fresh run of this config would begin."""
-    fresh = PretrainingModel(config, vocab_size)
+    model = PretrainingModel(config, vocab_size)
     prefixes = tuple(f"{layer.prefix}router." for layer in layers)
     biases = tuple(f"{prefix}{name}" for layer in layers for prefix, _ in layer.stacks for name in BIASES)
     found: State = {}
     with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.startswith(prefixes) or name in biases:
-                found[name] = without_moments(parameter.detach().clone(), moments=True)
-        for name, buffer in persistent_buffers(fresh).items():
+                found[name] = fresh(parameter.detach().clone(), config.optimizer.state)
+        for name, buffer in persistent_buffers(model).items():
             if name.startswith(prefixes):
-                found[name] = without_moments(buffer.clone(), moments=False)
+                found[name] = fresh(buffer.clone())
     return found

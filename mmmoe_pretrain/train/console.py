@@ -1,7 +1,7 @@
-"""What a user sees of a run: a progress bar on a terminal, plain lines anywhere else.
+"""The console output of a run: a progress bar on a terminal, plain lines anywhere else.
 
-Plain lines suit the logs of Slurm and CI. Ranks other than the first pass ``enabled=False`` and
-stay silent. A terminal that was closed, or a full disk behind a log, ends no run: it gets no more.
+Plain lines suit the logs of Slurm and CI. All ranks but the first pass ``enabled=False`` and print nothing. After
+an error of the stream (a closed terminal, a full disk behind a log) nothing more is printed, and training continues.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from mmmoe_pretrain.progress import clock
 from mmmoe_pretrain.train.metrics import StepRecord
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 LATEST_WEIGHT = 0.2  # of the newest record in the running mean of the seconds a step takes
-NOTABLE_WAIT = 0.1  # share of the time spent waiting for data that is worth a word
+NOTABLE_WAIT = 0.1  # share of the time spent waiting for data; a larger one is printed
 
 
 class Console:
@@ -45,15 +46,15 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._while_it_can():
+        with self._until_it_fails():
             if self._progress is not None:
                 self._progress.stop()
         self._progress = None
 
-    def stand_at(self, step: int) -> None:
-        """``step`` steps are done, more or fewer than were shown: a run resumed, or went back."""
+    def set_step(self, step: int) -> None:
+        """``step`` steps are done: the run resumed, or rolled back."""
         self._step = step
-        with self._while_it_can():
+        with self._until_it_fails():
             if self._progress is not None:
                 self._progress.update(self._progress.task_ids[0], completed=step)
 
@@ -64,7 +65,7 @@ class Console:
         self._measure(record)
         remaining = (self.total_steps - record.step) * (self._seconds_a_step or 0.0)
         text, eta = describe(record), f"eta {clock(remaining)}"
-        with self._while_it_can():
+        with self._until_it_fails():
             if self._progress is None:
                 self._print(f"step {record.step}/{self.total_steps}  {text}  {eta}")
             else:
@@ -74,14 +75,14 @@ class Console:
         """Print a message, e.g. that a checkpoint is written."""
         if not self.enabled:
             return
-        with self._while_it_can():
+        with self._until_it_fails():
             if self._progress is None:
                 self._print(text)
             else:
                 self._progress.console.print(text, markup=False, highlight=False)
 
     @contextmanager
-    def _while_it_can(self) -> Iterator[None]:
+    def _until_it_fails(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -102,7 +103,7 @@ class Console:
 
 
 def describe(record: StepRecord) -> str:
-    """``loss 3.21 (contrastive 2.90, captioning 0.31)  lr 1.0e-03  grad 0.80  12.3k tok/s``."""
+    """``loss 3.21 (pairs 2.90, captions 0.31)  lr 1.0e-03  grad 0.80  12.3k tok/s``."""
     parts = [f"loss {record.losses['total']:.3g}"]
     by_task = task_losses(record.losses)
     if len(by_task) > 1:
@@ -112,8 +113,8 @@ def describe(record: StepRecord) -> str:
     parts.append(f"{short(record.tokens_per_second)} tok/s")
     if record.data_fraction > NOTABLE_WAIT:
         parts.append(f"data wait {record.data_fraction:.0%}")
-    if record.bad_samples:
-        parts.append(f"bad {record.bad_samples}")
+    if record.samples.bad:
+        parts.append(f"bad {record.samples.bad}")
     return "  ".join(parts)
 
 
@@ -133,13 +134,6 @@ def short(value: float) -> str:
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """200 -> ``3:20``, 3725 -> ``1:02:05``."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
 def _progress(stream: TextIO) -> Progress:

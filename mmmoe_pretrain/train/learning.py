@@ -1,7 +1,6 @@
-"""Has every objective something to learn from? One whose loss is exactly 0 in every step has not.
-
-Data that lacks a modality, or microbatches without negatives, would otherwise train to the end as if all were well.
-Every rank decides alike, since the losses of a step and their counts are equal on all of them.
+"""Idle objectives: objectives whose loss is exactly 0 in every step in which it has a weight. They show data without
+a modality, or microbatches without negatives, early in the run. All ranks decide equally, since the losses of a step
+and their counts are equal on all of them.
 """
 
 from __future__ import annotations
@@ -10,77 +9,67 @@ from collections import Counter
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.objectives.counts import CAPTIONING, CONTRASTIVE, loss_weights
+from mmmoe_pretrain.objectives import Objective, objectives_of
 
 FIRST_STEPS = 10
 FIRST_DRAWS = 10  # samples that an objective could have used, before a warning
-HOPELESS_DRAWS = 1000  # before a run that learns nothing at all is ended
+MAX_IDLE_DRAWS = 1000  # before a run in which every objective is idle is ended
 
 
-class Learning:
-    """Counts from the first step of this process. ``add`` each step, then ask."""
+class ObjectiveMonitor:
+    """Counts from the first step of this process: ``add`` each step."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self._steps = 0
+        self._config, self._objectives = config, objectives_of(config)
+        self._weighed: Counter[str] = Counter()  # steps in which a loss had a weight
         self._counts: Counter[str] = Counter()
-        self._idle = [name for name, weight in loss_weights(config.objectives).items() if weight > 0]
+        losses = self._objectives.losses.items()
+        self._idle = [loss for loss, name in losses if self._objectives[name].losses[loss] > 0]
         self._number = len(self._idle)
         self._warned: set[str] = set()
 
-    def add(self, result: StepResult) -> list[str]:
-        """Count a step; of the losses that were warned of, those that are not 0 for the first time."""
-        self._steps += 1
-        self._counts.update(result.counts.terms)
+    def add(self, step: int, result: StepResult) -> list[str]:
+        """Count ``step`` (from 0). Returns the losses with a warning that are nonzero for the first time."""
+        weighed = [loss for loss, weight in self._objectives.weights(step).items() if weight > 0]
+        self._weighed.update(weighed)
+        self._counts.update({loss: result.counts.terms[loss] for loss in weighed})
         found = [name for name in self._idle if result.losses[name] != 0]
         self._idle = [name for name in self._idle if name not in found]
         return [name for name in found if name in self._warned]
 
     def warnings(self) -> dict[str, str]:
-        """By loss, why it has been 0 so far; each once, after the first steps."""
-        if self._steps < FIRST_STEPS:
-            return {}
-        new = {name: why for name, why in self.idle().items() if name not in self._warned}
+        """The reasons, by loss, why it has been 0 so far; each once, after the first steps in which it has a
+        weight."""
+        new = {
+            name: why
+            for name, why in self.idle().items()
+            if name not in self._warned and self._weighed[name] >= FIRST_STEPS
+        }
         self._warned |= set(new)
         return new
 
     def idle(self) -> dict[str, str]:
-        """By loss, why it has been 0 in all steps, unless so few may be chance."""
+        """The reasons, by loss, why it has been 0 in all steps, unless so few may be chance."""
         return {name: self._why(name) for name in self._idle if self._draws(name) >= FIRST_DRAWS}
 
-    def refuse_nothing(self, whole_run: bool = False) -> None:
-        """Raises ValueError where every objective has been idle for so long that the rest will be no better, or in a
-        ``whole_run``."""
-        patience = FIRST_DRAWS if whole_run else HOPELESS_DRAWS
-        long = whole_run or self._steps >= FIRST_STEPS
-        if long and len(self._idle) == self._number and all(self._draws(name) >= patience for name in self._idle):
+    def raise_if_all_idle(self, whole_run: bool = False) -> None:
+        """Raises ValueError where every objective has been idle for long, or in a ``whole_run``."""
+        draws, steps = (FIRST_DRAWS, 1) if whole_run else (MAX_IDLE_DRAWS, FIRST_STEPS)
+        long = all(self._weighed[name] >= steps and self._draws(name) >= draws for name in self._idle)
+        if long and len(self._idle) == self._number:
             raise ValueError(f"there is nothing to learn: {'; '.join(self.idle().values())}")
 
-    def _draws(self, name: str) -> float:
-        """Samples that the objective was free to use."""
-        share = self._config.objectives.captioning.fraction if name == CAPTIONING else 1.0
-        return self._samples * share
+    def _draws(self, loss: str) -> float:
+        """Samples that the loss was free to use."""
+        return self._samples(loss) * self._objective(loss).share(loss)
 
-    @property
-    def _samples(self) -> int:
-        return self._steps * self._config.train.global_batch_size
+    def _samples(self, loss: str) -> int:
+        return self._weighed[loss] * self._config.train.global_batch_size
 
-    def _why(self, name: str) -> str:
-        so_far = f"in {self._steps} step{'s' * (self._steps != 1)} ({self._samples} samples)"
-        if name == CAPTIONING:
-            prefixes = " or ".join(self._config.objectives.captioning.prefixes)
-            return (
-                f"objectives.captioning had no target {so_far}: no sample drawn for it has text and {prefixes}. Give "
-                f"the data such samples, or set objectives.captioning.weight: 0"
-            )
-        pair = name.removeprefix(CONTRASTIVE)
-        if not self._counts[name]:
-            return (
-                f"objectives.contrastive had no sample with {pair.replace('-', ' and ')} {so_far}. Give the data "
-                f"such samples, or take {pair} out of objectives.contrastive.pairs"
-            )
-        return (
-            f"objectives.contrastive had no negatives for {pair} {so_far}: no sample with both met one of another "
-            f"group in its global microbatch. Lower train.num_microbatches, raise train.global_batch_size, set "
-            f"objectives.contrastive.cached: true, or see that not all samples of the data have the same group"
-        )
+    def _why(self, loss: str) -> str:
+        steps = self._weighed[loss]
+        so_far = f"in {steps} step{'s' * (steps != 1)} ({self._samples(loss)} samples)"
+        return self._objective(loss).why_idle(loss, self._counts[loss], so_far)
+
+    def _objective(self, loss: str) -> Objective:
+        return self._objectives[self._objectives.losses[loss]]

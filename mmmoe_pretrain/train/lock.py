@@ -1,9 +1,9 @@
-"""One job at a time trains a run: two would delete each other's drafts and checkpoints.
+"""The lock of a run: two jobs that train the same run would delete each other's checkpoints.
 
-The lock is a POSIX record lock, which belongs to the process: it ends with it, however it ends, and no process that
-it forked holds it, so a data worker that cannot die keeps no later start out. It also ends when this process closes
-the file anywhere: nothing else opens it. The file names its holder by host, process and start time, for messages
-and for file systems that have no locks.
+It is a POSIX record lock, which belongs to the process: it is released when the process ends, and forked processes do
+not inherit it, so a data worker that hangs does not block the next start. It also ends when this process closes the
+file anywhere, so nothing else opens it. The file names its holder by host, process and start time, for messages and
+for file systems that have no locks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class RunLock:
         self._file: FileIO | None = None
 
     def take(self, wait: float = WAIT) -> bool:
-        """Did another process have it when this one came? Makes the run's folder if there is none. Nothing happens
-        where this process has it already.
+        """Whether another process had it when this one started. Makes the run's folder if there is none. Does nothing
+        if this process has it already.
 
-        Raises Restartable, naming the other process, where it still has it after ``wait`` seconds: that passes.
+        Raises Restartable, naming the other process, where it still has it after ``wait`` seconds.
         Raises OSError where the folder cannot be written.
         """
         if self._file is not None:
@@ -85,13 +85,14 @@ class RunLock:
         return True
 
     def _holder_lives(self) -> bool:
-        """Without locks: is the process that the file names another one, and running? One of another host cannot be
-        asked, and counts as ended."""
+        """Without locks: whether the file names another process that runs. One of another host counts as ended."""
         found = HOLDER.match(self._text())
         if found is None or found[2] != socket.gethostname():
-            holder = self._text() or "nobody"
+            holder = self._text() or "no process"
             log.warning(
-                "no locks where %s is (it names %s): see that one job at a time trains there", self._path, holder
+                "no locks where %s is (it names %s): train one job at a time there",
+                self._path,
+                holder,
             )
             return False
         pid, start = int(found[1]), int(found[3])
@@ -103,7 +104,7 @@ class RunLock:
     def _taken(self, wait: float) -> str:
         return (
             f"{self._path.parent} is being trained by {self._text() or 'another process'} (waited {wait:g} s); "
-            f"start again when that has ended, end it, or give this run another name=. If its machine is gone and "
+            f"start again when that has ended, end it, or give this run another name=. If its machine failed and "
             f"the file system does not notice, delete {self._path}"
         )
 

@@ -1,31 +1,46 @@
-"""Training, from the start of the processes to their exit code.
+"""Training: from the start of the processes, over the steps with their log records, checkpoints and rollbacks, to the
+exit code.
 
-Every rank runs it. The data of a step is a pure function of its number and of the batches left out, so
-resuming is starting at a later number with the state of a checkpoint. ``run.py`` has the steps.
+The data of a step is a pure function of its number and of the skipped batches, so a run resumes by starting at a
+later step with the state of a checkpoint. All ranks decide equally: from sums over them (``RankStatus``), or from a
+step's result, which is equal on every rank.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from mmmoe_pretrain import __version__, exit_codes
+from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import Loader, make_loader, microbatch_size
+from mmmoe_pretrain.data.budget import BadBudget
+from mmmoe_pretrain.data.loader import Loader, StepData, make_loader, microbatch_size
 from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.modalities import build_codecs
-from mmmoe_pretrain.parallel.groups import HostGroups
+from mmmoe_pretrain.engines.base import StepResult
+from mmmoe_pretrain.modalities import build_modalities
+from mmmoe_pretrain.objectives import objectives_of
+from mmmoe_pretrain.parallel.agreement import BackgroundSum, from_rank_0, number_from_rank_0
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import start
+from mmmoe_pretrain.train.checkpointing import CheckpointManager, Restored, RunContext, restore
+from mmmoe_pretrain.train.console import Console
 from mmmoe_pretrain.train.journal import Journal
+from mmmoe_pretrain.train.learning import ObjectiveMonitor
 from mmmoe_pretrain.train.lock import RunLock
-from mmmoe_pretrain.train.run import Run
-from mmmoe_pretrain.train.session import Session
+from mmmoe_pretrain.train.metrics import MetricsLog, Recorder, SampleCounts
+from mmmoe_pretrain.train.replicas import check_replicas
+from mmmoe_pretrain.train.rollback import BadSteps, FaultDetector, SkippedBatches, read_skipped_batches
+from mmmoe_pretrain.train.schedule import learning_rate
 from mmmoe_pretrain.train.signals import StopRequest, stop_on_signals
 from mmmoe_pretrain.train.watchdog import Watchdog
 
@@ -35,12 +50,13 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> int:
     """Train to ``config.train.steps`` on the ranks of this job; the exit code, DONE or STOPPED (after saving).
 
-    A run that has checkpoints goes on from the newest one; ``resume`` refuses to begin afresh, ``overwrite``
+    A run that has checkpoints resumes from the newest one. ``resume`` refuses to start from step 0; ``overwrite``
     replaces the run. Raises ValueError for a config, layout, data or checkpoints that cannot work.
     """
     torch.set_num_threads(config.train.threads_per_rank)
     with stop_on_signals() as stop, process_group(config.parallel.timeout_minutes) as device:
-        layout = resolve_layout(config, dist.get_world_size())
+        modalities = build_modalities(config.modalities, config.data.tokenizer)
+        layout = resolve_layout(config, dist.get_world_size(), modalities.vocab_size)
         microbatch_size(config, layout.data)
         finished = False
         try:
@@ -49,42 +65,28 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 RunLock(config.run_dir) as lock,
                 Watchdog(config.run_dir, host.control, config.hang_seconds) as watchdog,
             ):
-                begin = start.look(config, host, lock, resume, overwrite)
-                code = _train(config, begin, lock, host, device, stop, watchdog)
+                decision = start.look(config, host, lock, resume, overwrite)
+                groups = build_groups(layout, config.parallel.timeout_minutes)
+                engine = build_engine(config, modalities.vocab_size, groups, device)
+                main = dist.get_rank() == 0
+                with make_loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
+                    _survey(config, loader, main)
+                    decision = start.claim(config, host, lock, decision)  # only now: everything else works
+                    with closing(Journal(config.run_dir, enabled=main)) as journal:
+                        context = RunContext(config, layout, groups, host, modalities, engine, journal, main)
+                        trainer = Trainer(context, loader, stop, watchdog)
+                        trainer.load(decision.found)
+                        code = trainer.train()
             finished = True
         finally:
             destroy_groups(after_error=not finished)
     return code
 
 
-def _train(
-    config: RunConfig,
-    begin: start.Start,
-    lock: RunLock,
-    host: HostGroups,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-) -> int:
-    codecs = build_codecs(config)
-    layout = resolve_layout(config, dist.get_world_size(), codecs.text.vocab_size)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
-    engine = build_engine(config, codecs.text.vocab_size, groups, device)
-    main = dist.get_rank() == 0
-    with make_loader(config, codecs, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
-        _survey(config, loader, main)
-        begin = start.claim(config, host, lock, begin)  # here, and no sooner: all else is known to work
-        with Journal(config.run_dir, enabled=main) as journal:
-            session = Session(config, layout, groups, host, codecs, engine, journal, main)
-            run = Run(session, loader, stop, watchdog)
-            run.begin(begin.found)
-            return run.to_its_end()
-
-
 def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
-    """Say what data.train holds and leaves out. Raises ValueError where no objective can use any of it."""
+    """Log what data.train holds and what is not read. Raises ValueError where no objective can use any of it."""
     found = survey(loader.folders)
-    unserved = refuse_useless(loader.folders, found, config)
+    unserved = refuse_useless(loader.folders, found, objectives_of(config).needs())
     if not main:
         return
     log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
@@ -94,4 +96,276 @@ def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
         log.warning("no sample of data.train serves these objectives: %s", ", ".join(unserved))
     for path in config.evaluate.test:
         if not Path(path).is_dir():
-            log.warning("evaluate.test: there is no folder %s, and mmmoe evaluate will ask for one", path)
+            log.warning("evaluate.test: there is no folder %s, which mmmoe evaluate will need", path)
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """Numbers of one rank, or their sums over all ranks, which are exchanged in every step. Samples are counted by
+    one of the ranks that read them, failed saves by rank 0; the others report 0."""
+
+    stop_requests: float
+    failed_saves: float  # in a row
+    worker_restarts: float  # of data workers since the step before
+    read: float = 0.0  # samples
+    bad: float = 0.0  # samples that could not be used
+    cut: tuple[float, ...] = ()  # values that were too long, by modality
+
+    def numbers(self) -> list[float]:
+        """In the order of the fields; ``of_numbers`` undoes it."""
+        return [self.stop_requests, self.failed_saves, self.worker_restarts, self.read, self.bad, *self.cut]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> RankStatus:
+        stops, failed_saves, restarts, read, bad, *cut = numbers
+        return cls(stops, failed_saves, restarts, read, bad, tuple(cut))
+
+
+class Trainer:
+    """One rank's part of a run: ``load`` once, then ``train``."""
+
+    def __init__(self, context: RunContext, loader: Loader, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.context, self.loader, self.stop, self.watchdog = context, loader, stop, watchdog
+        self.config, self.settings = context.config, context.config.train
+        self.console = Console(self.settings.steps, enabled=context.main)
+        self.checkpoints = CheckpointManager(context, self.console.say)
+        self.status_sum = BackgroundSum(context.host.control)
+        self.budget = BadBudget(self.config.data.max_bad_fraction)
+        self.samples = SampleCounts()
+        self.faults = FaultDetector(self.config)
+        self.objectives = ObjectiveMonitor(self.config)
+        self.skipped = SkippedBatches()
+        self.step = 0  # steps done
+        self.save_due = self.stopping = False
+        self.recorder = Recorder(context.groups.data, context.groups.pipeline)
+        self.metrics: MetricsLog | None = None
+
+    def load(self, found: Sequence[store.Checkpoint]) -> None:
+        """Resume from the newest of ``found`` that is intact. Without any, start from step 0 and save that first: a
+        run can then always roll back, and one that cannot save ends before it has trained."""
+        context, journal = self.context, self.context.journal
+        self.skipped = from_rank_0(context.host.storage, lambda: read_skipped_batches(self.config.run_dir))
+        self.watchdog.beat(0, "load")
+        rollback_step = self.skipped.back_to
+        if found:
+            restored = restore(context, [c for c in found if rollback_step is None or c.step <= rollback_step])
+            self._take_over(restored)
+            if rollback_step is not None:  # the processes ended in the middle of a rollback
+                self._finish_rollback(restored)
+            journal.write("resumed", step=self.step, path=str(restored.checkpoint), ranks=dist.get_world_size())
+            if context.main:
+                log.info("resumed from %s", restored.checkpoint)
+        else:
+            journal.write("started", step=0, ranks=dist.get_world_size(), version=__version__)
+        from_rank_0(context.host.storage, lambda: start.write_config(self.config, context.modalities.fingerprint))
+        self.loader.seek(self.step, self.skipped.cursor)
+        if not found:
+            self.watchdog.beat(0, "save")
+            self.checkpoints.save_and_wait(0, self.skipped.cursor, self.samples, {})
+
+    def train(self) -> int:
+        """Train until all steps are done or a stop is requested; the exit code."""
+        if self.step >= self.settings.steps:
+            if self.context.main:
+                log.info("all %d steps are done; raise train.steps to continue", self.settings.steps)
+            return exit_codes.DONE
+        self.recorder.begin_interval()
+        first = self.step
+        with self.console:
+            try:
+                self._open_metrics()
+                while (code := self._train_until_rollback()) is None:
+                    pass
+            finally:
+                if self.metrics is not None:
+                    self.metrics.close()
+        self.checkpoints.close()
+        self.objectives.raise_if_all_idle(whole_run=code == exit_codes.DONE and first == 0)
+        self._report_idle(self.objectives.idle())
+        if code == exit_codes.DONE:
+            self.context.journal.write("finished", step=self.step)
+        return code
+
+    def _train_until_rollback(self) -> int | None:
+        """The exit code of the run, or None after a rollback."""
+        self.watchdog.beat(self.step + 1, "data")
+        for data in self.loader:
+            result, rate = self._train_step(data)
+            bad_steps = self._find_fault(data, result)
+            if bad_steps is not None:
+                self._roll_back(bad_steps)
+                return None
+            self._log(result, rate)
+            self._check_objectives(result)
+            self._save_if_due(result)
+            if self.step < self.settings.steps and self.stopping:
+                return self._stopped()
+            self.watchdog.beat(self.step + 1, "data")
+        return exit_codes.DONE
+
+    def _train_step(self, data: StepData) -> tuple[StepResult, float]:
+        """One optimizer step, while the ranks' status is summed; the result and the learning rate."""
+        self.checkpoints.poll()
+        rate = learning_rate(data.step, self.settings.steps, self.config.optimizer)
+        self.status_sum.start(self._status(data).numbers())
+        self.watchdog.beat(data.step + 1, "step" if self.recorder.steps else "compile")
+        result = self.context.engine.step(data.microbatches, rate)
+        self.step = data.step + 1
+        self.recorder.add(result, data.stats)
+        if self.config.faults.spike_threshold:  # tensor ranks may differ in the last bit, but must decide equally
+            result.losses["total"] = number_from_rank_0(self.context.host.control, result.losses["total"])
+        self._act_on(RankStatus.of_numbers(self.status_sum.wait()))
+        return result, rate
+
+    def _status(self, data: StepData) -> RankStatus:
+        stats = data.stats
+        self.budget.add(stats)
+        failed_saves = self.checkpoints.failures if self.context.main else 0
+        counts = self.context.counts_samples
+        return RankStatus(
+            float(self.stop.requested),
+            failed_saves,
+            stats.worker_restarts,
+            read=stats.samples if counts else 0,
+            bad=len(stats.bad) if counts else 0,
+            cut=tuple(stats.cut[name] if counts else 0 for name in self.context.modalities),
+        )
+
+    def _act_on(self, status: RankStatus) -> None:
+        """``status`` of all ranks. Raises ValueError past the budgets of bad samples and failed saves."""
+        self.stopping = status.stop_requests > 0
+        cut = {name: round(n) for name, n in zip(self.context.modalities, status.cut, strict=True) if n}
+        self.samples += SampleCounts(round(status.read), round(status.bad), cut)
+        self.budget.check(self.samples.bad, self.samples.read)
+        if status.worker_restarts:
+            self.context.journal.write("worker_restarted", step=self.step, workers=round(status.worker_restarts))
+        if self.checkpoints.too_many(round(status.failed_saves)):
+            self.watchdog.beat(self.step, "save")  # one may be in flight
+            self.checkpoints.give_up(round(status.failed_saves))
+
+    def _find_fault(self, data: StepData, result: StepResult) -> BadSteps | None:
+        """Journal a skipped step or a spike; the steps to roll back, if any."""
+        bad_steps = self.faults.add(data, result)
+        journal = self.context.journal
+        if result.skipped:
+            journal.write("skipped_step", step=self.step, batch=data.batch, loss_scale=result.loss_scale)
+            if self.context.main:
+                log.warning("step %d is skipped: loss or gradient not finite (batch %d)", self.step, data.batch)
+        if bad_steps is None or bad_steps.kind != "spike":
+            return bad_steps
+        first, last = bad_steps.steps[0] + 1, bad_steps.steps[-1] + 1
+        journal.write("spike", step=self.step, steps=[first, last], loss=result.losses["total"])
+        if self.context.main:
+            log.warning("steps %d to %d: %s", first, last, bad_steps.reason)
+        return bad_steps if self.config.faults.spike_action == "rollback" else None
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        if self.step % self.settings.log_every and self.step != self.settings.steps:
+            return
+        record = self.recorder.record(self.step, result, rate, self.samples)  # on every rank
+        self.console.update(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
+
+    def _check_objectives(self, result: StepResult) -> None:
+        """Raises ValueError on every rank where nothing is learned at all."""
+        found = self.objectives.add(self.step - 1, result)
+        if found and self.context.main:
+            log.info("step %d is the first with a loss for %s", self.step, ", ".join(found))
+        self.objectives.raise_if_all_idle()
+        self._report_idle(self.objectives.warnings())
+
+    def _report_idle(self, idle: Mapping[str, str]) -> None:
+        for name, reason in idle.items():
+            self.context.journal.write("idle_objective", step=self.step, loss=name, why=reason)
+            if self.context.main:
+                log.warning("%s", reason)
+
+    def _check_replicas(self) -> None:
+        """Raises Restartable on every rank where replicas differ."""
+        engine = self.context.engine
+        models = () if self.config.parallel.overlap_param_gather else engine.models  # some are of the step before
+        report = check_replicas(engine.export_state(), self.context.host.control, models)
+        if report.differing:
+            self.context.journal.write("replica_mismatch", step=self.step, report=str(report))
+            raise exit_codes.Restartable(
+                f"step {self.step}: weights that must be equal are not: {report}. Memory or a device of these ranks "
+                f"corrupts numbers; resume from the last checkpoint without those machines"
+            )
+
+    def _save_if_due(self, result: StepResult) -> None:
+        """If replicas are compared, they are also compared before every save, so that no corruption is saved."""
+        last, every = self.step == self.settings.steps, self.config.faults.replica_check_every
+        stops = self.stopping and not last
+        self.save_due |= self.step % self.config.checkpoint.every == 0
+        due = self.save_due and not self.faults.in_streak  # steps that may be rolled back are not saved
+        if every and (due or last or stops or self.step % every == 0):
+            self._check_replicas()
+        if not (due or last or stops):
+            return
+        self.watchdog.beat(self.step, "save")
+        save = self.checkpoints.save_and_wait if last or stops else self.checkpoints.save
+        save(self.step, self.skipped.cursor, self.samples, result.losses)
+        self.save_due = False
+
+    def _stopped(self) -> int:
+        reason = self.stop.reason or "another rank"
+        self.context.journal.write("preempted", step=self.step, reason=reason)
+        self.console.say(f"stopped by {reason} after step {self.step} of {self.settings.steps}, which is saved")
+        return exit_codes.STOPPED
+
+    def _roll_back(self, bad_steps: BadSteps) -> None:
+        """Load the last checkpoint before ``bad_steps``, and skip their batches from there on."""
+        context, faults, skipped = self.context, self.config.faults, self.skipped
+        self.watchdog.beat(self.step, "load")
+        story = bad_steps.describe(skipped.cursor)
+        if skipped.rollbacks >= faults.max_rollbacks:
+            keys = f"; their first samples on this rank: {', '.join(bad_steps.keys)}" if bad_steps.keys else ""
+            raise ValueError(
+                f"{story}{keys}. Rollbacks so far: {skipped.rollbacks}, and faults.max_rollbacks is "
+                f"{faults.max_rollbacks}. Lower optimizer.learning_rate, set optimizer.clip_norm or train in fp32, "
+                f"remove those samples if they are broken, or raise faults.max_rollbacks"
+            )
+        self.checkpoints.wait()
+        found = from_rank_0(context.host.storage, lambda: store.candidates(self.config.checkpoint_root))
+        restored = restore(context, [c for c in found if c.step <= bad_steps.steps[0]])
+        failed_at = self.step
+        self._take_over(restored)
+        window = skipped.skip(bad_steps, faults.skip_margin, self.step)
+        skipped.back_to = self.step
+        self._write_skipped()  # a start after a crash from here on rolls back to the same step
+        self._finish_rollback(restored)
+        if context.main:
+            log.error("%s; rolled back to step %d, batches %d to %d are skipped", story, self.step, *window)
+        context.journal.write(
+            "rollback", step=failed_at, to_step=self.step, reason=bad_steps.reason, skipped_batches=list(window),
+            rollbacks=skipped.rollbacks,
+        )  # fmt: skip
+        self.loader.seek(self.step, skipped.cursor)
+        self.faults.reset()
+        self.checkpoints.after_rollback()
+        self.save_due = False
+        self._open_metrics()
+        self.recorder.begin_interval()
+
+    def _finish_rollback(self, restored: Restored) -> None:
+        """Delete the checkpoints after ``restored``."""
+        from_rank_0(self.context.host.storage, lambda: store.rewind(restored.checkpoint))
+        self.skipped.back_to = None
+        self._write_skipped()
+
+    def _write_skipped(self) -> None:
+        from_rank_0(self.context.host.storage, lambda: self.skipped.write(self.config.run_dir))
+
+    def _take_over(self, restored: Restored) -> None:
+        self.step = restored.step
+        self.console.set_step(self.step)
+        self.skipped.add(restored.cursor)
+        self.samples = restored.samples
+
+    def _open_metrics(self) -> None:
+        """The log from this step on; records of later steps are dropped."""
+        if self.context.main:
+            if self.metrics is not None:
+                self.metrics.close()
+            self.metrics = MetricsLog(self.config.run_dir, self.step, self.settings.heatmap_every)

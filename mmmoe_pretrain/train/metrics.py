@@ -1,29 +1,32 @@
-"""What a run writes down: one record a logged step, as JSON lines, TensorBoard events and a picture.
+"""The metrics of a run: one record a logged step, written as JSON lines, TensorBoard events and an image.
 
-``metrics.jsonl`` is the complete record. TensorBoard gets a view of it, its groups numbered so that
-the important ones stand first. ``routing_training.png`` shows the latest routing; the ``routing.png``
-of an evaluation is another, of held-out data. Only rank 0 makes a ``MetricsLog``.
-Shapes: M modalities, E experts.
+``metrics.jsonl`` is the complete record. TensorBoard gets a part of it; its groups are numbered so that the important
+ones come first. ``routing_training.png`` shows the latest routing of training (``routing.png`` is that of an
+evaluation). Only rank 0 makes a ``MetricsLog``. Shapes: M modalities, E experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from mmmoe_pretrain.batch import MODALITIES
+from mmmoe_pretrain.data.loader import LoadStats
+from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.evaluate import heatmap
-from mmmoe_pretrain.train.lines import Lines
-from mmmoe_pretrain.train.telemetry import LayerRouting, layer_json, number
+from mmmoe_pretrain.parallel.groups import Group
+from mmmoe_pretrain.train.journal import LineWriter
+from mmmoe_pretrain.train.telemetry import LayerRouting, gather_routing, gather_stages, layer_json, number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,22 +37,46 @@ TAIL_BYTES = 1 << 18  # of a log that are read at a time, from its end
 
 
 @dataclass(frozen=True)
+class SampleCounts:
+    """Samples read since the start of a run, over all data-parallel ranks and restarts; rolled-back steps do not
+    count."""
+
+    read: int = 0
+    bad: int = 0  # could not be used
+    cut: dict[str, int] = field(default_factory=dict)  # values longer than a modality's settings allow, by modality
+
+    def __add__(self, other: SampleCounts) -> SampleCounts:
+        cut = dict(Counter(self.cut) + Counter(other.cut))
+        return SampleCounts(self.read + other.read, self.bad + other.bad, cut)
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> SampleCounts:
+        """Raises ValueError for anything but counts of these names."""
+        if isinstance(value, dict) and value.keys() == {"read", "bad", "cut"} and isinstance(value["cut"], dict):
+            counts = (value["read"], value["bad"], *value["cut"].values())
+            if all(type(count) is int and count >= 0 for count in counts):
+                return cls(**value)
+        raise ValueError(f"samples must be counts of bad, cut by modality, and read, not {str(value)[:80]}")
+
+
+@dataclass(frozen=True)
 class StepRecord:
-    """One logged step. Times and tokens run since the record before; bad samples since the start.
+    """One logged step. Times and tokens are counted since the previous record.
 
     ``losses`` holds the terms as they enter the loss (weights applied), and their sum as "total".
     """
 
     step: int  # the first is 1
-    losses: dict[str, float]  # "total", "contrastive/image-text", "captioning", "aux/balance", ...
+    losses: dict[str, float]  # "total", those of the objectives, "aux/balance", ...
     learning_rate: float
     grad_norm: float
     tokens: int  # over all ranks, padding not counted
     seconds: float
     data_seconds: float  # of them, spent waiting for data
-    bad_samples: int
-    cut_audio: int = 0  # clips longer than modalities.audio.max_seconds, since the start
-    cut_text: int = 0  # texts longer than modalities.text.max_tokens
+    samples: SampleCounts = field(default_factory=SampleCounts)  # since the start of the run
     routing: tuple[LayerRouting, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # by loss: the targets or samples that it is the mean of
 
@@ -62,22 +89,62 @@ class StepRecord:
         return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
 
 
-class MetricsLog:
-    """Appends records under ``run_dir``; what an earlier run left past ``resume_step`` is dropped.
+class Recorder:
+    """Turns step results into records: losses and routing are those of the logged step, so that a resumed run logs
+    the same; times and tokens are summed since the record before."""
 
-    A disk that fails costs what cannot be written, and is told in the log; no OSError leaves these methods.
+    def __init__(self, group: Group = None, pipeline: Group = None) -> None:
+        self._group, self._pipeline = group, pipeline
+        self.steps = 0  # counted so far
+        self.begin_interval()
+
+    def begin_interval(self) -> None:
+        """Start counting times and tokens."""
+        self._began = time.perf_counter()
+        self._tokens = 0
+        self._data_seconds = 0.0
+
+    def add(self, result: StepResult, stats: LoadStats) -> None:
+        """Count a step."""
+        self.steps += 1
+        self._tokens += result.tokens
+        self._data_seconds += stats.wait_seconds
+
+    def record(self, step: int, result: StepResult, learning_rate: float, samples: SampleCounts) -> StepRecord:
+        """The record of ``step`` (the first is 1), equal on every rank; begins a new interval. Collective."""
+        now = time.perf_counter()
+        record = StepRecord(
+            step=step,
+            losses=result.losses,
+            counts=result.counts.terms,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens=self._tokens,
+            seconds=now - self._began,
+            data_seconds=self._data_seconds,
+            samples=samples,
+            routing=gather_stages(gather_routing(result.routing, self._group), self._pipeline),
+        )
+        self.begin_interval()
+        return record
+
+
+class MetricsLog:
+    """Appends records under ``run_dir``; those of an earlier start after ``resume_step`` are dropped.
+
+    If the disk fails, records are lost and the error is logged; no method raises an OSError.
     """
 
     def __init__(self, run_dir: Path, resume_step: int = 0, heatmap_every: int = 200) -> None:
         self.run_dir = Path(run_dir)
         self.heatmap_every = heatmap_every
-        self._lines: Lines | None = None
+        self._lines: LineWriter | None = None
         self._events: SummaryWriter | None = None
-        with _told("metrics.jsonl cannot be cut; no step is logged"):
+        with _logging_failure("metrics.jsonl cannot be cut; no step is logged"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             truncate_after(self.run_dir / "metrics.jsonl", resume_step)
-            self._lines = Lines(self.run_dir / "metrics.jsonl")
-        with _told(NO_EVENTS):
+            self._lines = LineWriter(self.run_dir / "metrics.jsonl")
+        with _logging_failure(NO_EVENTS):
             self._events = _summary_writer(self.run_dir / "tensorboard", resume_step + 1)
         self._drawn_step = resume_step
         self._undrawn: StepRecord | None = None
@@ -99,41 +166,35 @@ class MetricsLog:
         if self._lines is not None:
             self._lines.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _draw(self) -> None:
         record, self._undrawn = self._undrawn, None
         if record is None:
             return
         panels = [
-            heatmap.Panel(f"layer {r.layer}", np.where(r.tokens_M[:, None] > 0, r.load_ME, np.nan).T, MODALITIES)
+            heatmap.Panel(
+                f"layer {r.layer}", np.where(r.tokens_M[:, None] > 0, r.load_ME, np.nan).T, r.names.modalities
+            )
             for r in record.routing
         ]
         image_HWC = heatmap.draw(panels, f"Where each modality's tokens go, step {record.step}")
         self._drawn_step = record.step
-        with _told("routing_training.png is not drawn"):
+        with _logging_failure("routing_training.png is not drawn"):
             heatmap.save(image_HWC, self.run_dir / "routing_training.png")
         self._show(lambda events: _add_image(events, image_HWC, record.step))
 
     def _show(self, write: Callable[[SummaryWriter], None]) -> None:
-        """In TensorBoard; where that fails never again, for the writer's thread has ended then."""
+        """Writes to TensorBoard, until the first failure ends the writer's thread."""
         events, self._events = self._events, None
         if events is None:
             return
-        with _told(NO_EVENTS):
+        with _logging_failure(NO_EVENTS):
             write(events)
             self._events = events
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """A log that cannot be written ends no run."""
+def _logging_failure(what: str) -> Iterator[None]:
+    """A log that cannot be written does not end the run."""
     try:
         yield
     except OSError as error:
@@ -141,7 +202,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Cut a log of ascending steps behind ``step``, and a last line without its end. Reads from the end of the
+    """Cut a log of ascending steps after ``step``, and a half-written last line. Reads from the end of the
     file, so that resuming a long run costs no more than resuming a short one."""
     if not path.exists():
         return
@@ -152,7 +213,7 @@ def truncate_after(path: Path, step: int) -> None:
                 past = json.loads(line)["step"] > step
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}: the line at byte {offset} is no record of a step; mend the line or move the file away"
+                    f"{path}: the line at byte {offset} is not a record of a step; fix the line or move the file"
                 ) from error
             if not past:
                 keep = offset + len(line)
@@ -161,7 +222,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Where each line begins, and the line, the last one first; without what has no end yet."""
+    """The offset of each line, and the line, from the last one on; without an incomplete last line."""
     position, held = file.seek(0, os.SEEK_END), b""
     while position:
         size = min(TAIL_BYTES, position)
@@ -177,7 +238,7 @@ def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:
-    """The record in plain values, modalities by name; null stands for what is not finite."""
+    """The record in plain values, modalities by name; null where a number is not finite."""
     return {
         "step": record.step,
         "losses": {name: number(value) for name, value in record.losses.items()},
@@ -187,9 +248,8 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "tokens": record.tokens,
         "seconds": number(record.seconds),
         "data_seconds": number(record.data_seconds),
-        "bad_samples": record.bad_samples,
-        "cut_audio": record.cut_audio,
-        "cut_text": record.cut_text,
+        "bad_samples": record.samples.bad,
+        "cut": record.samples.cut,
         "routing": [layer_json(layer) for layer in record.routing],
     }
 
@@ -206,21 +266,21 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
         yield "2_routing/dead_experts", float((load == 0).sum())
         for name in ("entropy", "marginal_entropy", "dropped"):
             values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
-            yield from _named(f"2_routing/{name}", values_LM.mean(axis=0))
+            yield from _named(f"2_routing/{name}", record.routing[0].names.modalities, values_LM.mean(axis=0))
     for name, count in record.counts.items():
         yield f"1_loss_counts/{name}", float(count)
     yield "3_optimizer/learning_rate", record.learning_rate
     yield "3_optimizer/grad_norm", record.grad_norm
     yield "5_speed/tokens_per_second", record.tokens_per_second
     yield "5_speed/data_wait_fraction", record.data_fraction
-    yield "5_speed/bad_samples", float(record.bad_samples)
-    yield "5_speed/cut_samples", float(record.cut_audio + record.cut_text)
+    yield "5_speed/bad_samples", float(record.samples.bad)
+    yield "5_speed/cut_samples", float(sum(record.samples.cut.values()))
     for layer in record.routing:
         prefix = f"6_layers/{layer.layer:02d}"
         yield f"{prefix}/load_over_even_min", float(layer.load_over_even_E.min())
         yield f"{prefix}/load_over_even_max", float(layer.load_over_even_E.max())
-        yield from _named(f"{prefix}/entropy", layer.entropy_M)
-        yield from _named(f"{prefix}/marginal_entropy", layer.marginal_entropy_M)
+        yield from _named(f"{prefix}/entropy", layer.names.modalities, layer.entropy_M)
+        yield from _named(f"{prefix}/marginal_entropy", layer.names.modalities, layer.marginal_entropy_M)
 
 
 def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
@@ -240,6 +300,6 @@ def _add_image(events: SummaryWriter, image_HWC: np.ndarray, step: int) -> None:
     events.flush()
 
 
-def _named(prefix: str, values_M: np.ndarray) -> Iterator[tuple[str, float]]:
-    for name, value in zip(MODALITIES, values_M, strict=True):
+def _named(prefix: str, names: Sequence[str], values_M: np.ndarray) -> Iterator[tuple[str, float]]:
+    for name, value in zip(names, values_M, strict=True):
         yield f"{prefix}/{name}", float(value)

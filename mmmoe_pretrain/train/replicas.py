@@ -1,14 +1,14 @@
-"""Silent corruption: numbers that several ranks hold must be equal bit by bit.
+"""Silent data corruption: replicas of weights and optimizer moments must be equal bit by bit.
 
-What an engine exports says itself who holds what: pieces with the same name, place, size and type are
-replicas, under any layout and engine: dense weights over the data-parallel ranks, experts over theirs,
-vectors over the tensor ranks, router biases over all, and the moments of each. Every piece is hashed where
-it lies, and the hash goes to the rank that is responsible for its name: each sees its share of the names.
-What ZeRO shards has no replica and is not compared.
+Pieces of the exported state with the same name, offset, size and type are replicas, under any layout and engine:
+dense weights over the data-parallel ranks, experts over theirs, vectors over the tensor ranks, router biases over
+all, and the moments of each. Every rank hashes its pieces and sends each hash to the rank that is responsible for
+its name. What ZeRO shards has no replica and is not compared.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from mmmoe_pretrain.checkpoint.sharded import ShardedState, pieces_of_part
+from mmmoe_pretrain.checkpoint.state import ShardedState, pieces_of_part
+from mmmoe_pretrain.parallel.agreement import gather_objects
 from mmmoe_pretrain.parallel.placement import placements
 
-MAX_NAMED = 8  # mismatches, and ranks of each, that are told in full
+MAX_NAMED = 8  # mismatches, and ranks of each, that are named
 _CHUNK_BYTES = 64 << 20  # that are copied from a device at a time
-_NAME_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A piece of which the replicas differ."""
+    """A piece whose replicas differ."""
 
     name: str  # "model/mmmoe.trunk.blocks.0.norm.weight@0 [16] float32": key, offset, size, type
     ranks: tuple[int, ...]  # the first that differ from the majority; all holders where there is none
@@ -37,10 +37,10 @@ class Mismatch:
 
     def __str__(self) -> str:
         more = f" and {self.differing - len(self.ranks)} more" if self.differing > len(self.ranks) else ""
-        whom = f"rank{'s' * (self.differing > 1)} {', '.join(map(str, self.ranks))}{more}"
+        holding = f"rank{'s' * (self.differing > 1)} {', '.join(map(str, self.ranks))}{more}"
         if self.differing == self.holders:
-            return f"{self.name}: {whom} differ from each other"
-        return f"{self.name}: {whom} of {self.holders}"
+            return f"{self.name}: {holding} differ from each other"
+        return f"{self.name}: {holding} of {self.holders}"
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class ReplicaReport:
             return f"none of {self.held} pieces is held by two ranks: nothing to compare"
         if not self.differing:
             return f"{self.compared} of {self.held} pieces are held by several ranks, and equal"
-        told = "; ".join(map(str, self.mismatches))
-        return f"{self.differing} of {self.compared} pieces that several ranks hold differ: {told}"
+        listed = "; ".join(map(str, self.mismatches))
+        return f"{self.differing} of {self.compared} pieces that several ranks hold differ: {listed}"
 
 
 def check_replicas(
     state: ShardedState, group: dist.ProcessGroup | None, models: Sequence[nn.Module] = ()
 ) -> ReplicaReport:
-    """Compare what several ranks of ``group`` (all ranks, on the host: the control group) hold of
-    ``engine.export_state()``. Collective.
+    """Compare the replicated pieces of ``engine.export_state()`` over ``group`` (all ranks, on the host: the control
+    group). Collective.
 
-    ``models``: also of the weights that they compute with. For ZeRO 1 and 2, which shard what is exported and keep
-    these on every rank; without ZeRO they say nothing more. Not with overlap_param_gather: between steps some of
-    them are of the step before.
+    ``models``: also compare the weights that they compute with. Needed for ZeRO 1 and 2, which shard the exported
+    state and keep these weights on every rank. Not with overlap_param_gather: between steps some are of the step
+    before.
     """
     if group is None or dist.get_world_size(group) == 1:
         return ReplicaReport(0, 0, 0, ())
@@ -84,17 +84,16 @@ def check_replicas(
 
 
 def _pieces(state: ShardedState, models: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for name, held in state.items():
-        for key, pieces in held.named(name).items():
-            for piece in pieces:
-                yield _name(key, piece.offset, piece.tensor), piece.tensor
+    for key, held in state.items():
+        for offset, tensor in held.pieces.items():
+            yield _name(key, offset, tensor), tensor
     for model in models:
         placed = placements(model)
         for name, parameter in model.named_parameters():
             if not parameter.numel():  # ZeRO-3 holds it in shards
                 continue
-            for piece in pieces_of_part(parameter.detach(), placed[name]):
-                yield _name(f"working/{name}", piece.offset, piece.tensor), piece.tensor
+            for offset, tensor in pieces_of_part(parameter.detach(), placed[name]).items():
+                yield _name(f"working/{name}", offset, tensor), tensor
 
 
 def _name(key: str, offset: Sequence[int], tensor: Tensor) -> str:
@@ -141,7 +140,7 @@ def _exchange(hashes: dict[int, tuple[int, int]], group: dist.ProcessGroup) -> T
 
 
 def _differences(rows: Tensor) -> list[tuple[int, int, list[int]]]:
-    """Of the names whose hashes differ: number, how many hold it, the ranks outside the majority."""
+    """The names whose hashes differ: number, count of holders, ranks outside the majority."""
     senders: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
     for number, first, second, rank in rows.tolist():
         senders[number][rank] = (first, second)
@@ -159,33 +158,14 @@ def _differences(rows: Tensor) -> list[tuple[int, int, list[int]]]:
 def _details(
     found: list[tuple[int, int, list[int]]], names: list[str], group: dist.ProcessGroup
 ) -> tuple[Mismatch, ...]:
-    """Collective; the first few of all ranks' findings, with names, which their holders know."""
-    size = dist.get_world_size(group)
-    mine = torch.full((MAX_NAMED, 3 + MAX_NAMED), -1)  # number, holders, differing, ranks
-    for row, (number, holders, ranks) in zip(mine, found, strict=False):
-        told = [number, holders, len(ranks), *ranks[:MAX_NAMED]]
-        row[: len(told)] = torch.tensor(told)
-    everybody = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(everybody, mine, group=group)
-    rows = sorted(row for row in torch.cat(everybody).tolist() if row[0] >= 0)[:MAX_NAMED]
-    spelled = torch.zeros(len(rows), _NAME_BYTES, dtype=torch.uint8)
-    known = {_number(name): name for name in names}
-    for line, (number, *_) in zip(spelled, rows, strict=True):
-        if number in known:
-            text = known[number].encode()[:_NAME_BYTES]
-            line[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    dist.all_reduce(spelled, op=dist.ReduceOp.MAX, group=group)
-    return tuple(
-        sorted(
-            (
-                Mismatch(
-                    bytes(line.tolist()).rstrip(b"\0").decode(errors="replace"),
-                    tuple(rank for rank in ranks if rank >= 0),
-                    differing,
-                    holders,
-                )
-                for line, (_, holders, differing, *ranks) in zip(spelled, rows, strict=True)
-            ),
-            key=lambda mismatch: mismatch.name,
-        )
+    """The first few of all ranks' findings, with the names, which the holders know. Collective."""
+    first = [(number, holders, len(ranks), tuple(ranks[:MAX_NAMED])) for number, holders, ranks in found[:MAX_NAMED]]
+    chosen = sorted(itertools.chain(*gather_objects(group, first)))[:MAX_NAMED]
+    held = {_number(name): name for name in names}
+    name_of: dict[int, str] = {}
+    for known in gather_objects(group, {number: held[number] for number, *_ in chosen if number in held}):
+        name_of |= known
+    mismatches = (
+        Mismatch(name_of[number], ranks, differing, holders) for number, holders, differing, ranks in chosen
     )
+    return tuple(sorted(mismatches, key=lambda mismatch: mismatch.name))

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmmoe_pretrain.config import OptimizerConfig, RunConfig
 
-JUMP = 0.01  # a share of the rate; smaller changes are no news
+JUMP = 0.01  # of the rate; smaller changes are not reported
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -30,8 +30,8 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
-    """What to warn of where a run that has done ``step`` steps goes on at another rate than its schedule so far would
-    have given; empty where it does not, or has no step left. ``saved``: the config of its checkpoint."""
+    """A warning where a run that has done ``step`` steps resumes at another rate than its schedule so far gives;
+    empty where it does not, or has no step left. ``saved``: the config of its checkpoint."""
     before, steps = OptimizerConfig.model_validate(saved["optimizer"]), saved["train"]["steps"]
     now = learning_rate(step, config.train.steps, config.optimizer)
     planned = learning_rate(step, steps, before)
@@ -48,5 +48,5 @@ def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
     )
     return (
         f"the learning rate of step {step + 1} is {now:.2g}; that of step {step} was {last:.2g}, and the schedule so "
-        f"far would go on with {planned:.2g}: {story}{longer if changed == ['train.steps'] else ''}"
+        f"far gives {planned:.2g}: {story}{longer if changed == ['train.steps'] else ''}"
     )

@@ -1,8 +1,8 @@
-"""Requests to stop, seen at the end of a step: the run saves itself and ends, instead of dying.
+"""Requests to stop: the run finishes its step, saves a checkpoint and ends.
 
 SIGTERM (of schedulers and Kubernetes), SIGUSR1 (Slurm's warning) and a first SIGINT (Ctrl-C) only set a flag,
-also in the middle of a save. A further SIGINT interrupts at once. Under ``launch/torchrun.sh`` the request
-comes as a file, named in MMMOE_STOP_FILE: it reaches workers that are still starting, too.
+also in the middle of a save. A second SIGINT interrupts at once. Under ``launch/torchrun.sh`` the request
+comes as a file, named in MMMOE_STOP_FILE, which also reaches workers that are still starting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process was told to stop, and by what: ``reason`` is "SIGTERM", "stop file", or empty."""
+    """Whether this process should stop, and why: ``reason`` is "SIGTERM", "stop file", or empty."""
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self._stop_file = stop_file
@@ -38,19 +38,19 @@ class StopRequest:
         return bool(self.reason)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The handler. Does as little as it can: it may run between any two instructions."""
+        """The signal handler. It may run between any two instructions, so it does little."""
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self._reason = self._reason or signal.Signals(number).name
-        if number == signal.SIGINT:  # somebody sits there; print would not be safe here
+        if number == signal.SIGINT:  # from a terminal; print is not safe here
             os.write(2, b"\nsaving after this step, then ending; interrupt again to end at once\n")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Signals set the request's flag inside; the handlers before are there again behind it.
+    """Inside, signals set the request's flag; the earlier handlers are restored afterwards.
 
-    Python takes handlers in the main thread alone; in others only the file counts.
+    Python allows handlers only in the main thread; in others only the file counts.
     """
     path = os.environ.get(STOP_FILE)
     request = StopRequest(Path(path) if path else None)

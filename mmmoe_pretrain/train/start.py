@@ -1,69 +1,116 @@
-"""How a run begins: afresh, from its checkpoints, or in the place of an older one."""
+"""How a run starts: which run a config means, and whether it resumes, starts from step 0, or replaces an older run.
+
+What defines the function of the model cannot change when a run resumes. Steps, learning rates, data, loss weights and
+the layout may.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
-from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, names_tokenizer, with_tokenizer
 from mmmoe_pretrain.checkpoint.names import MANIFEST
 from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config import RUN_NAME, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
+from mmmoe_pretrain.objectives import objectives_of
+from mmmoe_pretrain.parallel.agreement import any_rank, from_rank_0
 from mmmoe_pretrain.parallel.groups import HostGroups
-from mmmoe_pretrain.train.control import any_rank, from_rank_0
-from mmmoe_pretrain.train.drafts import replacing
-from mmmoe_pretrain.train.journal import EVENTS, read_events
+from mmmoe_pretrain.train.journal import EVENTS, read_events, replacing
 from mmmoe_pretrain.train.lock import LOCK, RunLock
-from mmmoe_pretrain.train.resume import check_same_model
 
 log = logging.getLogger(__name__)
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same in all starts of a job
-REPLACED_BY = "replaced_by"  # the job that replaced an older run here
+REPLACED_BY = "replaced_by"  # a file that names the job that replaced an older run here
+NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter")  # MoE settings of how it is computed
+
+
+def config_to_train(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of the run to train. ``path`` may be the config.yaml of a run whose folder was moved or copied: it
+    resumes in its new place, with its own copy of the tokenizer if the original is missing. ``name=`` or
+    ``runs_dir=`` make another run. Raises ValueError where it is not clear which checkpoints are meant."""
+    config = run_config.load(path, tuple(overrides))
+    folder = path.resolve().parent
+    same_run = not {"name", "runs_dir"} & {override.partition("=")[0] for override in overrides}
+    if same_run and path.name == CONFIG and _holds_a_run(folder) and config.run_dir.resolve() != folder:
+        config = _moved(config, path, folder)
+    own = config.run_dir / TOKENIZER
+    named = config.data.tokenizer
+    if names_tokenizer(overrides) or named is None or Path(named).is_file() or not own.is_file():
+        return config
+    _warn("there is no tokenizer at %s: using the run's own copy, %s", config.data.tokenizer, own)
+    return with_tokenizer(config, own)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / EVENTS).is_file() or bool(named_checkpoints(open_storage(folder / "checkpoints")))
+
+
+def _moved(config: RunConfig, path: Path, folder: Path) -> RunConfig:
+    if config.checkpoint.folder is not None and (config.name != folder.name or config.run_dir.exists()):
+        raise ValueError(
+            f"{path} was made in {config.run_dir}, and its checkpoints are in {config.checkpoint_root}; move the "
+            f"folder back, or name the run with runs_dir=, name= and checkpoint.folder="
+        )
+    if not re.fullmatch(RUN_NAME, folder.name):
+        raise ValueError(
+            f"{folder.name} is not a legal name of a run; rename {folder} to letters, digits, dots, - and _, "
+            f"beginning with a letter or digit"
+        )
+    _warn("%s was made in %s: resuming in %s, where it is now", path, config.run_dir, folder)
+    place = {"name": folder.name, "runs_dir": str(folder.parent)}
+    return run_config.parse({**config.model_dump(mode="json"), **place}, where=str(path))
+
+
+def _warn(message: str, *values: object) -> None:
+    if os.environ.get("RANK", "0") == "0":  # there is no process group yet
+        log.warning(message, *values)
 
 
 @dataclass(frozen=True)
 class Start:
-    """``found``: the checkpoints of the run, oldest first. ``replace``: an older run gives way to this one."""
+    """``found``: the checkpoints of the run, oldest first. ``replace``: delete an older run first."""
 
     found: tuple[store.Checkpoint, ...] = ()
     replace: bool = False
 
 
 def look(config: RunConfig, host: HostGroups, lock: RunLock, resume: bool, overwrite: bool) -> Start:
-    """Decide, and change nothing of the run; a folder that is there is held by ``lock`` from now on.
-
-    ValueError on every rank: where another job holds it, ``resume`` finds nothing to go on from, the checkpoints are
-    of another model, or there were some and are none.
+    """Decide how to start, without changing the run; locks an existing folder. Raises ValueError on every rank if
+    another job holds it, ``resume`` finds no checkpoint, the checkpoints are of another model, or earlier checkpoints
+    are missing.
     """
     if resume and overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them, or neither")
+        raise ValueError("--resume continues a run and --overwrite replaces it; give one of them, or neither")
     # One count may lag behind: each of torchrun's agents counts for itself, and a new machine's begins at 0.
     again = any_rank(host.control, any(int(os.environ.get(name) or 0) > 0 for name in RESTARTS))
 
-    def here() -> Start:
+    def on_rank_0() -> Start:
         if config.run_dir.is_dir():
             _take(lock, config)
         return _look(config, resume, overwrite and not (again and _was_replaced(config)))
 
-    return from_rank_0(host.storage, here)
+    return from_rank_0(host.storage, on_rank_0)
 
 
 def _was_replaced(config: RunConfig) -> bool:
-    """Did an earlier start of this job replace the run that was here?"""
+    """Whether an earlier start of this job replaced the run that was here."""
     mark = config.run_dir / REPLACED_BY
     done = mark.is_file() and mark.read_text(encoding="utf-8") == _job()
     if done:
-        log.info("--overwrite was done by the start before this one; going on from there")
+        log.info("an earlier start of this job has already replaced the run (--overwrite); resuming it")
     return done
 
 
@@ -79,8 +126,8 @@ def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
         _refuse_lost(config)
     if resume and not found:
         raise ValueError(
-            f"--resume: there is no finished checkpoint in {config.checkpoint_root}; leave --resume out to begin "
-            f"afresh, or see that name, runs_dir and checkpoint.folder are those of the run"
+            f"--resume: there is no finished checkpoint in {config.checkpoint_root}; leave --resume out to start "
+            f"from step 0, or check that name, runs_dir and checkpoint.folder are those of the run"
         )
     if found:
         check_same_model(config, config.run_dir / CONFIG, lambda: store.read_meta(found[-1]).get("config"))
@@ -88,25 +135,25 @@ def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
 
 
 def _refuse_lost(config: RunConfig) -> None:
-    """A run must not begin afresh where it has saved itself before: that would cut its record, too."""
+    """A run that has saved checkpoints must not start from step 0: that would delete its metrics, too."""
     root = config.checkpoint_root
     there = [checkpoint.name for checkpoint in _committed(root)]
     saved = [event for event in read_events(config.run_dir) if event["event"] == "saved"]
     if there:
-        told = f"none of the checkpoints in {root} is complete: {', '.join(there[-3:])}"
+        problem = f"none of the checkpoints in {root} is complete: {', '.join(there[-3:])}"
     elif saved:
         step = saved[-1].get("step")
-        told = f"{config.run_dir / EVENTS} tells of a save of step {step}, and there is no checkpoint in {root}"
+        problem = f"{config.run_dir / EVENTS} records a save of step {step}, and there is no checkpoint in {root}"
     else:
         return
     raise ValueError(
-        f"{told}. Bring the folder back (is a mount missing? is there a backup?), set checkpoint.folder to where it "
-        f"is, or begin afresh with --overwrite"
+        f"{problem}. Restore the folder (check mounts and backups), set checkpoint.folder to where "
+        f"it is, or start from step 0 with --overwrite"
     )
 
 
 def _committed(root: str) -> list[store.Checkpoint]:
-    """What was complete once, whole or not now; oldest first."""
+    """Checkpoints that were complete once, damaged or not; oldest first."""
     storage = open_storage(root)
 
     def committed(name: str) -> bool:
@@ -116,8 +163,61 @@ def _committed(root: str) -> list[store.Checkpoint]:
     return [checkpoint for checkpoint in named_checkpoints(storage) if committed(checkpoint.name)]
 
 
+def check_same_model(
+    config: RunConfig, saved: Path, of_checkpoint: Callable[[], dict[str, Any] | None] = lambda: None
+) -> None:
+    """Compare with the config saved beside the run, or where there is none (another machine's disk) with the
+    checkpoint's own. Raises ValueError that names what differs."""
+    if saved.is_file():
+        before = run_config.load(saved)
+    else:
+        values = of_checkpoint()
+        if values is None:
+            return
+        before = run_config.parse(values, where="the checkpoint's config")
+    if changes := list(_differences(_model_settings(before), _model_settings(config))):
+        raise ValueError(
+            f"a resumed run cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, train "
+            f"under another name=, or replace the run with --overwrite"
+        )
+
+
+def _model_settings(config: RunConfig) -> dict[str, Any]:
+    """What defines the function of the model, by section."""
+    values = config.model_dump(mode="json")
+    values["moe"].pop("losses")
+    for settings in (values["moe"], *values["moe"]["layers"].values()):
+        for key in NOT_OF_THE_FUNCTION:
+            settings.pop(key, None)
+        balancing = settings.get("bias_balancing") or {}
+        settings["bias_balancing"] = {**balancing, "rate": balancing.get("rate") is not None}
+    objectives = objectives_of(config)
+    return {
+        "model": values["model"],
+        "moe": values["moe"],
+        "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
+        "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
+        "objectives": {
+            name: [parameter for parameter, _ in objective.module().named_parameters()]
+            for name, objective in objectives.items()
+        },
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """What differs, by dotted key; an entry that only one of them has is named as a whole."""
+    for key in sorted(old.keys() | new.keys(), key=str):
+        where = f"{before}{key}"
+        if key not in old or key not in new:
+            yield f"{where} is {'new' if key in new else 'missing'}"
+        elif isinstance(old[key], dict) and isinstance(new[key], dict):
+            yield from _differences(old[key], new[key], f"{where}.")
+        elif old[key] != new[key]:
+            yield f"{where} was {old[key]!r} and is {new[key]!r}"
+
+
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:
-    """Make the run's folder, without what an older run left there if that is to be replaced; how to begin."""
+    """Make the run's folder, and delete an older run there if that is to be replaced; how to start."""
     return from_rank_0(host.storage, lambda: _claim(config, lock, start))
 
 
@@ -127,7 +227,7 @@ def _claim(config: RunConfig, lock: RunLock, start: Start) -> Start:
         with _explained(config):
             _clear(config)
             (config.run_dir / REPLACED_BY).write_text(_job(), encoding="utf-8")
-    # Nothing was there to look at, and then another job came, trained and ended?
+    # Another job may have trained here since the first look.
     return _look(config, False, False) if waited and not start.replace else start
 
 
@@ -150,12 +250,12 @@ def _explained(config: RunConfig) -> Iterator[None]:
 
 
 def _clear(config: RunConfig) -> None:
-    """Delete an older run; what a kill leaves of it says that it was one, for the next start to go on with this."""
+    """Delete an older run, its config last, so that after a kill the next start deletes the rest."""
     storage, run_dir = open_storage(config.checkpoint_root), config.run_dir
     (run_dir / REPLACED_BY).unlink(missing_ok=True)  # maybe of an earlier start of this job, for the run before
-    for checkpoint in reversed(named_checkpoints(storage)):  # they may lie elsewhere
+    for checkpoint in reversed(named_checkpoints(storage)):  # they may be elsewhere
         storage.remove_folder(checkpoint.name)
-    if not (run_dir / CONFIG).is_file():  # never a folder that holds no run
+    if not (run_dir / CONFIG).is_file():  # never delete a folder that is not a run
         return
     for path in sorted(run_dir.iterdir(), key=lambda path: path.name == CONFIG):
         if path.name == LOCK or (path.name == TOKENIZER and _owns_its_tokenizer(config)):
@@ -168,13 +268,14 @@ def _clear(config: RunConfig) -> None:
 
 def _owns_its_tokenizer(config: RunConfig) -> bool:
     """As ``mmmoe import`` makes it: ``data.tokenizer`` is the run's own file."""
-    return Path(config.data.tokenizer).resolve() == (config.run_dir / TOKENIZER).resolve()
+    named = config.data.tokenizer
+    return named is not None and Path(named).resolve() == (config.run_dir / TOKENIZER).resolve()
 
 
 def write_config(config: RunConfig, tokenizer_fingerprint: str) -> None:
-    """Put the resolved config beside the run, and its tokenizer, so that the run can be moved; a kill leaves the old
-    files or the new ones."""
-    if not _owns_its_tokenizer(config):
+    """Put the resolved config and the tokenizer, where it has one, into the run's folder, so that the run can be
+    moved."""
+    if tokenizer_fingerprint and config.data.tokenizer is not None and not _owns_its_tokenizer(config):
         with replacing(config.run_dir / TOKENIZER) as draft:
             copy_tokenizer(config.data.tokenizer, draft, tokenizer_fingerprint)
     with replacing(config.run_dir / CONFIG) as draft:

@@ -1,23 +1,23 @@
-"""What is logged of routing: rates by layer, expert, modality and task, from sums over tokens.
+"""The routing statistics in the log: rates by layer, expert, modality and task, from sums over tokens.
 
-Owns the arithmetic from sums to rates and their form in ``metrics.jsonl``; the sums are made in
-``moe/stats.py``. Shapes: M modalities, X tasks, E experts (layers may differ in E).
+Computes rates from sums and writes them to ``metrics.jsonl``; ``moe/stats.py`` makes the sums. Shapes: M modalities,
+X tasks, E experts (layers may differ in E).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from mmmoe_pretrain.batch import MODALITIES, TASKS
+from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.evaluate.routing_report import strongest_pairs
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.parallel.agreement import gather_objects
 from mmmoe_pretrain.parallel.collectives import all_reduce_sum, group_size
 from mmmoe_pretrain.parallel.groups import Group
 
@@ -28,10 +28,11 @@ STRONGEST_PAIRS = 8  # of experts that serve tokens together, a modality; the ma
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Sums over the tokens of all ranks in one mixture layer, and the rates that they give. A rate of
+    """Sums over the tokens of all ranks in one MoE layer, and the rates that they give. A rate of
     a modality or task without tokens is 0."""
 
     layer: int
+    names: StreamNames
     tokens_MX: np.ndarray
     counts_MXE: np.ndarray  # assignments, before any drop
     probability_MXE: np.ndarray
@@ -77,8 +78,8 @@ class LayerRouting:
 
 
 def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[LayerRouting, ...]:
-    """Numbers on the host from the sums of a step, which ``reduce_stats`` has reduced save for
-    co-activation; that is summed over ``group`` here, for all layers at once. Every rank must call it."""
+    """Numbers on the host from the sums of a step. ``reduce_stats`` has reduced all of them except co-activation,
+    which is summed over ``group`` here, for all layers at once. Every rank must call it."""
     if not routing:
         return ()
     pairs = all_reduce_sum(torch.cat([s.coactivation_MEE.detach().double().reshape(-1) for s in routing]), group)
@@ -92,35 +93,37 @@ def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[Layer
     )
 
 
-def of_all_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[LayerRouting, ...]:
-    """The layers of every pipeline stage in the order of the trunk. Every rank must call it; numbers on the
-    host, a few kB, at logged steps alone."""
+def gather_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[LayerRouting, ...]:
+    """The layers of every pipeline stage in the order of the trunk; a few kB, only at logged steps. Collective."""
     if group_size(pipeline) == 1:
         return layers
-    found: list[Any] = [None] * group_size(pipeline)
-    dist.all_gather_object(found, layers, group=pipeline)
-    return tuple(sorted((layer for stage in found for layer in stage), key=lambda layer: layer.layer))
+    stages = gather_objects(pipeline, layers)
+    return tuple(sorted((layer for stage in stages for layer in stage), key=lambda layer: layer.layer))
 
 
 def layer_json(routing: LayerRouting) -> dict[str, Any]:
     """Plain values by name. Tasks hold only the modalities that have tokens, co-activation only the
     strongest pairs: ``[expert, expert, share of the modality's tokens]``."""
-    seen = np.flatnonzero(routing.tokens_M).tolist()
+    seen, modalities = np.flatnonzero(routing.tokens_M).tolist(), routing.names.modalities
+
+    def named(values_M: Iterable[float]) -> dict[str, float | None]:
+        return {name: number(value) for name, value in zip(modalities, values_M, strict=True)}
+
     return {
         "layer": routing.layer,
-        "tokens": by_modality(routing.tokens_M),
-        "assignments": by_modality(routing.counts_MXE.sum((1, 2))),
-        "load": {m: shares(row) for m, row in zip(MODALITIES, routing.load_ME, strict=True)},
-        "mean_probability": {m: shares(row) for m, row in zip(MODALITIES, routing.mean_probability_ME, strict=True)},
-        "entropy": by_modality(routing.entropy_M),
-        "marginal_entropy": by_modality(routing.marginal_entropy_M),
-        "dropped": by_modality(routing.dropped_M),
+        "tokens": named(routing.tokens_M),
+        "assignments": named(routing.counts_MXE.sum((1, 2))),
+        "load": {m: shares(row) for m, row in zip(modalities, routing.load_ME, strict=True)},
+        "mean_probability": {m: shares(row) for m, row in zip(modalities, routing.mean_probability_ME, strict=True)},
+        "entropy": named(routing.entropy_M),
+        "marginal_entropy": named(routing.marginal_entropy_M),
+        "dropped": named(routing.dropped_M),
         "coactivation": {
-            MODALITIES[m]: [[a, b, number(share, SHARE_DIGITS)] for a, b, share in _pairs(routing, m)] for m in seen
+            modalities[m]: [[a, b, number(share, SHARE_DIGITS)] for a, b, share in _pairs(routing, m)] for m in seen
         },
         "tasks": {
-            task: {MODALITIES[m]: _cell(routing, m, x) for m in np.flatnonzero(routing.tokens_MX[:, x]).tolist()}
-            for x, task in enumerate(TASKS)
+            task: {modalities[m]: _cell(routing, m, x) for m in np.flatnonzero(routing.tokens_MX[:, x]).tolist()}
+            for x, task in enumerate(routing.names.tasks)
             if routing.tokens_MX[:, x].any()
         },
     }
@@ -136,13 +139,10 @@ def shares(values_E: np.ndarray) -> list[float | None]:
     return [number(value, SHARE_DIGITS) for value in values_E.tolist()]
 
 
-def by_modality(values_M: np.ndarray) -> dict[str, float | None]:
-    return {name: number(value) for name, value in zip(MODALITIES, values_M, strict=True)}
-
-
 def _layer(sums: RoutingStats, coactivation: torch.Tensor) -> LayerRouting:
     return LayerRouting(
         layer=sums.layer,
+        names=sums.names,
         tokens_MX=sums.tokens_MX.numpy(),
         counts_MXE=sums.counts_MXE.numpy(),
         probability_MXE=sums.probability_MXE.numpy(),

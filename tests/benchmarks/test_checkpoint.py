@@ -1,4 +1,4 @@
-"""The benchmark of saves: what is saved, what the disk is asked, and what the ratios say."""
+"""The benchmark of saves: the saved bytes, the disk accesses, and the ratios."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The page and the figures of ``make gpu``, of parts that stand in for its own."""
+"""The page and the numbers of ``make gpu``, with fake parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.common.gpu_report import PARTS, ROOT, report
 FINE = 'print("a table"); print(\'{"mfu": 0.5, "device": "some GPU", "torch": "2.x"}\')'
 
 
-def test_a_part_that_fails_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_a_part_that_fails_is_reported_and_the_others_are_kept(tmp_path: Path) -> None:
     target = tmp_path / "GPU.md"
     status = report({"works": ("-c", FINE), "breaks": ("-c", "import sys; print('why'); sys.exit(3)")}, target)
     assert status == 1

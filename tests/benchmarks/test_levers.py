@@ -12,6 +12,7 @@ from benchmarks.levering.measure import SAME, Row, batches, check_same
 from benchmarks.levering.memory import LiveTensors
 from benchmarks.levering.ranks import FAMILIES, RANKS, share_of
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 
@@ -45,23 +46,27 @@ def test_what_a_backward_pass_keeps_is_live_until_it_is_used() -> None:
         assert tensors.live == 1024  # the gradient
 
 
+def pixels(batch: Batch) -> torch.Tensor:
+    return batch.inputs["image"]["pixels"]
+
+
 def test_microbatches_are_of_the_samples_of_the_whole() -> None:
     config = run_config.load(levers.ROOT / "configs" / "demo.yaml", levers.MODEL)
     (whole,), parts = batches(config, 8, 1), batches(config, 8, 4)
     assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
-    assert sum(len(part.text_ids) for part in parts) == len(whole.text_ids)  # captions of the same samples
-    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert sum(len(part.targets["captions"]) for part in parts) == len(whole.targets["captions"])
+    assert torch.equal(torch.cat([pixels(part) for part in parts]), pixels(whole))
 
 
 def row(loss: float) -> Row:
-    return Row([1.0], 1, {"contrastive/image-text": loss, "captioning": -loss})
+    return Row([1.0], 1, {"pairs/image-text": loss, "captions": -loss})
 
 
 def test_variants_that_compute_something_else_are_refused() -> None:
     check_same(
         {"none": row(2.0), "recompute_blocks": row(2.0), "compile": row(2.0001), "accumulated": row(1)}, "none"
     )
-    with pytest.raises(RuntimeError, match=r"recompute_experts computes contrastive/image-text 2\.0001, none 2\.0"):
+    with pytest.raises(RuntimeError, match=r"recompute_experts computes pairs/image-text 2\.0001, none 2\.0"):
         check_same({"none": row(2.0), "recompute_experts": row(2.0001)}, "none")
     with pytest.raises(RuntimeError, match="cached"):
         check_same({"one batch": row(2.0), "cached": row(2.001)}, "one batch")
@@ -83,7 +88,7 @@ def test_ranks_share_the_global_batch() -> None:
     (whole,) = batches(config, 8, 1)
     parts = [share_of(config, 8, Groups(data_rank=rank, data_size=2)) for rank in range(2)]
     assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
-    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([pixels(part) for part in parts]), pixels(whole))
 
 
 def test_a_ratio_is_of_neighbouring_steps() -> None:

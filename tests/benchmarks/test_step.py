@@ -18,27 +18,26 @@ from benchmarks.stepping.clock import DISPATCH, EXPERTS, PARTS, REST, Clock, mar
 from benchmarks.stepping.peers import DEEPSPEED, MEGATRON
 from benchmarks.stepping.workload import SIZES, Size, random_batch, step_config, valid_tokens
 from mmmoe_pretrain.engines.megatron import MegatronEngine
-from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 
 SMALL = Size(hidden_size=32, num_layers=2, every=2, num_experts=4, expert_hidden_size=16, samples=3)
 NAMES = (step.OURS, MEGATRON, DEEPSPEED)
 
 
-def losses_of_everybody() -> dict[str, list[float]]:
+def losses_of_all_libraries() -> dict[str, list[float]]:
     with process_group(timeout_minutes=0.5) as device:
         start_deepspeed()
         config = step_config(SMALL)
-        groups = build_groups(config.parallel, config.moe.num_experts)
+        groups = groups_of(config.parallel, config.moe.num_experts)
         return step.check_same(SMALL, NAMES, groups, device)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_everybody_trains_the_same_model() -> None:
+def test_all_libraries_train_the_same_model() -> None:
     pytest.importorskip("deepspeed")
     prepare_deepspeed()
-    losses = run_ranks(2, losses_of_everybody)[0]
+    losses = run_ranks(2, losses_of_all_libraries)[0]
     assert set(losses) == set(NAMES)
     assert len({round(value, 3) for value in losses[step.OURS]}) == len(step.CLOSE)  # each batch has its own
     for name in NAMES:
@@ -50,7 +49,7 @@ def shares_and_losses() -> tuple[dict[str, float], list[float], list[float]]:
     """Shares, and the losses of an engine that is timed and of one that is not."""
     with process_group(timeout_minutes=0.5) as device:
         config = step_config(SMALL)
-        groups = build_groups(config.parallel, config.moe.num_experts)
+        groups = groups_of(config.parallel, config.moe.num_experts)
         batches = step.batches_of(config, SMALL, 3)
         _, plain = step.build(step.OURS, config, groups, device)
         _, engine = step.build(step.OURS, config, groups, device)
@@ -120,7 +119,7 @@ def row(ours: list[float], **peers: list[float]) -> step.Row:
 
 def test_ratios_are_medians_of_pairs_and_the_worst_point_is_named() -> None:
     rows = {
-        # pairs 2, 2, 8: a repeat in which somebody else slowed the peer down does not count
+        # pairs 2, 2, 8: a repeat in which another job slowed the other library down does not count
         "small": row([1.0, 2.0, 1.0], megatron=[2.0, 4.0, 8.0], deepspeed=[3.0, 6.0, 3.0]),
         "large": row([4.0, 4.0, 4.0], megatron=[2.0, 2.0, 2.0], deepspeed=[12.0, 12.0, 12.0]),
     }

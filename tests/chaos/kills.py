@@ -52,7 +52,7 @@ class Kill:
                    rng.random() < 0.5, rng.random() < 0.5)  # fmt: skip
 
     def arm(self) -> Callable[[int], None]:
-        """On the victim, before it trains: make the operation deadly. To be told of every step: how many are done
+        """On the rank to kill, before it trains: kill it at the operation. Call with every step: the number of steps
         since this start."""
         if self.operation:
             name, _, attribute = self.operation.rpartition(".")

@@ -1,10 +1,10 @@
-"""Kill ranks of a run at random until it ends, and compare it with one that nobody disturbed: `make chaos`.
+"""Kill ranks of a run at random until it ends, and compare it with an uninterrupted one: `make chaos`.
 
 python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0
 
 A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all
 of them again, and they go on by themselves from the newest checkpoint. The last line is one JSON object:
-kills, lost and repeated samples, torn checkpoints that were taken for whole, whether all logged losses are
+kills, lost and repeated samples, partial checkpoints that were loaded, whether all logged losses are
 those of the undisturbed run.
 """
 
@@ -43,12 +43,12 @@ class Report:
     starts: int = 0
     lost: int = 0
     repeated: int = 0
-    torn_accepted: int = 0
+    partial_accepted: int = 0
     loss_equal: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.loss_equal and not (self.lost or self.repeated or self.torn_accepted)
+        return self.loss_equal and not (self.lost or self.repeated or self.partial_accepted)
 
 
 def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report:
@@ -66,7 +66,7 @@ def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report
             kill = Kill.draw(rng, ranks, max(1, left // (kills - report.kills)), left)
         end = start(disturbed, ranks, report.starts, kill)
         report.kills += end == "killed"
-        report.torn_accepted += count_torn(disturbed)
+        report.partial_accepted += count_partial(disturbed)
         print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(disturbed)}", flush=True)
         if end == "done":
             break
@@ -141,7 +141,7 @@ def supervise(processes: list[Any], folder: Path, number: int, kill: Kill | None
             end_others(processes, kill.politely)
             return "killed"
         failed = [i for i, code in enumerate(codes) if code not in (None, 0)]
-        if failed and kill is not None:  # peers may notice before the supervisor does
+        if failed and kill is not None:  # other ranks may notice before the supervisor does
             processes[kill.victim].join(timeout=1.0)
             if processes[kill.victim].exitcode == -signal.SIGKILL:
                 continue
@@ -166,17 +166,17 @@ def steps_saved(config: RunConfig) -> int:
     return 0 if latest is None else latest.step
 
 
-def count_torn(config: RunConfig) -> int:
+def count_partial(config: RunConfig) -> int:
     """Checkpoints that pass for complete and are not what was written."""
-    torn = 0
+    partial = 0
     for checkpoint in store.checkpoints(config.checkpoint_root):
         try:
             store.verify(checkpoint, None)
             store.read_state(checkpoint)
         except ValueError as error:
-            print(f"torn: {error}", flush=True)
-            torn += 1
-    return torn
+            print(f"partial: {error}", flush=True)
+            partial += 1
+    return partial
 
 
 def logged(config: RunConfig) -> list[tuple[int, dict[str, float]]]:

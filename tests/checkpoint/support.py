@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
+from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -28,24 +28,23 @@ def small_state(rank: int = 0, ranks: int = 1, add: float = 0.0) -> ShardedState
     share = 8 // ranks
     begin = rank * share
 
-    def pieces(offset: tuple[int, ...], tensor: torch.Tensor) -> ShardedParameter:
-        whole = {2: (8, 6) if offset[-1] == 0 and tensor.shape[-1] == 6 else (6, 8), 1: (5,)}[tensor.dim()]
-        moments = () if tensor.dim() == 1 else ((Piece(offset, tensor + 0.25),), (Piece(offset, tensor + 0.5),))
-        return ShardedParameter(whole, (Piece(offset, tensor),), *(moments or (None, None)))
+    def held(offset: tuple[int, ...], shape: tuple[int, ...], tensor: torch.Tensor, name: str) -> ShardedState:
+        found = {f"model/{name}": ShardedTensor(shape, {offset: tensor})}
+        if len(shape) > 1:
+            for moment, more in (("exp_avg", 0.25), ("exp_avg_sq", 0.5)):
+                found[f"optimizer/{name}/{moment}"] = ShardedTensor(shape, {offset: tensor + more})
+        return found
 
     return {
-        "rows": pieces((begin, 0), rows[begin : begin + share]),
-        "columns": pieces((0, begin), columns[:, begin : begin + share]),
-        "bias": pieces((0,), bias),
+        **held((begin, 0), (8, 6), rows[begin : begin + share], "rows"),
+        **held((0, begin), (6, 8), columns[:, begin : begin + share], "columns"),
+        **held((0,), (5,), bias, "bias"),
     }
 
 
-def assert_same(found: ShardedState, expected: ShardedState) -> None:
-    assert found.keys() == expected.keys()
-    for name, parameter in expected.items():
-        mine, wanted = found[name].named(name), parameter.named(name)
-        assert mine.keys() == wanted.keys()
-        for key, pieces in wanted.items():
-            for piece, other in zip(mine[key], pieces, strict=True):
-                assert piece.offset == other.offset, key
-                assert torch.equal(piece.tensor, other.tensor), key
+def assert_same(found: ShardedState, expected: ShardedState, where: str = "") -> None:
+    assert found.keys() == expected.keys(), where
+    for key, tensor in expected.items():
+        assert found[key].shape == tensor.shape and found[key].pieces.keys() == tensor.pieces.keys(), (where, key)
+        for offset, piece in tensor.pieces.items():
+            assert torch.equal(found[key].pieces[offset], piece), (where, key, offset)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.checkpoint import index, store
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter
+from mmmoe_pretrain.checkpoint.state import ShardedTensor, model_key
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.checkpoint.support import assert_same, rewrite, small_state
@@ -83,7 +83,7 @@ def test_what_is_not_complete_is_no_candidate(
     tear(root / "step_00000002")
     assert newest(root).step == 1
     assert [c.step for c in store.checkpoints(root)] == [1]
-    assert "'step_00000002', which is no complete checkpoint; the newest complete one is step_00000001" in caplog.text
+    assert "'step_00000002', which is not complete; the newest complete one is step_00000001" in caplog.text
     for use in (store.verify, store.read_state):
         with pytest.raises(ValueError, match="step_00000002"):
             use(torn)
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_a_later_version_says_so(root: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
     with pytest.raises(ValueError, match=r"version 2; this version of mmmoe reads 'mmmoe-checkpoint', version 1"):
         store.verify(checkpoint)
-    store.clean(root)  # another program's work is no leftover
+    store.clean(root)  # another program's work is not a leftover
     assert path.is_file()
 
 
@@ -206,9 +206,8 @@ def test_no_checkpoint_is_committed_that_readers_would_refuse(
 
 @pytest.mark.parametrize(("name", "shape"), [("a b", (1,)), ("w" * 1000, (1,)), ("w", (1,) * 9)])
 def test_no_tensor_is_saved_that_readers_would_refuse(root: Path, name: str, shape: tuple[int, ...]) -> None:
-    piece = Piece((0,) * len(shape), torch.zeros(shape))
     with pytest.raises(ValueError, match=r"names no tensor of a checkpoint|takes 8 dimensions"):
-        store.save(root, 3, {name: ShardedParameter(shape, (piece,), None, None)}, {}, None, KEEP)
+        store.save(root, 3, {model_key(name): ShardedTensor.whole(torch.zeros(shape))}, {}, None, KEEP)
     assert newest(root).step == 2
 
 
@@ -252,7 +251,7 @@ def test_whatever_is_mutated_the_error_is_clear_and_memory_bounded(root: Path) -
 
 
 def verify_and_load(root: Path) -> list[str]:
-    """What each rank is told, case after case; the ranks must stay in step."""
+    """The error on each rank, case after case; the ranks must stay in step."""
     said = []
     with process_group(timeout_minutes=0.5):
         group, rank = dist.group.WORLD, dist.get_rank()
@@ -286,7 +285,7 @@ def verify_and_load(root: Path) -> list[str]:
     return said
 
 
-def test_every_rank_is_told_of_the_damage_that_one_of_them_found(tmp_path: Path) -> None:
+def test_damage_found_on_one_rank_is_reported_on_every_rank(tmp_path: Path) -> None:
     first, second = run_ranks(2, verify_and_load, tmp_path)
     assert first == second
     assert "ROOT/step_00000002 is damaged: rank_00001.safetensors (1 files in all)" in first[0]

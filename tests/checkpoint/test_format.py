@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.files import DTYPES, Entry, digest_of, header_of, read_box, write_tensors
-from mmmoe_pretrain.checkpoint.planner import LogicalLoadPlanner, LogicalTensor
-from mmmoe_pretrain.checkpoint.reader import CheckpointReader
 from mmmoe_pretrain.checkpoint.save_plan import plan_save
-from mmmoe_pretrain.checkpoint.storage import LocalStorage, ReadInto, open_storage
+from mmmoe_pretrain.checkpoint.state import ShardedTensor
+from mmmoe_pretrain.checkpoint.storage import LocalStorage, ReadInto
 from mmmoe_pretrain.parallel.placement import Box
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.checkpoint.support import numbers, small_state
@@ -124,25 +123,38 @@ def test_the_boxes_of_four_ranks_stand_where_the_index_says(saved: Path) -> None
             assert box.numpy().tobytes() == there
             whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))] = box
             seen += 1
-        expected = {p: t[0].tensor for n, s in small_state().items() for p, t in s.named(n).items()}[key]
+        (expected,) = small_state()[key].pieces.values()
         assert torch.equal(whole, expected), key
     assert seen == 4 * 6 + 1  # the bias, which all ranks have, once
     assert json.loads((saved / "meta.json").read_text()) == {"seed": 1, "step": 7, "metric": 0.5}
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_any_program_of_torch_reads_it_through_the_reader(saved: Path) -> None:
-    checkpoint = store.find_latest(saved.parent)
-    assert checkpoint is not None
-    index = store._index(checkpoint)
-    want = LogicalTensor.whole(torch.zeros(8, 6))
-    dcp.load(
-        {"model/rows": want},
-        storage_reader=CheckpointReader(open_storage(saved.parent), saved.name, index),
-        planner=LogicalLoadPlanner("here", exactly=False),
-        no_dist=True,
-    )
-    assert torch.equal(want._by_offset[torch.Size((0, 0))], numbers((8, 6)))
+def test_a_folder_of_version_1_written_by_hand_is_a_checkpoint(tmp_path: Path) -> None:
+    """By safetensors and json alone, as the format says: what older versions saved stays readable."""
+    folder = tmp_path / "step_00000007"
+    folder.mkdir()
+    weight, moment = numbers((4, 3)), numbers((4, 3), 50)
+    halves = {"model/w@0,0": weight[:2], "model/w@2,0": weight[2:], "optimizer/w/exp_avg@0,0": moment}
+    save_file({name: tensor.contiguous() for name, tensor in halves.items()}, folder / "rank_00000.safetensors")
+    data = (folder / "rank_00000.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    at = {name: 8 + length + header[name]["data_offsets"][0] for name in halves}
+    boxes = {"model/w": [[0, at["model/w@0,0"], [0, 0], [2, 3]], [0, at["model/w@2,0"], [2, 0], [2, 3]]],
+             "optimizer/w/exp_avg": [[0, at["optimizer/w/exp_avg@0,0"], [0, 0], [4, 3]]]}  # fmt: skip
+    tensors = {key: {"shape": [4, 3], "dtype": "F32", "boxes": held} for key, held in boxes.items()}
+    (folder / "index.json").write_text(json.dumps({"files": ["rank_00000.safetensors"], "tensors": tensors}))
+    (folder / "meta.json").write_text(json.dumps({"step": 7}))
+    files = {path.name: {"bytes": path.stat().st_size, "xxh3_128": xxhash.xxh3_128(path.read_bytes()).hexdigest()}
+             for path in folder.iterdir()}  # fmt: skip
+    manifest = {"format": "mmmoe-checkpoint", "version": 1, "step": 7, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint = store.find_latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 7
+    store.verify(checkpoint)
+    found = store.read_state(checkpoint)
+    assert found.keys() == boxes.keys()
+    assert torch.equal(found["model/w"], weight) and torch.equal(found["optimizer/w/exp_avg"], moment)
 
 
 def test_a_rank_reads_little_more_than_what_it_asks_for(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,14 +183,12 @@ def test_a_plan_is_the_same_every_time_and_stages_only_what_is_written() -> None
     plan, again = plan_save(state, None), plan_save(state, None)
     assert plan == again
     views = plan.views(state)
-    assert [tuple(v.shape) for v in views] == [item.size for item in plan.items]
+    assert [tuple(v.shape) for v in views] == [entry.shape for entry in plan.entries]
     assert plan.nbytes == sum(v.nbytes for v in views)
-    assert views[0].data_ptr() in {p.tensor.data_ptr() for s in state.values() for p in s.value}
+    assert views[0].data_ptr() in {piece.data_ptr() for tensor in state.values() for piece in tensor.pieces.values()}
 
 
 def test_no_dtype_that_files_cannot_hold_is_promised(tmp_path: Path) -> None:
-    state = small_state()
-    piece = state["bias"].value[0]
-    odd = {"z": type(state["bias"])((5,), (type(piece)((0,), piece.tensor.to(torch.complex64)),), None, None)}
+    odd = {"model/z": ShardedTensor.whole(torch.zeros(5, dtype=torch.complex64))}
     with pytest.raises(ValueError, match=r"hold model/z as torch\.complex64"):
         store.save(tmp_path, 1, odd, {}, None, KEEP)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.planner import tiles
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState, pieces_of_part, pieces_of_range
+from mmmoe_pretrain.checkpoint.index import tiles
+from mmmoe_pretrain.checkpoint.state import Pieces, ShardedState, ShardedTensor, pieces_of_part, pieces_of_range
 from mmmoe_pretrain.parallel.placement import Box, Cut, Placement, part_of
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.checkpoint.support import rewrite
+from tests.checkpoint.support import assert_same, rewrite
 from tests.distributed import run_ranks
 
 SHAPES = {"experts": (8, 16, 3), "qkv": (24, 5), "out": (5, 8), "norm": (7,), "scale": (1,), "router_bias": (8,)}
@@ -53,8 +53,8 @@ def tensor_parallel(ranks: int) -> Layout:
     return [
         {
             **uncut(),
-            "experts": Held((Cut(1, rank, ranks, blocks=2),)),
-            "qkv": Held((Cut(0, rank, ranks, blocks=3),)),
+            "experts": Held((Cut(1, rank, ranks, blocks=(1, 1)),)),
+            "qkv": Held((Cut(0, rank, ranks, blocks=(1, 1, 1)),)),
             "out": Held((Cut(1, rank, ranks),)),
         }
         for rank in range(ranks)
@@ -111,22 +111,21 @@ def zeros(name: str, kind: str) -> Tensor:
 def state_of(held: dict[str, Held], fill: Callable[[str, str], Tensor] = numbers) -> ShardedState:
     """By hand what an engine would export; its tensors are views of larger memory."""
 
-    def pieces(name: str, kind: str) -> tuple:
+    def pieces(name: str, kind: str) -> Pieces:
         part = part_of(fill(name, kind), held[name].placement)
         if held[name].span is None:
             return pieces_of_part(part, held[name].placement)
         start, end = held[name].span
         return pieces_of_range(part.flatten()[start:end], start, tuple(part.shape), held[name].placement)
 
-    return {
-        name: ShardedParameter(
-            SHAPES[name],
-            pieces(name, "value"),
-            None if name in BUFFERS else pieces(name, "exp_avg"),
-            None if name in BUFFERS else pieces(name, "exp_avg_sq"),
-        )
-        for name in held
-    }
+    return {key: ShardedTensor(SHAPES[name], pieces(name, key)) for name in held for key in keys_of(name)}
+
+
+def keys_of(name: str) -> list[str]:
+    """The optimizer may keep any tensors: here three for one matrix, one for another, two for the rest."""
+    others = {"experts": ("exp_avg", "exp_avg_sq", "more"), "qkv": ("momentum_buffer",)}
+    kept = others.get(name, ("exp_avg", "exp_avg_sq"))
+    return [f"model/{name}", *(f"optimizer/{name}/{tensor}" for tensor in kept if name not in BUFFERS)]
 
 
 def root_of(folder: Path, layout: str) -> Path:
@@ -146,18 +145,7 @@ def exchange(folder: Path, world: int, saves: bool, load_from: list[str]) -> Non
             for name, layout in mine.items():
                 expected = state_of(layout[rank])
                 found = store.load(checkpoint, state_of(layout[rank], zeros), dist.group.WORLD)
-                assert_equal(found, expected, f"{source} -> {name}, rank {rank}")
-
-
-def assert_equal(found: ShardedState, expected: ShardedState, where: str) -> None:
-    assert found.keys() == expected.keys(), where
-    for name, parameter in expected.items():
-        mine, wanted = found[name].named(name), parameter.named(name)
-        assert mine.keys() == wanted.keys(), where
-        for key, pieces in wanted.items():
-            for piece, other in zip(mine[key], pieces, strict=True):
-                assert piece.offset == other.offset, (where, key)
-                assert torch.equal(piece.tensor, other.tensor), (where, key, piece.offset)
+                assert_same(found, expected, f"{source} -> {name}, rank {rank}")
 
 
 def test_every_layout_loads_what_every_other_saved(tmp_path: Path) -> None:
@@ -171,10 +159,9 @@ def test_every_layout_loads_what_every_other_saved(tmp_path: Path) -> None:
         checkpoint = store.find_latest(root_of(tmp_path, name))
         assert checkpoint is not None
         state = store.read_state(checkpoint)
-        assert state.keys() == SHAPES.keys()
-        for key, parameter in state.items():
-            assert torch.equal(parameter.value, numbers(key, "value"))
-            assert (parameter.exp_avg is None) == (key in BUFFERS)
+        expected = {key: numbers(name, key) for name in SHAPES for key in keys_of(name)}
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
 
 
 LOST = [uncut(), {name: held for name, held in uncut().items() if name != "experts"}]
@@ -200,8 +187,7 @@ def refusals(folder: Path) -> dict[str, str]:
         rank = dist.get_rank()
         good_state = state_of(good[rank])
         if rank:  # a stretch of no length is no other copy of what begins there
-            nothing = (Piece((0,), torch.empty(0)),)
-            good_state["norm"] = ShardedParameter((7,), nothing, nothing, nothing)
+            good_state |= {key: ShardedTensor((7,), {(0,): torch.empty(0)}) for key in keys_of("norm")}
 
         def save(step: int, state: ShardedState) -> store.Checkpoint:
             return store.save(folder, step, state, {}, dist.group.WORLD, KEEP)
@@ -214,18 +200,21 @@ def refusals(folder: Path) -> dict[str, str]:
             except ValueError as error:
                 said[case] = str(error)
             # the ranks are still in step
-            assert_equal(store.load(path, good_state, dist.group.WORLD), good_state, case)
+            assert_same(store.load(path, good_state, dist.group.WORLD), good_state, case)
 
         for case, (layout, _) in SAVES.items():
             refused(case, lambda layout=layout: save(2, state_of(layout[rank])))
         for case, (layout, _) in LOADS.items():
             refused(case, lambda layout=layout: store.load(path, state_of(layout[rank]), dist.group.WORLD))
-        shape, named = (9,) if rank else (7,), good_state["norm"]
-        other = good_state | {"norm": ShardedParameter(shape, named.value, named.exp_avg, named.exp_avg_sq)}
+        shape = (9,) if rank else (7,)
+        other = good_state | {key: ShardedTensor(shape, good_state[key].pieces) for key in keys_of("norm")}
         refused("one rank's shape", lambda: store.load(path, other, dist.group.WORLD))
         refused("shapes disagree", lambda: save(2, other))
-        without = good_state | ({} if rank else {"qkv": ShardedParameter((24, 5), good_state["qkv"].value, (), ())})
-        refused("moments lost", lambda: save(2, without))
+        momentum = "optimizer/qkv/momentum_buffer"
+        without = good_state | ({} if rank else {momentum: ShardedTensor((24, 5), {})})
+        refused("momentum lost", lambda: save(2, without))
+        adam = {key: tensor for key, tensor in good_state.items() if key != momentum}
+        refused("another optimizer", lambda: store.load(path, adam, dist.group.WORLD))
     return said
 
 
@@ -235,7 +224,9 @@ def test_what_is_not_whole_or_of_another_model_is_refused_by_name_on_every_rank(
     expected = {case: message for case, (_, message) in (SAVES | LOADS).items()} | {
         "one rank's shape": "has model/norm as [7], and this model [9]",
         "shapes disagree": "disagree on the shape or type of model/norm: (7,), (9,)",
-        "moments lost": "hold 0 of the 120 numbers of optimizer/qkv/exp_avg",
+        "momentum lost": "hold 0 of the 120 numbers of optimizer/qkv/momentum_buffer",
+        "another optimizer": "has the optimizer state ['exp_avg', 'exp_avg_sq', 'momentum_buffer'], and the "
+        "optimizer of this run keeps ['exp_avg', 'exp_avg_sq']; set optimizer.kind",
     }
     assert first.keys() == expected.keys()
     for case, message in expected.items():
@@ -261,11 +252,11 @@ def test_copies_are_written_once_and_spread_over_the_writers(tmp_path: Path) -> 
     for tensor in index["tensors"].values():
         for file, _, _, size in tensor["boxes"]:
             held[file] += math.prod(size)
-    # Value and two moments of all but the buffer, once.
-    total = 3 * sum(numbers(name, "value").numel() for name in SHAPES) - 2 * 8
+    # Value and two of the optimizer's tensors of all but the buffer, one more of experts and one less of qkv, once.
+    total = 3 * sum(math.prod(shape) for shape in SHAPES.values()) - 2 * 8 + 384 - 120
     assert held.total() == total
     assert len(held) == 2
-    # Three copies of 120 and three of 40 numbers balance to 240 and 240; what is left is small.
+    # Two copies of 120 and three of 40 numbers balance to 200 and 160 and smaller ones; what is left is small.
     assert max(held.values()) - min(held.values()) <= 8
 
 

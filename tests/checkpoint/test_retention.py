@@ -1,4 +1,4 @@
-"""Which checkpoints may go; what stays is always enough to go on."""
+"""Which checkpoints are deleted; the kept ones always suffice to resume."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.folders import Retention, to_delete
 from mmmoe_pretrain.checkpoint.names import Checkpoint, folder_name
-from mmmoe_pretrain.checkpoint.retention import Retention, to_delete
 from tests.checkpoint.support import small_state
 
 
@@ -33,8 +33,8 @@ def at(*steps: int) -> list[Checkpoint]:
     ],
 )
 def test_what_stays(retention: Retention, metrics: dict[int, float | None], kept: list[int]) -> None:
-    gone = to_delete(at(30, 10, 20, 60, 40, 50), metrics, retention)
-    assert [c.step for c in gone] == [s for s in (10, 20, 30, 40, 50, 60) if s not in kept]
+    deleted = to_delete(at(30, 10, 20, 60, 40, 50), metrics, retention)
+    assert [c.step for c in deleted] == [s for s in (10, 20, 30, 40, 50, 60) if s not in kept]
 
 
 @given(
@@ -45,9 +45,9 @@ def test_what_stays(retention: Retention, metrics: dict[int, float | None], kept
 def test_the_newest_is_never_deleted_and_deleting_again_deletes_nothing(
     steps: set[int], metrics: dict[int, float | None], retention: Retention
 ) -> None:
-    gone = to_delete(at(*steps), metrics, retention)
-    assert max(steps) not in {c.step for c in gone}
-    rest = [c for c in at(*steps) if c not in gone]
+    deleted = to_delete(at(*steps), metrics, retention)
+    assert max(steps) not in {c.step for c in deleted}
+    rest = [c for c in at(*steps) if c not in deleted]
     assert len(rest) >= min(len(steps), retention.last)
     assert to_delete(rest, metrics, retention) == []
 
@@ -63,7 +63,7 @@ def test_a_run_keeps_its_best_and_its_last(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000020", "step_00000050"]
 
 
-def test_after_going_back_the_later_ones_are_gone(tmp_path: Path) -> None:
+def test_a_rollback_deletes_later_checkpoints(tmp_path: Path) -> None:
     first, *_ = [store.save(tmp_path, step, small_state(), {}, None, Retention(last=3)) for step in (10, 20, 30)]
     store.rewind(first)
     assert store.find_latest(tmp_path) == first

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the moment of the save, back-pressure, failures, retention, and who writes what."""
+"""Saving during training: the moment of the save, back-pressure, failures, retention, and who writes what."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmmoe_pretrain.checkpoint import save_plan, store
-from mmmoe_pretrain.checkpoint.retention import Retention
-from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter, ShardedState
-from mmmoe_pretrain.checkpoint.staging import Staging
+from mmmoe_pretrain.checkpoint.folders import Retention
+from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport, Staging
+from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import LocalStorage, StorageError
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
@@ -46,13 +45,13 @@ def state_of(rank: int, ranks: int, value: float) -> ShardedState:
     numbers = value + torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) / 64  # exact in fp32
     strided = torch.empty(COLUMNS, rows).T.copy_(numbers[rank * rows : (rank + 1) * rows])
     assert not strided.is_contiguous()
-    cut = [(Piece((rank * rows, 0), strided + shift),) for shift in (0.0, 0.25, 0.5)]
-    cut[0] = (Piece((rank * rows, 0), strided),)
     counter = torch.tensor([int(value)] * 3, dtype=torch.int64)
     return {
-        "matrix": ShardedParameter((ROWS, COLUMNS), *cut),
-        "vector": ShardedParameter((3,), (Piece((0,), torch.full((3,), value, dtype=torch.bfloat16)),), None, None),
-        "counter": ShardedParameter((3,), (Piece((0,), counter),) if rank == ranks - 1 else (), None, None),
+        "model/matrix": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided}),
+        "optimizer/matrix/exp_avg": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided + 0.25}),
+        "optimizer/matrix/exp_avg_sq": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided + 0.5}),
+        "model/vector": ShardedTensor((3,), {(0,): torch.full((3,), value, dtype=torch.bfloat16)}),
+        "model/counter": ShardedTensor((3,), {(0,): counter} if rank == ranks - 1 else {}),
     }
 
 
@@ -61,10 +60,9 @@ LOGICAL_BYTES = 3 * ROWS * COLUMNS * 4 + 3 * 2 + 3 * 8
 
 def train(state: ShardedState) -> None:
     """Change every number in place, as a step does."""
-    for parameter in state.values():
-        for pieces in (parameter.value, parameter.exp_avg or (), parameter.exp_avg_sq or ()):
-            for piece in pieces:
-                piece.tensor.add_(1)
+    for tensor in state.values():
+        for piece in tensor.pieces.values():
+            piece.add_(1)
 
 
 def saved_value(path: str | Path, value: float) -> None:
@@ -72,11 +70,10 @@ def saved_value(path: str | Path, value: float) -> None:
     checkpoint = next(c for c in store.checkpoints(Path(path).parent) if c.name == Path(path).name)
     found, expected = store.read_state(checkpoint), state_of(0, 1, value)
     assert found.keys() == expected.keys()
-    for name, parameter in expected.items():
-        held = found[name].tensors(name)
-        for key, pieces in parameter.named(name).items():
-            assert held[key].dtype == pieces[0].tensor.dtype, key
-            assert torch.equal(held[key], pieces[0].tensor), (key, held[key], pieces[0].tensor)
+    for key, tensor in expected.items():
+        (whole,) = tensor.pieces.values()
+        assert found[key].dtype == whole.dtype, key
+        assert torch.equal(found[key], whole), (key, found[key], whole)
 
 
 @contextlib.contextmanager
@@ -155,12 +152,11 @@ def failure(saver: Saver, rank: int) -> list[SaveReport]:
 
 
 def layout(saver: Saver, rank: int) -> list[SaveReport]:
-    """At the second of three saves one rank lacks what nobody else holds."""
+    """At the second of three saves one rank lacks a piece that no other rank has."""
     saver.save(1, state_of(rank, RANKS, 1.0), META)
     state = state_of(rank, RANKS, 2.0)
     if rank == 1:
-        matrix = state["matrix"]
-        state["matrix"] = ShardedParameter(matrix.shape, (), (), ())
+        state |= {key: ShardedTensor((ROWS, COLUMNS), {}) for key in state if "/matrix" in key}
     saver.save(2, state, META)
     saver.save(3, state_of(rank, RANKS, 3.0), META)
     return ended(saver)
@@ -176,7 +172,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Stories:
     return root, run_ranks(RANKS, two_ranks, root)
 
 
-def told(stories: Stories, story: str) -> list[list[SaveReport]]:
+def reports_of(stories: Stories, story: str) -> list[list[SaveReport]]:
     return [rank[story] for rank in stories[1]]
 
 
@@ -185,20 +181,20 @@ def kept(root: Path) -> list[int]:
 
 
 def test_a_checkpoint_holds_the_state_of_the_moment_of_the_save(stories: Stories) -> None:
-    for (report,) in told(stories, "moment"):
+    for (report,) in reports_of(stories, "moment"):
         assert report.error is None and report.warning is None
         saved_value(report.path, 1.0)
 
 
 def test_what_every_rank_holds_is_written_by_one(stories: Stories) -> None:
-    reports = told(stories, "moment")
+    reports = reports_of(stories, "moment")
     assert sum(report.bytes for (report,) in reports) == LOGICAL_BYTES
     assert all(report.bytes >= 3 * ROWS * COLUMNS * 4 // RANKS for (report,) in reports)
 
 
 def test_retention_follows_each_save(stories: Stories) -> None:
     assert kept(stories[0] / "retention") == [4, 5]
-    assert [(r.step, r.error, r.warning) for r in told(stories, "retention")[0]] == [
+    assert [(r.step, r.error, r.warning) for r in reports_of(stories, "retention")[0]] == [
         (step, None, None) for step in (2, 3, 4, 5)
     ]
     saved_value(stories[0] / "retention" / "step_00000005", 2.0)  # trained by a step since the first story
@@ -206,7 +202,7 @@ def test_retention_follows_each_save(stories: Stories) -> None:
 
 def test_where_one_rank_fails_nobody_commits_and_every_rank_says_why(stories: Stories) -> None:
     root = stories[0] / "failure"
-    for reports in told(stories, "failure"):
+    for reports in reports_of(stories, "failure"):
         assert [report.step for report in reports] == [1, 2, 3]
         assert [report.error is None for report in reports] == [True, False, True]
         failed = reports[1]
@@ -219,7 +215,7 @@ def test_where_one_rank_fails_nobody_commits_and_every_rank_says_why(stories: St
 
 
 def test_a_layout_that_changes_on_one_rank_is_planned_anew_on_all(stories: Stories) -> None:
-    for reports in told(stories, "layout"):
+    for reports in reports_of(stories, "layout"):
         errors = [report.error for report in reports]
         assert errors[0] is None and errors[2] is None
         assert "of model/matrix" in str(errors[1])
@@ -303,7 +299,7 @@ def test_host_memory_is_allocated_once_and_given_back(tmp_path: Path, monkeypatc
     for step in (1, 2):
         saver.save(step, state_of(0, 1, float(step)), META)
     larger = state_of(0, 1, 3.0)
-    larger["more"] = ShardedParameter((2,), (Piece((0,), torch.ones(2)),), None, None)
+    larger["model/more"] = ShardedTensor((2,), {(0,): torch.ones(2)})
     saver.save(3, larger, META)
     assert made == [5, 6]
     saver.close()
@@ -329,7 +325,7 @@ def peer_leaves(root: Path) -> list[SaveReport]:
             return []
 
 
-def test_a_peer_that_dies_during_a_save_is_told_at_once(tmp_path: Path) -> None:
+def test_a_rank_that_dies_during_a_save_is_reported_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     (report,), _ = run_ranks(RANKS, peer_leaves, tmp_path)
     assert report.error is not None and report.path == "" and report.restartable
@@ -390,9 +386,9 @@ import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from mmmoe_pretrain.checkpoint.retention import Retention
+from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.saver import Saver
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter
+from mmmoe_pretrain.checkpoint.state import ShardedTensor
 
 folder, peer = Path(sys.argv[1]), os.fork()
 rank = 0 if peer else 1
@@ -400,7 +396,7 @@ store = dist.FileStore(str(folder / "store"), 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 saver = Saver(folder / "checkpoints", group, Retention(last=1, every=0, best=0))
-state = {"w": ShardedParameter((2,), (Piece((0,), torch.ones(2)),), None, None)}
+state = {"model/w": ShardedTensor((2,), {(0,): torch.ones(2)})}
 saver.prepare(state)
 if rank == 1:
     os.dup2(2, 1)  # who reads the other's output does not wait for this one
@@ -417,6 +413,6 @@ raise SystemExit(3)
 def test_a_thread_that_waits_for_a_peer_holds_up_no_exit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
     found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=60)
-    told = found.stdout.split()
-    os.kill(int(told[-1]), signal.SIGKILL)
-    assert found.returncode == 3 and told[:2] == ["in", "flight"]
+    output = found.stdout.split()
+    os.kill(int(output[-1]), signal.SIGKILL)
+    assert found.returncode == 3 and output[:2] == ["in", "flight"]

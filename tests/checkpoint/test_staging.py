@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmmoe_pretrain.checkpoint import staging as module
+from mmmoe_pretrain.checkpoint import saver as module
 from mmmoe_pretrain.checkpoint.files import Entry, write_tensors
-from mmmoe_pretrain.checkpoint.staging import Staging
+from mmmoe_pretrain.checkpoint.saver import Staging
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 
 
@@ -49,7 +49,9 @@ def test_large_tensors_are_cut_into_parts_that_make_up_the_same_file(
         staging = Staging(tensors)
         parts = staging.fill(tensors)
     assert max(part.nbytes for part in parts) <= 16
-    assert max(blocks) <= 64 and min(blocks[:-2]) > 64 - 16  # full but for what one part may lack; int8 begins anew
+    assert (
+        max(blocks) <= 64 and min(blocks[:-2]) > 64 - 16
+    )  # full but for what one part may lack; int8 starts a new block
     found = write_tensors(storage, "f", "parts", entries, parts)
     assert (found.nbytes, found.digest) == (expected.nbytes, expected.digest)
 

@@ -1,4 +1,5 @@
-"""Disks that are full or read-only, services that cannot rename: the checkpoints before stay, all ranks are told."""
+"""Disks that are full or read-only, services that cannot rename: earlier checkpoints are kept, and all ranks raise
+the error."""
 
 import errno
 import multiprocessing
@@ -90,7 +91,7 @@ def test_a_disk_mounted_read_only_is_named(small_disk: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser has every right")
 def test_a_folder_without_the_right_to_write_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(StorageError, match="this user has not the right"):
+    with pytest.raises(StorageError, match="no permission"):
         store.save(tmp_path, 1, small_state(), {}, None, KEEP)
     tmp_path.chmod(0o700)
 
@@ -175,7 +176,7 @@ def test_every_kind_of_place_saves_finds_loads_and_deletes(tmp_path: Path, schem
     assert store.read_meta(checkpoint) == {"seed": 7, "step": 3}
     assert_same(store.load(checkpoint, small_state(), None), small_state(add=3))
     again = store.write_state(f"{root}/other", 5, store.read_state(checkpoint), {})
-    assert store.read_state(again).keys() == {"rows", "columns", "bias"}
+    assert store.read_state(again).keys() == small_state().keys()
     store.rewind(store.checkpoints(root)[0])
     assert [c.step for c in store.checkpoints(root)] == [2]
     fsspec.filesystem("memory").store.clear()
@@ -292,19 +293,19 @@ def test_going_back_deletes_the_newest_first_and_none_of_them_counts_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = [store.save(tmp_path, step, small_state(), {}, None, store.Retention(last=9)) for step in range(1, 6)]
-    remove, gone = LocalStorage.remove_folder, []
+    remove, deleted = LocalStorage.remove_folder, []
 
     def until_killed(self: LocalStorage, name: str) -> None:
-        if len(gone) == 2:
+        if len(deleted) == 2:
             kill()
-        gone.append(name)
+        deleted.append(name)
         remove(self, name)
 
     with monkeypatch.context() as patched:
         patched.setattr(LocalStorage, "remove_folder", until_killed)
         with pytest.raises(KeyboardInterrupt):
             store.rewind(saved[1])
-    assert gone == ["step_00000005", "step_00000004"]
+    assert deleted == ["step_00000005", "step_00000004"]
     assert store.candidates(tmp_path) == saved[:2]
     (tmp_path / "step_00000002" / "index.json").unlink()  # by hand, as an error advises
     assert store.candidates(tmp_path) == saved[:1]
@@ -315,21 +316,21 @@ def test_a_peer_that_dies_behind_the_commit_takes_nothing_with_it(
 ) -> None:
     exchange = save_plan.exchange
 
-    def peer_is_gone(*args: Any) -> None:
+    def rank_has_ended(*args: Any) -> None:
         exchange(*args)
         raise RuntimeError("connection closed by peer")
 
     for root in (str(tmp_path / "local"), f"norename://{tmp_path}/url"):
         plan = save_plan.plan_save(small_state(), None)
         with monkeypatch.context() as patched:
-            patched.setattr(save_plan, "exchange", peer_is_gone)
+            patched.setattr(save_plan, "exchange", rank_has_ended)
             with pytest.raises(RuntimeError, match="by peer"):
                 save_plan.write_checkpoint(open_storage(root), 1, plan, plan.views(small_state()), {}, None)
         (found,) = store.candidates(root)
         store.verify(found)
 
 
-def test_unknown_protocols_and_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_protocols_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nosuch://b cannot be opened: Protocol not known: nosuch; .*memory"):
         store.find_latest("nosuch://b")
     monkeypatch.setitem(known_implementations, "lacking",
@@ -365,7 +366,7 @@ def test_killed_at_any_moment_what_is_found_is_whole(tmp_path: Path, scheme: str
         writer.kill()
         writer.join()
         found = store.find_latest(root)
-        if found is None:  # at a URL, a step that is written again is gone until it is whole
+        if found is None:  # at a URL, a step that is written again is missing until it is complete
             assert not turns or scheme != "{}"
             continue
         store.verify(found)

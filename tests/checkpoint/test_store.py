@@ -13,9 +13,9 @@ from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.support import random_batch, tiny_config
 
 VOCAB = 48
@@ -42,7 +42,7 @@ def save(config: RunConfig, steps: tuple[int, ...] = (2,), keep: int = 2) -> Non
 
 def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ...], keep: int) -> dict[str, Any]:
     """What this rank holds after the last save, and the loss of the step after it."""
-    groups = build_groups(config.parallel, config.moe.num_experts)
+    groups = groups_of(config.parallel, config.moe.num_experts)
     engine = build_engine(config, VOCAB, groups, device)
     for step in range(max(steps)):
         engine.step([random_batch(config, ["iat", "it"], seed=10 * step + groups.data_rank)], 1e-2)
@@ -54,7 +54,7 @@ def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ..
 
 def load(config: RunConfig, root: str, device: torch.device) -> dict[str, Any]:
     """What this rank holds of the run under ``root``, and the loss of the next step."""
-    groups = build_groups(config.parallel, config.moe.num_experts)
+    groups = groups_of(config.parallel, config.moe.num_experts)
     engine = build_engine(config, VOCAB, groups, device)
     checkpoint = store.find_latest(root)
     assert checkpoint is not None
@@ -68,8 +68,8 @@ def progress(engine: Engine) -> dict[str, Any]:
 
 
 def pieces_and_next_loss(config: RunConfig, engine: Engine, data_size: int) -> dict[str, Any]:
-    pieces = {key: [(p.offset, p.tensor.numpy().copy()) for p in held]
-              for name, s in engine.export_state().items() for key, held in s.named(name).items()}  # fmt: skip
+    pieces = {key: [(offset, piece.numpy().copy()) for offset, piece in held.pieces.items()]
+              for key, held in engine.export_state().items()}  # fmt: skip
     loss = engine.step([random_batch(config, ["iat", "it"], seed=99)], 1e-2).losses["total"]
     destroy_groups()
     return {"pieces": pieces, "loss": loss, "data_size": data_size}

@@ -19,20 +19,20 @@ def bad(count: int) -> tuple[BadSample, ...]:
 
 @pytest.mark.parametrize("count, read", [(0, 0), (0, 10), (1, 1), (1, 8), (2, 8), (2, 128), (10, 1000), (12, 1000)])
 def test_small_counts_do_not_end_a_run(count: int, read: int) -> None:
-    BadBudget(0.01).judge(count, read)
+    BadBudget(0.01).check(count, read)
 
 
 @pytest.mark.parametrize("count, read", [(4, 4), (8, 8), (128, 128), (11, 128), (25, 600), (12_000, 1_000_000)])
 def test_a_share_that_is_surely_too_high_ends_it(count: int, read: int) -> None:
     with pytest.raises(ValueError, match=rf"{count} of {read} samples read were bad.*max_bad_fraction 0\.01"):
-        BadBudget(0.01).judge(count, read)
+        BadBudget(0.01).check(count, read)
 
 
 def test_the_limits_zero_and_one_are_what_they_say() -> None:
-    BadBudget(1.0).judge(500, 500)
-    BadBudget(0.0).judge(0, 500)
+    BadBudget(1.0).check(500, 500)
+    BadBudget(0.0).check(0, 500)
     with pytest.raises(ValueError, match="1 of 500"):
-        BadBudget(0.0).judge(1, 500)
+        BadBudget(0.0).check(1, 500)
 
 
 def test_the_bound_is_above_the_exact_binomial_tail() -> None:
@@ -43,7 +43,7 @@ def test_the_bound_is_above_the_exact_binomial_tail() -> None:
 
 
 def test_a_run_at_its_limit_is_not_ended_by_many_looks() -> None:
-    generator = np.random.default_rng(0)  # 100 runs, judged after each of 500 steps of 256 samples
+    generator = np.random.default_rng(0)  # 100 runs, tested after each of 500 steps of 256 samples
     totals = generator.binomial(256, 0.01, size=(100, 500)).cumsum(axis=1)
     chances = [log_chance(int(total), 256 * (i + 1), 0.01) for run in totals for i, total in enumerate(run)]
     assert min(chances) > math.log(FALSE_ALARM)
@@ -55,9 +55,9 @@ def test_every_rank_ends_by_the_totals_and_names_what_it_knows() -> None:
     budgets[1].add(LoadStats(64))
     assert [(budget.bad, budget.read) for budget in budgets] == [(20, 64), (0, 64)]
     with pytest.raises(ValueError, match=r"20 of 128 samples .* The first: k0: why; k1: why; .*k4: why\. Repair"):
-        budgets[0].judge(20, 128)
+        budgets[0].check(20, 128)
     with pytest.raises(ValueError, match=r"20 of 128 samples .* None was on this rank: the logs of the others"):
-        budgets[1].judge(20, 128)
+        budgets[1].check(20, 128)
 
 
 def test_what_is_kept_and_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:

@@ -46,7 +46,7 @@ def test_skipping_leaves_trained_steps_alone_and_loses_no_other_batch(
 
 
 def test_a_margin_that_reaches_into_trained_batches_is_cut_there() -> None:
-    # batch 10 was bad, a margin of 2 around it; training goes on from a checkpoint after step 9
+    # batch 10 was bad, a margin of 2 around it; training resumes from a checkpoint after step 9
     cursor = Cursor().skip(8, 13, step=10)
     assert cursor.skipped == ((10, 13),)
     assert [cursor.batch(step) for step in (8, 9, 10, 11)] == [8, 9, 13, 14]

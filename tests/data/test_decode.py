@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.data.decode import Augment, BadSample, decode
+from mmmoe_pretrain.data.decode import MAX_PARTS, BadSample, Draws, decode
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
 from mmmoe_pretrain.limits import has_text
-from mmmoe_pretrain.modalities import Codecs, build_codecs
-from tests.support import tiny_config
+from mmmoe_pretrain.modalities import Modalities, build_modalities
+from tests.data.test_shards import write_tar
+from tests.support import tiny_config, tiny_values
 
-EVERYTHING = Augment(image=True, audio=True, text_dropout=0.3)
+IMAGE = {"kind": "image", "size": 16}
+AUDIO = {"kind": "audio", "max_seconds": 0.4}
+
+
+def modalities_of(root: Path, **modalities: Any) -> Modalities:
+    """Those of the tiny run, with ``modalities`` in the place of some or beside them."""
+    values = {**tiny_values(root)["modalities"], **modalities}
+    used = {name: value for name, value in values.items() if value}
+    config = tiny_config(root, modalities=used, objectives={"reading": {"kind": "next_token"}})
+    return build_modalities(config.modalities, config.data.tokenizer)
 
 
 @pytest.fixture(scope="module")
-def codecs(tiny_data: Path) -> Codecs:
-    return build_codecs(tiny_config(tiny_data))
+def modalities(tiny_data: Path) -> Modalities:
+    return modalities_of(tiny_data, text={"kind": "text", "max_tokens": 16, "dropout": 0.3})
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +48,28 @@ def good(item: Sample | BadSample) -> Sample:
     return item
 
 
-def test_a_whole_sample_carries_everything(raw: RawSample, codecs: Codecs) -> None:
-    sample = good(decode(raw, codecs))
+def texts(sample: Sample, modalities: Modalities) -> list[str]:
+    """What the ids of each text say."""
+    return [modalities.tokenizer.decode(item.value) for item in sample.items if item.modality == "text"]
+
+
+def test_a_whole_sample_carries_everything(raw: RawSample, modalities: Modalities) -> None:
+    sample = good(decode(raw, modalities))
     assert sample.meta == SampleMeta(
-        "thing-005", "g5", language="en", label="black", subset="named", audio_kind="speech", shard=raw.shard
+        "thing-005", "g5", "en", "black", "named", shard=raw.shard, tags={"audio_kind": "speech"}
     )
-    assert sample.raw_text == "black number 5"
-    assert sample.text is not None and codecs.text.decode(sample.text) == "black number 5"
-    assert sample.image is not None and sample.image.shape == (3, 16, 16)
-    assert sample.audio is not None and sample.audio.shape == (
-        64,
-        32,
-    )  # 0.25 s: 26 frames, then a multiple of 8
+    assert (sample.meta.get("audio_kind"), sample.meta.get("label"), sample.meta.get("colour")) == (
+        "speech",
+        "black",
+        "",
+    )
+    image, audio, text = sample.items
+    assert not sample.document
+    assert (image.modality, image.raw, image.value.shape) == ("image", "", (3, 16, 16))
+    assert (audio.modality, audio.raw) == ("audio", "")
+    assert audio.value.shape == (64, 32)  # 0.25 s: 26 frames, then a multiple of 8
+    assert (text.modality, text.raw, texts(sample, modalities)) == ("text", "black number 5", ["black number 5"])
+    assert text.value[[0, -1]].tolist() == [modalities.tokenizer.bos_id, modalities.tokenizer.eos_id]
 
 
 # A joiner, marks of direction, a byte order mark, a tag, a Hangul filler, a variation selector, an empty Braille cell
@@ -59,24 +79,24 @@ BLANK = ("", " \n\t", "\u00a0\u3000\u2028", "\u200b\u200b", "\0\x7f\x85", "\u200
 SAYS_SOMETHING = ("a", "1", "\u2764\ufe0f", "می\u200cخواهم", "क्\u200dष", "?", "\u0301", "\U0001faea")
 
 
-def test_what_cannot_be_seen_is_no_text(raw: RawSample, codecs: Codecs) -> None:
+def test_what_cannot_be_seen_is_no_text(raw: RawSample, modalities: Modalities) -> None:
     assert [text for text in BLANK if has_text(text)] == []
     assert [text for text in SAYS_SOMETHING if not has_text(text)] == []
     for text in BLANK:
-        sample = good(decode(changed(raw, txt=text.encode()), codecs))
-        assert (sample.text, sample.raw_text) == (None, "")
-        alone = decode(RawSample(raw.key, {"txt": text.encode()}), codecs)
-        assert isinstance(alone, BadSample) and "no image, audio or text" in alone.reason
+        sample = good(decode(changed(raw, txt=text.encode()), modalities))
+        assert not sample.has("text")
+        alone = decode(RawSample(raw.key, {"txt": text.encode()}), modalities)
+        assert isinstance(alone, BadSample) and "no image or audio or text" in alone.reason
     # The tokenizer's own mark of a word, of which no token is left.
-    assert good(decode(changed(raw, txt="\u2581".encode()), codecs)).text is None
+    assert not good(decode(changed(raw, txt="\u2581".encode()), modalities)).has("text")
 
 
 @pytest.mark.parametrize("extension", ["png", "wav", "txt", "json"])
-def test_an_absent_member_is_no_fault(raw: RawSample, codecs: Codecs, extension: str) -> None:
+def test_an_absent_member_is_no_fault(raw: RawSample, modalities: Modalities, extension: str) -> None:
     rest = {name: data for name, data in raw.members.items() if name != extension}
-    sample = good(decode(RawSample(raw.key, rest), codecs))
-    present = (sample.image is not None, sample.audio is not None, sample.text is not None)
-    assert present == (extension != "png", extension != "wav", extension != "txt")
+    sample = good(decode(RawSample(raw.key, rest), modalities))
+    absent = {"png": "image", "wav": "audio", "txt": "text"}.get(extension)
+    assert [item.modality for item in sample.items] == [name for name in modalities if name != absent]
 
 
 @pytest.mark.parametrize(
@@ -91,19 +111,19 @@ def test_an_absent_member_is_no_fault(raw: RawSample, codecs: Codecs, extension:
     ],
 )
 def test_a_damaged_member_makes_a_bad_sample(
-    raw: RawSample, codecs: Codecs, members: dict[str, bytes], reason: str
+    raw: RawSample, modalities: Modalities, members: dict[str, bytes], reason: str
 ) -> None:
-    item = decode(changed(raw, **members), codecs)
+    item = decode(changed(raw, **members), modalities)
     assert isinstance(item, BadSample)
     assert item.key == "thing-005"
     assert reason in item.reason
 
 
 @pytest.mark.parametrize("members", [{}, {"json": b"{}"}, {"txt": b" \n"}])
-def test_a_sample_without_content_is_bad(codecs: Codecs, members: dict[str, bytes]) -> None:
-    item = decode(RawSample("empty", members), codecs)
+def test_a_sample_without_content_is_bad(modalities: Modalities, members: dict[str, bytes]) -> None:
+    item = decode(RawSample("empty", members), modalities)
     assert isinstance(item, BadSample)
-    assert "no image, audio or text" in item.reason
+    assert "no image or audio or text" in item.reason
 
 
 @pytest.mark.parametrize(
@@ -120,40 +140,137 @@ def test_a_sample_without_content_is_bad(codecs: Codecs, members: dict[str, byte
         ({"json": b'{"caption": ["red"]}'}, ""),
     ],
 )
-def test_a_text_may_stand_in_the_json(raw: RawSample, codecs: Codecs, members: dict[str, bytes], text: str) -> None:
-    sample = good(decode(RawSample("a", {"left.png": raw.members["png"], **members}), codecs))
-    assert sample.image is not None
-    assert sample.raw_text == text
-    assert (sample.text is not None) == bool(text)
+def test_a_text_may_stand_in_the_json(
+    raw: RawSample, modalities: Modalities, members: dict[str, bytes], text: str
+) -> None:
+    sample = good(decode(RawSample("a", {"left.png": raw.members["png"], **members}), modalities))
+    assert [item.raw for item in sample.items] == ["", text] if text else [""]
 
 
-def test_foreign_json_values_are_passed_over(raw: RawSample, codecs: Codecs) -> None:
+def test_foreign_json_values_are_passed_over(raw: RawSample, modalities: Modalities) -> None:
     row = {"label": True, "language": None, "subset": "x", "unknown": "y", "key": "other", "source": ["z"]}
-    sample = good(decode(changed(raw, json=json.dumps(row).encode()), codecs))
-    assert sample.meta == SampleMeta("thing-005", subset="x")
+    sample = good(decode(changed(raw, json=json.dumps(row).encode()), modalities))
+    assert sample.meta == SampleMeta("thing-005", subset="x", tags={"unknown": "y", "key": "other"})
 
 
-def test_fields_go_by_the_names_and_types_of_a_manifest(raw: RawSample, codecs: Codecs) -> None:
+def test_fields_go_by_the_names_and_types_of_a_manifest(raw: RawSample, modalities: Modalities) -> None:
     row = {"label": 0, "class": "zero", "lang": "de", "group": 7}
-    sample = good(decode(changed(raw, json=json.dumps(row).encode()), codecs))
-    assert sample.meta == SampleMeta("thing-005", label="0", language="de", group="7")
+    sample = good(decode(changed(raw, json=json.dumps(row).encode()), modalities))
+    assert sample.meta == SampleMeta("thing-005", label="0", language="de", group="7", tags={"class": "zero"})
 
 
-def test_perturbation_depends_on_seed_and_position_alone(raw: RawSample, codecs: Codecs) -> None:
-    def perturbed(seed: int, position: int) -> list[np.ndarray]:
-        sample = good(decode(raw, codecs, EVERYTHING, seed=seed, position=position))
-        return [array for array in dataclasses.astuple(sample) if isinstance(array, np.ndarray)]
+def values(sample: Sample) -> dict[str, np.ndarray]:
+    return {item.modality: item.value for item in sample.items}
+
+
+def test_perturbation_depends_on_seed_and_position_alone(raw: RawSample, modalities: Modalities) -> None:
+    def perturbed(seed: int, position: int) -> dict[str, np.ndarray]:
+        return values(good(decode(raw, modalities, Draws(seed, position))))
 
     first = perturbed(1, 7)
     perturbed(2, 9)
-    for a, b in zip(first, perturbed(1, 7), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for name, again in perturbed(1, 7).items():
+        np.testing.assert_array_equal(again, first[name])
+        assert not np.array_equal(again, values(good(decode(raw, modalities)))[name]), "not perturbed"
     for other in (perturbed(1, 8), perturbed(-2, 7)):
-        assert not np.array_equal(first[0], other[0])
+        assert not np.array_equal(first["image"], other["image"])
 
 
-def test_one_modality_does_not_shift_the_perturbation_of_another(raw: RawSample, codecs: Codecs) -> None:
-    both = good(decode(raw, codecs, EVERYTHING, position=3))
-    alone = good(decode(RawSample(raw.key, {"wav": raw.members["wav"]}), codecs, EVERYTHING, position=3))
-    assert both.audio is not None and alone.audio is not None
-    np.testing.assert_array_equal(both.audio, alone.audio)
+def test_one_modality_does_not_shift_the_perturbation_of_another(
+    raw: RawSample, modalities: Modalities, tiny_data: Path
+) -> None:
+    expected = values(good(decode(raw, modalities, Draws(0, 3))))
+    alone = good(decode(RawSample(raw.key, {"wav": raw.members["wav"]}), modalities, Draws(0, 3)))
+    np.testing.assert_array_equal(values(alone)["audio"], expected["audio"])
+    # Neither a member that another modality reads, nor another name, nor another place in the config.
+    more = modalities_of(
+        tiny_data, image=None, audio=None, text=None, depth={**IMAGE, "members": ["depth.png"]},
+        words={"kind": "text", "max_tokens": 16, "dropout": 0.3}, sound=AUDIO,
+    )  # fmt: skip
+    beside = RawSample(raw.key, {**raw.members, "depth.png": raw.members["png"]})
+    found = values(good(decode(beside, more, Draws(0, 3))))
+    np.testing.assert_array_equal(found["sound"], expected["audio"])
+    np.testing.assert_array_equal(found["words"], expected["text"])
+    two = modalities_of(tiny_data, right={**IMAGE, "members": ["right.png"]})
+    found = values(
+        good(decode(RawSample(raw.key, {**raw.members, "right.png": raw.members["png"]}), two, Draws(0, 3)))
+    )
+    np.testing.assert_array_equal(found["image"], expected["image"])
+    assert not np.array_equal(found["right"], found["image"]), "two images of a sample are perturbed alike"
+
+
+def test_two_modalities_of_a_kind_take_the_files_and_fields_named_after_them(raw: RawSample, tiny_data: Path) -> None:
+    png = raw.members["png"]
+    named = modalities_of(
+        tiny_data, image=None, text=None, left=IMAGE, right=IMAGE, title={"kind": "text"}, body={"kind": "text"}
+    )
+    row = json.dumps({"title": "red", "body": "blue", "left": "no image at all"}).encode()
+    sample = good(decode(RawSample("a", {"right.png": png, "png": png, "json": row}), named))
+    assert [(item.modality, item.raw) for item in sample.items] == [("right", ""), ("title", "red"), ("body", "blue")]
+
+
+def test_a_class_stands_as_a_text_beside_the_modalities_that_it_is_given_with(
+    raw: RawSample, tiny_data: Path
+) -> None:
+    text = {"kind": "text", "max_tokens": 16, "label_probability": 1.0}
+    shown = modalities_of(tiny_data, text={**text, "label_with": ["image"]})
+    sample = good(decode(raw, shown, Draws(0, 0), "a {}"))
+    assert [(item.modality, item.raw) for item in sample.items] == [("image", ""), ("text", "a black")]
+    assert sample.meta.group == "label black", "another image of the class would be its negative"
+    assert good(decode(raw, shown)).meta.group == "g5", "held-out samples are as they are"
+    no_image = RawSample(raw.key, {name: data for name, data in raw.members.items() if name != "png"})
+    assert good(decode(no_image, shown, Draws(0, 0))).meta.group == "g5"
+    everything = good(decode(raw, modalities_of(tiny_data, text=text), Draws(0, 0)))
+    assert [item.modality for item in everything.items] == ["image", "audio", "text"]
+    half = modalities_of(tiny_data, text={**text, "label_probability": 0.25})
+    drawn = [good(decode(raw, half, Draws(3, place))).meta.group == "label black" for place in range(400)]
+    assert 65 < sum(drawn) < 135  # 100, within four standard deviations
+
+
+def document(raw: RawSample, parts: object, **members: bytes) -> RawSample:
+    return changed(raw, json=json.dumps({"parts": parts, "subset": "pages"}).encode(), **members)
+
+
+def test_a_document_is_its_parts_in_their_order(raw: RawSample, modalities: Modalities) -> None:
+    parts = [{"text": "red"}, {"member": "png"}, {"text": " blue ", "loss": False}, {"member": "2.PNG"},
+             {"member": "wav", "modality": "audio"}, {"text": " "}, {"member": "png", "loss": True}]  # fmt: skip
+    sample = good(decode(document(raw, parts, **{"2.png": raw.members["png"]}), modalities))
+    assert sample.document and sample.meta.subset == "pages"
+    assert [item.modality for item in sample.items] == ["text", "image", "text", "image", "audio", "image"]
+    assert [item.loss for item in sample.items] == [True, True, False, True, True, True]
+    assert texts(sample, modalities) == ["red", "blue"]
+    np.testing.assert_array_equal(sample.items[1].value, sample.items[3].value)
+    drawn = good(decode(document(raw, parts, **{"2.png": raw.members["png"]}), modalities, Draws(0, 0)))
+    assert not np.array_equal(drawn.items[1].value, drawn.items[3].value), "each part is perturbed by itself"
+
+
+def test_a_document_names_the_modality_of_a_file_that_several_could_read(
+    raw: RawSample, tiny_data: Path, tmp_path: Path
+) -> None:
+    two = modalities_of(tiny_data, image=None, left=IMAGE, right=IMAGE)
+    parts = [{"text": "red"}, {"member": "1.png", "modality": "right"}]
+    members = {"1.png": raw.members["png"], "json": json.dumps({"parts": parts}).encode()}
+    (tmp_path / "x").mkdir()
+    write_tar(tmp_path / "x/0.tar", [(f"page.{name}", data) for name, data in members.items()])
+    found = ShardFolder(tmp_path / "x", modalities=two).read(0)
+    assert [item.modality for item in good(decode(found, two)).items] == ["text", "right"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [], {}, "red", None, ["red"], [{}], [{"text": 1}], [{"text": "red", "loss": "no"}],
+        [{"text": "red", "member": "png"}], [{"text": "red", "other": "x"}], [{"member": "absent.png"}],
+        [{"member": 3}], [{"member": "json"}], [{"member": "png", "modality": "video"}],
+        [{"member": "png", "modality": ["image"]}], [{"member": ["png"]}], [{"text": "\ud800"}],
+        [{"text": "x"}] * (MAX_PARTS + 1),
+    ],
+)  # fmt: skip
+def test_a_document_with_a_wrong_part_is_a_bad_sample(raw: RawSample, modalities: Modalities, parts: object) -> None:
+    item = decode(document(raw, parts), modalities)
+    assert isinstance(item, BadSample) and "json" in item.reason
+
+
+def test_a_document_without_content_is_bad(raw: RawSample, modalities: Modalities) -> None:
+    item = decode(document(raw, [{"text": " "}]), modalities)
+    assert isinstance(item, BadSample) and "no image or audio or text" in item.reason

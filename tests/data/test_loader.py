@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import Batch, Segments
+from mmmoe_pretrain.batch import AttentionBlocks, Batch, Targets
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
 from mmmoe_pretrain.data.loader import StepData, make_loader, microbatch_size, positions_of
-from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 
 
@@ -25,21 +25,31 @@ def config_with(root: Path, data: dict[str, Any] | None = None, **sections: Any)
     return tiny_config(root, data={**values, **(data or {})}, **sections)
 
 
+def built(config: RunConfig) -> Modalities:
+    return build_modalities(config.modalities, config.data.tokenizer)
+
+
 @pytest.fixture(scope="module")
 def config(tiny_data: Path) -> RunConfig:
-    return config_with(tiny_data, {"text_dropout": 0.2})
+    modalities = tiny_values(tiny_data)["modalities"]
+    modalities["text"]["dropout"] = 0.2
+    return config_with(tiny_data, modalities=modalities)
 
 
 @pytest.fixture(scope="module")
-def codecs(config: RunConfig) -> Codecs:
-    return build_codecs(config)
+def modalities(config: RunConfig) -> Modalities:
+    return built(config)
 
 
 def assert_same(a: Any, b: Any) -> None:
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
-    elif isinstance(a, Batch | Segments):
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert_same(value, b[name])
+    elif isinstance(a, Batch | AttentionBlocks | Targets):
         for field in dataclasses.fields(a):
             assert_same(getattr(a, field.name), getattr(b, field.name))
     elif isinstance(a, list | tuple):
@@ -53,46 +63,50 @@ def batches(steps: Iterable[StepData]) -> list[tuple[int, list[Batch]]]:
     return [(data.step, data.microbatches) for data in steps]
 
 
-def test_any_number_of_workers_gives_the_same_batches(tiny_data: Path, codecs: Codecs) -> None:
-    expected = batches(make_loader(config_with(tiny_data), codecs, stop_step=3))
+def test_any_number_of_workers_gives_the_same_batches(tiny_data: Path, modalities: Modalities) -> None:
+    expected = batches(make_loader(config_with(tiny_data), modalities, stop_step=3))
     assert [step for step, _ in expected] == [0, 1, 2]
     for workers in (1, 2):
         config = config_with(tiny_data, {"num_workers": workers})
-        assert_same(batches(make_loader(config, codecs, stop_step=3)), expected)
+        assert_same(batches(make_loader(config, modalities, stop_step=3)), expected)
 
 
-def test_resuming_at_a_step_equals_never_having_stopped(config: RunConfig, codecs: Codecs) -> None:
-    whole = batches(make_loader(config, codecs, stop_step=5))
-    assert_same(batches(make_loader(config, codecs, start_step=3, stop_step=5)), whole[3:])
+def test_resuming_at_a_step_equals_never_having_stopped(config: RunConfig, modalities: Modalities) -> None:
+    whole = batches(make_loader(config, modalities, stop_step=5))
+    assert_same(batches(make_loader(config, modalities, start_step=3, stop_step=5)), whole[3:])
 
 
-def test_the_global_batch_is_the_same_at_every_data_parallel_size(config: RunConfig, codecs: Codecs) -> None:
-    one = batches(make_loader(config, codecs, stop_step=2))
-    two = [batches(make_loader(config, codecs, dp_rank=r, dp_size=2, stop_step=2)) for r in range(2)]
+def test_the_global_batch_is_the_same_at_every_data_parallel_size(config: RunConfig, modalities: Modalities) -> None:
+    one = batches(make_loader(config, modalities, stop_step=2))
+    two = [batches(make_loader(config, modalities, dp_rank=r, dp_size=2, stop_step=2)) for r in range(2)]
     for step in range(2):
         for a in range(config.train.num_microbatches):
             parts = [two[r][step][1][a] for r in range(2)]
             whole = one[step][1][a]
             assert [meta for part in parts for meta in part.metas] == list(whole.metas)
-            assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+            pixels = [part.inputs["image"]["pixels"] for part in (*parts, whole)]
+            assert torch.equal(torch.cat(pixels[:-1]), pixels[-1])
             assert sum(int(part.valid.sum()) for part in parts) == int(whole.valid.sum())
-            captions = [int((part.targets >= 0).sum()) for part in parts]
-            assert sum(captions) == int((whole.targets >= 0).sum())
+            assert sum(len(part.targets["captioning"]) for part in parts) == len(whole.targets["captioning"]) > 0
 
 
-def test_a_skipped_window_leaves_out_its_batches_and_moves_up_the_rest(config: RunConfig, codecs: Codecs) -> None:
-    plain = list(make_loader(config, codecs, stop_step=6))
-    steps = list(make_loader(config, codecs, stop_step=4, cursor=Cursor(((1, 3),))))
+def test_a_skipped_window_leaves_out_its_batches_and_moves_up_the_rest(
+    config: RunConfig, modalities: Modalities
+) -> None:
+    plain = list(make_loader(config, modalities, stop_step=6))
+    steps = list(make_loader(config, modalities, stop_step=4, cursor=Cursor(((1, 3),))))
     assert [(data.step, data.batch) for data in steps] == [(0, 0), (1, 3), (2, 4), (3, 5)]
     for data in steps:
         assert_same(data.microbatches, plain[data.batch].microbatches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_back_to_a_step_reads_it_again_by_the_new_cursor(tiny_data: Path, codecs: Codecs, workers: int) -> None:
+def test_going_back_to_a_step_reads_it_again_by_the_new_cursor(
+    tiny_data: Path, modalities: Modalities, workers: int
+) -> None:
     config = config_with(tiny_data, {"num_workers": workers})
-    plain = list(make_loader(config, codecs, stop_step=6))
-    with make_loader(config, codecs, stop_step=4) as loader:
+    plain = list(make_loader(config, modalities, stop_step=6))
+    with make_loader(config, modalities, stop_step=4) as loader:
         first = [next(loader) for _ in range(3)]
         loader.seek(1, Cursor().skip(0, 3, step=1))
         steps = first[:1] + list(loader)
@@ -101,49 +115,49 @@ def test_going_back_to_a_step_reads_it_again_by_the_new_cursor(tiny_data: Path, 
         assert_same(data.microbatches, plain[data.batch].microbatches)
 
 
-def test_what_was_read_ahead_matters_to_no_resume(tiny_data: Path, codecs: Codecs) -> None:
-    plain = list(make_loader(config_with(tiny_data), codecs, stop_step=8))
+def test_what_was_read_ahead_matters_to_no_resume(tiny_data: Path, modalities: Modalities) -> None:
+    plain = list(make_loader(config_with(tiny_data), modalities, stop_step=8))
     cursor, step, seen = Cursor(), 0, []
     for workers, prefetch, take in ((2, 8, 3), (0, 1, 1), (1, 1, 2), (3, 4, 2)):
         config = config_with(tiny_data, {"num_workers": workers, "prefetch": prefetch})
-        with make_loader(config, codecs, start_step=step, stop_step=8, cursor=cursor) as loader:
+        with make_loader(config, modalities, start_step=step, stop_step=8, cursor=cursor) as loader:
             seen += [next(loader) for _ in range(take)]
         step += take
         cursor = Cursor.from_json(cursor.to_json())
     assert_same(batches(seen), batches(plain))
 
 
-def test_the_ranks_positions_cover_a_batch_once_at_any_layout(config: RunConfig, codecs: Codecs) -> None:
+def test_the_ranks_positions_cover_a_batch_once_at_any_layout(config: RunConfig, modalities: Modalities) -> None:
     for dp_size in (1, 2, 4):
         parts = [positions_of(config, 5, rank, dp_size) for rank in range(dp_size)]
         assert {part.shape for part in parts} == {(2, 8 // dp_size)}
         assert sorted(position for part in parts for position in part.flat) == list(range(80, 96))
-        for number in range(2):  # of the microbatches, which every layout cuts alike
+        for number in range(2):  # of the microbatches, equal in every layout
             assert sorted(position for part in parts for position in part[number]) == [
                 *range(80 + 8 * number, 88 + 8 * number)
             ]
 
 
-def test_a_steps_keys_stand_in_the_order_of_its_positions(config: RunConfig, codecs: Codecs) -> None:
+def test_a_steps_keys_stand_in_the_order_of_its_positions(config: RunConfig, modalities: Modalities) -> None:
     by_position = {}
-    for data in make_loader(config, codecs, stop_step=3):
+    for data in make_loader(config, modalities, stop_step=3):
         by_position.update(zip(positions_of(config, data.batch).flat, data.keys, strict=True))
     for rank in range(2):
-        for data in make_loader(config, codecs, dp_rank=rank, dp_size=2, stop_step=3):
+        for data in make_loader(config, modalities, dp_rank=rank, dp_size=2, stop_step=3):
             assert data.keys == [by_position[position] for position in positions_of(config, data.batch, rank, 2).flat]
 
 
-def test_an_epoch_covers_the_shards_once(tiny_data: Path, codecs: Codecs) -> None:
+def test_an_epoch_covers_the_shards_once(tiny_data: Path, modalities: Modalities) -> None:
     # 48 samples in steps of 16: three steps are an epoch
-    seen = [meta.key for _, parts in batches(make_loader(config_with(tiny_data), codecs, stop_step=3))
+    seen = [meta.key for _, parts in batches(make_loader(config_with(tiny_data), modalities, stop_step=3))
             for part in parts for meta in part.metas]  # fmt: skip
     assert sorted(seen) == [f"thing-{i:03d}" for i in range(48)]
 
 
-def test_reading_leaves_the_models_random_numbers_alone(tiny_data: Path, codecs: Codecs) -> None:
+def test_reading_leaves_the_models_random_numbers_alone(tiny_data: Path, modalities: Modalities) -> None:
     config = config_with(tiny_data, {"num_workers": 1})
     state = torch.random.get_rng_state()
-    batches(make_loader(config, codecs, stop_step=1))
+    batches(make_loader(config, modalities, stop_step=1))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -155,20 +169,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(config: RunC
 
 @pytest.fixture(scope="module")
 def damaged(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same shards with the first picture overwritten."""
+    """The same shards with the first image overwritten."""
     root = tmp_path_factory.mktemp("damaged")
     shutil.copytree(tiny_data, root, dirs_exist_ok=True)
     tar = root / "train/00000.tar"
     content = bytearray(tar.read_bytes())
-    content[512:528] = b"not a picture..."
+    content[512:528] = b"not an image...."
     tar.write_bytes(content)
     return root
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_keeps_its_slot_and_is_counted(damaged: Path, codecs: Codecs, workers: int) -> None:
+def test_a_bad_sample_keeps_its_slot_and_is_counted(damaged: Path, modalities: Modalities, workers: int) -> None:
     config = config_with(damaged, {"num_workers": workers})
-    steps = list(make_loader(config, codecs, stop_step=3))
+    steps = list(make_loader(config, modalities, stop_step=3))
     assert sum(data.stats.samples for data in steps) == 48
     bad = [item for data in steps for item in data.stats.bad]
     assert [item.key for item in bad] == ["thing-000"]
@@ -176,43 +190,49 @@ def test_a_bad_sample_keeps_its_slot_and_is_counted(damaged: Path, codecs: Codec
     for data in steps:
         for part in data.microbatches:
             assert len(part.metas) == 8
-            empty = [meta.key for meta, here in zip(part.metas, part.present_MB.any(dim=0), strict=True) if not here]
+            here_B = torch.stack([segment_B >= 0 for segment_B in part.pooled.values()]).any(dim=0)
+            empty = [meta.key for meta, here in zip(part.metas, here_B, strict=True) if not here]
             assert empty == [meta.key for meta in part.metas if meta.key == "thing-000"]
 
 
 def test_cut_texts_and_clips_are_counted(tiny_data: Path) -> None:
-    short = {"image": {"size": 16}, "audio": {"max_seconds": 0.2}, "text": {"max_tokens": 2}}
+    short = {"image": {"kind": "image", "size": 16}, "text": {"kind": "text", "max_tokens": 2},
+             "audio": {"kind": "audio", "max_seconds": 0.2, "augment": False}}  # fmt: skip
     for workers in (0, 1):
-        config = config_with(tiny_data, {"num_workers": workers, "audio_augment": False}, modalities=short)
-        stats = [data.stats for data in make_loader(config, build_codecs(config), stop_step=3)]
+        config = config_with(tiny_data, {"num_workers": workers}, modalities=short)
+        stats = [data.stats for data in make_loader(config, built(config), stop_step=3)]
         # every clip has 26 frames of 24, and no name has two pieces or fewer
-        assert [(s.cut_audio, s.cut_text) for s in stats] == [(16, 16)] * 3
+        assert [s.cut for s in stats] == [{"audio": 16, "text": 16}] * 3
 
 
-def test_a_truncated_shard_is_refused_before_the_first_step(tiny_data: Path, tmp_path: Path, codecs: Codecs) -> None:
+def test_a_truncated_shard_is_refused_before_the_first_step(
+    tiny_data: Path, tmp_path: Path, modalities: Modalities
+) -> None:
     shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
     tar = tmp_path / "train/00000.tar"
     tar.write_bytes(tar.read_bytes()[:-20_000])
     with pytest.raises(ValueError, match=r"00000\.tar"):
-        make_loader(config_with(tmp_path), codecs)
+        make_loader(config_with(tmp_path), modalities)
 
 
-def test_evaluation_reads_every_sample_once_in_order(tiny_data: Path, tmp_path: Path, codecs: Codecs) -> None:
+def test_evaluation_reads_every_sample_once_in_order(tiny_data: Path, tmp_path: Path, modalities: Modalities) -> None:
     rows = [{**row, "key": f"more-{i}"} for i, row in enumerate(things(5))]
     more = write_shards(tmp_path / "more", rows)
     config = config_with(tiny_data)
-    parts = list(iterate_eval([tiny_data / "train", more], config, codecs, batch_size=20))
+    parts = list(iterate_eval([tiny_data / "train", more], config, modalities, batch_size=20))
     keys = [sample.meta.key for _, samples in parts for sample in samples]
     assert keys == [f"thing-{i:03d}" for i in range(48)] + [f"more-{i}" for i in range(5)]
     assert [len(samples) for _, samples in parts] == [20, 20, 13]
     for batch, samples in parts:
         assert batch.metas == tuple(sample.meta for sample in samples)
-        assert int((batch.pool_sample < 0).sum()) == len(samples)  # every one has a caption
+        assert int((batch.task_ids == 1).sum()) == len(samples)  # every one has a caption
 
 
-def test_texts_alone_make_batches(config: RunConfig, codecs: Codecs) -> None:
-    parts = list(text_batches(["red", "green number 1", "blue"], config, codecs, batch_size=2))
-    assert [part.present_MB.tolist() for part in parts] == [
-        [[False] * 2, [False] * 2, [True] * 2],
-        [[False], [False], [True]],
+def test_texts_alone_make_batches(config: RunConfig, modalities: Modalities) -> None:
+    texts = ["red", "green number 1", " "]
+    parts = list(text_batches(texts, "text", config, modalities, batch_size=2))
+    pooled = [{name: (segment_B >= 0).tolist() for name, segment_B in part.pooled.items()} for part in parts]
+    assert pooled == [
+        {"image": [False] * 2, "audio": [False] * 2, "text": [True] * 2},
+        {"image": [False], "audio": [False], "text": [False]},
     ]

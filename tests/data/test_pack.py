@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import IGNORE, MODALITIES, Batch, Sample, SampleMeta
-from mmmoe_pretrain.config import AudioConfig, CaptioningConfig, ImageConfig, ModalitiesConfig, TextConfig
-from mmmoe_pretrain.data.pack import PackSettings, max_tokens_per_sample, pack
+from mmmoe_pretrain.batch import Batch, Item, Part, Sample, SampleMeta, Segment
+from mmmoe_pretrain.data.pack import PackSettings, attention_blocks, max_tokens_per_sample, pack
+from tests.support import pack_settings, tiny_config
 
-MODALITIES_CONFIG = ModalitiesConfig(
-    image=ImageConfig(size=8, patch=4),  # 4 tokens
-    audio=AudioConfig(n_mels=8, patch=2, max_seconds=0.1),
-    text=TextConfig(max_tokens=6),
-)
-ALL = CaptioningConfig(weight=1.0, prefixes=("image",), fraction=1.0)
-SETTINGS = PackSettings(MODALITIES_CONFIG, bos_id=1, eos_id=2, captioning=ALL, seed=0)
-PLAIN = dataclasses.replace(SETTINGS, captioning=None)
+MODALITIES = {
+    "image": {"kind": "image", "size": 8, "patch": 4},  # 4 tokens
+    "audio": {"kind": "audio", "n_mels": 8, "patch": 2, "max_seconds": 0.1},
+    "text": {"kind": "text", "max_tokens": 6},
+}
+PAIRS = {"kind": "contrastive", "pairs": {"image-text": 1.0, "image-audio": 1.0}}
+CAPTIONS = {"kind": "next_token", "parts": ["image", "text"]}
+
+
+def settings_of(modalities: dict[str, Any] = MODALITIES, **sections: Any) -> PackSettings:
+    return pack_settings(tiny_config(Path("unused"), modalities=modalities, **sections))
+
+
+SETTINGS = settings_of(objectives={"pairs": PAIRS, "captions": CAPTIONS})
+
+
+def items(key: str, image: bool = False, frames: int = 0, text: tuple[int, ...] = ()) -> list[Item]:
+    found = []
+    if image:
+        found.append(Item("image", np.full((3, 8, 8), ord(key[0]), np.uint8)))
+    if frames:
+        found.append(Item("audio", np.full((8, frames), ord(key[0]), np.float32)))
+    if text:
+        found.append(Item("text", np.asarray([1, *text, 2])))
+    return found
 
 
 def sample(key: str, image: bool = False, frames: int = 0, text: tuple[int, ...] = ()) -> Sample:
-    return Sample(
-        SampleMeta(key),
-        image=np.full((3, 8, 8), ord(key[0]), np.uint8) if image else None,
-        audio=np.full((8, frames), ord(key[0]), np.float32) if frames else None,
-        text=np.asarray(text, dtype=np.int64) if text else None,
-    )
+    return Sample(SampleMeta(key), tuple(items(key, image, frames, text)))
 
 
 # a: image and the text 5 6; b: 3 frames (2 tokens) and the text 7; c: bad, so empty; d: image, 4 frames.
@@ -51,62 +64,135 @@ def test_the_stream_is_laid_out_as_documented(batch: Batch) -> None:
     runs = [(IMG, 4), (T, 4), (AUD, 2), (T, 3), (IMG, 4), (AUD, 2), (IMG, 4), (T, 3)]
     modality = [m for m, n in runs for _ in range(n)]
     assert batch.num_tokens == 64
+    assert batch.num_valid == 26
     assert batch.valid.tolist() == [True] * 26 + [False] * 38
     assert batch.modality_ids.tolist() == modality + [0] * 38
     segments = [0] * 4 + [1] * 4 + [2] * 2 + [3] * 3 + [4] * 4 + [5] * 2 + [6] * 7
     assert batch.segment_ids.tolist() == segments + [-1] * 38
     assert batch.positions.tolist() == [i for _, n in runs for i in range(n)] + [0] * 38
-    for m in range(3):
-        assert batch.rows[m].tolist() == [row for row, is_m in enumerate(modality) if is_m == m]
+    assert batch.task_ids.tolist() == [0] * 6 + [1]
+    for m, name in enumerate(MODALITIES):
+        assert batch.rows[name].tolist() == [row for row, its in enumerate(modality) if its == m]
 
 
 def test_rows_point_at_their_embeddings(batch: Batch) -> None:
-    assert batch.source[IMG].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]  # the fused prefix is a's again
-    assert batch.source[AUD].tolist() == [0, 1, 2, 3]  # both clips are padded to 4 frames, 2 tokens
-    assert batch.source[T].tolist() == list(range(10))
-    assert batch.text_ids.tolist() == [1, 5, 6, 2, 1, 7, 2, 1, 5, 6]
+    assert batch.source["image"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]  # the fused prefix is a's again
+    assert batch.source["audio"].tolist() == [0, 1, 2, 3]  # both clips are padded to 4 frames, 2 tokens
+    assert batch.inputs["text"]["ids"].tolist() == [1, 5, 6, 2, 1, 7, 2]  # the fused text is a's again
+    assert batch.source["text"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+
+
+def test_a_token_is_known_by_its_id_or_its_number(batch: Batch) -> None:
+    keys = [0, 1, 2, 3, 1, 5, 6, 2, 0, 1, 1, 7, 2, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 1, 5, 6]
+    assert batch.keys[:26].tolist() == keys
 
 
 def test_a_caption_predicts_its_next_token(batch: Batch) -> None:
     # the last run: inputs begin 5 6 at rows 23 to 25, targets 5 6 end
-    assert batch.targets.tolist() == [IGNORE] * 23 + [5, 6, 2] + [IGNORE] * 38
+    assert list(batch.targets) == ["captions"]
+    assert batch.targets["captions"].rows.tolist() == [23, 24, 25]
+    assert batch.targets["captions"].ids.tolist() == [5, 6, 2]
 
 
 def test_raw_inputs_are_stacked_and_padded(batch: Batch) -> None:
-    assert batch.images[:, 0, 0, 0].tolist() == [ord("a"), ord("d")]
-    assert batch.audio.shape == (2, 8, 4)
-    assert batch.audio_frames.tolist() == [3, 4]
+    assert batch.inputs["image"]["pixels"][:, 0, 0, 0].tolist() == [ord("a"), ord("d")]
+    assert batch.inputs["audio"]["log_mel"].shape == (2, 8, 4)
+    assert batch.inputs["audio"]["frames_valid"].tolist() == [3, 4]
+    assert batch.inputs["text"]["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2]
 
 
-def test_segments_know_what_to_pool(batch: Batch) -> None:
-    assert batch.pool_sample.tolist() == [0, 0, 1, 1, 3, 3, -1]
-    assert batch.pool_modality.tolist() == [IMG, T, AUD, T, IMG, AUD, -1]
-    assert batch.present_MB.tolist() == [
-        [True, False, False, True],
-        [False, True, False, True],
-        [True, True, False, False],
-    ]
+def test_samples_know_their_pooled_segments(batch: Batch) -> None:
+    pooled = {name: segment_B.tolist() for name, segment_B in batch.pooled.items()}
+    assert pooled == {"image": [0, -1, -1, 4], "audio": [-1, 2, -1, 5], "text": [1, 3, -1, -1]}
     assert [meta.key for meta in batch.metas] == ["a", "b", "c", "d"]
 
 
-def test_segments_have_the_lengths_of_their_runs(batch: Batch) -> None:
-    assert batch.segments.lengths == (4, 4, 2, 3, 4, 2, 7)
-    assert batch.segments.prefixes == (0, 0, 0, 0, 0, 0, 4)  # a's image, in front of a's text
+def test_attention_blocks_have_the_lengths_of_their_runs(batch: Batch) -> None:
+    assert batch.attention.lengths == (4, 4, 2, 3, 4, 2, 7)
+    assert batch.attention.full == (4, 4, 2, 3, 4, 2, 4)  # last: a's image, in front of a's text
+
+
+def test_a_run_of_captions_alone_packs_and_embeds_nothing_else() -> None:
+    packed = pack(SAMPLES, settings_of(objectives={"captions": CAPTIONS}))
+    assert packed.attention.lengths == (7,) and packed.attention.full == (4,)
+    assert packed.pooled == {}
+    assert packed.inputs["image"]["pixels"].shape[0] == 1, "d's image is in no segment"
+    assert packed.inputs["audio"]["log_mel"].shape[0] == 0
+    assert packed.inputs["text"]["ids"].tolist() == [1, 5, 6, 2]
+
+
+def test_what_two_objectives_pool_is_packed_once() -> None:
+    objectives = {"near": {**PAIRS, "pairs": {"image-text": 1.0}}, "far": {**PAIRS, "pairs": {"text-audio": 1.0}}}
+    packed = pack(SAMPLES, settings_of(objectives=objectives))
+    # near: a image, a text, b text, d image; then far, which shares the texts: b audio, d audio
+    assert packed.attention.lengths == (4, 4, 3, 4, 2, 2)
+    assert packed.task_ids.tolist() == [0, 0, 0, 0, 1, 1]
+    assert packed.pooled["text"].tolist() == [1, 2, -1, -1]
+    assert packed.pooled["audio"].tolist() == [-1, 4, -1, 5]
+
+
+def test_modalities_are_pooled_together_where_a_representation_names_them() -> None:
+    pairs = {"kind": "contrastive", "pairs": {"scene-text": 1.0}}
+    packed = pack(
+        [*SAMPLES, sample("e", image=True, frames=2, text=(5,))],
+        settings_of(objectives={"pairs": pairs}, representations={"scene": ["audio", "image"], "unused": ["image"]}),
+    )
+    # a text, b text, d scene (2 tokens of audio, then 4 of the image), e text, e scene
+    assert packed.attention.lengths == packed.attention.full == (4, 3, 6, 3, 5)
+    assert list(packed.pooled) == ["text", "scene"]
+    assert packed.pooled["scene"].tolist() == [-1, -1, -1, 2, 4], "a and b lack one of the two"
+    start = packed.segment_ids.tolist().index(2)
+    assert packed.modality_ids[start : start + 6].tolist() == [AUD] * 2 + [IMG] * 4
+    assert packed.positions[start : start + 6].tolist() == [0, 1, 0, 1, 2, 3]
+
+
+def page(*parts: list[Item], silent: tuple[int, ...] = ()) -> Sample:
+    flat = [item for part in parts for item in part]
+    items = tuple(Item(item.modality, item.value, loss=i not in silent) for i, item in enumerate(flat))
+    return Sample(SampleMeta("page"), items, document=True)
+
+
+def test_a_document_is_one_segment_in_the_order_of_its_items() -> None:
+    reading = settings_of(objectives={"reading": {"kind": "next_token"}})
+    a_page = page(items("a", image=True), items("b", text=(5, 6)), items("c", frames=4), items("d", text=(7,)),
+                  silent=(3,))  # fmt: skip
+    packed = pack([a_page, sample("e", image=True, text=(8,))], reading)
+    # image 4, begin 5 6, audio 2, begin 7; and of a sample that is not a document its text alone: begin 8
+    assert packed.attention.lengths == (11, 2)
+    assert packed.attention.full == (4, 0), "an image behind a text sees what stands before it alone"
+    runs = [(IMG, 4), (T, 3), (AUD, 2), (T, 2), (T, 2)]
+    assert packed.modality_ids[:13].tolist() == [m for m, n in runs for _ in range(n)]
+    assert packed.positions[:13].tolist() == [*range(11), 0, 1]
+    assert packed.targets["reading"].rows.tolist() == [4, 5, 6, 11, 12]
+    assert packed.targets["reading"].ids.tolist() == [5, 6, 2, 8, 2]
+    assert packed.inputs["image"]["pixels"].shape[0] == 1
+
+
+def test_parts_that_attend_alone_are_blocks_of_their_own() -> None:
+    alone = Segment("x", (Part(0, 0, 4, "alone"), Part(1, 0, 2, "alone")))
+    assert attention_blocks(alone) == [(4, 4), (2, 2)]
+    prefix = Segment("x", (Part(0, 0, 4), Part(1, 0, 2), Part(2, 0, 3, "causal"), Part(0, 2, 4, "causal")))
+    assert attention_blocks(prefix) == [(11, 6)]
+    with pytest.raises(ValueError, match="alone stand beside others"):
+        attention_blocks(Segment("x", (Part(0, 0, 4, "alone"), Part(1, 0, 2))))
+    with pytest.raises(AssertionError, match="full part stands after a causal one"):
+        Segment("x", (Part(0, 0, 4, "causal"), Part(1, 0, 2)))
 
 
 @pytest.mark.parametrize("samples", [[], [sample("c")], [sample("a", image=True)], [sample("b", frames=5)]])
 def test_absent_modalities_have_zero_rows(samples: list[Sample]) -> None:
     packed = pack(samples, SETTINGS)
     assert packed.num_tokens == 64
-    assert packed.present_MB.shape == (3, len(samples))
     assert packed.group_ids.shape == (len(samples),)
-    for m, name in enumerate(MODALITIES):
+    for name in MODALITIES:
+        assert packed.pooled[name].shape == (len(samples),)
         count = sum(s.has(name) for s in samples)
-        assert (packed.rows[m].numel() > 0) == (count > 0)
-    assert packed.images.shape[1:] == (3, 8, 8)
-    assert packed.audio.shape[1] == 8
-    assert packed.audio.shape[2] % 2 == 0
-    assert packed.text_ids.dtype == torch.int64
+        assert (packed.rows[name].numel() > 0) == (count > 0)
+    assert packed.inputs["image"]["pixels"].shape[1:] == (3, 8, 8)
+    assert packed.inputs["audio"]["log_mel"].shape[1] == 8
+    assert packed.inputs["audio"]["log_mel"].shape[2] % 2 == 0
+    assert packed.inputs["text"]["ids"].dtype == torch.int64
+    assert len(packed.targets["captions"]) == 0
 
 
 def test_a_fixed_budget_is_kept_or_refused() -> None:
@@ -115,39 +201,52 @@ def test_a_fixed_budget_is_kept_or_refused() -> None:
         pack(SAMPLES, SETTINGS, tokens=25)
 
 
-def test_the_longest_sample_fits_its_stated_bound() -> None:
-    longest = sample("x", image=True, frames=MODALITIES_CONFIG.audio.max_frames, text=(5,) * 6)
-    for prefixes in (("image",), ("audio",)):
-        captioning = CaptioningConfig(weight=1, prefixes=prefixes, fraction=1)
-        settings = dataclasses.replace(SETTINGS, captioning=captioning)
-        used = int(pack([longest], settings).valid.sum())
-        assert used == max_tokens_per_sample(settings)
+@pytest.mark.parametrize("parts", [["image", "text"], ["audio", "text"], [["image", "audio"], "text"]])
+@pytest.mark.parametrize("representations", [{}, {"both": ["image", "audio"]}])
+def test_the_longest_sample_fits_its_stated_bound(parts: list[Any], representations: dict[str, Any]) -> None:
+    pairs = {"kind": "contrastive", "pairs": {f"{name}-text": 1.0 for name in ("image", "audio", *representations)}}
+    objectives = {"pairs": pairs, "captions": {**CAPTIONS, "parts": parts}}
+    settings = settings_of(objectives=objectives, representations=representations)
+    audio: Any = settings.modalities["audio"].settings
+    longest = sample("x", image=True, frames=audio.max_frames, text=(5,) * 6)
+    assert max(pack([longest], settings, [place]).num_valid for place in range(9)) == max_tokens_per_sample(settings)
 
 
 def test_samples_of_one_group_share_an_id_and_others_do_not() -> None:
     metas = [SampleMeta("k0", group="g"), SampleMeta("k1", group="g"), SampleMeta("g"), SampleMeta("k3")]
-    ids = pack([Sample(meta, text=np.array([5])) for meta in metas], PLAIN).group_ids.tolist()
+    ids = pack([Sample(meta, tuple(items("a", text=(5,)))) for meta in metas], SETTINGS).group_ids.tolist()
     assert ids[0] == ids[1]
     assert len(set(ids)) == 3  # a key that equals a group's name is still another group
 
 
+def first_modalities(settings: PackSettings, task: int, samples: list[Sample], positions: range) -> list[int]:
+    """Of each segment of ``task``, the modality of its first token."""
+    packed = pack(samples, settings, positions)
+    of_task = torch.nonzero(packed.task_ids == task)[:, 0].tolist()
+    return [int(packed.modality_ids[int(torch.nonzero(packed.segment_ids == s)[0, 0])]) for s in of_task]
+
+
 def test_captions_are_drawn_by_position_at_the_fraction() -> None:
-    captioning = CaptioningConfig(weight=1, prefixes=("image", "audio"), fraction=0.25)
-    settings = dataclasses.replace(SETTINGS, captioning=captioning)
+    captions = {**CAPTIONS, "parts": [["image", "audio"], "text"], "fraction": 0.25}
+    settings = settings_of(objectives={"pairs": PAIRS, "captions": captions})
     samples = [sample("a", image=True, frames=4, text=(5,))] * 400
-
-    def prefixes(positions: range) -> list[int]:
-        packed = pack(samples[: len(positions)], settings, positions)
-        fused = torch.nonzero(packed.pool_sample < 0)[:, 0].tolist()
-        first = [int(torch.nonzero(packed.segment_ids == s)[0, 0]) for s in fused]
-        return packed.modality_ids[first].tolist()
-
-    drawn = prefixes(range(400))
+    drawn = first_modalities(settings, 1, samples, range(400))
     assert 65 < len(drawn) < 135  # 100, within four standard deviations
     assert 0.25 < np.mean([m == IMG for m in drawn]) < 0.75
-    assert prefixes(range(200)) + prefixes(range(200, 400)) == drawn  # cut anywhere, drawn the same
+    halves = [first_modalities(settings, 1, samples[:200], places) for places in (range(200), range(200, 400))]
+    assert halves[0] + halves[1] == drawn  # cut anywhere, drawn the same
+    # Another name, and another objective before it, change no draw; a second of the kind draws its own.
+    beside = {"named": captions, "again": captions}
+    other = settings_of(objectives=beside)
+    assert first_modalities(other, 0, samples, range(400)) == drawn
+    second = first_modalities(other, 1, samples, range(400))
+    assert second != drawn
+    without = settings_of(objectives={**beside, "named": {**captions, "weight": 0.0}})
+    assert first_modalities(without, 0, samples, range(400)) == second, "a weight of 0 changes no draw of another"
 
 
 def test_no_caption_without_a_text_or_a_prefix() -> None:
     samples = [sample("a", image=True), sample("b", text=(5,)), sample("d", frames=4, text=(5,))]
-    assert (pack(samples, SETTINGS).pool_sample >= 0).all()  # d has audio, and only images are prefixes
+    packed = pack(samples, SETTINGS)
+    assert (packed.task_ids == 0).all()  # d has audio, and only images are prefixes
+    assert len(packed.targets["captions"]) == 0

@@ -15,9 +15,10 @@ from types import ModuleType
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.data.members import members_read, split_name
+from mmmoe_pretrain.data.members import split_name
 from mmmoe_pretrain.data.pack import _group_ids
 from mmmoe_pretrain.data.shards import OpenShards, ShardFolder, read_index
+from mmmoe_pretrain.modalities import default_modalities
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -58,7 +59,7 @@ def test_samples_are_read_by_position(tmp_path: Path, indexed: bool) -> None:
     assert [folder.key(i) for i in range(len(folder))] == ["a", "b", "c"]
     assert folder.read(2).members == {"txt": b""}
     assert folder.read(0).members == {"png": b"PNG", "txt": b"red"}
-    assert folder.read(1).members == {"flac": b"F" * 700, "json": b"{}"}  # the unknown .cls is left out
+    assert folder.read(1).members == {"flac": b"F" * 700, "json": b"{}"}  # the unknown .cls is ignored
 
 
 def test_folders_inside_a_tar_are_part_of_the_key(tmp_path: Path) -> None:
@@ -134,8 +135,9 @@ def test_a_key_ends_at_the_first_dot_of_the_last_part(name: str, key: str, exten
     ],
 )
 def test_one_member_a_modality_is_read_by_a_rule(extensions: str, read: dict[str, str]) -> None:
-    assert members_read(tuple(extensions.split())) == read
-    assert members_read(tuple(reversed(extensions.split()))) == read
+    modalities = default_modalities()
+    assert modalities.members_read(tuple(extensions.split())) == read
+    assert modalities.members_read(tuple(reversed(extensions.split()))) == read
 
 
 def test_members_that_are_not_read_are_counted_and_not_fetched(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[st
     if indexed:
         sidecar(path)
     key = names[0].partition(".")[0]
-    with pytest.raises(ValueError, match=rf"x\.tar .*the key '{key}', .*{names[0][len(key) + 1:]}, .*without dots"):
+    with pytest.raises(ValueError, match=rf"x\.tar .*the key '{key}', .*{names[0][len(key) + 1 :]}, .*without dots"):
         ShardFolder(tmp_path)
     write_tar(tmp_path / "x.tar", [(name.replace(".", "_", 1), b"") for name in names])
     (tmp_path / "x.index.json").unlink(missing_ok=True)
@@ -177,7 +179,7 @@ def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.tar holds no sample"):
         ShardFolder(tmp_path)
     (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"x\.tar is no whole tar file"):
+    with pytest.raises(ValueError, match=r"x\.tar is not a whole tar file"):
         ShardFolder(tmp_path)
 
 
@@ -195,7 +197,7 @@ def test_tars_that_were_joined_by_cat_are_refused(tmp_path: Path) -> None:
     other = write_tar(tmp_path / "y", [("b.txt", b"blue")]).read_bytes()
     assert len(read_index(path)) == 1
     path.write_bytes(path.read_bytes() + other)  # tarfile, too, ends after the first
-    with pytest.raises(ValueError, match=r"x\.tar is no whole tar file \(another tar after the end of this one"):
+    with pytest.raises(ValueError, match=r"x\.tar is not a whole tar file \(another tar after the end of this one"):
         read_index(path)
 
 
@@ -237,9 +239,9 @@ def test_a_shard_that_shrinks_during_the_run_ends_it(tmp_path: Path) -> None:
         ({"version": 2}, "version 2, and 1 is read"),
         ({"samples": [{"key": "a", "members": {"png": [0, 99999]}}]}, "'a' outside of"),
         ({"samples": [{"key": "a", "members": {"png": [-5, 2]}}]}, "'a' outside of"),
-        ({"samples": [{"members": {}}]}, "no shard index"),
-        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "no shard index"),
-        ({"samples": 3}, "no shard index"),
+        ({"samples": [{"members": {}}]}, "not a shard index"),
+        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "not a shard index"),
+        ({"samples": 3}, "not a shard index"),
     ],
 )
 def test_a_broken_index_is_refused_with_the_remedy(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -307,5 +309,5 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
 @pytest.mark.parametrize("url", ["http://host/x.tar", "/x.tar", "../x.tar", ""])
 def test_a_listing_that_leaves_the_folder_is_refused(tmp_path: Path, url: str) -> None:
     (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
-    with pytest.raises(ValueError, match="no file under"):
+    with pytest.raises(ValueError, match="not a file under"):
         ShardFolder(tmp_path)

@@ -10,23 +10,26 @@ import pytest
 
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.data.survey import refuse_useless, survey
+from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.objectives import build_objectives
 from tests.data.test_shards import write_tar
-from tests.support import tiny_config
+from tests.support import objectives, tiny_config, tiny_values
 
 CAPTION, LABEL = json.dumps({"caption": "red"}).encode(), json.dumps({"label": "red"}).encode()
 
 
-def folders(root: Path, *kinds: dict[str, bytes]) -> list[ShardFolder]:
+def folders(root: Path, *kinds: dict[str, bytes], modalities: Modalities | None = None) -> list[ShardFolder]:
     members = [(f"k{i}.{name}", data) for i, kind in enumerate(kinds) for name, data in kind.items()]
     root.mkdir(exist_ok=True)
     write_tar(root / "x.tar", members)
-    return [ShardFolder(root)]
+    return [ShardFolder(root, modalities=modalities)]
 
 
 def refused(found: list[ShardFolder], root: Path, pairs: dict[str, float], **sections: Any) -> list[str]:
-    objectives = {"contrastive": {"pairs": pairs}}
-    config = tiny_config(root, objectives=objectives, **sections)
-    return refuse_useless(found, survey(found), config)
+    config = tiny_config(root, **{"objectives": objectives({"pairs": pairs}, None), **sections})
+    modalities = build_modalities(config.modalities, decoding=False)
+    needs = build_objectives(config.objectives, modalities, config.representations).needs()
+    return refuse_useless(found, survey(found), needs)
 
 
 def test_samples_are_counted_by_modality_and_files_left_out_by_extension(tmp_path: Path) -> None:
@@ -60,9 +63,32 @@ def test_data_that_no_objective_can_use_is_refused(tmp_path: Path, kind: dict[st
 
 
 def test_labels_serve_where_they_stand_for_texts(tmp_path: Path) -> None:
-    found = folders(tmp_path / "shards", {"png": b"", "json": LABEL})
-    data = tiny_config(tmp_path).data.model_dump()
-    assert refused(found, tmp_path, {"image-text": 1.0}, data={**data, "label_text": 0.5}) == []
+    modalities = tiny_values(tmp_path)["modalities"]
+    modalities["text"] |= {"label_probability": 0.5}
+    known = build_modalities(tiny_config(tmp_path, modalities=modalities).modalities, decoding=False)
+    found = folders(tmp_path / "shards", {"png": b"", "json": LABEL}, modalities=known)
+    assert refused(found, tmp_path, {"image-text": 1.0}) == []
+
+
+def test_the_texts_of_documents_count(tmp_path: Path) -> None:
+    pages = {"png": b"", "json": json.dumps({"parts": [{"member": "png"}, {"text": "red"}]}).encode()}
+    found = folders(tmp_path / "shards", pages)
+    assert survey(found).modalities == {("image", "text"): 1}
+    reading = {"reading": {"kind": "next_token"}}
+    assert refused(found, tmp_path, {}, objectives=reading) == []
+    with pytest.raises(ValueError, match="reading of text needs text"):
+        refused(folders(tmp_path / "images", {"png": b""}), tmp_path, {}, objectives=reading)
+
+
+def test_the_modality_that_a_part_names_counts(tmp_path: Path) -> None:
+    """Of a file that either of two modalities could read."""
+    pages = {"1.png": b"", "json": json.dumps({"parts": [{"member": "1.png", "modality": "right"}]}).encode()}
+    images = {name: {"kind": "image", "size": 16} for name in ("left", "right")}
+    texts = {"text": {"kind": "text"}}
+    sections: dict[str, Any] = {"modalities": {**images, **texts}, "objectives": {"reading": {"kind": "next_token"}}}
+    known = build_modalities(tiny_config(tmp_path, **sections).modalities, decoding=False)
+    found = folders(tmp_path / "shards", pages, modalities=known)
+    assert survey(found).modalities == {("right",): 1}
 
 
 def test_one_caption_among_many_jsons_is_found_before_a_run_is_refused(tmp_path: Path) -> None:

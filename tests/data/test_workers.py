@@ -24,8 +24,7 @@ import pytest
 
 from mmmoe_pretrain.data.loader import MicrobatchDataset, make_loader
 from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
-from mmmoe_pretrain.modalities import build_codecs
-from tests.data.test_loader import assert_same, batches, config_with
+from tests.data.test_loader import assert_same, batches, built, config_with
 
 pytestmark = pytest.mark.timeout(60)
 LARGE = 300_000  # bytes of an item: more than a pipe holds, so that a worker mostly stands inside a message
@@ -57,7 +56,7 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
-def wait_until_gone(pids: list[int], seconds: float = 20.0) -> None:
+def wait_until_ended(pids: list[int], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
@@ -103,10 +102,10 @@ def test_a_loader_whose_workers_are_killed_reads_the_same_batches(
     tiny_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_with(tiny_data, {"num_workers": 2}, faults={"max_worker_restarts": 50})
-    codecs = build_codecs(config)
-    expected = batches(make_loader(config_with(tiny_data), codecs, stop_step=12))
+    modalities = built(config)
+    expected = batches(make_loader(config_with(tiny_data), modalities, stop_step=12))
     chance, steps = random.Random(1), []
-    with caplog.at_level(logging.WARNING), make_loader(config, codecs, stop_step=12) as loader:
+    with caplog.at_level(logging.WARNING), make_loader(config, modalities, stop_step=12) as loader:
         for data in loader:
             steps.append(data)
             if data.step < 10:
@@ -130,10 +129,10 @@ def test_samples_that_kill_every_worker_end_the_run_and_are_named(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_with(tiny_data, {"num_workers": 2}, faults={"max_worker_restarts": 2})
-    codecs = build_codecs(config)
-    expected = list(make_loader(config_with(tiny_data), codecs, stop_step=2))[1].microbatches[1]
+    modalities = built(config)
+    expected = list(make_loader(config_with(tiny_data), modalities, stop_step=2))[1].microbatches[1]
     monkeypatch.setattr("mmmoe_pretrain.data.loader.MicrobatchDataset", _Deadly)
-    loader = make_loader(config, codecs, stop_step=9)
+    loader = make_loader(config, modalities, stop_step=9)
     with pytest.raises(
         WorkerDied, match=r"died \(SIGSEGV\) at batch 1, samples thing-.*; 3 died on this rank"
     ) as error:
@@ -193,7 +192,7 @@ def test_a_stuck_worker_is_replaced_before_its_rank_counts_as_hanging(
     tiny_data: Path, hang_minutes: float, worker_timeout: float
 ) -> None:
     config = config_with(tiny_data, {"worker_timeout": worker_timeout}, faults={"hang_minutes": hang_minutes})
-    settings = make_loader(config, build_codecs(config))._reader._settings
+    settings = make_loader(config, built(config))._reader._settings
     assert settings.patience < 60 * (hang_minutes or 0.8 * config.parallel.timeout_minutes)
     assert settings.together == config.train.num_microbatches
     assert settings.timeout == worker_timeout or not worker_timeout
@@ -285,7 +284,7 @@ def test_workers_outlive_the_warning_that_a_cluster_sends_to_every_process() -> 
 @pytest.mark.parametrize("end", ["close", "with", "forget"])
 def test_an_abandoned_loader_leaves_no_process(tiny_data: Path, end: str) -> None:
     config = config_with(tiny_data, {"num_workers": 3, "prefetch": 2})
-    loader = make_loader(config, build_codecs(config), stop_step=20)
+    loader = make_loader(config, built(config), stop_step=20)
     next(loader)
     pids = loader.worker_pids
     os.kill(pids[0], signal.SIGSTOP)
@@ -326,7 +325,7 @@ def test_workers_end_with_an_interpreter_that_forgot_them() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
-    wait_until_gone(pids)
+    wait_until_ended(pids)
 
 
 @pytest.mark.parametrize("end", [
@@ -348,4 +347,4 @@ def test_workers_end_with_their_rank_however_it_ends(end: Callable[[], None]) ->
     process.join(20)
     assert process.exitcode is not None
     assert len(pids) == 3
-    wait_until_gone(pids)
+    wait_until_ended(pids)

@@ -1,4 +1,4 @@
-"""Small hand-made manifests: flat pictures, sine tones and a few texts."""
+"""Small hand-made manifests: flat images, sine tones and a few texts."""
 
 from __future__ import annotations
 

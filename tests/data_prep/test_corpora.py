@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import corpora
-from data_prep.corpora import asterisk, emoji, tuxpaint
+from data_prep.corpora import asterisk, emoji, gcide, tuxpaint
 
 
 def stamp(root: Path, name: str, text: str, *sounds: str, picture: str = ".png") -> None:
@@ -131,6 +131,59 @@ def test_a_prompts_split_does_not_depend_on_the_languages_asked_for(tmp_path: Pa
         assert all(row == everything[row.key] for row in rows)
 
 
+ENTRIES = (
+    (("00-database-short",), "00-database-short\n   The title\n"),
+    (("Dilute", "Diluted"), 'Dilute \\Di*lute"\\, v. t.\n   To make thinner {Thin}. [Obs.]\n   [1913 Webster]\n'),
+    (("Ćwikła",), "Ćwikła n.\n   beets with horseradish.\n   [WordNet 1.5]\n"),
+    (("dilute",), 'Dilute \\Di*lute"\\, a.\n   Weak. [1913 Webster +PJC]\n'),
+)
+
+
+def dictionary(folder: Path) -> tuple[Path, Path]:
+    """``ENTRIES`` as dictd has them; numbers in base 64 have two digits here."""
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    content, lines = b"", []
+    for words, entry in ENTRIES:
+        start, length = (digits[n // 64] + digits[n % 64] for n in (len(content), len(entry.encode())))
+        lines += [f"{word}\t{start}\t{length}\n" for word in words]
+        content += entry.encode()
+    folder.mkdir(parents=True)
+    (folder / "gcide.index").write_text("".join(sorted(lines)), encoding="utf-8")
+    (folder / "gcide.dict.dz").write_bytes(gzip.compress(content))
+    return folder / "gcide.index", folder / "gcide.dict.dz"
+
+
+def test_a_dictionary_gives_a_row_an_entry_and_what_shares_a_headword_one_split(tmp_path: Path):
+    rows = gcide.rows_of(gcide.read_entries(*dictionary(tmp_path / "dictd")), "src")
+    assert [(row.key, row.text) for row in rows] == [
+        ("gcide-dilute-1", "Dilute, v. t. To make thinner Thin. [Obs.]"),
+        ("gcide-wik-a-1", "Ćwikła n. beets with horseradish."),
+        ("gcide-dilute-2", "Dilute, a. Weak."),
+    ]
+    assert [row.group for row in rows] == ["gcide-dilute-1", "gcide-wik-a-1", "gcide-dilute-1"]
+    assert rows[0].split == rows[2].split
+    assert all(row.modalities == ("text",) and row.licence == "GPL-2.0-or-later" for row in rows)
+
+
+def test_the_dictionary_has_one_language(tmp_path: Path):
+    with pytest.raises(ValueError, match="no language fr; it has en"):
+        gcide.build(tmp_path, ("fr", "en"))
+
+
+@pytest.mark.network
+@pytest.mark.timeout(300)
+def test_the_real_dictionary_is_split_by_headword(tmp_path: Path):
+    rows, _ = gcide.build(tmp_path)
+    assert len(rows) > 100_000
+    shares = Counter(row.split for row in rows)
+    assert 0.65 < shares["train"] / len(rows) < 0.80
+    assert 0.15 < shares["test"] / len(rows) < 0.25
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row.group, set()).add(row.split)
+    assert all(len(its) == 1 for its in splits.values())
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -149,5 +202,5 @@ def test_different_emoji_are_different_families():
 
 
 def test_an_unknown_corpus_names_those_there_are():
-    with pytest.raises(ValueError, match="tuxpaint, emoji, asterisk, mini"):
+    with pytest.raises(ValueError, match="tuxpaint, emoji, asterisk, gcide, mini"):
         corpora.build("laion")

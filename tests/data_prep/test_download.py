@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine that breaks off, forgets ranges, or lies."""
+"""Downloads against a server on this machine that disconnects, ignores ranges, or sends wrong data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT = bytes(range(256)) * 4000
 
 @contextmanager
 def serving(*, breaks: int = 0, ranges: bool = True, missing: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """Serve CONTENT; the first ``breaks`` answers stop halfway. Yields the URL and the ranges asked for."""
+    """Serve CONTENT; the first ``breaks`` answers stop halfway. Yields the URL and the requested ranges."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -96,7 +96,7 @@ def test_a_dead_server_ends_in_a_clear_error(tmp_path: Path):
         download(remote("http://127.0.0.1:1/file"), tmp_path, backoff_seconds=0)
 
 
-def test_a_file_that_is_gone_is_asked_for_once_and_told_from_other_errors(tmp_path: Path):
+def test_a_missing_file_is_requested_once_and_distinguished_from_other_errors(tmp_path: Path):
     with serving(missing=True) as (url, asked), pytest.raises(MissingFileError, match=r"file\.bin.*404"):
         download(remote(url), tmp_path)
     assert asked == [""]

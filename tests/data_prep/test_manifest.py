@@ -31,7 +31,7 @@ def read(folder: Path, *rows: object) -> list[Row]:
         ({"key": "a", "image": 3, "label": True}, "image must be .* is 3; label must be .* is True"),
         ({"key": "a", "text": "x", "score": float("nan")}, "NaN"),
         ({"key": "a", "image": "a\0.png"}, "holds a NUL"),
-        ([1], "it is list, no object"),
+        ([1], "it is list, not an object"),
     ],
 )
 def test_a_row_outside_the_format_is_refused_with_its_line(tmp_path, values, complaint):
@@ -40,23 +40,23 @@ def test_a_row_outside_the_format_is_refused_with_its_line(tmp_path, values, com
     assert str(caught.value).startswith(f"{tmp_path}/manifest.jsonl line 2") and "\n" not in str(caught.value)
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     good = [{"key": f"good-{i}", "text": "x"} for i in range(3)]
     with pytest.raises(ValueError) as caught:
         read(tmp_path, good[0], {"key": "a", "text": 3}, good[1], {"text": "y"}, good[0], {**good[2], "split": "x"})
-    title, *told = str(caught.value).split("\n  ")
+    title, *message = str(caught.value).split("\n  ")
     assert title == f"{tmp_path}/manifest.jsonl has 4 problems:"
-    assert [line.split(":")[0] for line in told] == [
+    assert [line.split(":")[0] for line in message] == [
         "line 2",
         "line 4",
         "line 5, key 'good-0'",
         "line 6, key 'good-2'",
     ]
-    assert "line 1" in told[2] and "key 'a': text must be" in told[0]
+    assert "line 1" in message[2] and "key 'a': text must be" in message[0]
     with pytest.raises(ValueError) as caught:
         read(tmp_path, *({"key": "a", "text": i} for i in range(57)))
-    told = str(caught.value).split("\n  ")
-    assert "57 problems" in told[0] and "line 20" in told[20] and told[21:] == ["... and 37 more"]
+    message = str(caught.value).split("\n  ")
+    assert "57 problems" in message[0] and "line 20" in message[20] and message[21:] == ["... and 37 more"]
 
 
 def test_names_and_values_of_other_tools_are_understood_and_the_rest_travels(tmp_path):
@@ -106,8 +106,8 @@ def test_a_byte_order_mark_and_an_overlong_line_disturb_no_other(tmp_path):
     path.write_bytes(good + b"\n" + b"x" * (5 << 19) + b"\n\n" + good)
     with pytest.raises(ValueError) as caught:
         read_manifest(path)
-    told = str(caught.value).split("\n  ")[1:]
-    assert [line[:6] for line in told] == ["line 2", "line 4"], told  # 2.5 MiB, then the key of line 1
+    message = str(caught.value).split("\n  ")[1:]
+    assert [line[:6] for line in message] == ["line 2", "line 4"], message  # 2.5 MiB, then the key of line 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures and sounds that are unusual or damaged, on their way into a shard."""
+"""Images and audio that are unusual or damaged, on their way into a shard."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_mp3_passes_or_becomes_flac(tmp_path: Path):
 
 
 def flac(total: int) -> bytes:
-    """A second of noise at 8 kHz whose STREAMINFO promises ``total`` samples (36 bits, from bit 172)."""
+    """A second of noise at 8 kHz whose STREAMINFO states ``total`` samples (36 bits, from bit 172)."""
     buffer = io.BytesIO()
     soundfile.write(buffer, np.random.default_rng(0).uniform(-0.5, 0.5, 8000), 8000, format="FLAC")
     data = bytearray(buffer.getvalue())

@@ -78,13 +78,13 @@ def test_stale_package_lists_are_refreshed_once(tmp_path: Path, clients: Path, m
     fake_client(clients, "dpkg-deb", 'touch "$3/unpacked"')
     asked = []
 
-    def old_is_gone(remote: Remote, folder: Path) -> Path:
+    def old_version_is_missing(remote: Remote, folder: Path) -> Path:
         asked.append(remote.name)
         if remote.name == "x_1_all.deb":
             raise MissingFileError("x_1_all.deb: the server answers 404 Not Found")
         return folder / remote.name
 
-    monkeypatch.setattr(packages, "download", old_is_gone)
+    monkeypatch.setattr(packages, "download", old_version_is_missing)
     folder, version = packages.fetch_debian("x", tmp_path)
     assert (asked, version) == (["x_1_all.deb", "x_2_all.deb"], "2")
     assert (folder / "unpacked").is_file()

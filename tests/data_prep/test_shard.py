@@ -161,8 +161,8 @@ def test_too_many_broken_files_end_the_command_and_leave_no_shards(make_manifest
     manifest = make_manifest(8)
     for number in (3, 5):
         (manifest.parent / f"{number}.wav").write_bytes(b"not a sound")
-    told = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; mend them, or raise it: row-\d"
-    with pytest.raises(ValueError, match=told) as refused:
+    message = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; fix them, or raise it: row-\d"
+    with pytest.raises(ValueError, match=message) as refused:
         run(manifest, tmp_path / "out")
     assert "row-3 (3.wav" in str(refused.value) and "row-5 (5.wav" in str(refused.value)  # both in one run
     assert [path.name for path in (tmp_path / "out").iterdir()] == [BUILDING]
@@ -281,19 +281,19 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(make_manifest, tmp_path, 
         written.append(path)
         return write_shard(path, samples)
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"no space .*out.building\.tmp.*goes on"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"no space .*out.building\.tmp.*to resume"):
         patch.setattr(shard, "write_shard", fill)
         run(manifest, tmp_path / "out")
     assert run(manifest, tmp_path / "out").kept == 1
 
 
-def test_a_field_that_names_files_and_is_not_read_is_told(make_manifest, tmp_path, caplog):
+def test_a_field_that_names_files_and_is_not_read_is_reported(make_manifest, tmp_path, caplog):
     rows = read_manifest(make_manifest(3))
     extra = {"image_path": "a.JPG", "was": "b.wav", "url": "https://x/c.png", "n": 1}
     rows[0] = replace(rows[0], image=None, extra=extra)
     shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", SMALL)
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["field image_path names files in 1 rows and is not read; call it image"]
+    message = [record.getMessage() for record in caplog.records]
+    assert message == ["field image_path names files in 1 rows and is not read; call it image"]
 
 
 def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):

@@ -5,8 +5,7 @@ import sentencepiece
 
 from data_prep.manifest import Row
 from data_prep.tokenizer import texts_of, train_tokenizer
-from mmmoe_pretrain.config import TextConfig
-from mmmoe_pretrain.modalities import TextCodec
+from mmmoe_pretrain.modalities import Tokenizer
 
 TEXTS = sorted(
     {
@@ -90,12 +89,12 @@ JOINED = (
 def test_joiners_and_what_spells_a_word_come_back(tmp_path, normalization):
     texts = [*TEXTS, *JOINED[:3]]  # bytes stand in for the letters of the others
     train_tokenizer(texts, tmp_path / "t.model", 370, normalization=normalization)
-    codec = TextCodec(tmp_path / "t.model", TextConfig(max_tokens=99))
-    assert [codec.decode(codec.encode(text)) for text in JOINED] == list(JOINED)
-    learned, unknown = ([codec.piece(i) for i in codec.encode(text)] for text in (JOINED[0], JOINED[4]))
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in JOINED] == list(JOINED)
+    learned, unknown = ([tokenizer.piece(i) for i in tokenizer.encode(text)] for text in (JOINED[0], JOINED[4]))
     assert any("\u200c" in piece for piece in learned) and "<0xE2>" in unknown
     train_tokenizer(texts, tmp_path / "old.model", 370, normalization="nmt_nfkc")
-    old = TextCodec(tmp_path / "old.model", TextConfig())
+    old = Tokenizer(tmp_path / "old.model")
     assert old.decode(old.encode(JOINED[0])) == JOINED[0].replace("\u200c", " ")  # why it is not the default
 
 

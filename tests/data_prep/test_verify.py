@@ -95,7 +95,7 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     seen = Seen()
     found = list(verify_folder(tmp_path, seen))
     assert (seen.survey.samples, seen.shards) == (3, 4)
-    wanted = ("more/c.tar: sample 0: json", "validation/e.tar: not named", "validation/e.tar is no whole tar")
+    wanted = ("more/c.tar: sample 0: json", "validation/e.tar: not named", "validation/e.tar is not a whole tar")
     assert all(part in problem for problem, part in zip(found, wanted, strict=True))
     assert seen.survey.left_out() == "*.tar.gz (1)"
     totals, left_out = measure(tmp_path)
@@ -168,8 +168,8 @@ def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_ver
     monkeypatch.setattr("data_prep.verify.hash_file", broken)
     seen = Seen()
     found = list(verify_folder(shards, seen))
-    told = "00000.tar: cannot be read (Input/output error)"
-    assert found == [f"{shards}/train/{told}", f"{shards}/test/{told}"]
+    message = "00000.tar: cannot be read (Input/output error)"
+    assert found == [f"{shards}/train/{message}", f"{shards}/test/{message}"]
     assert seen.shards == 2
 
 

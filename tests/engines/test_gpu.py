@@ -95,7 +95,7 @@ def test_half_types_on_the_gpu_stay_near_fp32(
     engine: str, zero_stage: int, precision: str, on_gpu: dict[Any, Any], on_cpu: dict[str, Any]
 ) -> None:
     found = on_gpu[engine, zero_stage, precision]
-    assert all(math.isfinite(norm) for norm in found["norms"]), "no step may be left out at this loss scale"
+    assert all(math.isfinite(norm) for norm in found["norms"]), "no step may be skipped at this loss scale"
     loss, norm = largest_differences(found, on_cpu["half"])
     most_loss, most_norm = HALF_BOUNDS[precision]
     assert loss <= most_loss

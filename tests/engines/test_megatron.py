@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from mmmoe_pretrain.checkpoint.state import model_key
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
-from tests.support import random_batch, tiny_config
+from tests.distributed import groups_of, run_ranks
+from tests.support import objectives, random_batch, tiny_config
 
 VOCAB = 48
 
@@ -32,11 +33,11 @@ def one_step_against_torch(root: Any) -> dict[str, float]:
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
     optimizer.step()
     with process_group(timeout_minutes=0.5) as device:
-        engine = build_engine(config, VOCAB, build_groups(config.parallel, 4), device)
+        engine = build_engine(config, VOCAB, groups_of(config.parallel, 4), device)
         result = engine.step([batch], learning_rate=1e-2)
         state = engine.export_state()
         destroy_groups()
-    held = {name: parameter.value[0].tensor for name, parameter in state.items()}
+    held = {name: next(iter(state[model_key(name)].pieces.values())) for name in before}
     difference = {name: float((held[name] - p).abs().max()) for name, p in reference.named_parameters()}
     moved = max(float((before[name] - p).abs().max()) for name, p in reference.named_parameters())
     return {"largest": max(difference.values()), "moved": moved, "norm": result.grad_norm - float(norm),
@@ -55,10 +56,13 @@ def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_vectors(tmp_path:
 def losses_without_contrastive(root: Any) -> list[dict[str, float]]:
     found = []
     with process_group(timeout_minutes=0.5) as device:
-        for contrastive in ({"weight": 0}, {"weight": 0, "cached": True}, {"pairs": {}, "cached": True}):
-            objectives = {"contrastive": contrastive, "captioning": {"weight": 0.5, "fraction": 1.0}}
-            config = tiny_config(root, objectives=objectives)
-            engine = build_engine(config, VOCAB, build_groups(config.parallel, 4), device)
+        for contrastive in (
+            {"weight": 0},
+            {"weight": 0, "cached": True},
+            {"pairs": {"image-text": 0}, "cached": True},
+        ):
+            config = tiny_config(root, objectives=objectives(contrastive))
+            engine = build_engine(config, VOCAB, groups_of(config.parallel, 4), device)
             found.append(engine.step([random_batch(config, ["iat", "it"], seed) for seed in range(2)], 1e-2).losses)
             destroy_groups()
     return found
@@ -69,12 +73,12 @@ def test_a_cached_objective_that_is_off_changes_nothing(tmp_path: Any) -> None:
     assert plain["captioning"] > 0 and cached == [plain, plain]
 
 
-def step_after_state_round_trip(root: Any, precision: str) -> tuple[float, float]:
-    config = tiny_config(root)
+def step_after_state_round_trip(root: Any, precision: str, kind: str) -> tuple[float, float]:
+    config = tiny_config(root, optimizer={"kind": kind})
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     batches = [random_batch(config, ["iat", "it"], seed) for seed in range(4)]
     with process_group(timeout_minutes=0.5) as device:
-        groups = build_groups(config.parallel, 4)
+        groups = groups_of(config.parallel, 4)
         first = build_engine(config, VOCAB, groups, device)
         for batch in batches[:3]:
             first.step([batch], 1e-2)
@@ -85,6 +89,7 @@ def step_after_state_round_trip(root: Any, precision: str) -> tuple[float, float
     return losses[0] - losses[1], losses[2] - losses[3]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_imported_state_continues_bit_for_bit(tmp_path: Any, precision: str) -> None:
-    assert run_ranks(1, step_after_state_round_trip, tmp_path, precision)[0] == (0.0, 0.0)
+def test_imported_state_continues_bit_for_bit(tmp_path: Any, precision: str, kind: str) -> None:
+    assert run_ranks(1, step_after_state_round_trip, tmp_path, precision, kind)[0] == (0.0, 0.0)

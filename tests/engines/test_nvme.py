@@ -19,9 +19,9 @@ from mmmoe_pretrain.engines import deepspeed_setup
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
 from mmmoe_pretrain.parallel.groups import SINGLE
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.engines.test_skipped_steps import SpoiltGradient, held, same, step
 from tests.layouts.cases import VOCAB, config_of
 
@@ -44,7 +44,7 @@ def build(root: Path, device: torch.device, target: str, precision: str = "fp32"
     values = config_of(root, parallel, precision, {"loss_scale": {"initial": 256.0}}).model_dump(mode="json")
     values["model"]["hidden_size"], values["moe"]["expert_hidden_size"] = 32, 2048
     config = run_config.parse(values)
-    return build_engine(config, VOCAB, build_groups(config.parallel, config.moe.group_sizes), device)
+    return build_engine(config, VOCAB, groups_of(config.parallel, config.moe.group_sizes), device)
 
 
 def numbers(results: list[Any]) -> list[tuple[float, float]]:
@@ -88,7 +88,7 @@ def train_save_and_resume(root: Path, precision: str) -> dict[str, Any]:
 def test_state_in_files_trains_like_state_in_memory_and_is_saved(
     tmp_path: Path, async_io: None, precision: str
 ) -> None:
-    """Four steps, one that is left out among them, and a new engine in their midst."""
+    """Four steps, one of them skipped, with a new engine in between."""
     for rank in run_ranks(2, train_save_and_resume, tmp_path, precision):
         assert rank["files"] > 2**20
         assert rank["skipped"] and rank["untouched"] and rank["complete"]

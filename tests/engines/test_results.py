@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mmmoe_pretrain.config import ParallelConfig
-from mmmoe_pretrain.engines.results import add_reports, finite_everywhere
+from mmmoe_pretrain.engines.base import add_reports, finite_everywhere
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.support import random_batch, tiny_config
 
 
@@ -31,7 +31,7 @@ def test_reports_add_up_as_they_come(tmp_path: Path) -> None:
         assert loss.item() == pytest.approx(sum(report.losses[name].item() for report in reports), rel=1e-12)
     for i, layer in enumerate(sums.routing):
         for field in dataclasses.fields(RoutingStats):
-            if field.name in ("orthogonality", "layer", "allowed_ME"):  # of the router, not of its tokens
+            if field.name in ("orthogonality", "names", "layer", "allowed_ME"):  # of the router, not of its tokens
                 continue
             parts = [getattr(report.routing[i], field.name) for report in reports]
             torch.testing.assert_close(getattr(layer, field.name), torch.stack(parts).sum(0), msg=field.name)
@@ -41,7 +41,7 @@ def one_rank_finds_no_number() -> list[list[bool]]:
     found = []
     with process_group(timeout_minutes=0.5) as device:
         for degrees in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"expert_parallel_size": 2}):
-            groups = build_groups(ParallelConfig.model_validate(degrees), 4)
+            groups = groups_of(ParallelConfig.model_validate(degrees), 4)
             rank = groups.data_rank + groups.tensor_rank + groups.pipeline_rank
             numbers = (2.0, float("nan") if rank == 1 else 2.0, float("inf") if rank == 0 else 2.0)
             found.append([finite_everywhere((1.0, number), groups, device) for number in numbers])

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.evaluate.report import Report, markdown, print_table, read_dense, rows_of, write
+from mmmoe_pretrain.evaluate.report import (
+    Report,
+    markdown,
+    print_table,
+    read_dense,
+    rows_of,
+    specialisation_line,
+    write,
+)
 from mmmoe_pretrain.evaluate.scores import Score
 
 SCORES = [
     Score("image_to_text_r1", 0.0812, 0.0058, 0.0116, 173, (0.05, 0.13), 173),
-    Score("caption_perplexity", 12.34, 4096.0, 321.0, 2048, (11.0, 13.9), None, "perplexity"),
+    Score("captions_perplexity", 12.34, 4096.0, 321.0, 2048, (11.0, 13.9), None, "perplexity"),
 ]
 LAYER = {
     "layer": 1, "experts": 2, "specialisation_bits": 0.5, "modality_bits": 1.0, "specialisation": 0.5,
@@ -22,7 +30,7 @@ LAYER = {
 
 
 def report(dense: dict[str, float] | None = None) -> Report:
-    routing = {"layers": [LAYER], "picture": "routing.png"}
+    routing = {"layers": [LAYER], "figure": "routing.png"}
     return Report(
         "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, dense), routing, ["few clips"]
     )
@@ -44,10 +52,15 @@ def test_markdown_puts_the_value_beside_what_it_must_beat() -> None:
     text = markdown(report())
     assert "| metric | value | 95% | chance | majority | n | candidates |" in text
     assert "| image_to_text_r1 | 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | 173 | 173 |" in text
-    assert "| caption_perplexity | 12.3 | [11.0, 13.9] | 4,096 | 321.0 | 2,048 | - |" in text
+    assert "| captions_perplexity | 12.3 | [11.0, 13.9] | 4,096 | 321.0 | 2,048 | - |" in text
     assert "- few clips" in text
     assert "layer 1: specialisation 50% (0.50 of 1.00 bits; untrained 10%), 1 dead expert of 2" in text
     assert "| 1 | text | 10 | 1.6 of 2 | 0.80 | 25.0% | 1: 80%, 0: 20% |" in text
+
+
+def test_one_modality_alone_has_no_specialisation() -> None:
+    alone = {**LAYER, "specialisation": 0.0, "specialisation_bits": 0.0, "modality_bits": 0.0}
+    assert specialisation_line(alone) == "1 dead expert of 2"
 
 
 def test_console_table_shows_all_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
-"""Recall at k: expected values by hand, chance against a simulation."""
+"""Recall at k and class accuracy: expected values by hand, chance against a simulation."""
 
 import numpy as np
 import pytest
 
 from mmmoe_pretrain.evaluate.retrieval import (
+    classify,
     effective_count,
     hit_probability,
     pose,
@@ -71,20 +72,17 @@ def test_majority_is_the_best_fixed_answer() -> None:
 
 def test_equal_content_is_one_item_and_equal_texts_match() -> None:
     # Three rows, two images; rows 1 and 2 read alike, so both images match that text.
-    task = pose(["cat", "cat", "dog"], ["a cat", "pet", "pet"], [["a cat", "pet", "pet"]])
+    task = pose(["cat", "cat", "dog"], ["a cat", "pet", "pet"], ["a cat", "pet", "pet"])
     assert task.query_rows.tolist() == [0, 2]
     assert task.candidate_rows.tolist() == [0, 1]
     assert task.relevance_QC.tolist() == [[True, True], [False, True]]
 
 
-def test_a_second_link_adds_matches() -> None:
-    task = pose(["i1", "i2"], ["c1", "c2"], [["duck", "goose"], ["bird", "bird"]])
-    assert task.relevance_QC.all()
-
-
 def test_broken_features_have_no_rank() -> None:
     with pytest.raises(ValueError, match="NaN"):
         recall_at(1, np.array([[np.nan, 0.0]]), np.array([[True, False]]))
+    with pytest.raises(ValueError, match="NaN"):
+        classify(np.array([[np.inf, 0.0]]), np.array([0]))
 
 
 def test_wilson_interval_is_open_where_nothing_was_hit() -> None:
@@ -99,3 +97,31 @@ def test_effective_count_of_strata() -> None:
     assert effective_count([50]) == 50
     assert effective_count([50, 50]) == 100
     assert effective_count([10, 90]) == pytest.approx(4 / (1 / 10 + 1 / 90))
+
+
+def test_balanced_accuracy_is_the_mean_recall_of_the_classes() -> None:
+    # Class 0: 3 of 4 right; class 1: 0 of 1 right; class 2: 1 of 1 right.
+    predicted, labels = [0, 0, 0, 2, 0, 2], np.array([0, 0, 0, 0, 1, 2])
+    result = classify(np.eye(3)[predicted], labels)
+    assert result.accuracy == pytest.approx(4 / 6)
+    assert result.balanced == pytest.approx((3 / 4 + 0 + 1) / 3)
+    assert result.majority == pytest.approx(4 / 6)
+    assert result.chance == pytest.approx(1 / 3)
+    assert result.counts == (4, 1, 1)
+
+
+def test_constant_answer_gets_majority_plain_and_chance_balanced() -> None:
+    result = classify(np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1]))
+    assert result.accuracy == result.majority == 0.75
+    assert result.balanced == result.chance == 0.5
+
+
+def test_tie_between_classes_is_shared() -> None:
+    result = classify(np.zeros((2, 4)), np.array([0, 3]))
+    assert result.accuracy == result.chance == 0.25
+
+
+def test_absent_class_stays_a_candidate_but_has_no_recall() -> None:
+    result = classify(np.eye(3)[[0, 1]], np.array([0, 1]))
+    assert result.balanced == 1.0
+    assert result.chance == pytest.approx(1 / 3)

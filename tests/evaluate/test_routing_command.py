@@ -1,5 +1,5 @@
-"""The whole routing report: of a run that was trained, against routing worked out anew from the
-router's weights; and of runs that have less to show."""
+"""The whole routing report: of a run that was trained, compared with routing computed again from the router's
+weights; and of runs that have less to show."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmmoe_pretrain.batch import MODALITIES, TASKS, Batch, Sample
+from mmmoe_pretrain.batch import Batch, Item, Sample
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.cli import app
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate import rows
 from mmmoe_pretrain.evaluate.routing import command
-from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.train.loop import train
@@ -30,6 +30,8 @@ from tests.distributed import run_ranks
 from tests.support import things, tiny_config, write_shards
 
 TOP = 4
+MODALITIES = ("image", "audio", "text")  # of tiny_config
+TASKS = {"contrastive", "captioning"}
 
 
 def held_out(folder: Path, lacking: tuple[str, ...] = ()) -> Path:
@@ -39,7 +41,7 @@ def held_out(folder: Path, lacking: tuple[str, ...] = ()) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Six steps of a model whose two blocks are mixtures of four experts, two a token."""
+    """Six steps of a model whose two blocks have four experts, two a token."""
     root = tmp_path_factory.mktemp("routing")
     config = tiny_config(
         root,
@@ -55,7 +57,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
 @pytest.fixture(scope="module")
 def report(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made in batches of five, so that favourites are found across batches."""
+    """Made in batches of five, so that top-activating tokens are found across batches."""
     out = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "BATCH_SIZE", 5)
@@ -69,26 +71,36 @@ def numbers(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "routing.json").read_text())
 
 
-def content(sample: Sample, modality: str) -> Any:
-    return sample.raw_text if modality == "text" else getattr(sample, modality).tobytes()
+def content(item: Item) -> Any:
+    return item.raw or item.value.tobytes()
+
+
+def modalities_of(config: RunConfig) -> Modalities:
+    return build_modalities(config.modalities, config.data.tokenizer)
+
+
+def item_of(sample: Sample, modality: str) -> Item:
+    item = sample.first(modality)
+    assert item is not None
+    return item
 
 
 def every_token(config: RunConfig) -> list[dict[tuple[str, str, int, str], tuple[np.ndarray, Any]]]:
-    """By layer: (modality, sample, place, task) -> (router's probabilities [E], content), from the
+    """By layer: (modality, sample, token, task) -> (router's probabilities [E], content), from the
     router's input and weight alone, the stream being walked as ``data/pack.py`` documents it."""
     model, _, _ = load_model(config.run_dir)
     inputs: list[torch.Tensor] = []
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    batch, samples = next(iterate_eval(config.evaluate.test, config, build_codecs(config), 64))
+    batch, samples = next(iterate_eval(config.evaluate.test, config, modalities_of(config), 64))
     with torch.no_grad():
         model(batch)
         p_LnE = [(x_nD @ router.weight.t()).softmax(-1).numpy() for x_nD, router in zip(inputs, routers, strict=True)]
     names = [
-        ((modality, sample.meta.key, place, task), content(sample, modality))
+        ((modality, sample.meta.key, token, task), content(item_of(sample, modality)))
         for modality, sample, length, task in runs_of(config, batch, samples)
-        for place in range(length)
+        for token in range(length)
     ]
     assert len(names) == int(batch.valid.sum())
     return [{name: (p_E, what) for (name, what), p_E in zip(names, p_nE, strict=True)} for p_nE in p_LnE]
@@ -97,18 +109,19 @@ def every_token(config: RunConfig) -> list[dict[tuple[str, str, int, str], tuple
 def runs_of(config: RunConfig, batch: Batch, samples: list[Sample]) -> Iterator[tuple[str, Sample, int, str]]:
     """Modality, sample, length and task of every run of the stream: each sample by itself, then its
     captions behind an image or a clip, which have no end mark."""
-    lengths = []
-    for sample in samples:
-        assert sample.audio is not None and sample.text is not None
-        frames = sample.audio.shape[1]
-        lengths.append(
-            {"image": 4, "audio": -(-frames // config.modalities.audio.patch), "text": len(sample.text) + 2}
-        )
-    start = 0
+    settings: Any = config.modalities["audio"]
+    lengths = [
+        {
+            "image": 4,
+            "audio": -(-item_of(sample, "audio").value.shape[1] // settings.patch),
+            "text": len(item_of(sample, "text").value),
+        }
+        for sample in samples
+    ]
+    start = sum(sum(length.values()) for length in lengths)
     for sample, length in zip(samples, lengths, strict=True):
         for modality in MODALITIES:
             yield modality, sample, length[modality], "contrastive"
-            start += length[modality]
     for sample, length in zip(samples, lengths, strict=True):
         prefix = MODALITIES[int(batch.modality_ids[start])]
         yield prefix, sample, length[prefix], "captioning"
@@ -116,13 +129,11 @@ def runs_of(config: RunConfig, batch: Batch, samples: list[Sample]) -> Iterator[
         start += length[prefix] + length["text"] - 1
 
 
-def test_listed_favourites_are_the_most_probable_tokens_that_the_expert_served(
-    trained: RunConfig, report: Path
-) -> None:
+def test_listed_tokens_are_the_most_probable_that_the_expert_served(trained: RunConfig, report: Path) -> None:
     """Tolerance: fp32 through two blocks, in batches of another size."""
     checked = 0
     for layer, tokens in zip(numbers(report)["layers"], every_token(trained), strict=True):
-        for expert, found in enumerate(layer["favourites"]):
+        for expert, found in enumerate(layer["top_tokens"]):
             for modality, listed in found.items():
                 served = [
                     (float(np.log(p_E[expert])), what)
@@ -133,7 +144,7 @@ def test_listed_favourites_are_the_most_probable_tokens_that_the_expert_served(
                 for log_p, what in served:
                     best[what] = max(log_p, best.get(what, -np.inf))
                 expected = sorted(best.values(), reverse=True)[:TOP]
-                names = [(modality, t["sample"], t["place"], t["task"]) for t in listed]
+                names = [(modality, t["sample"], t["token"], t["task"]) for t in listed]
                 own = [float(np.log(tokens[name][0][expert])) for name in names]
                 np.testing.assert_allclose([t["log_probability"] for t in listed], own, atol=1e-4)
                 if len(best) >= TOP:  # enough distinct contents, and so no second token of any
@@ -143,17 +154,19 @@ def test_listed_favourites_are_the_most_probable_tokens_that_the_expert_served(
     assert checked > 12, "too few experts and modalities with enough tokens to check the order"
 
 
-def test_places_are_given_in_pixels_and_seconds(report: Path) -> None:
-    """Pictures of 16 pixels are 2 x 2 patches of 8; a token of sound is 8 frames of 10 ms."""
+def test_tokens_are_given_in_pixels_seconds_and_pieces(report: Path) -> None:
+    """Images of 16 pixels are 2 x 2 patches of 8; a token of audio is 8 frames of 10 ms."""
     boxes = {0: [0, 0, 8, 8], 1: [8, 0, 16, 8], 2: [0, 8, 8, 16], 3: [8, 8, 16, 16]}
     seen = set()
     for layer in numbers(report)["layers"]:
-        for found in layer["favourites"]:
+        for found in layer["top_tokens"]:
             for token in found.get("image", []):
-                assert token["pixels"] == boxes[token["place"]]
+                assert token["pixels"] == boxes[token["token"]]
             for token in found.get("audio", []):
                 start, end = token["seconds"]
-                assert (start, end) == pytest.approx((0.08 * token["place"], 0.08 * (token["place"] + 1)))
+                assert (start, end) == pytest.approx((0.08 * token["token"], 0.08 * (token["token"] + 1)))
+            for token in found.get("text", []):
+                assert token["piece"] in ("⟨begin⟩", "⟨end⟩", "␣") or token["piece"] in token["of"]
             seen |= found.keys()
     assert seen == set(MODALITIES)
 
@@ -175,7 +188,7 @@ def test_numbers_of_the_layers_are_those_of_the_tokens(trained: RunConfig, repor
                 pairs[tuple(sorted(pair))] += 1
             for a, b, share in layer["pairs"][modality]:
                 assert share == pytest.approx(pairs[a, b] / len(p_nE), abs=1.01 / len(p_nE))
-        assert set(layer["specialisation_by_task"]) == set(TASKS)
+        assert set(layer["specialisation_by_task"]) == TASKS
 
 
 def test_pages_show_every_file_that_they_name(report: Path) -> None:
@@ -185,7 +198,7 @@ def test_pages_show_every_file_that_they_name(report: Path) -> None:
     for name in pages:
         named |= set(re.findall(r"\]\(([^)]+)\)", (report / name).read_text()))
     files = {path.name for path in report.iterdir()}
-    assert named == files - {"routing.json"}  # all pictures are shown, and none is missing
+    assert named == files - {"routing.json"}  # all figures are shown, and none is missing
     assert {"load.png", "coactivation.png", "training_load.png", "training_change.png"} <= named
     for path in report.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -193,11 +206,11 @@ def test_pages_show_every_file_that_they_name(report: Path) -> None:
 
 def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is an untrained model of ``config``."""
-    model = PretrainingModel(config, build_codecs(config).text.vocab_size).mmmoe.eval()
+    model = PretrainingModel(config, modalities_of(config).vocab_size).mmmoe.eval()
     monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
 
 
-def test_one_layer_one_expert_a_token_no_sound_and_no_log(
+def test_one_layer_one_expert_a_token_no_audio_and_no_log(
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
@@ -207,7 +220,7 @@ def test_one_layer_one_expert_a_token_no_sound_and_no_log(
     (layer,) = numbers(out)["layers"]
     assert out == tmp_path / "routing"
     assert set(layer["share"]) == {"image", "text"}
-    assert not any("audio" in found for found in layer["favourites"])
+    assert not any("audio" in found for found in layer["top_tokens"])
     text = (out / "index.md").read_text()
     assert "Every token has one expert" in text
     assert "has no two records" in text

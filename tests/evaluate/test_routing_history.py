@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.evaluate.routing import history, pictures
+from mmmoe_pretrain.evaluate.routing import figures, history
 
 
 def record(step: int, *layers: dict[str, Any]) -> str:
@@ -36,6 +36,7 @@ def test_change_is_the_share_that_moved(tmp_path: Path) -> None:
         tmp_path, record(10, layer([0.5, 0.5, 0], [1, 0, 0])), record(20, layer([0.2, 0.5, 0.3], [0, 0, 1]))
     )
     (found,) = history.read(path)
+    assert found.modalities == ("image", "audio", "text")
     assert found.steps_R.tolist() == [10, 20]
     np.testing.assert_allclose(found.change_RM, [[0.3, np.nan, 1.0]])  # no audio, so no distance
 
@@ -55,7 +56,7 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a record"):
         history.read(log_of(tmp_path, record(1, layer([1, 0], [0, 1])), '{"epoch": 2}\n'))
 
 
@@ -69,6 +70,12 @@ def test_records_of_another_number_of_experts_are_left_out(tmp_path: Path) -> No
     assert [(found.layer, found.steps_R.tolist()) for found in history.read(path)] == [(1, [2, 3]), (3, [1, 2, 3])]
 
 
+def test_records_of_other_modalities_are_left_out(tmp_path: Path) -> None:
+    other = {"layer": 1, "tokens": {"left": 3}, "load": {"left": [0.5, 0.5]}}
+    (found,) = history.read(log_of(tmp_path, record(1, layer([1, 0], [0, 1])), record(2, other), record(3, other)))
+    assert (found.modalities, found.steps_R.tolist()) == (("left",), [2, 3])
+
+
 def test_without_a_log_or_with_one_record_there_is_no_history(tmp_path: Path) -> None:
     assert history.read(tmp_path / "metrics.jsonl") == []
     assert history.read(log_of(tmp_path)) == []
@@ -80,24 +87,24 @@ def test_long_logs_are_drawn_in_bins() -> None:
     steps = np.arange(1, 241)
     values = np.where(steps % 2 == 0, np.nan, steps).astype(float)[:, None]
     values[2:4] = np.nan
-    drawn, means = pictures.binned(steps, values)
+    drawn, means = figures.binned(steps, values)
     assert drawn.tolist() == list(range(2, 241, 2))  # 120 bins of two
     assert means[0] == 1 and np.isnan(means[1]) and means[2] == 5
-    np.testing.assert_array_equal(pictures.binned(steps[:5], values[:5])[0], steps[:5])
+    np.testing.assert_array_equal(figures.binned(steps[:5], values[:5])[0], steps[:5])
 
 
 def test_smoothing_is_the_mean_of_the_neighbours() -> None:
-    found = pictures.smoothed(np.array([0.0, 7, 0, 0, np.nan, 0, 0, 0, 7, 0]))
+    found = figures.smoothed(np.array([0.0, 7, 0, 0, np.nan, 0, 0, 0, 7, 0]))
     assert found[3] == pytest.approx(7 / 6)  # of records 0 to 6, one of them unknown
     assert found[0] == pytest.approx(7 / 4)  # of records 0 to 3
 
 
 def test_partners_are_shares_of_a_row() -> None:
-    found = pictures.partners(np.array([[0.0, 3, 1], [3, 0, 0], [1, 0, 0]]))
+    found = figures.partners(np.array([[0.0, 3, 1], [3, 0, 0], [1, 0, 0]]))
     np.testing.assert_allclose(found, [[np.nan, 0.75, 0.25], [1, np.nan, 0], [1, 0, np.nan]])
-    assert np.isnan(pictures.partners(np.zeros((2, 2)))).all()
+    assert np.isnan(figures.partners(np.zeros((2, 2)))).all()
 
 
-def test_no_picture_of_partners_where_every_token_has_one_expert(tmp_path: Path) -> None:
-    assert not pictures.coactivation([(1, np.zeros((4, 4)))], tmp_path / "pairs.png")
+def test_no_figure_of_partners_where_every_token_has_one_expert(tmp_path: Path) -> None:
+    assert not figures.coactivation([(1, np.zeros((4, 4)))], tmp_path / "pairs.png")
     assert not (tmp_path / "pairs.png").exists()

@@ -1,4 +1,4 @@
-"""Specialisation, experts used and dead experts by hand; the picture."""
+"""Specialisation, experts used and dead experts by hand; the figure."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mmmoe_pretrain.evaluate.picture import draw, expert_order
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.evaluate.routing.figures import expert_order, shares
 from mmmoe_pretrain.evaluate.routing_report import (
-    RoutingTotals,
     dead_experts,
     experts_used,
     mutual_information,
@@ -17,16 +18,25 @@ from mmmoe_pretrain.evaluate.routing_report import (
     summarise_layer,
     summarise_tasks,
 )
+from mmmoe_pretrain.moe.stats import RoutingStats
+
+NAMES = StreamNames(("image", "audio", "text"), ("pairs", "captions"))
 
 
 def summary(counts: list[list[float]], layer: int = 1) -> dict[str, Any]:
     return summarise_layer(totals(counts, layer), totals([[1] * len(counts[0])] * 3))
 
 
-def totals(counts: list[list[float]], layer: int = 1) -> RoutingTotals:
-    counts_ME = np.array(counts, dtype=np.float64)
-    tokens_M = counts_ME.sum(axis=1) / 2  # two experts a token
-    return RoutingTotals(layer, counts_ME, counts_ME / 2, tokens_M * math.log(2), tokens_M, tokens_M / 5)
+def totals(counts: list[list[float]], layer: int = 1) -> RoutingStats:
+    """Of one task; two experts a token."""
+    counts_MXE = torch.tensor(counts)[:, None].double()
+    tokens_MX = counts_MXE.sum(-1) / 2
+    nothing = torch.zeros(())
+    return RoutingStats(
+        probability_MXE=counts_MXE / 2, entropy_MX=tokens_MX * math.log(2), z_MX=nothing, counts_MXE=counts_MXE,
+        tokens_MX=tokens_MX, dropped_MX=tokens_MX / 5, load_ME=nothing, sequence_balance=nothing,
+        coactivation_MEE=nothing, orthogonality=nothing, names=NAMES, layer=layer,
+    )  # fmt: skip
 
 
 def test_perfect_split_tells_all_of_the_modality() -> None:
@@ -86,24 +96,24 @@ def test_untrained_router_stands_beside_the_trained_one() -> None:
 
 def test_tasks_are_scored_one_by_one_and_against_each_other() -> None:
     counts = np.zeros((3, 2, 2))
-    counts[0] = [[8, 0], [0, 2]]  # image: contrastive to expert 0, captioning to expert 1
+    counts[0] = [[8, 0], [0, 2]]  # image: pairs to expert 0, captions to expert 1
     counts[2] = [[0, 4], [0, 9]]  # text: expert 1 whatever the task
-    found = summarise_tasks(counts)
-    # Contrastive tokens: the expert tells image from text. Captioning ones: all go to expert 1.
-    assert found["specialisation_by_task"] == pytest.approx({"contrastive": 1.0, "captioning": 0.0})
+    found = summarise_tasks(counts, NAMES)
+    # Tokens of pairs: the expert tells image from text. Those of captions: all go to expert 1.
+    assert found["specialisation_by_task"] == pytest.approx({"pairs": 1.0, "captions": 0.0})
     assert found["task_specialisation"] == pytest.approx({"image": 1.0, "text": 0.0})
 
 
 def test_a_single_task_has_nothing_to_tell_tasks_apart() -> None:
     counts = np.zeros((3, 2, 2))
     counts[:, 0] = [[1, 1], [0, 2], [2, 0]]
-    found = summarise_tasks(counts)
+    found = summarise_tasks(counts, NAMES)
     assert found["task_specialisation"] == {}
-    assert set(found["specialisation_by_task"]) == {"contrastive"}
+    assert set(found["specialisation_by_task"]) == {"pairs"}
 
 
 def test_pairs_are_sorted_by_the_tokens_that_both_served() -> None:
-    together = np.array([[9.0, 2, 0], [2, 9, 5], [0, 5, 9]])  # the diagonal is no pair
+    together = np.array([[9.0, 2, 0], [2, 9, 5], [0, 5, 9]])  # the diagonal is not a pair
     assert strongest_pairs(together, tokens=10, limit=8) == [(1, 2, 0.5), (0, 1, 0.2)]
     assert strongest_pairs(together, tokens=10, limit=1) == [(1, 2, 0.5)]
 
@@ -119,9 +129,9 @@ def test_specialists_stand_together() -> None:
     assert expert_order(share) == [1, 2, 0]
 
 
-def test_picture_is_drawn_for_mixtures_only(tmp_path: Path) -> None:
-    mixture = [summary([[6, 2, 1, 1], [1, 6, 2, 1], [1, 1, 2, 6]], layer) for layer in (1, 3)]
-    assert draw(mixture, tmp_path / "routing.png")
+def test_bars_are_drawn_of_layers_with_experts_only(tmp_path: Path) -> None:
+    sparse = [summary([[6, 2, 1, 1], [1, 6, 2, 1], [1, 1, 2, 6]], layer) for layer in (1, 3)]
+    assert shares(sparse, NAMES.modalities, tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
-    assert not draw([summary([[6], [1], [2]])], tmp_path / "dense.png")
+    assert not shares([summary([[6], [1], [2]])], NAMES.modalities, tmp_path / "dense.png")
     assert not (tmp_path / "dense.png").exists()

@@ -1,37 +1,45 @@
-"""Contact sheets: a frame stands where its patch or its sound is; text pieces are marked in context."""
+"""Contact sheets: a frame is at its patch or its seconds; text pieces are marked in context."""
 
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import soundfile
 import torch
 
-from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.config import AudioConfig, ImageConfig, ModalitiesConfig
+from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.evaluate.routing import page, sheets
-from mmmoe_pretrain.evaluate.routing.favourites import Favourite
-from mmmoe_pretrain.modalities import AudioCodec, ImageEmbedder
+from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
+from mmmoe_pretrain.modalities.image import Image, ImageSettings
+from mmmoe_pretrain.modalities.text import Text, TextSettings
 
 VERMILION = np.array([0xD5, 0x5E, 0x00])
 
 
-def favourite(modality: str, place: int, sample: Sample) -> Favourite:
-    return Favourite(np.log(0.5), modality, "contrastive", place, "content", sample)
+IMAGE = Image("image", ImageSettings(size=48, patch=8, stem="linear", positions="rotary"))
 
 
-def black_square(top: int, left: int, side: int) -> Sample:
-    """A white picture of 48 pixels with a black square."""
+def top(modality: str, token: int, value: np.ndarray) -> TopToken:
+    sample = Sample(SampleMeta("s"), (Item(modality, value),))
+    return TopToken(np.log(0.5), modality, "pairs", sample, 0, token, "content")
+
+
+def black_square(top: int, left: int, side: int) -> np.ndarray:
+    """A white image of 48 pixels with a black square."""
     image = np.full((3, 48, 48), 255, dtype=np.uint8)
     image[:, top : top + side, left : left + side] = 0
-    return Sample(SampleMeta("square"), image=image)
+    return image
 
 
-def frame_of(sheet: np.ndarray, line: int, column: int, modality: str) -> tuple[int, int, int, int]:
+def frame_of(sheet: np.ndarray, line: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The pixels inside of the vermilion frame and its white edge, within the cell."""
-    left, top = sheets.cell_corner(line, column, modality)
-    width, height = sheets.CELLS[modality]
+    left, top = sheets.cell_corner(line, column, size)
+    width, height = size
     y, x = np.nonzero((sheet == VERMILION).all(-1))
     here = (abs(x - left - width / 2) < width / 2 + 6) & (abs(y - top - height / 2) < height / 2 + 6)
     x, y = x[here] - left, y[here] - top
@@ -39,76 +47,87 @@ def frame_of(sheet: np.ndarray, line: int, column: int, modality: str) -> tuple[
 
 
 def test_the_box_of_a_patch_holds_what_its_token_is_made_of() -> None:
-    config = ImageConfig(size=48, patch=8, stem="linear", positions="rotary")
-    sample = black_square(top=8, left=32, side=8)  # second row, fifth of six columns
-    assert sample.image is not None
-    tokens = ImageEmbedder(config, 16)(torch.from_numpy(sample.image)[None]).detach()
+    value = black_square(top=8, left=32, side=8)  # second row, fifth of six columns
+    tokens = IMAGE.embedder(16, 0)(torch.from_numpy(value)[None]).detach()
     differs = [i for i in range(36) if not torch.allclose(tokens[i], tokens[0], atol=1e-4)]
     assert differs == [10]
-    assert sheets.patch_box(10, config) == (32, 8, 40, 16)
+    assert IMAGE.describe(value, 10) == {"pixels": [32, 8, 40, 16]}
 
 
 def test_the_frame_is_drawn_around_the_patch() -> None:
-    config = ModalitiesConfig(image=ImageConfig(size=48, patch=8))
-    sample = black_square(top=8, left=32, side=8)
-    rows = [sheets.Row(0, 0.5, [favourite("image", 0, sample)]),
-            sheets.Row(3, 0.5, [favourite("image", 35, sample), favourite("image", 10, sample)])]  # fmt: skip
-    (sheet,) = sheets.draw("title", "image", rows, config)
-    scale = sheets.CELLS["image"][0] / 48
+    value = black_square(top=8, left=32, side=8)
+    rows = [sheets.Row(0, 0.5, [top("image", 0, value)]),
+            sheets.Row(3, 0.5, [top("image", 35, value), top("image", 10, value)])]  # fmt: skip
+    (sheet,) = sheets.draw("title", IMAGE, rows)
+    scale = sheets.SQUARE[0] / 48
     for line, column, box in ((0, 0, (0, 0, 8, 8)), (1, 0, (40, 40, 48, 48)), (1, 1, (32, 8, 40, 16))):
-        x0, y0, x1, y1 = frame_of(sheet, line, column, "image")
+        x0, y0, x1, y1 = frame_of(sheet, line, column, sheets.SQUARE)
         np.testing.assert_allclose((x0, y0, x1, y1), np.array(box) * scale, atol=1.0)  # whole pixels
-    left, top = sheets.cell_corner(1, 1, "image")
-    assert sheet[top + int(12 * scale), left + int(36 * scale)].max() < 40  # the black square is framed
-    assert sheet[top + int(30 * scale), left + int(12 * scale)].min() > 240
+    left, upper = sheets.cell_corner(1, 1, sheets.SQUARE)
+    assert sheet[upper + int(12 * scale), left + int(36 * scale)].max() < 40  # the black square is framed
+    assert sheet[upper + int(30 * scale), left + int(12 * scale)].min() > 240
 
 
 def test_a_click_is_in_the_token_of_its_seconds() -> None:
     """Noise, so that nothing is trimmed, and a loud click after 0.7 s."""
-    config = AudioConfig(sample_rate=8_000, hop_length=100, patch=4, n_fft=256, n_mels=16)
+    settings = AudioSettings(sample_rate=8_000, hop_length=100, patch=4, n_fft=256, n_mels=16)
     wave = 0.02 * np.random.default_rng(0).normal(size=12_000)
     wave[5_600:5_608] = 0.9
     file = io.BytesIO()
     soundfile.write(file, wave, 8_000, format="WAV")
-    mel = AudioCodec(config).decode(file.getvalue())
-    token = int(mel.mean(0).argmax()) // config.patch
-    start, end = sheets.seconds(token, config)
-    assert (round(start, 6), round(end, 6)) == (0.7, 0.75)  # 14 tokens of four frames of 12.5 ms before it
+    audio = Audio("audio", settings)
+    mel = audio.decode(file.getvalue())
+    assert mel is not None
+    token = int(mel.mean(0).argmax()) // settings.patch
+    assert audio.describe(mel, token) == {"seconds": [0.7, 0.75]}  # behind 14 tokens of four frames of 12.5 ms
+    assert audio.caption(mel, token) == "0.70 to 0.75 s"
 
 
-def test_the_frame_of_a_sound_spans_its_token() -> None:
-    config = ModalitiesConfig(audio=AudioConfig(patch=8))
-    mel = np.zeros((64, 40), dtype=np.float32)
-    mel[:32, 16:24] = 1.0  # the third of five tokens is loud, in the low bands
-    rows = [sheets.Row(0, 0.5, [favourite("audio", 2, Sample(SampleMeta("loud"), audio=mel))])]
-    (sheet,) = sheets.draw("title", "audio", rows, config)
-    width, height = sheets.CELLS["audio"]
-    x0, y0, x1, y1 = frame_of(sheet, 0, 0, "audio")
+def test_the_frame_in_a_spectrogram_spans_its_token() -> None:
+    mel = np.zeros((64, 160), dtype=np.float32)
+    mel[:32, 64:96] = 1.0  # the third of five tokens is loud, in the low bands
+    rows = [sheets.Row(0, 0.5, [top("audio", 2, mel)])]
+    (sheet,) = sheets.draw("title", Audio("audio", AudioSettings(patch=32)), rows)
+    width, height = sheets.WIDE
+    x0, y0, x1, y1 = frame_of(sheet, 0, 0, sheets.WIDE)
     np.testing.assert_allclose((x0, y0, x1, y1), (0.4 * width, 0, 0.6 * width, height), atol=1.0)
-    left, top = sheets.cell_corner(0, 0, "audio")
-    assert sheet[top + 3 * height // 4, left + width // 2].max() < 30  # loud is dark, low is below
-    assert sheet[top + height // 4, left + width // 2].min() > 225
-    assert sheet[top + 3 * height // 4, left + width // 5].min() > 225
+    left, upper = sheets.cell_corner(0, 0, sheets.WIDE)
+    assert sheet[upper + 3 * height // 4, left + width // 2].max() < 30  # loud is dark, low is below
+    assert sheet[upper + height // 4, left + width // 2].min() > 225
+    assert sheet[upper + 3 * height // 4, left + width // 5].min() > 225
 
 
 def test_many_experts_go_to_several_sheets() -> None:
-    rows = [sheets.Row(e, 0.01, [favourite("image", 0, black_square(0, 0, 8))]) for e in range(40)]
+    rows = [sheets.Row(e, 0.01, [top("image", 0, black_square(0, 0, 8))]) for e in range(40)]
     rows[7] = sheets.Row(7, 0.0, [])  # nothing to show
-    drawn = sheets.draw("title", "image", rows, ModalitiesConfig())
+    drawn = sheets.draw("title", IMAGE, rows)
     assert [round((s.shape[0] - sheets.HEADER) / 150) for s in drawn] == [16, 16, 7]
-    assert sheets.draw("title", "image", [rows[7]], ModalitiesConfig()) == []
+    assert sheets.draw("title", IMAGE, [rows[7]]) == []
+
+
+def test_images_keep_their_aspect_up_to_two_to_one() -> None:
+    sizes = ((60, 40), (40, 60), (300, 64), (10, 10))
+    shown = [sheets.fitted(PIL.Image.new("RGB", size), (160, 80)) for size in sizes]
+    assert shown == [(120, 80), (53, 80), (160, 80), (80, 80)]
 
 
 class Pieces:
-    """A vocabulary of five pieces."""
+    """A vocabulary of five pieces and two marks."""
+
+    bos_id, eos_id = 5, 6
 
     def piece(self, token_id: int) -> str:
-        return ["▁a", "▁re", "d*", "▁", "dog"][token_id]
+        return ["▁a", "▁re", "d*", "▁", "dog", "<s>", "</s>"][token_id]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(self.piece(i) for i in ids if i < 5).replace("▁", " ").strip()
+
+
+TEXT: Modality = Text("text", TextSettings(), Pieces())  # type: ignore[arg-type]
 
 
 def marked(place: int) -> str:
-    sample = Sample(SampleMeta("s"), text=np.array([0, 1, 2, 3, 4]), raw_text="a red* dog")
-    return page.marked(favourite("text", place, sample), Pieces())  # type: ignore[arg-type]
+    return TEXT.caption(np.array([5, 0, 1, 2, 3, 4, 6]), place)
 
 
 def test_a_piece_is_marked_in_its_sentence() -> None:
@@ -125,6 +144,22 @@ def test_marks_and_spaces_have_names() -> None:
 
 
 def test_a_long_text_is_cut_around_its_piece() -> None:
-    sample = Sample(SampleMeta("s"), text=np.array([4] * 80))
-    text = page.marked(favourite("text", 40, sample), Pieces())  # type: ignore[arg-type]
+    text = TEXT.caption(np.array([5] + [4] * 80 + [6]), 40)
     assert text == "…" + "dog" * 16 + "**dog**" + "dog" * 16 + "…"
+
+
+def test_a_page_lists_what_modalities_say_of_their_tokens() -> None:
+    """Texts are not drawn; what is empty in every row is not a column."""
+    sample = Sample(SampleMeta("a_1", language="en"), (Item("image", black_square(0, 0, 8)),
+                    Item("text", np.array([5, 4, 6]), "a | dog")))  # fmt: skip
+    found = {
+        name: [TopToken(np.log(0.5), name, "pairs", sample, i, 1, name)] for i, name in enumerate(("image", "text"))
+    }
+    assert sheets.draw("title", TEXT, [sheets.Row(0, 1.0, found["text"])]) == []
+    layer = {"layer": 1, "free_experts": {}, "share": {"image": [1.0], "text": [1.0]}}
+    text = page.layer_page(layer, [found], {"image": ["a.png"], "text": []}, {"image": IMAGE, "text": TEXT})
+    assert "|  | token of image | text of the sample | language | task | sample |" in text
+    assert "| 50% | pixels \\[8, 0, 16, 8\\] | a \\| dog | en | pairs | a\\_1 |" in text
+    assert "|  | token of text | language | task | sample |" in text
+    assert "| 50% | **dog** | en | pairs | a\\_1 |" in text
+    assert text.count("![") == 1

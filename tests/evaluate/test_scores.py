@@ -1,26 +1,29 @@
 """Which rows make which score, on hand-made features."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import SampleMeta
-from mmmoe_pretrain.evaluate.features import Captions, HeldOut, same_text
-from mmmoe_pretrain.evaluate.scores import (
-    Score,
-    audio_scores,
-    caption_scores,
-    image_text_scores,
-    matching_rows,
-    zero_shot_scores,
-)
+from mmmoe_pretrain.config import EvaluateConfig
+from mmmoe_pretrain.evaluate.features import HeldOut, Predicted, same_text
+from mmmoe_pretrain.evaluate.scores import Score, Scored, perplexity_scores, retrieval_scores, zero_shot_scores
+from mmmoe_pretrain.objectives import objectives_of
+from tests.support import tiny_config
 
-NO_CAPTIONS = Captions(np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros(8, int))
-SPEECH = SampleMeta("", audio_kind="speech")
+SPEECH = SampleMeta("", tags={"audio_kind": "speech"})
+IMAGE_TEXT, AUDIO_TEXT, IMAGE_AUDIO = ("image", "text"), ("audio", "text"), ("image", "audio")
 
 
-def held_out(rows: list[tuple[SampleMeta, str, str, str]], captions: Captions = NO_CAPTIONS) -> HeldOut:
+def settings(least: int = 1, **more: Any) -> EvaluateConfig:
+    """As the demo is scored."""
+    return EvaluateConfig(**{"by": {"audio": "audio_kind"}, "within": "language", "min_items": least, **more})
+
+
+def held_out(rows: list[tuple[SampleMeta, str, str, str]]) -> HeldOut:
     """Rows of (meta, image, audio, text); the features are those of a perfect model of the text."""
     texts = [same_text(row[3]) for row in rows]
     axis = {text: i for i, text in enumerate(sorted(set(texts)))}
@@ -34,9 +37,17 @@ def held_out(rows: list[tuple[SampleMeta, str, str, str]], captions: Captions = 
             "text": tuple(texts),
         },
         features={"image": features, "audio": features, "text": features},
-        captions=captions,
+        predicted={},
         routing=(),
     )
+
+
+def image_text(data: HeldOut, least: int = 1, **more: Any) -> Scored:
+    return retrieval_scores(data, IMAGE_TEXT, settings(least, **more))
+
+
+def audio(data: HeldOut, other: str, least: int = 1) -> Scored:
+    return retrieval_scores(data, AUDIO_TEXT if other == "text" else IMAGE_AUDIO, settings(least))
 
 
 def by_name(scores: list[Score]) -> dict[str, Score]:
@@ -54,39 +65,40 @@ def test_image_scores_are_of_the_rows_that_the_config_names() -> None:
             (named, "", "a", "bee"),
         ]
     )
-    assert matching_rows(data, {}) == [0, 1, 2, 3, 4]
-    rows = matching_rows(data, {"subset": ("named", "other"), "language": ("en",)})
-    assert rows == [0, 3, 4]
-    score = by_name(image_text_scores(data, rows, least=1)[0])["image_to_text_r1"]
+    wanted = {"subset": ("named", "other"), "language": ("en",)}
+    score = by_name(image_text(data, rows={"text-image": wanted})[0])["image_to_text_r1"]
     assert (score.value, score.chance, score.n, score.candidates) == (1.0, 0.5, 2, 2)
+    assert by_name(image_text(data, rows={"image-audio": wanted}, within="")[0])["image_to_text_r1"].n == 3
 
 
 def test_images_and_texts_are_ranked_within_each_language_by_the_data_s_own_names() -> None:
     """Of 20 German rows and 40 without a language a random order finds 10 / 20 and 10 / 40."""
     rows = [(SampleMeta("", language="de"), f"i{i}", "", f"Wort {i}") for i in range(20)]
     rows += [(SampleMeta(""), f"i{i}", "", f"word {i}") for i in range(40)]
-    scores, notes = image_text_scores(held_out(rows), range(60), least=20)
+    scores, notes = image_text(held_out(rows), least=20)
     named = by_name(scores)
     assert notes == []
     assert named["image_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
     assert named["text_to_image_r10/de"].chance == pytest.approx(0.5)
     assert named["image_to_text_r10/unknown"].n == 40
-    (note,) = image_text_scores(held_out(rows), range(60), least=41)[1]
+    (note,) = image_text(held_out(rows), least=41)[1]
     assert "of unknown (40 items)" in note
-    assert "evaluate.min_clips_per_language" in note
+    assert "evaluate.min_items" in note
+    (everything,) = {score.n for score in image_text(held_out(rows), within="")[0] if "image_to" in score.metric}
+    assert everything == 40, "20 images stand in both, as one item"
 
 
 def test_group_mates_that_look_and_read_differently_are_wrong_answers() -> None:
     duck = SampleMeta("", group="duck", subset="named")
     data = held_out([(duck, "i0", "", "duck"), (duck, "i1", "", "a duck"), (replace(duck, group="x"), "i2", "", "y")])
-    score = by_name(image_text_scores(data, [0, 1, 2], least=1)[0])["image_to_text_r1"]
+    score = by_name(image_text(data)[0])["image_to_text_r1"]
     assert score.chance == pytest.approx(1 / 3)
 
 
-def test_one_picture_under_two_names_has_two_right_texts() -> None:
+def test_one_image_under_two_names_has_two_right_texts() -> None:
     duck = SampleMeta("", group="duck", subset="named")
     data = held_out([(duck, "i0", "", "duck"), (duck, "i0", "", "a duck"), (replace(duck, group="x"), "i1", "", "y")])
-    score = by_name(image_text_scores(data, [0, 1, 2], least=1)[0])["image_to_text_r1"]
+    score = by_name(image_text(data)[0])["image_to_text_r1"]
     assert (score.n, score.candidates) == (2, 3)
     assert score.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
@@ -98,7 +110,7 @@ def speech(language: str, count: int) -> list[tuple[SampleMeta, str, str, str]]:
 
 def test_speech_is_ranked_within_each_language_and_averaged() -> None:
     data = held_out(speech("fr", 20) + speech("ru", 40) + speech("ml", 3))
-    scores, notes = audio_scores(data, "text", least=20)
+    scores, notes = audio(data, "text", least=20)
     named = by_name(scores)
     assert notes == []
     assert named["speech_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
@@ -112,7 +124,7 @@ def test_speech_is_ranked_within_each_language_and_averaged() -> None:
 
 def test_a_sentence_said_twice_has_two_right_clips_and_one_text() -> None:
     rows = [*speech("fr", 4), (replace(SPEECH, language="fr"), "", "fr-again", "FR  word 0")]
-    named = by_name(audio_scores(held_out(rows), "text", least=1)[0])
+    named = by_name(audio(held_out(rows), "text")[0])
     assert named["speech_to_text_r1"].candidates == 4
     assert named["speech_to_text_r1"].n == 5
     assert named["text_to_speech_r1"].n == 4
@@ -120,38 +132,53 @@ def test_a_sentence_said_twice_has_two_right_clips_and_one_text() -> None:
 
 
 def test_too_few_clips_fall_back_to_the_largest_language_in_the_open() -> None:
-    scores, notes = audio_scores(held_out(speech("fr", 4) + speech("ru", 6)), "text", least=50)
+    scores, notes = audio(held_out(speech("fr", 4) + speech("ru", 6)), "text", least=50)
     assert by_name(scores)["speech_to_text_r10"].n == 6
     assert not any("/" in score.metric for score in scores), "there is one language"
     assert "50" in notes[0]
     assert "ru (6 items)" in notes[0]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("effect", "effect"), ("", "audio"), ("text", "audio")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("effect", "effect"), ("Sea birds/gulls", "sea_birds_gulls"), ("", "audio"), ("text", "audio")]
+)
 def test_audio_that_is_no_speech_is_scored_under_the_kind_that_its_rows_give(kind: str, name: str) -> None:
-    """Beside 2 spoken clips, which are no candidates of its own 4."""
-    rows = [(SampleMeta("", audio_kind=kind, language="en"), f"i{i}", f"bark {i}", f"dog {i}") for i in range(4)]
+    """Beside 2 spoken clips, which are not candidates of its own 4."""
+    rows = [
+        (SampleMeta("", tags={"audio_kind": kind}, language="en"), f"i{i}", f"bark {i}", f"dog {i}") for i in range(4)
+    ]
     rows += [(replace(SPEECH, language="en"), f"j{i}", f"word {i}", f"word {i}") for i in range(2)]
     for other in ("text", "image"):
-        named = by_name(audio_scores(held_out(rows), other, least=1)[0])
+        named = by_name(audio(held_out(rows), other)[0])
         assert named[f"{name}_to_{other}_r1"].chance == named[f"{other}_to_{name}_r1"].chance == 1 / 4
         assert named[f"speech_to_{other}_r1"].chance == 1 / 2
         assert named[f"{name}_to_{other}_r1"].value == 1.0
 
 
+def test_each_pair_is_scored_once_whatever_objectives_align_it(tmp_path: Path) -> None:
+    pairs = [{"image-text": 1.0, "image-audio": 0.5}, {"text-image": 1.0, "audio-text": 0.0}]
+    sections = {f"pairs_{i}": {"kind": "contrastive", "pairs": its} for i, its in enumerate(pairs)}
+    found = objectives_of(tiny_config(tmp_path, objectives=sections)).aligned
+    assert found == (("image", "text"), ("image", "audio"), ("audio", "text"))
+
+
 def test_what_the_data_does_not_pair_has_no_score() -> None:
-    assert audio_scores(held_out([(SPEECH, "i", "", "bark")]), "text", least=1) == ([], [])
+    scores, (note,) = audio(held_out([(SPEECH, "i", "", "bark")]), "text")
+    assert scores == []
+    assert note == "no held-out row has both audio and text: no score of them"
+    _, (note,) = image_text(held_out([(SPEECH, "i", "", "bark")]), rows={"image-text": {"subset": ("absent",)}})
+    assert "{'subset': ('absent',)} (evaluate.rows)" in note
 
 
 def test_image_speech_takes_any_clip_that_says_the_text() -> None:
     meta = replace(SPEECH, language="fr")
     rows = [(meta, "i0", "a0", "chat"), (meta, "i1", "a1", "chat"), (meta, "i2", "a2", "hibou")]
-    named = by_name(audio_scores(held_out(rows), "image", least=1)[0])
+    named = by_name(audio(held_out(rows), "image")[0])
     assert named["image_to_speech_r1"].chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
     assert named["speech_to_image_r1"].value == 1.0
 
 
-def test_zero_shot_counts_each_picture_once() -> None:
+def test_zero_shot_counts_each_image_once() -> None:
     labels = ["animal", "animal", "plant", "animal", ""]
     rows = [
         (replace(SPEECH, label=lab), f"i{min(i, 3)}", "", t)
@@ -166,28 +193,41 @@ def test_zero_shot_counts_each_picture_once() -> None:
         asked.extend(texts)
         return np.eye(6)[[0, 2]]  # as image a; as image c
 
-    named = by_name(zero_shot_scores(data, range(6), encode, "a picture of {}")[0])
-    assert asked == ["a picture of animal", "a picture of plant"]
-    # Pictures a, c right; picture d is orthogonal to both classes: half a point.
-    assert named["zero_shot_accuracy"].n == 3
-    assert named["zero_shot_accuracy"].value == pytest.approx(2.5 / 3)
-    assert named["zero_shot_accuracy"].majority == pytest.approx(2 / 3)
-    assert named["zero_shot_balanced"].value == pytest.approx((1.5 / 2 + 1) / 2)
-    assert named["zero_shot_balanced"].majority == 0.5
+    named = by_name(zero_shot_scores(data, IMAGE_TEXT, encode, settings(prompt="an image of {}"))[0])
+    assert asked == ["an image of animal", "an image of plant"]
+    # Images a, c right; image d is orthogonal to both classes: half a point.
+    assert named["image_to_text_zero_shot"].n == 3
+    assert named["image_to_text_zero_shot"].value == pytest.approx(2.5 / 3)
+    assert named["image_to_text_zero_shot"].majority == pytest.approx(2 / 3)
+    assert named["image_to_text_zero_shot_balanced"].value == pytest.approx((1.5 / 2 + 1) / 2)
+    assert named["image_to_text_zero_shot_balanced"].majority == 0.5
 
 
-def test_captions_are_scored_together_and_by_prefix() -> None:
-    captions = Captions(
+def test_classes_of_audio_are_distinguished_from_the_texts_of_its_own_part() -> None:
+    rows = [(replace(SPEECH, label=label), "", f"a{i}", label) for i, label in enumerate(["cat", "dog", "dog"])]
+    rows += [(SampleMeta("", label="rain", tags={"audio_kind": "effect"}), "", "a3", "rain")]
+    data = held_out(rows)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        return data.features["text"][[data.texts.index(text) for text in texts]]
+
+    scores, notes = zero_shot_scores(data, AUDIO_TEXT, encode, settings())
+    assert notes == ["all labelled held-out rows with effect are 'rain': no zero-shot score of it"]
+    named = by_name(scores)
+    assert (named["speech_to_text_zero_shot"].value, named["speech_to_text_zero_shot"].candidates) == (1.0, 2)
+
+
+def test_targets_are_scored_together_and_by_what_their_segments_begin_with() -> None:
+    found = Predicted(
         nll_G=np.array([2 * np.log(2), 2 * np.log(8)]),
         tokens_G=np.array([2, 2]),
-        prefix_G=np.array([0, 1]),
+        first_G=np.array([0, 1]),
         targets_V=np.array([3, 1, 0, 0]),
     )
-    scores, _ = caption_scores(held_out([(SPEECH, "i", "a", "t")], captions), np.array([0, 0, 0, 0]))
-    named = by_name(scores)
-    assert named["caption_perplexity"].value == pytest.approx(4)
-    assert named["caption_perplexity/image"].value == pytest.approx(2)
-    assert named["caption_perplexity/audio"].value == pytest.approx(8)
-    assert named["caption_perplexity"].chance == 4
-    assert named["caption_perplexity"].majority == pytest.approx(4)
-    assert named["caption_perplexity"].n == 4
+    named = by_name(perplexity_scores("captions", found, np.array([0, 0, 0, 0]), ("image", "audio", "text")))
+    assert named["captions_perplexity"].value == pytest.approx(4)
+    assert named["captions_perplexity/image"].value == pytest.approx(2)
+    assert named["captions_perplexity/audio"].value == pytest.approx(8)
+    assert named["captions_perplexity"].chance == 4
+    assert named["captions_perplexity"].majority == pytest.approx(4)
+    assert named["captions_perplexity"].n == 4

@@ -10,14 +10,14 @@ import torch
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import Progress
-from mmmoe_pretrain.modalities import TextCodec
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.support import tiny_config
 
-State = dict[str, ParameterState]
+State = WholeState
 
 
 def make_run(
@@ -26,17 +26,21 @@ def make_run(
     """The config of a run under ``root`` over the shards in ``data``, and the state of each of its checkpoints."""
     where = {"train": [{"path": str(data / "train")}], "tokenizer": str(data / "tokens.model"), "num_workers": 0}
     config = tiny_config(root, **{"data": where, **sections})
+    return config, write_run(config, build_modalities(config.modalities, config.data.tokenizer), steps)
+
+
+def write_run(config: RunConfig, modalities: Modalities, steps: tuple[int, ...]) -> dict[int, State]:
+    """The config, and checkpoints of these steps; the state of each. ``modalities`` know the tokenizer."""
     config.run_dir.mkdir(parents=True)
     run_config.dump(config, config.run_dir / "config.yaml")
-    codec = TextCodec(config.data.tokenizer, config.modalities.text)
     states = {}
     for step in steps:
-        states[step] = random_state(config, codec.vocab_size, seed=step)
-        meta = {"version": "0", "vocab_size": codec.vocab_size, "tokenizer_fingerprint": codec.fingerprint,
+        states[step] = random_state(config, modalities.vocab_size, seed=step)
+        meta = {"version": "0", "vocab_size": modalities.vocab_size, "tokenizer_fingerprint": modalities.fingerprint,
                 "config": config.model_dump(mode="json"), "progress": Progress(step, step).to_json(),
                 "seed": config.seed, "skipped_batches": []}  # fmt: skip
         store.write_state(config.checkpoint_root, step, states[step], meta)
-    return config, states
+    return states
 
 
 def random_state(config: RunConfig, vocab_size: int, seed: int) -> State:
@@ -46,10 +50,12 @@ def random_state(config: RunConfig, vocab_size: int, seed: int) -> State:
     state: State = {}
     for name, parameter in model.named_parameters():
         shape = parameter.shape
-        state[name] = ParameterState(0.3 * torch.randn(shape), torch.randn(shape), torch.rand(shape))
+        state[model_key(name)] = 0.3 * torch.randn(shape)
+        state[optimizer_key(name, "exp_avg")] = torch.randn(shape)
+        state[optimizer_key(name, "exp_avg_sq")] = torch.rand(shape)
     for name, buffer in persistent_buffers(model).items():
         noise = torch.rand(buffer.shape)
-        state[name] = ParameterState(noise - noise.mean(-1, keepdim=True), None, None)
+        state[model_key(name)] = noise - noise.mean(-1, keepdim=True)
     return state
 
 

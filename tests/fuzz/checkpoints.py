@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
 from tests.fuzz.mutate import EXTREMES, damage, damage_json
 
 STEP = 7
@@ -39,7 +39,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 def write(root: Path) -> None:
     """A whole checkpoint of three parameters and their moments."""
-    state = {name: ParameterState(w, w + 1, w + 2) for name, w in weights().items()}
+    state = {}
+    for name, w in weights().items():
+        state |= {model_key(name): w, optimizer_key(name, "exp_avg"): w + 1, optimizer_key(name, "exp_avg_sq"): w + 2}
     store.write_state(root, STEP, state, {"vocab_size": 48, "version": 1})
     (root / "latest").write_text(NAME + "\n")
 
@@ -74,7 +76,7 @@ def use(damaged: Damaged, whole: Path, root: Path) -> tuple[str, str]:
     for operation in damaged.operations:
         if operation == "find_latest":
             found = store.find_latest(root)
-            skipped = "" if found == checkpoint else "it is no complete checkpoint"
+            skipped = "" if found == checkpoint else "it is not a complete checkpoint"
         elif operation == "load_weights":
             store.load_weights(checkpoint, {name: torch.empty_like(w) for name, w in weights().items()})
         else:

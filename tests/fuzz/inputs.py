@@ -22,7 +22,7 @@ MINI = ROOT / "tests" / "assets" / "mini" / "mini.tar"
 
 
 @functools.cache
-def pictures() -> dict[str, tuple[bytes, ...]]:
+def images() -> dict[str, tuple[bytes, ...]]:
     """By format."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -49,7 +49,7 @@ def pictures() -> dict[str, tuple[bytes, ...]]:
 
 
 @functools.cache
-def sounds() -> dict[str, tuple[bytes, ...]]:
+def clips() -> dict[str, tuple[bytes, ...]]:
     """By format."""
     time = np.arange(RATE // 4) / RATE
     mono = 0.3 * np.sin(2 * np.pi * 300 * time)
@@ -71,6 +71,32 @@ def sounds() -> dict[str, tuple[bytes, ...]]:
 
 
 @functools.cache
+def series() -> dict[str, tuple[bytes, ...]]:
+    """Of two channels, by format."""
+    steps = np.random.default_rng(0).normal(size=(2, 30))
+    gaps = np.where(steps > 1, np.nan, steps)
+    arrays = (steps, gaps.astype(np.float32), np.asfortranarray(steps), (9 * steps).astype(np.int16))
+    lines = ["\n".join(",".join(map(str, row)) for row in array.T) for array in (steps, gaps)]
+    return {"npy": tuple(map(_npy, arrays)), "csv": tuple(line.encode() for line in lines)}
+
+
+def document() -> dict[str, bytes]:
+    """The members of one that holds every kind."""
+    parts = [
+        {"text": "red number 1"},
+        {"member": "0.png"},
+        {"text": "", "loss": False},
+        {"member": "1.wav"},
+        {"member": "2.npy", "modality": "sensors"},
+        {"member": "3.txt"},
+        {"member": "0.png", "loss": False},
+    ]
+    meta = {"group": "g", "label": "red", "parts": parts}
+    return {"0.png": images()["png"][0], "1.wav": clips()["wav"][0], "2.npy": series()["npy"][0],
+            "3.txt": b"blue number 2", "json": json.dumps(meta).encode()}  # fmt: skip
+
+
+@functools.cache
 def tokenizer() -> bytes:
     """A sentencepiece model."""
     with tempfile.TemporaryDirectory() as folder:
@@ -79,13 +105,14 @@ def tokenizer() -> bytes:
 
 def samples() -> list[tuple[str, dict[str, bytes]]]:
     """Keys and members of a small shard: every format once."""
-    images, clips = pictures(), sounds()
+    image, audio = images(), clips()
     meta = json.dumps({"group": "g", "label": "red", "language": "en", "split": "train"}).encode()
     return [
-        ("one", {"png": images["png"][0], "wav": clips["wav"][0], "txt": b"red number 1", "json": meta}),
-        ("two", {"jpg": images["jpeg"][0], "flac": clips["flac"][0], "txt": b"blue number 2", "json": meta}),
-        ("three", {"webp": images["webp"][0], "ogg": clips["ogg"][0], "json": meta}),
-        ("four", {"txt": "Красный 4".encode(), "mp3": clips["mp3"][0]}),
+        ("one", {"png": image["png"][0], "wav": audio["wav"][0], "txt": b"red number 1", "json": meta}),
+        ("two", {"jpg": image["jpeg"][0], "flac": audio["flac"][0], "txt": b"blue number 2", "json": meta}),
+        ("three", {"webp": image["webp"][0], "ogg": audio["ogg"][0], "json": meta}),
+        ("four", {"txt": "Красный 4".encode(), "mp3": audio["mp3"][0]}),
+        ("five", document()),
     ]
 
 
@@ -127,6 +154,12 @@ def _save(image: Image.Image, format: str, **options: Any) -> bytes:
 def _sound(wave: np.ndarray, format: str, subtype: str) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, wave, RATE, format=format, subtype=subtype)
+    return out.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
     return out.getvalue()
 
 

@@ -8,16 +8,16 @@ from random import Random
 from typing import Any
 
 from launch import compare
-from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing import history
 from mmmoe_pretrain.surgery.probe import logged_usage
 from mmmoe_pretrain.train.journal import EVENTS, read_events
 from mmmoe_pretrain.train.metrics import truncate_after
-from mmmoe_pretrain.train.rollback import SKIPS, read_skips
+from mmmoe_pretrain.train.rollback import SKIPPED_BATCHES, read_skipped_batches
 from tests.fuzz.mutate import damage_json
 
-NAMES = ("metrics.jsonl", "metrics.jsonl", "report.json", "results.json", SKIPS, EVENTS)
+NAMES = ("metrics.jsonl", "metrics.jsonl", "report.json", "results.json", SKIPPED_BATCHES, EVENTS)
+MODALITIES = ("image", "audio", "text")
 ROW = {"metric": "m", "value": 0.5, "unit": "share", "chance": 0.1, "majority": None, "n": 10}
 
 
@@ -36,7 +36,7 @@ def make(rng: Random, place: object) -> tuple[str, bytes]:
     if name == "results.json":
         whole = json.dumps({"dense": {"test": ["a"], "results": [ROW]}}).encode()
         return name, damage_json(rng, whole, whole)
-    if name == SKIPS:
+    if name == SKIPPED_BATCHES:
         whole = json.dumps({"skipped_batches": [[3, 5], [9, 10]], "rollbacks": 1}).encode()
         return name, damage_json(rng, whole, whole)
     one = (lambda step: {"event": "saved", "step": step}) if name == EVENTS else record
@@ -54,8 +54,8 @@ def use(data: tuple[str, bytes], folder: Path) -> tuple[str, str]:
         compare.summarise([compare.read_report(path)])
     elif name == "results.json":
         report.read_dense(path, ["a"])
-    elif name == SKIPS:
-        cursor = read_skips(folder).cursor
+    elif name == SKIPPED_BATCHES:
+        cursor = read_skipped_batches(folder).cursor
         [cursor.batch(step) for step in (0, 3, 100)]
     elif name == EVENTS:
         read_events(folder)

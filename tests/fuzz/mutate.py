@@ -259,7 +259,7 @@ def nested(depth: int) -> Any:
 
 
 def damage_json(rng: Random, data: bytes, other: bytes) -> bytes:
-    """JSON of a changed value, or text that is no JSON."""
+    """JSON of a changed value, or text that is not JSON."""
     kind = rng.random()
     if kind < 0.6:
         value = json.loads(data)

@@ -1,4 +1,4 @@
-"""Runs cases in forked children, so that a crash in C code is found and named, and the rest goes on.
+"""Runs cases in forked children, so that a crash in C code is found and named, and the other cases still run.
 
 A case is (target, seed, number): the same three give the same input everywhere. A child is killed by the
 kernel after too much CPU time or real time (a hang inside C code never sees a Python signal handler), and
@@ -28,7 +28,7 @@ from tests.fuzz.targets import Target, Workplace
 CHUNK = 64  # cases a child
 CPU_SECONDS = 10.0  # a case; a usual one takes some thousandths
 REAL_SECONDS = 120.0  # a case; a machine may be busy with other things
-GROWTH = 640 << 20  # bytes that a case may take: a picture of MAX_PIXELS twice, at 4 bytes a pixel
+GROWTH = 640 << 20  # bytes that a case may take: an image of MAX_PIXELS twice, at 4 bytes a pixel
 ADDRESS_SPACE = 6 << 30  # bytes beyond what the process had: memory that is never touched costs nothing
 FAULTS = ("crashed", "hung", "grown", "ran_code")
 OUTCOMES = ("accepted", "skipped", "refused", *FAULTS)
@@ -50,7 +50,7 @@ class Case:
 
 
 def run_cases(target: Target, seed: int, numbers: Iterable[int]) -> Iterator[Case]:
-    """Every case, whatever becomes of the children."""
+    """Run every case, also if children crash."""
     waiting = list(numbers)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
@@ -93,7 +93,7 @@ def _child(target: Target, place: Workplace, seed: int, numbers: Sequence[int], 
     """Never returns."""
     try:
         faulthandler.disable()
-        _quiet()
+        _silence()
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         limit = _status("VmSize") + ADDRESS_SPACE
@@ -114,7 +114,7 @@ def _case(target: Target, place: Workplace, seed: int, number: int) -> Case:
     try:
         outcome, detail = target.use(data, place)
     except Exception as error:  # noqa: BLE001 - which ones are allowed is what is tested
-        outcome, detail = _judge(target, place, error)
+        outcome, detail = _classify(target, place, error)
     growth = _status("VmHWM") - before
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -126,7 +126,7 @@ def _case(target: Target, place: Workplace, seed: int, number: int) -> Case:
     return Case(target.name, seed, number, outcome, detail[:2000])
 
 
-def _judge(target: Target, place: Workplace, error: Exception) -> tuple[str, str]:
+def _classify(target: Target, place: Workplace, error: Exception) -> tuple[str, str]:
     if not isinstance(error, target.refusals):
         where = traceback.extract_tb(error.__traceback__)[-4:]
         trail = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in where)
@@ -141,7 +141,7 @@ def _judge(target: Target, place: Workplace, error: Exception) -> tuple[str, str
     return "refused", message
 
 
-def _quiet() -> None:
+def _silence() -> None:
     """Libraries in C write to the terminal."""
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)

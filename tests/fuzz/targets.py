@@ -23,17 +23,18 @@ from data_prep.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import Augment, BadSample, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, decode
 from mmmoe_pretrain.data.loader import keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, max_tokens_per_sample, pack
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
-from mmmoe_pretrain.modalities import Codecs, build_codecs
+from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from tests.fuzz import checkpoints, inputs, logs
 from tests.fuzz.mutate import BLIND, damage, damage_json
 from tests.fuzz.yaml_bombs import damage_yaml
-from tests.support import tiny_config
+from tests.support import tiny_config, tiny_values
 
 Outcome = tuple[str, str]
+VOCAB = 48  # of the tokenizer
 
 
 class Payload:
@@ -56,15 +57,18 @@ class Workplace:
     @cached_property
     def config(self) -> RunConfig:
         (self.folder / "tokens.model").write_bytes(inputs.tokenizer())
-        return tiny_config(self.folder)
+        modalities = tiny_values(self.folder)["modalities"]
+        modalities["text"] |= {"dropout": 0.5, "label_probability": 0.1}
+        modalities["sensors"] = {"kind": "series", "channels": 2, "max_steps": 20, "patch": 4}
+        return tiny_config(self.folder, modalities=modalities)
 
     @cached_property
-    def codecs(self) -> Codecs:
-        return build_codecs(self.config)
+    def modalities(self) -> Modalities:
+        return build_modalities(self.config.modalities, self.config.data.tokenizer)
 
     @cached_property
     def settings(self) -> PackSettings:
-        return PackSettings.from_config(self.config, self.codecs)
+        return PackSettings.from_config(self.config, self.modalities)
 
     def fresh(self, name: str) -> Path:
         """An empty folder."""
@@ -110,10 +114,13 @@ def decode_member(extension: str) -> Callable[[bytes, Workplace], Outcome]:
 
 def decode_and_pack(raws: Sequence[RawSample], place: Workplace) -> Outcome:
     """Accepted if every sample could be used."""
-    augment, bad = Augment(True, True, 0.1, 0.5, "a {}"), []
-    for perturb in (Augment(), augment):
+    bad = []
+    for seed in (None, 0):
         for start in range(0, len(raws), 8):
-            found = [decode(raw, place.codecs, perturb, position=i) for i, raw in enumerate(raws[start : start + 8])]
+            found = [
+                decode(raw, place.modalities, None if seed is None else Draws(seed, i), "a {}")
+                for i, raw in enumerate(raws[start : start + 8])
+            ]
             bad += [item for item in found if isinstance(item, BadSample)]
             for item in found:
                 check_sample(item, place)
@@ -127,19 +134,21 @@ def decode_and_pack(raws: Sequence[RawSample], place: Workplace) -> Outcome:
 
 
 def check_sample(item: Sample | BadSample, place: Workplace) -> None:
-    """What is accepted has the promised shapes, and finite numbers."""
+    """Accepted values have the expected shapes, and finite numbers."""
     if isinstance(item, BadSample):
         assert item.key and item.reason and len(item.reason) < 2000, item
         return
-    size, audio = place.config.modalities.image.size, place.config.modalities.audio
-    if item.image is not None:
-        assert item.image.shape == (3, size, size) and item.image.dtype == np.uint8
-    if item.audio is not None:
-        assert item.audio.shape[0] == audio.n_mels and 0 < item.audio.shape[1] <= audio.max_frames
-        assert np.isfinite(item.audio).all()
-    if item.text is not None:
-        assert len(item.text) <= place.config.modalities.text.max_tokens
-        assert ((item.text >= 0) & (item.text < place.codecs.text.vocab_size)).all()
+    assert item.items
+    for held in item.items:
+        modality = place.modalities[held.modality]
+        count, like = modality.num_tokens(held.value), modality.example(np.random.default_rng(0), VOCAB)
+        assert 0 < count <= modality.max_tokens
+        assert held.value.dtype == like.dtype and held.value.ndim == like.ndim
+        assert held.value.shape[:-1] == like.shape[:-1]  # all but what may be longer
+        arrays = modality.collate([held.value]).arrays.values()
+        assert all(np.isfinite(array).all() for array in arrays)
+        assert (modality.keys(held.value) >= 0).all()
+        assert (modality.keys(held.value) < (VOCAB if modality.predictable else count)).all()
 
 
 def use_media(data: tuple[str, bytes, int | None], place: Workplace) -> Outcome:
@@ -147,7 +156,7 @@ def use_media(data: tuple[str, bytes, int | None], place: Workplace) -> Outcome:
     suffix, content, size = data
     folder = place.fresh("media")
     (folder / f"file.{suffix}").write_bytes(content)
-    kind = "image" if suffix in inputs.pictures() else "audio"
+    kind = "image" if suffix in inputs.images() else "audio"
     row = {"key": "row", kind: f"file.{suffix}", "text": "a text"}
     (folder / "manifest.jsonl").write_text(json.dumps(row) + "\n")
     rows = read_manifest(folder)
@@ -156,7 +165,7 @@ def use_media(data: tuple[str, bytes, int | None], place: Workplace) -> Outcome:
 
 
 def make_media(rng: Random, place: Workplace) -> tuple[str, bytes, int | None]:
-    files = {**{k: v for k, v in inputs.pictures().items() if k not in ("gif", "bmp")}, **inputs.sounds()}
+    files = {**{k: v for k, v in inputs.images().items() if k not in ("gif", "bmp")}, **inputs.clips()}
     suffix = rng.choice(sorted(files))
     return suffix, damage(rng, rng.choice(files[suffix]), rng.choice(files[suffix])), rng.choice((None, 16))
 
@@ -171,6 +180,15 @@ def make_meta(rng: Random, place: Workplace) -> dict[str, bytes]:
     return members
 
 
+def make_document(rng: Random, place: Workplace) -> dict[str, bytes]:
+    """One whose list of parts is damaged, or one of its members is away."""
+    members = inputs.document()
+    members["json"] = damage_json(rng, members["json"], members["3.txt"])
+    if rng.random() < 0.1:
+        del members[rng.choice(sorted(members))]
+    return members
+
+
 def use_shard(data: bytes, place: Workplace) -> Outcome:
     """A folder with one tar, and all its samples."""
     folder = place.fresh("shards")
@@ -179,7 +197,7 @@ def use_shard(data: bytes, place: Workplace) -> Outcome:
 
 
 def use_folder(folder: Path, place: Workplace) -> Outcome:
-    shards = ShardFolder(folder)
+    shards = ShardFolder(folder, modalities=place.modalities)
     return decode_and_pack([shards.read(i) for i in range(len(shards))], place)
 
 
@@ -190,7 +208,7 @@ def make_sharded(place: Workplace) -> None:
     (place.folder / "whole").mkdir()
     entries = []
     for number, (key, members) in enumerate(inputs.samples()):
-        meta = {"key": key, "group": "", "split": "train"}
+        meta = {**json.loads(members.get("json", b"{}")), "key": key, "group": "", "split": "train"}
         members = {**members, "json": json.dumps(meta).encode()}
         entries.append(write_shard(place.folder / "whole" / f"{number:05d}.tar", [EncodedSample(key, members)]))
     write_shard_list(place.folder / "whole", entries)
@@ -233,8 +251,15 @@ def use_inspect(data: tuple[str, bytes], place: Workplace) -> Outcome:
 def make_manifest(rng: Random, place: Workplace) -> bytes:
     rows = [
         {"key": f"row-{i}", "image": "square.png", "audio": "tone.wav", "text": "A red square.", "split": "train",
-         "language": "en", "group": "g"} for i in range(3)
+         "language": "en", "group": "g"} for i in range(2)
     ]  # fmt: skip
+    parts = [
+        {"text": "A red square."},
+        {"image": "square.png"},
+        {"audio": "tone.wav", "loss": False},
+        {"file": "a.csv"},
+    ]
+    rows.append({"key": "document", "parts": parts, "split": "train"})
     lines = [json.dumps(row).encode() for row in rows]
     at = rng.randrange(3)
     lines[at] = damage_json(rng, lines[at], lines[0])
@@ -246,8 +271,9 @@ def use_manifest(data: bytes, place: Workplace) -> Outcome:
     """``mmmoe-data shard``."""
     folder = place.fresh("manifest")
     (folder / "manifest.jsonl").write_bytes(data)
-    (folder / "square.png").write_bytes(inputs.pictures()["png"][0])
-    (folder / "tone.wav").write_bytes(inputs.sounds()["wav"][0])
+    (folder / "square.png").write_bytes(inputs.images()["png"][0])
+    (folder / "tone.wav").write_bytes(inputs.clips()["wav"][0])
+    (folder / "a.csv").write_bytes(inputs.series()["csv"][0])
     data_inspect.measure(folder)
     options = data_shard.ShardOptions(workers=1, max_bad_fraction=1.0)
     report = data_shard.shard_manifest(read_manifest(folder), folder, folder / "out", options)
@@ -255,7 +281,7 @@ def use_manifest(data: bytes, place: Workplace) -> Outcome:
 
 
 def use_config(data: tuple[bytes, list[str]], place: Workplace) -> Outcome:
-    """``mmmoe train`` up to the codecs."""
+    """``mmmoe train`` up to its config."""
     path = place.folder / "run.yaml"
     path.write_bytes(data[0])
     config = run_config.load(path, data[1])
@@ -281,15 +307,13 @@ def make_override(rng: Random, place: Workplace) -> tuple[bytes, list[str]]:
 
 
 def use_tokenizer(data: bytes, place: Workplace) -> Outcome:
-    from mmmoe_pretrain.modalities import TextCodec
-
     path = place.folder / "damaged.model"
     path.write_bytes(data)
-    codec = TextCodec(path, place.config.modalities.text)
+    tokenizer = Tokenizer(path)
     for text in ("red number 1", "Ünïcode ﬁ ½ 한국어", "\0\1", "x" * 300, ""):
-        ids = codec.encode(text, np.random.default_rng(0), 0.5)
-        assert ((ids >= 0) & (ids < codec.vocab_size)).all()
-        codec.decode(ids)
+        ids = tokenizer.encode(text, np.random.default_rng(0), 0.5)
+        assert ((ids >= 0) & (ids < tokenizer.vocab_size)).all()
+        tokenizer.decode(ids)
     return "accepted", ""
 
 
@@ -311,10 +335,14 @@ def make_tokenizer(rng: Random, place: Workplace) -> bytes:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        *(Target(name, of_bytes(lambda name=name: inputs.pictures()[name]), decode_member("png"), _in("key"))
+        *(Target(name, of_bytes(lambda name=name: inputs.images()[name]), decode_member("png"), _in("key"))
           for name in ("png", "jpeg", "webp", "gif", "bmp", "tiff")),
-        *(Target(name, of_bytes(lambda name=name: inputs.sounds()[name]), decode_member(name), _in("key"))
+        *(Target(name, of_bytes(lambda name=name: inputs.clips()[name]), decode_member(name), _in("key"))
           for name in ("wav", "flac", "ogg", "mp3")),
+        *(Target(name, of_bytes(lambda name=name: inputs.series()[name]), decode_member(name), _in("key"))
+          for name in ("npy", "csv")),
+        Target("document", make_document, lambda data, place: decode_and_pack([RawSample("key", data)], place),
+               _in("key")),
         Target("media", make_media, use_media, _in("file.")),
         Target("member", make_meta, lambda data, place: decode_and_pack([RawSample("key", data)], place), _in("key")),
         Target("shard", of_bytes(inputs.shards), use_shard, _in("00000.tar")),

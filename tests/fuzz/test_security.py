@@ -1,4 +1,4 @@
-"""The promises of docs/reliability.md about files that others wrote, each by name."""
+"""The guarantees of docs/reliability.md about untrusted files, one test each."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from data_prep.shard import ShardOptions, shard_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.config import AudioConfig, ImageConfig, TextConfig
 from mmmoe_pretrain.data.shards import ShardFolder
-from mmmoe_pretrain.modalities import AudioCodec, BadSampleError, ImageCodec, TextCodec
+from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
+from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
+from mmmoe_pretrain.modalities.image import Image as ImageModality
+from mmmoe_pretrain.modalities.image import ImageSettings
 from mmmoe_pretrain.untrusted import parse_json, parse_yaml
 from tests.fuzz import checkpoints
 from tests.fuzz.runner import _reset_peak, _status
 from tests.fuzz.targets import Payload
 from tests.fuzz.yaml_bombs import aliases, code, merges
 
+IMAGES, CLIPS = ImageModality("image", ImageSettings()), Audio("audio", AudioSettings())
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("mmmoe_pretrain", "data_prep", "launch")
 # Where pickle is used between processes of one run that forked each other; no file is read there.
@@ -156,24 +159,24 @@ def test_tar_links_devices_pipes_and_unknown_kinds_are_refused(tmp_path: Path, k
 
 
 def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    for name in ("run.yaml", "tokens.model", "shards/00000.tar", "manifest/manifest.jsonl", "pictures/a.png"):
+    for name in ("run.yaml", "tokens.model", "shards/00000.tar", "manifest/manifest.jsonl", "images/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         os.mkfifo(tmp_path / name)
     for read in (
         lambda: run_config.load(tmp_path / "run.yaml"),
-        lambda: TextCodec(tmp_path / "tokens.model", TextConfig()),
+        lambda: Tokenizer(tmp_path / "tokens.model"),
         lambda: ShardFolder(tmp_path / "shards"),
         lambda: read_manifest(tmp_path / "manifest"),
-        lambda: media.image_member(tmp_path / "pictures" / "a.png", None),
+        lambda: media.image_member(tmp_path / "images" / "a.png", None),
     ):
         with pytest.raises(ValueError, match=r"run\.yaml|tokens\.model|00000\.tar|manifest|a\.png"):
             read()
-    assert any("is no plain file" in problem for problem in verify.verify_folder(tmp_path / "shards", verify.Seen()))
+    assert any("is not a plain file" in found for found in verify.verify_folder(tmp_path / "shards", verify.Seen()))
 
 
 @pytest.mark.parametrize("size", ["-1024", "99999999999999999999", "1" * 5000, "x"])
 def test_a_size_that_sends_a_tar_reader_in_circles_is_refused(tmp_path: Path, size: str) -> None:
-    """Python's tarfile, where it is not mended, never ends on a negative size (CVE-2025-8194)."""
+    """Python's tarfile, where it is not patched, never ends on a negative size (CVE-2025-8194)."""
     with tarfile.open(tmp_path / "00000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.txt")
         info.pax_headers = {"size": size}
@@ -196,7 +199,7 @@ def test_a_bomb_of_pixels_is_refused_by_its_header(tmp_path: Path, width: int, h
     (tmp_path / "bomb.png").write_bytes(bomb)
     before = _reset_peak()
     with pytest.raises(BadSampleError, match=r"exceeds the limit|DecompressionBomb|cannot be decoded"):
-        ImageCodec(ImageConfig()).decode(bomb)
+        IMAGES.decode(bomb)
     with pytest.raises(ValueError, match=r"bomb\.png .*(exceeds the limit|bomb)"):
         media.image_member(tmp_path / "bomb.png", 16)
     assert _status("VmHWM") - before < 64 << 20  # one byte a pixel would be as much
@@ -210,11 +213,11 @@ def test_a_jpeg_of_many_scans_is_refused_by_its_header() -> None:
     scan = whole.rindex(b"\xff\xda")
     bomb = whole[:scan] + whole[scan:-2] * 1000 + b"\xff\xd9"
     with pytest.raises(BadSampleError, match=r"4000 x 4000 pixels in \d+ scans exceeds the limit"):
-        ImageCodec(ImageConfig()).decode(bomb)
-    assert ImageCodec(ImageConfig()).decode(whole).shape == (3, 48, 48)
+        IMAGES.decode(bomb)
+    assert IMAGES.decode(whole).shape == (3, 48, 48)  # type: ignore[union-attr]
 
 
-def sound(frames: int, channels: int, rate: int) -> bytes:
+def wav(frames: int, channels: int, rate: int) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, np.zeros((frames, channels), np.int16), rate, format="FLAC")  # silence packs 1,000 : 1
     return out.getvalue()
@@ -229,11 +232,11 @@ def test_a_bomb_of_seconds_or_samples_is_refused_by_its_header(
 ) -> None:
     monkeypatch.setattr(limits, "MAX_CLIP_SAMPLES", 1_000_000)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: pytest.fail("it was decoded"))
-    bomb = sound(frames, channels, rate)
+    bomb = wav(frames, channels, rate)
     assert len(bomb) < frames * channels / 10
     (tmp_path / "bomb.flac").write_bytes(bomb)
     with pytest.raises(BadSampleError, match=what):
-        AudioCodec(AudioConfig()).decode(bomb)
+        CLIPS.decode(bomb)
     with pytest.raises(ValueError, match=rf"bomb\.flac .*{what}"):
         media.audio_member(tmp_path / "bomb.flac", None)
 
@@ -243,8 +246,8 @@ def test_a_bomb_of_seconds_or_samples_is_refused_by_its_header(
 )
 def test_only_the_documented_kinds_of_sound_reach_the_decoder(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(soundfile.SoundFile, "__init__", lambda *a, **k: pytest.fail("libsndfile saw it"))
-    with pytest.raises(BadSampleError, match="no WAV, FLAC, OGG or MP3"):
-        AudioCodec(AudioConfig()).decode(data)
+    with pytest.raises(BadSampleError, match="not WAV, FLAC, OGG or MP3"):
+        CLIPS.decode(data)
 
 
 def test_a_text_and_a_json_of_a_sample_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +333,7 @@ def test_nothing_is_unpickled_from_a_shard(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_manifest_takes_images_and_sounds_alone_from_outside_of_its_folder_and_says_so(
+def test_a_manifest_takes_images_and_audio_alone_from_outside_of_its_folder_and_says_so(
     tmp_path: Path, caplog
 ) -> None:
     """A manifest is its user's own file, so it may name any; one from elsewhere gets no secrets into a shard."""
@@ -345,6 +348,17 @@ def test_a_manifest_takes_images_and_sounds_alone_from_outside_of_its_folder_and
     assert sorted(bad.key for bad in report.skipped) == ["0", "1", "2", "3"]
     assert "PRIVATE" not in str(report.skipped)
     assert "4 files lie outside of" in caplog.text
+    # What is not decoded is taken from the folder alone, through no link either.
+    (tmp_path / "secret.txt").write_text("-----BEGIN PRIVATE KEY-----")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    names = ["../secret.txt", "/etc/hosts.txt", str(tmp_path / "secret.txt"), "link.txt"]
+    rows = [{"key": str(i), "parts": [{"text": "x"}, {"file": name}]} for i, name in enumerate(names)]
+    (folder / "manifest.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"key": "b", "text": "x"}])
+    )
+    report = shard_manifest(read_manifest(folder), folder, tmp_path / "documents", options)
+    assert sorted(bad.key for bad in report.skipped) == ["0", "1", "2", "3"]
+    assert all("lies outside of the manifest's folder" in bad.reason for bad in report.skipped)
     (folder / "manifest.jsonl").write_text(json.dumps({"key": "a", "image": "a\0.png"}) + "\n")
     with pytest.raises(ValueError, match=r"manifest\.jsonl line 1, key 'a': .*holds a NUL"):
         read_manifest(folder)

@@ -22,9 +22,9 @@ KERNELS: dict[str, tuple[Any, list[Any]]] = {
     "rms_norm backward": (
         rms_norm.backward_kernel, [HALF, HALF, FULL, FULL, HALF, FULL, INT, INT, rms_norm.ROWS, 2048],
     ),
-    "heads forward": (heads.forward_kernel, [HALF, FULL, FULL, HALF, HALF, HALF, FULL, INT, INT, FLOAT, 16, 64]),
+    "heads forward": (heads.forward_kernel, [HALF, FULL, FULL, HALF, HALF, HALF, FULL, INT, INT, INT, FLOAT, 16, 64]),
     "heads backward": (
-        heads.backward_kernel, [HALF, HALF, HALF, HALF, HALF, FULL, FULL, FULL, HALF, INT, INT, 16, 64],
+        heads.backward_kernel, [HALF, HALF, HALF, HALF, HALF, FULL, FULL, FULL, HALF, INT, INT, INT, 16, 64],
     ),
     "swiglu forward": (swiglu.forward_kernel, [HALF, FULL, HALF, INT, True, swiglu.BLOCK]),
     "swiglu backward": (swiglu.backward_kernel, [HALF, HALF, FULL, HALF, FULL, 5632, True, swiglu.BLOCK]),

@@ -74,18 +74,21 @@ def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("tokens", "num_heads", "size"), [(0, 2, 8), (7, 3, 12), (2, 16, 128), (9, 1, 2)])
-def test_prepare_heads(tokens: int, num_heads: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "num_heads", "num_kv_heads", "size"),
+    [(0, 2, 2, 8), (7, 3, 3, 12), (2, 16, 16, 128), (9, 1, 1, 2), (5, 6, 2, 12), (3, 5, 1, 8)],
+)
+def test_prepare_heads(tokens: int, num_heads: int, num_kv_heads: int, size: int, dtype: torch.dtype) -> None:
     angle = draw(3, tokens, size // 2).to(DEVICE)
     cos, sin = angle.cos(), angle.sin()
 
     def ours(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return heads.prepare_heads(qkv, cos, sin, attention.EPS)
+        return heads.prepare_heads(qkv, num_kv_heads, cos, sin, attention.EPS)
 
     def in_fp64(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return attention.prepare_heads(qkv, cos.double(), sin.double())
+        return attention.prepare_heads(qkv, num_kv_heads, cos.double(), sin.double())
 
-    compare(ours, in_fp64, [draw(4, tokens, 3, num_heads, size)], dtype)
+    compare(ours, in_fp64, [draw(4, tokens, num_heads + 2 * num_kv_heads, size)], dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -138,5 +141,5 @@ def test_without_what_triton_builds_with_pytorch_computes(
     monkeypatch.setenv("PATH", str(compiler.parent))
     monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(include))
     assert kernels.triton_works.__wrapped__() is not bool(lacking)
-    told = {"": "", "compiler": "a C compiler", "headers": f"Python's headers ({include / 'Python.h'})"}
-    assert told[lacking] in caplog.text and bool(caplog.text) is bool(lacking)
+    message = {"": "", "compiler": "a C compiler", "headers": f"Python's headers ({include / 'Python.h'})"}
+    assert message[lacking] in caplog.text and bool(caplog.text) is bool(lacking)

@@ -1,4 +1,4 @@
-"""The comparison of the mixture with its dense baseline: equal arithmetic, and honest sums."""
+"""The comparison of the MoE model with its dense baseline: equal arithmetic, and honest sums."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ def report(value: float) -> dict:
 
 
 def test_the_dense_model_has_the_active_parameters_of_the_mixture() -> None:
-    mixture = run_config.load(DEMO)
-    dense = run_config.load(DEMO, dense_overrides(mixture))
+    moe = run_config.load(DEMO)
+    dense = run_config.load(DEMO, dense_overrides(moe))
 
     def active(config: run_config.RunConfig) -> float:
         share = config.moe.experts_per_token / config.moe.num_experts
         return sum(p.numel() * (share if ".experts." in name else 1)
                    for name, p in MMMoE(config, 64).trunk.named_parameters() if "router" not in name)  # fmt: skip
 
-    assert active(dense) == active(mixture)
+    assert active(dense) == active(moe)
 
 
 def test_seeds_are_summed_up_as_mean_and_sample_deviation() -> None:

@@ -1,4 +1,4 @@
-"""The demo's script with stand-ins for the commands: which steps it takes, and what it says."""
+"""The demo's script with fake commands: its steps and its output."""
 
 import os
 import shutil

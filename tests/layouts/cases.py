@@ -11,14 +11,14 @@ from typing import Any, Literal
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
-from tests.support import random_sample, tiny_values
+from mmmoe_pretrain.data.pack import pack
+from tests.support import objectives, pack_settings, random_sample, tiny_values
 
 VOCAB = 48
 MICROBATCHES = 4
 STEPS = 3
 LEARNING_RATE = 3e-3
-# Of a global microbatch. With two data-parallel ranks or more the later ones see no picture; one sample has
+# Of a global microbatch. With two data-parallel ranks or more the later ones see no image; one sample has
 # text alone, which no pair of the contrastive objective can use.
 GLOBAL = ("iat", "it", "ia", "iat", "t", "at", "a", "t")
 # For half types. Where scores choose, a rounding sends a token near the edge between two experts to the other one,
@@ -44,20 +44,22 @@ class Case:
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
     moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
+    optimizer: dict[str, Any] = field(default_factory=dict, hash=False)  # of the config's section; {}: AdamW
 
     @property
     def name(self) -> str:
         zero = f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
-        return f"{self.layout} {self.engine}{zero} {self.precision}"
+        kind = f" {self.optimizer['kind']}" if self.optimizer else ""
+        return f"{self.layout} {self.engine}{zero}{kind} {self.precision}"
 
     def config(self, root: Path) -> RunConfig:
         parallel = {"expert_parallel_size": 1, **self.parallel, "engine": self.engine, "zero_stage": self.zero_stage}
         if self.zero_stage == 3:  # else it would leave parameters as small as these whole
             parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
-        values = config_of(root, parallel, self.precision, self.train).model_dump(mode="json")
+        values = config_of(root, parallel, self.precision, self.train, self.optimizer).model_dump(mode="json")
         values["objectives"]["contrastive"]["cached"] = bool(self.cached)
         values["moe"] |= {"dispatch_chunks": self.chunks, **self.moe}
-        if self.cached == "alone":  # nothing that goes by microbatches
+        if self.cached == "alone":  # nothing that depends on microbatches
             values["objectives"]["captioning"]["weight"] = 0.0
             values["moe"] |= {"losses": {}, "bias_balancing": {}}
         return run_config.parse(values)
@@ -97,8 +99,8 @@ def all_cases() -> list[Case]:
 
 
 def cover(cases: Sequence[Case]) -> list[Case]:
-    """Few of ``cases`` in which every two features that meet in one of them still meet: a degree of parallelism, an
-    engine with its ZeRO stage, a type. The greedy choice; for the suite, where ``make parity`` runs all."""
+    """Few of ``cases``, with every layout, in which every two features that meet in one of them still meet: a kind of
+    parallelism, an engine with its ZeRO stage, a type. The greedy choice; ``make parity`` runs all cases."""
     left = {pair for case in cases for pair in _pairs(case)}
     chosen = []
     while left:
@@ -109,9 +111,8 @@ def cover(cases: Sequence[Case]) -> list[Case]:
 
 
 def _pairs(case: Case) -> set[frozenset[str]]:
-    degrees = [f"{name} {degree}" for name, degree in case.parallel.items()] or ["data alone"]
-    features = [*degrees, f"{case.ranks} ranks", f"{case.engine} {case.zero_stage}", case.precision]
-    return {frozenset(pair) for pair in itertools.combinations(features, 2)}
+    features = [*(case.parallel or ["data alone"]), f"{case.engine} {case.zero_stage}", case.precision]
+    return {frozenset(pair) for pair in itertools.combinations(features, 2)} | {frozenset([case.layout])}
 
 
 FP16 = {
@@ -130,6 +131,8 @@ def in_fp16(layout: str, zero_stage: int, engine: str) -> Case:
     return Case(layout, ranks, engine, zero_stage, degrees, "fp16", scale, moe=FIXED_ROUTING)
 
 
+SGD = {"kind": "sgd", "momentum": 0.9}
+
 # All that other people's blocks have: GPT-OSS, Qwen2-MoE, Llama 4, DeepSeek.
 OTHER_BLOCKS = {
     "activation": "clamped_swiglu",
@@ -142,9 +145,13 @@ OTHER_BLOCKS = {
 
 
 def config_of(
-    root: Path, parallel: dict[str, Any], precision: str = "fp32", train: dict[str, Any] | None = None
+    root: Path,
+    parallel: dict[str, Any],
+    precision: str = "fp32",
+    train: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """All objectives, all kinds of auxiliary losses, shared and identity experts, two mixtures in four blocks."""
+    """All objectives, all kinds of auxiliary losses, shared and identity experts, two MoE layers in four blocks."""
     values = tiny_values(
         root,
         parallel=parallel,
@@ -153,8 +160,9 @@ def config_of(
              "identity_experts": 1, "bias_balancing": {"rate": 0.001}, "router": "sigmoid_top_k",
              "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "importance": 0.01, "balance": 0.01,
                         "balance_scope": "global_batch", "z": 0.001, "orthogonality": 0.01}},
-        objectives={"captioning": {"weight": 0.5, "fraction": 1.0}},
-        optimizer={"learning_rate": LEARNING_RATE, "warmup_steps": 0, "clip_norm": 1.0, "eps": 1e-4},
+        objectives=objectives(),
+        optimizer={"learning_rate": LEARNING_RATE, "warmup_steps": 0, "clip_norm": 1.0,
+                   **(optimizer or {"eps": 1e-4})},
         train={"steps": STEPS, "global_batch_size": MICROBATCHES * len(GLOBAL), "num_microbatches": MICROBATCHES,
                "precision": precision, **(train or {})},
     )  # fmt: skip
@@ -168,6 +176,4 @@ def global_microbatch(
     share = len(modalities) // ranks
     positions = range(rank * share, (rank + 1) * share)
     samples = [random_sample(100 * number + i, modalities[i], config, VOCAB) for i in positions]
-    captioning = config.objectives.captioning
-    settings = PackSettings(config.modalities, 1, 2, captioning if captioning.weight else None, config.seed)
-    return pack(samples, settings, [100 * number + i for i in positions])
+    return pack(samples, pack_settings(config), [100 * number + i for i in positions])

@@ -39,7 +39,7 @@ ONE_IN_HALF = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """Largest differences from one process: of a loss and of the norm relative, of a weight absolute, and of a
     parameter's first gradient relative (``gradient_distance``)."""
 
@@ -62,7 +62,7 @@ class Verdict:
         )
 
 
-def judge(case: Case, ranks: Sequence[Outcome], alone: Outcome) -> Verdict:
+def compare(case: Case, ranks: Sequence[Outcome], alone: Outcome) -> Comparison:
     """Compare what every rank reports, and the weights put together."""
     try:
         losses = max(
@@ -88,8 +88,8 @@ def judge(case: Case, ranks: Sequence[Outcome], alone: Outcome) -> Verdict:
             found = assemble([rank.moments for rank in ranks], name)
             gradients = max(gradients, gradient_distance(found, alone.moments[name][1][0][1]))
     except (AssertionError, KeyError) as error:
-        return Verdict(case, problem=" ".join(str(error).split())[:200] or repr(error))
-    return Verdict(case, losses, norms, weights, gradients)
+        return Comparison(case, problem=" ".join(str(error).split())[:200] or repr(error))
+    return Comparison(case, losses, norms, weights, gradients)
 
 
 def gradient_distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -97,39 +97,35 @@ def gradient_distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-6))
 
 
-def run(cases: Sequence[Case], root: Path) -> list[Verdict]:
-    """Some cases of as many ranks share each start of the ranks."""
-    alone = {"fp32": run_ranks(1, train_alone, root, STEPS)[0]}
+def run(cases: Sequence[Case], root: Path, steps: int = STEPS) -> list[Comparison]:
+    """``steps``: of the cases in fp32. Some cases of as many ranks and steps share each start of the ranks."""
+
+    def start_of(case: Case) -> tuple[int, int]:
+        return case.ranks, steps if case.precision == "fp32" else 1
+
+    alone = {"fp32": run_ranks(1, train_alone, root, steps)[0]}
     for precision, case in ONE_IN_HALF.items():
-        alone[precision] = start_ranks(1, [case], root, steps_of(case), SECONDS_A_CASE)[0][0]
-    verdicts = []
-    for (ranks, steps), some in itertools.groupby(sorted(cases, key=start_of), key=start_of):
+        if any(other.precision == precision for other in cases):
+            alone[precision] = start_ranks(1, [case], root, 1, SECONDS_A_CASE)[0][0]
+    comparisons = []
+    for (ranks, count), some in itertools.groupby(sorted(cases, key=start_of), key=start_of):
         todo = list(some)
         while todo:
             group, todo = todo[:CASES_A_START], todo[CASES_A_START:]
-            outcomes = start_ranks(ranks, group, root, steps, SECONDS_A_CASE * (1 + len(group)))
+            outcomes = start_ranks(ranks, group, root, count, SECONDS_A_CASE * (1 + len(group)))
             for i, case in enumerate(group):
-                verdicts.append(judge(case, [rank[i] for rank in outcomes], alone[case.precision]))
+                comparisons.append(compare(case, [rank[i] for rank in outcomes], alone[case.precision]))
     order = {case: i for i, case in enumerate(cases)}
-    return sorted(verdicts, key=lambda verdict: order[verdict.case])
+    return sorted(comparisons, key=lambda comparison: order[comparison.case])
 
 
-def steps_of(case: Case) -> int:
-    return STEPS if case.precision == "fp32" else 1
-
-
-def start_of(case: Case) -> tuple[int, int]:
-    """Cases of as many ranks and steps share a start."""
-    return case.ranks, steps_of(case)
-
-
-def table(verdicts: Sequence[Verdict]) -> str:
+def table(comparisons: Sequence[Comparison]) -> str:
     """Markdown."""
     lines = [
         "| layout | ranks | engine | ZeRO | type | loss | gradient norm | gradients | weights | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for v in verdicts:
+    for v in comparisons:
         c = v.case
         state = "equal" if v.passed else f"**differs** {v.problem}"
         lines.append(
@@ -140,7 +136,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace what stands between the marks."""
+    """Replace the text between the marks."""
     before, found, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (found and ended):

@@ -3,7 +3,7 @@
 python -m tests.layouts.parity                                the last line is "N passed, N failed"
 python -m tests.layouts.parity --write docs/parallelism.md    put the table there, between its marks
 python -m tests.layouts.parity --only TP2 deepspeed           cases whose name contains one of these
-python -m tests.layouts.parity --record                       write the losses of one process anew
+python -m tests.layouts.parity --record                       record the losses of one process again
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def main() -> int:
         if args.record:
             golden.record(Path(folder))
             return 0
-        verdicts = matrix.run(wanted(all_cases()), Path(folder))
-        text = matrix.table(verdicts)
+        comparisons = matrix.run(wanted(all_cases()), Path(folder))
+        text = matrix.table(comparisons)
         print(text, flush=True)
         if args.write:
             matrix.write(args.write, text)
-        passed = [verdict.passed for verdict in verdicts]
+        passed = [comparison.passed for comparison in comparisons]
         for case in wanted(golden.golden_cases()):
             early, late = golden.run(case, Path(folder))
             passed.append(golden.within_bounds((early, late)))

@@ -1,12 +1,12 @@
-"""What a run saved under one layout and engine goes on under another: `make reshard`.
+"""A run saved under one layout and engine resumes under another: `make reshard`.
 
 python -m tests.layouts.reshard                        all ordered pairs; the last line is "N passed, N failed"
 python -m tests.layouts.reshard --only "PP2" "ZeRO-3"  pairs in whose names one of these stands
 
-Each layout trains two steps, saves, and takes two more. Each other layout loads that checkpoint: every weight,
-moment and count must be what was saved, bit for bit, and the next two steps must have the same losses (bound of
-tests/layouts/matrix.py: layouts add up in another order). The second of them shows the moments that the first
-one's update was made with.
+Each layout trains two steps, saves, and takes two more. Each other layout of the same optimizer loads that
+checkpoint: every weight, optimizer tensor and count must be what was saved, bit for bit, and the next two steps must
+have the same losses (bound of tests/layouts/matrix.py: layouts add up in another order). The second of them shows the
+optimizer state that the first one's update was made with.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.retention import Retention
-from mmmoe_pretrain.checkpoint.sharded import ShardedState
-from mmmoe_pretrain.checkpoint.state import ParameterState
+from mmmoe_pretrain.checkpoint.folders import Retention
+from mmmoe_pretrain.checkpoint.state import ShardedState, WholeState
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, VOCAB, Case, global_microbatch
+from tests.distributed import groups_of, run_ranks
+from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, SGD, VOCAB, Case, global_microbatch
 from tests.layouts.matrix import CASES_A_START, LOSS
 
 STEPS_SAVED, STEPS_AFTER = 2, 2
 SECONDS_A_LOAD = 30.0
 
 
-def _case(layout: str, engine: str, zero_stage: int) -> Case:
+def _case(layout: str, engine: str, zero_stage: int, optimizer: dict[str, Any] | None = None) -> Case:
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
-    return Case(layout, ranks, engine, zero_stage, degrees)
+    return Case(layout, ranks, engine, zero_stage, degrees, optimizer=optimizer or {})
 
 
 CASES = (
@@ -56,12 +56,17 @@ CASES = (
     _case("TP2 x EP2", "deepspeed", 1),
     _case("PP4", "megatron", 0),
     _case("TP2 + SP x PP2 x EP2", "megatron", 1),
+    _case("one process", "megatron", 0, SGD),
+    _case("DP2", "deepspeed", 2, SGD),
+    _case("EP2", "deepspeed", 3, SGD),
+    _case("TP2 + SP", "megatron", 0, SGD),
+    _case("PP2 x VPP2", "megatron", 0, SGD),
 )
 Pair = tuple[Case, Case]  # saved under, loaded under
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """``loss``: the largest relative difference of a loss of the next steps."""
 
     pair: Pair
@@ -74,10 +79,11 @@ class Verdict:
 
 
 def all_pairs() -> list[Pair]:
-    return list(itertools.permutations(CASES, 2))
+    """Of layouts with the same optimizer."""
+    return [pair for pair in itertools.permutations(CASES, 2) if pair[0].optimizer == pair[1].optimizer]
 
 
-def run(pairs: Sequence[Pair], root: Path) -> Iterator[Verdict]:
+def run(pairs: Sequence[Pair], root: Path) -> Iterator[Comparison]:
     """Each layout that a pair saves under trains once."""
     if any(case.engine == "deepspeed" for pair in pairs for case in pair):
         deepspeed.prepare()  # before the fork: its import takes seconds
@@ -90,7 +96,7 @@ def run(pairs: Sequence[Pair], root: Path) -> Iterator[Verdict]:
         for some in _chunks(sources):
             ranks = run_ranks(after.ranks, load_all, after, some, root, timeout=SECONDS_A_LOAD * (1 + len(some)))
             for i, before in enumerate(some):
-                yield _judge((before, after), [rank[i] for rank in ranks], wanted[before])
+                yield _compare((before, after), [rank[i] for rank in ranks], wanted[before])
 
 
 def _by_ranks(cases: Sequence[Case]) -> Iterator[tuple[int, list[Case]]]:
@@ -104,12 +110,12 @@ def _chunks(cases: list[Case]) -> Iterator[list[Case]]:
         yield cases[first : first + CASES_A_START]
 
 
-def _judge(pair: Pair, ranks: Sequence[tuple[str, dict[str, float]]], wanted: dict[str, float]) -> Verdict:
+def _compare(pair: Pair, ranks: Sequence[tuple[str, dict[str, float]]], wanted: dict[str, float]) -> Comparison:
     problem = next((problem for problem, _ in ranks if problem), "")
     difference = max(
         abs(losses[name] - value) / max(1.0, abs(value)) for _, losses in ranks for name, value in wanted.items()
     )
-    return Verdict(pair, difference, problem)
+    return Comparison(pair, difference, problem)
 
 
 def root_of(root: Path, case: Case) -> Path:
@@ -125,7 +131,7 @@ def save_all(cases: Sequence[Case], root: Path) -> list[dict[str, float]]:
             for number in range(STEPS_SAVED):
                 step(engine, case, root, groups, number)
             meta = {"progress": engine.progress().to_json()}
-            store.save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, everybody(), Retention(1, 0, 0))
+            store.save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, all_ranks(), Retention(1, 0, 0))
             found.append(next_losses(engine, case, root, groups))
             destroy_groups()
     return found
@@ -140,7 +146,7 @@ def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str,
             checkpoint = store.find_latest(root_of(root, source))
             assert checkpoint is not None
             progress = Progress.from_json(store.read_meta(checkpoint)["progress"])
-            engine.import_state(store.load(checkpoint, engine.export_state(), everybody()), progress)
+            engine.import_state(store.load(checkpoint, engine.export_state(), all_ranks()), progress)
             problem = differences(engine.export_state(), store.read_state(checkpoint))
             if engine.progress() != progress:
                 problem = problem or f"progress is {engine.progress()}, saved was {progress}"
@@ -149,25 +155,23 @@ def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str,
     return found
 
 
-def differences(held: ShardedState, saved: dict[str, ParameterState]) -> str:
+def differences(held: ShardedState, saved: WholeState) -> str:
     """The first tensor of which this rank holds something else than was saved, or nothing."""
-    for name, parameter in held.items():
-        wanted = saved[name].tensors(name)
-        for key, pieces in parameter.named(name).items():
-            for piece in pieces:
-                here = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
-                if not torch.equal(piece.tensor.cpu(), wanted[key][here]):
-                    return f"{key} at {piece.offset} is not what was saved"
+    for key, tensor in held.items():
+        for offset, piece in tensor.pieces.items():
+            here = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
+            if not torch.equal(piece.cpu(), saved[key][here]):
+                return f"{key} at {offset} is not what was saved"
     return ""
 
 
-def everybody() -> dist.ProcessGroup | None:
+def all_ranks() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.get_world_size() > 1 else None
 
 
 def build(case: Case, root: Path, device: torch.device) -> tuple[Engine, Groups]:
     config = case.config(root)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = groups_of(config.parallel, config.moe.group_sizes)
     return build_engine(config, VOCAB, groups, device), groups
 
 
@@ -195,11 +199,11 @@ def main() -> int:
     pairs = [pair for pair in all_pairs() if any(part in f"{pair[0].name} {pair[1].name}" for part in args.only)]
     passed = []
     with tempfile.TemporaryDirectory() as folder:
-        for verdict in run(pairs, Path(folder)):
-            before, after = verdict.pair
-            state = "equal" if verdict.passed else f"DIFFERS {verdict.problem}"
-            print(f"{before.name:<42} -> {after.name:<42} next loss {verdict.loss:.0e}  {state}", flush=True)
-            passed.append(verdict.passed)
+        for comparison in run(pairs, Path(folder)):
+            before, after = comparison.pair
+            state = "equal" if comparison.passed else f"DIFFERS {comparison.problem}"
+            print(f"{before.name:<42} -> {after.name:<42} next loss {comparison.loss:.0e}  {state}", flush=True)
+            passed.append(comparison.passed)
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     return 0 if all(passed) else 1
 

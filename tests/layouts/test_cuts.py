@@ -16,16 +16,16 @@ import torch
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.layouts.cases import LAYOUTS, VOCAB, Case
-from tests.layouts.train import Held, assemble
-from tests.support import random_sample
+from tests.layouts.train import Held, assemble, held_by_name
+from tests.support import pack_settings, random_sample
 
 SAMPLES = ("ia", "i", "ia", "a", "iat", "it", "at", "iat", "t", "iat", "at", "it", "iat", "iat", "it", "at")
 ONE_RANK = [(engine, stage, "one process", cut) for engine, stage in (("megatron", 1), ("deepspeed", 0))
@@ -47,8 +47,8 @@ def config_for(root: Path, engine: str, stage: int, layout: str, cut: int) -> Ru
 
 
 def packed(config: RunConfig, positions: range) -> Batch:
-    settings = PackSettings(config.modalities, 1, 2, config.objectives.captioning, config.seed)
-    return pack([random_sample(i, SAMPLES[i], config, VOCAB) for i in positions], settings, positions)
+    samples = [random_sample(i, SAMPLES[i], config, VOCAB) for i in positions]
+    return pack(samples, pack_settings(config), positions)
 
 
 def one_batch(config: RunConfig) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -57,8 +57,8 @@ def one_batch(config: RunConfig) -> tuple[dict[str, float], dict[str, np.ndarray
     loss, report = model(batch)
     loss.backward()
     losses = {name: value.item() for name, value in report.losses.items()}
-    nll = model.mmmoe(batch).caption_nll
-    assert losses["captioning"] == pytest.approx(config.objectives.captioning.weight * nll.mean().item(), rel=1e-6)
+    nll = model.mmmoe(batch)[0].token_nll["captioning"]
+    assert losses["captioning"] == pytest.approx(0.5 * nll.mean().item(), rel=1e-6)
     return losses, {name: p.grad.numpy() for name, p in model.named_parameters()}
 
 
@@ -68,14 +68,14 @@ def one_step(
     """The losses that an engine reports, their counts, and what this rank holds of the gradients, which are a fixed
     part of Adam's first moment after its first step."""
     config = config_for(root, *case)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = groups_of(config.parallel, config.moe.group_sizes)
     engine = build_engine(config, VOCAB, groups, device)
     size = len(SAMPLES) // case[-1] // groups.data_size
     firsts = [(a * groups.data_size + groups.data_rank) * size for a in range(case[-1])]
     result = engine.step([packed(config, range(first, first + size)) for first in firsts], 1e-3)
     share = 1 - config.optimizer.beta1
-    gradients = {name: (held.shape, [(p.offset, p.tensor.float().numpy() / share) for p in held.exp_avg])
-                 for name, held in engine.export_state().items() if held.exp_avg}  # fmt: skip
+    gradients = {name: (shape, [(offset, numbers / share) for offset, numbers in pieces])
+                 for name, (shape, pieces) in held_by_name(engine, "exp_avg").items()}  # fmt: skip
     destroy_groups()
     return result.losses, result.counts.terms, gradients
 
@@ -93,10 +93,10 @@ def test_the_cut_of_a_step_changes_neither_losses_nor_gradients(
     losses, gradients = run_ranks(1, one_batch, plain)[0]
     assert all(value > 0 for value in losses.values())
     first = packed(plain, range(4))
-    assert (first.targets < 0).all() and not first.present_MB[2].any()
+    assert not len(first.targets["captioning"]) and (first.pooled["text"] < 0).all()
     deepspeed.prepare()  # before the fork: its import takes seconds
     found = run_ranks(ranks, steps, tmp_path, cases, timeout=200)
-    captions = sum(len(random_sample(i, has, plain, VOCAB).text) + 1 for i, has in enumerate(SAMPLES)
+    captions = sum(len(random_sample(i, has, plain, VOCAB).items[-1].value) - 1 for i, has in enumerate(SAMPLES)
                    if "t" in has and has != "t")  # fmt: skip
     for i, case in enumerate(cases):
         for reported, counts, _ in (rank[i] for rank in found):

@@ -1,4 +1,4 @@
-"""Losses on record: one process still gives them, and so do layouts of each kind (all of them: make parity)."""
+"""Losses on record: one process still gives them, and so do layouts of each kind (make parity: all of both)."""
 
 from pathlib import Path
 
@@ -8,13 +8,14 @@ from tests.distributed import run_ranks
 from tests.layouts import golden
 from tests.layouts.train import train_alone
 
+STEPS = 40
 SOME = ("EP2 megatron ZeRO-1 fp32", "PP2 x VPP2 megatron ZeRO-1 fp32")
 
 
 def test_one_process_gives_the_recorded_losses(tmp_path: Path) -> None:
-    alone = run_ranks(1, train_alone, tmp_path, golden.STEPS, timeout=300)[0]
+    alone = run_ranks(1, train_alone, tmp_path, STEPS, timeout=300)[0]
     assert golden.within_bounds(golden.largest_differences([alone]))
-    assert alone.losses[-1]["total"] < 0.6 * alone.losses[0]["total"]  # there is something to follow
+    assert alone.losses[-1]["total"] < 0.8 * alone.losses[0]["total"]  # there is something to follow
     alone.losses[30]["captioning"] += 1e-3
     assert not golden.within_bounds(golden.largest_differences([alone]))
 
@@ -22,4 +23,4 @@ def test_one_process_gives_the_recorded_losses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SOME)
 def test_a_layout_gives_the_recorded_losses(tmp_path: Path, name: str) -> None:
     (case,) = [case for case in golden.golden_cases() if case.name == name]
-    assert golden.within_bounds(golden.run(case, tmp_path))
+    assert golden.within_bounds(golden.run(case, tmp_path, STEPS))

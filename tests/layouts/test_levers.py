@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import FIXED_ROUTING, GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, STEPS, VOCAB, Case
-from tests.layouts.train import Outcome, adamw, first_moments, start_ranks, whole_state
-from tests.support import random_sample
+from tests.layouts.cases import FIXED_ROUTING, GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, VOCAB, Case
+from tests.layouts.train import Outcome, first_moments, start_ranks, torch_optimizer, whole_state
+from tests.support import pack_settings, random_sample
 
 
 def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more) -> Case:
@@ -37,18 +37,19 @@ LEVERS = {
     "ZeRO-2, optimizer on the CPU": case("EP2", 2, "deepspeed", parallel={"offload_optimizer": "cpu"}),
 }  # fmt: skip
 IN_HALF = {**OTHER_BLOCKS, **FIXED_ROUTING, "router_bias": False}
+STEPS = 2
 CACHED = ["DP2", "EP2", "PP2", "PP2 x VPP2", "TP2 + SP"]
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Verdict]:
-    found = matrix.run(list(LEVERS.values()), tmp_path_factory.mktemp("levers"))
+def comparisons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Comparison]:
+    found = matrix.run(list(LEVERS.values()), tmp_path_factory.mktemp("levers"), STEPS)
     return dict(zip(LEVERS, found, strict=True))
 
 
 @pytest.mark.parametrize("name", LEVERS)
-def test_the_lever_changes_nothing(verdicts: dict[str, matrix.Verdict], name: str) -> None:
-    assert verdicts[name].passed, verdicts[name]
+def test_the_lever_changes_nothing(comparisons: dict[str, matrix.Comparison], name: str) -> None:
+    assert comparisons[name].passed, comparisons[name]
 
 
 def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> None:
@@ -60,8 +61,8 @@ def test_a_cached_contrastive_loss_beside_all_other_losses(tmp_path: Path) -> No
     assert "captioning" in alone.losses[0] and "aux/balance" in alone.losses[0]
     outcomes = start_ranks(2, layouts, tmp_path, STEPS, 200)
     for i, one in enumerate(layouts):
-        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
-        assert verdict.passed, verdict
+        comparison = matrix.compare(one, [rank[i] for rank in outcomes], alone)
+        assert comparison.passed, comparison
 
 
 def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None:
@@ -76,28 +77,27 @@ def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None
         assert trained and all(alone["fp32"].parameters[key][1][0][1].any() for key in trained), name
     outcomes = start_ranks(2, layouts, tmp_path, 1, 200)
     for i, one in enumerate(layouts):
-        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone[one.precision])
-        assert verdict.passed, verdict
+        comparison = matrix.compare(one, [rank[i] for rank in outcomes], alone[one.precision])
+        assert comparison.passed, comparison
 
 
 def one_batch_a_step(config: RunConfig) -> Outcome:
     """One process, one microbatch with all samples of the step, the plain contrastive loss."""
     model = PretrainingModel(config, VOCAB)
-    optimizer = adamw(model, config)
+    optimizer = torch_optimizer(model, config)
     losses, norms, tokens, moments = [], [], [], {}
-    settings = PackSettings(config.modalities, 1, 2, None, config.seed)
     for step in range(STEPS):
         numbers = [100 * (step * MICROBATCHES + a) + i for a in range(MICROBATCHES) for i in range(len(GLOBAL))]
         samples = [random_sample(n, GLOBAL[n % 100], config, VOCAB) for n in numbers]
-        batch = pack(samples, settings, numbers)
+        batch = pack(samples, pack_settings(config), numbers)
         loss, report = model(batch)
         loss.backward()
         losses.append({"total": float(loss), **{name: float(value) for name, value in report.losses.items()}})
         norms.append(float(_clipped(model, config)))
         optimizer.step()
-        moments = moments or first_moments(model, optimizer)
+        moments = moments or first_moments(model, optimizer, "exp_avg")
         optimizer.zero_grad()
-        tokens.append(sum(rows.shape[0] for rows in batch.rows))
+        tokens.append(sum(rows.shape[0] for rows in batch.rows.values()))
     return Outcome(losses, norms, tokens, whole_state(model), moments)
 
 
@@ -110,10 +110,10 @@ def _clipped(model: PretrainingModel, config: RunConfig) -> float:
 def test_a_cached_contrastive_loss_is_that_of_one_large_batch(tmp_path: Path) -> None:
     cases = [case(layout, cached="alone") for layout in CACHED] + [case("DP2", 3, "deepspeed", cached="alone")]
     config = cases[0].config(tmp_path)
-    plain = config.objectives.contrastive.model_copy(update={"cached": False})
-    objectives = config.objectives.model_copy(update={"contrastive": plain})
+    plain = config.objectives["contrastive"].model_copy(update={"cached": False})
+    objectives = {**config.objectives, "contrastive": plain}
     alone = run_ranks(1, one_batch_a_step, config.model_copy(update={"objectives": objectives}))[0]
     outcomes = start_ranks(2, cases, tmp_path, STEPS, 300)
     for i, one in enumerate(cases):
-        verdict = matrix.judge(one, [rank[i] for rank in outcomes], alone)
-        assert verdict.passed, verdict
+        comparison = matrix.compare(one, [rank[i] for rank in outcomes], alone)
+        assert comparison.passed, comparison

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmmoe_pretrain.checkpoint.state import persistent_buffers
+from mmmoe_pretrain.checkpoint.state import persistent_buffers, split_key
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives.counts import step_counts
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.objectives import step_counts
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
-from tests.layouts.cases import GLOBAL, LEARNING_RATE, MICROBATCHES, STEPS, VOCAB, Case, global_microbatch
+from tests.distributed import groups_of, run_ranks
+from tests.layouts.cases import GLOBAL, LEARNING_RATE, STEPS, VOCAB, Case, global_microbatch
 
 BEATS_ANY_SCORE = 10.0  # a bias on sigmoid scores, which are below 1
 Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
@@ -28,9 +28,9 @@ Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses by step and name, gradient norms by step, parameters by name at the end, and Adam's first moments after
-    the first step: the clipped gradient times 1 - beta1. On a rank of many, parameters and moments are pieces with
-    their shape."""
+    """Losses by step and name, gradient norms by step, parameters by name at the end, and what the optimizer averages
+    of the gradient after the first step: for Adam the clipped gradient times 1 - beta1. On a rank of many, parameters
+    and moments are pieces with their shape."""
 
     losses: list[dict[str, float]]
     norms: list[float]
@@ -55,33 +55,41 @@ def train_cases(cases: Sequence[Case], root: Path, steps: int = STEPS) -> list[O
 def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outcome:
     """On this rank; builds its groups and takes them down again."""
     config = case.config(root)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = groups_of(config.parallel, config.moe.group_sizes)
     engine = build_engine(config, VOCAB, groups, device)
     if case.one_expert:
         state = {name: held.clone() for name, held in engine.export_state().items()}
         for name, held in state.items():
-            if name.endswith("router.bias"):
-                held.value[0].tensor[:, :2] = BEATS_ANY_SCORE
+            if name.endswith("router.bias.all"):
+                held.pieces[0, 0][:, :2] = BEATS_ANY_SCORE
         engine.import_state(state, Progress(0, 0))
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
-        batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size,
-                                     case.samples)
-                   for a in range(MICROBATCHES)]  # fmt: skip
+        batches = [global_microbatch(config, number, groups.data_rank, groups.data_size, case.samples)
+                   for number in microbatches_of(config, step)]  # fmt: skip
         result = engine.step(batches, LEARNING_RATE)
         losses.append(result.losses)
         norms.append(result.grad_norm)
         tokens.append(result.tokens)
-        moments = moments or held_by_name(engine, "exp_avg")
+        moments = moments or held_by_name(engine, config.optimizer.state[0])
     parameters = held_by_name(engine)
     destroy_groups()
     return Outcome(losses, norms, tokens, parameters, moments)
 
 
-def held_by_name(engine: Engine, kind: str = "value") -> Held:
-    """The weights that this rank holds, or the moments ``kind``: their shape, and pieces of them."""
-    return {name: (held.shape, [(p.offset, p.tensor.float().cpu().numpy().copy()) for p in getattr(held, kind)])
-            for name, held in engine.export_state().items() if getattr(held, kind) is not None}  # fmt: skip
+def microbatches_of(config: RunConfig, step: int) -> range:
+    """Their numbers."""
+    count = config.train.num_microbatches
+    return range(step * count, (step + 1) * count)
+
+
+def held_by_name(engine: Engine, kind: str | None = None) -> Held:
+    """The weights that this rank holds, or the optimizer's tensors ``kind``: their shape, and pieces of them."""
+    return {
+        split_key(key)[0]: (held.shape, [(at, p.float().cpu().numpy().copy()) for at, p in held.pieces.items()])
+        for key, held in engine.export_state().items()
+        if split_key(key)[1] == kind
+    }
 
 
 def train_alone(
@@ -90,19 +98,21 @@ def train_alone(
     samples: Sequence[str] = GLOBAL,
     one_expert: bool = False,
     moe: dict[str, Any] | None = None,
+    kind: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
 ) -> Outcome:
-    """The same run without engine or process group: torch's AdamW on the whole model."""
-    config = Case("alone", 1, "megatron", 0, moe=moe or {}).config(root)
+    """The same run without engine or process group: torch's optimizer on the whole model."""
+    config = Case("alone", 1, "megatron", 0, moe=moe or {}, train=train or {}, optimizer=kind or {}).config(root)
     model = PretrainingModel(config, VOCAB)
     if one_expert:
         for name, bias in persistent_buffers(model).items():
-            if name.endswith("router.bias"):
+            if name.endswith("router.bias.all"):
                 bias[:, :2] = BEATS_ANY_SCORE
-    optimizer = adamw(model, config)
+    optimizer = torch_optimizer(model, config)
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
-        batches = [global_microbatch(config, step * MICROBATCHES + a, 0, 1, samples) for a in range(MICROBATCHES)]
-        model.begin_step(step, step_counts(batches, config.objectives, None, torch.device("cpu")))
+        batches = [global_microbatch(config, number, 0, 1, samples) for number in microbatches_of(config, step)]
+        model.begin_step(step, step_counts(batches, model.objectives, None, torch.device("cpu")))
         reports = []
         for batch in batches:
             loss, report = model(batch)
@@ -110,19 +120,19 @@ def train_alone(
             reports.append(report)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
         optimizer.step()
-        moments = moments or first_moments(model, optimizer)
+        moments = moments or first_moments(model, optimizer, config.optimizer.state[0])
         optimizer.zero_grad()
         parts = {name: sum(float(r.losses[name]) for r in reports) for name in reports[0].losses}
         losses.append({"total": sum(parts.values()), **parts})
-        tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows))
+        tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows.values()))
         summed = [r.routing for r in reports]
         model.end_step(tuple(sum(layer[1:], layer[0]) for layer in zip(*summed, strict=True)))
     return Outcome(losses, norms, tokens, whole_state(model), moments)
 
 
-def first_moments(model: PretrainingModel, optimizer: torch.optim.AdamW) -> Held:
+def first_moments(model: PretrainingModel, optimizer: torch.optim.Optimizer, kept: str) -> Held:
     """Of an uncut model, as ``held_by_name`` gives them."""
-    return {name: _whole(optimizer.state[p]["exp_avg"]) for name, p in model.named_parameters()}
+    return {name: _whole(optimizer.state[p][kept]) for name, p in model.named_parameters()}
 
 
 def whole_state(model: PretrainingModel) -> Held:
@@ -135,15 +145,15 @@ def _whole(tensor: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int,
     return tuple(tensor.shape), [((0,) * tensor.ndim, tensor.detach().numpy().copy())]
 
 
-def adamw(model: PretrainingModel, config: RunConfig) -> torch.optim.AdamW:
+def torch_optimizer(model: PretrainingModel, config: RunConfig) -> torch.optim.Optimizer:
     """As the engines are set: vectors do not decay."""
     settings = config.optimizer
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-    )  # fmt: skip
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(settings.beta1, settings.beta2), eps=settings.eps)
 
 
 def assemble(ranks: Sequence[Held], name: str) -> np.ndarray:

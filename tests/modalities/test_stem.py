@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.config import AudioConfig, ImageConfig
-from mmmoe_pretrain.modalities import AudioEmbedder, ImageEmbedder
+from mmmoe_pretrain.modalities.audio import AudioEmbedder, AudioSettings
+from mmmoe_pretrain.modalities.image import ImageEmbedder, ImageSettings
 from mmmoe_pretrain.modalities.stem import ChannelNorm
 from mmmoe_pretrain.models.init import init_parameters
 
@@ -34,7 +34,7 @@ def check_harmless(embedder: nn.Module, usual: Sequence[Tensor], flats: Sequence
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 def test_constant_and_masked_spectrograms_are_harmless(stem: str, positions: str) -> None:
-    config = AudioConfig(stem=stem, positions=positions, n_mels=40)
+    config = AudioSettings(stem=stem, positions=positions, n_mels=40)
     noise, frames = torch.randn(1, 40, 160, generator=torch.Generator().manual_seed(0)), torch.tensor([160])
     masked = noise.clone()
     masked[:, :, 40:120] = 0  # as SpecAugment does, wider than what one token sees
@@ -44,9 +44,9 @@ def test_constant_and_masked_spectrograms_are_harmless(stem: str, positions: str
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 def test_constant_images_are_harmless(stem: str) -> None:
-    config = ImageConfig(stem=stem, size=32)
+    config = ImageSettings(stem=stem, size=32, mean=0.7, std=0.35)
     noise = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    # 255 * PIXEL_MEAN = 178.5, so that 178 and 179 are the values next to zero
+    # 255 * 0.7 = 178.5, so that 178 and 179 are the values next to zero
     flats = [(torch.full((1, 3, 32, 32), level, dtype=torch.uint8),) for level in (0, 127, 178, 179, 255)]
     check_harmless(ImageEmbedder(config, 32), (noise,), flats)
 

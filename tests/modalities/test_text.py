@@ -10,8 +10,9 @@ import sentencepiece
 import torch
 import xxhash
 
-from mmmoe_pretrain.config import TextConfig
-from mmmoe_pretrain.modalities import TextCodec, TextEmbedder
+from mmmoe_pretrain.limits import MAX_TEXT_BYTES
+from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
+from mmmoe_pretrain.modalities.text import Text, TextEmbedder, TextSettings
 
 TEXT = "yellow number 7"
 
@@ -22,52 +23,85 @@ def path(tiny_data: Path) -> Path:
 
 
 def test_text_comes_back_and_carries_no_marks(path: Path) -> None:
-    codec = TextCodec(path, TextConfig())
-    ids = codec.encode(TEXT)
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int64
-    assert not {codec.bos_id, codec.eos_id} & set(ids.tolist())
-    assert codec.decode(ids) == TEXT
-    assert (codec.pad_id, codec.bos_id, codec.eos_id, codec.unk_id, codec.vocab_size) == (0, 1, 2, 3, 48)
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.vocab_size) == (
+        0,
+        1,
+        2,
+        3,
+        48,
+    )
 
 
 def test_a_long_text_is_cut_and_counted(path: Path) -> None:
-    codec = TextCodec(path, TextConfig(max_tokens=4))
-    full = TextCodec(path, TextConfig()).encode(TEXT)
-    assert codec.encode(TEXT).tolist() == full[:4].tolist()
-    assert codec.cut == 1
+    tokenizer = Tokenizer(path)
+    text = Text("text", TextSettings(max_tokens=4), tokenizer)
+    assert values(text, TEXT) == [tokenizer.bos_id, *tokenizer.encode(TEXT)[:4].tolist(), tokenizer.eos_id]
+    assert text.cut == 1
+    assert len(values(text, "red")) <= text.max_tokens == 6
+    assert text.cut == 1
+
+
+def values(text: Text, content: str) -> list[int]:
+    value = text.decode(content.encode())
+    assert value is not None
+    return value.tolist()
+
+
+def test_what_says_nothing_is_nothing_and_what_is_no_text_is_a_bad_sample(path: Path) -> None:
+    text = Text("text", TextSettings(), Tokenizer(path))
+    for blank in ("", " \n", "\u200b", "\ufeff"):
+        assert text.decode(blank.encode()) is None
+    assert text.raw(b"\xef\xbb\xbf red ") == "red"  # without the byte order mark
+    with pytest.raises(BadSampleError, match="not UTF-8"):
+        text.decode(b"\xff\xfe")
+    with pytest.raises(BadSampleError, match="exceeds the limit"):
+        text.decode(b"a" * (MAX_TEXT_BYTES + 1))
+
+
+def test_training_alone_drops_pieces_as_the_settings_say(path: Path) -> None:
+    text = Text("text", TextSettings(dropout=0.5), Tokenizer(path))
+    seen = {tuple(text.decode(TEXT.encode(), np.random.default_rng(seed))) for seed in range(10)}
+    assert len(seen) > 3
+    assert all(text.tokenizer.decode(np.asarray(ids)) == TEXT for ids in seen)
+    assert values(text, TEXT) == values(Text("text", TextSettings(), Tokenizer(path)), TEXT)
 
 
 def test_dropout_changes_the_pieces_but_not_the_text(path: Path) -> None:
-    codec = TextCodec(path, TextConfig())
-    plain = codec.encode(TEXT)
-    dropped = [codec.encode(TEXT, np.random.default_rng(seed), 0.5) for seed in range(10)]
+    tokenizer = Tokenizer(path)
+    plain = tokenizer.encode(TEXT)
+    dropped = [tokenizer.encode(TEXT, np.random.default_rng(seed), 0.5) for seed in range(10)]
     assert len({tuple(ids) for ids in dropped}) > 3
-    assert all(codec.decode(ids) == TEXT and len(ids) >= len(plain) for ids in dropped)
-    again = codec.encode(TEXT, np.random.default_rng(3), 0.5)
+    assert all(tokenizer.decode(ids) == TEXT and len(ids) >= len(plain) for ids in dropped)
+    again = tokenizer.encode(TEXT, np.random.default_rng(3), 0.5)
     assert again.tolist() == dropped[3].tolist()
 
 
 def test_full_dropout_leaves_no_piece_that_could_fall_apart(path: Path) -> None:
-    codec = TextCodec(path, TextConfig())
-    ids = codec.encode("number", np.random.default_rng(0), 0.999999)
-    assert all(len(codec.decode([i])) <= 1 for i in ids)
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("number", np.random.default_rng(0), 0.999999)
+    assert all(len(tokenizer.decode([i])) <= 1 for i in ids)
 
 
 def test_the_fingerprint_is_of_the_file(path: Path) -> None:
-    assert TextCodec(path, TextConfig()).fingerprint == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert Tokenizer(path).fingerprint == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def test_a_wrong_tokenizer_is_refused_with_the_remedy(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer at .*mmmoe-data"):
-        TextCodec(tmp_path / "absent.model", TextConfig())
+        Tokenizer(tmp_path / "absent.model")
     for content in (b"", b"not a model"):
         (tmp_path / "broken.model").write_bytes(content)
-        with pytest.raises(ValueError, match="no sentencepiece model"):
-            TextCodec(tmp_path / "broken.model", TextConfig())
+        with pytest.raises(ValueError, match="not a sentencepiece model"):
+            Tokenizer(tmp_path / "broken.model")
     with pytest.raises(ValueError, match=r"fingerprint .* but the run was made with abc"):
-        TextCodec(path, TextConfig(), expected_fingerprint="abc")
+        Tokenizer(path, expected_fingerprint="abc")
     with pytest.raises(ValueError, match="vocabulary size 48, but the run was made with 49"):
-        TextCodec(path, TextConfig(), expected_vocab_size=49)
+        Tokenizer(path, expected_vocab_size=49)
 
 
 def test_a_tokenizer_without_marks_is_refused(tmp_path: Path) -> None:
@@ -75,12 +109,12 @@ def test_a_tokenizer_without_marks_is_refused(tmp_path: Path) -> None:
         sentence_iterator=iter(["red green blue"] * 9), model_prefix=str(tmp_path / "bare"), vocab_size=20,
         hard_vocab_limit=False, model_type="char", bos_id=-1, eos_id=-1, minloglevel=2)  # fmt: skip
     with pytest.raises(ValueError, match="no begin or end mark"):
-        TextCodec(tmp_path / "bare.model", TextConfig())
+        Tokenizer(tmp_path / "bare.model")
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_no_text_gives_zero_gradients_to_every_parameter(positions: str) -> None:
-    embedder = TextEmbedder(9, 4, TextConfig(max_tokens=6, positions=positions))
+    embedder = TextEmbedder(9, 4, TextSettings(max_tokens=6, positions=positions))
     none = torch.zeros(0, dtype=torch.int64)
     rows = embedder(none, none)
     assert rows.shape == (0, 4)
@@ -91,7 +125,7 @@ def test_no_text_gives_zero_gradients_to_every_parameter(positions: str) -> None
 
 
 def test_learned_positions_reach_the_end_mark_of_the_longest_text() -> None:
-    embedder = TextEmbedder(9, 4, TextConfig(max_tokens=6, positions="learned"))
+    embedder = TextEmbedder(9, 4, TextSettings(max_tokens=6, positions="learned"))
     last = torch.tensor([7])  # begin mark, six tokens, end mark: positions 0 to 7
     expected = embedder.table.weight[3] + embedder.positions[7]
     torch.testing.assert_close(embedder(torch.tensor([3]), last)[0], expected)

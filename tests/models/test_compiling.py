@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config import ModelConfig
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
 from mmmoe_pretrain.models.block import Block
 from mmmoe_pretrain.models.compiling import compile_blocks
 from mmmoe_pretrain.models.recompute import run_block
 from mmmoe_pretrain.parallel.groups import SINGLE
+from tests.moe.routing_inputs import NAMES
 from tests.support import random_batch, tiny_config
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(hidden_size=16, num_layers=3, num_heads=2, ffn_hidden_size=24)
-BATCHES = (["iat", "t"], ["a"], ["iat"] * 5, [])  # of unlike numbers of tokens; the last has none
+BATCHES = (["iat", "t"], ["a"], ["iat"] * 5, [])  # of different numbers of tokens; the last has none
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_blocks() -> nn.ModuleList:
     moe = MoEConfig(num_experts=4, expert_hidden_size=8, every=2)
     torch.manual_seed(0)
-    blocks = nn.ModuleList(Block(MODEL, moe, i, SINGLE) for i in range(MODEL.num_layers))
+    blocks = nn.ModuleList(Block(MODEL, moe, i, SINGLE, NAMES) for i in range(MODEL.num_layers))
     for parameter in blocks.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -42,7 +43,9 @@ def make_blocks() -> nn.ModuleList:
 
 def make_inputs(root: Path) -> list[tuple[Tensor, StreamPlan]]:
     rotary = torch.tensor([False, True, True])
-    plans = [plan_stream(random_batch(tiny_config(root), has), 8, MODEL.rotary_base, rotary) for has in BATCHES]
+    plans = [
+        plan_stream(random_batch(tiny_config(root), has), NAMES, 8, MODEL.rotary_base, rotary) for has in BATCHES
+    ]
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(plan.num_valid, 16, generator=generator).requires_grad_(), plan) for plan in plans]
 

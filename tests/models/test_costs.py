@@ -15,9 +15,12 @@ from mmmoe_pretrain.modalities.image import ImageEmbedder
 from mmmoe_pretrain.models.block import FeedForward, dense_width
 from mmmoe_pretrain.models.costs import block_costs, feed_forward_flops
 from mmmoe_pretrain.moe.experts import SharedExpert
-from tests.support import tiny_config
+from tests.support import objectives, tiny_config, tiny_values
 
 VOCAB = 48
+TINY = tiny_values(Path("."))["modalities"]
+AUDIO_TOKENS = 6  # of 0.4 s: 41 frames, 8 a token
+CONTRAST_ONLY = objectives({}, None)
 
 
 def config_of(**sections: Any) -> RunConfig:
@@ -65,46 +68,55 @@ def test_a_layers_own_settings_count() -> None:
     assert difference == 2 * 6 * 16 * 8  # two experts a token, 8 columns more in each of three matrices
 
 
-def test_attention_is_four_products_and_the_scores_over_a_segment() -> None:
-    """One text segment of 50 tokens is all there is next to pictures of 4 and clips of 5 tokens."""
-    modalities = {"image": {"size": 16, "stem_channels": 8}, "audio": {"max_seconds": 0.4, "stem_channels": 8},
-                  "text": {"max_tokens": 48}}  # fmt: skip
-    contrast_only = {"captioning": {"weight": 0.0}}
-    config = config_of(modalities=modalities, objectives=contrast_only)
-    image, audio, text = 4, config.modalities.audio.max_tokens, 50
+@pytest.mark.parametrize("num_kv_heads", [None, 1])
+def test_attention_is_its_products_and_the_scores_over_a_segment(num_kv_heads: int | None) -> None:
+    """One text segment of 50 tokens is all there is next to images of 4 tokens and clips of 6. Two heads of 8."""
+    model = {**config_of().model.model_dump(), "num_kv_heads": num_kv_heads}
+    modalities = {**TINY, "text": {"kind": "text", "max_tokens": 48}}
+    config = config_of(modalities=modalities, objectives=CONTRAST_ONLY, model=model)
+    image, audio, text = 4, AUDIO_TOKENS, 50
     attended = (image**2 + audio**2 + text**2) / (image + audio + text)
     attention = block_costs(config, VOCAB).blocks[0] - feed_forward_flops(config, 0)
-    assert attention == pytest.approx(8 * 16**2 + 4 * attended * 16)
+    keys_and_values = 2 * 8 * (num_kv_heads or 2)
+    assert attention == pytest.approx(2 * 16 * (16 + keys_and_values) + 2 * 16 * 16 + 4 * attended * 16)
 
 
 @pytest.mark.parametrize("stem", ["conv", "linear"])
 @pytest.mark.parametrize("patch", [2, 4, 16])
 def test_the_first_stage_runs_the_stems(stem: str, patch: int) -> None:
-    modalities = {"image": {"size": 32, "patch": patch, "stem": stem, "stem_channels": 8},
-                  "audio": {"max_seconds": 0.4, "patch": patch, "stem": stem, "stem_channels": 8}}  # fmt: skip
-    config = config_of(modalities=modalities, objectives={"captioning": {"weight": 0.0}})
-    image, audio = config.modalities.image, config.modalities.audio
+    modalities = {"image": {"kind": "image", "size": 32, "patch": patch, "stem": stem, "stem_channels": 8},
+                  "audio": {**TINY["audio"], "patch": patch, "stem": stem}, "text": {"kind": "text"}}  # fmt: skip
+    config = config_of(modalities=modalities, objectives=CONTRAST_ONLY)
+    image: Any = config.modalities["image"]
+    audio: Any = config.modalities["audio"]
     flops = counted(ImageEmbedder(image, 16), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     frames = audio.max_frames
     flops += counted(AudioEmbedder(audio, 16), torch.zeros(1, audio.n_mels, frames), torch.tensor([frames]))
-    tokens = image.num_tokens + audio.max_tokens + config.modalities.text.max_tokens + 2
+    tokens = (32 // patch) ** 2 + frames // patch + 48 + 2
     assert block_costs(config, VOCAB).first_extra == pytest.approx(flops / tokens)
 
 
 def test_the_language_head_costs_by_the_share_of_tokens_with_a_target() -> None:
-    """Half of the samples get a fused segment, after a picture or a clip, with 16 + 1 targets."""
-    fused = {"captioning": {"weight": 0.5, "fraction": 0.5}}
-    config = config_of(objectives=fused)
-    image, audio, text = 4, config.modalities.audio.max_tokens, 16
+    """Half of the samples get a fused segment, after an image or a clip, with 16 + 1 targets."""
+    config = config_of(objectives=objectives({}, {"fraction": 0.5}))
+    image, audio, text = 4, AUDIO_TOKENS, 16
     tokens = image + audio + text + 2 + 0.25 * (image + text + 1) + 0.25 * (audio + text + 1)
     more = block_costs(config, 2 * VOCAB).last_extra - block_costs(config, VOCAB).last_extra
     assert more == pytest.approx(2 * 16 * VOCAB * 0.5 * 17 / tokens)
 
 
+def test_causal_tokens_attend_to_those_before_them_alone() -> None:
+    """An image of 4 tokens and then 17 of a text: 4 x 4 + 17 x 4 + (1 + 2 + ... + 17) = 237 pairs of 21 tokens."""
+    captions = {"captions": {"kind": "next_token", "parts": ["image", "text"]}}
+    config = config_of(objectives=captions)
+    attention = block_costs(config, VOCAB).blocks[0] - feed_forward_flops(config, 0)
+    assert attention == pytest.approx(8 * 16**2 + 4 * 237 / 21 * 16)
+
+
 def test_without_captions_the_last_stage_holds_heads_and_similarities_alone() -> None:
     """16 samples in 2 microbatches: 8 rows to compare with, three pairs, either way round, P = 8."""
-    config = config_of(objectives={"captioning": {"weight": 0.0}})
-    tokens = 4 + config.modalities.audio.max_tokens + 18
+    config = config_of(objectives=CONTRAST_ONLY)
+    tokens = 4 + AUDIO_TOKENS + 18
     expected = 3 * 2 * 16 * 8 + 3 * 2 * 2 * 8 * 8
     assert block_costs(config, VOCAB).last_extra == pytest.approx(expected / tokens)
     assert block_costs(config, 1000 * VOCAB).last_extra == block_costs(config, VOCAB).last_extra
@@ -112,9 +124,18 @@ def test_without_captions_the_last_stage_holds_heads_and_similarities_alone() ->
 
 def test_a_cached_contrast_compares_with_the_whole_step() -> None:
     plain, cached = (
-        block_costs(config_of(objectives={"contrastive": {"cached": flag}}), VOCAB).last_extra
+        block_costs(config_of(objectives=objectives({"cached": flag}, None)), VOCAB).last_extra
         for flag in (False, True)
     )
-    config = config_of(objectives={"contrastive": {"cached": True}})
-    tokens = 4 + config.modalities.audio.max_tokens + 18
+    tokens = 4 + AUDIO_TOKENS + 18
     assert cached - plain == pytest.approx(3 * 2 * 2 * 8 * (16 - 8) / tokens)
+
+
+def test_what_no_objective_asks_for_costs_nothing() -> None:
+    """Texts alone, of 18 tokens, one of which is a target only: no stem runs, and no joint head is there."""
+    config = config_of(objectives={"reading": {"kind": "next_token", "fraction": 0.5}})
+    costs = block_costs(config, VOCAB)
+    assert costs.first_extra == 0
+    assert costs.last_extra == pytest.approx(2 * 16 * VOCAB)  # every token has a target
+    attended = 9  # of 17, on average
+    assert costs.blocks[0] - feed_forward_flops(config, 0) == pytest.approx(8 * 16**2 + 4 * attended * 16)

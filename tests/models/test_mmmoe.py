@@ -1,27 +1,26 @@
 """The model: what a token may see, what padding may do, and that nothing is left untouched."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch, Item
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from tests.support import random_batch, random_sample, tiny_config
+from tests.support import BEGIN, END, objectives, pack_settings, random_batch, random_sample, tiny_config
 
 VOCAB = 48
 ROOT = Path("unused")
 
 
 def config(**sections: object) -> RunConfig:
-    return tiny_config(ROOT, objectives={"captioning": {"weight": 0.5, "fraction": 1.0}}, **sections)
-
-
-def settings(run: RunConfig) -> PackSettings:
-    return PackSettings(run.modalities, 1, 2, run.objectives.captioning, run.seed)
+    return tiny_config(ROOT, objectives=objectives(), **sections)
 
 
 @pytest.mark.parametrize("modalities", [["iat", "it"], ["t", "t"], ["a"], ["i", "a"], ["iat"], []])
@@ -35,7 +34,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_missing(modalities: list[st
 
 
 def features_of(model: PretrainingModel, batch: Batch) -> torch.Tensor:
-    output = model.mmmoe(batch)
+    output, _ = model.mmmoe(batch)
     return torch.stack([output.features[m] for m in ("image", "audio", "text")])
 
 
@@ -43,9 +42,9 @@ def test_a_sample_does_not_depend_on_its_neighbours_in_the_stream() -> None:
     run = config()
     model = PretrainingModel(run, VOCAB).eval()
     samples = [random_sample(i, has, run, VOCAB) for i, has in enumerate(["iat", "at", "iat", "t"])]
-    together = features_of(model, pack(samples, settings(run)))
+    together = features_of(model, pack(samples, pack_settings(run)))
     for i, sample in enumerate(samples):
-        alone = features_of(model, pack([sample], settings(run)))
+        alone = features_of(model, pack([sample], pack_settings(run)))
         # The same sums over shorter and longer padded rows: fp32 rounding only.
         torch.testing.assert_close(together[:, i], alone[:, 0], rtol=1e-4, atol=1e-5)
 
@@ -54,7 +53,7 @@ def test_padding_at_the_end_changes_nothing() -> None:
     run = config()
     model = PretrainingModel(run, VOCAB).eval()
     samples = [random_sample(i, "iat", run, VOCAB) for i in range(3)]
-    short, long = (pack(samples, settings(run), tokens=tokens) for tokens in (None, 1024))
+    short, long = (pack(samples, pack_settings(run), tokens=tokens) for tokens in (None, 1024))
     assert long.num_tokens == 1024 > short.num_tokens
     a, b = model(short), model(long)
     assert a[0].item() == b[0].item()
@@ -65,15 +64,18 @@ def test_a_caption_token_sees_its_prefix_and_nothing_after_itself() -> None:
     run = config()
     model = PretrainingModel(run, VOCAB).eval()
     sample = random_sample(0, "it", run, VOCAB)
-    assert sample.text is not None
-    sample = dataclasses.replace(sample, text=torch.arange(10, 16).numpy())
-    changed_end = dataclasses.replace(sample, text=torch.tensor([10, 11, 12, 13, 14, 20]).numpy())
-    changed_image = dataclasses.replace(sample, image=255 - sample.image)
-    base, end, image = (model.mmmoe(pack([s], settings(run))).caption_nll
-                        for s in (sample, changed_end, changed_image))  # fmt: skip
+    image, _ = sample.items
+
+    def nll(image: Item, *ids: int) -> torch.Tensor:
+        text = Item("text", torch.tensor([BEGIN, *ids, END]).numpy())
+        batch = pack([dataclasses.replace(sample, items=(image, text))], pack_settings(run))
+        return model.mmmoe(batch)[0].token_nll["captioning"]
+
+    base, end = nll(image, 10, 11, 12, 13, 14, 15), nll(image, 10, 11, 12, 13, 14, 20)
+    other_image = nll(Item("image", 255 - image.value), 10, 11, 12, 13, 14, 15)
     torch.testing.assert_close(base[:5], end[:5])  # targets 10 to 14 stand before the change
     assert not torch.isclose(base[5:], end[5:]).any()
-    assert not torch.isclose(base, image).any()
+    assert not torch.isclose(base, other_image).any()
 
 
 def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -> None:
@@ -102,6 +104,74 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a, b), name
         if a.ndim >= 2:
             assert not torch.equal(a, c), name
+
+
+def test_an_embedder_takes_its_arrays_by_name() -> None:
+    run = config()
+    model, batch = PretrainingModel(run, VOCAB).eval(), random_batch(run, ["iat", "at"])
+    turned = {name: dict(reversed(arrays.items())) for name, arrays in batch.inputs.items()}
+    assert model(batch)[0].item() == model(dataclasses.replace(batch, inputs=turned))[0].item()
+
+
+def renamed(run: RunConfig, names: dict[str, str], **sections: object) -> RunConfig:
+    """The config with other names for its modalities and objectives."""
+    text = json.dumps({**run.model_dump(mode="json"), **sections})
+    for old, new in names.items():
+        text = re.sub(rf'"{old}(?=["-])', f'"{new}', re.sub(rf'(?<=-){old}"', f'{new}"', text))
+    values = json.loads(text)
+    for section, kinds in (("modalities", run.modalities), ("objectives", run.objectives)):
+        for name, settings in kinds.items():
+            values[section][names.get(name, name)]["kind"] = settings.kind
+    return run_config.parse(values)
+
+
+def test_a_run_with_other_names_is_the_same_run() -> None:
+    """Losses of the first steps; weights, packing and draws depend on kinds."""
+    run = config(moe={"num_experts": 4, "expert_hidden_size": 8, "task_conditioned": True,
+                      "losses": {"local_entropy": 0.01, "balance": 0.01}})  # fmt: skip
+    names = {"image": "photo", "audio": "sound", "text": "rows", "contrastive": "text", "captioning": "image"}
+    other = renamed(run, names)
+    assert other.stream_names.tasks == ("text", "image") and list(other.modalities) == ["photo", "sound", "rows"]
+    samples = [random_sample(i, has, run, VOCAB) for i, has in enumerate(["iat", "at", "iat", "t"])]
+    copies = [dataclasses.replace(s, items=tuple(Item(names[i.modality], i.value) for i in s.items)) for s in samples]
+    totals = []
+    for its, these in ((run, samples), (other, copies)):
+        loss, report = PretrainingModel(its, VOCAB)(pack(these, pack_settings(its)))
+        totals.append([loss.item(), *(value.item() for value in report.losses.values())])
+    assert totals[0] == totals[1]
+
+
+def test_an_added_modality_or_objective_changes_no_weights_of_the_others() -> None:
+    run = config()
+    values = run.model_dump(mode="json")
+    values["modalities"] = {"depth": {"kind": "series", "channels": 2}, **values["modalities"]}
+    values["objectives"]["text"] = {"kind": "next_token", "parts": ["text"]}
+    more = dict(PretrainingModel(run_config.parse(values), VOCAB).named_parameters())
+    before = dict(PretrainingModel(run, VOCAB).named_parameters())
+    assert {name.split(".")[2] for name in more.keys() - before.keys()} == {"depth"}
+    for name, parameter in before.items():
+        assert torch.equal(parameter, more[name]), name
+
+
+@pytest.mark.parametrize("name", ["rows", "names", "set_rows", "weight", "bias", "stem", "all", "experts"])
+def test_any_name_that_is_allowed_builds_a_model_that_trains(name: str) -> None:
+    """Names are keys of modules, parameters and buffers."""
+    balanced = {"rate": 0.1, "per_modality": True}
+    run = config(
+        moe={"num_experts": 4, "expert_hidden_size": 8, "task_conditioned": True, "bias_balancing": balanced}
+    )
+    other = renamed(run, {"text": name, "captioning": name})
+    model = PretrainingModel(other, VOCAB)
+    samples = [random_sample(i, "iat", run, VOCAB) for i in range(2)]
+    copies = [dataclasses.replace(s, items=tuple(Item(name if i.modality == "text" else i.modality, i.value)
+                                               for i in s.items)) for s in samples]  # fmt: skip
+    loss, report = model(pack(copies, pack_settings(other)))
+    loss.backward()
+    model.end_step(report.routing)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    biases = {key: value for key, value in model.state_dict().items() if ".router.bias." in key}
+    assert {key.rpartition(".")[2] for key in biases} == set(other.modalities)
+    assert all(value.any() for value in biases.values())
 
 
 def test_jitter_repeats_for_the_same_step_and_differs_between_its_forward_passes(tmp_path: Path) -> None:

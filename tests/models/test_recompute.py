@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config import ModelConfig, ParallelConfig
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
 from mmmoe_pretrain.models.block import Block
 from mmmoe_pretrain.models.recompute import recompute_experts, run_block
@@ -22,17 +22,18 @@ from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.parallel.tensor import enter_trunk
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.models.saved import saved_bytes
+from tests.moe.routing_inputs import NAMES
 from tests.support import random_batch, tiny_config
 
 MODEL = ModelConfig(hidden_size=16, num_layers=3, num_heads=2, ffn_hidden_size=24)
 D, FF, EXPERTS = 16, 40, 4
 MODES = ("none", "experts", "blocks")
-MIXTURES = {
+MOE_CASES = {
     "noise": {"router": "noisy_top_k", "jitter": 0.1, "experts_per_token": 2},
     "all": {"capacity_factor": 0.8, "shared_expert_hidden_size": 8, "identity_experts": 1, "dispatch_chunks": 2,
             "experts_per_token": 2},
@@ -43,11 +44,11 @@ MIXTURES = {
 class Stack(nn.Module):
     """A dense, a sparse and a dense block."""
 
-    def __init__(self, groups: Groups = SINGLE, **mixture: object) -> None:
+    def __init__(self, groups: Groups = SINGLE, **settings: object) -> None:
         super().__init__()
         self.groups = groups
-        moe = MoEConfig(**{"num_experts": EXPERTS, "expert_hidden_size": FF, "every": 2, **mixture})
-        self.blocks = nn.ModuleList(Block(MODEL, moe, i, groups) for i in range(MODEL.num_layers))
+        moe = MoEConfig(**{"num_experts": EXPERTS, "expert_hidden_size": FF, "every": 2, **settings})
+        self.blocks = nn.ModuleList(Block(MODEL, moe, i, groups, NAMES) for i in range(MODEL.num_layers))
         generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
             if parameter.ndim > 1:
@@ -62,7 +63,7 @@ class Stack(nn.Module):
             recompute_experts(self)
 
     def run(self, x_nD: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats]:
-        """The hidden states, and the sums of the one mixture."""
+        """The hidden states, and the sums of the one MoE layer."""
         found, x_nD = [], enter_trunk(x_nD, self.groups)
         for block in self.blocks:
             x_nD, stats = run_block(block, x_nD, plan, self.recompute)
@@ -79,7 +80,7 @@ class Stack(nn.Module):
 
 def make_input(root: Path, draw: int = 0, seed: int = 0, samples: int = 6) -> tuple[Tensor, StreamPlan]:
     batch = random_batch(tiny_config(root), ["iat", "it", "a", "t", "ia", "at"][:samples], seed=seed)
-    plan = plan_stream(batch, D // MODEL.num_heads, MODEL.rotary_base, torch.tensor([False, True, True]), draw)
+    plan = plan_stream(batch, NAMES, D // MODEL.num_heads, MODEL.rotary_base, torch.tensor([False, True, True]), draw)
     x_nD = torch.randn(plan.num_valid, D, generator=torch.Generator().manual_seed(seed))
     return x_nD.requires_grad_(), plan
 
@@ -108,10 +109,10 @@ def assert_modes_agree(stack: Stack, inputs: list[tuple[Tensor, StreamPlan]]) ->
         assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_one_process(mixture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_one_process(case: str, tmp_path: Path) -> None:
     inputs = [make_input(tmp_path, draw, seed=draw) for draw in range(2)]
-    assert_modes_agree(Stack(**MIXTURES[mixture]), inputs)
+    assert_modes_agree(Stack(**MOE_CASES[case]), inputs)
 
 
 @pytest.fixture
@@ -137,11 +138,11 @@ LAYOUTS = (
 def modes_of_rank(root: Path) -> None:
     with process_group(timeout_minutes=0.5):
         for layout in LAYOUTS:
-            groups = build_groups(layout, EXPERTS)
-            for mixture in MIXTURES.values():
+            groups = groups_of(layout, EXPERTS)
+            for settings in MOE_CASES.values():
                 for samples in (6, 0) if groups.data_rank else (6, 6):  # the second time rank 1 has no token
                     inputs = [make_input(root, draw, groups.data_rank, samples) for draw in range(2)]
-                    assert_modes_agree(Stack(groups, **mixture), inputs)
+                    assert_modes_agree(Stack(groups, **settings), inputs)
             destroy_groups()
 
 
@@ -150,7 +151,7 @@ def test_two_ranks_that_communicate_within_a_block(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_block_draws_from_the_global_generator(tmp_path: Path) -> None:
-    stack = Stack(**MIXTURES["noise"])
+    stack = Stack(**MOE_CASES["noise"])
     stack.set_mode("none")
     before = torch.get_rng_state()
     stack(*make_input(tmp_path)).backward()

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Segments
+from mmmoe_pretrain.batch import AttentionBlocks
 from mmmoe_pretrain.config import ModelConfig, MoEConfig, ParallelConfig
-from mmmoe_pretrain.config_moe import ExpertGroupConfig, RoutingLossConfig
+from mmmoe_pretrain.config.moe import ExpertGroupConfig, RoutingLossConfig
 from mmmoe_pretrain.models.attend import AttentionPlan
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
@@ -26,11 +26,12 @@ from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.losses import routing_losses
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.placement import part_of, placements
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.parallel.tensor import enter_trunk, leave_trunk
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
+from tests.moe.routing_inputs import NAMES
 from tests.support import random_batch, tiny_config
 
 MODEL = ModelConfig(hidden_size=16, num_layers=2, num_heads=4, ffn_hidden_size=24)
@@ -40,7 +41,7 @@ UNLIKE = (
 )
 LOSSES = RoutingLossConfig(local_entropy=0.1, balance=0.1, z=0.1)
 SPARSE = MoEConfig(num_experts=4, expert_hidden_size=8, losses=LOSSES)
-MIXTURES = {
+MOE_CASES = {
     "swiglu, shared": {"shared_expert_hidden_size": 6},
     "gelu": {"activation": "gelu", "experts_per_token": 1},
     "gelu, shared, identity and null": {
@@ -66,13 +67,15 @@ class Case:
     moe: MoEConfig
     segments: tuple[tuple[int, ...], ...]
     bf16: bool = False
+    kv_heads: int = MODEL.num_heads
 
 
 def cases() -> list[Case]:
     made = [Case("dense", 0, SPARSE, (segments, SEGMENTS[i - 1])) for i, segments in enumerate(SEGMENTS)]
-    for name, override in MIXTURES.items():
+    for name, override in MOE_CASES.items():
         moe = MoEConfig.model_validate({**SPARSE.model_dump(), **override})
         made += [Case(name, 1, moe, (segments, SEGMENTS[i - 1])) for i, segments in enumerate(SEGMENTS)]
+    made += [replace(case, name="grouped queries", kv_heads=2) for case in made[:4]]
     return [*made, *(replace(case, name=f"{case.name}, bf16", bf16=True) for case in (made[0], made[4], made[12]))]
 
 
@@ -81,11 +84,11 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def stream(segments: tuple[int, ...]) -> StreamPlan:
-    """Causal segments (a prefix of one token makes them so); angles of no particular meaning."""
+    """Causal blocks; angles of no particular meaning."""
     num_tokens = sum(segments)
     angle_nh = draw(2, num_tokens, MODEL.hidden_size // MODEL.num_heads // 2)
-    tokens = TokenInfo.of_modalities(torch.arange(num_tokens) % 3)
-    plan = AttentionPlan(Segments(segments, (1,) * len(segments)), torch.device("cpu"))
+    tokens = TokenInfo.of_modalities(torch.arange(num_tokens) % 3, NAMES)
+    plan = AttentionPlan(AttentionBlocks(segments, (0,) * len(segments)), torch.device("cpu"))
     return StreamPlan(tokens, angle_nh.cos(), angle_nh.sin(), plan)
 
 
@@ -95,7 +98,8 @@ class OneBlock(nn.Module):
     def __init__(self, case: Case, groups: Groups) -> None:
         super().__init__()
         self.groups = groups
-        self.block = Block(MODEL, case.moe, case.index, groups)
+        model = MODEL.model_copy(update={"num_kv_heads": case.kv_heads})
+        self.block = Block(model, case.moe, case.index, groups, NAMES)
         self.norm = RMSNorm(MODEL.hidden_size, groups)
         init_parameters(self, seed=5, num_layers=1)
         with torch.no_grad():  # so that a norm which is mixed up shows
@@ -190,7 +194,7 @@ def all_cases(world_size: int) -> Any:
             settings = ParallelConfig(
                 tensor_parallel_size=2, sequence_parallel=sequence_parallel, expert_parallel_size=world_size // 2
             )
-            groups = build_groups(settings, 4)
+            groups = groups_of(settings, 4)
             for case in cases()[:: world_size // 2]:  # of four ranks every second one: 7 and 9 tokens, 1 and 0
                 check(case, groups)
             if world_size == 2:

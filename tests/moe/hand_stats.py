@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import TASKS
 from mmmoe_pretrain.moe.stats import RoutingStats
+from tests.moe.routing_inputs import NAMES
 
 Rows = Sequence[Sequence[float]]
 
@@ -33,15 +33,16 @@ def hand_stats(
         z_MX=_of_first_task(z_M),
         counts_MXE=counts_MXE,
         tokens_MX=_of_first_task(tokens_M),
-        dropped_MX=torch.zeros(3, len(TASKS)),
+        dropped_MX=torch.zeros(3, len(NAMES.tasks)),
         load_ME=torch.zeros(3, experts) if load_ME is None else torch.tensor(load_ME, dtype=torch.float32),
         sequence_balance=torch.tensor(sequence, dtype=torch.float32),
         coactivation_MEE=torch.zeros(3, experts, experts),
         orthogonality=torch.tensor(orthogonality),
+        names=NAMES,
         allowed_ME=None if allowed_ME is None else torch.tensor(allowed_ME).bool(),
     )
 
 
 def _of_first_task(rows: Rows | Sequence[float]) -> Tensor:
     values = torch.tensor(rows, dtype=torch.float32)
-    return torch.stack([values] + [torch.zeros_like(values)] * (len(TASKS) - 1), dim=1)
+    return torch.stack([values] + [torch.zeros_like(values)] * (len(NAMES.tasks) - 1), dim=1)

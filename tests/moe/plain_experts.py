@@ -62,13 +62,13 @@ def choices(moe: MoELayer, x_nD: Tensor, tokens: TokenInfo) -> tuple[Tensor, Ten
     config, router = moe.config, moe.router
     seen_nD = x_nD
     if router.task_embedding is not None:
-        seen_nD = seen_nD + router.task_embedding[tokens.task_ids_n]
+        seen_nD = seen_nD + torch.cat([router.task_embedding[task] for task in tokens.names.tasks])[tokens.task_ids_n]
     logits_nE = seen_nD @ router.weight.t()
     if config.expert_groups:
         first = 0
         for group in config.expert_groups:
             for m, name in enumerate(MODALITY_NAMES):
-                if name not in group.modalities:
+                if group.modalities is not None and name not in group.modalities:
                     rows = tokens.modality_ids_n == m
                     logits_nE[rows, first : first + group.num_experts] = -math.inf
             first += group.num_experts

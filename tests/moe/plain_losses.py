@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
+from tests.moe.routing_inputs import NAMES
 
 
 def reachable(config: MoEConfig, modality: str) -> list[int]:
     """The experts that a modality may choose."""
     found, first = [], 0
     for group in config.groups:
-        found += range(first, first + group.num_experts) if modality in group.modalities else []
+        found += range(first, first + group.num_experts) if modality in (group.modalities or (modality,)) else []
         first += group.num_experts
     return found
 
@@ -27,7 +27,7 @@ class PlainRouting:
         self.weight, self.experts, self.modalities = weight_ED, config.num_experts, modalities
         self.p, self.load, self.chosen, self.even, self.z = [], [], [], [], []
         for x, m in zip(x_nD, modalities, strict=True):
-            allowed = reachable(config, MODALITIES[m])
+            allowed = reachable(config, NAMES.modalities[m])
             logits = weight_ED[allowed] @ x
             p = (logits - logits.logsumexp(0)).exp()
             eta = logits.sort(descending=True).values[config.experts_per_token - 1]

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITY_ID
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.routing import RouterInputs, Routing
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
-IMAGE, AUDIO, TEXT = (MODALITY_ID[name] for name in ("image", "audio", "text"))
+NAMES = StreamNames(("image", "audio", "text"), ("contrastive", "captioning"))
+IMAGE, AUDIO, TEXT = range(3)
 
 
 def logs(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -27,7 +28,7 @@ def tokens_of(
     """Tokens of one segment; tasks are 0 and keys count up where not given."""
     n = len(modalities)
     made = (modalities, tasks or [0] * n, [0] * n, keys or range(n))
-    return TokenInfo(*(torch.tensor(list(values), dtype=torch.int64) for values in made))
+    return TokenInfo(*(torch.tensor(list(values), dtype=torch.int64) for values in made), names=NAMES)
 
 
 def inputs_of(
@@ -41,7 +42,7 @@ def inputs_of(
 
 def identity_router(num_experts: int, **settings: object) -> Router:
     """A router whose logits are its input: D = E and the weight is the identity (linear gate)."""
-    router = Router(MoEConfig(num_experts=num_experts, **settings), num_experts, layer=1)
+    router = Router(MoEConfig(num_experts=num_experts, **settings), num_experts, layer=1, names=NAMES)
     with torch.no_grad():
         router.weight.copy_(torch.eye(num_experts))
     return router

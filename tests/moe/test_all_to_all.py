@@ -13,14 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmoe_pretrain.config import MoEConfig, ParallelConfig
-from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
-from mmmoe_pretrain.moe.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
+from mmmoe_pretrain.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, make_dispatcher
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.parallel.collectives import RowExchange
 from mmmoe_pretrain.parallel.groups import SINGLE
-from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 
 D, NOWHERE = 8, 4
 ROW, PAIR, WEIGHT = 4 * D, 8, 4  # bytes of a token's row in fp32, of an assignment's expert and weight, of a weight
@@ -58,7 +56,7 @@ def sent_bytes(log: list[int]) -> Iterator[None]:
 
 def messages() -> dict[str, list[int]]:
     with process_group(timeout_minutes=0.5):
-        groups = build_groups(ParallelConfig(), 4)
+        groups = groups_of(ParallelConfig(), 4)
         dispatcher = make_dispatcher(MoEConfig(num_experts=4), groups)
         x, slots, weights = tokens(SLOTS_OF_RANK[groups.expert_rank])
         log: dict[str, list[int]] = {"forward": [], "backward": [], "no_grad": []}
@@ -115,14 +113,14 @@ def steps_of(chunks: int) -> list[str]:
         return scale(Note.apply(x_mD, "compute"), weights_A, plan)
 
     with process_group(timeout_minutes=0.5):
-        groups = build_groups(ParallelConfig(), 4)
+        groups = groups_of(ParallelConfig(), 4)
         x, slots, weights = tokens(SLOTS_OF_RANK[0] if groups.expert_rank == 0 else [])
         with mock.patch.multiple(RowExchange, __init__=noted_make, issue=noted_issue, arrive=noted_arrive):
             dispatcher = AllToAllDispatcher(4, groups, chunks)
-            out, beside = dispatcher.run(x, slots, weights, compute, lambda: Note.apply(x, "meanwhile"))
+            out, extra = dispatcher.run(x, slots, weights, compute, lambda: Note.apply(x, "overlap"))
             log.append("backward")
-            assert beside is not None
-            (out + beside).sum().backward()
+            assert extra is not None
+            (out + extra).sum().backward()
     return log
 
 
@@ -132,16 +130,16 @@ def test_chunks_leave_before_the_first_is_computed_and_so_do_their_gradients(chu
         return [step if step == "compute" else f"{step} {c}" for c in numbers for step in steps]
 
     rising, falling = range(chunks), range(chunks - 1, -1, -1)
-    forward = [*each(rising, "go", "go"), "meanwhile", *each(rising, "wait", "wait", "compute", "go")]
+    forward = [*each(rising, "go", "go"), "overlap", *each(rising, "wait", "wait", "compute", "go")]
     forward += each(rising, "wait")
-    backward = [*each(falling, "go"), *each(falling, "wait", "compute", "go", "go"), "meanwhile"]
+    backward = [*each(falling, "go"), *each(falling, "wait", "compute", "go", "go"), "overlap"]
     backward += each(falling, "wait", "wait")
     assert run_ranks(2, steps_of, chunks) == [[*forward, "backward", *backward]] * 2
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a GPU: those whose result has a size or a
-    value that the host must know."""
+    """Counts the operations that make the host wait for a GPU: operations whose result has a size or value that the
+    host needs."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal")
 
@@ -174,7 +172,7 @@ class ListReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dispatcher", [LocalDispatcher(4), AllToAllDispatcher(4, SINGLE, chunks=3)], ids=str)
+@pytest.mark.parametrize("dispatcher", [LocalDispatcher(4), AllToAllDispatcher(4, SINGLE, num_chunks=3)], ids=str)
 def test_the_host_waits_once_forward_and_never_backward(dispatcher: Dispatcher) -> None:
     x, slots, weights = tokens(SLOTS_OF_RANK[0])
     with HostReads() as operations, ListReads() as methods:
@@ -187,19 +185,19 @@ def test_the_host_waits_once_forward_and_never_backward(dispatcher: Dispatcher) 
 
 
 def exchange_alone() -> tuple[list[float], list[int], list[float]]:
-    """Rank r sends r + 1 numbers to rank 0 and one to rank 1, with their places as riders."""
+    """Rank r sends r + 1 numbers to rank 0 and one to rank 1, with their places as metadata."""
     with process_group(timeout_minutes=0.5):
         rank = dist.get_rank()
         x = (torch.arange(rank + 2.0) + 10 * rank).requires_grad_()
         exchange = RowExchange([rank + 1, 1], [1, 2] if rank == 0 else [1, 1], dist.group.WORLD)
         exchange.start(x * 1, torch.arange(rank + 2, dtype=torch.int32))
-        received, riders = exchange.wait_with_riders()
+        received, metadata = exchange.wait_with_metadata()
         (received * torch.arange(1.0, 1 + len(received))).sum().backward()
         assert x.grad is not None
-        return received.tolist(), riders.tolist(), x.grad.tolist()
+        return received.tolist(), metadata.tolist(), x.grad.tolist()
 
 
-def test_an_exchange_brings_numbers_their_riders_and_their_gradients() -> None:
+def test_an_exchange_brings_numbers_their_metadata_and_their_gradients() -> None:
     assert run_ranks(2, exchange_alone) == [
         ([0.0, 10.0, 11.0], [0, 0, 1], [1.0, 1.0]),
         ([1.0, 12.0], [1, 2], [2.0, 3.0, 2.0]),

@@ -7,23 +7,24 @@ import pytest
 import torch
 
 from mmmoe_pretrain.config import ParallelConfig
-from mmmoe_pretrain.config_moe import MoEConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.losses import BalanceWindow, reduce_stats, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import Group
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.moe.plain_losses import PlainRouting
-from tests.support import random_sample, tiny_config
+from tests.moe.routing_inputs import NAMES
+from tests.support import pack_settings, random_sample, tiny_config
 
 D, RANKS, MICROBATCHES = 6, 2, 2
 GROUPS = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["text", "audio"], "num_experts": 3},
           {"modalities": ["image", "audio", "text"], "num_experts": 1}]  # fmt: skip
-# Modalities of the tokens by [microbatch][rank]: unlike numbers, one rank without text, one with nothing.
+# Modalities of the tokens by [microbatch][rank]: different numbers, one rank without text, one with nothing.
 MODALITIES_OF = [[[0, 0, 1, 2, 2, 2, 0], [0, 1, 0]], [[2, 2, 1, 0, 2], []]]
 TERMS: dict[str, dict[str, Any]] = {
     "importance": {"importance": 1},
@@ -55,7 +56,7 @@ def case_config(name: str, groups: str) -> MoEConfig:
 
 def make_routers(config: MoEConfig) -> list[Router]:
     """Two layers, of 6 and 4 experts where no groups are."""
-    routers = [Router(config.for_layer(layer), D, layer) for layer in range(2)]
+    routers = [Router(config.for_layer(layer), D, layer, NAMES) for layer in range(2)]
     for layer, router in enumerate(routers):
         torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(layer))
     return routers
@@ -67,14 +68,14 @@ def part(microbatch: int, rank: int) -> tuple[torch.Tensor, TokenInfo]:
     n = modalities.numel()
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(10 * microbatch + rank))
     segments = 100 * rank + torch.arange(n) // 3
-    return x, TokenInfo(modalities, torch.arange(n) % 2, segments, torch.arange(n))
+    return x, TokenInfo(modalities, torch.arange(n) % 2, segments, torch.arange(n), NAMES)
 
 
 def together(parts: list[tuple[torch.Tensor, TokenInfo]]) -> tuple[torch.Tensor, TokenInfo]:
     infos = [info for _, info in parts]
     return torch.cat([x for x, _ in parts]), TokenInfo(
         *(torch.cat([getattr(info, name) for info in infos])
-          for name in ("modality_ids_n", "task_ids_n", "segment_ids_n", "keys_n")))  # fmt: skip
+          for name in ("modality_ids_n", "task_ids_n", "segment_ids_n", "keys_n")), names=NAMES)  # fmt: skip
 
 
 def step(
@@ -93,7 +94,7 @@ def step(
 
 def rank_steps() -> list[Any]:
     with process_group(timeout_minutes=0.5):
-        groups = build_groups(ParallelConfig(), 4)
+        groups = groups_of(ParallelConfig(), 4)
         results = []
         for name, masks in CASES:
             parts = [part(m, groups.data_rank) for m in range(MICROBATCHES)]
@@ -157,11 +158,10 @@ def test_more_padding_changes_no_loss(tmp_path: Any) -> None:
                   "orthogonality": 1, "balance_scope": scope}  # fmt: skip
         config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "losses": losses})
         model = PretrainingModel(config, vocab_size=48)
-        settings = PackSettings(config.modalities, 1, 2, config.objectives.captioning, config.seed)
         samples = [random_sample(i, has, config) for i, has in enumerate(["iat", "it", "a"])]
         reports = []
         for tokens in (None, 1024):
-            batch = pack(samples, settings, tokens=tokens)
+            batch = pack(samples, pack_settings(config), tokens=tokens)
             assert not batch.valid.all()
             model.begin_step(0)
             reports.append(model(batch)[1].losses)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from mmmoe_pretrain.config_moe import MoEConfig
-from mmmoe_pretrain.moe.bias_balancing import updated_bias
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.moe.balance import updated_bias
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from tests.moe.hand_stats import Rows, hand_stats
+from tests.moe.routing_inputs import NAMES
 
 ZERO3 = [0.0, 0.0, 0.0]
 
@@ -66,10 +67,10 @@ def test_an_expert_that_nobody_could_choose_keeps_its_place() -> None:
 def test_a_router_becomes_even_on_tokens_that_all_prefer_one_expert() -> None:
     config = MoEConfig.model_validate({"router": "sigmoid_top_k", "num_experts": 4, "experts_per_token": 1,
                                        "bias_balancing": {"rate": 0.02}})  # fmt: skip
-    router = Router(config, 4, 0)
+    router = Router(config, 4, 0, NAMES)
     torch.nn.init.eye_(router.weight)
     x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0, 0, 0])
-    tokens = TokenInfo.of_modalities(torch.arange(256) % 3)
+    tokens = TokenInfo.of_modalities(torch.arange(256) % 3, NAMES)
     with torch.no_grad():
         before = router(x, tokens).stats.counts_ME.sum(0)
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Both dispatchers against a dense reference, and mixture layers over ranks against one process.
+"""Both dispatchers against a dense reference, and MoE layers over ranks against one process.
 
 Every case runs on every rank beside its reference, in one process group for all of them. What a rank
 expects: its own tokens through all experts; for expert gradients, the sum of that over the ranks.
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmoe_pretrain.config import MoEConfig, ParallelConfig
-from mmmoe_pretrain.config_moe import ExpertGroupConfig
+from mmmoe_pretrain.config.moe import ExpertGroupConfig
 from mmmoe_pretrain.models.init import init_parameters
-from mmmoe_pretrain.moe.all_to_all import AllToAllDispatcher
-from mmmoe_pretrain.moe.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
+from mmmoe_pretrain.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, make_dispatcher
 from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
+from tests.moe.routing_inputs import NAMES
 
 D, HIDDEN = 8, 16
 TOKENS_OF_RANK = (7, 0, 5, 1)
@@ -180,13 +180,13 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What belongs to this rank's tokens, and the gradients of the experts."""
-    moe = MoELayer(config, D, 1, groups)
+    moe = MoELayer(config, D, 1, groups, NAMES)
     init_parameters(moe, seed=5, num_layers=1)
     for name, parameter in moe.named_parameters():
         if name.endswith("bias"):
             parameter.data.fill_(0.05)
     x = x.clone().requires_grad_()
-    out, _ = moe(x, TokenInfo.of_modalities(image_audio_text(x.shape[0])))
+    out, _ = moe(x, TokenInfo.of_modalities(image_audio_text(x.shape[0]), NAMES))
     out.square().sum().backward()
     own = {"out": out.detach(), "x": x.grad}
     of_experts = {}
@@ -235,7 +235,7 @@ def check_bad_row(groups: Groups, value: float) -> None:
 def layouts(world_size: int, experts: int) -> Iterator[Groups]:
     for size in (1, 2, 4):
         if size <= world_size:
-            yield build_groups(ParallelConfig(expert_parallel_size=size), experts)
+            yield groups_of(ParallelConfig(expert_parallel_size=size), experts)
             destroy_groups()
 
 

@@ -1,23 +1,23 @@
-"""LIMoE's entropy losses at work: a small model on a stream of pictures, sounds and names."""
+"""LIMoE's entropy losses at work: a small model on a stream of images, audio and names."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.data.loader import make_loader
-from mmmoe_pretrain.modalities import build_codecs
+from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from tests.moe.routing_inputs import NAMES
 from tests.support import tiny_config
 
 EXPERTS, THRESHOLD, STEPS, LAST = 8, 3, 240, 24
 CONFIDENT = {"local_entropy": 0.5}
-SPREAD = {"global_entropy": 0.5, "min_experts": dict.fromkeys(MODALITIES, float(THRESHOLD))}
+SPREAD = {"global_entropy": 0.5, "min_experts": dict.fromkeys(NAMES.modalities, float(THRESHOLD))}
 
 
 def train(root: Path, losses: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """By modality, in the mixture layer over the last steps: the experts in use (exponential of the
+    """By modality, in the MoE layer over the last steps: the experts in use (exponential of the
     entropy of its mean routing), and the mean entropy of a token's own routing in nats."""
     config = tiny_config(
         root,
@@ -25,11 +25,11 @@ def train(root: Path, losses: dict[str, Any]) -> tuple[list[float], list[float]]
         moe={"num_experts": EXPERTS, "experts_per_token": 1, "expert_hidden_size": 16, "losses": losses},
         train={"steps": STEPS, "global_batch_size": 16},
     )  # fmt: skip
-    codecs = build_codecs(config)
-    model = PretrainingModel(config, codecs.text.vocab_size)
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    model = PretrainingModel(config, modalities.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     probability_ME, entropy_M, tokens_M = torch.zeros(3, EXPERTS), torch.zeros(3), torch.zeros(3)
-    for step, _, (batch,), _ in make_loader(config, codecs):
+    for step, _, (batch,), _ in make_loader(config, modalities):
         optimizer.zero_grad()
         loss, report = model(batch)
         loss.backward()

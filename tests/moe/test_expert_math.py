@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.moe import expert_math
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.moe.expert_math import EXPERT_BACKENDS, blocked, choose_backend
-from mmmoe_pretrain.moe.layout import lay_out
-from mmmoe_pretrain.moe.memory import Buffers
+from mmmoe_pretrain.moe.cpu import blocked as blocks
+from mmmoe_pretrain.moe.cpu.blocked import blocked
+from mmmoe_pretrain.moe.cpu.padding import pad_plan
+from mmmoe_pretrain.moe.expert_math import ExpertStack
+from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS, choose_backend
 from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, sort_slots
 from tests.moe.plain_experts import weighted_experts
 
@@ -52,10 +53,12 @@ class Case:
         plan = plan_of_slots(order, place, counts.tolist(), self.slots.shape[1])
         return plan, self.weights.reshape(-1)[order[: plan.num_assignments]]
 
+    def stack(self, recompute: bool = False) -> ExpertStack:
+        return ExpertStack(self.up, self.down, self.activation, recompute=recompute)
+
     def run(self, backend: str = "blocked", recompute: bool = False) -> Tensor:
         plan, weights_A = self.plan()
-        math = EXPERT_BACKENDS[backend]
-        return math(self.x, weights_A, plan, self.up, self.down, self.activation, Buffers(), recompute)
+        return EXPERT_BACKENDS[backend](self.x, weights_A, plan, self.stack(recompute))
 
     def loop(self) -> Tensor:
         return weighted_experts(self.x, self.slots, self.weights, list(self.up), list(self.down), self.activation)
@@ -131,7 +134,7 @@ def test_grouped_products_in_fp32_equal_blocks_and_the_loop(
 ) -> None:
     case = make_case(random_slots(tokens, num_experts, top_k), num_experts, activation, torch.float32)
     plan, _ = case.plan()
-    assert choose_backend("grouped_mm", case.x, plan, case.up, case.down) is EXPERT_BACKENDS["grouped_mm"]
+    assert choose_backend("grouped_mm", case.x, plan, case.stack()) is EXPERT_BACKENDS["grouped_mm"]
     # Chains of sums of up to 40 terms near 1, each a unit or two of 6e-8 off.
     close = {"rtol": 1e-5, "atol": 1e-5}
     assert_equals_loop(case, "grouped_mm", **close)
@@ -163,17 +166,17 @@ def test_bf16_is_off_by_its_own_rounding_alone(backend: str, activation: str) ->
 )
 def test_blocks_step_in_where_grouped_mm_has_a_hole(why: str, case: Case) -> None:
     plan, weights_A = case.plan()
-    backend = choose_backend("grouped_mm", case.x, plan, case.up, case.down)
+    backend = choose_backend("grouped_mm", case.x, plan, case.stack())
     assert backend is blocked, why
-    out = backend(case.x, weights_A, plan, case.up, case.down, case.activation, Buffers())
+    out = backend(case.x, weights_A, plan, case.stack())
     # fp16 rounds h and y to 11 bits; values are near 1.
     torch.testing.assert_close(out.double(), case.to(torch.float64).loop(), rtol=1e-2, atol=1e-2)
 
 
-def test_a_cpu_takes_blocks_by_itself_and_grouped_products_when_told() -> None:
+def test_a_cpu_uses_blocks_by_default_and_grouped_products_on_request() -> None:
     case = make_case(random_slots(6, 4, 2), 4, dtype=torch.float32)
     plan, _ = case.plan()
-    names = {name: choose_backend(name, case.x, plan, case.up, case.down) for name in ("auto", *EXPERT_BACKENDS)}
+    names = {name: choose_backend(name, case.x, plan, case.stack()) for name in ("auto", *EXPERT_BACKENDS)}
     assert names == {"auto": blocked, **EXPERT_BACKENDS}
 
 
@@ -181,18 +184,18 @@ def test_a_cpu_takes_blocks_by_itself_and_grouped_products_when_told() -> None:
 def test_an_expert_with_more_rows_than_a_block_is_computed_in_pieces(
     activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # the least block: 256 rows
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # the least block: 256 rows
     slots = torch.cat([torch.full((700, 1), 1), torch.full((257, 1), 3), torch.full((256, 1), 0)])
     case = make_case(slots, 4, activation)
     plan, weights = case.plan()[0], torch.ones(sum(case.plan()[0].counts))
-    layout = lay_out(plan, weights, expert_math._most_rows(case.up), pad=False)
+    layout = pad_plan(plan, weights, blocks._most_rows(case.up), pad=False)
     lengths = [(piece.expert, piece.count) for piece in layout.pieces]
     assert lengths == [(0, 256), (1, 256), (1, 256), (1, 188), (3, 256), (3, 1)]
     assert_equals_loop(case, **EXACT)
 
 
 def test_pieces_of_half_precision_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)
     rows, piece = 5 * 256, 256
     # One expert; every row is 16 in its first column, so is its first GELU (16 Phi(16) = 16): h = 16.
     x = torch.zeros(rows, D, dtype=torch.bfloat16)
@@ -234,8 +237,7 @@ def test_a_transposed_x_is_read_right(backend: str) -> None:
     plan, weights_A = case.plan()
     transposed = case.x.t().contiguous().t()
     assert not transposed.is_contiguous()
-    run = EXPERT_BACKENDS[backend]
-    ours = run(transposed, weights_A, plan, case.up, case.down, case.activation, Buffers())
+    ours = EXPERT_BACKENDS[backend](transposed, weights_A, plan, case.stack())
     torch.testing.assert_close(ours, case.loop(), rtol=1e-5, atol=1e-5)
 
 
@@ -295,7 +297,7 @@ def test_gradients_of_blocks_are_those_of_finite_differences(activation: str) ->
 def test_recomputed_activations_give_the_same_bits(
     backend: str, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # pieces of 256 rows
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # pieces of 256 rows
     slots = torch.cat([random_slots(40, 4, 2), torch.full((300, 2), 1), torch.full((3, 2), 4)])
     case = make_case(slots, 4, activation, torch.float32)
     plain, again = case.run(backend), case.run(backend, recompute=True)

@@ -1,4 +1,4 @@
-"""The layer on a GPU against the layer on the CPU; needs CUDA, and is left out without it."""
+"""The layer on a GPU against the layer on the CPU; skipped without CUDA."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from mmmoe_pretrain.models.init import init_parameters
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
+from tests.moe.routing_inputs import NAMES
 
 CASES = [
     MoEConfig(num_experts=16, experts_per_token=2, expert_hidden_size=64),
@@ -20,7 +21,7 @@ CASES = [
 
 def run(config: MoEConfig, device: str, dtype: torch.dtype, tokens: int) -> list[torch.Tensor]:
     """Output and gradients, in fp32 on the CPU."""
-    moe = MoELayer(config, 64, 0, SINGLE)
+    moe = MoELayer(config, 64, 0, SINGLE, NAMES)
     init_parameters(moe, seed=1, num_layers=1)
     moe.to(device)
     for name, parameter in moe.named_parameters():
@@ -28,7 +29,7 @@ def run(config: MoEConfig, device: str, dtype: torch.dtype, tokens: int) -> list
             parameter.data = parameter.data.to(dtype)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
     modality = (torch.arange(tokens) % 3).to(device)
-    out, _ = moe(x, TokenInfo.of_modalities(modality))
+    out, _ = moe(x, TokenInfo.of_modalities(modality, NAMES))
     out.float().square().sum().backward()
     found = [out, x.grad, *(p.grad for p in moe.parameters())]
     return [tensor.detach().float().cpu() for tensor in found]

@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.models.init import init_parameters
-from mmmoe_pretrain.moe import expert_math
+from mmmoe_pretrain.moe.cpu import blocked
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.moe.plain_experts import plain_layer
+from tests.moe.routing_inputs import NAMES
 
 D, FF = 8, 16
 IMAGE_AND_OTHERS = (
@@ -32,10 +33,12 @@ GRADIENT = {"rtol": 1e-4, "atol": 1e-5}
 
 def layer(num_experts: int = 4, top_k: int = 2, **settings: Any) -> MoELayer:
     config = MoEConfig(num_experts=num_experts, experts_per_token=top_k, expert_hidden_size=FF, **settings)
-    made = MoELayer(config, D, 0, SINGLE)
+    made = MoELayer(config, D, 0, SINGLE, NAMES)
     init_parameters(made, seed=3, num_layers=1)
     if made.router.task_embedding is not None:
-        nn.init.normal_(made.router.task_embedding, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        for row in made.router.task_embedding.values():
+            nn.init.normal_(row, generator=generator)
     return made.double()
 
 
@@ -46,7 +49,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def mixed_tokens(count: int) -> TokenInfo:
     """All modalities and both tasks by turns."""
     n = torch.arange(count)
-    return TokenInfo(n % 3, n % 2, n // 4, n)
+    return TokenInfo(n % 3, n % 2, n // 4, n, NAMES)
 
 
 def gradients(moe: MoELayer, out: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -161,7 +164,7 @@ def test_a_full_expert_passes_the_rest_by() -> None:
         moe.router.weight.zero_()
         moe.router.weight[1] = 10.0
     out, stats = moe(
-        torch.ones(8, D, dtype=torch.float64), TokenInfo.of_modalities(torch.zeros(8, dtype=torch.int64))
+        torch.ones(8, D, dtype=torch.float64), TokenInfo.of_modalities(torch.zeros(8, dtype=torch.int64), NAMES)
     )
     assert (out.abs().sum(1) > 0).tolist() == [True] + [False] * 7  # C = ceil(0.5 * 8 / 4) = 1
     assert stats.dropped_M.tolist() == [7, 0, 0]
@@ -180,7 +183,7 @@ def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, info = normal(700, D).requires_grad_(), mixed_tokens(700)
     whole = moe(x, info)[0]
     expected = gradients(moe, whole, x)
-    monkeypatch.setattr(expert_math, "BLOCK_BYTES", 1)  # 256 rows
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", 1)  # 256 rows
     pieces = moe(x, info)[0]
     # The same products over fewer rows at a time: fp64 sums of hundreds of terms in another order.
     torch.testing.assert_close(pieces, whole, rtol=1e-11, atol=1e-11)
@@ -269,7 +272,7 @@ def test_evaluation_modes_give_the_same_output(mode: type) -> None:
 @pytest.mark.parametrize("settings", [{}, {"num_experts": 8, "expert_groups": IMAGE_AND_OTHERS}])
 def test_a_copy_and_a_reloaded_layer_compute_the_same(settings: dict[str, Any]) -> None:
     moe = layer(**settings, task_conditioned=True, shared_expert_hidden_size=8)
-    reloaded = MoELayer(moe.config, D, 0, SINGLE).double()
+    reloaded = MoELayer(moe.config, D, 0, SINGLE, NAMES).double()
     reloaded.load_state_dict(moe.state_dict())
     x, info = normal(10, D), mixed_tokens(10)
     expected = moe(x, info)[0]

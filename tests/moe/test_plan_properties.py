@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_runs, plan_of_slots, sort_slots, sum_rows, take_rows
 
-SLOTS = torch.tensor([[1, 0], [3, 1], [3, 3], [1, 2]])  # four tokens, three experts; 3 goes nowhere
+SLOTS = torch.tensor([[1, 0], [3, 1], [3, 3], [1, 2]])  # four tokens, three experts; 3 is not sent
 
 
 def plan_of(slots: Tensor) -> ExpertPlan:
@@ -54,7 +54,7 @@ def test_the_parts_of_two_groups_add_up_to_the_whole(plan: ExpertPlan) -> None:
 
 def test_nowhere_adds_zeros_whatever_stands_elsewhere() -> None:
     y_AD = torch.full((5, 2), torch.nan)
-    assert sum_rows(y_AD, plan_of(SLOTS))[2].tolist() == [0.0, 0.0]  # token 2 goes nowhere
+    assert sum_rows(y_AD, plan_of(SLOTS))[2].tolist() == [0.0, 0.0]  # token 2 is not sent
 
 
 def test_nobody_to_serve_is_a_plan_too() -> None:

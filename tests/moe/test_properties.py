@@ -27,7 +27,8 @@ from mmmoe_pretrain.moe.stats import RoutingStats, gather_stats
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.moe.plain_experts import weighted_experts
-from tests.support import random_batch, tiny_config
+from tests.moe.routing_inputs import NAMES
+from tests.support import objectives, random_batch, tiny_config
 
 D, FF = 4, 3
 FEW = settings(max_examples=40, deadline=None)
@@ -46,7 +47,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def tokens_of(n: int, seed: int = 0) -> TokenInfo:
     drawn = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(seed))
-    return TokenInfo(drawn % 3, drawn // 3, torch.arange(n) // 3, torch.arange(n))
+    return TokenInfo(drawn % 3, drawn // 3, torch.arange(n) // 3, torch.arange(n), NAMES)
 
 
 @st.composite
@@ -75,14 +76,14 @@ def test_the_dispatcher_computes_each_assignment_once_and_nothing_else(case: tup
         computed.extend(zip(_experts_of(plan), plan.rows_A.tolist(), weights_A.tolist(), strict=True))
         return experts(x_mD, weights_A, plan)
 
-    out, meanwhile = LocalDispatcher(num_experts).run(x, slots, weights, compute, lambda: x + 1)
+    out, overlapped = LocalDispatcher(num_experts).run(x, slots, weights, compute, lambda: x + 1)
     wanted = [(slot, n, w) for n, row in enumerate(zip(slots.tolist(), weights.tolist(), strict=True))
               for slot, w in zip(*row, strict=True) if slot < num_experts]  # fmt: skip
     assert sorted(computed) == sorted(wanted)
     torch.testing.assert_close(
         out, weighted_experts(x, slots, weights, list(experts.up), list(experts.down), "swiglu")
     )
-    assert torch.equal(meanwhile, x + 1)
+    assert torch.equal(overlapped, x + 1)
 
 
 def _experts_of(plan: ExpertPlan) -> list[int]:
@@ -103,7 +104,7 @@ def layers(draw: Any, capacity: bool) -> tuple[MoELayer, Tensor, TokenInfo]:
         renormalize=draw(st.booleans()),
         **free,
     )
-    layer = MoELayer(config, D, 0, SINGLE)
+    layer = MoELayer(config, D, 0, SINGLE, NAMES)
     init_parameters(layer, seed=2, num_layers=1)
     count = config.router_outputs * D
     weight = st.one_of(st.integers(-1, 1).map(float), st.floats(-30, 30, width=32))
@@ -172,7 +173,9 @@ def test_no_expert_computes_more_than_its_capacity(case: tuple[MoELayer, Tensor,
     assert not routing.weights_nK[~routing.kept_nK].any()
     torch.testing.assert_close(out, weighted_sum(layer, x, routing))
     # What is kept weighs what it would without any capacity: the dropped share is not handed on.
-    dropless = MoELayer(config.model_copy(update={"capacity_factor": None, "batch_priority": False}), D, 0, SINGLE)
+    dropless = MoELayer(
+        config.model_copy(update={"capacity_factor": None, "batch_priority": False}), D, 0, SINGLE, NAMES
+    )
     dropless.double().load_state_dict(layer.state_dict())
     free = dropless.router(x, tokens)
     assert torch.equal(routing.weights_nK.sum(1), (free.weights_nK * routing.kept_nK).sum(1))
@@ -189,7 +192,7 @@ def test_experts_that_choose_compute_what_they_chose(seed: int, n: int, top_k: i
         expert_hidden_size=FF,
         expert_groups=[{"num_experts": 5}] if not modalities else groups,
     )
-    layer = MoELayer(config, D, 0, SINGLE).double()
+    layer = MoELayer(config, D, 0, SINGLE, NAMES).double()
     init_parameters(layer, seed, num_layers=1)
     x, tokens = normal(seed, n, D), tokens_of(n, seed)
     out, routing, counts = run(layer, x, tokens)
@@ -207,11 +210,13 @@ def test_permuting_tokens_permutes_outputs(router: str, seed: int, n: int, top_k
     config = MoEConfig(
         router=router, num_experts=6, experts_per_token=top_k, expert_hidden_size=FF, **WITHOUT_CAPACITY[router]
     )
-    layer = MoELayer(config, D, 0, SINGLE).double().eval()
+    layer = MoELayer(config, D, 0, SINGLE, NAMES).double().eval()
     init_parameters(layer, seed, num_layers=1)
     x, tokens = normal(seed, n, D), tokens_of(n, seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    shuffled = TokenInfo(*(getattr(tokens, f.name)[order] for f in dataclasses.fields(tokens) if f.name != "draw"))
+    shuffled = dataclasses.replace(
+        tokens, **{name: value[order] for name, value in vars(tokens).items() if isinstance(value, torch.Tensor)}
+    )
     (out, stats), (permuted, permuted_stats) = layer(x, tokens), layer(x[order], shuffled)
     # Logits are fp32 products, of which the last bit may depend on the place in the block.
     close = {"rtol": 1e-5, "atol": 1e-6}
@@ -227,7 +232,7 @@ def longer(batch: Batch, by: int, seed: int) -> Batch:
         "positions": noise + 1,
         "segment_ids": torch.full((by,), -1),
         "valid": torch.zeros(by, dtype=torch.bool),
-        "targets": noise,
+        "keys": noise,
     }
     return dataclasses.replace(batch, **{name: torch.cat([getattr(batch, name), end]) for name, end in tails.items()})
 
@@ -236,7 +241,7 @@ def model_config(router: str) -> RunConfig:
     losses = {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "importance": 0.01, "z": 0.001}
     moe = {"router": router, "num_experts": 4, "expert_hidden_size": 8, "capacity_factor": 1.0, "losses": losses}
     moe |= {"batch_priority": True, "task_conditioned": True} if router == "softmax_top_k" else {}
-    return tiny_config(Path("unused"), moe=moe, objectives={"captioning": {"weight": 0.5, "fraction": 1.0}})
+    return tiny_config(Path("unused"), moe=moe, objectives=objectives())
 
 
 @functools.cache
@@ -255,10 +260,10 @@ def test_padding_changes_nothing(router: str, has: list[str], by: int, seed: int
     model = model_of(router)
     batch = random_batch(model.config, has, seed)
     with torch.no_grad():
-        short, long = model.mmmoe(batch), model.mmmoe(longer(batch, by, seed))
+        short, long = model.mmmoe(batch)[0], model.mmmoe(longer(batch, by, seed))[0]
         (loss, report), (long_loss, long_report) = model(batch), model(longer(batch, by, seed))
     assert all(torch.equal(short.features[m], long.features[m]) for m in short.features)
-    assert torch.equal(short.caption_nll, long.caption_nll)
+    assert torch.equal(short.token_nll["captioning"], long.token_nll["captioning"])
     assert torch.equal(loss, long_loss)
     assert report.losses.keys() == long_report.losses.keys()
     assert all(torch.equal(value, long_report.losses[name]) for name, value in report.losses.items())

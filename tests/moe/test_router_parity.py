@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.moe.losses import layer_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
-from tests.moe.routing_inputs import tokens_of
+from tests.moe.routing_inputs import NAMES, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")
 
@@ -72,13 +72,13 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], bias: Tensor | None = 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(E, D, generator=generator), torch.randn(N, D, generator=generator)
     target = torch.randn(N, E, generator=generator)
-    mine = Router(MoEConfig(num_experts=E, **ours), D, layer=0)
+    mine = Router(MoEConfig(num_experts=E, **ours), D, layer=0, names=NAMES)
     peer = peer_router(ours.get("experts_per_token", 2), **theirs)
     with torch.no_grad():
         mine.weight.copy_(weight)
         peer.weight.copy_(weight)
     if bias is not None:
-        mine.bias.copy_(bias)
+        mine.bias.get_buffer("all").copy_(bias)
         peer.expert_bias.copy_(bias)
 
     my_x, peer_x = x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmmoe_pretrain.moe.capacity import expert_capacity
-from mmmoe_pretrain.moe.routers import ROUTERS
+from mmmoe_pretrain.kinds import ROUTERS
+from mmmoe_pretrain.moe.routing import expert_capacity
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from tests.moe.routing_inputs import dense_weights, identity_router, tokens_of
 
-TOKEN_CHOICE = sorted(ROUTERS.keys() - {"expert_choice"})
+TOKEN_CHOICE = sorted(ROUTERS.builtin.keys() - {"expert_choice"})
 MASKABLE = ["expert_choice", "noisy_top_k", "sigmoid_top_k", "softmax_top_k"]
 
 
@@ -49,7 +49,7 @@ def test_dropless_routing_gives_every_token_k_experts_of_its_own(name: str, case
     assert not routing.stats.dropped_M.any()
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS))
+@pytest.mark.parametrize("name", sorted(ROUTERS.builtin))
 @settings(max_examples=40, deadline=None)
 @given(case=cases(), factor=st.sampled_from([0.1, 0.5, 1.0, 1.3, 4.0]), first=st.booleans())
 def test_no_expert_keeps_more_than_its_capacity(name: str, case: Any, factor: float, first: bool) -> None:
@@ -91,7 +91,7 @@ def test_no_token_reaches_an_expert_of_another_modality(name: str, case: Any, re
     assert stats.entropy_MX.sum() <= logits.shape[0] * math.log(half) + 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS))
+@pytest.mark.parametrize("name", sorted(ROUTERS.builtin))
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), limited=st.booleans())
 def test_permuting_tokens_permutes_decisions(name: str, seed: int, limited: bool) -> None:

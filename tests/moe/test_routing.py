@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from mmmoe_pretrain.config_moe import MoEConfig
-from mmmoe_pretrain.moe.capacity import expert_capacity, within_capacity
-from mmmoe_pretrain.moe.routing import MASKED, chosen_weights
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.moe.routing import MASKED, chosen_weights, expert_capacity, within_capacity
 from tests.moe.routing_inputs import inputs_of
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.loss_sums import orthogonality, sequence_balance, smooth_load
 from mmmoe_pretrain.moe.losses import layer_losses, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.routing import MASKED, RouterInputs
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from tests.moe.plain_losses import PlainRouting
+from tests.moe.routing_inputs import NAMES
 
 D = 6
 EVERY_TERM = {
@@ -35,7 +35,7 @@ def make_config(**settings: Any) -> MoEConfig:
 
 
 def make_router(config: MoEConfig, seed: int = 0) -> Router:
-    router = Router(config, D, 0)
+    router = Router(config, D, 0, NAMES)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(seed))
     return router
 
@@ -43,7 +43,9 @@ def make_router(config: MoEConfig, seed: int = 0) -> Router:
 def make_tokens(modalities: list[int], segments: list[int] | None = None) -> TokenInfo:
     ids = torch.tensor(modalities, dtype=torch.int64)
     zeros = torch.zeros_like(ids)
-    return TokenInfo(ids, zeros, zeros if segments is None else torch.tensor(segments), torch.arange(len(modalities)))
+    return TokenInfo(
+        ids, zeros, zeros if segments is None else torch.tensor(segments), torch.arange(len(modalities)), NAMES
+    )
 
 
 def inputs_of(logits: list[list[float]], top_k: int, **more: Any) -> RouterInputs:
@@ -119,12 +121,12 @@ def expected(plain: PlainRouting, per_modality: list[str], scope: str, segments:
              "balance": plain.balance, "z": plain.z_loss}  # fmt: skip
     everything = list(range(len(segments)))
     values = {"orthogonality": plain.orthogonality()}
-    for i, m in enumerate(MODALITIES):
+    for i, m in enumerate(NAMES.modalities):
         values[f"local_entropy/{m}"] = plain.local_entropy(plain.tokens_of(i)) / 3
         values[f"global_entropy/{m}"] = plain.global_entropy(plain.tokens_of(i)) / 3
     for name, term in terms.items():
         if name in per_modality:
-            values |= {f"{name}/{m}": term(plain.tokens_of(i)) / 3 for i, m in enumerate(MODALITIES)}
+            values |= {f"{name}/{m}": term(plain.tokens_of(i)) / 3 for i, m in enumerate(NAMES.modalities)}
         elif name == "balance" and scope == "sequence":
             runs = [[t for t in everything if segments[t] == s] for s in sorted(set(segments))]
             values[name] = sum(term(run) for run in runs) / len(runs)

@@ -27,6 +27,8 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from tests.moe.routing_inputs import NAMES
+
 D, FF, SHARED, TOKENS = 32, 64, 48, 50
 Tensors = dict[str, Tensor]
 
@@ -124,7 +126,7 @@ def of_qwen2(ours: Tensors) -> Tensors:
 
 
 def of_deepseek(ours: Tensors) -> Tensors:
-    bias = {"gate.e_score_correction_bias": ours["router.bias"][0]} if "router.bias" in ours else {}
+    bias = {"gate.e_score_correction_bias": ours["router.bias.all"][0]} if "router.bias.all" in ours else {}
     return {**stacked(ours), **shared(ours, "shared_experts"), **bias}
 
 
@@ -180,12 +182,12 @@ def make_pair(name: str, experts: int, top_k: int, **settings: Any) -> tuple[MoE
     block = BLOCKS[name]
     settings = {**block.settings, **settings}
     config = MoEConfig(num_experts=experts, experts_per_token=top_k, expert_hidden_size=FF, **settings)
-    moe = MoELayer(config, D, 0, SINGLE)
+    moe = MoELayer(config, D, 0, SINGLE, NAMES)
     init_parameters(moe, seed=3, num_layers=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, tensor in moe.state_dict().items():
-            if key.endswith("bias"):
+            if key.endswith(("bias", "bias.all")):
                 tensor.normal_(std=0.3, generator=generator)
     theirs = block.theirs(experts, top_k)
     theirs.load_state_dict({key: value.detach().clone() for key, value in block.names(moe.state_dict()).items()})
@@ -198,7 +200,7 @@ def ours_and_theirs(name: str, moe: MoELayer, block: nn.Module) -> tuple[Tensors
     x, target = (torch.randn(TOKENS, D, generator=generator) for _ in range(2))
     x *= 3  # so that some of GPT-OSS's gates and ups are clamped
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out = moe(a, TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64)))[0]
+    out = moe(a, TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64), NAMES))[0]
     (out * target).sum().backward()
     their_out = block(b.view(2, TOKENS // 2, D))
     their_out = (their_out[0] if isinstance(their_out, tuple) else their_out).view(TOKENS, D)
@@ -245,9 +247,9 @@ def test_gates_and_ups_of_gpt_oss_are_compared_where_they_are_clamped(monkeypatc
 def test_each_setting_is_what_makes_them_equal(name: str, without: dict[str, Any]) -> None:
     """Without it the same weights give another output: the comparison above sees it."""
     moe, _ = make_pair(name, *SIZES.get(name, ((8, 2),))[0])
-    other = MoELayer(moe.config.model_copy(update=without), D, 0, SINGLE)
+    other = MoELayer(moe.config.model_copy(update=without), D, 0, SINGLE, NAMES)
     other.load_state_dict(moe.state_dict(), strict=False)
-    info = TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64))
+    info = TokenInfo.of_modalities(torch.zeros(TOKENS, dtype=torch.int64), NAMES)
     x = 3 * torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(0))
     out, without_it = moe(x, info)[0], other(x, info)[0]
     assert (out - without_it).abs().max() > 0.01 * out.abs().max()

@@ -1,29 +1,69 @@
-"""The contrastive loss by hand, with missing modalities, and over ranks."""
+"""The contrastive loss by hand, with missing modalities, and over ranks; and cached, where the loss of all samples
+of a step comes from its microbatches."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.config import ContrastiveConfig, ParallelConfig
-from mmmoe_pretrain.objectives.contrastive import ContrastiveObjective
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.objectives import Outputs
+from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE, InfoNCE
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
+from tests.support import pack_settings, tiny_config
 
-CONFIG = ContrastiveConfig(pairs={"image-text": 1.0}, initial_temperature=1.0)
+NAMES = ("image", "audio", "text")
+PAIRS = {"image-text": 1.0, "audio-text": 2.0, "image-audio": 0.5}
+
+
+def settings_of(pairs: dict[str, float] = PAIRS, **more: Any) -> PackSettings:
+    values = {"kind": "contrastive", "pairs": pairs, "initial_temperature": 1.0, **more}
+    return pack_settings(tiny_config(Path("unused"), objectives={"match": values}))
+
+
+def module_of(settings: PackSettings) -> InfoNCE:
+    module = settings.objectives["match"].module()
+    assert isinstance(module, InfoNCE)
+    return module
+
+
+EMPTY = pack([], settings_of())
+
+
+def batch_of(present: dict[str, Tensor], group_ids: Tensor) -> Batch:
+    """A batch of which nothing is known but which samples have what."""
+    pooled = {name: torch.where(has, torch.arange(len(has)), -1) for name, has in present.items()}
+    metas = tuple(SampleMeta(str(i)) for i in range(len(group_ids)))
+    return dataclasses.replace(EMPTY, pooled=pooled, group_ids=group_ids, metas=metas)
+
+
+def outputs_of(features: dict[str, Tensor]) -> Outputs:
+    return Outputs(torch.zeros(0, 16), features, {})
+
+
 EYE = torch.eye(2)
-ALL = torch.ones(3, 2, dtype=torch.bool)
+ALL = dict.fromkeys(NAMES, torch.ones(2, dtype=torch.bool))
 
 
-def loss(image: Tensor, text: Tensor, present: Tensor = ALL, group_ids: tuple[int, ...] = (1, 2)) -> float:
+def loss(image: Tensor, text: Tensor, present: dict[str, Tensor] = ALL, group_ids: tuple[int, ...] = (1, 2)) -> float:
     """The mean over the samples that have both."""
-    features = {"image": image, "text": text, "audio": torch.zeros_like(image)}
-    objective = ContrastiveObjective(CONFIG)
-    total = objective(features, present, torch.tensor(group_ids), SINGLE)["image-text"].item()
-    return total / int((present[0] & present[2]).sum())
+    module = module_of(settings_of({"image-text": 1.0}))
+    batch = batch_of(present, torch.tensor(group_ids))
+    total = module(outputs_of({"image": image, "text": text}), batch, SINGLE)["match/image-text"].item()
+    return total / int((present["image"] & present["text"]).sum())
 
 
 def test_two_orthogonal_pairs_cost_what_a_softmax_over_one_and_zero_costs() -> None:
@@ -35,8 +75,7 @@ def test_swapped_pairs_cost_one_nat_more() -> None:
 
 
 def test_a_sample_without_text_takes_no_part() -> None:
-    present = ALL.clone()
-    present[2, 1] = False
+    present = {**ALL, "text": torch.tensor([True, False])}
     text = EYE.clone()
     text[1] = 0
     # Of two queries one is left. Its text stands alone; its image has one rival among the images.
@@ -49,47 +88,225 @@ def test_samples_of_one_group_are_no_negatives() -> None:
 
 def test_no_pair_at_all_costs_nothing_and_has_finite_gradients() -> None:
     image = EYE.clone().requires_grad_()
-    objective = ContrastiveObjective(CONFIG)
-    features = {"image": image, "text": torch.zeros(2, 2), "audio": torch.zeros(2, 2)}
-    present = torch.tensor([[True, True], [False, False], [False, False]])
-    value = objective(features, present, torch.tensor([1, 2]), SINGLE)["image-text"]
+    module = module_of(settings_of({"image-text": 1.0}))
+    batch = batch_of({"image": ALL["image"], "text": ~ALL["text"]}, torch.tensor([1, 2]))
+    value = module(outputs_of({"image": image, "text": torch.zeros(2, 2)}), batch, SINGLE)["match/image-text"]
     value.sum().backward()
     assert value.item() == 0
-    assert not image.grad.any()
-    assert objective.log_scale["image-text"].grad.item() == 0
+    assert image.grad is not None and not image.grad.any()
+    scale = module.log_scale["image-text"].grad
+    assert scale is not None and scale.item() == 0
 
 
-def global_batch() -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    features = {m: torch.nn.functional.normalize(torch.randn(8, 4, generator=generator), dim=-1)
-                for m in ("image", "audio", "text")}  # fmt: skip
-    present = torch.rand(3, 8, generator=generator) < 0.7
-    present[0, :2] = present[2, :2] = True
-    return features, present, torch.tensor([0, 1, 2, 3, 3, 5, 6, 7])
+def test_a_temperature_is_brought_back_to_its_bound_and_keeps_its_gradient() -> None:
+    module = module_of(settings_of({"image-text": 1.0}))
+    scale = module.log_scale["image-text"]
+    scale.data.fill_(99.0)
+    batch = batch_of(ALL, torch.tensor([1, 2]))
+    module(outputs_of({"image": EYE, "text": EYE.flip(0)}), batch, SINGLE)["match/image-text"].backward()
+    assert scale.item() == pytest.approx(MAX_LOG_SCALE)
+    assert scale.grad is not None and scale.grad.item() > 0
+    assert [(its is scale, bound) for its, bound in module.upper_bounds()] == [(True, MAX_LOG_SCALE)]
 
 
-def losses_of_rank(groups: Groups) -> tuple[dict[str, float], Tensor]:
-    """Each pair's sum of this rank's samples, and the gradient of all ranks' for this rank's features."""
-    features, present, group_ids = global_batch()
-    size = 8 // groups.data_size
-    mine = slice(groups.data_rank * size, (groups.data_rank + 1) * size)
-    local = {m: f[mine].clone().requires_grad_() for m, f in features.items()}
-    losses = ContrastiveObjective(ContrastiveConfig())(local, present[:, mine], group_ids[mine], groups)
-    sum(losses.values()).sum().backward()
-    gradient = torch.stack([local[m].grad for m in ("image", "audio", "text")])
-    return {k: v.item() for k, v in losses.items()}, gradient
+def test_a_pair_is_of_any_two_representations() -> None:
+    """A fused representation is one side like a modality; its loss is that of the features under its name."""
+    values = {"kind": "contrastive", "pairs": {"scene-text": 1.0}, "initial_temperature": 1.0}
+    config = tiny_config(
+        Path("unused"), objectives={"match": values}, representations={"scene": ["image", "audio"], "other": ["text"]}
+    )
+    objective = pack_settings(config).objectives["match"]
+    assert objective.representations == ("text", "scene")
+    assert objective.needs() == {"match scene-text": {"image", "audio", "text"}}
+    batch = batch_of({"scene": ALL["image"], "text": ALL["text"]}, torch.tensor([1, 2]))
+    found = objective.module()(outputs_of({"scene": EYE, "text": EYE.flip(0)}), batch, SINGLE)
+    assert found["match/scene-text"].item() / 2 == pytest.approx(1 - math.log(math.e / (math.e + 1)), rel=1e-6)
 
 
-def rank_losses() -> tuple[dict[str, float], object]:
+SAMPLES, WIDTH, JOINT = 12, 5, 4
+FACTORS = {"match/image-text": 0.3, "match/audio-text": 0.2, "match/image-audio": 0.1}  # weights over numbers
+# Sums of tens of fp32 terms near 1, in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@dataclasses.dataclass
+class World:
+    """Towers whose features are ``normalize(inputs @ weight)``, and the samples of one optimizer step:
+    some lack modalities, and samples 3, 4 and 9 are of one group."""
+
+    inputs: dict[str, Tensor]
+    present: dict[str, Tensor]
+    group_ids: Tensor
+    weights: dict[str, Tensor]
+    module: InfoNCE
+
+    @classmethod
+    def make(cls, **settings: Any) -> World:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {m: torch.randn(SAMPLES, WIDTH, generator=generator) for m in NAMES}
+        weights = {m: torch.randn(WIDTH, JOINT, generator=generator).requires_grad_() for m in NAMES}
+        present = torch.rand(len(NAMES), SAMPLES, generator=generator) < 0.7
+        present[:, [0, 7]] = True
+        groups = torch.arange(SAMPLES)
+        groups[[4, 9]] = 3
+        module = module_of(settings_of(**settings))
+        for i, log_scale in enumerate(module.log_scale.values()):
+            log_scale.data.fill_(1.0 + 0.3 * i)
+        return cls(inputs, dict(zip(NAMES, present, strict=True)), groups, weights, module)
+
+    def batch(self, rows: slice) -> Batch:
+        return batch_of({name: has[rows] for name, has in self.present.items()}, self.group_ids[rows])
+
+    def outputs(self, rows: slice) -> Outputs:
+        return outputs_of(
+            {
+                name: F.normalize(self.inputs[name][rows] @ self.weights[name], dim=-1)
+                * self.present[name][rows, None]
+                for name in NAMES
+            }
+        )
+
+    def sums(self, rows: slice, groups: Groups = SINGLE) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.module(self.outputs(rows), self.batch(rows), groups)
+        return found
+
+    def gradients(self) -> dict[str, Tensor]:
+        named = {**self.weights, **dict(self.module.log_scale.items())}
+        found = {name: leaf.grad for name, leaf in named.items() if leaf.grad is not None}
+        assert found.keys() == named.keys()
+        return found
+
+
+def backward(sums: dict[str, Tensor]) -> None:
+    torch.stack([FACTORS[loss] * value for loss, value in sums.items()]).sum().backward()
+
+
+def whole_batch() -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Sums by pair and gradients of the loss, of one process and one batch."""
+    world = World.make()
+    sums = world.sums(slice(None))
+    backward(sums)
+    return {pair: value.item() for pair, value in sums.items()}, world.gradients()
+
+
+def slices(first: int, sizes: tuple[int, ...]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=first))]
+
+
+def plain_step(groups: Groups, first: int, size: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """This rank's sums of one microbatch, and gradients over all ranks."""
+    world = World.make()
+    sums = world.sums(slice(first, first + size), groups)
+    backward(sums)
+    return {pair: value.item() for pair, value in sums.items()}, over_ranks(world, groups)
+
+
+def cached_step(groups: Groups, first: int, sizes: tuple[int, ...]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A step as an engine takes it: sums over microbatches, and gradients over ranks, too."""
+    world = World.make(cached=True)
+    with torch.no_grad():
+        for rows in slices(first, sizes):
+            world.module.collect(world.outputs(rows), world.batch(rows))
+        world.module.finish(groups, FACTORS)
+    leaves = (*world.weights.values(), *world.module.parameters())
+    assert all(leaf.grad is None for leaf in leaves), "an engine's hooks would take it for a microbatch's"
+    total = dict.fromkeys(FACTORS, 0.0)
+    for rows in slices(first, sizes):
+        values = world.sums(rows, groups)
+        assert not any(value.requires_grad for value in values.values()), "the surrogate has the gradient"
+        total = {loss: total[loss] + value.item() for loss, value in values.items()}
+        surrogate = world.module.surrogate(world.outputs(rows))
+        assert surrogate.item() == 0
+        surrogate.backward()
+    world.module.forget()
+    assert world.sums(slice(0, 2))["match/image-text"].requires_grad, "a later step begins as a new one"
+    return total, over_ranks(world, groups)
+
+
+def over_ranks(world: World, groups: Groups) -> dict[str, Tensor]:
+    gradients = world.gradients()
+    if groups.data_size > 1:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient, group=groups.data)
+    return gradients
+
+
+def assert_same_gradients(ours: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    assert ours.keys() == whole.keys()
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 1e-4, f"{name} would show nothing"
+        torch.testing.assert_close(ours[name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (4, 4, 4), (3, 8, 1)])
+def test_microbatches_together_give_the_loss_and_gradients_of_one_batch(sizes: tuple[int, ...]) -> None:
+    whole_losses, whole_gradients = whole_batch()
+    losses, gradients = cached_step(SINGLE, 0, sizes)
+    assert losses == pytest.approx(whole_losses, rel=1e-6)
+    assert_same_gradients(gradients, whole_gradients)
+
+
+SPLITS = (((6,), (6,)), ((2, 2, 2), (2, 2, 2)), ((1, 3, 2), (4, 1, 1)))  # microbatches of rank 0, of rank 1
+
+
+def steps_of_rank() -> list[tuple[dict[str, float], dict[str, object]]]:
+    """A plain step, and a cached one for each split."""
     with process_group(timeout_minutes=0.5):
-        pairs, gradient = losses_of_rank(build_groups(ParallelConfig(), 2))
-        return pairs, gradient.numpy()
+        groups = groups_of(ParallelConfig(), 2)
+        first = 6 * groups.data_rank
+        made = [plain_step(groups, first, 6), *(cached_step(groups, first, s[groups.data_rank]) for s in SPLITS)]
+        return [(losses, {name: gradient.numpy() for name, gradient in grads.items()}) for losses, grads in made]
 
 
-def test_two_ranks_give_the_losses_and_gradients_of_one() -> None:
-    whole_pairs, whole_gradient = losses_of_rank(SINGLE)
-    ranks = run_ranks(2, rank_losses)
-    for pair, value in whole_pairs.items():
-        assert sum(rank[0][pair] for rank in ranks) == pytest.approx(value, rel=1e-5)
-    gradient = torch.cat([torch.from_numpy(rank[1]) for rank in ranks], dim=1)
-    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-4, atol=1e-6)
+def test_two_ranks_give_the_loss_and_gradients_of_one_batch() -> None:
+    whole_losses, whole_gradients = whole_batch()
+    ranks = run_ranks(2, steps_of_rank)
+    for case in range(1 + len(SPLITS)):
+        (losses, gradients), (other_losses, _) = (rank[case] for rank in ranks)
+        total = {pair: value + other_losses[pair] for pair, value in losses.items()}
+        assert total == pytest.approx(whole_losses, rel=1e-6)
+        assert_same_gradients({name: torch.from_numpy(g) for name, g in gradients.items()}, whole_gradients)
+
+
+def test_a_step_without_any_pair_costs_nothing() -> None:
+    world = World.make(cached=True)
+    world.present = {**world.present, "audio": torch.zeros(12).bool(), "text": torch.zeros(12).bool()}
+    rows = slice(0, 6)
+    world.module.collect(world.outputs(rows), world.batch(rows))
+    world.module.finish(SINGLE, FACTORS)
+    assert [value.item() for value in world.sums(rows).values()] == [0, 0, 0]
+    world.module.surrogate(world.outputs(rows)).backward()
+    assert not any(gradient.any() for gradient in world.gradients().values())
+
+
+def test_plain_microbatches_are_another_loss() -> None:
+    """What the cache is for: with the negatives of each microbatch alone the sum is smaller."""
+    whole_losses, _ = whole_batch()
+    world = World.make()
+    parts = [world.sums(rows) for rows in slices(0, (4, 4, 4))]
+    total = {pair: sum(part[pair].item() for part in parts) for pair in whole_losses}
+    assert all(total[pair] < 0.8 * whole for pair, whole in whole_losses.items())
+
+
+@pytest.mark.parametrize(
+    ("cached", "sizes", "problem"),
+    [
+        (False, (8, 8, 1), "train.global_batch_size 16 or more, num_microbatches"),
+        (False, (8, 8, 1), "objectives.match.cached: true"),
+        (False, (8, 4, 1), None),
+        (True, (8, 8, 1), None),
+        (True, (1, 1, 1), "train.global_batch_size 2 or more, or objectives.match.weight: 0"),
+    ],
+)
+def test_a_batch_without_negatives_is_refused(cached: bool, sizes: tuple[int, int, int], problem: str | None) -> None:
+    found = settings_of(cached=cached).objectives["match"].settings.batch_problem("match", *sizes)
+    assert (found is None) == (problem is None)
+    assert problem is None or problem in found
+
+
+def test_a_sample_has_the_segments_of_the_representations_that_pairs_name() -> None:
+    objective = settings_of({"image-text": 1.0}).objectives["match"]
+    assert list(objective.segments(Sample(SampleMeta("nothing")), None)) == []  # type: ignore[arg-type]
+    assert objective.losses == {"match/image-text": 1.0}
+    assert not objective.predicts and not objective.whole_step and not objective.causal
+    assert settings_of(cached=True).objectives["match"].whole_step

@@ -11,31 +11,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import Batch, Item
 from mmmoe_pretrain.config import ParallelConfig, RunConfig
-from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives.counts import StepCounts, step_counts
-from mmmoe_pretrain.parallel.mesh import build_groups
+from mmmoe_pretrain.objectives import StepCounts, step_counts
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import run_ranks
-from tests.support import random_batch, random_sample, tiny_config
+from tests.distributed import groups_of, run_ranks
+from tests.support import BEGIN, END, objectives, pack_settings, random_batch, random_sample, tiny_config
 
 CPU = torch.device("cpu")
 
 
 def captions(config: RunConfig, *texts: list[int]) -> Batch:
-    """A picture with each of ``texts``, all captioned."""
-    samples = [dataclasses.replace(random_sample(i, "i", config), text=np.array(text, dtype=np.int64))
-               for i, text in enumerate(texts)]  # fmt: skip
-    return pack(samples, PackSettings(config.modalities, 1, 2, config.objectives.captioning, config.seed))
+    """An image with each of ``texts``, all captioned."""
+    samples = []
+    for i, text in enumerate(texts):
+        image = random_sample(i, "i", config)
+        caption = Item("text", np.array([BEGIN, *text, END]))
+        samples.append(dataclasses.replace(image, items=(*image.items, caption)))
+    return pack(samples, pack_settings(config))
 
 
 def of_config(root: Path, contrastive: float, captioning: float, **losses: float) -> RunConfig:
     none = {"local_entropy": 0, "global_entropy": 0}
     return tiny_config(
         root,
-        objectives={"contrastive": {"weight": contrastive}, "captioning": {"weight": captioning, "fraction": 1.0}},
+        objectives=objectives({"weight": contrastive}, {"weight": captioning}),
         moe={"num_experts": 4, "expert_hidden_size": 8, "losses": {**none, **losses}},
     )
 
@@ -57,7 +59,7 @@ def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
     model = PretrainingModel(config, 48)
     model.mmmoe.language_head = Unigram()
     batches = [captions(config, [6]), captions(config, [5, 5, 5, 5], [5]), random_batch(config, ["ia", "t"])]
-    counts = step_counts(batches, config.objectives, None, CPU)
+    counts = step_counts(batches, model.objectives, None, CPU)
     assert counts == StepCounts(sum(batch.num_valid for batch in batches), {"captioning": 2 + 5 + 2})
     model.begin_step(0, counts)
     losses = [model(batch)[1].losses["captioning"].item() for batch in batches]
@@ -66,7 +68,7 @@ def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
 
 
 def test_microbatches_weigh_by_their_pairs_and_tokens(tmp_path: Path) -> None:
-    """Three samples with picture and text, two, and none. Means of a microbatch are those of a step of its own."""
+    """Three samples with image and text, two, and none. Means of a microbatch are those of a step of its own."""
     config = of_config(tmp_path, 1.0, 0.0, z=0.1)
     model = PretrainingModel(config, 48)
     batches = [
@@ -75,7 +77,7 @@ def test_microbatches_weigh_by_their_pairs_and_tokens(tmp_path: Path) -> None:
     tokens = [batch.num_valid for batch in batches]
     alone = [model(batch)[1].losses for batch in batches]
     assert alone[0]["contrastive/image-text"] > 0 and alone[1]["contrastive/image-text"] > 0
-    counts = step_counts(batches, config.objectives, None, CPU)
+    counts = step_counts(batches, model.objectives, None, CPU)
     assert counts.terms == {"contrastive/audio-text": 1, "contrastive/image-audio": 1, "contrastive/image-text": 5}
     model.begin_step(0, counts)
     found = [model(batch)[1].losses for batch in batches]
@@ -93,7 +95,7 @@ def test_a_microbatch_without_a_pair_takes_nothing_from_the_gradient(tmp_path: P
     gradients = []
     for batches in ([pairs], [pairs, lacking]):
         model = PretrainingModel(config, 48)
-        model.begin_step(0, step_counts(batches, config.objectives, None, CPU))
+        model.begin_step(0, step_counts(batches, model.objectives, None, CPU))
         for batch in batches:
             model(batch)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -104,14 +106,14 @@ def test_a_microbatch_without_a_pair_takes_nothing_from_the_gradient(tmp_path: P
 def counts_of_rank(root: Path) -> StepCounts:
     config = of_config(root, 1.0, 0.5)
     with process_group(timeout_minutes=0.5):
-        groups = build_groups(ParallelConfig(), 4)
+        groups = groups_of(ParallelConfig(), 4)
         batches = [captions(config, [5, 6, 7], [8]), captions(config, [9])] if groups.data_rank else [
             random_batch(config, ["a", "i"]), captions(config, [5], [6])]  # fmt: skip
-        return step_counts(batches, config.objectives, groups.data, CPU)
+        return step_counts(batches, pack_settings(config).objectives, groups.data, CPU)
 
 
 def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:
-    """Captions of 4 + 2 + 2 targets on one rank, 2 + 2 on the other; five samples with picture and text."""
+    """Captions of 4 + 2 + 2 targets on one rank, 2 + 2 on the other; five samples with image and text."""
     first, second = run_ranks(2, counts_of_rank, tmp_path)
     assert first == second
     assert first.terms == {"contrastive/audio-text": 0, "contrastive/image-audio": 0, "contrastive/image-text": 5,

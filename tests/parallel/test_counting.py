@@ -106,7 +106,7 @@ def groups_of_three() -> dict[tuple[str, tuple[int, ...]], Total]:
     return counter.totals()
 
 
-def test_calls_are_told_apart_by_group_and_groups_of_one_move_nothing() -> None:
+def test_calls_are_distinguished_by_group_and_groups_of_one_move_nothing() -> None:
     everyone, pair = ("all-reduce", (0, 1, 2)), (ALL_TO_ALL, (0, 2))
     found = run_ranks(3, groups_of_three)
     ring = Total(1, 6 * 2 * 2 * 2 / 3)

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.engines import ENGINES, Capabilities, Offload
+from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.parallel.degrees import resolve_expert_parallel_size
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import Layout, resolve_layout
-from tests.support import tiny_config
+from tests.support import objectives, tiny_config
 
 VOCAB = 48
 MODEL = {"hidden_size": 16, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 24, "embedding_size": 8}
@@ -20,7 +26,7 @@ TRAIN = {"steps": 2, "global_batch_size": 32, "num_microbatches": 4}
 
 
 def config_of(parallel: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
-    """A run of 4 blocks, every second one a mixture of 4 experts, and 4 microbatches; ``sections`` are
+    """A run of 4 blocks, every second one an MoE layer of 4 experts, and 4 microbatches; ``sections`` are
     changes to those."""
     standard = {"model": MODEL, "moe": MOE, "train": TRAIN}
     merged = {name: {**values, **sections.pop(name, {})} for name, values in standard.items()}
@@ -54,7 +60,7 @@ LEGAL = {
     "TP2 x PP2 x EP2": (8, {**TP2, **PP2}, (2, 2, 2, 1, 2, 1)),
     "overlap": (2, {"zero_stage": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}, (2, 1, 1, 1, 2, 1)),
     "ZeRO 3 x TP2 x EP2": (4, {**DEEPSPEED, **TP2, "zero_stage": 3}, (2, 2, 1, 1, 2, 1)),
-    "ZeRO 0": (2, {**DEEPSPEED, "expert_parallel_size": 1}, (2, 1, 1, 1, 1, 2)),
+    "ZeRO 0": (2, {**DEEPSPEED}, (2, 1, 1, 1, 2, 1)),
     "offload": (2, {**DEEPSPEED, "zero_stage": 1, "offload_optimizer": "cpu"}, (2, 1, 1, 1, 2, 1)),
     "DeepSpeed's own settings": (2, {**DEEPSPEED, "zero_stage": 3, "deepspeed": {"a": 1}}, (2, 1, 1, 1, 2, 1)),
 }
@@ -73,7 +79,7 @@ def test_a_legal_layout_becomes_numbers(name: str) -> None:
 ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "context": (
         2, {"context_parallel_size": 2}, {},
-        "context_parallel_size 2: .* within one segment .* short .*set context_parallel_size: 1.*sequence_parallel",
+        "context_parallel_size 2: .* within one segment .*set context_parallel_size: 1.*sequence_parallel",
     ),
     "tensor ranks do not divide": (
         8, {"tensor_parallel_size": 3}, {},
@@ -123,12 +129,17 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         r"tensor_parallel_size 8 does not divide model.num_heads 4, moe.shared_expert_hidden_size 4; "
         r"use tensor_parallel_size \[1, 2, 4\]",
     ),
+    "heads of keys and values": (
+        4, {"tensor_parallel_size": 4}, {"model": {"num_kv_heads": 2}},
+        r"tensor_parallel_size 4 does not divide model.num_kv_heads 2; use tensor_parallel_size \[1, 2\], or "
+        "multiples of 4",
+    ),
     "dense width": (
         2, TP2, {"model": {"ffn_hidden_size": 15}},
         r"tensor_parallel_size 2 does not divide model.ffn_hidden_size 15; use tensor_parallel_size \[1\], or "
         "multiples of 2",
     ),
-    "width of a dense model's mixtures": (
+    "width of a dense model's MoE layers": (
         2, TP2, {"moe": {"num_experts": 1, "experts_per_token": 1, "expert_hidden_size": 7, "losses": {}}},
         "does not divide moe.expert_hidden_size 7;",
     ),
@@ -171,19 +182,20 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         4, {**DEEPSPEED, **PP2}, {},
         "pipeline_parallel_size 2 with parallel.engine deepspeed: .*set engine: megatron, or pipeline_parallel",
     ),
-    "clipping without ZeRO": (
-        2, {**DEEPSPEED}, {},
-        "zero_stage 0 .*deepspeed, optimizer.clip_norm 1 and parallel.expert_parallel_size 2: .*8475.*use zero",
-    ),
     "ZeRO 2 under Megatron": (2, {"zero_stage": 2}, {}, "zero_stage 2 shards gradients.*use zero_stage: 1.*deeps"),
     "ZeRO 3 under Megatron": (2, {"zero_stage": 3}, {}, "zero_stage 3 shards parameters.*use zero_stage: 1.*deep"),
+    "SGD under Megatron's ZeRO-1": (
+        2, {"zero_stage": 1}, {"optimizer": {"kind": "sgd"}},
+        "optimizer.kind sgd with parallel.engine megatron and parallel.zero_stage 1.*use zero_stage 0, or "
+        "engine: deepspeed, or optimizer.kind: adamw",
+    ),
     "DeepSpeed's settings under Megatron": (
         1, {"deepspeed": {"wall_clock_breakdown": True}}, {},
         r"parallel.deepspeed \(wall_clock_breakdown\) .*parallel.engine is megatron.*set engine: deepspeed, or leave",
     ),
     "overlap under DeepSpeed": (
         1, {**DEEPSPEED, "overlap_grad_reduce": True}, {},
-        "overlap_grad_reduce is engine megatron's.*set overlap_grad_reduce: false.*overlap_comm: true",
+        "overlap_grad_reduce .*engine deepspeed; set overlap_grad_reduce: false.*overlap_comm: true.*: megatron",
     ),
     "gather overlap without ZeRO": (
         2, {"overlap_param_gather": True, "overlap_grad_reduce": True}, {},
@@ -194,19 +206,25 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     ),
     "offload under Megatron": (
         2, {"offload_optimizer": "cpu", "zero_stage": 1}, {},
-        "offload_optimizer cpu with parallel.engine megatron.*1/2 of it, or engine: deepspeed and zero_stage 1",
+        "offload_optimizer cpu with parallel.engine megatron, parallel.zero_stage 1 .*use engine: deepspeed and "
+        "zero_stage 1, 2 or 3 with optimizer.kind adamw or sgd, or offload_optimizer: none .*1/2 of it",
     ),
     "offload without ZeRO": (
         2, {**DEEPSPEED, "offload_optimizer": "cpu", "expert_parallel_size": 1}, {},
-        "offload_optimizer cpu .*zero_stage is 0; use zero_stage 1, 2 or 3, or offload_optimizer: none",
+        "offload_optimizer cpu .*zero_stage 0 .*zero_stage 1, 2 or 3 .*offload_optimizer: none",
     ),
     "nvme under ZeRO-2": (
         2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 2}, {},
-        "nvme with parallel.engine deepspeed and parallel.zero_stage 2.*use engine: deepspeed and zero_stage: 3, or",
+        "nvme with parallel.engine deepspeed, parallel.zero_stage 2.*use engine: deepspeed and zero_stage 3 .*, or "
+        "offload_optimizer: cpu with zero_stage 1, 2 or 3, or offload_optimizer: none",
     ),
     "nvme under Megatron": (
         2, {"offload_optimizer": "nvme", "zero_stage": 1}, {},
-        "nvme with parallel.engine megatron and parallel.zero_stage 1.*use engine: deepspeed and zero_stage: 3, or",
+        "nvme with parallel.engine megatron, parallel.zero_stage 1.*use engine: deepspeed and zero_stage 3 .*, or",
+    ),
+    "nvme with SGD": (
+        2, {**DEEPSPEED, "offload_optimizer": "nvme", "zero_stage": 3}, {"optimizer": {"kind": "sgd"}},
+        "nvme .*optimizer.kind sgd, .*zero_stage 3 with optimizer.kind adamw, or offload_optimizer: cpu with zero_st",
     ),
     "ZeRO 2 with a pipeline": (
         2, {"pipeline_parallel_size": 2, "zero_stage": 2}, {},
@@ -233,28 +251,21 @@ def test_a_vocabulary_that_does_not_divide_is_refused_once_it_is_known() -> None
     assert "tensor_parallel_size 2 does not divide the vocabulary of data.tokenizer 47" in message
 
 
-@pytest.mark.parametrize("objectives", [
-    {"contrastive": {"cached": True}}, {"contrastive": {"weight": 0}, "captioning": {"weight": 1}},
-])  # fmt: skip
-def test_one_sample_a_microbatch_is_fine_for_what_needs_no_negatives_of_it(objectives: dict[str, Any]) -> None:
-    resolve_layout(config_of({}, train={"num_microbatches": 32}, objectives=objectives), 1)
+@pytest.mark.parametrize("contrastive", [{"cached": True}, {"weight": 0}])
+def test_one_sample_a_microbatch_is_fine_for_what_needs_no_negatives_of_it(contrastive: dict[str, Any]) -> None:
+    resolve_layout(config_of({}, train={"num_microbatches": 32}, objectives=objectives(contrastive)), 1)
 
 
 def test_a_width_that_no_block_has_is_not_asked_to_divide() -> None:
-    """With moe.every 1 all blocks are mixtures, and ffn_hidden_size is nobody's."""
+    """With moe.every 1 all blocks are MoE layers, and no block uses ffn_hidden_size."""
     everywhere = config_of(TP2, model={"ffn_hidden_size": 15}, moe={"every": 1})
     assert resolve_layout(everywhere, 2).tensor == 2
 
 
 def test_fewer_microbatches_than_plain_pipeline_ranks_are_allowed() -> None:
-    """1F1B runs them with a wider bubble; Megatron asks for more of the interleaved schedule alone."""
+    """1F1B runs them with a wider bubble; Megatron requires more only for the interleaved schedule."""
     config = config_of({"pipeline_parallel_size": 4}, train={"num_microbatches": 1})
     assert resolve_layout(config, 4).pipeline == 4
-
-
-def test_zero_0_under_deepspeed_may_spread_experts_where_nothing_is_clipped() -> None:
-    config = config_of(DEEPSPEED, optimizer={"clip_norm": 0.0})
-    assert resolve_layout(config, 2).expert == 2
 
 
 @pytest.mark.parametrize("num_experts,data_size,expected", [(8, 1, 1), (8, 2, 2), (8, 6, 2), (6, 4, 2), (1, 4, 1)])
@@ -267,3 +278,42 @@ def test_auto_takes_the_widest_spread_that_divides_experts_and_ranks(
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"expert_parallel_size 3 .*num_experts 8 on 4 data.*\[1, 2, 4\]"):
         resolve_expert_parallel_size(3, 8, 4)
+
+
+class ThirdEngine(Engine):
+    """As a new file in ``engines/`` would have it."""
+
+    def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
+        raise NotImplementedError
+
+
+def test_an_engine_is_a_class_and_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config takes its name, layouts are held against what it can, and it is built."""
+    entry = Capabilities(place=f"{__name__}:ThirdEngine", pipeline=False, zero_stages=(2,),
+                         optimizers={"adamw": (2,)}, offload={"nvme": Offload((2,), ("adamw",))},
+                         precisions=("bf16",), overlap=("overlap_grad_reduce",))  # fmt: skip
+    with pytest.raises(ValueError, match="'third' is not an engine; use one of: megatron, deepspeed"):
+        config_of({"engine": "third"})
+    monkeypatch.setitem(ENGINES, "third", entry)
+    legal = {"engine": "third", "zero_stage": 2, "offload_optimizer": "nvme", "overlap_grad_reduce": True}
+    half = {"train": {"precision": "bf16"}}
+    config = config_of(legal, **half)
+    assert resolve_layout(config, 2).engine == "third"
+    refused = {
+        "pipeline_parallel_size 2 with parallel.engine third.*set engine: megatron": ({**legal, **PP2}, half),
+        "zero_stage 1 .*third has the stages 2 alone; use zero_stage: 2": ({**legal, "zero_stage": 1}, half),
+        "train.precision fp32 with parallel.engine third, which computes in bf16": (legal, {}),
+        "optimizer.kind sgd with parallel.engine third.*optimizer.kind: adamw": (
+            legal,
+            {**half, "optimizer": {"kind": "sgd"}},
+        ),
+        "offload_optimizer cpu with parallel.engine third": ({**legal, "offload_optimizer": "cpu"}, half),
+        "parallel.deepspeed .*parallel.engine is third": ({**legal, "deepspeed": {"a": 1}}, half),
+        "parallel.overlap_param_gather .*third": ({**legal, "overlap_param_gather": True}, half),
+    }
+    for pattern, (parallel, sections) in refused.items():
+        message = refusal(2, parallel, **sections)
+        assert re.search(pattern, message), message
+    assert "engine: third" in refusal(2, {"zero_stage": 2})
+    engine = build_engine(config, VOCAB, Groups(), torch.device("cpu"))
+    assert isinstance(engine, ThirdEngine) and len(engine.models) == 1 and engine.steps_done == 0

@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmmoe_pretrain.checkpoint.sharded import Piece, pieces_of_part, pieces_of_range, whole_shape
-from mmmoe_pretrain.parallel.placement import Box, Cut, Placement, boxes, boxes_of_range, part_of, placements
+from mmmoe_pretrain.checkpoint.state import pieces_of_part, pieces_of_range
+from mmmoe_pretrain.parallel.placement import (
+    Box,
+    Cut,
+    Placement,
+    boxes,
+    boxes_of_range,
+    logical_shape,
+    part_of,
+    placements,
+)
 
 
 @st.composite
@@ -19,8 +28,9 @@ def cut_tensors(draw: st.DrawFn) -> tuple[Tensor, list[Placement]]:
     """A tensor whose numbers are its flat indices, and the placements of all ranks that hold it."""
     shape, options = [], []
     for dim in range(draw(st.integers(1, 4))):
-        parts, blocks, share = (draw(st.integers(1, 3)) for _ in range(3))
-        shape.append(parts * blocks * share)
+        parts, share = (draw(st.integers(1, 3)) for _ in range(2))
+        blocks = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+        shape.append(parts * sum(blocks) * share)
         options.append([Cut(dim, index, parts, blocks) for index in range(parts)])
     kept = [dim for dim in options if draw(st.booleans())]  # the others are not cut at all
     whole = torch.arange(float(np.prod(shape))).view(shape)
@@ -29,9 +39,9 @@ def cut_tensors(draw: st.DrawFn) -> tuple[Tensor, list[Placement]]:
 
 def rows_of(length: int, cut: Cut) -> list[int]:
     """The indices along its dimension that a rank holds, one by one."""
-    return [
-        i for i in range(length) if i % (length // cut.blocks) // (length // cut.blocks // cut.parts) == cut.index
-    ]
+    unit = length // (cut.parts * sum(cut.blocks))
+    owner = [part for block in cut.blocks for part in range(cut.parts) for _ in range(block * unit)]
+    return [i for i in range(length) if owner[i] == cut.index]
 
 
 def held_by(whole: Tensor, placement: Placement) -> Tensor:
@@ -39,19 +49,34 @@ def held_by(whole: Tensor, placement: Placement) -> Tensor:
     return torch.from_numpy(whole.numpy()[np.ix_(*(by_dim.get(d, range(n)) for d, n in enumerate(whole.shape)))])
 
 
-def inside(whole: Tensor, piece: Piece) -> Tensor:
-    return whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))]
+def inside(whole: Tensor, offset: tuple[int, ...], piece: Tensor) -> Tensor:
+    return whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
 
 
 def test_queries_keys_and_values_are_cut_alike() -> None:
     whole = torch.arange(12.0).view(12, 1)  # rows 0 to 3 are queries, 4 to 7 keys, 8 to 11 values
-    part = part_of(whole, (Cut(0, 1, 2, blocks=3),))
+    cut = (Cut(0, 1, 2, blocks=(1, 1, 1)),)
+    part = part_of(whole, cut)
     assert part.flatten().tolist() == [2, 3, 6, 7, 10, 11]
-    assert [(p.offset, p.tensor.flatten().tolist()) for p in pieces_of_part(part, (Cut(0, 1, 2, blocks=3),))] == [
-        ((2, 0), [2, 3]),
-        ((6, 0), [6, 7]),
-        ((10, 0), [10, 11]),
-    ]
+    pieces = pieces_of_part(part, cut)
+    assert {offset: piece.flatten().tolist() for offset, piece in pieces.items()} == {
+        (2, 0): [2, 3],
+        (6, 0): [6, 7],
+        (10, 0): [10, 11],
+    }
+
+
+def test_keys_of_fewer_heads_than_queries_are_cut_alike() -> None:
+    whole = torch.arange(16.0).view(16, 1)  # rows 0 to 7 are queries, 8 to 11 keys, 12 to 15 values
+    cut = (Cut(0, 1, 2, blocks=(2, 1, 1)),)
+    part = part_of(whole, cut)
+    assert part.flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+    pieces = pieces_of_part(part, cut)
+    assert {offset: piece.flatten().tolist() for offset, piece in pieces.items()} == {
+        (4, 0): [4, 5, 6, 7],
+        (10, 0): [10, 11],
+        (14, 0): [14, 15],
+    }
 
 
 def test_a_range_of_a_matrix_is_an_end_of_a_row_whole_rows_and_a_beginning() -> None:
@@ -64,11 +89,11 @@ def test_a_range_of_a_matrix_is_an_end_of_a_row_whole_rows_and_a_beginning() -> 
 
 def test_an_empty_range_has_no_boxes() -> None:
     assert list(boxes_of_range((5, 5), 7, 7)) == []
-    assert pieces_of_range(torch.zeros(0), 3, (5, 5), ()) == ()
+    assert pieces_of_range(torch.zeros(0), 3, (5, 5), ()) == {}
 
 
 def test_blocks_that_are_not_cut_are_one_box() -> None:
-    assert list(boxes((6, 2), (Cut(0, 0, 1, blocks=3),))) == [(Box((0, 0), (6, 2)), Box((0, 0), (6, 2)))]
+    assert list(boxes((6, 2), (Cut(0, 0, 1, blocks=(1, 1, 1)),))) == [(Box((0, 0), (6, 2)), Box((0, 0), (6, 2)))]
 
 
 @given(cut_tensors())
@@ -79,10 +104,10 @@ def test_the_pieces_of_all_parts_tile_the_tensor_and_hold_its_numbers(case: tupl
     for placement in ranks:
         part = part_of(whole, placement)
         assert torch.equal(part, held_by(whole, placement))
-        assert whole_shape(part, placement) == whole.shape
-        for piece in pieces_of_part(part, placement):
-            assert torch.equal(piece.tensor, inside(whole, piece))
-            inside(times_held, piece).add_(1)
+        assert logical_shape(tuple(part.shape), placement) == whole.shape
+        for offset, piece in pieces_of_part(part, placement).items():
+            assert torch.equal(piece, inside(whole, offset, piece))
+            inside(times_held, offset, piece).add_(1)
     assert bool((times_held == 1).all())
 
 
@@ -100,10 +125,10 @@ def test_the_pieces_of_all_ranges_tile_the_tensor_and_are_live(
         inner = data.draw(st.lists(st.integers(0, count), max_size=3))
         for start, end in itertools.pairwise([0, *sorted(inner), count]):
             memory = torch.cat([torch.full((2,), 0.5), part.flatten()[start:end]])  # as a slice of a buffer
-            for piece in pieces_of_range(memory[2:], start, tuple(part.shape), placement):
-                assert torch.equal(piece.tensor, inside(whole, piece))
-                inside(times_held, piece).add_(1)
-                piece.tensor.copy_(inside(new, piece))
+            for offset, piece in pieces_of_range(memory[2:], start, tuple(part.shape), placement).items():
+                assert torch.equal(piece, inside(whole, offset, piece))
+                inside(times_held, offset, piece).add_(1)
+                piece.copy_(inside(new, offset, piece))
             expected = held_by(new, placement).flatten()[start:end]
             assert torch.equal(memory, torch.cat([torch.full((2,), 0.5), expected]))
     assert bool((times_held == 1).all())

@@ -53,7 +53,7 @@ def test_embedders_and_heads_push_blocks_to_the_middle() -> None:
 
 
 def test_costly_blocks_stand_with_few_others() -> None:
-    """A mixture of 5 beside dense blocks of 1: alone, it is the least that the costliest can be."""
+    """An MoE layer of cost 5 beside dense blocks of 1: alone, it bounds the costliest stage from below."""
     assert [stage.blocks for stage in cut_stages([5, 1, 1, 1, 1, 5], 3, 0, 0)] == [range(1), range(1, 5), range(5, 6)]
     assert [stage.blocks for stage in cut_stages([5, 1, 1, 1], 2, 0, 0)] == [range(1), range(1, 4)]
 

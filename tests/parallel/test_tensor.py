@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.placement import part_of, placements
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.parallel.tensor import (
@@ -32,7 +32,7 @@ from mmmoe_pretrain.parallel.tensor import (
     vocab_embedding,
     vocab_head,
 )
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 
 D, HIDDEN, VOCAB, RANKS = 8, 12, 10, 2
 TOKENS = (0, 1, 2, 7)  # 1 and 7 leave a padding row on one of two ranks
@@ -60,7 +60,7 @@ class TwoMatrices(nn.Module):
     def __init__(self, groups: Groups) -> None:
         super().__init__()
         self.groups = groups
-        self.first = column_linear(D, 3 * HIDDEN, groups, blocks=3)
+        self.first = column_linear(D, 3 * HIDDEN, groups, blocks=(1, 1, 1))
         self.second = row_linear(HIDDEN, D, groups)
 
     def forward(self, x_nD: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def check_parts(groups: Groups, tokens: int) -> None:
     share = sum_gradients(w, groups) * parts * (0.25 if rank else 0.75)  # the parts make w x
     y = leave_trunk(leave_parts((2 * rank + 3) * parts + share, groups), tokens, groups)
     check_close(y, (3 + 5 + w) * x, "sum of parts")
-    # a loss term that every rank computes alike, of a gradient without strides
+    # a loss term that all ranks compute equally, of a gradient without strides
     (y.sum() + 5 * alike.sum()).backward()
     assert x.grad is not None and w.grad is not None
     check_close(x.grad, (3 + 5 + 5 + w).expand(tokens, D).detach(), "gradient of x")
@@ -164,7 +164,7 @@ def all_cases() -> Any:
     with process_group(timeout_minutes=0.5):
         for sequence_parallel in (False, True):
             settings = ParallelConfig(tensor_parallel_size=RANKS, sequence_parallel=sequence_parallel)
-            groups = build_groups(settings, 4)
+            groups = groups_of(settings, 4)
             for tokens in TOKENS:
                 check_matrices(groups, tokens, torch.float32)
                 check_parts(groups, tokens)
@@ -182,7 +182,7 @@ def test_two_tensor_ranks_compute_what_one_process_computes() -> None:
 def test_one_tensor_rank_is_plain_torch_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mmmoe_pretrain.parallel.megatron_layers", "megatron.core.tensor_parallel"):
         monkeypatch.setitem(sys.modules, name, None)  # an import then raises
-    assert type(column_linear(D, HIDDEN, SINGLE, blocks=3)) is nn.Linear
+    assert type(column_linear(D, HIDDEN, SINGLE, blocks=(1, 1, 1))) is nn.Linear
     assert type(row_linear(HIDDEN, D, SINGLE)) is nn.Linear
     assert type(vocab_head(D, VOCAB, SINGLE)) is nn.Linear
     assert type(vocab_embedding(VOCAB, D, SINGLE)) is nn.Embedding

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.moe.stats import M, X, gather_stats
+from mmmoe_pretrain.moe.stats import gather_stats
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.plan import communication as plan
 from mmmoe_pretrain.plan.communication import Microbatch, Parameter, Routed, Transfer
-from tests.support import tiny_config
+from tests.moe.routing_inputs import NAMES
+from tests.support import objectives, tiny_config
 
 ALONE = Layout(
     world_size=1,
@@ -106,9 +107,10 @@ def test_the_sharded_optimizer_scatters_fp32_and_gathers_the_parameters_type_pad
 def test_statistics_have_as_many_elements_as_the_model_reduces() -> None:
     logits = torch.zeros(6, 5)
     ids = torch.zeros(6, 2, dtype=torch.int64)
-    tokens = TokenInfo.of_modalities(torch.zeros(6, dtype=torch.int64))
+    tokens = TokenInfo.of_modalities(torch.zeros(6, dtype=torch.int64), NAMES)
     stats = gather_stats(logits, logits.log_softmax(-1), ids, torch.ones_like(ids, dtype=torch.bool), tokens)
-    assert plan.statistics_numel(5) == stats.flatten().numel() == M * X * (5 + 1 + 1 + 5 + 1 + 1) + M * 5 + 2
+    by_hand = 3 * 2 * (5 + 1 + 1 + 5 + 1 + 1) + 3 * 5 + 2  # three modalities, two tasks
+    assert plan.statistics_numel(NAMES, 5) == stats.flatten().numel() == by_hand
 
 
 def planned(config: RunConfig, layout: Layout, stages: list[Stage], batches: list[Microbatch]) -> list[Transfer]:
@@ -131,6 +133,23 @@ def test_messages_between_stages_have_the_rows_of_the_longest_microbatch(tmp_pat
     assert messages([first, inner]) == (6, 6 * message)
     shared = replace(layout, tensor=2, sequence_parallel=True)
     assert messages([first], shared) == (2, 2 * 5 * 16 * 4)  # half of the 9 rows, and one of padding
+
+
+def test_each_objective_has_its_own_calls(tmp_path: Path) -> None:
+    """Of 2 samples with 3 discrete tokens and 4 targets: 3 representations of one objective, 2 of another; two tasks
+    share the language head. Embedding size 8, hidden size 16, fp32."""
+    other = {"kind": "contrastive", "pairs": {"image-audio": 1.0}}
+    both = {**objectives(), "other": other, "reading": {"kind": "next_token"}}
+    config = tiny_config(tmp_path, objectives=both, moe={"num_experts": 1, "experts_per_token": 1})
+    layout = replace(ALONE, world_size=4, data=2, tensor=2)
+    made = [t for t in planned(config, layout, [whole(2)], [Microbatch(5, 2, 3, 4, ())]) if t.what != "matrices"]
+    assert [(t.calls, t.sent) for t in made if (t.what, t.kind) == ("features", ALL_GATHER)] == [
+        (2, 2 * 3 * 8 * 4 + 2 * 4 * 8), (2, 2 * 2 * 8 * 4 + 2 * 3 * 8)]  # fmt: skip
+    calls = found(made)
+    assert calls["vocabulary", ALL_REDUCE, "tensor"] == (1, 3 * 16 * 4)
+    assert calls["logits", ALL_REDUCE, "tensor"] == (2 * 3, 3 * 4 * 4)
+    assert calls["head", ALL_REDUCE, "tensor"] == (2, 4 * 16 * 4)
+    assert calls["counts", ALL_REDUCE, "data"] == (1, (1 + 3 + 1 + 1 + 1) * 8)  # tokens, pairs, caption, pair, text
 
 
 def test_one_process_communicates_nothing(tmp_path: Path) -> None:

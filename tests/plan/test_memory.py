@@ -15,11 +15,20 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.megatron_setup import inner_optimizers
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.layout import resolve_layout
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.memory import Held, Part, foretold_peak, held_bytes, parts_of
-from tests.distributed import run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, OTHER_BLOCKS, VOCAB, Case, global_microbatch
+from mmmoe_pretrain.plan.memory import Held, Part, estimate_peak, held_bytes, parts_of
+from tests.distributed import groups_of, run_ranks
+from tests.layouts.cases import (
+    LAYOUTS,
+    LEARNING_RATE,
+    MICROBATCHES,
+    OTHER_BLOCKS,
+    SGD,
+    VOCAB,
+    Case,
+    global_microbatch,
+)
 
 Pair = tuple[Held, Held]
 
@@ -29,10 +38,11 @@ def cases(layout: str) -> list[Case]:
     ranks, degrees = LAYOUTS[layout]
     moe = OTHER_BLOCKS if layout in ("EP2", "TP2") else {}  # stacks of biases are vectors, and some are cut
     found = [Case(layout, ranks, "megatron", zero, degrees, "bf16", moe=moe) for zero in (0, 1)]
+    found.append(Case(layout, ranks, "megatron", 0, degrees, "bf16", moe=moe, optimizer=SGD))
     if layout == "PP2":
         return found
-    stages = (1, 2, 3) if layout == "EP2" else (0, 1, 2, 3)  # EP without ZeRO cannot clip
-    return found + [Case(layout, ranks, "deepspeed", zero, degrees, moe=moe) for zero in stages]
+    found += [Case(layout, ranks, "deepspeed", zero, degrees, moe=moe) for zero in (0, 1, 2, 3)]
+    return [*found, Case(layout, ranks, "deepspeed", 3, degrees, moe=moe, optimizer=SGD)]
 
 
 @pytest.mark.parametrize("layout", ["DP2", "EP2", "TP2", "PP2"])
@@ -50,23 +60,23 @@ def test_a_model_that_is_not_there_is_planned_alike() -> None:
     with torch.device("meta"):
         model = PretrainingModel(config, VOCAB)
     model.use_half(torch.bfloat16)
-    assert held_bytes(resolve_layout(config, 1), [parts_of(model)]) == pair[1]
+    assert held_bytes(resolve_layout(config, 1), [parts_of(model)], config.optimizer.state) == pair[1]
 
 
 def test_shares_add_up_to_all_parameters_whatever_the_padding() -> None:
     config = Case("x", 1, "megatron", 1, {}).config(Path("."))
     layout = resolve_layout(config, 4)
     parts = [Part(numel, 2, expert=False, vector=False) for numel in (1, 65, 1000, 3)]
-    held = [held_bytes(layout, [parts], data_rank=rank) for rank in range(4)]
-    assert sum(h.moments for h in held) == 8 * 1069
+    held = [held_bytes(layout, [parts], config.optimizer.state, data_rank=rank) for rank in range(4)]
+    assert sum(h.optimizer for h in held) == 8 * 1069
     assert sum(h.masters for h in held) == 4 * 1069
     # from the last to the first: 3 at 0, 1000 at 64, 65 at 1088, 1 at 1216; 1217 numbers padded to 128s
     assert {h.weights for h in held} == {2 * 1280}
 
 
-def test_a_peak_is_foretold_by_a_line_through_two() -> None:
+def test_peak_memory_is_extrapolated_linearly_from_two_points() -> None:
     """7 bytes a token and 100 a step."""
-    assert foretold_peak(1000, smaller=(10, 170), larger=(30, 310), tokens=50) == (1450, 7)
+    assert estimate_peak(1000, smaller=(10, 170), larger=(30, 310), tokens=50) == (1450, 7)
 
 
 def planned_and_found(made: Sequence[Case]) -> list[Pair]:
@@ -78,7 +88,7 @@ def planned_and_found(made: Sequence[Case]) -> list[Pair]:
 def one_case(case: Case, device: torch.device) -> Pair:
     config = case.config(Path("."))
     layout = resolve_layout(config, case.ranks)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = groups_of(config.parallel, config.moe.group_sizes)
     seen: list[list[Part]] = []
     original = PretrainingModel.__init__
 
@@ -98,7 +108,7 @@ def one_case(case: Case, device: torch.device) -> Pair:
     else:
         found = of_deepspeed(engine, batches)
     replica = groups.data_rank // groups.expert_size
-    planned = held_bytes(layout, seen, groups.data_rank, replica)
+    planned = held_bytes(layout, seen, config.optimizer.state, groups.data_rank, replica)
     destroy_groups()
     return planned, found
 
@@ -110,7 +120,8 @@ def of_megatron(engine: Any) -> Held:
     mains = [main for each in inner for group in each.optimizer.param_groups for main in group["params"]]
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     masters = [main for main in mains if main.untyped_storage().data_ptr() not in weights]
-    moments = [state[key] for each in inner for state in each.optimizer.state.values() for key in MOMENTS]
+    moments = [state[key] for each in inner for state in each.optimizer.state.values()
+               for key in engine.config.optimizer.state]  # fmt: skip
     return Held(stored(parameters), stored(b.grad_data for b in buffers), stored(masters), stored(moments))
 
 
@@ -139,10 +150,8 @@ def of_deepspeed(engine: Any, batches: list[Any]) -> Held:
     else:
         weights, states = stored(parameters), optimizer.optimizer.state
         masters = stored(optimizer.single_partition_of_fp32_groups)
-    return Held(weights, gradients[0], masters, stored(state[key] for state in states.values() for key in MOMENTS))
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    kept = stored(state[key] for state in states.values() for key in engine.config.optimizer.state)
+    return Held(weights, gradients[0], masters, kept)
 
 
 def stored(tensors: Iterable[Tensor]) -> int:

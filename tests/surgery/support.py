@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.checkpoint.state import ParameterState, persistent_buffers
+from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.surgery.operation import Result, Source
-from mmmoe_pretrain.surgery.parameters import State
+from mmmoe_pretrain.surgery.parameters import Parameter, State
 from tests.support import random_batch, tiny_config
 
 VOCAB = 48
 MODEL = {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8}
 META = {"vocab_size": VOCAB, "tokenizer_fingerprint": "none", "version": "0"}
 STEP = 5
-BLOCK = "mmmoe.trunk.blocks.1.ffn."  # the first of two mixtures
+BLOCK = "mmmoe.trunk.blocks.1.ffn."  # the first of two MoE layers
 
 
 def random_source(root: Path, moe: dict[str, Any], **sections: Any) -> Source:
@@ -33,11 +33,11 @@ def random_source(root: Path, moe: dict[str, Any], **sections: Any) -> Source:
     state: State = {}
     for key, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-        state[key] = ParameterState(
-            parameter.detach().clone(), torch.randn(parameter.shape), torch.rand(parameter.shape)
-        )
+        kept = {name: torch.rand(parameter.shape) if name == "exp_avg_sq" else torch.randn(parameter.shape)
+                for name in config.optimizer.state}  # fmt: skip
+        state[key] = Parameter(parameter.detach().clone(), kept)
     for key, buffer in persistent_buffers(model).items():
-        state[key] = ParameterState(buffer.clone(), None, None)
+        state[key] = Parameter(buffer.clone())
     return source_of(root, config, state)
 
 
@@ -56,9 +56,8 @@ def model_of(config: RunConfig, state: State) -> MMMoE:
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     assert state.keys() == parameters.keys() | buffers.keys()
     for name, parameter in state.items():
-        moments = [m for m in (parameter.exp_avg, parameter.exp_avg_sq) if m is not None]
-        assert len(moments) == (2 if name in parameters else 0), name
-        assert all(m.shape == parameter.value.shape for m in moments), name
+        assert parameter.optimizer.keys() == (set(config.optimizer.state) if name in parameters else set()), name
+        assert all(kept.shape == parameter.value.shape for kept in parameter.optimizer.values()), name
         (parameters | buffers)[name].data.copy_(parameter.value)
         assert (parameters | buffers)[name].shape == parameter.value.shape, name
     return model.mmmoe.eval()
@@ -70,22 +69,23 @@ def batch_for(config: RunConfig) -> Batch:
 
 def outputs(model: MMMoE, batch: Batch) -> Tensor:
     """All features and likelihoods in one vector."""
-    output = model(batch)
-    return torch.cat([*(output.features[m].reshape(-1) for m in sorted(output.features)), output.caption_nll])
+    output, _ = model(batch)
+    features = (output.features[name].reshape(-1) for name in sorted(output.features))
+    return torch.cat([*features, *output.token_nll.values()])
 
 
-def difference(source: Source, result: Result) -> float:
+def difference(source: Source, result: Result, batch: Batch | None = None) -> float:
     """Largest, of outputs of the order of 1."""
-    batch = batch_for(source.config)
+    batch = batch or batch_for(source.config)
     with torch.inference_mode():
         before, now = outputs(source.model, batch), outputs(model_of(result.config, result.state), batch)
     return float((before - now).abs().max())
 
 
-def assert_same_function(source: Source, result: Result) -> None:
+def assert_same_function(source: Source, result: Result, batch: Batch | None = None) -> None:
     """fp32 sums in another order: 1e-5 is ten times what they leave in four blocks of width 16, and a
     thousandth of what a wrong factor does."""
-    assert difference(source, result) < 1e-5
+    assert difference(source, result, batch) < 1e-5
 
 
 def gradients(model: MMMoE, batch: Batch) -> dict[str, Tensor]:
@@ -97,6 +97,4 @@ def gradients(model: MMMoE, batch: Batch) -> dict[str, Tensor]:
 
 
 def moments(state: State, name: str) -> tuple[Tensor, Tensor]:
-    first, second = state[name].exp_avg, state[name].exp_avg_sq
-    assert first is not None and second is not None
-    return first, second
+    return state[name].optimizer["exp_avg"], state[name].optimizer["exp_avg_sq"]

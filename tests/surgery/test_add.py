@@ -1,4 +1,4 @@
-"""New experts sleep, and wake; until they do the model is as it was."""
+"""New experts are dormant at first; until they are active the model is unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmmoe_pretrain.moe.layer import MoELayer
-from mmmoe_pretrain.moe.router import DORMANT
+from mmmoe_pretrain.moe.router import DORMANT, Router
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.surgery.add import add
 from mmmoe_pretrain.surgery.operation import Result, Source
@@ -40,22 +40,24 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sleeping_experts_change_nothing_and_get_no_token(tmp_path: Path, case: str) -> None:
+def test_dormant_experts_change_nothing_and_get_no_token(tmp_path: Path, case: str) -> None:
     source = random_source(tmp_path, CASES[case])
     result = run_add(source)
     assert result.exact
     assert_same_function(source, result)
     model = model_of(result.config, result.state)
-    for stats in model(batch_for(source.config)).routing:
+    for stats in model(batch_for(source.config))[1]:
         counts = stats.counts_ME.sum(0)
         assert counts[:4].sum() > 0
         assert counts[4:6].tolist() == [0, 0]
 
 
-def test_a_negative_bias_of_the_old_ones_does_not_wake_the_new(tmp_path: Path) -> None:
+def test_a_negative_bias_of_the_old_ones_does_not_activate_the_new(tmp_path: Path) -> None:
     source = random_source(tmp_path, CASES["biases"])
     for block in (1, 3):
-        source.state[f"mmmoe.trunk.blocks.{block}.ffn.router.bias"].value.copy_(torch.tensor([0.0, -1, -1, -1]))
+        for m in source.config.modalities:
+            bias = source.state[f"mmmoe.trunk.blocks.{block}.ffn.router.bias.{m}"].value
+            bias.copy_(torch.tensor([[0.0, -1, -1, -1]]))
     source = after(source, Result(source.config, source.state, ()))
     assert_same_function(source, run_add(source, copy_from=0))
 
@@ -84,7 +86,7 @@ def test_copies_are_perturbed_and_begin_without_momentum(tmp_path: Path) -> None
         assert torch.equal(second[5], moments(source.state, BLOCK + name)[1][1])
 
 
-def test_the_most_used_experts_are_copied_unless_told(tmp_path: Path) -> None:
+def test_the_most_used_experts_are_copied_by_default(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
     share = source.usage.share[1]
     result = run_add(source, noise=0.0)
@@ -104,24 +106,31 @@ def test_one_layer_can_grow_alone_and_again(tmp_path: Path) -> None:
     assert twice.state["mmmoe.trunk.blocks.3.ffn.router.dormancy"].value.tolist() == [0] * 4 + [DORMANT] * 3
 
 
-def test_experts_wake_over_wake_steps_and_then_get_tokens(tmp_path: Path) -> None:
+def biases(router: Router) -> torch.Tensor:
+    assert router.bias is not None
+    return torch.cat(list(router.bias.buffers()))
+
+
+def test_dormancy_falls_over_wake_steps_and_then_experts_get_tokens(tmp_path: Path) -> None:
     source = random_source(tmp_path, CASES["biases"])
     result = run_add(source, copy_from=0, noise=0.0)
     model = model_of(result.config, result.state)
     layer = model.trunk.blocks["1"].ffn
     assert isinstance(layer, MoELayer)
     router = layer.router
+    assert router.bias is not None
     x_nD = torch.randn(32, 16)
-    tokens = TokenInfo.of_modalities(torch.zeros(32, dtype=torch.int64))
+    tokens = TokenInfo.of_modalities(torch.zeros(32, dtype=torch.int64), source.config.stream_names)
     seen = []
     for _ in range(4):
         router.end_step(router(x_nD, tokens).stats)
         seen.append(float(router.dormancy[4]))
         if seen[-1] > 0:
-            assert not router.bias[:, 4:].any()  # held, though their load is below the mean
+            assert not biases(router)[:, 4:].any()  # held, though their load is below the mean
     assert seen == [24, 16, 8, 0]
-    assert router.bias[:, :4].any()
-    router.bias.zero_()
+    assert biases(router)[:, :4].any()
+    for buffer in router.bias.buffers():
+        buffer.zero_()
     assert router(x_nD, tokens).stats.counts_ME.sum(0)[4] > 0  # as good as expert 0
 
 
@@ -143,5 +152,5 @@ def test_experts_and_layers_that_are_not_there_are_refused(tmp_path: Path) -> No
     source = random_source(tmp_path, {})
     with pytest.raises(ValueError, match="--copy-from 4: block 1 has experts 0 to 3"):
         run_add(source, copy_from=4)
-    with pytest.raises(ValueError, match="--layer 2: no mixture there; the mixtures of this run are blocks 1, 3"):
+    with pytest.raises(ValueError, match="--layer 2: no MoE layer there; the MoE layers of this run are blocks 1, 3"):
         run_add(source, layers=(1, 2))

@@ -1,4 +1,4 @@
-"""The frame of all commands: a run goes in untouched, a run that trains on comes out, or nothing does."""
+"""The common steps of all commands: the old run does not change, and the new one trains or is not written."""
 
 import json
 import sys
@@ -10,12 +10,16 @@ import torch
 from mmmoe_pretrain import cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.export.write import export_run
 from mmmoe_pretrain.surgery import operation
 from mmmoe_pretrain.surgery.operation import Result, Source, operate
+from mmmoe_pretrain.surgery.parameters import by_key, by_parameter
 from mmmoe_pretrain.surgery.split import split
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
+from tests.export.support import make_run
 from tests.support import tiny_config
 
 BLOCK = "mmmoe.trunk.blocks.1.ffn."
@@ -63,7 +67,7 @@ def test_a_split_run_trains_on_from_the_same_step_and_the_old_one_is_untouched(
     assert contents(trained.run_dir) == before
 
 
-def test_a_grown_run_trains_on_and_its_new_experts_wake(
+def test_a_grown_run_trains_on_and_its_new_experts_become_active(
     tmp_path: Path, trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = tmp_path / "grown"
@@ -73,8 +77,8 @@ def test_a_grown_run_trains_on_and_its_new_experts_wake(
     run_ranks(1, train, run_config.load(new / "config.yaml"), True)
     checkpoint = store.find_latest(new / "checkpoints")
     assert checkpoint is not None
-    dormancy = store.read_state(checkpoint)[BLOCK + "router.dormancy"]
-    assert dormancy.value.tolist() == [0, 0, 0, 0, 16, 16]  # two of four steps on the way
+    dormancy = store.read_state(checkpoint)[model_key(BLOCK + "router.dormancy")]
+    assert dormancy.tolist() == [0, 0, 0, 0, 16, 16]  # two of four steps on the way
     mmmoe(monkeypatch, "experts", "merge", new, "--out", tmp_path / "merged", "--layer", 1, "--experts", "0,5",
           "--lossy")  # fmt: skip
     mmmoe(monkeypatch, "experts", "prune", new, "--out", tmp_path / "pruned", "--unused", "--lossy")
@@ -82,7 +86,7 @@ def test_a_grown_run_trains_on_and_its_new_experts_wake(
     assert load_model(tmp_path / "merged")[2] == load_model(tmp_path / "pruned")[2] == 5
 
 
-def test_a_dense_run_goes_on_as_a_mixture(
+def test_a_dense_run_resumes_as_a_sparse_one(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = trained_run(tmp_path, tiny_data, {"num_experts": 1, "experts_per_token": 1, "expert_hidden_size": 8})
@@ -112,10 +116,25 @@ def test_a_state_reads_and_writes_alone_as_it_was(tmp_path: Path, trained: RunCo
     state = store.read_state(found)
     again = store.read_state(store.write_state(tmp_path, 3, state, {}))
     assert again.keys() == state.keys()
-    for name, parameter in state.items():
-        for key, tensor in parameter.tensors(name).items():
-            assert torch.equal(again[name].tensors(name)[key], tensor), key
-    assert state[BLOCK + "experts.up"].exp_avg is not None
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
+    assert optimizer_key(BLOCK + "experts.up", "exp_avg") in state
+    assert by_key(by_parameter(state)).keys() == state.keys()
+
+
+def test_a_checkpoint_of_before_names_the_way_out(tmp_path: Path, tiny_data: Path) -> None:
+    """The config of its run was upgraded; what its weights are called stands in the config beside them."""
+    config, states = make_run(tmp_path, tiny_data)
+    old = {**config.model_dump(mode="json"), "modalities": {"image": {"size": 16}}, "objectives": {}}
+    meta = {"version": "0.11", "vocab_size": 48, "tokenizer_fingerprint": "none", "config": old}
+    store.write_state(config.checkpoint_root, 20, states[10], meta)
+    said = r"step_00000020 was written by MMMoE 0\.11.* mmmoe export .* mmmoe import "
+    with pytest.raises(ValueError, match=said):
+        operate(config.run_dir, tmp_path / "new", (), "split", lambda source: split(source, 2, lossy=False))
+    with pytest.raises(ValueError, match=said):
+        export_run(config.run_dir, tmp_path / "new")
+    with pytest.raises(AssertionError, match=said):
+        run_ranks(1, train, config, True)
+    assert not (tmp_path / "new").exists()
 
 
 def wrong(source: Source) -> Result:
@@ -125,7 +144,7 @@ def wrong(source: Source) -> Result:
     return result
 
 
-def test_a_broken_promise_leaves_nothing_behind(tmp_path: Path, trained: RunConfig) -> None:
+def test_a_changed_function_leaves_nothing_behind(tmp_path: Path, trained: RunConfig) -> None:
     with pytest.raises(ValueError, match=r"split did not preserve the function: .* nothing was written"):
         operate(trained.run_dir, tmp_path / "new", (), "split", wrong)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +170,9 @@ def test_what_is_in_the_way_or_cannot_be_is_refused(tmp_path: Path, trained: Run
         operate(trained.run_dir, tmp_path / "-new", (), "split", halves)
     with pytest.raises(ValueError, match="no run in"):
         operate(tmp_path / "empty", tmp_path / "new", (), "split", halves)
-    with pytest.raises(ValueError, match=r"8 experts do not spread .*; choose another .*expert_parallel_size=auto"):
+    with pytest.raises(
+        ValueError, match=r"8 experts cannot be divided .*; choose another .*expert_parallel_size=auto"
+    ):
         operate(trained.run_dir, tmp_path / "new", ("parallel.expert_parallel_size=3",), "split", halves)
     assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +181,7 @@ def test_what_is_in_the_way_or_cannot_be_is_refused(tmp_path: Path, trained: Run
     ("arguments", "error"),
     [
         (("prune", "run", "--out", "new"), "either --experts 3,5 or --unused"),
-        (("prune", "run", "--out", "new", "--experts", "a,2"), "'a' is no expert"),
+        (("prune", "run", "--out", "new", "--experts", "a,2"), "'a' is not an expert"),
         (("merge", "run", "--out", "new", "--layer", "1", "--experts", "1"), "name two"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 
 from mmmoe_pretrain.surgery.operation import Result
 from mmmoe_pretrain.surgery.split import split
+from tests.support import objectives
 from tests.surgery.support import (
     BLOCK,
     after,
@@ -19,7 +20,7 @@ from tests.surgery.support import (
     random_source,
 )
 
-NO_CAPTIONS = {"contrastive": {"weight": 1.0}}
+NO_CAPTIONS = objectives(captioning=None)
 BIASES = {"expert_biases": True, "router_bias": True, "activation": "clamped_swiglu"}
 CASES: dict[str, dict[str, Any]] = {
     "softmax": {},
@@ -59,12 +60,16 @@ def test_finer_experts_compute_the_same(tmp_path: Path, case: str, factor: int) 
     assert now.expert_hidden_size == before.expert_hidden_size // factor
 
 
+@pytest.mark.parametrize("per_modality", [False, True])
 @pytest.mark.parametrize("router", ["softmax_top_k", "sigmoid_top_k"])
-def test_biases_of_the_choice_keep_choosing_the_same(tmp_path: Path, router: str) -> None:
-    source = random_source(tmp_path, {"router": router, "bias_balancing": {"rate": 0.02}})
+def test_biases_of_the_choice_keep_choosing_the_same(tmp_path: Path, router: str, per_modality: bool) -> None:
+    balancing = {"rate": 0.02, "per_modality": per_modality}
+    source = random_source(tmp_path, {"router": router, "bias_balancing": balancing})
     for block in (1, 3):
-        bias = source.state[f"mmmoe.trunk.blocks.{block}.ffn.router.bias"].value
-        bias[0] = torch.tensor([0.1, -0.05, 0.05, -0.1])  # of the size of probabilities' gaps
+        for number, name in enumerate(source.config.modalities if per_modality else ["all"]):
+            bias = source.state[f"mmmoe.trunk.blocks.{block}.ffn.router.bias.{name}"].value
+            of_a_gap = torch.tensor([0.1, -0.05, 0.05, -0.1])  # between two probabilities
+            bias[0] = of_a_gap.roll(number)
     source = after(source, Result(source.config, source.state, ()))  # the model takes the biases over
     result = split(source, 2, lossy=False)
     assert_same_function(source, result)
@@ -92,6 +97,18 @@ def test_moments_are_transformed_as_gradients_are(tmp_path: Path, case: str) -> 
         torch.testing.assert_close(second, wanted[name].square(), rtol=2e-4, atol=2e-4)
     router = moments(result.state, BLOCK + "router.weight")[0].view(4, 2, -1).sum(1)
     torch.testing.assert_close(router, wanted[BLOCK + "router.weight"].view(4, 2, -1).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_momentum_of_sgd_is_transformed_as_the_gradient_is(tmp_path: Path) -> None:
+    source = random_source(tmp_path, CASES["softmax"], optimizer={"kind": "sgd"})
+    batch = batch_for(source.config)
+    for name, gradient in gradients(source.model, batch).items():
+        source.state[name].optimizer["momentum_buffer"].copy_(gradient)
+    result = split(source, 2, lossy=False)
+    wanted = gradients(model_of(result.config, result.state), batch)
+    for name in [name for name in result.state if name.startswith(BLOCK + "experts.")]:
+        found = result.state[name].optimizer["momentum_buffer"]
+        torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-4)  # fp32 sums over tokens
 
 
 def test_layers_of_unlike_sizes_stay_so(tmp_path: Path) -> None:
@@ -135,7 +152,7 @@ def test_parts_must_be_whole(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
     with pytest.raises(ValueError, match="--factor 3 does not divide the 8 hidden units"):
         split(source, 3, lossy=False)
-    with pytest.raises(ValueError, match="--factor 1 divides nothing"):
+    with pytest.raises(ValueError, match="--factor 1 must be 2 or more"):
         split(source, 1, lossy=False)
     dense = random_source(tmp_path, {"num_experts": 1, "experts_per_token": 1})
     with pytest.raises(ValueError, match="mmmoe experts upcycle"):

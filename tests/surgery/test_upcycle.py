@@ -33,7 +33,7 @@ DENSE = {"num_experts": 1, "experts_per_token": 1}
         (2, {"activation": "gelu", "task_conditioned": True}),  # a dense layer is SwiGLU whatever this says
     ],
 )
-def test_a_mixture_of_copies_begins_as_the_dense_model(tmp_path: Path, top_k: int, settings: dict) -> None:
+def test_a_layer_of_copies_begins_as_the_dense_model(tmp_path: Path, top_k: int, settings: dict) -> None:
     source = random_source(tmp_path, {**DENSE, **settings})
     result = upcycle(source, 4, top_k, noise=0.0, every=None)
     assert result.exact
@@ -68,7 +68,7 @@ def test_moments_add_up_as_the_gradients_of_the_copies_do(tmp_path: Path) -> Non
         torch.testing.assert_close(now[1][2], before[1] / 8)  # E K
 
 
-def test_noise_breaks_the_ties_and_promises_nothing(tmp_path: Path) -> None:
+def test_noise_breaks_the_ties_and_changes_the_function(tmp_path: Path) -> None:
     source = random_source(tmp_path, DENSE)
     result = upcycle(source, 4, 2, noise=0.1, every=None)
     assert not result.exact
@@ -109,7 +109,7 @@ def test_what_would_not_begin_as_the_dense_model_is_refused(
         upcycle(source, 4, top_k, noise=0.0, every=None)
 
 
-def test_a_mixture_is_not_upcycled_again(tmp_path: Path) -> None:
+def test_a_sparse_run_is_not_upcycled_again(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
     with pytest.raises(ValueError, match="mmmoe experts add"):
         upcycle(source, 4, 2, noise=0.0, every=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from mmmoe_pretrain import cli
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader, StepData
@@ -26,11 +28,17 @@ from mmmoe_pretrain.train.loop import train
 from tests.distributed import free_port
 
 STEPS = 12
-SHORT = {"steps": STEPS, "global_batch_size": 8, "num_microbatches": 2, "log_every": 1}
+SHORT = {"steps": STEPS, "global_batch_size": 8, "num_microbatches": 1, "log_every": 1}
+
+
+def _with_nan(batch: Batch) -> Batch:
+    audio = batch.inputs["audio"]
+    log_mel = torch.full_like(audio["log_mel"], torch.nan)
+    return dataclasses.replace(batch, inputs={**batch.inputs, "audio": {**audio, "log_mel": log_mel}})
 
 
 def on_data(change: Callable[[Loader, StepData], StepData]) -> None:
-    """Every step's data goes through ``change`` before the run sees it."""
+    """Apply ``change`` to every step's data before the run gets it."""
     plain = Loader.__next__
     Loader.__next__ = lambda loader: change(loader, plain(loader))  # type: ignore[method-assign]
 
@@ -48,12 +56,12 @@ def keep_batches(path: Path) -> None:
 
 
 def poison(batches: Collection[int], rank: int = 0) -> None:
-    """The sounds of these batches are not numbers on ``rank``."""
+    """The audio values of these batches are not numbers on ``rank``."""
 
     def change(_: Loader, data: StepData) -> StepData:
         if data.batch not in batches or dist.get_rank() != rank:
             return data
-        bad = [dataclasses.replace(m, audio=torch.full_like(m.audio, torch.nan)) for m in data.microbatches]
+        bad = [_with_nan(m) for m in data.microbatches]
         return data._replace(microbatches=bad)
 
     on_data(change)
@@ -111,6 +119,7 @@ def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None]
     port = free_port()
 
     def work(rank: int) -> None:
+        gc.freeze()  # as tests/distributed.py does it
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
         for fault in faults:

@@ -1,4 +1,4 @@
-"""What a user sees: plain lines without a terminal, a bar on one, nothing on other ranks."""
+"""Console output: plain lines without a terminal, a bar on one, nothing on other ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-from mmmoe_pretrain.train.console import Console, clock, describe, short, task_losses
-from mmmoe_pretrain.train.metrics import StepRecord
+from mmmoe_pretrain.train.console import Console, describe, short, task_losses
+from mmmoe_pretrain.train.metrics import SampleCounts, StepRecord
 
 RECORD = StepRecord(
     step=100,
@@ -25,7 +25,6 @@ RECORD = StepRecord(
     tokens=24_690,
     seconds=2.0,
     data_seconds=0.1,
-    bad_samples=0,
 )
 
 
@@ -77,7 +76,7 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(monkeypatch: pytest.MonkeyP
 def test_waiting_for_data_and_bad_samples_are_named_when_they_matter() -> None:
     quiet = describe(RECORD)
     assert "data wait" not in quiet and "bad" not in quiet
-    loud = describe(dataclasses.replace(RECORD, data_seconds=0.5, bad_samples=3))
+    loud = describe(dataclasses.replace(RECORD, data_seconds=0.5, samples=SampleCounts(bad=3)))
     assert loud.endswith("data wait 25%  bad 3")
 
 
@@ -92,11 +91,6 @@ def test_task_losses_add_up_the_terms_of_an_objective() -> None:
 @pytest.mark.parametrize(("value", "text"), [(12.4, "12"), (12_345, "12.3k"), (1_500_000, "1.5M"), (2e9, "2.0G")])
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (200, "3:20"), (3725, "1:02:05"), (59.7, "1:00")])
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -1,6 +1,7 @@
 """The record of a run's events outlives its crashes."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from mmmoe_pretrain.train.journal import EVENTS, Journal, read_events
 
 def test_events_of_all_starts_stand_in_order(tmp_path: Path) -> None:
     for step in (1, 2):
-        with Journal(tmp_path / "run") as journal:
+        with closing(Journal(tmp_path / "run")) as journal:
             journal.write("saved", step=step, path=f"step_{step}")
     events = read_events(tmp_path / "run")
     assert [(e["event"], e["step"], e["path"]) for e in events] == [("saved", 1, "step_1"), ("saved", 2, "step_2")]
@@ -19,26 +20,26 @@ def test_events_of_all_starts_stand_in_order(tmp_path: Path) -> None:
 
 def test_a_line_that_a_crash_tore_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / EVENTS).write_text('{"event":"started","step":0}\n{"event":"sav')
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         journal.write("resumed", step=5)
     assert [event["event"] for event in read_events(tmp_path)] == ["started", "resumed"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with Journal(tmp_path / "run", enabled=False) as journal:
+    with closing(Journal(tmp_path / "run", enabled=False)) as journal:
         journal.write("saved", step=1)
     assert not (tmp_path / "run").exists()
     assert read_events(tmp_path / "run") == []
 
 
-def test_a_disk_that_is_full_costs_events_and_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_events_on_a_full_disk_are_lost_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / EVENTS).symlink_to("/dev/full")
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         for step in range(3):
             journal.write("saved", step=step)
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "events.jsonl" in told
-    assert "No space left" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "events.jsonl" in message
+    assert "No space left" in message
 
 
 def test_half_a_line_is_taken_back_when_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,7 @@ def test_half_a_line_is_taken_back_when_the_disk_fills_up(tmp_path: Path, monkey
         room[0] -= written
         return written
 
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         monkeypatch.setattr(os, "write", write)
         journal.write("saved", step=1)
         journal.write("saved", step=2)

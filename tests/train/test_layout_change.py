@@ -1,9 +1,10 @@
-"""A run stops under one layout and goes on under another, engine included, as if nothing had happened."""
+"""A run stops under one layout and engine and resumes under another with the same losses."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.loop import train
@@ -30,10 +31,17 @@ def until(config: RunConfig, step: int, parallel: dict[str, Any]) -> RunConfig:
     )
 
 
-def test_a_run_goes_on_under_other_layouts(tmp_path: Path, tiny_data: Path) -> None:
+TEXT_ALONE = {  # of the same shards
+    "modalities": {"text": {"kind": "text", "max_tokens": 16}},
+    "objectives": {"prose": {"kind": "next_token"}},
+}
+
+
+@pytest.mark.parametrize("sections", [{}, TEXT_ALONE], ids=["all", "text alone"])
+def test_a_run_goes_on_under_other_layouts(tmp_path: Path, tiny_data: Path, sections: dict[str, Any]) -> None:
     constant = {"learning_rate": 3e-3, "min_learning_rate": 3e-3, "warmup_steps": 0, "eps": 1e-4}
-    straight = config_in(tmp_path / "straight", tiny_data, train=STEPS, checkpoint=EVERY_LEG, optimizer=constant)
-    changing = config_in(tmp_path / "changing", tiny_data, train=STEPS, checkpoint=EVERY_LEG, optimizer=constant)
+    sections = {"train": STEPS, "checkpoint": EVERY_LEG, "optimizer": constant, **sections}
+    straight, changing = (config_in(tmp_path / name, tiny_data, **sections) for name in ("straight", "changing"))
     run_ranks(1, train, straight)
     for step, ranks, parallel in LEGS:
         run_ranks(ranks, train, until(changing, step, parallel))

@@ -1,9 +1,10 @@
-"""The log of a run: JSON lines, truncation on resume, the picture and TensorBoard's events."""
+"""The log of a run: JSON lines, truncation on resume, the figure and TensorBoard's events."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import metrics
-from mmmoe_pretrain.train.metrics import LayerRouting, MetricsLog, StepRecord, scalars, truncate_after
+from mmmoe_pretrain.train.metrics import LayerRouting, MetricsLog, SampleCounts, StepRecord, scalars, truncate_after
 from mmmoe_pretrain.train.telemetry import gather_routing, layer_json
 from tests.distributed import run_ranks
+
+NAMES = StreamNames(("image", "audio", "text"), ("contrastive", "captioning"))
 
 
 def layer_routing(layer: int = 1, experts: int = 4) -> LayerRouting:
@@ -39,6 +43,7 @@ def layer_routing(layer: int = 1, experts: int = 4) -> LayerRouting:
     tokens_MX = np.array([[100.0, 200.0], [0, 0], [100, 0]])
     return LayerRouting(
         layer=layer,
+        names=NAMES,
         tokens_MX=tokens_MX,
         counts_MXE=counts,
         probability_MXE=probability,
@@ -57,7 +62,7 @@ def record(step: int, total: float = 3.0, routing: bool = True) -> StepRecord:
         tokens=4000,
         seconds=2.0,
         data_seconds=0.5,
-        bad_samples=1,
+        samples=SampleCounts(bad=1),
         routing=(layer_routing(),) if routing else (),
     )
 
@@ -73,7 +78,7 @@ def read_events(run_dir: Path) -> EventAccumulator:
 
 
 def test_a_record_becomes_one_json_line_with_modalities_by_name(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write(record(10))
         (line,) = read_log(tmp_path)  # flushed before the log is closed
     assert line["step"] == 10
@@ -98,7 +103,7 @@ def test_rates_of_a_modality_are_over_its_tokens_of_all_tasks() -> None:
     assert layer["dropped"] == {"image": 0.166667, "audio": 0.0, "text": 0.0}
 
 
-def test_tasks_are_told_apart_where_they_have_tokens() -> None:
+def test_tasks_are_distinguished_where_they_have_tokens() -> None:
     tasks = layer_json(layer_routing())["tasks"]
     assert {task: set(cells) for task, cells in tasks.items()} == {
         "contrastive": {"image", "text"},
@@ -121,7 +126,7 @@ def test_coactivation_is_logged_as_its_strongest_pairs() -> None:
 
 def test_of_many_pairs_eight_are_logged() -> None:
     layer = layer_routing(experts=6)
-    layer.coactivation_MEE[0] = 1.0  # fifteen pairs, and a diagonal that is no pair
+    layer.coactivation_MEE[0] = 1.0  # fifteen pairs, and a diagonal that is not a pair
     pairs = layer_json(layer)["coactivation"]["image"]
     assert len(pairs) == 8
     assert all(a < b for a, b, _ in pairs)
@@ -129,7 +134,7 @@ def test_of_many_pairs_eight_are_logged() -> None:
 
 def test_layers_may_have_unlike_numbers_of_experts(tmp_path: Path) -> None:
     both = dataclasses.replace(record(1), routing=(layer_routing(1, experts=4), layer_routing(3, experts=6)))
-    with MetricsLog(tmp_path, heatmap_every=1) as log:
+    with closing(MetricsLog(tmp_path, heatmap_every=1)) as log:
         log.write(both)
     assert [len(layer["load"]["image"]) for layer in read_log(tmp_path)[0]["routing"]] == [4, 6]
     assert dict(scalars(both))["2_routing/dead_experts"] == 1 + 3
@@ -160,21 +165,21 @@ def zero_stats(experts: int) -> RoutingStats:
     return RoutingStats(
         probability_MXE=of_expert, entropy_MX=of_cell, z_MX=of_cell, counts_MXE=of_expert, tokens_MX=of_cell,
         dropped_MX=of_cell, load_ME=torch.zeros(3, experts), sequence_balance=torch.zeros(2), coactivation_MEE=pairs,
-        orthogonality=torch.zeros(()),
+        orthogonality=torch.zeros(()), names=NAMES,
     )  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_is_null_and_the_line_stays_valid_json(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write(record(1, total=float("nan")))
     assert read_log(tmp_path)[0]["losses"]["total"] is None
 
 
 def test_resume_drops_the_steps_past_the_checkpoint(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         for step in (10, 20, 30, 40):
             log.write(record(step, total=1.0))
-    with MetricsLog(tmp_path, resume_step=20) as log:
+    with closing(MetricsLog(tmp_path, resume_step=20)) as log:
         log.write(record(30, total=2.0))
     lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [10, 20, 30]
@@ -184,7 +189,7 @@ def test_resume_drops_the_steps_past_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_new_start_empties_the_log(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write(record(10))
     MetricsLog(tmp_path).close()
     assert read_log(tmp_path) == []
@@ -200,7 +205,7 @@ def test_a_torn_last_line_is_cut(tmp_path: Path) -> None:
 def test_a_foreign_line_behind_the_last_step_is_refused_and_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnot json\n{"step": 9}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: the line at byte 12 is no record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: the line at byte 12 is not a record"):
         truncate_after(path, 5)
     assert path.read_text().count("\n") == 3
 
@@ -245,7 +250,7 @@ def test_tensorboard_gets_derived_values_under_ordered_groups() -> None:
 
 
 def test_events_can_be_read_by_tensorboard(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, heatmap_every=20) as log:
+    with closing(MetricsLog(tmp_path, heatmap_every=20)) as log:
         for step in (10, 20, 30):
             log.write(record(step))
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
@@ -256,7 +261,7 @@ def test_events_can_be_read_by_tensorboard(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_drawn_at_the_first_record_past_each_multiple(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, heatmap_every=25) as log:
+    with closing(MetricsLog(tmp_path, heatmap_every=25)) as log:
         log.write(record(20))
         assert not (tmp_path / "routing_training.png").exists()
         log.write(record(30))
@@ -264,7 +269,7 @@ def test_the_picture_is_drawn_at_the_first_record_past_each_multiple(tmp_path: P
 
 
 def test_the_picture_shows_something(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, heatmap_every=1) as log:
+    with closing(MetricsLog(tmp_path, heatmap_every=1)) as log:
         log.write(record(1))
     with Image.open(tmp_path / "routing_training.png") as image:
         assert image.width > 400 and image.height > 150
@@ -277,7 +282,7 @@ def test_the_picture_shows_something(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_logs_without_routing(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, heatmap_every=1) as log:
+    with closing(MetricsLog(tmp_path, heatmap_every=1)) as log:
         log.write(record(1, routing=False))
     assert read_log(tmp_path)[0]["routing"] == []
     assert not (tmp_path / "routing_training.png").exists()

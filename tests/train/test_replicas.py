@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mmmoe_pretrain.checkpoint.sharded import Piece, ShardedParameter
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.state import ShardedTensor, model_key, split_key
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.replicas import ReplicaReport, check_replicas
-from tests.distributed import run_ranks
+from tests.distributed import groups_of, run_ranks
 from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, VOCAB, Case, global_microbatch
+from tests.train.faulty import at_step, faulty, on_result
+from tests.train.test_faults import events, run_in
 
 
 def train_and_check(cases: list[Case], root: Path, flip: int) -> list[list[ReplicaReport]]:
@@ -26,7 +33,7 @@ def train_and_check(cases: list[Case], root: Path, flip: int) -> list[list[Repli
 
 def _train_and_check(case: Case, root: Path, flip: int, device: torch.device) -> list[ReplicaReport]:
     config = case.config(root)
-    groups = build_groups(config.parallel, config.moe.group_sizes)
+    groups = groups_of(config.parallel, config.moe.group_sizes)
     engine = build_engine(config, VOCAB, groups, device)
     for step in range(2):
         batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size)
@@ -37,8 +44,11 @@ def _train_and_check(case: Case, root: Path, flip: int, device: torch.device) ->
     models = models if case.zero_stage else []
     reports = [check_replicas(state, world), check_replicas(state, world, models)]
     if dist.get_rank() == flip:
-        name = next(name for name in state if name.endswith("router.weight"))
-        weight = dict(models[0].named_parameters())[name] if models else state[name].value[0].tensor
+        name = next(split_key(key)[0] for key in state if key.endswith("router.weight"))
+        if models:
+            weight = dict(models[0].named_parameters())[name]
+        else:
+            (weight,) = state[model_key(name)].pieces.values()
         weight.data.view(-1).view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32)[3] ^= 1
     reports.append(check_replicas(engine.export_state(), world, models))
     destroy_groups()
@@ -70,8 +80,8 @@ def test_numbers_that_one_rank_holds_alone_are_not_compared() -> None:
     def check() -> str:
         with process_group(1):
             rank = dist.get_rank()
-            piece = Piece((4 * rank,), torch.full((4,), float(rank)))
-            state = {"weight": ShardedParameter((8,), (piece,), (piece,), (piece,))}
+            tensor = ShardedTensor((8,), {(4 * rank,): torch.full((4,), float(rank))})
+            state = dict.fromkeys(("model/w", "optimizer/w/exp_avg", "optimizer/w/exp_avg_sq"), tensor)
             report = check_replicas(state, dist.group.WORLD)
             assert (report.held, report.compared) == (6, 0)
             return str(report)
@@ -88,7 +98,7 @@ def test_ranks_without_a_tensor_and_many_differences_are_reported_alike() -> Non
                 value = torch.arange(12.0).view(3, 4).t()  # not contiguous
                 if rank == 2:
                     value = value + 1e-6 * (value == 11)
-                state[f"w{i}"] = ShardedParameter((4, 3), (Piece((0, 0), value),), None, None)
+                state[f"model/w{i}"] = ShardedTensor.whole(value)
             return check_replicas(state, dist.group.WORLD)
 
     reports = run_ranks(4, check)
@@ -100,3 +110,44 @@ def test_ranks_without_a_tensor_and_many_differences_are_reported_alike() -> Non
 
 def test_one_process_has_nothing_to_compare() -> None:
     assert check_replicas({}, None) == ReplicaReport(0, 0, 0, ())
+
+
+def test_weights_that_differ_between_replicas_end_the_run_and_name_rank_and_weight(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    config = run_in(tmp_path, tiny_data, faults={"replica_check_every": 3}, parallel={"expert_parallel_size": 1})
+
+    def flip() -> None:
+        def change(engine: Any, result: Any) -> Any:
+            if engine.progress().steps == 5 and os.environ["RANK"] == "1":
+                engine.export_state()["model/mmmoe.trunk.norm.weight"].pieces[(0,)][0] += 1e-3
+            return result
+
+        on_result(change)
+
+    with pytest.raises(AssertionError, match=r"step 6: weights that must be equal are not: .*trunk.norm.weight"):
+        run_ranks(2, faulty, config, flip)
+    (event,) = events(config, "replica_mismatch")
+    assert event["step"] == 6
+    assert events(config, "saved")[-1]["step"] in (0, 4)  # never 6; that of step 4 may not have been done in time
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["a regular save", "the save of a stop"])
+def test_what_differs_between_replicas_is_never_saved_where_they_are_compared(
+    tmp_path: Path, tiny_data: Path, stop: bool
+) -> None:
+    config = run_in(tmp_path, tiny_data, faults={"replica_check_every": 100}, parallel={"expert_parallel_size": 1})
+    at = 3 if stop else 4
+
+    def flip() -> None:
+        def change(engine: Any, result: Any) -> Any:
+            if engine.progress().steps == at and os.environ["RANK"] == "1":
+                engine.export_state()["model/mmmoe.trunk.norm.weight"].pieces[(0,)][0] += 1e-3
+            return result
+
+        on_result(change)
+
+    stops = partial(at_step, at, lambda _: os.kill(os.getpid(), signal.SIGTERM)) if stop else (lambda: None)
+    with pytest.raises(AssertionError, match=f"step {at}: weights that must be equal are not"):
+        run_ranks(2, faulty, config, flip, stops)
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [0]

@@ -1,4 +1,4 @@
-"""Which settings may change between two starts of a run, and going on with a run whose folder was moved."""
+"""Which settings may change between two starts of a run, and resuming a run whose folder was moved."""
 
 import logging
 import os
@@ -19,10 +19,10 @@ from mmmoe_pretrain.surgery.operation import operate
 from mmmoe_pretrain.surgery.split import split
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.loop import train
-from mmmoe_pretrain.train.resume import check_same_model, config_to_train
+from mmmoe_pretrain.train.start import check_same_model, config_to_train
 from tests.distributed import run_ranks
 from tests.export.support import make_run
-from tests.support import tiny_config
+from tests.support import tiny_config, tiny_values
 from tests.train.test_loop import config_in, logged
 
 
@@ -32,7 +32,7 @@ def saved(tmp_path: Path, **moe: object) -> Path:
     return path
 
 
-def test_how_a_mixture_is_computed_and_its_losses_may_change(tmp_path: Path) -> None:
+def test_how_an_moe_layer_is_computed_and_its_losses_may_change(tmp_path: Path) -> None:
     path = saved(tmp_path, layers={1: {"num_experts": 8}})
     moe = {"num_experts": 4, "expert_hidden_size": 8, "dispatch_chunks": 3, "losses": {"z": 0.1},
            "layers": {1: {"num_experts": 8, "expert_backend": "grouped_mm"}}}  # fmt: skip
@@ -46,14 +46,24 @@ def test_a_layer_with_another_number_of_experts_is_another_model(tmp_path: Path)
         check_same_model(tiny_config(tmp_path, moe=moe), path)
 
 
+def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    values = tiny_values(tmp_path)
+    values["modalities"]["motion"] = {"kind": "series", "channels": 3}
+    values["objectives"] = {"contrastive": values["objectives"]["contrastive"], "pages": {"kind": "next_token"}}
+    told = "modalities.motion is new; objectives.captioning is missing; objectives.pages is new; set it back"
+    with pytest.raises(ValueError, match=told):
+        check_same_model(run_config.parse(values), path)
+
+
 def trained(config: RunConfig) -> list[str]:
     """What the log warns of."""
-    told: list[str] = []
+    message: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: message.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("mmmoe_pretrain").addHandler(handler)
     assert train(config) == 0
-    return told
+    return message
 
 
 @pytest.fixture
@@ -63,7 +73,7 @@ def umask() -> Iterator[int]:
     os.umask(before)
 
 
-def test_a_moved_run_goes_on_where_it_lies_with_its_own_tokenizer(
+def test_a_moved_run_resumes_in_its_new_place_with_its_own_tokenizer(
     tmp_path: Path, tiny_data: Path, umask: int
 ) -> None:
     """Four steps of a cosine from 3e-3 to 1e-5 that eight steps stretch: step 5 has half of it, 0.0015."""
@@ -80,8 +90,8 @@ def test_a_moved_run_goes_on_where_it_lies_with_its_own_tokenizer(
 
     again = config_to_train(moved / "config.yaml", ["train.steps=8"])
     assert (again.run_dir, again.data.tokenizer) == (moved, str(moved / TOKENIZER))
-    ((told,),) = run_ranks(1, trained, again)
-    assert "the learning rate of step 5 is 0.0015" in told
+    ((message,),) = run_ranks(1, trained, again)
+    assert "the learning rate of step 5 is 0.0015" in message
     assert [record["step"] for record in logged(again)] == list(range(1, 9))
     assert not config.run_dir.exists()
 
@@ -100,13 +110,13 @@ def test_a_copy_of_the_tokenizer_that_is_damaged_is_named_and_another_can_be_giv
     config, _ = make_run(tmp_path, tiny_data)
     shutil.copy(config.data.tokenizer, config.run_dir / TOKENIZER)
     test = [str(tiny_data / "train")]
-    assert open_rows(config.run_dir, load_model(config.run_dir)[1], test).codecs.text.vocab_size == 48
+    assert open_rows(config.run_dir, load_model(config.run_dir)[1], test).modalities.vocab_size == 48
     copy = config.run_dir / TOKENIZER
     copy.write_bytes(copy.read_bytes() + b"\0")
     with pytest.raises(ValueError, match=rf"tokenizer {copy} has fingerprint .* set data.tokenizer"):
         open_rows(config.run_dir, load_model(config.run_dir)[1], test)
     other = [f"data.tokenizer={tiny_data / 'tokens.model'}"]
-    assert open_rows(config.run_dir, load_model(config.run_dir, other)[1], test).codecs.text.vocab_size == 48
+    assert open_rows(config.run_dir, load_model(config.run_dir, other)[1], test).modalities.vocab_size == 48
     export_run(config.run_dir, tmp_path / "out", overrides=other)
     assert (tmp_path / "out" / TOKENIZER).read_bytes() == (tiny_data / "tokens.model").read_bytes()
 
@@ -126,9 +136,9 @@ def test_another_name_or_place_on_the_command_line_is_another_run(tmp_path: Path
     assert config_to_train(path, [f"runs_dir={tmp_path}"]).run_dir == tmp_path / "tiny"
 
 
-def test_a_run_renamed_to_what_no_run_is_called_is_told_to_be_renamed(tmp_path: Path) -> None:
+def test_a_run_whose_folder_has_an_illegal_name_is_refused(tmp_path: Path) -> None:
     path = run_folder(tiny_config(tmp_path), tmp_path / "tiny (copy)")
-    with pytest.raises(ValueError, match=r"tiny \(copy\) is a run under a name that none can have; rename it"):
+    with pytest.raises(ValueError, match=r"tiny \(copy\) is not a legal name of a run; rename"):
         config_to_train(path)
     assert config_to_train(path, ["name=other"]).name == "other"
 
@@ -146,7 +156,7 @@ def test_a_link_to_the_runs_and_a_config_beside_no_run_are_no_move(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "stays", "fine"), [("tiny", False, True), ("tiny", True, False), ("x", False, False)]
 )
-def test_a_moved_run_whose_checkpoints_are_elsewhere_goes_on_where_there_is_no_doubt_of_them(
+def test_a_moved_run_whose_checkpoints_are_elsewhere_resumes_only_if_they_are_its_own(
     tmp_path: Path, name: str, stays: bool, fine: bool
 ) -> None:
     """They are in a folder of the run's name, which a copy would share with the run that stays."""

@@ -1,4 +1,4 @@
-"""The learning rate by hand, and what a change of the schedule in the middle of a run says."""
+"""The learning rate by hand, and the warning of a schedule that changes in the middle of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_a_setting_that_the_schedule_does_not_use_is_refused(settings: dict[str,
 
 
 def jump(tmp_path: Path, step: int, before: dict[str, Any], **now: Any) -> str:
-    """Of a run of 14 steps under ``before`` that goes on behind ``step`` with ``now``; 24 steps by default."""
+    """Of a run of 14 steps under ``before`` that resumes after ``step`` with ``now``; 24 steps by default."""
     steps = {"steps": 14, "global_batch_size": 16}
     old = tiny_config(tmp_path, optimizer={**RATES, **before}, train=steps)
     longer = {**steps, "steps": now.pop("steps", 24)}
@@ -53,10 +53,10 @@ def jump(tmp_path: Path, step: int, before: dict[str, Any], **now: Any) -> str:
 
 def test_a_longer_cosine_tells_the_rate_before_and_behind_and_the_way_out(tmp_path: Path) -> None:
     """The last step, number 14, had 0.2 + 0.4 (1 + cos 0.9 pi) = 0.22; half of the longer cosine is 0.6."""
-    told = jump(tmp_path, 14, {})
-    assert "rate of step 15 is 0.6; that of step 14 was 0.22, and the schedule so far would go on with 0.2" in told
-    assert "train.steps was 14 and is 24" in told
-    assert "optimizer.decay_steps=14 keeps" in told
+    message = jump(tmp_path, 14, {})
+    assert "rate of step 15 is 0.6; that of step 14 was 0.22, and the schedule so far gives 0.2" in message
+    assert "train.steps was 14 and is 24" in message
+    assert "optimizer.decay_steps=14 keeps" in message
     assert jump(tmp_path, 14, {}, decay_steps=14) == ""
     assert jump(tmp_path, 13, {}, steps=10) == ""  # all of its steps are done
 
@@ -66,14 +66,14 @@ def test_a_longer_cosine_tells_the_rate_before_and_behind_and_the_way_out(tmp_pa
     [({"schedule": "constant"}, 14), ({"schedule": "wsd", "wsd_decay_steps": 4}, 10), ({}, 0)],
     ids=["constant", "wsd before its decay", "nothing trained yet"],
 )
-def test_what_goes_on_at_the_same_rate_is_not_warned_of(tmp_path: Path, before: dict[str, Any], step: int) -> None:
+def test_a_resume_at_the_same_rate_has_no_warning(tmp_path: Path, before: dict[str, Any], step: int) -> None:
     assert jump(tmp_path, step, before) == ""
     assert jump(tmp_path, step, before, steps=14) == ""
 
 
-def test_any_change_of_the_rate_is_told_with_the_setting_that_made_it(tmp_path: Path) -> None:
-    told = jump(tmp_path, 6, {}, steps=14, learning_rate=0.5)
-    assert "optimizer.learning_rate was 1.0 and is 0.5" in told
-    assert "decay_steps=" not in told
+def test_any_change_of_the_rate_is_reported_with_the_setting_that_made_it(tmp_path: Path) -> None:
+    message = jump(tmp_path, 6, {}, steps=14, learning_rate=0.5)
+    assert "optimizer.learning_rate was 1.0 and is 0.5" in message
+    assert "decay_steps=" not in message
     assert "schedule was wsd and is linear" in jump(tmp_path, 9, {"schedule": "wsd"}, steps=14, schedule="linear")
     assert jump(tmp_path, 14, {"schedule": "wsd"}), "its decay is over"

@@ -1,4 +1,4 @@
-"""Signals ask for a stop; they do not end the process."""
+"""Signals request a stop; they do not end the process."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""How a run begins: never afresh over what it cannot see, never beside another job, and never half replaced."""
+"""How a run starts: never from step 0 if its checkpoints are missing, never while another job trains it, and never
+partly replaced."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import things, tiny_config, write_shards, write_tokenizer
+from tests.support import objectives, things, tiny_config, write_shards, write_tokenizer
 from tests.train.faulty import at_step, codes, faulty, killed_in_save
 from tests.train.test_loop import config_in, logged
 
-SHORT = {"steps": 6, "global_batch_size": 8, "num_microbatches": 2, "log_every": 1}
+SHORT = {"steps": 6, "global_batch_size": 8, "num_microbatches": 1, "log_every": 1}
 
 
 def run_in(path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
@@ -53,24 +54,24 @@ def cut_short(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lose", "told"),
+    ("lose", "message"),
     [
         (
             lambda folder: [cut_short(path) for path in folder.glob("step_*")],
             "none of the checkpoints .* is complete",
         ),
         (lambda folder: [(p / "manifest.json").unlink() for p in folder.glob("step_*")], "none of the checkpoints"),
-        (shutil.rmtree, r"events.jsonl tells of a save of step 6, and there is no checkpoint in"),
+        (shutil.rmtree, r"events.jsonl records a save of step 6, and there is no checkpoint in"),
     ],
     ids=["cut short", "no manifests", "not mounted"],
 )
 def test_a_run_whose_checkpoints_are_lost_does_not_begin_afresh(
-    tmp_path: Path, tiny_data: Path, lose: Callable[[Path], Any], told: str
+    tmp_path: Path, tiny_data: Path, lose: Callable[[Path], Any], message: str
 ) -> None:
     config = run_in(tmp_path, tiny_data)
     run_ranks(1, train, config)
     lose(config.run_dir / "checkpoints")
-    with pytest.raises(AssertionError, match=f"ValueError: .*{told}.*--overwrite"):
+    with pytest.raises(AssertionError, match=f"ValueError: .*{message}.*--overwrite"):
         run_ranks(1, train, config)
     assert len(logged(config)) == 6
     run_ranks(1, train, config, False, True)
@@ -145,20 +146,20 @@ def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_dat
     for name in ("config.yaml", "events.jsonl", "skipped_batches.json"):
         (config.run_dir).mkdir(parents=True, exist_ok=True)
         (config.run_dir / name).touch()
-    gone: list[str] = []
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: gone.append(path.name))
+    deleted: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: deleted.append(path.name))
     start._clear(config)
-    assert gone[-1] == "config.yaml"
-    assert {"events.jsonl", "skipped_batches.json"} < set(gone)
+    assert deleted[-1] == "config.yaml"
+    assert {"events.jsonl", "skipped_batches.json"} < set(deleted)
 
 
 def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
     source = write_shards(tmp_path / "silent", things(16), lacking=("text",))
     data = {**tiny_config(tiny_data).data.model_dump(), "train": [{"path": str(source)}]}
-    config = run_in(tmp_path, tiny_data, data=data, objectives={"contrastive": {"pairs": {"image-text": 1.0}}})
-    for told in run_ranks(2, outcome, config):
-        assert told.startswith("ValueError: no sample of data.train serves an objective"), told
-        assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in told
+    config = run_in(tmp_path, tiny_data, data=data, objectives=objectives({"pairs": {"image-text": 1.0}}, None))
+    for message in run_ranks(2, outcome, config):
+        assert message.startswith("ValueError: no sample of data.train serves an objective"), message
+        assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in message
     assert not config.run_dir.exists()
 
 
@@ -178,12 +179,15 @@ def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
     first.start()
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "there").exists() and time.monotonic() < deadline:
+        latest = config.run_dir / "checkpoints" / "latest"  # written by a thread, while the next step begins
+        while time.monotonic() < deadline and not (
+            (tmp_path / "there").exists() and latest.exists() and "step_00000002" in latest.read_text()
+        ):
             time.sleep(0.05)
         before = sorted(config.run_dir.rglob("*"))
-        for told in run_ranks(2, outcome, config):
-            assert told.startswith("Restartable")  # exit code 1: it passes
-            assert f"{config.run_dir} is being trained by process " in told
+        for message in run_ranks(2, outcome, config):
+            assert message.startswith("Restartable")  # exit code 1: it passes
+            assert f"{config.run_dir} is being trained by process " in message
         with pytest.raises(AssertionError, match="is being trained by"):
             run_ranks(1, train, config, False, True)
         assert sorted(config.run_dir.rglob("*")) == before
@@ -237,7 +241,7 @@ def test_a_lock_ends_with_its_process_though_a_child_of_it_cannot_die(tmp_path: 
     [
         ("process {parent} on {host}, started at {began}", False, False),
         ("process {parent} on {host}, started at 1", True, False),  # its number is another's now
-        ("process {gone} on {host}, started at 1", True, False),
+        ("process {ended} on {host}, started at 1", True, False),
         ("process {parent} on elsewhere, started at {began}", True, True),
         ("", True, True),
     ],
@@ -250,14 +254,14 @@ def test_without_locks_the_holder_is_known_by_host_process_and_start(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
-    gone = multiprocessing.get_context("fork").Process(target=int)
-    gone.start()
-    gone.join()
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
     facts = {
         "parent": os.getppid(),
         "host": socket.gethostname(),
         "began": lock._start(os.getppid()),
-        "gone": gone.pid,
+        "ended": ended.pid,
     }
     (tmp_path / "lock").write_text(holder.format(**facts))
     if not taken:
@@ -273,8 +277,8 @@ def test_without_locks_the_holder_is_known_by_host_process_and_start(
 def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
     config = run_in(tmp_path, tiny_data)
     Path(config.runs_dir).write_text("no folder")
-    for told in run_ranks(2, outcome, config):
-        assert told.startswith(f"ValueError: the run's folder {config.run_dir} cannot be written: ")
+    for message in run_ranks(2, outcome, config):
+        assert message.startswith(f"ValueError: the run's folder {config.run_dir} cannot be written: ")
 
 
 def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,3 +291,20 @@ def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     start.write_config(config, xxhash.xxh3_128_hexdigest(tokenizer.read_bytes()))
     names = ("tokenizer.model.tmp", "tokenizer.model", "config.yaml.tmp", "config.yaml")
     assert done == [str(config.run_dir / name) for name in names]
+
+
+def test_overwrite_replaces_checkpoints_that_lie_elsewhere(tmp_path: Path, tiny_data: Path) -> None:
+    elsewhere = {"every": 4, "folder": f"file://{tmp_path / 'elsewhere'}"}
+    config = run_in(tmp_path, tiny_data, checkpoint=elsewhere)
+    shorter = run_in(tmp_path, tiny_data, checkpoint=elsewhere, train={**SHORT, "steps": 2})
+    run_ranks(1, train, config)
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [4, 6]
+    run_ranks(1, train, shorter, False, True)
+    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [0, 2]
+    assert not (config.run_dir / "checkpoints").exists()
+    (config.run_dir / "config.yaml").unlink()  # a new machine, whose disk is empty
+    other = {**config.model.model_dump(), "num_heads": 1}
+    with pytest.raises(AssertionError, match="cannot change the model"):
+        run_ranks(1, train, run_in(tmp_path, tiny_data, checkpoint=elsewhere, model=other))
+    run_ranks(1, train, config)
+    assert events(config, "resumed") == [2]

@@ -1,4 +1,4 @@
-"""Forked ranks that stop making progress, each in its way; every one of them must end, and say who waits for whom."""
+"""Forked ranks that stop making progress, each in its way; every one must end, and say which rank is waited for."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from mmmoe_pretrain.exit_codes import HUNG
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.train import hangs
-from mmmoe_pretrain.train.heartbeats import Beat
+from mmmoe_pretrain.train.heartbeats import Heartbeat, describe, stalled_ranks, waited_for
 from mmmoe_pretrain.train.watchdog import Watchdog
 from tests.distributed import free_port
+from tests.support import tiny_config
 
 LIMIT = 1.5  # seconds without progress
-END = 20.0  # seconds in which all must have ended: the limit, twice that where rank 0 is gone, and a loaded machine
+END = 20.0  # seconds in which all must have ended: the limit, twice that if rank 0 has ended, and a loaded machine
 Body = Callable[[int, Watchdog], None]
 
 
@@ -95,7 +95,7 @@ def test_a_healthy_run_ends_undisturbed_and_leaves_nothing(tmp_path: Path) -> No
     def body(rank: int, watchdog: Watchdog) -> None:
         steps(rank, watchdog, 4)
         if rank:
-            watchdog.close()  # leaves early, and the others go on for longer than the limit
+            watchdog.close()  # ends early, and the others run for longer than the limit
         else:
             for step in range(4, 60):
                 watchdog.beat(step, "data")
@@ -160,7 +160,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 
 
 def _ignoring_errors(rank: int, watchdog: Watchdog, ill: int) -> None:
-    """gloo tells of a dead peer at once where its machine lives; here nobody hears."""
+    """gloo reports a dead rank at once if its machine runs; here no rank is notified."""
     steps(rank, watchdog, 3)
     if rank == ill:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -195,11 +195,11 @@ def test_steps_may_take_longer_than_the_limit_once_one_did(tmp_path: Path) -> No
 
 
 def test_a_step_may_take_three_times_the_slowest_plain_one_and_no_more() -> None:
-    step = Beat(0, 5, "step", age=40.0)
-    assert hangs.stalled_ranks({0: replace(step, longest=9.0)}, 30.0) == [0]
-    assert hangs.stalled_ranks({0: replace(step, longest=14.0)}, 30.0) == []
+    step = Heartbeat(0, 5, "step", age=40.0)
+    assert stalled_ranks({0: replace(step, longest=9.0)}, 30.0) == [0]
+    assert stalled_ranks({0: replace(step, longest=14.0)}, 30.0) == []
     waiting = {0: replace(step, longest=1.0), 1: replace(step, rank=1, longest=14.0)}
-    assert hangs.stalled_ranks(waiting, 30.0) == [], "rank 0 may wait for rank 1"
+    assert stalled_ranks(waiting, 30.0) == [], "rank 0 may wait for rank 1"
 
 
 def test_what_compiling_took_is_forgotten_after_a_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_one_process_watches_itself(tmp_path: Path) -> None:
     assert ended.codes == [HUNG] and 'no progress of rank 0 for 1 s, in step 7, "data"' in ended.message
 
 
-def test_a_suspended_and_resumed_process_goes_on(tmp_path: Path) -> None:
+def test_a_suspended_and_resumed_process_continues(tmp_path: Path) -> None:
     def body(rank: int, watchdog: Watchdog) -> None:
         watchdog.close()
         with Watchdog(tmp_path, None, 1.0) as alone:
@@ -250,10 +250,10 @@ def _run_through_stops(root: Path, body: Body) -> int | None:
 
 
 def test_the_message_groups_ranks_that_stand_alike() -> None:
-    waiting = {rank: Beat(rank, 57, "step", 1, 300.0 + rank, waits_in="nccl:all_reduce #9 of group data")
+    waiting = {rank: Heartbeat(rank, 57, "step", 1, 300.0 + rank, waits_in="nccl:all_reduce #9 of group data")
                for rank in range(1000)}  # fmt: skip
-    beats = waiting | {700: Beat(700, 57, "data", 0, 301.0, where="corpus.py:33 read")}
-    assert hangs.describe("why", beats, [], 76, "runs/x").splitlines() == [
+    beats = waiting | {700: Heartbeat(700, 57, "data", 0, 301.0, where="corpus.py:33 read")}
+    assert describe("why", beats, [], 76, "runs/x").splitlines() == [
         "The job hangs: why. It ends with exit code 76; the stacks of all ranks are in runs/x.",
         "The others wait for rank 700 (behind the others).",
         '  rank 700: in step 57, "data" for 301 s, at corpus.py:33 read',
@@ -262,11 +262,19 @@ def test_the_message_groups_ranks_that_stand_alike() -> None:
 
 
 def test_where_all_wait_alike_nobody_is_blamed() -> None:
-    beats = {rank: Beat(rank, 5, "step", 1, 9.0, waits_in=f"gloo:broadcast #{rank}") for rank in range(2)}
-    assert hangs.waited_for(beats, []) == ([], "")
+    beats = {rank: Heartbeat(rank, 5, "step", 1, 9.0, waits_in=f"gloo:broadcast #{rank}") for rank in range(2)}
+    assert waited_for(beats, []) == ([], "")
 
 
 def test_a_rank_that_left_is_what_the_others_wait_for() -> None:
-    beats = {0: Beat(0, 5, "step"), 1: Beat(1, 5, "data", left="ValueError: no more data")}
-    message = hangs.describe("why", beats, [], 76, "")
+    beats = {0: Heartbeat(0, 5, "step"), 1: Heartbeat(1, 5, "data", left="ValueError: no more data")}
+    message = describe("why", beats, [], 76, "")
     assert "wait for rank 1 (has left)" in message and "rank 1: left: ValueError: no more data" in message
+
+
+def test_a_hang_is_noticed_before_collectives_time_out(tmp_path: Path) -> None:
+    assert tiny_config(tmp_path).hang_seconds < 60 * tiny_config(tmp_path).parallel.timeout_minutes
+    with pytest.raises(
+        ValueError, match=r"hang_minutes 5 is not below parallel.timeout_minutes 5: .* timeout_minutes: 6"
+    ):
+        tiny_config(tmp_path, faults={"hang_minutes": 5})

@@ -1,8 +1,8 @@
-"""``mmmoe routing``: a trained mixture, one pass over held-out rows, and the report of its routing.
+"""``mmmoe routing``: one pass of a trained model over held-out rows, and the report of its routing.
 
 Owns the order of the steps and ``routing.json``, which holds every number of the pages:
 ``{"run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts", "pairs",
-"mean_probability", "specialisation_by_task", "task_specialisation", "favourites"], "notes"}``.
+"mean_probability", "specialisation_by_task", "task_specialisation", "top_tokens"], "notes"}``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.evaluation import eval_settings
+from mmmoe_pretrain.data.pack import origins, pack
 from mmmoe_pretrain.evaluate import heatmap, routing_report
-from mmmoe_pretrain.evaluate.features import collect_routing, routing_totals
-from mmmoe_pretrain.evaluate.routing import history, page, pictures, sheets
-from mmmoe_pretrain.evaluate.routing.favourites import Favourite, FavouriteSearch
-from mmmoe_pretrain.evaluate.routing.record import origins, watch
-from mmmoe_pretrain.evaluate.routing_report import RoutingTotals
+from mmmoe_pretrain.evaluate.features import add_routing, collect_routing, device_of
+from mmmoe_pretrain.evaluate.routing import figures, history, page, sheets
+from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken, TopTokens, watch
+from mmmoe_pretrain.evaluate.routing_report import array
 from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, overridden, place_of_report
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
@@ -33,22 +33,22 @@ from mmmoe_pretrain.moe.tokens import token_info
 
 REPORT = "routing/routing.json"
 STRONGEST_PAIRS = 5  # of experts, a modality
-TOP = 8  # favourites of an expert and modality
+TOP = 8  # tokens of an expert and modality
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the rows leaves: sums by layer, and each expert's favourites."""
+    """The results of one pass over the rows: sums by layer, and each expert's top-activating tokens."""
 
     samples: int
     stats: tuple[RoutingStats, ...]
-    favourites: FavouriteSearch
+    top_tokens: TopTokens
 
 
 def routing_command(
     run_dir: Path, test: Sequence[str], out: Path | None, top: int, overrides: Sequence[str] = ()
 ) -> None:
-    """Write the report, and say where it is."""
+    """Write the report, and print its folder."""
     folder = write_report(run_dir, test, out, top, overrides)
     print(f"wrote {folder / 'index.md'}")
 
@@ -70,13 +70,13 @@ def write_report(
     model, config, step = load_model(run_dir, overrides)
     if config.moe.dense:
         raise ValueError(
-            f"{run_dir} is a dense model (moe.num_experts: 1): every token goes the same way, so there is no "
-            f"routing to show; give a run with moe.num_experts of 2 or more"
+            f"{run_dir} is a dense model (moe.num_experts: 1): it has no routing to "
+            f"show; give a run with moe.num_experts of 2 or more"
         )
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
     found = run_pass(model, rows, top)
-    untrained = collect_routing(PretrainingModel(config, rows.codecs.text.vocab_size).mmmoe.eval(), rows.batches())
+    untrained = collect_routing(PretrainingModel(config, rows.modalities.vocab_size).mmmoe.eval(), rows.batches())
     layers = [_summary(stats, before, config) for stats, before in zip(found.stats, untrained, strict=True)]
     report = {
         "run": config.name, "step": step, "test": rows.paths, "samples": found.samples, "layers": layers,
@@ -84,9 +84,9 @@ def write_report(
     }  # fmt: skip
     for old in (*folder.glob("layer_*"), *folder.glob("training_*.png"), folder / "coactivation.png"):
         old.unlink(missing_ok=True)  # of an earlier report with more layers or experts
-    drawn = _pictures(found, layers, run_dir, folder)
+    drawn = _figures(found, layers, run_dir, folder)
     for layer in layers:
-        _layer_page(layer, found.favourites, rows, folder)
+        _layer_page(layer, found.top_tokens, rows, folder)
     (folder / "index.md").write_text(page.index(report, drawn), encoding="utf-8")
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / Path(REPORT).name).write_text(text + "\n", encoding="utf-8")
@@ -94,52 +94,50 @@ def write_report(
 
 
 def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> Pass:
-    """One pass of ``model`` over ``rows``; its outputs are what they are without being watched."""
+    """One pass of ``model`` over ``rows``; recording does not change its outputs."""
     stats: tuple[RoutingStats, ...] = ()
-    favourites, samples = FavouriteSearch(top), 0
-    device = next(model.parameters()).device
+    top_tokens, seen = TopTokens(top), 0
+    settings = eval_settings(rows.config, rows.modalities)
     with torch.inference_mode(), watch(model) as decisions:
-        for batch, of_batch in rows.batches():
-            output = model(batch.to(device))
-            stats = tuple(a + b for a, b in zip(stats, output.routing, strict=True)) if stats else output.routing
-            tasks = token_info(batch).task_ids_n.numpy()
-            favourites.add(decisions, origins(batch, rows.config.modalities), tasks, of_batch)
+        for samples, positions in rows.samples():
+            batch = pack(samples, settings, positions)
+            stats = add_routing(stats, model(batch.to(device_of(model)))[1])
+            where = origins(samples, settings, positions)
+            top_tokens.add(decisions, token_info(batch, model.names), where, samples)
             decisions.clear()
-            samples += len(of_batch)
-    if not samples:
-        raise ValueError(f"{', '.join(rows.paths)}: no held-out sample is left to look at; check --test")
-    return Pass(samples, stats, favourites)
+            seen += len(samples)
+    if not seen:
+        raise ValueError(f"{', '.join(rows.paths)}: no held-out sample is left; check --test")
+    return Pass(seen, stats, top_tokens)
 
 
-def _summary(stats: RoutingStats, untrained: RoutingTotals, config: RunConfig) -> dict[str, Any]:
-    totals = routing_totals(stats)
+def _summary(stats: RoutingStats, untrained: RoutingStats, config: RunConfig) -> dict[str, Any]:
     moe = config.moe.for_layer(stats.layer)
     last = moe.num_experts + moe.identity_experts
     free = {"identity": range(moe.num_experts, last), "null": range(last, moe.router_outputs)}
-    seen = np.flatnonzero(totals.tokens_M).tolist()
+    tokens_M, probability_ME = array(stats.tokens_M), array(stats.probability_ME)
+    seen = [(m, name) for m, name in enumerate(stats.names.modalities) if tokens_M[m]]
     return {
-        **routing_report.summarise_layer(totals, untrained),
-        **routing_report.summarise_tasks(stats.counts_MXE.double().cpu().numpy()),
+        **routing_report.summarise_layer(stats, untrained),
+        **routing_report.summarise_tasks(array(stats.counts_MXE), stats.names),
         "free_experts": {kind: list(numbers) for kind, numbers in free.items() if numbers},
-        "mean_probability": {MODALITIES[m]: (totals.probability_ME[m] / totals.tokens_M[m]).tolist() for m in seen},
+        "mean_probability": {name: (probability_ME[m] / tokens_M[m]).tolist() for m, name in seen},
         "pairs": {
-            MODALITIES[m]: routing_report.strongest_pairs(
-                stats.coactivation_MEE[m].double().cpu().numpy(), totals.tokens_M[m], STRONGEST_PAIRS
-            )
-            for m in seen
+            name: routing_report.strongest_pairs(array(stats.coactivation_MEE[m]), tokens_M[m], STRONGEST_PAIRS)
+            for m, name in seen
         },
     }
 
 
-def _pictures(found: Pass, layers: Sequence[dict[str, Any]], run_dir: Path, folder: Path) -> dict[str, list[str]]:
-    panels = [_load_panel(layer) for layer in layers]
+def _figures(found: Pass, layers: Sequence[dict[str, Any]], run_dir: Path, folder: Path) -> dict[str, list[str]]:
+    panels = [_load_panel(layer, stats.names.modalities) for layer, stats in zip(layers, found.stats, strict=True)]
     heatmap.save(heatmap.draw(panels, "Where each modality's tokens go"), folder / "load.png")
-    pairs = [(s.layer, s.coactivation_MEE.sum(0).double().cpu().numpy()) for s in found.stats]
-    together = pictures.coactivation(pairs, folder / "coactivation.png")
+    pairs = [(stats.layer, array(stats.coactivation_MEE.sum(0))) for stats in found.stats]
+    together = figures.coactivation(pairs, folder / "coactivation.png")
     past = history.read(run_dir / "metrics.jsonl")
-    training = pictures.load_over_steps(past, folder) if past else []
+    training = figures.load_over_steps(past, folder) if past else []
     if past:
-        pictures.change_over_steps(past, folder / "training_change.png")
+        figures.change_over_steps(past, folder / "training_change.png")
     return {
         "load": ["load.png"],
         "coactivation": ["coactivation.png"] if together else [],
@@ -147,34 +145,31 @@ def _pictures(found: Pass, layers: Sequence[dict[str, Any]], run_dir: Path, fold
     }
 
 
-def _load_panel(layer: dict[str, Any]) -> heatmap.Panel:
+def _load_panel(layer: dict[str, Any], modalities: tuple[str, ...]) -> heatmap.Panel:
     absent = np.full(layer["experts"], np.nan)
-    columns = [np.asarray(layer["share"].get(m, absent)) for m in MODALITIES]
-    return heatmap.Panel(f"layer {layer['layer']}", np.stack(columns, axis=1), MODALITIES)
+    columns = [np.asarray(layer["share"].get(m, absent)) for m in modalities]
+    return heatmap.Panel(f"layer {layer['layer']}", np.stack(columns, axis=1), modalities)
 
 
-def _layer_page(layer: dict[str, Any], search: FavouriteSearch, rows: HeldOutRows, folder: Path) -> None:
-    """The layer's page and sheets; its favourites go into ``layer`` too."""
-    number, modalities = layer["layer"], rows.config.modalities
-    found = [_favourites(search, layer, expert) for expert in range(layer["experts"])]
+def _layer_page(layer: dict[str, Any], search: TopTokens, rows: HeldOutRows, folder: Path) -> None:
+    """The layer's page and sheets; its top-activating tokens go into ``layer`` too."""
+    number = layer["layer"]
+    found = [_top_tokens(search, layer, expert) for expert in range(layer["experts"])]
     names: dict[str, list[str]] = {}
-    for modality, title in (("image", "image patches"), ("audio", "stretches of sound")):
-        lines = [
-            sheets.Row(expert, layer["share"][modality][expert], by[modality])
-            for expert, by in enumerate(found)
-            if modality in by
-        ]
-        drawn = sheets.draw(f"Layer {number}: the {title} that each expert likes best", modality, lines, modalities)
-        names[modality] = [f"layer_{number:02d}_{modality}_{i}.png" for i in range(len(drawn))]
-        for name, image_HWC in zip(names[modality], drawn, strict=True):
-            heatmap.save(image_HWC, folder / name)
-    layer["favourites"] = [{m: [_plain(t, rows) for t in tokens] for m, tokens in by.items()} for by in found]
-    text = page.layer_page(layer, found, names, rows.codecs.text, modalities.audio)
+    for name, share_E in layer["share"].items():
+        lines = [sheets.Row(expert, share_E[expert], by[name]) for expert, by in enumerate(found) if name in by]
+        title = f"Layer {number}: top-activating tokens of {name}"
+        drawn = sheets.draw(title, rows.modalities[name], lines)
+        names[name] = [f"layer_{number:02d}_{name}_{i}.png" for i in range(len(drawn))]
+        for file, image_HWC in zip(names[name], drawn, strict=True):
+            heatmap.save(image_HWC, folder / file)
+    layer["top_tokens"] = [{m: [_plain(top, rows) for top in tokens] for m, tokens in by.items()} for by in found]
+    text = page.layer_page(layer, found, names, rows.modalities)
     (folder / page.page_name(number)).write_text(text, encoding="utf-8")
 
 
-def _favourites(search: FavouriteSearch, layer: dict[str, Any], expert: int) -> dict[str, list[Favourite]]:
-    """Of the modalities that the expert serves more than by accident."""
+def _top_tokens(search: TopTokens, layer: dict[str, Any], expert: int) -> dict[str, list[TopToken]]:
+    """The top-activating tokens of the modalities that the expert serves with more than a tenth of an even share."""
     return {
         modality: tokens
         for modality, tokens in search.of(layer["layer"], expert).items()
@@ -182,18 +177,13 @@ def _favourites(search: FavouriteSearch, layer: dict[str, Any], expert: int) -> 
     }
 
 
-def _plain(token: Favourite, rows: HeldOutRows) -> dict[str, Any]:
-    plain: dict[str, Any] = {
-        "sample": token.sample.meta.key,
-        "place": token.place,
-        "probability": token.probability,
-        "log_probability": token.log_p,
-        "task": token.task,
+def _plain(top: TopToken, rows: HeldOutRows) -> dict[str, Any]:
+    return {
+        "sample": top.sample.meta.key,
+        "item": top.number,
+        "token": top.token,
+        "probability": top.probability,
+        "log_probability": top.log_p,
+        "task": top.task,
+        **rows.modalities[top.modality].describe(top.item.value, top.token),
     }
-    if token.modality == "image":
-        plain["pixels"] = list(sheets.patch_box(token.place, rows.config.modalities.image))
-    elif token.modality == "audio":
-        plain["seconds"] = [round(second, 4) for second in sheets.seconds(token.place, rows.config.modalities.audio)]
-    else:
-        plain["text"] = page.marked(token, rows.codecs.text)
-    return plain

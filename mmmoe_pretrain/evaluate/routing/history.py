@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.batch import MODALITIES
 from mmmoe_pretrain.evaluate.routing_report import mutual_information
 from mmmoe_pretrain.untrusted import brief, parse_json
 
@@ -22,6 +21,7 @@ class LayerHistory:
     of the modality."""
 
     layer: int
+    modalities: tuple[str, ...]
     steps_R: np.ndarray
     load_RME: np.ndarray
 
@@ -39,9 +39,9 @@ class LayerHistory:
 
 
 def read(path: Path) -> list[LayerHistory]:
-    """By layer; empty where there is no log, no mixture in it, or fewer than two records. A last line
-    that is still being written is left out, and so are records of another number of experts than the
-    last one's: what was before experts were added or removed."""
+    """By layer; empty where there is no log, no MoE layer in it, or fewer than two records. An incomplete last line
+    is skipped, and so are records with another number of experts or other modalities than the last one: those from
+    before experts were added or removed."""
     if not path.is_file():
         return []
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -50,9 +50,9 @@ def read(path: Path) -> list[LayerHistory]:
         return []
     try:
         layers = [_layer(records, entry["layer"]) for entry in records[-1]["routing"]]
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         why = brief(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{path} holds a routing that no run wrote ({why}); move the file away") from error
+        raise ValueError(f"{path} has invalid routing records ({why}); move the file away") from error
     return [layer for layer in layers if len(layer.steps_R) > 1]
 
 
@@ -62,21 +62,23 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         return {"step": record["step"], "routing": record["routing"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}:{number} is no record of a step ({type(error).__name__}); mend the line or move the file away"
+            f"{path}:{number} is not a record of a step ({type(error).__name__}); fix the line or move the file"
         ) from error
 
 
 def _layer(records: list[dict[str, Any]], layer: int) -> LayerHistory:
     found = [(r["step"], entry) for r in records for entry in r["routing"] if entry["layer"] == layer]
-    loads = [(step, _load(entry)) for step, entry in found]
+    modalities = tuple(found[-1][1]["load"])
+    loads = [(step, _load(entry, modalities)) for step, entry in found if entry["load"].keys() == set(modalities)]
     experts = loads[-1][1].shape[1]
     same = [(step, load_ME) for step, load_ME in loads if load_ME.shape[1] == experts]
-    return LayerHistory(layer, np.array([step for step, _ in same]), np.stack([load_ME for _, load_ME in same]))
+    steps_R = np.array([step for step, _ in same])
+    return LayerHistory(layer, modalities, steps_R, np.stack([load_ME for _, load_ME in same]))
 
 
-def _load(entry: dict[str, Any]) -> np.ndarray:
-    load_ME = np.array([entry["load"][m] for m in MODALITIES], dtype=float)
-    absent_M = np.array([not entry["tokens"][m] for m in MODALITIES])
+def _load(entry: dict[str, Any], modalities: tuple[str, ...]) -> np.ndarray:
+    load_ME = np.array([entry["load"][m] for m in modalities], dtype=float)
+    absent_M = np.array([not entry["tokens"][m] for m in modalities])
     return np.where(absent_M[:, None], np.nan, load_ME)
 
 

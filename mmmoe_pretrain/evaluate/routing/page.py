@@ -1,42 +1,36 @@
-"""The pages of the routing report in Markdown: ``index.md``, and a page of favourites a layer.
+"""The pages of the routing report in Markdown: ``index.md``, and a page of top-activating tokens a layer.
 
-Owns the words. Numbers come as the values of ``routing.json`` (see ``command.py``).
+Owns the text. Numbers come as the values of ``routing.json`` (see ``command.py``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.config import AudioConfig
+from mmmoe_pretrain.evaluate.features import first_text
 from mmmoe_pretrain.evaluate.report import modality_cells, specialisation_line, table
-from mmmoe_pretrain.evaluate.routing.favourites import Favourite
-from mmmoe_pretrain.evaluate.routing.sheets import percent, seconds
-from mmmoe_pretrain.modalities import TextCodec
-
-CONTEXT = 48  # characters shown on either side of a piece
-BEGIN, END = "⟨begin⟩", "⟨end⟩"
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+from mmmoe_pretrain.evaluate.routing.sheets import percent
+from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.modalities.base import in_markdown
 
 
-def index(report: dict[str, Any], pictures: dict[str, list[str]]) -> str:
-    """The first page. ``pictures``: section -> file names."""
+def index(report: dict[str, Any], figures: dict[str, list[str]]) -> str:
+    """The first page. ``figures``: section -> file names."""
     layers = report["layers"]
     lines = [f"# Routing of {report['run']}, step {report['step']}", ""]
     lines += [
-        f"{report['samples']:,} held-out samples went through the model once; every token's way through the "
-        f"mixture layers was written down. Patches are tokens of an image, stretches of sound tokens of audio, "
-        f"pieces of words tokens of text.",
+        f"One pass of the model over {report['samples']:,} held-out samples; it records which experts every token "
+        f"reached in every MoE layer.",
         "",
     ]
     lines += [f"- layer {layer['layer']}: {specialisation_line(layer)}" for layer in layers]
-    lines += ["", *_modality_section(layers, pictures["load"])]
+    lines += ["", *_modality_section(layers, figures["load"])]
     lines += _task_section(layers)
-    lines += _together_section(layers, pictures["coactivation"])
-    lines += _training_section(pictures["training"])
-    lines += ["## What each expert likes best", ""]
+    lines += _together_section(layers, figures["coactivation"])
+    lines += _training_section(figures["training"])
+    lines += ["## Top-activating tokens of each expert", ""]
     lines += [f"- [layer {layer['layer']}]({page_name(layer['layer'])})" for layer in layers]
     if report["notes"]:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report["notes"]]
@@ -44,29 +38,25 @@ def index(report: dict[str, Any], pictures: dict[str, list[str]]) -> str:
 
 
 def layer_page(
-    layer: dict[str, Any], favourites: Sequence[dict[str, list[Favourite]]], sheets: dict[str, list[str]],
-    codec: TextCodec, audio: AudioConfig,
+    layer: dict[str, Any], found: Sequence[dict[str, list[TopToken]]], sheets: dict[str, list[str]],
+    modalities: Mapping[str, Modality],
 ) -> str:  # fmt: skip
-    """What the experts of one layer like best; ``favourites[e]`` are those of expert e by modality."""
-    lines = [f"# Layer {layer['layer']}: what each expert likes best", ""]
+    """The top-activating tokens of one layer's experts; ``found[e]`` are those of expert e by modality."""
+    lines = [f"# Layer {layer['layer']}: top-activating tokens of each expert", ""]
     lines += [
-        "Of the held-out tokens that an expert served, those to which the router gave it the highest "
-        "probability (in percent), from different pictures, clips and texts as far as there are enough. A modality "
-        "is left out where the expert gets less than a tenth of an even share of it. "
-        "Experts are numbered from 0. [Back to the report](index.md).",
+        "The held-out tokens of an expert with the highest router probability (in percent), from different items "
+        "if there are enough. A modality is omitted if the expert gets "
+        "less than a tenth of an even share of it. Experts are numbered from 0. [Back to the report](index.md).",
         "",
     ]
     if layer["free_experts"]:
         lines += [f"Experts without computation: {_free(layer['free_experts'])}.", ""]
-    for modality, title in (
-        ("image", "Image patches. The frame marks the patch; its neighbours are what the model sees around it."),
-        ("audio", "Sound. Spectrograms (low pitch at the bottom, loud is dark); seconds count from the beginning "
-                  "of the clip without its silent start."),
-    ):  # fmt: skip
-        if sheets[modality]:
-            lines += [title, ""] + [f"![{modality} favourites]({name})\n" for name in sheets[modality]]
-    for expert, found in enumerate(favourites):
-        lines += _expert_section(layer, expert, found, codec, audio)
+    for modality, names in sheets.items():
+        if names:
+            lines += [f"Tokens of {modality}. The frame marks the token in its item.", ""]
+            lines += [f"![Top-activating tokens of {modality}]({name})\n" for name in names]
+    for expert, by_modality in enumerate(found):
+        lines += _expert_section(layer, expert, by_modality, modalities)
     return "\n".join(lines) + "\n"
 
 
@@ -74,31 +64,7 @@ def page_name(layer: int) -> str:
     return f"layer_{layer:02d}.md"
 
 
-def marked(token: Favourite, codec: TextCodec) -> str:
-    """A text piece in bold within its text, in Markdown; the begin and end marks are named."""
-    ids = token.sample.text
-    assert ids is not None
-    pieces = [BEGIN, *(codec.piece(i) for i in ids), END]
-    place = token.place
-    before = "".join(pieces[1:place]).replace("▁", " ") if place > 1 else ""
-    after = "".join(pieces[place + 1 : -1]).replace("▁", " ")
-    piece = pieces[place].replace("▁", " ")
-    gap = " " if piece != piece.lstrip() and before else ""
-    before = before.lstrip()
-    if len(before) > CONTEXT:
-        before = "…" + before[-CONTEXT:]
-    if len(after) > CONTEXT:
-        after = after[:CONTEXT] + "…"
-    word = piece.strip() or "␣"  # a piece can be the space alone
-    return f"{escaped(before)}{gap}**{escaped(word)}**{escaped(after)}"
-
-
-def escaped(text: str) -> str:
-    """Plain text for a cell of a Markdown table."""
-    return MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
-
-
-def _modality_section(layers: Sequence[dict[str, Any]], pictures: Sequence[str]) -> list[str]:
+def _modality_section(layers: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[str]:
     columns = ("layer", "modality", "tokens", "experts used", "entropy (bits)", "dropped", "dead experts")
     rows = [
         [
@@ -109,88 +75,87 @@ def _modality_section(layers: Sequence[dict[str, Any]], pictures: Sequence[str])
         for name in layer["share"]
     ]
     legend = (
-        "A column of the picture is a modality and shows where its tokens go: an expert that is bright in one "
+        "A column of the figure is a modality and shows where its tokens go: an expert that is bright in one "
         "column and dark in the others is a specialist. Specialisation is the mutual information of modality and "
-        "expert, every modality weighing the same: 0% if all modalities use the experts alike, 100% if the expert "
-        "tells the modality. Untrained is the same model before its first step. Experts used is the number that an "
-        "even use would need; entropy is of the router's distribution for a token, low where it is sure; dropped is "
-        "the share of assignments for which an expert had no room; an expert is dead below 1% of an even share in "
-        "every modality."
+        "expert, with equal weights of all modalities: 0% if all modalities use the experts equally, 100% if the "
+        "expert determines the modality. Untrained is the same model before its first step. Experts used is the "
+        "exponential of the entropy of a modality's shares; entropy that of the router's distribution for a token; "
+        "dropped is the share of assignments for which an expert had no room; an expert is dead below 1% of an even "
+        "share in every modality."
     )
-    shown = [f"![Which experts serve which modality]({name})\n" for name in pictures]
+    shown = [f"![Which experts serve which modality]({name})\n" for name in figures]
     return ["## Which experts serve which modality", "", *shown, *table(columns, rows), "", legend, ""]
 
 
 def _task_section(layers: Sequence[dict[str, Any]]) -> list[str]:
     tasks = list(dict.fromkeys(task for layer in layers for task in layer["specialisation_by_task"]))
+    modalities = list(dict.fromkeys(name for layer in layers for name in layer["task_specialisation"]))
     if len(tasks) < 2:
         return []
-    columns = ("layer", *(f"specialisation in {task}" for task in tasks), *(f"task in {m}" for m in MODALITIES))
+    columns = ("layer", *(f"specialisation in {task}" for task in tasks), *(f"task in {m}" for m in modalities))
     rows = [
         [
             str(layer["layer"]),
             *(_or_dash(layer["specialisation_by_task"].get(task)) for task in tasks),
-            *(_or_dash(layer["task_specialisation"].get(m)) for m in MODALITIES),
+            *(_or_dash(layer["task_specialisation"].get(m)) for m in modalities),
         ]
         for layer in layers
     ]
     legend = (
-        "Left: specialisation over the tokens of one task alone. Right: how far the expert tells the task of a "
-        "token of that modality (mutual information of task and expert; 0% if both tasks use the experts alike)."
+        "Left: specialisation over the tokens of one task alone. Right: how much the expert says about the task of a "
+        "token of that modality (mutual information of task and expert; 0% if all tasks use the experts equally)."
     )
     return ["## Which experts serve which task", "", *table(columns, rows), "", legend, ""]
 
 
-def _together_section(layers: Sequence[dict[str, Any]], pictures: Sequence[str]) -> list[str]:
+def _together_section(layers: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[str]:
     lines = ["## Which experts work together", ""]
-    if not pictures:
-        return [*lines, "Every token has one expert, so no two of them work together.", ""]
+    if not figures:
+        return [*lines, "Every token has one expert, so there are no pairs.", ""]
     rows = [
         [str(layer["layer"]), name, ", ".join(f"{a} + {b}: {share:.0%}" for a, b, share in pairs)]
         for layer in layers
         for name, pairs in layer["pairs"].items()
     ]
     legend = (
-        "A row of the picture is an expert, and its colours say which other experts its tokens visit too. "
+        "A row of the figure is an expert; its colours show the other experts of its tokens. "
         "The table has the pairs that serve the most tokens, as shares of the modality's tokens."
     )
-    lines += [f"![Which experts work together]({name})\n" for name in pictures]
+    lines += [f"![Which experts work together]({name})\n" for name in figures]
     return [*lines, *table(("layer", "modality", "strongest pairs"), rows), "", legend, ""]
 
 
-def _training_section(pictures: Sequence[str]) -> list[str]:
+def _training_section(figures: Sequence[str]) -> list[str]:
     lines = ["## How routing changed in training", ""]
-    if not pictures:
-        return [*lines, "The run's metrics.jsonl has no two records of this mixture.", ""]
+    if not figures:
+        return [*lines, "The run's metrics.jsonl has no two records of these MoE layers.", ""]
     legend = (
         "From metrics.jsonl. Change is the share of a modality's assignments that moved to other experts since the "
-        "record before (total variation distance); a part of it is chance, since every record is of another batch."
+        "previous record (total variation distance); some of it is noise, because every record is of another batch."
     )
-    return [*lines, *(f"![Routing in training]({name})\n" for name in pictures), legend, ""]
+    return [*lines, *(f"![Routing in training]({name})\n" for name in figures), legend, ""]
 
 
 def _expert_section(
-    layer: dict[str, Any], expert: int, found: dict[str, list[Favourite]], codec: TextCodec, audio: AudioConfig
+    layer: dict[str, Any], expert: int, found: dict[str, list[TopToken]], modalities: Mapping[str, Modality]
 ) -> list[str]:
     shares = [f"{percent(row[expert])} of {name}" for name, row in layer["share"].items()]
     lines = [f"## Expert {expert}", "", f"Serves {', '.join(shares)}.", ""]
-    if found.get("text"):
+    for name in (name for name in layer["share"] if name in found):
         rows = [
-            [percent(t.probability), marked(t, codec), escaped(t.sample.meta.language), t.task,
-             escaped(t.sample.meta.key)]
-            for t in found["text"]
-        ]  # fmt: skip
-        lines += [*table(("", "text piece", "language", "task", "sample"), rows), ""]
-    if found.get("audio"):
-        rows = [
-            [percent(t.probability), "{:.2f} to {:.2f} s".format(*seconds(t.place, audio)),
-             escaped(t.sample.raw_text), escaped(t.sample.meta.language), t.task, escaped(t.sample.meta.key)]
-            for t in found["audio"]
-        ]  # fmt: skip
-        lines += [*table(("", "sound", "what is said", "language", "task", "sample"), rows), ""]
-    if found.get("image"):
-        named = [f"{escaped(t.sample.meta.key)} ({percent(t.probability)})" for t in found["image"]]
-        lines += [f"Pictures, as in the sheet above: {', '.join(named)}.", ""]
+            [
+                percent(top.probability),
+                modalities[name].caption(top.item.value, top.token),
+                "" if top.item.raw else in_markdown(first_text(top.sample)),
+                in_markdown(top.sample.meta.language),
+                top.task,
+                in_markdown(top.sample.meta.key),
+            ]
+            for top in found[name]
+        ]
+        titles = ("", f"token of {name}", "text of the sample", "language", "task", "sample")
+        shown = [i for i, title in enumerate(titles) if not title or any(row[i] for row in rows)]
+        lines += [*table([titles[i] for i in shown], [[row[i] for i in shown] for row in rows]), ""]
     return lines
 
 

@@ -1,9 +1,8 @@
-"""Contact sheets: the patches and the stretches of sound that experts like best, each framed in its
-picture or in its spectrogram.
+"""Contact sheets: the top-activating tokens of experts, each framed in the image that its modality draws of the item.
 
-A row an expert, its favourites from left to right. Owns the drawing, by Pillow: a sheet of a hundred
-small pictures takes a tenth of a second. The frame is vermilion with a white edge, outside of what it
-frames, so that it can be seen on any ground and by colour-blind readers.
+A row an expert, its tokens from left to right. Owns the layout, by Pillow: a sheet of a hundred small images takes a
+tenth of a second. The frame is vermilion with a white edge, outside of what it frames, so that it can be seen on any
+ground and by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmmoe_pretrain.batch import Sample
-from mmmoe_pretrain.config import AudioConfig, ImageConfig, ModalitiesConfig
-from mmmoe_pretrain.evaluate.routing.favourites import Favourite
+from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken
+from mmmoe_pretrain.modalities import Modality
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 ROWS = 16  # experts on a sheet; more go to further sheets
-RARE = 0.1  # of an even share of the modality: an expert with less has no favourites worth a look
-CELLS = {"image": (112, 112), "audio": (160, 80)}  # pixels: width and height of a picture, of a spectrogram
+RARE = 0.1  # of an even share of the modality: experts with less are not shown
+SQUARE, WIDE = (112, 112), (160, 80)  # pixels: width and height of a cell, in a sheet where some image is wide
 LABEL_WIDTH, HEADER, CAPTION, GAP = 104, 38, 26, 12
 INK, QUIET, OUTLINE, FRAME, EDGE = "#222222", "#6B6B6B", "#DADADA", "#D55E00", "#FFFFFF"
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Cell = tuple[float, "Image.Image", Box]  # the token's probability, what is drawn, and the token in it
 
 
 @dataclass(frozen=True)
@@ -36,111 +35,62 @@ class Row:
 
     expert: int
     share: float
-    favourites: list[Favourite]
-
-
-def patch_box(place: int, config: ImageConfig) -> Box:
-    """Pixels of the square picture that patch ``place`` covers; patches run row by row."""
-    row, column = divmod(place, config.size // config.patch)
-    return (
-        column * config.patch,
-        row * config.patch,
-        (column + 1) * config.patch,
-        (row + 1) * config.patch,
-    )
-
-
-def seconds(place: int, config: AudioConfig) -> tuple[float, float]:
-    """The stretch of the clip that sound token ``place`` covers, counted from where the clip begins once
-    its silent ends are trimmed (``modalities/audio.py``): frame f stands at f hops."""
-    token = config.patch * config.hop_length / config.sample_rate
-    return place * token, (place + 1) * token
+    tokens: list[TopToken]
 
 
 def worth_a_look(share: float, experts: int) -> bool:
-    """The expert serves the modality more than by accident."""
+    """The expert has enough of the modality's tokens to be shown."""
     return share >= RARE / experts
 
 
-def draw(title: str, modality: str, rows: Sequence[Row], config: ModalitiesConfig) -> list[np.ndarray]:
-    """uint8 [height, width, 3] of each sheet; rows without favourites are left out."""
-    rows = [row for row in rows if row.favourites]
-    starts = range(0, len(rows), ROWS)
-    return [_sheet(title, modality, rows[start : start + ROWS], config) for start in starts]
+def draw(title: str, modality: Modality, rows: Sequence[Row]) -> list[np.ndarray]:
+    """uint8 [height, width, 3] of each sheet; rows without tokens are omitted. Empty where the modality draws
+    nothing."""
+    lines: list[tuple[Row, list[Cell]]] = []
+    for row in rows:
+        found = [(token.probability, modality.draw(token.item.value, token.token)) for token in row.tokens]
+        cells = [(probability, *drawn) for probability, drawn in found if drawn is not None]
+        lines += [(row, cells)] if cells else []
+    wide = any(drawn.width > drawn.height for _, cells in lines for _, drawn, _ in cells)
+    starts = range(0, len(lines), ROWS)
+    return [_sheet(title, modality.name, lines[at : at + ROWS], WIDE if wide else SQUARE) for at in starts]
 
 
-def cell_corner(line: int, column: int, modality: str) -> tuple[int, int]:
-    """Where the picture in ``line`` and ``column`` of a sheet begins: left, top in pixels."""
-    width, height = CELLS[modality]
+def cell_corner(line: int, column: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Where the image in ``line`` and ``column`` of a sheet begins: left, top in pixels."""
+    width, height = size
     return LABEL_WIDTH + column * (width + GAP), HEADER + line * (height + CAPTION + GAP)
 
 
-def _sheet(title: str, modality: str, rows: Sequence[Row], config: ModalitiesConfig) -> np.ndarray:
+def fitted(drawn: Image.Image, cell: tuple[int, int]) -> tuple[int, int]:
+    """The largest size in a cell at the image's aspect, which counts as 2 to 1 where it is longer than that."""
+    aspect = min(2.0, max(0.5, drawn.width / drawn.height))
+    width = min(float(cell[0]), cell[1] * aspect)
+    return round(width), round(width / aspect)
+
+
+def _sheet(title: str, name: str, lines: Sequence[tuple[Row, list[Cell]]], size: tuple[int, int]) -> np.ndarray:
     from PIL import Image, ImageDraw
 
-    columns = max(len(row.favourites) for row in rows)
-    width, height = cell_corner(len(rows), columns, modality)
+    width, height = cell_corner(len(lines), max(len(cells) for _, cells in lines), size)
     sheet = Image.new("RGB", (max(width, 640), height), EDGE)
     pen = ImageDraw.Draw(sheet)
     _text(pen, (GAP, GAP), title, INK, 15)
-    for line, row in enumerate(rows):
-        top = cell_corner(line, 0, modality)[1] + CELLS[modality][1] // 2
+    for line, (row, cells) in enumerate(lines):
+        top = cell_corner(line, 0, size)[1] + size[1] // 2
         _text(pen, (GAP, top - 18), f"expert {row.expert}", INK, 15)
-        _text(pen, (GAP, top + 2), f"{percent(row.share)} of {modality}", QUIET, 12)
-        for column, token in enumerate(row.favourites):
-            _cell(sheet, pen, cell_corner(line, column, modality), token, config)
+        _text(pen, (GAP, top + 2), f"{percent(row.share)} of {name}", QUIET, 12)
+        for column, (probability, drawn, box) in enumerate(cells):
+            left, top = cell_corner(line, column, size)
+            shown = fitted(drawn, size)
+            sheet.paste(drawn.resize(shown, Image.Resampling.BICUBIC), (left, top))
+            pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=OUTLINE)
+            _frame(pen, tuple(share * side for share, side in zip(box, (*shown, *shown), strict=True)), (left, top))
+            _text(pen, (left, top + size[1] + 7), percent(probability), QUIET, 12)
     return np.asarray(sheet)
 
 
-def _cell(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], token: Favourite, config: ModalitiesConfig
-) -> None:
-    left, top = corner
-    width, height = CELLS[token.modality]
-    if token.modality == "audio":
-        picture, box = _sound(token, config.audio)
-        start, end = seconds(token.place, config.audio)
-        caption = f"{percent(token.probability)}, {start:.2f} to {end:.2f} s"
-    else:
-        picture, box = _picture(token, config.image)
-        caption = percent(token.probability)
-    sheet.paste(picture, corner)
-    pen.rectangle((left - 1, top - 1, left + width, top + height), outline=OUTLINE)
-    _frame(pen, box, corner)
-    _text(pen, (left, top + height + 7), caption, QUIET, 12)
-
-
-def _picture(token: Favourite, config: ImageConfig) -> tuple[Image.Image, Box]:
-    from PIL import Image
-
-    width, height = CELLS["image"]
-    picture = Image.fromarray(_pixels(token.sample)).resize((width, height), Image.Resampling.BICUBIC)
-    scale = width / config.size
-    left, top, right, bottom = patch_box(token.place, config)
-    return picture, (left * scale, top * scale, right * scale, bottom * scale)
-
-
-def _sound(token: Favourite, config: AudioConfig) -> tuple[Image.Image, Box]:
-    """The log-mel spectrogram, low bands at the bottom, loud is dark."""
-    from PIL import Image
-
-    mel = token.sample.audio
-    assert mel is not None
-    width, height = CELLS["audio"]
-    low, high = float(mel.min()), float(mel.max())
-    grey = 255 * (1 - (mel[::-1] - low) / max(high - low, 1e-6))
-    picture = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    scale = width / mel.shape[1]
-    left, right = token.place * config.patch * scale, (token.place + 1) * config.patch * scale
-    return picture.resize((width, height), Image.Resampling.BILINEAR), (left, 0, right, height)
-
-
-def _pixels(sample: Sample) -> np.ndarray:
-    assert sample.image is not None
-    return np.ascontiguousarray(sample.image.transpose(1, 2, 0))
-
-
-def _frame(pen: ImageDraw.ImageDraw, box: Box, corner: tuple[int, int]) -> None:
+def _frame(pen: ImageDraw.ImageDraw, box: tuple[float, ...], corner: tuple[int, int]) -> None:
     """Around the box, growing outwards: white, vermilion, white."""
     left, top = corner
     x0, y0 = left + math.floor(box[0]), top + math.floor(box[1])

@@ -10,14 +10,13 @@ import math
 
 import torch
 
-from mmmoe_pretrain.moe.capacity import expert_capacity
-from mmmoe_pretrain.moe.routing import Choice, RouterInputs
+from mmmoe_pretrain.moe.routing import Choice, RouterInputs, expert_capacity
 
 
 def expert_choice(inputs: RouterInputs) -> Choice:
     """C = ceil(c n K / E), c = ``capacity_factor`` or 1: K experts a token in the mean, and from none to
     all of them for one. ``expert_ids_nK`` names all E experts for every token, ``kept_nK`` says which
-    of them took it. Weights are the probabilities, whatever ``renormalize`` says: a token's number of
+    of them took it. Weights are the probabilities, also with ``renormalize``: a token's number of
     experts would change their meaning. An expert takes no token that may not choose it, and then fewer
     than C; tokens whose probabilities are NaN are taken last. Experts without computation take tokens
     as the others do.

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from mmmoe_pretrain.config_moe import MoEConfig
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs, chosen_weights
 
 

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import MODALITIES
-from mmmoe_pretrain.moe.host import to_device
+from mmmoe_pretrain.moe.plan import to_device
 from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs
 
 FIRST, STRIDE = 0x9E3779B1, 0x85EBCA6B  # odd 32-bit multipliers: two hashes that share nothing
@@ -17,13 +16,13 @@ FIRST, STRIDE = 0x9E3779B1, 0x85EBCA6B  # odd 32-bit multipliers: two hashes tha
 
 def hash_route(inputs: RouterInputs) -> Choice:
     """The first choice is hash(key, modality) mod E; the others follow at a stride, hashed too, that
-    shares no factor with E, so that all K are distinct. Weights are 1/K, whatever ``renormalize`` says.
+    shares no factor with E, so that all K are distinct. Weights are 1/K, with or without ``renormalize``.
     The same experts in every layer."""
     tokens, top_k, logits_nE = inputs.tokens, inputs.config.experts_per_token, inputs.logits_nE
     num_experts = logits_nE.shape[-1]
     coprime = [s for s in range(1, num_experts + 1) if math.gcd(s, num_experts) == 1]
     strides = to_device(coprime, torch.int64, logits_nE.device)
-    key_n = tokens.keys_n * len(MODALITIES) + tokens.modality_ids_n
+    key_n = tokens.keys_n * len(tokens.names.modalities) + tokens.modality_ids_n
     first_n = mixed(key_n, FIRST) % num_experts
     stride_n = strides[mixed(key_n, STRIDE) % len(coprime)]
     steps = torch.arange(top_k, device=logits_nE.device)

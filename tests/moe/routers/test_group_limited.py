@@ -21,13 +21,13 @@ def test_a_group_is_worth_what_its_best_experts_are_worth_together() -> None:
     torch.testing.assert_close(choice.priority_n, torch.tensor([0.34]))  # max p, as in V-MoE
 
 
-def test_one_expert_a_group_is_judged_by_its_best() -> None:
+def test_one_expert_a_group_is_ranked_by_its_best() -> None:
     choice = route(groups_per_token=2)  # one expert from each of two groups: the best one decides
     assert choice.expert_ids_nK.tolist() == [[0, 2]]
     torch.testing.assert_close(choice.weights_nK, torch.tensor([[0.34 / 0.54, 0.20 / 0.54]]))
 
 
-def test_more_groups_than_experts_a_token_still_judges_by_one() -> None:
+def test_more_groups_than_experts_a_token_still_uses_one() -> None:
     assert route(groups_per_token=2, experts_per_token=1).expert_ids_nK.tolist() == [[0]]
 
 

@@ -1,0 +1,372 @@
+"""One run is one YAML file, read into frozen typed models.
+
+Owns the schema, its defaults and every check that needs no hardware: unknown keys, bad values
+and combinations that cannot work. What depends on the number of ranks is checked in
+``parallel/layout.py``. The README's tour explains the keys by example.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, PathText, StreamNames
+from mmmoe_pretrain.config.base import StrictModel as _Model
+from mmmoe_pretrain.config.engines import EngineName
+from mmmoe_pretrain.config.errors import causes, explain
+from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
+from mmmoe_pretrain.config.optimizer import OptimizerConfig
+from mmmoe_pretrain.config.reliability import CheckpointConfig, FaultsConfig
+from mmmoe_pretrain.config.upgrade import needs_upgrade
+from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
+
+__all__ = [
+    "CheckpointConfig", "FaultsConfig", "MoEConfig", "OptimizerConfig", "RoutingLossConfig", "RunConfig", "dump",
+    "load", "parse",
+]  # fmt: skip
+
+
+HANG_SHARE = 0.8  # of parallel.timeout_minutes
+LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class SourceConfig(_Model):
+    """A folder of shards and its share of the training mix."""
+
+    path: PathText
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(_Model):
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: PathText | None = None  # of every modality that reads text
+    max_tokens_per_document: int | None = Field(None, ge=1)  # longer ones lose their last items; None: any length
+    num_workers: int = Field(1, ge=0)
+    prefetch: int = Field(4, ge=1)  # prefetched microbatches per worker
+    worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: 0.4 of the hang limit
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
+
+
+class ModelConfig(_Model):
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1, le=10_000)  # checks go through them all
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int | None = Field(None, ge=1)  # of keys and values, each for a group of queries; None: num_heads
+    ffn_hidden_size: int = Field(256, ge=1)  # of the dense blocks
+    embedding_size: int = Field(128, ge=2)  # of the joint space of the contrastive objective
+    rotary_base: float = Field(10_000.0, gt=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} does not split into {self.num_heads} "
+                f"heads of even width (rotary positions need pairs); use a multiple of "
+                f"{2 * self.num_heads}"
+            )
+        if self.num_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}, so that heads "
+                f"of queries could not share those of keys and values evenly; use one of {divisors}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+class ParallelConfig(_Model):
+    """Degrees of parallelism. What depends on the number of ranks is checked in ``parallel/layout.py``."""
+
+    engine: EngineName = "megatron"
+    data_parallel_size: int | Literal["auto"] = "auto"  # what the other degrees leave of the ranks
+    tensor_parallel_size: int = Field(1, ge=1)  # ranks that share each matrix
+    sequence_parallel: bool = False  # between matrices, tensor ranks hold a share of the tokens each
+    pipeline_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_size: int = Field(1, ge=1)  # stages that a pipeline rank holds (interleaved schedule)
+    expert_parallel_size: int | Literal["auto"] = "auto"  # ranks over which the experts are spread
+    expert_tensor_parallel_size: int | Literal["auto"] = "auto"  # ranks that share one expert's matrices
+    context_parallel_size: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0  # shards optimizer state (1), gradients (2), parameters (3)
+    overlap_grad_reduce: bool = False  # megatron: reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # megatron, zero_stage 1: gather parameters during the forward pass
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # nvme: zero_stage 3, nvme_path in deepspeed
+    deepspeed: dict[str, Any] = Field({})  # DeepSpeed's own JSON, for what has no key here
+    timeout_minutes: int = Field(5, ge=1)  # of a collective, before the job ends
+
+
+class LossScaleConfig(_Model):
+    """The loss scale of fp16: a factor of the loss that keeps small gradients above zero and halves when they
+    overflow; such a step is skipped (arXiv 1710.03740)."""
+
+    initial: float = Field(65536.0, gt=0)
+    minimum: float = Field(1.0, gt=0)
+    window: int = Field(1000, ge=1)  # steps without overflow before the scale doubles
+    hysteresis: int = Field(2, ge=1)  # overflows before the scale halves
+
+    @model_validator(mode="after")
+    def _begins_above_its_minimum(self) -> LossScaleConfig:
+        if self.initial < self.minimum:
+            raise ValueError(f"train.loss_scale.initial {self.initial:g} is below its minimum {self.minimum:g}")
+        return self
+
+
+class TrainConfig(_Model):
+    steps: int = Field(1000, ge=1)
+    global_batch_size: int = Field(128, ge=1)  # samples an optimizer step, over all ranks
+    num_microbatches: int = Field(1, ge=1)  # gradient accumulation
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the trunk's activations; master weights are fp32
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
+    compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
+    threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
+    log_every: int = Field(10, ge=1)
+    heatmap_every: int = Field(200, ge=1)
+
+
+class EvaluateConfig(_Model):
+    """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
+
+    ``rows``: by pair ``a-b`` of representations, the values that a row of its scores has in each field. ``by``: by
+    representation, a field that splits its rows: each value is scored by itself and under its own name. ``within``: a
+    field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
+    """
+
+    test: tuple[PathText, ...] = ()
+    prompt: str = "{}"  # {} is the name of the class
+    rows: dict[str, dict[str, tuple[str, ...]]] = Field({})
+    by: dict[str, str] = Field({})
+    within: str = ""
+    min_items: int = Field(50, ge=1)
+    keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
+
+    @model_validator(mode="after")
+    def _prompt(self) -> EvaluateConfig:
+        around = self.prompt.replace("{}", "", 1)
+        if "{}" not in self.prompt or "{" in around or "}" in around:
+            raise ValueError(f"evaluate.prompt {self.prompt!r} must hold {{}} once; e.g. 'an image of {{}}'")
+        return self
+
+
+class RunConfig(_Model):
+    """The complete config of a run; saved in its folder and its checkpoints."""
+
+    name: str = Field(pattern=RUN_NAME)  # of the run's folder
+    runs_dir: PathText = "runs"
+    seed: int = 0
+    data: DataConfig
+    modalities: dict[str, SerializeAsAny[ModalitySettings]] = Field(min_length=1)
+    representations: dict[str, tuple[str, ...]] = Field({})  # name: modalities whose tokens are pooled together
+    objectives: dict[str, SerializeAsAny[ObjectiveSettings]] = Field(min_length=1)
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def _modalities(cls, values: Any) -> Any:
+        return kinds.parse_entries(kinds.MODALITIES, "modalities", values, explain)
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objectives(cls, values: Any) -> Any:
+        return kinds.parse_entries(kinds.OBJECTIVES, "objectives", values, explain)
+
+    @model_validator(mode="after")
+    def _names(self) -> RunConfig:
+        """Names in one section that refer to an entry of another."""
+        for name, parts in self.representations.items():
+            if problem := kinds.name_problem(name):
+                raise ValueError(f"representations.{name}: {problem}")
+            self._known(parts, f"representations.{name}")
+            if name in self.modalities or not parts or len(set(parts)) < len(parts):
+                raise ValueError(
+                    f"representations.{name} {list(parts)}: every modality is a representation under its own name; "
+                    f"choose another name, and name one modality or more, each once"
+                )
+        for where, names in self.moe.modalities_named:
+            self._known(names, where)
+        claimed = Counter(member for modality in self.modalities.values() for member in modality.members)
+        if twice := [member for member, count in claimed.items() if count > 1]:
+            raise ValueError(
+                f"modalities: members names {', '.join(twice)} more than once, and a file is read as one modality; "
+                f"keep it in one of them"
+            )
+        for name, modality in self.modalities.items():
+            modality.check_names(name, self.modalities)
+        every = {**{name: (name,) for name in self.modalities}, **self.representations}
+        for key in self.evaluate.rows:
+            if len(set(key.split("-")) & every.keys()) != 2 or key.count("-") != 1:
+                raise ValueError(
+                    f"evaluate.rows {key!r} is not two of {', '.join(every)} joined by -; e.g. "
+                    f"{'-'.join(list(every)[:2])}"
+                )
+        if unknown := [key for key in self.evaluate.by if key not in every]:
+            raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
+        for name, objective in self.objectives.items():
+            if name in LOSSES_OF_ALL:
+                raise ValueError(f"objectives.{name}: the name is that of other losses; choose e.g. {name}_1")
+            objective.check_names(name, self.modalities, every)
+        for layer in (self.moe, *map(self.moe.for_layer, self.moe.layers)):
+            layer.check_modalities(tuple(self.modalities))
+        if not any(objective.on for objective in self.objectives.values()):
+            raise ValueError(
+                f"objectives: none of {', '.join(self.objectives)} has a weight, so there is nothing to learn; give "
+                f"one a weight above 0"
+            )
+        return self
+
+    def _known(self, names: Iterable[str], where: str) -> None:
+        unknown = [name for name in names if name not in self.modalities]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], self.modalities, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the modalities are {', '.join(self.modalities)}"
+            raise ValueError(f"{where}: there is no modality {', '.join(unknown)}; {hint}")
+
+    @model_validator(mode="after")
+    def _some_sparse_block(self) -> RunConfig:
+        if not self.moe.dense and self.moe.every > self.model.num_layers:
+            raise ValueError(
+                f"moe.every {self.moe.every} exceeds model.num_layers {self.model.num_layers}, so no block has "
+                f"experts; lower moe.every, or set moe.num_experts: 1 and moe.experts_per_token: 1 for a dense model"
+            )
+        absent = [index for index in self.moe.layers if index >= self.model.num_layers]
+        if absent:
+            raise ValueError(
+                f"moe.layers.{absent[0]}: there is no such block; model.num_layers is {self.model.num_layers}"
+            )
+        routers = {self.moe.for_layer(i).router for i in range(self.model.num_layers)}
+        causal = [name for name, its in self.objectives.items() if its.on and kinds.OBJECTIVES.load(its.kind).causal]
+        if "expert_choice" in routers and causal:
+            raise ValueError(
+                f"moe.router expert_choice routes earlier tokens depending on later ones, and the segments of "
+                f"objectives.{causal[0]} are causal; set objectives.{causal[0]}.weight: 0, or choose softmax_top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hang_before_timeout(self) -> RunConfig:
+        hang, timeout = self.faults.hang_minutes, self.parallel.timeout_minutes
+        if hang >= timeout:
+            raise ValueError(
+                f"faults.hang_minutes {hang:g} is not below parallel.timeout_minutes {timeout}: collectives would "
+                f"end the job first, without naming the hung rank; set hang_minutes: "
+                f"{HANG_SHARE * timeout:g} or timeout_minutes: {int(hang) + 1}"
+            )
+        return self
+
+    @property
+    def hang_seconds(self) -> float:
+        """Seconds without progress of a rank before the job ends: less than the timeout of the collectives, whose
+        errors are less clear."""
+        return 60.0 * (self.faults.hang_minutes or HANG_SHARE * self.parallel.timeout_minutes)
+
+    @property
+    def stream_names(self) -> StreamNames:
+        """Names of the modalities and the objectives with a weight; their order defines their ids."""
+        return StreamNames(tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def checkpoint_root(self) -> str:
+        """Where the checkpoints of the run are: a path or an fsspec URL."""
+        return self.checkpoints_of(self.run_dir)
+
+    def checkpoints_of(self, run_dir: Path) -> str:
+        """The checkpoints of a run folder that may have been moved; ``checkpoint.folder`` has a folder for each run's
+        name."""
+        folder = self.checkpoint.folder
+        return f"{folder.rstrip('/')}/{self.name}" if folder else str(run_dir / "checkpoints")
+
+
+MOST_LINES, LONGEST_LINE = 8, 500  # of a message about a config, whatever stands in it
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file and apply ``key.sub=value`` overrides (values are YAML too).
+
+    Raises ValueError naming the key, the value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config at {path}; ready-made configs are in configs/")
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; see configs/demo.yaml")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse(raw, where=" ".join([str(path), *(["with", *map(brief, overrides)] if overrides else [])]))
+
+
+def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """A RunConfig from plain values, with errors a user can act on."""
+    if needs_upgrade(raw) and {"modalities", "objectives", "data"} & raw.keys():
+        raise ValueError(
+            f"{where} has no kind of modality and objective: it was made for an earlier version, or is incomplete. "
+            f"An old one is rewritten by mmmoe config upgrade FILE; configs/demo.yaml shows a new one"
+        )
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        items = causes(error.errors(include_url=False))
+        lines = [explain(item, RunConfig)[:LONGEST_LINE] for item in items[:MOST_LINES]]
+        more = len(items) - len(lines)
+        raise ValueError(f"{where}: " + "; ".join(lines) + (f"; and {more} more" if more else "")) from None
+
+
+def dump(config: RunConfig, path: Path) -> None:
+    """Write the resolved config; ``load`` of the file gives an equal value."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ValueError(f"override {brief(override)} is not key=value; e.g. train.steps=100")
+    node: Any = raw
+    *parents, leaf = key.split(".")
+    for part in parents:
+        node = _descend(node, part, override)
+    value = parse_yaml(text, f"override {brief(override)}")
+    if isinstance(node, list):
+        node[_list_index(node, leaf, override)] = value
+    else:
+        node[_key(node, leaf)] = value
+
+
+def _key(node: dict[Any, Any], part: str) -> Any:
+    """The key that reads ``part``: YAML makes numbers of some (moe.layers: {3: ...})."""
+    return next((key for key in node if str(key) == part), part)
+
+
+def _descend(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, part, override)]
+    child = node.setdefault(_key(node, part), {})
+    if not isinstance(child, dict | list):
+        raise ValueError(f"override {brief(override)}: {brief(part)} is a value ({brief(child)}), not a section")
+    return child
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
+        raise ValueError(f"override {brief(override)}: {brief(part)} is not an index of a list of {len(node)}")
+    return int(part)

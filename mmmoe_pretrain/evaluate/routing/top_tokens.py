@@ -1,0 +1,160 @@
+"""The top-activating tokens of each expert: of those that it served, the ones to which its router gave the highest
+probability.
+
+Owns the recording of a forward pass (by hooks that change nothing), and the selection, which is exact however
+the rows are batched. Distinct content comes first: one token of each image, clip or text, as long as there are enough
+of them; equal images of two samples count as one. Shapes: n valid tokens, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmmoe_pretrain.batch import Item, Sample
+from mmmoe_pretrain.data.pack import Origins
+from mmmoe_pretrain.evaluate.features import content_name
+from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.routing import Routing
+from mmmoe_pretrain.moe.tokens import TokenInfo
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The routing of one layer, one row per token: ``served_nE`` is True where the expert took the token (chosen, and
+    with room for it)."""
+
+    layer: int
+    log_p_nE: np.ndarray
+    served_nE: np.ndarray
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[Decisions]]:
+    """A list to which each forward pass of ``model`` adds one entry an MoE layer, in order; the
+    caller empties it between passes."""
+    seen: list[Decisions] = []
+
+    def keep(module: nn.Module, _: Any, routing: Routing) -> None:
+        assert isinstance(module, Router)
+        seen.append(Decisions(module.layer, routing.log_p_nE.detach().float().cpu().numpy(), _served(routing)))
+
+    handles = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, Router)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _served(routing: Routing) -> np.ndarray:
+    served_nE = torch.zeros(routing.log_p_nE.shape, device=routing.kept_nK.device)
+    served_nE.scatter_add_(1, routing.expert_ids_nK, routing.kept_nK.float())
+    return (served_nE > 0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """Token number ``token`` of item number ``number`` of a sample; ``content``: name of what the item holds."""
+
+    log_p: float
+    modality: str
+    task: str
+    sample: Sample
+    number: int
+    token: int
+    content: str
+
+    @property
+    def item(self) -> Item:
+        return self.sample.items[self.number]
+
+    @property
+    def probability(self) -> float:
+        return float(np.exp(self.log_p))
+
+    @property
+    def place(self) -> Hashable:
+        return self.content, self.token
+
+
+@dataclass
+class _Best:
+    """The best tokens so far of one expert and modality: of distinct content, and of distinct places."""
+
+    by_content: list[TopToken] = field(default_factory=list)
+    by_place: list[TopToken] = field(default_factory=list)
+
+
+class TopTokens:
+    """Collects batch by batch; ``of(layer, expert)`` are the ``top`` best of each modality."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self._best: defaultdict[tuple[int, int], dict[str, _Best]] = defaultdict(dict)
+
+    def add(
+        self, decisions: Sequence[Decisions], tokens: TokenInfo, origins: Origins, samples: Sequence[Sample]
+    ) -> None:
+        """Add the tokens of one batch."""
+        names = [[content_name(item) for item in sample.items] for sample in samples]
+        modality_n, task_n = tokens.modality_ids_n.cpu().numpy(), tokens.task_ids_n.cpu().numpy()
+
+        def found(row: int, modality: str, log_p: float) -> TopToken:
+            b, number, token = (int(its[row]) for its in (origins.sample_n, origins.item_n, origins.token_n))
+            task = tokens.names.tasks[task_n[row]]
+            return TopToken(log_p, modality, task, samples[b], number, token, names[b][number])
+
+        for layer in decisions:
+            for m, modality in enumerate(tokens.names.modalities):
+                rows = np.flatnonzero(modality_n == m)
+                for expert in np.flatnonzero(layer.served_nE[rows].any(0)).tolist():
+                    log_p_n, mine = layer.log_p_nE[:, expert], rows[layer.served_nE[rows, expert]]
+                    order = mine[np.argsort(-log_p_n[mine], kind="stable")].tolist()
+                    best = self._best[layer.layer, expert].setdefault(modality, _Best())
+                    self._merge(best, (found(row, modality, float(log_p_n[row])) for row in order))
+
+    def of(self, layer: int, expert: int) -> dict[str, list[TopToken]]:
+        """The tokens by modality, the most probable first; without modalities that the expert never served."""
+        return {modality: self._chosen(best) for modality, best in self._best.get((layer, expert), {}).items()}
+
+    def _merge(self, best: _Best, found: Iterable[TopToken]) -> None:
+        """``found`` runs from the most probable on and is read no further than needed."""
+        new = _Best()
+        contents: set[Hashable] = set()
+        places: set[Hashable] = set()
+        for token in found:
+            if len(places) < self.top and token.place not in places:
+                new.by_place.append(token)
+                places.add(token.place)
+            if token.content not in contents:
+                new.by_content.append(token)
+                contents.add(token.content)
+                if len(contents) == self.top:  # and then as many places
+                    break
+        best.by_content = _distinct(best.by_content + new.by_content, lambda t: t.content, self.top)
+        best.by_place = _distinct(best.by_place + new.by_place, lambda t: t.place, self.top)
+
+    def _chosen(self, best: _Best) -> list[TopToken]:
+        chosen = {token.place: token for token in best.by_content}
+        for token in best.by_place:
+            if len(chosen) < self.top:
+                chosen.setdefault(token.place, token)
+        return sorted(chosen.values(), key=lambda token: -token.log_p)
+
+
+def _distinct(tokens: list[TopToken], key: Callable[[TopToken], Hashable], limit: int) -> list[TopToken]:
+    """The most probable tokens, one of each key; the earlier of equals."""
+    first: dict[Hashable, TopToken] = {}
+    for token in sorted(tokens, key=lambda token: -token.log_p):
+        first.setdefault(key(token), token)
+        if len(first) == limit:
+            break
+    return list(first.values())

@@ -1,0 +1,134 @@
+"""The base class of modality kinds, and the error of decoders. A kind turns bytes into an array (``decode``), counts
+its tokens, combines the arrays of a microbatch (``collate``), and provides the module that embeds them
+(``embedder``). The rest of the project uses a modality only through this class. The host's half is numpy, so that a
+forked worker never touches torch's threads.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL.Image import Image as PILImage
+from torch import nn
+
+from mmmoe_pretrain.config.base import ModalitySettings
+from mmmoe_pretrain.limits import decoder_reason
+from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS
+from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+
+
+class BadSampleError(Exception):
+    """A sample's content cannot be used; the message has the reason."""
+
+
+@contextmanager
+def quarantine(what: str) -> Iterator[None]:
+    """Turn a decoder's errors on damaged input into a BadSampleError that names ``what``."""
+    try:
+        yield
+    except BadSampleError:
+        raise
+    except IMAGE_ERRORS as error:
+        raise BadSampleError(f"{what} cannot be decoded: {decoder_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Collated:
+    """``arrays``: the arguments of the embedder's ``forward`` by name. ``starts``: int64 [n], the first row of the
+    embedder's output of each value."""
+
+    arrays: dict[str, np.ndarray]
+    starts: np.ndarray
+
+
+def in_markdown(text: str) -> str:
+    """Plain text for Markdown, also for a cell of a table."""
+    return MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
+
+
+class Modality(abc.ABC):
+    """One modality of a run: a kind under the user's ``name`` with its ``settings``.
+
+    ``cut`` counts the values that were longer than the settings allow.
+    """
+
+    Settings: ClassVar[type[ModalitySettings]]
+    formats: ClassVar[tuple[str, ...]]  # last parts of the extensions of files that are read, the preferred first
+    default_field: ClassVar[str | None] = None  # of a sample's JSON, where one modality has the kind
+    needs_tokenizer: ClassVar[bool] = False
+    predictable: ClassVar[bool] = False  # tokens are discrete: ``keys`` are their ids, and a head can predict them
+    label_probability: float = 0.0  # that a labelled sample has its class as a value, in training
+    label_with: tuple[str, ...] = ()  # the modalities that it has beside, then; empty: all
+
+    def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
+        self.name, self.settings = name, settings
+        self._tokenizer = tokenizer
+        self.cut = 0
+
+    @abc.abstractmethod
+    def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
+        """The value of a file's bytes, augmented for training if a generator is given; None if it is empty.
+
+        Raises BadSampleError where the content cannot be used.
+        """
+
+    def raw(self, data: bytes) -> str:
+        """The text in the bytes, for reports; empty for other kinds."""
+        return ""
+
+    @abc.abstractmethod
+    def num_tokens(self, value: np.ndarray) -> int:
+        """Rows that the embedder makes of ``value``."""
+
+    def keys(self, value: np.ndarray) -> np.ndarray:
+        """int64 [num_tokens]: an identity of each token; its number, unless tokens are discrete."""
+        return np.arange(self.num_tokens(value))
+
+    @abc.abstractmethod
+    def collate(self, values: Sequence[np.ndarray]) -> Collated:
+        """Any number of values, also none, as one input of the embedder."""
+
+    @property
+    @abc.abstractmethod
+    def max_tokens(self) -> int:
+        """The tokens of the longest value."""
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention rotates queries and keys by their positions; otherwise the embedder adds positions."""
+        return bool(self.settings.positions == "rotary")
+
+    @abc.abstractmethod
+    def stem_flops(self, hidden_size: int) -> float:
+        """FLOPs a token of the embedder's forward pass, 2 a multiply-add."""
+
+    @abc.abstractmethod
+    def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
+        """The module whose ``forward(**arrays)`` gives rows [n, hidden_size]. Without values it returns no rows, and
+        every parameter still gets a zero gradient. ``vocab_size``: the tokenizer's, 0 where the run has none."""
+
+    @abc.abstractmethod
+    def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
+        """The position of token number ``token`` in ``value``, for a report in JSON."""
+
+    def caption(self, value: np.ndarray, token: int) -> str:
+        """A short description of the token in Markdown."""
+        return in_markdown(", ".join(f"{name} {content}" for name, content in self.describe(value, token).items()))
+
+    def draw(self, value: np.ndarray, token: int) -> tuple[PILImage, tuple[float, float, float, float]] | None:
+        """An image of ``value``, and the box (left, top, right, bottom) of the token in it as shares of its sides;
+        None where the words of ``caption`` are enough."""
+        return None
+
+    @abc.abstractmethod
+    def example(self, rng: np.random.Generator, vocab_size: int = 0) -> np.ndarray:
+        """A random value, for tests and measurements; no tokenizer is read for it."""

@@ -1,0 +1,168 @@
+"""The base classes of objective kinds. ``Objective`` runs on the host, in numpy: it makes the segments of a sample
+and counts the terms of its losses in a batch. ``ObjectiveModule`` is on the last pipeline stage and computes losses
+from the model's outputs. A loss is a sum over its terms; it is divided by their number in the whole step.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
+from mmmoe_pretrain.config.base import ObjectiveSettings
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Representation:
+    """One vector of a sample: the mean over a segment of the first items of ``modalities``, which attend to each
+    other in both directions. A sample that lacks one of them has no such vector."""
+
+    name: str
+    modalities: tuple[str, ...]
+
+    def segment(self, sample: Sample, task: str, all_of: Mapping[str, Modality]) -> Segment | None:
+        """Its segment of ``sample``, for ``task``."""
+        items = [sample.index(name) for name in self.modalities]
+        if any(item is None for item in items):
+            return None
+        parts = [Part(item, 0, num_tokens(sample, item, all_of)) for item in items if item is not None]
+        return Segment(task, tuple(parts), self.name)
+
+
+def num_tokens(sample: Sample, item: int, modalities: Mapping[str, Modality]) -> int:
+    """The tokens of item number ``item``."""
+    return modalities[sample.items[item].modality].num_tokens(sample.items[item].value)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Segments that a sample with every modality at its full length has, for estimates of costs: ``count`` of them
+    with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally."""
+
+    count: float
+    tokens: tuple[tuple[str, int], ...]
+    targets: int = 0
+    causal: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(tokens for _, tokens in self.tokens)
+
+    @property
+    def scores(self) -> float:
+        """Pairs of query and key: tokens before the causal ones attend to each other, the n-th causal token to all of
+        these and to n causal ones."""
+        return (self.length - self.causal) * self.length + self.causal * (self.causal + 1) / 2
+
+
+class Objective(abc.ABC):
+    """One objective of a run: a kind under the user's ``name`` with its ``settings``.
+
+    ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
+    one space. ``predicts``: its segments have targets.
+    """
+
+    Settings: ClassVar[type[ObjectiveSettings]]
+    causal: ClassVar[bool] = False  # some segments are
+    whole_step: bool = False  # its loss is of the whole step, whose microbatches run twice
+    representations: tuple[str, ...] = ()
+    aligned: tuple[tuple[str, str], ...] = ()
+    predicts: bool = False
+
+    def __init__(
+        self,
+        name: str,
+        settings: Any,
+        modalities: Mapping[str, Modality],
+        representations: Mapping[str, Representation],
+    ) -> None:
+        self.name, self.settings = name, settings
+        self.modalities, self.all_representations = modalities, representations
+
+    @abc.abstractmethod
+    def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
+        """The segments of ``sample`` to pack. ``rng`` is a function of the run's seed, the sample's global position
+        and the objective. A representation is packed once, for the first objective that asks for it, so ``pooled`` of
+        a batch may have samples that this objective did not ask for: ``counts`` and the loss leave those out."""
+
+    @property
+    @abc.abstractmethod
+    def losses(self) -> dict[str, float]:
+        """Its losses by name, in a fixed order, each with its weight in the objective's; names begin with its own."""
+
+    @abc.abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many terms each loss has in ``batch``."""
+
+    @abc.abstractmethod
+    def module(self) -> ObjectiveModule:
+        """Its module on the last stage."""
+
+    @abc.abstractmethod
+    def needs(self) -> dict[str, set[str]]:
+        """The modalities that a sample must have to serve it, one set for each way, by what an error calls it."""
+
+    @abc.abstractmethod
+    def expected(self) -> list[Expected]:
+        """See ``Expected``."""
+
+    def flops(self, embedding_size: int, samples: float) -> float:
+        """FLOPs a sample of its loss beside heads, with ``samples`` that it is computed over at a time."""
+        return 0.0
+
+    def share(self, loss: str) -> float:
+        """The share of the samples that ``loss`` may use."""
+        return 1.0
+
+    def why_idle(self, loss: str, count: int, so_far: str) -> str:
+        """What to do about a loss that was 0 ``so_far`` ("in 10 steps"), over ``count`` terms."""
+        return (
+            f"objectives.{self.name} had {count} terms {so_far}. Give the data samples for it, or set its weight: 0"
+        )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of the last stage. ``hidden_nD``: the trunk's output. ``features``: by representation, [B, P] unit
+    rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
+    each of its targets."""
+
+    hidden_nD: Tensor
+    features: dict[str, Tensor]
+    token_nll: dict[str, Tensor]
+
+
+class ObjectiveModule(nn.Module):
+    """Parameters and loss of an objective. ``forward`` runs on every rank, also where a batch has nothing for it, and
+    gives every loss by name: the sum over this rank's terms, in a graph with all of the module's parameters."""
+
+    def forward(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        """Parameters that the loss keeps below a bound, in place."""
+        return []
+
+    # Of an objective whose loss is of the whole step, in this order: collect each microbatch without gradients,
+    # finish, then forward (values alone) and surrogate of each microbatch, in the same order.
+
+    def collect(self, outputs: Outputs, batch: Batch) -> None:
+        raise NotImplementedError
+
+    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+        """``factors``: of each loss, that its sum is multiplied by."""
+        raise NotImplementedError
+
+    def surrogate(self, outputs: Outputs) -> Tensor:
+        """A scalar of value 0 with the gradient of the step's loss."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """The step is over."""

@@ -1,0 +1,193 @@
+"""Next-token prediction: on a text alone, on a text after images or audio (captioning), on interleaved documents.
+
+Its loss is the mean negative log-likelihood of all targets of an optimizer step. Each item whose tokens are discrete
+stands as its begin mark and pieces, each of which predicts the next piece or the end mark.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.objectives.base import (
+    Expected,
+    Objective,
+    ObjectiveModule,
+    Outputs,
+    Representation,
+    num_tokens,
+)
+from mmmoe_pretrain.parallel.groups import Groups
+
+
+class NextTokenSettings(ObjectiveSettings):
+    """``parts``: the modalities of a segment in order, each a name or a list of alternatives of which one is drawn:
+    ``[[image, audio], text]``. Empty: all items of a document in its order, and of another sample those whose tokens
+    can be predicted. ``loss_on``: of those modalities, the ones that have a loss (empty: all). ``fraction``: of the
+    samples that get such a segment, drawn at random."""
+
+    kind: Literal["next_token"] = "next_token"
+    parts: tuple[str | tuple[str, ...], ...] = ()
+    loss_on: tuple[str, ...] = ()
+    fraction: float = Field(1.0, gt=0, le=1)
+
+    def of_every_sample(self) -> ObjectiveSettings:
+        """See ``ObjectiveSettings.of_every_sample``."""
+        return self.model_copy(update={"fraction": 1.0})
+
+    @property
+    def ways_of_parts(self) -> tuple[tuple[str, ...], ...]:
+        """The alternatives of each part."""
+        return tuple((part,) if isinstance(part, str) else part for part in self.parts)
+
+    @property
+    def named(self) -> set[str]:
+        return {name for part in self.ways_of_parts for name in part}
+
+    def check_names(
+        self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """See ``ObjectiveSettings.check_names``; and something must be predicted."""
+        if unknown := sorted((self.named | set(self.loss_on)) - modalities.keys()):
+            raise ValueError(
+                f"objectives.{name} names {', '.join(unknown)}, and the modalities are {', '.join(modalities)}; "
+                f"correct its parts or loss_on"
+            )
+        twice = sorted(m for m in self.named if sum(m in way for way in self.ways_of_parts) > 1)
+        if twice or () in self.ways_of_parts:
+            raise ValueError(
+                f"objectives.{name}.parts names {', '.join(twice) or 'nothing in a list'}"
+                f"{' twice' if twice else ''}, and each part is another modality; e.g. [[image, audio], text] "
+                f"for one of two before a text"
+            )
+        able = {m for m, its in modalities.items() if kinds.MODALITIES.load(its.kind).predictable}
+        among = self.named or set(modalities)
+        if wrong := sorted(set(self.loss_on) - (able & among)):
+            raise ValueError(
+                f"objectives.{name}.loss_on {', '.join(wrong)}: it is not a part, or its tokens are not discrete and "
+                f"cannot be predicted; name of {', '.join(sorted(able & among)) or 'no part'}"
+            )
+        if not able & among:
+            raise ValueError(
+                f"objectives.{name} predicts nothing: none of {', '.join(sorted(among))} has discrete tokens; add a "
+                f"modality that has (kind: text) to its parts, or leave the objective out"
+            )
+
+
+class NextToken(Objective):
+    """Parts before the first that can be predicted attend to each other in both directions, those after causally."""
+
+    Settings = NextTokenSettings
+    causal = True
+    predicts = True
+
+    def __init__(
+        self,
+        name: str,
+        settings: NextTokenSettings,
+        modalities: Mapping[str, Modality],
+        representations: Mapping[str, Representation],
+    ) -> None:
+        super().__init__(name, settings, modalities, representations)
+        self._parts = settings.ways_of_parts
+        predictable = {m for m, modality in modalities.items() if modality.predictable}
+        self._predicted = set(settings.loss_on) or predictable & (settings.named or predictable)
+
+    def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
+        """See ``Objective.segments``."""
+        drawn = rng.random() < self.settings.fraction
+        items = self._items(sample, rng) if drawn else []
+        parts = list(self._laid_out(sample, items))
+        if any(part.targets is not None for part in parts):
+            yield Segment(self.name, tuple(parts))
+
+    def _items(self, sample: Sample, rng: np.random.Generator) -> list[int]:
+        if not self._parts:
+            return [
+                i
+                for i, item in enumerate(sample.items)
+                if sample.document or self.modalities[item.modality].predictable
+            ]
+        found = []
+        for part in self._parts:
+            options = [i for i in map(sample.index, part) if i is not None]
+            if not options:
+                return []
+            found.append(options[int(rng.random() * len(options))] if len(options) > 1 else options[0])
+        return found
+
+    def _laid_out(self, sample: Sample, items: list[int]) -> Iterator[Part]:
+        causal, position = False, 0
+        for i in items:
+            item = sample.items[i]
+            modality, count = self.modalities[item.modality], num_tokens(sample, i, self.modalities)
+            causal = causal or modality.predictable
+            targets = None
+            if modality.predictable:
+                ids = modality.keys(item.value)
+                count -= 1  # the end mark is a target alone
+                if item.loss and item.modality in self._predicted:
+                    targets = ids[1:]
+            yield Part(i, 0, count, "causal" if causal else "full", targets, position)
+            if not self._parts:
+                position += count
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {self.name: 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {self.name: len(batch.targets[self.name])}
+
+    def module(self) -> ObjectiveModule:
+        return _SumOfTargets(self.name)
+
+    def needs(self) -> dict[str, set[str]]:
+        """See ``Objective.needs``: of alternatives, one way for each."""
+        if not self._parts:
+            return {f"{self.name} of {name}": {name} for name in sorted(self._predicted)}
+        return {f"{self.name} of {' and '.join(way)}": set(way) for way in self._ways()}
+
+    def expected(self) -> list[Expected]:
+        ways = self._ways()
+        return [self._expected(way, self.settings.fraction / len(ways)) for way in ways]
+
+    def _ways(self) -> list[tuple[str, ...]]:
+        """The modalities of a segment's parts, in every choice of alternatives."""
+        if not self._parts:
+            return [tuple(name for name, modality in self.modalities.items() if modality.predictable)]
+        return list(itertools.product(*self._parts))
+
+    def _expected(self, way: tuple[str, ...], count: float) -> Expected:
+        tokens = [(name, self.modalities[name].max_tokens - int(self.modalities[name].predictable)) for name in way]
+        targets = sum(number for name, number in tokens if name in self._predicted)
+        causal = itertools.dropwhile(lambda part: not self.modalities[part[0]].predictable, tokens)
+        return Expected(count, tuple(tokens), targets, sum(number for _, number in causal))
+
+    def share(self, loss: str) -> float:
+        return float(self.settings.fraction)
+
+    def why_idle(self, loss: str, count: int, so_far: str) -> str:
+        ways = ", or ".join(what.removeprefix(f"{self.name} of ") for what in self.needs())
+        return (
+            f"objectives.{self.name} had no target {so_far}: no sample drawn for it has {ways}. Give the data such "
+            f"samples, correct its parts, or set its weight: 0"
+        )
+
+
+class _SumOfTargets(ObjectiveModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
+        return {self.name: outputs.token_nll[self.name].sum()}

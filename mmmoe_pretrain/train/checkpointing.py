@@ -1,0 +1,229 @@
+"""The checkpoints of a run: saving them while it trains, and restoring the newest intact one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mmmoe_pretrain import __version__, exit_codes
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.folders import Retention
+from mmmoe_pretrain.checkpoint.model import TOKENIZER, refuse_old
+from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
+from mmmoe_pretrain.checkpoint.storage import StorageError
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.cursor import Cursor
+from mmmoe_pretrain.engines.base import Engine, Progress
+from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.parallel.agreement import from_rank_0
+from mmmoe_pretrain.parallel.degrees import Layout
+from mmmoe_pretrain.parallel.groups import Groups, HostGroups
+from mmmoe_pretrain.train.journal import Journal
+from mmmoe_pretrain.train.metrics import SampleCounts
+from mmmoe_pretrain.train.schedule import jump_on_resume
+
+log = logging.getLogger(__name__)
+SAME_DATA = (("seed",), ("train", "global_batch_size"), ("data", "train"))  # on which the order of the data depends
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The parts of a run on one rank."""
+
+    config: RunConfig
+    layout: Layout
+    groups: Groups
+    host: HostGroups
+    modalities: Modalities
+    engine: Engine
+    journal: Journal  # of rank 0; elsewhere it writes nothing
+    main: bool  # is this rank 0?
+
+    @property
+    def counts_samples(self) -> bool:
+        """Only one of the tensor and pipeline ranks that read the same samples counts them."""
+        return self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
+
+
+class CheckpointManager:
+    """The saves of a run. All ranks call the same methods in the same order."""
+
+    def __init__(self, context: RunContext, say: Callable[[str], None]) -> None:
+        settings = context.config.checkpoint
+        self._context, self._settings, self._say = context, settings, say
+        keep = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
+        self._saver = Saver(context.config.checkpoint_root, context.host.storage, keep, settings.asynchronous)
+        losses = ("total", *context.engine.models[0].loss_names)  # of a PretrainingModel
+        if settings.keep_best and settings.best_metric not in losses:
+            raise ValueError(
+                f"checkpoint.best_metric {settings.best_metric!r} is not a loss of this run: {', '.join(losses)}"
+            )
+        self._started = -1  # the step of the last save
+        self._last: SaveReport | None = None
+        self.failures = 0  # failed saves in a row
+
+    def save(self, step: int, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> None:
+        """Start to save ``step``; training may continue when this returns."""
+        state, meta = self._context.engine.export_state(), _meta(self._context, cursor, samples, losses)
+        self._saver.save(step, state, meta, self._metric(step, losses))
+        self._started = step
+
+    def _metric(self, step: int, losses: dict[str, float]) -> float | None:
+        """The best_metric of ``step``, without the weight that an objective had then, which may follow a schedule;
+        None before the first step and where the weight was 0."""
+        name = self._settings.best_metric
+        weight = self._context.engine.models[0].objectives.weights(step - 1).get(name, 1.0)
+        return losses[name] / weight if weight and name in losses else None
+
+    def save_and_wait(self, step: int, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> None:
+        """``step`` is saved when this returns. Raises ValueError on every rank where it cannot be, Restartable
+        where a disk or a peer failed; earlier checkpoints remain."""
+        self.wait()
+        if self._started != step or (self._last is not None and self._last.error is not None):
+            self.save(step, cursor, samples, losses)
+            self.wait()
+        if self._last is not None and self._last.error is not None:
+            kind = exit_codes.Restartable if self._last.restartable else ValueError
+            raise kind(f"step {step} could not be saved: {self._last.error}")
+
+    def wait(self) -> None:
+        """Wait for the save in flight."""
+        self._saver.wait()
+        self.poll()
+
+    def poll(self) -> None:
+        """Log the finished saves in the journal. Ranks may see a save finish in different steps."""
+        for report in self._saver.poll():
+            self._last = report
+            self.failures = 0 if report.error is None else self.failures + 1
+            self._report(report)
+
+    def too_many(self, failures: int) -> bool:
+        """Whether ``failures`` in a row, as rank 0 counts them, end the run."""
+        return failures > self._settings.max_failures
+
+    def give_up(self, failures: int) -> NoReturn:
+        """End the run with the reason of the last failure."""
+        self.wait()
+        reason = self._last.error if self._last is not None else None
+        raise ValueError(
+            f"{failures} saves failed in a row, and checkpoint.max_failures is {self._settings.max_failures}; the "
+            f"last one: {reason}"
+        )
+
+    def after_rollback(self) -> None:
+        """After a rollback the step saved last may be saved again with other values."""
+        self._started = -1
+
+    def close(self) -> None:
+        self._saver.close()
+        self.poll()
+
+    def _report(self, report: SaveReport) -> None:
+        if not self._context.main:
+            return
+        journal = self._context.journal
+        if report.error is not None:
+            log.error("step %d could not be saved: %s", report.step, report.error)
+            journal.write("save_failed", step=report.step, error=report.error)
+            return
+        self._say(f"saved {report.path}")
+        journal.write(
+            "saved", step=report.step, path=report.path, bytes=report.bytes,
+            seconds_blocked=round(report.seconds_blocked, 4), seconds_waited=round(report.seconds_waited, 4),
+            seconds_writing=round(report.seconds_writing, 4),
+        )  # fmt: skip
+        if report.warning is not None:
+            log.warning("step %d is saved, with a warning: %s", report.step, report.warning)
+            journal.write("cleaning_failed", step=report.step, error=report.warning)
+
+
+def _meta(context: RunContext, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> dict[str, Any]:
+    """Plain values saved beside the tensors of a checkpoint. Every random number of a run is a function of its seed,
+    the step and the sample's position, so no generator's state is among them."""
+    return {
+        "version": __version__,
+        "vocab_size": context.modalities.vocab_size,
+        "tokenizer_fingerprint": context.modalities.fingerprint,
+        "seed": context.config.seed,
+        "progress": context.engine.progress().to_json(),
+        "skipped_batches": cursor.to_json(),
+        "samples": samples.to_json(),
+        "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
+        "layout": dataclasses.asdict(context.layout),  # for information: a run may resume under any other
+        "config": context.config.model_dump(mode="json"),
+    }
+
+
+@dataclass(frozen=True)
+class Restored:
+    checkpoint: store.Checkpoint
+    step: int  # steps done
+    cursor: Cursor  # as saved
+    samples: SampleCounts  # read by then
+
+
+def restore(context: RunContext, candidates: Sequence[store.Checkpoint]) -> Restored:
+    """Load the newest of ``candidates`` (oldest first) that verifies into the engine. Collective.
+
+    Damaged ones are reported and skipped. Raises ValueError on every rank if none is left: a run with lost
+    checkpoints must not start from step 0 without --overwrite.
+    """
+    damage = "there is none before the steps to roll back"
+    for checkpoint in reversed(candidates):
+        try:
+            store.verify(checkpoint, context.host.storage)
+            meta = from_rank_0(context.host.storage, lambda at=checkpoint: store.read_meta(at))  # type: ignore[misc]
+        except StorageError:
+            raise  # the disk or service failed, not the checkpoint
+        except ValueError as error:
+            damage = str(error)
+            if context.main:
+                log.error("%s; trying the checkpoint before", damage)
+            context.journal.write("checkpoint_damaged", step=checkpoint.step, path=str(checkpoint), error=damage)
+            continue
+        return _load(context, checkpoint, meta)
+    raise ValueError(
+        f"none of the {len(candidates)} checkpoints in {context.config.checkpoint_root} can be used: {damage}; "
+        f"restore one from a backup, or start from step 0 with --overwrite"
+    )
+
+
+def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any]) -> Restored:
+    refuse_old(checkpoint, meta)
+    fingerprint = context.modalities.fingerprint
+    if meta["tokenizer_fingerprint"] != fingerprint:
+        own = context.config.run_dir / TOKENIZER
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer than {context.config.data.tokenizer} "
+            f"(fingerprint {meta['tokenizer_fingerprint']}, now {fingerprint}); set data.tokenizer to the one that "
+            f"it was trained with{f', e.g. the copy in {own}' if own.is_file() else ''}"
+        )
+    # Checkpoints of import and model surgery have neither progress nor counts.
+    progress = Progress.from_json(meta["progress"]) if "progress" in meta else Progress(meta["step"], meta["step"])
+    samples = SampleCounts.from_json(meta["samples"]) if "samples" in meta else SampleCounts()
+    if context.main and meta.get("config") is not None:
+        _warn_of_other_data(context.config, meta["config"])
+        jump = jump_on_resume(progress.steps, context.config, meta["config"])
+        if jump:
+            log.warning("%s", jump)
+    state = store.load(checkpoint, context.engine.export_state(), context.host.storage)
+    context.engine.import_state(state, progress)
+    return Restored(checkpoint, progress.steps, Cursor.from_json(meta.get("skipped_batches", [])), samples)
+
+
+def _warn_of_other_data(config: RunConfig, saved: dict[str, Any]) -> None:
+    now = config.model_dump(mode="json")
+    for keys in SAME_DATA:
+        old, new = saved, now
+        for key in keys:
+            old, new = (old or {}).get(key), new[key]  # type: ignore[assignment]
+        if old != new:
+            log.warning(
+                "%s was %s and is %s: the order of the data changes, so samples may be repeated or never read",
+                ".".join(keys), old, new,
+            )  # fmt: skip

@@ -1,0 +1,112 @@
+"""For every kind of modality: the host side and the embedder agree, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.config.base import ModalitySettings
+from mmmoe_pretrain.modalities import Modality, Tokenizer, build_modalities, default_modalities, format_of
+
+VOCAB, HIDDEN = 48, 12
+SMALL: dict[str, dict[str, Any]] = {  # settings of kinds that have none that fit, or are slow as they are
+    "image": {"size": 16, "stem_channels": 8},
+    "audio": {"n_mels": 40, "max_seconds": 0.5, "stem_channels": 8},
+    "series": {"channels": 3, "max_steps": 100},
+}
+VARIANTS = {
+    **{kind: {"kind": kind, **SMALL.get(kind, {})} for kind in kinds.MODALITIES.names},
+    "native image": {"kind": "image", "aspect": "native", "stem": "linear", "max_tokens": 12},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def modality(request: pytest.FixtureRequest, tiny_data: Path) -> Modality:
+    values = VARIANTS[request.param]
+    settings: ModalitySettings = kinds.MODALITIES.load(values["kind"]).Settings(**values)
+    return build_modalities({"mine": settings}, tiny_data / "tokens.model")["mine"]
+
+
+def examples(modality: Modality, count: int) -> list[np.ndarray]:
+    return [modality.example(np.random.default_rng(seed), VOCAB) for seed in range(count)]
+
+
+def embed(modality: Modality, module: torch.nn.Module, values: list[np.ndarray]) -> torch.Tensor:
+    arrays = modality.collate(values).arrays
+    return module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def test_an_example_has_as_many_tokens_as_the_embedder_gives_rows(modality: Modality) -> None:
+    torch.manual_seed(0)
+    module = modality.embedder(HIDDEN, VOCAB)
+    values = examples(modality, 4)
+    for value in values:
+        count = modality.num_tokens(value)
+        assert 1 <= count <= modality.max_tokens
+        assert embed(modality, module, [value]).shape == (count, HIDDEN)
+        keys = modality.keys(value)
+        assert keys.shape == (count,) and keys.dtype == np.int64
+        assert keys.max() < (VOCAB if modality.predictable else count)
+    together, starts = embed(modality, module, values), modality.collate(values).starts
+    for start, value in zip(starts, values, strict=True):  # padding in between belongs to no value
+        alone = embed(modality, module, [value])
+        torch.testing.assert_close(together[start : start + len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_of_no_value_there_are_no_rows_and_every_parameter_gets_a_gradient_of_zeros(modality: Modality) -> None:
+    module = modality.embedder(HIDDEN, VOCAB)
+    assert modality.collate([]).starts.shape == (0,)
+    rows = embed(modality, module, [])
+    assert rows.shape == (0, HIDDEN)
+    rows.sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_every_token_is_described_in_a_report(modality: Modality) -> None:
+    for value in examples(modality, 2):
+        for token in range(modality.num_tokens(value)):
+            assert modality.describe(value, token)
+            assert isinstance(modality.caption(value, token), str) and modality.caption(value, token)
+            shown = modality.draw(value, token)
+            if shown is not None:
+                image, (left, top, right, bottom) = shown
+                assert image.width and image.height
+                assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+
+
+def test_costs_and_settings_are_there_without_any_file(modality: Modality) -> None:
+    bare = build_modalities({"mine": modality.settings}, decoding=False)["mine"]
+    assert bare.max_tokens == modality.max_tokens
+    assert bare.stem_flops(HIDDEN) >= 0
+    assert modality.settings.positions in ("learned", "rotary")
+    assert bare.rotary == (modality.settings.positions == "rotary")
+
+
+def test_a_format_is_of_one_kind() -> None:
+    formats = [ending for kind in kinds.MODALITIES.names for ending in kinds.MODALITIES.load(kind).formats]
+    assert len(formats) == len(set(formats))
+    for kind in kinds.MODALITIES.names:
+        for ending in kinds.MODALITIES.load(kind).formats:
+            assert format_of(f"left.{ending}") == format_of(ending) == kind
+    assert format_of("doc") is None and format_of("") is None
+    assert set(default_modalities()) == kinds.MODALITIES.builtin.keys() - {"series"}  # which needs its channels
+
+
+def test_a_modality_that_reads_text_needs_a_tokenizer(tiny_data: Path) -> None:
+    settings = {"words": kinds.MODALITIES.load("text").Settings()}
+    with pytest.raises(ValueError, match=r"modalities\.words reads text, and data\.tokenizer names no tokenizer"):
+        build_modalities(settings)
+    with pytest.raises(ValueError, match="fingerprint"):
+        build_modalities(settings, tiny_data / "tokens.model", fingerprint="another")
+    built = build_modalities(settings, tiny_data / "tokens.model")
+    assert (built.vocab_size, built.fingerprint) == (VOCAB, Tokenizer(tiny_data / "tokens.model").fingerprint)
+    without = build_modalities({"left": kinds.MODALITIES.load("image").Settings()})
+    assert (without.vocab_size, without.fingerprint, without.predictable) == (0, "", ())
+    with pytest.raises(ValueError, match=r"no modality reads text \(left\)"):
+        _ = without.tokenizer
