@@ -18,6 +18,7 @@ VOCAB = 48
 MICROBATCHES = 4
 STEPS = 3
 LEARNING_RATE = 3e-3
+SEED = 6  # no routing decision of 100 steps is within rounding of two experts: golden.py
 # Of a global microbatch. With two data-parallel ranks or more the later ones see no image; one sample has
 # text alone, which no pair of the contrastive objective can use.
 GLOBAL = ("iat", "it", "ia", "iat", "t", "at", "a", "t")
@@ -154,6 +155,7 @@ def config_of(
     """All objectives, all kinds of auxiliary losses, shared and identity experts, two MoE layers in four blocks."""
     values = tiny_values(
         root,
+        seed=SEED,
         parallel=parallel,
         model={"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8},
         moe={"num_experts": 4, "expert_hidden_size": 8, "every": 2, "shared_expert_hidden_size": 8,

@@ -1,10 +1,9 @@
 """The losses of a hundred steps, on record, and every layout against them.
 
-Bounds: layouts were seen to stay within 1e-6 of one process in the loss (which falls from 10.8 to 5.8) for 74 steps
-and more; ten times that leaves room for the sums of other processors. Of some 100,000 routing decisions one may then
-fall within rounding of two experts and go the other way, after which losses differed by up to 2e-3 (in two cases of
-eleven, in one of them from step 74 on): the second half is held to five times that. A wrong scale shows in the second
-decimal at once.
+The bound: layouts stay within 1e-6 of one process in the loss; ten times that leaves room for the sums of other
+processors. A routing decision within rounding of two experts can go either way, after which losses differ by 7e-3. So
+the run has a seed (``cases.SEED``) at which none does: with all weights perturbed by 1e-7 its losses change by less
+than 2e-6 over all steps, where most seeds show such a decision. A wrong scale shows in the second decimal at once.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from tests.layouts.cases import LAYOUTS, Case
 from tests.layouts.train import Outcome, start_ranks, train_alone
 
 STEPS = 100
-TIGHT_STEPS = 50
-BOUNDS = (1e-5, 1e-2)  # of the first 50 steps, and of those after them
+BOUND = 1e-5
 RECORD = Path(__file__).resolve().parents[1] / "assets" / "golden_losses.json"
 SECONDS_A_CASE = 400.0
 
@@ -39,25 +37,22 @@ def recorded() -> list[dict[str, float]]:
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-def largest_differences(ranks: Sequence[Outcome]) -> tuple[float, float]:
-    """Of any loss on any rank from the record, in the first 50 steps and in those after them."""
+def largest_difference(ranks: Sequence[Outcome]) -> float:
+    """Of any loss on any rank and in any step from the record."""
     golden = recorded()[: len(ranks[0].losses)]
     assert all(len(rank.losses) == len(golden) for rank in ranks)
-    by_step = [
-        max(abs(rank.losses[i][name] - value) for rank in ranks for name, value in step.items())
+    return max(
+        abs(rank.losses[i][name] - value)
+        for rank in ranks
         for i, step in enumerate(golden)
-    ]
-    return max(by_step[:TIGHT_STEPS]), max(by_step[TIGHT_STEPS:], default=0.0)
+        for name, value in step.items()
+    )
 
 
-def within_bounds(differences: tuple[float, float]) -> bool:
-    return all(difference <= bound for difference, bound in zip(differences, BOUNDS, strict=True))
-
-
-def run(case: Case, root: Path, steps: int = STEPS) -> tuple[float, float]:
-    """Train the case; its largest differences."""
+def run(case: Case, root: Path, steps: int = STEPS) -> float:
+    """Train the case; its largest difference."""
     outcomes = start_ranks(case.ranks, [case], root, steps, SECONDS_A_CASE)
-    return largest_differences([rank[0] for rank in outcomes])
+    return largest_difference([rank[0] for rank in outcomes])
 
 
 def record(root: Path) -> None:
