@@ -9,12 +9,20 @@ python -m tests.layouts.parity --record                       record the losses 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.layouts import golden, matrix
 from tests.layouts.cases import Case, all_cases
+
+
+def commit() -> str:
+    """The commit that is checked out, with a mark where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> int:
@@ -32,7 +40,7 @@ def main() -> int:
             golden.record(Path(folder))
             return 0
         comparisons = matrix.run(wanted(all_cases()), Path(folder))
-        text = matrix.table(comparisons)
+        text = f"{matrix.table(comparisons)}\n\n{len(comparisons)} cases at commit {commit()}."
         print(text, flush=True)
         if args.write:
             matrix.write(args.write, text)
