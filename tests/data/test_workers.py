@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from mmmoe_pretrain.data.loader import MicrobatchDataset, make_loader
@@ -260,6 +261,8 @@ def test_a_signal_in_the_middle_of_a_message_loses_no_item() -> None:
     (pid,) = items.pids
     time.sleep(0.3)  # the next message has filled the pipe
     os.kill(pid, signal.SIGSTOP)
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     previous = signal.signal(signal.SIGALRM, lambda *_: _raise(_Warned()))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
