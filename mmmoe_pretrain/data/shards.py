@@ -97,6 +97,7 @@ class ShardFolder:
                 places.append(np.asarray(at, dtype=np.int64).reshape(-1, 2))
                 progress.advance()
         self._extensions = list(kind_of)
+        self._read = [self._members_to_read(extensions) for extensions in self._extensions]
         self._kind = np.asarray(kinds, dtype=np.int32)
         lengths = np.asarray([len(extensions) for extensions in self._extensions])[self._kind]
         self._first_sample = np.concatenate([[0], np.cumsum(counts)])
@@ -134,13 +135,13 @@ class ShardFolder:
         Raises ValueError where the shard has shrunk since it was opened.
         """
         path = self._paths[int(np.searchsorted(self._first_sample, i, side="right")) - 1]
-        extensions = self._extensions[self._kind[i]]
+        kind = self._kind[i]
+        extensions = self._extensions[kind]
         places = self._places[self._first_member[i] : self._first_member[i + 1]].tolist()
         sample = IndexedSample(self.key(i), dict(zip(extensions, map(tuple, places), strict=True)))
-        wanted = self._wanted(extensions) if only is None else only
-        return read_sample(sample, self._files.descriptor(path), path, wanted)
+        return read_sample(sample, self._files.descriptor(path), path, self._read[kind] if only is None else only)
 
-    def _wanted(self, extensions: tuple[str, ...]) -> set[str]:
+    def _members_to_read(self, extensions: tuple[str, ...]) -> set[str]:
         if META in extensions:
             return {e for e in extensions if self.modalities.can_read(e)} | {META}
         return set(self.modalities.members_read(extensions).values())

@@ -97,16 +97,16 @@ class PretrainingModel(nn.Module):
     def _objectives(self, outputs: Outputs, batch: Batch, counts: StepCounts) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted losses by name, and what stands for them in the total: themselves, or of an objective over the
         whole step, whose losses are values alone, its surrogate, which is 0 and has their gradient."""
-        sums: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         total = outputs.hidden_nD.new_zeros((), dtype=torch.float32)
         factors = self._factors(counts)
         for name, module in self._task_modules():
-            own = module(outputs, batch, self.groups)
-            sums |= own
+            own = {loss: factors[loss] * value for loss, value in module(outputs, batch, self.groups).items()}
+            losses |= own
             if self._pass == "second" and self.objectives[name].whole_step:
                 total = total + module.surrogate(outputs)
-            total = total + torch.stack([factors[loss] * value for loss, value in own.items()]).sum()
-        return {loss: factors[loss] * sums[loss] for loss in self.objectives.losses}, total
+            total = total + torch.stack(list(own.values())).sum()
+        return losses, total
 
     def _factors(self, counts: StepCounts) -> dict[str, float]:
         """The factors, by loss, from a rank's sum to its part of the weighted mean."""
