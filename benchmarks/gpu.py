@@ -70,22 +70,23 @@ class Workload:
     samples: int  # a multiple of 4
     microbatches: int
     repeats: int
-    vocab_size: int
 
 
 ON_GPU = Workload(
-    {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "ffn_hidden_size": 5632, "embedding_size": 512},
+    {"hidden_size": 2048, "num_layers": 16, "num_heads": 16, "ffn_hidden_size": 5632, "embedding_size": 512,
+     "vocab_size": 32_000},
     {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 5632, "every": 2},
     {"image": {"kind": "image", "size": 224, "patch": 16, "stem": "linear"},
      "audio": {"kind": "audio", "stem": "linear"}, "text": {"kind": "text", "max_tokens": 64}},
-    samples=28, microbatches=4, repeats=10, vocab_size=32_000,
+    samples=28, microbatches=4, repeats=10,
 )  # fmt: skip
 ON_CPU = Workload(
-    {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32},
+    {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32,
+     "vocab_size": 512},
     {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 128, "every": 2},
     {"image": {"kind": "image", "size": 32, "patch": 8, "stem": "linear"},
      "audio": {"kind": "audio", "max_seconds": 1.0, "stem": "linear"}, "text": {"kind": "text", "max_tokens": 16}},
-    samples=16, microbatches=2, repeats=2, vocab_size=512,
+    samples=16, microbatches=2, repeats=2,
 )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def config_of(work: Workload, engine: str) -> RunConfig:
     )  # fmt: skip
 
 
-def full_batch(config: RunConfig, vocab_size: int, samples: int) -> Batch:
+def full_batch(config: RunConfig, samples: int) -> Batch:
     """Every modality at its full length."""
     rng, settings = np.random.default_rng(samples), config.modalities
     image: Any = settings["image"]
@@ -118,22 +119,22 @@ def full_batch(config: RunConfig, vocab_size: int, samples: int) -> Batch:
     for i in range(samples):
         pixels = rng.integers(0, 256, (3, image.size, image.size), dtype=np.uint8)
         log_mel = rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32)
-        ids = np.asarray([BOS, *rng.integers(4, vocab_size, text.max_tokens), EOS])
+        ids = np.asarray([BOS, *rng.integers(4, config.model.vocab_size, text.max_tokens), EOS])
         items = Item("image", pixels), Item("audio", log_mel), Item("text", ids)
         made.append(Sample(SampleMeta(f"s{i}", group=f"g{i}"), items))
     return pack(made, pack_settings(config))
 
 
-def step_flops(config: RunConfig, vocab_size: int, batch: Batch) -> float:
+def step_flops(config: RunConfig, batch: Batch) -> float:
     """Of forward and backward pass, of a batch at full length."""
-    costs = block_costs(config, vocab_size)
+    costs = block_costs(config)
     return (1 + BACKWARD) * batch.num_valid * (sum(costs.blocks) + costs.first_extra + costs.last_extra)
 
 
-def planned(config: RunConfig, vocab_size: int) -> Held:
+def planned(config: RunConfig) -> Held:
     """What the engine holds from step to step; from a model without memory."""
     with torch.device("meta"):
-        model = PretrainingModel(config, vocab_size)
+        model = PretrainingModel(config)
     if config.parallel.engine == "megatron":
         model.use_half(torch.bfloat16)
     return held_bytes(resolve_layout(config, 1), [parts_of(model)], config.optimizer.state)
@@ -157,22 +158,22 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
     config = config_of(work, engine_name)
     groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
     before = allocated(device)
-    engine = build_engine(config, work.vocab_size, groups, device)
-    half, most, whole = (full_batch(config, work.vocab_size, work.samples * n // 4) for n in (2, 3, 4))
+    engine = build_engine(config, groups, device)
+    half, most, whole = (full_batch(config, work.samples * n // 4) for n in (2, 3, 4))
     engine.step([whole], 1e-4)  # warms up
     seconds = []
     for _ in range(work.repeats):
         began = now(device)
         engine.step([whole] * work.microbatches, 1e-4)
         seconds.append(now(device) - began)
-    plan, held = planned(config, work.vocab_size).total, allocated(device) - before
+    plan, held = planned(config).total, allocated(device) - before
     beyond = [peak_of(functools.partial(engine.step, [batch], 1e-4), device) for batch in (half, most, whole)]
     points = [(batch.num_valid, peak) for batch, peak in zip((half, most), beyond, strict=False)]
     estimate, a_token = estimate_peak(plan, points[0], points[1], whole.num_valid)
     peak = (held if device.type == "cuda" else plan) + beyond[2]
     taken = statistics.median(seconds)
     found = {
-        "mfu": work.microbatches * step_flops(config, work.vocab_size, whole) / taken / rate,
+        "mfu": work.microbatches * step_flops(config, whole) / taken / rate,
         "tokens_per_second": work.microbatches * whole.num_valid / taken,
         "ms_a_step": 1e3 * taken,
         "held_planned_gb": plan / 1e9,

@@ -50,7 +50,7 @@ from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ["model.num_layers=8", "moe.experts_per_token=2"]
+MODEL = ["model.num_layers=8", f"model.vocab_size={VOCAB_SIZE}", "moe.experts_per_token=2"]
 COMPILE = "compile"
 LEVERS = {
     "none": [],
@@ -87,7 +87,7 @@ def alone(path: Path, levers: list[str], samples: int, repeats: int, groups: Gro
     variants = {}
     for name in levers:
         config = run_config.load(path, [*MODEL, *LEVERS[name]])
-        variants[name] = Variant(build_engine(config, VOCAB_SIZE, groups, device), batches(config, samples, 1))
+        variants[name] = Variant(build_engine(config, groups, device), batches(config, samples, 1))
     rows = measure(variants, repeats, device)
     check_same(rows, "none")
     show(f"{samples} samples", rows, "none")
@@ -119,7 +119,7 @@ def cached(path: Path, samples: int, repeats: int, groups: Groups, device: torch
     parts = batches(config, samples, MICROBATCHES)
 
     def engine(*overrides: str) -> Engine:
-        return build_engine(run_config.load(path, [*MODEL, *overrides]), VOCAB_SIZE, groups, device)
+        return build_engine(run_config.load(path, [*MODEL, *overrides]), groups, device)
 
     rows = measure(
         {

@@ -100,7 +100,7 @@ class Row:
 
 def build(name: str, config: RunConfig, groups: Groups, device: torch.device) -> tuple[PretrainingModel, Stepper]:
     """The model with the expert layer of ``name``, and what steps it."""
-    model = PretrainingModel(config, VOCAB_SIZE, groups)
+    model = PretrainingModel(config, groups)
     layers: dict[str, type[PeerLayer]] = {DEEPSPEED: DeepSpeedLayer, MEGATRON: MegatronLayer}
     if name in layers:
         replace_mixtures(model, layers[name])
@@ -229,13 +229,16 @@ def beside_dense(path: Path, quick: bool) -> dict[str, object]:
     """One rank, at several microbatch sizes: compute (forward, backward, optimizer), not data loading."""
     sizes, repeats = ([16], 3) if quick else ([16, 64, 128], 9)
     torch.set_num_threads(1)
-    mixture = run_config.load(path)
-    configs = {"mixture": mixture, "dense": run_config.load(path, dense_overrides(mixture))}
+    mixture = run_config.load(path).with_vocabulary(VOCAB_SIZE)
+    configs = {
+        "mixture": mixture,
+        "dense": run_config.load(path, dense_overrides(mixture)).with_vocabulary(VOCAB_SIZE),
+    }
     print(f"{'samples':>8}{'tokens':>8}{'mixture tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:
         groups = build_groups(resolve_degrees(mixture.parallel, mixture.moe.num_experts, dist.get_world_size()))
-        engines = {name: build_engine(config, VOCAB_SIZE, groups, device) for name, config in configs.items()}
+        engines = {name: build_engine(config, groups, device) for name, config in configs.items()}
         for size in sizes:
             batch = random_batch(mixture, size, seed=size)
             times: dict[str, list[float]] = {name: [] for name in engines}

@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
-from benchmarks.step import ROOT, VOCAB_SIZE, random_batch
+from benchmarks.step import ROOT, random_batch
+from benchmarks.stepping.workload import VOCAB_SIZE
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import StreamNames
@@ -144,7 +145,7 @@ def step_row(config: RunConfig, samples: int, repeats: int) -> Row:
     times, inside = [], []
     with process_group(timeout_minutes=5) as device, tempfile.TemporaryDirectory() as folder, clocked() as clock:
         groups = build_groups(resolve_degrees(config.parallel, config.moe.group_sizes, dist.get_world_size()))
-        engine = build_engine(config, VOCAB_SIZE, groups, device)
+        engine = build_engine(config, groups, device)
         batch = random_batch(config, samples, seed=samples)
         for _ in range(repeats + 1):
             clock.seconds, began = 0.0, time.perf_counter()
@@ -174,7 +175,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU's work is not over when a call returns
     torch.set_num_threads(1)
     repeats = 3 if args.quick else 9
-    rows = [step_row(run_config.load(args.config), 64, repeats)]
+    rows = [step_row(run_config.load(args.config).with_vocabulary(VOCAB_SIZE), 64, repeats)]
     rows += [layer_row(name, repeats) for name in (("large",) if args.quick else LAYERS)]
     print(f"{'':<40}{'work ms':>10}{'telemetry ms':>14}{'share':>8}{'with gradients ms':>19}")
     for row in rows:

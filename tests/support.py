@@ -70,9 +70,9 @@ def _wav(row: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def write_tokenizer(path: Path, vocab_size: int = 48) -> Path:
+def write_tokenizer(path: Path, vocab_size: int = 48, backwards: bool = False) -> Path:
     """A sentencepiece model over the names of ``things``."""
-    texts = [row["name"] for row in things(64)]
+    texts = [row["name"][:: -1 if backwards else 1] for row in things(64)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
         model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)  # fmt: skip
@@ -99,7 +99,9 @@ def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
                   "heatmap_every": 1000},
         "checkpoint": {"every": 10},
     }  # fmt: skip
-    return {**values, **sections}
+    values |= sections
+    reads_text = any(its.get("kind") == "text" for its in values["modalities"].values())
+    return {**values, "model": {"vocab_size": 48 * reads_text, **values["model"]}}
 
 
 AS_IT_IS: dict[str, Any] = {}
@@ -125,7 +127,7 @@ def tiny_config(root: Path, **sections: Any) -> RunConfig:
 BEGIN, END = 1, 2  # marks of a text
 
 
-def random_sample(seed: int, has: str, config: RunConfig, vocab_size: int = 48) -> Sample:
+def random_sample(seed: int, has: str, config: RunConfig) -> Sample:
     """A sample of noise with the modalities whose first letters are in ``has``; texts are short."""
     rng = np.random.default_rng(seed)
     items = []
@@ -133,7 +135,7 @@ def random_sample(seed: int, has: str, config: RunConfig, vocab_size: int = 48) 
         if name[0] not in has:
             continue
         if modality.predictable:
-            value = np.asarray([BEGIN, *rng.integers(4, vocab_size, int(rng.integers(1, 8))), END])
+            value = np.asarray([BEGIN, *rng.integers(4, config.model.vocab_size, int(rng.integers(1, 8))), END])
         else:
             value = modality.example(rng)
         items.append(Item(name, value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.stepping.workload import OBJECTIVES
+from benchmarks.stepping.workload import OBJECTIVES, VOCAB_SIZE
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 
@@ -67,6 +67,7 @@ def layout_config(family: Family, ranks: int) -> RunConfig:
                 "num_heads": 4,
                 "ffn_hidden_size": 128,
                 "embedding_size": 32,
+                "vocab_size": VOCAB_SIZE,
             },
             "moe": {
                 "every": 2,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.stepping.workload import VOCAB_SIZE, random_batch, valid_tokens
+from benchmarks.stepping.workload import random_batch, valid_tokens
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
@@ -87,9 +87,9 @@ class Routes:
 
 def compare(config: RunConfig, samples: int) -> Comparison:
     """The second step on random samples. On every rank of the job; ``destroy_groups`` afterwards."""
-    layout = resolve_layout(config, dist.get_world_size(), VOCAB_SIZE)
+    layout = resolve_layout(config, dist.get_world_size())
     groups = build_groups(layout)
-    engine = build_engine(config, VOCAB_SIZE, groups, torch.device("cpu"))
+    engine = build_engine(config, groups, torch.device("cpu"))
     assert isinstance(engine, MegatronEngine)
     number = config.train.num_microbatches
     batches = [random_batch(config, samples, 1000 * groups.data_rank + i) for i in range(number)]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.levering.measure import Row, Variant, measure
-from benchmarks.stepping.workload import VOCAB_SIZE, pack_settings, random_samples
+from benchmarks.stepping.workload import pack_settings, random_samples
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
@@ -61,7 +61,7 @@ def measure_family(family: Family, path: Path, base: list[str], samples: int, re
         for name, lever in {"none": (), **family.levers}.items():
             settings = run_config.load(path, [*base, *family.layout, *lever])
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            engine = build_engine(settings, VOCAB_SIZE, groups, device)
+            engine = build_engine(settings, groups, device)
             held[name] = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
             variants[name] = Variant(engine, [share_of(settings, samples, groups)])
         found = {}

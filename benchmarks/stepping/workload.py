@@ -63,6 +63,7 @@ def step_config(size: Size, balance: float = BALANCE, clip_norm: float = 1.0) ->
                 "hidden_size": size.hidden_size,
                 "num_layers": size.num_layers,
                 "num_heads": size.hidden_size // 32,
+                "vocab_size": VOCAB_SIZE,
                 "ffn_hidden_size": 2 * size.expert_hidden_size,
             },
             "moe": {

@@ -50,13 +50,19 @@ def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, Run
     verify(checkpoint)
     meta = read_meta(checkpoint)
     refuse_old(checkpoint, meta)
-    vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is not int or not 0 <= vocab_size <= 1 << 24:
-        raise ValueError(f"{checkpoint} is damaged: meta.json has vocab_size {str(vocab_size)[:40]}")
-    model = MMMoE(config, vocab_size=vocab_size)
+    config = with_vocabulary_of(checkpoint, meta, config)
+    model = MMMoE(config)
     weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
     load_weights(checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
     return model.eval(), config, checkpoint.step
+
+
+def with_vocabulary_of(checkpoint: Checkpoint, meta: dict[str, Any], config: RunConfig) -> RunConfig:
+    """``config`` with the vocabulary size of a checkpoint: configs of earlier versions lack it."""
+    vocab_size = meta.get("vocab_size")
+    if type(vocab_size) is not int or not 0 <= vocab_size <= 1 << 24:
+        raise ValueError(f"{checkpoint} is damaged: meta.json has vocab_size {str(vocab_size)[:40]}")
+    return config.with_vocabulary(vocab_size)
 
 
 def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:

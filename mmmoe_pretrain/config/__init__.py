@@ -63,6 +63,7 @@ class ModelConfig(_Model):
     ffn_hidden_size: int = Field(256, ge=1)  # of the dense blocks
     embedding_size: int = Field(128, ge=2)  # of the joint space of the contrastive objective
     rotary_base: float = Field(10_000.0, gt=1)
+    vocab_size: int = Field(0, ge=0, le=1 << 24)  # of data.tokenizer; filled in when the run starts
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
@@ -280,6 +281,17 @@ class RunConfig(_Model):
     def stream_names(self) -> StreamNames:
         """Names of the modalities and the objectives with a weight; their order defines their ids."""
         return StreamNames(tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on))
+
+    def with_vocabulary(self, vocab_size: int) -> RunConfig:
+        """The config with ``vocab_size`` of its tokenizer, 0 where no modality reads text. Raises ValueError where it
+        has another."""
+        if self.model.vocab_size not in (0, vocab_size):
+            raise ValueError(
+                f"the tokenizer {self.data.tokenizer} has vocabulary size {vocab_size}, and model.vocab_size is "
+                f"{self.model.vocab_size}; set data.tokenizer to the file that the run started with, or remove "
+                f"model.vocab_size"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
     @property
     def run_dir(self) -> Path:

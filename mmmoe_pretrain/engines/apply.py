@@ -22,12 +22,12 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import cut_stages, stages_of_rank
 
 
-def build_engine(config: RunConfig, vocab_size: int, groups: Groups, device: torch.device) -> Engine:
+def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
     """The engine that ``parallel.engine`` names, around freshly initialised models."""
-    costs, first, last = block_costs(config, vocab_size)
+    costs, first, last = block_costs(config)
     stages = cut_stages(costs, groups.num_stages, first, last)
     own = stages_of_rank(stages, groups.pipeline_rank, groups.pipeline_size, groups.virtual_size)
-    models = [PretrainingModel(config, vocab_size, groups, stage) for stage in own]
+    models = [PretrainingModel(config, groups, stage) for stage in own]
     for model in models:
         if config.train.recompute == "experts":
             recompute_experts(model)

@@ -60,12 +60,12 @@ class _Pass:
     damaged: int = 0
 
 
-def collect(model: MMMoE, batches: Batches, vocab_size: int) -> HeldOut:
+def collect(model: MMMoE, batches: Batches) -> HeldOut:
     """Run ``model`` once over ``batches``."""
     seen = _Pass()
     with torch.inference_mode():
         for batch, samples in batches:
-            _add(seen, model, batch, samples, vocab_size)
+            _add(seen, model, batch, samples)
     if not seen.samples:
         raise ValueError(
             "the held-out shards hold no sample whose text is not trained on, too; check evaluate.test or --test, or "
@@ -118,7 +118,7 @@ def content_name(item: Item) -> str:
     return hashlib.blake2b(np.ascontiguousarray(item.value).tobytes(), digest_size=16).hexdigest()
 
 
-def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample], vocab_size: int) -> None:
+def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> None:
     outputs, routing = model(batch.to(device_of(model)))
     for name, features in outputs.features.items():
         rows, present = _numpy(features), batch.pooled[name].numpy() >= 0
@@ -137,7 +137,7 @@ def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample], voc
     seen.samples += [(sample.meta, same_text(first_text(sample))) for sample in samples]
     seen.damaged += sum(not sample.items for sample in samples)
     for task, nll_N in outputs.token_nll.items():
-        seen.predicted[task].append(sums_of_targets(batch, task, nll_N, vocab_size))
+        seen.predicted[task].append(sums_of_targets(batch, task, nll_N, model.config.model.vocab_size))
     seen.routing = add_routing(seen.routing, routing)
 
 

@@ -44,7 +44,7 @@ def evaluate(
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     dense = report.read_dense(dense_results, rows.paths)
-    data = collect(model, rows.batches(), rows.modalities.vocab_size)
+    data = collect(model, rows.batches())
     found, notes = _score(data, model, rows)
     layers = _routing(data, rows)
     notes += rows.leaks.notes() if rows.leaks else []
@@ -102,7 +102,7 @@ def _routing(data: HeldOut, rows: HeldOutRows) -> list[dict[str, Any]]:
     """Each layer's routing, with that of the same model before its first step."""
     if not data.routing:
         return []
-    untrained = PretrainingModel(rows.config, rows.modalities.vocab_size).mmmoe.eval()
+    untrained = PretrainingModel(rows.config).mmmoe.eval()
     before = collect_routing(untrained, rows.batches())
     return [routing_report.summarise_layer(a, b) for a, b in zip(data.routing, before, strict=True)]
 

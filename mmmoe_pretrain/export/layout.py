@@ -44,14 +44,14 @@ class Weight:
         return self.numel * self.dtype.itemsize
 
 
-def weights_of(config: RunConfig, vocab_size: int, dtype: str = "fp32") -> list[Weight]:
+def weights_of(config: RunConfig, dtype: str = "fp32") -> list[Weight]:
     """Every tensor of the model, in its order; no memory is taken for them.
 
     ``dtype`` bf16 is what training in bf16 computes with: the trunk's matrices and the language head.
     Vectors, routers, embedders and joint heads stay fp32 there and here.
     """
     with torch.device("meta"):
-        model = PretrainingModel(config, vocab_size)
+        model = PretrainingModel(config)
     if dtype != "fp32":
         model.use_half(DTYPES[dtype])
     parameters = [Weight(n, tuple(p.shape), p.dtype, True) for n, p in model.named_parameters()]

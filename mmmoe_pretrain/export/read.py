@@ -56,9 +56,9 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     make_folder(draft)
     try:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
-        _copy_tokenizer(folder, described, draft / TOKENIZER)
+        _copy_tokenizer(folder, described, config, draft / TOKENIZER)
         _plausible(config, _headers(folder, places))
-        weights = layout.weights_of(config, described["vocab_size"])
+        weights = layout.weights_of(config)
         state: WholeState = {}
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
@@ -81,10 +81,10 @@ def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Modalities]:
         config.modalities, config.data.tokenizer, fingerprint=described["tokenizer_fingerprint"]
     )
     _plausible(config, _headers(folder, places))
-    model = MMMoE(config, modalities.vocab_size)
+    model = MMMoE(config.with_vocabulary(modalities.vocab_size))
     own = {f"mmmoe.{name}": p.data for name, p in model.named_parameters()}
     own |= {f"mmmoe.{name}": buffer for name, buffer in persistent_buffers(model).items()}
-    weights = layout.weights_of(config, modalities.vocab_size)
+    weights = layout.weights_of(config)
     for weight, value in _read(folder, places, weights, described["format_version"]):
         if weight.name in own:  # the others are of the objectives
             own[weight.name].copy_(value)
@@ -139,7 +139,11 @@ def _values(described: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]
     found = VARIABLE.search(json.dumps([_section(raw, "data"), _section(raw, "evaluate").get("test")]))
     if found:  # an export has none, and the environment of this machine must not enter untrusted paths
         raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
-    return {**raw, "data": {**_section(raw, "data"), "tokenizer": None if tokenizer is None else str(tokenizer)}}
+    changed = {
+        "data": {**_section(raw, "data"), "tokenizer": None if tokenizer is None else str(tokenizer)},
+        "model": {**_section(raw, "model"), "vocab_size": described["vocab_size"]},
+    }
+    return {**raw, **changed}
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -155,11 +159,10 @@ def _tokenizer(folder: Path, described: dict[str, Any]) -> Path | None:
     return folder / _plain(name, f"{layout.CONFIG}: tokenizer") if name else None
 
 
-def _copy_tokenizer(folder: Path, described: dict[str, Any], to: Path) -> None:
+def _copy_tokenizer(folder: Path, described: dict[str, Any], config: RunConfig, to: Path) -> None:
     path = _tokenizer(folder, described)
     if path is not None:
-        Tokenizer(path, expected_fingerprint=described["tokenizer_fingerprint"],
-                  expected_vocab_size=described["vocab_size"])  # fmt: skip
+        config.with_vocabulary(Tokenizer(path, expected_fingerprint=described["tokenizer_fingerprint"]).vocab_size)
         shutil.copyfile(path, to)
 
 

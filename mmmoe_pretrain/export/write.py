@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, refuse_old, root_of
+from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, refuse_old, root_of, with_vocabulary_of
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
@@ -58,7 +58,7 @@ def export_run(
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(layout.DTYPES)}")
     _check_out(out, overwrite)
     source = open_checkpoint(run_dir, step, overrides)
-    weights = layout.weights_of(source.config, source.meta["vocab_size"], dtype)
+    weights = layout.weights_of(source.config, dtype)
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(draft)
@@ -100,7 +100,7 @@ def open_checkpoint(run_dir: Path, step: int | None, overrides: Sequence[str] = 
     store.verify(checkpoint)
     meta = store.read_meta(checkpoint)
     refuse_old(checkpoint, meta)
-    return Source(run_dir, config, checkpoint, meta)
+    return Source(run_dir, with_vocabulary_of(checkpoint, meta, config), checkpoint, meta)
 
 
 def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str,
         "mmmoe_version": __version__,
         "step": source.checkpoint.step,
         "dtype": dtype,
-        "vocab_size": source.meta["vocab_size"],
+        "vocab_size": source.config.model.vocab_size,
         "tokenizer": layout.TOKENIZER if source.meta["tokenizer_fingerprint"] else "",
         "tokenizer_fingerprint": source.meta["tokenizer_fingerprint"],
         "parameters": {"total": total, "active": active},

@@ -15,13 +15,7 @@ from mmmoe_pretrain.untrusted import read_bytes
 class Tokenizer:
     """Text -> ids and back."""
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        expected_fingerprint: str | None = None,
-        expected_vocab_size: int | None = None,
-    ) -> None:
+    def __init__(self, model_path: str | Path, *, expected_fingerprint: str | None = None) -> None:
         data = _read_model(Path(model_path))
         self.fingerprint = xxhash.xxh3_128_hexdigest(data)
         _check_same("fingerprint", self.fingerprint, expected_fingerprint, model_path)
@@ -37,7 +31,6 @@ class Tokenizer:
                 f"tokenizer {model_path} has no begin or end mark (ids {self.bos_id}, "
                 f"{self.eos_id}); train one by mmmoe-data tokenizer"
             )
-        _check_same("vocabulary size", self.vocab_size, expected_vocab_size, model_path)
 
     def encode(self, text: str, rng: np.random.Generator | None = None, dropout: float = 0.0) -> np.ndarray:
         """int64 ids [n], without marks.

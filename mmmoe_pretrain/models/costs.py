@@ -36,7 +36,7 @@ class _Sample(NamedTuple):
     targets: float
 
 
-def block_costs(config: RunConfig, vocab_size: int) -> TrunkCosts:
+def block_costs(config: RunConfig) -> TrunkCosts:
     """FLOPs a token in the forward pass.
 
     Each block: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less
@@ -52,7 +52,7 @@ def block_costs(config: RunConfig, vocab_size: int) -> TrunkCosts:
     return TrunkCosts(
         blocks,
         _stem_flops_of_sample(objectives, model.hidden_size) / sample.tokens,
-        _head_flops_of_sample(config, objectives, vocab_size, sample.targets) / sample.tokens,
+        _head_flops_of_sample(config, objectives, sample.targets) / sample.tokens,
     )
 
 
@@ -92,11 +92,11 @@ def _stem_flops_of_sample(objectives: Objectives, hidden_size: int) -> float:
     return sum(modalities[name].max_tokens * modalities[name].stem_flops(hidden_size) for name in sorted(used))
 
 
-def _head_flops_of_sample(config: RunConfig, objectives: Objectives, vocab_size: int, targets: float) -> float:
+def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float) -> float:
     model, train = config.model, config.train
     heads = len(objectives.representations) * 2 * model.hidden_size * model.embedding_size
     losses = 0.0
     for objective in objectives.values():
         parts = 1 if objective.whole_step else train.num_microbatches
         losses += objective.flops(model.embedding_size, train.global_batch_size / parts)
-    return heads + losses + 2 * model.hidden_size * vocab_size * targets
+    return heads + losses + 2 * model.hidden_size * model.vocab_size * targets

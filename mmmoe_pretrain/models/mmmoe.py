@@ -29,18 +29,17 @@ class MMMoE(nn.Module):
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
     has a joint head for each representation that an objective reads, and a language head where one predicts tokens.
-    ``vocab_size``: the tokenizer's, 0 where the run has none.
     """
 
-    def __init__(
-        self, config: RunConfig, vocab_size: int, groups: Groups = SINGLE, stage: Stage | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
         super().__init__()
-        hidden, joint = config.model.hidden_size, config.model.embedding_size
+        hidden, joint, vocab_size = config.model.hidden_size, config.model.embedding_size, config.model.vocab_size
         self.config, self.groups = config, groups
         self.stage = stage or whole(config.model.num_layers)
         self.names = config.stream_names
         modalities = build_modalities(config.modalities, decoding=False)
+        readers = [name for name, modality in modalities.items() if modality.needs_tokenizer]
+        assert vocab_size or not readers, f"{readers} need RunConfig.with_vocabulary"
         self.objectives = build_objectives(config.objectives, modalities, config.representations)
         self._streams = {
             **dict.fromkeys(("embedders", "modality_embedding", "joint_heads"), modalities.streams),

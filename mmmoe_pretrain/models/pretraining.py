@@ -40,9 +40,7 @@ class LossReport:
 class PretrainingModel(nn.Module):
     """Objectives over an MMMoE. Weights depend on ``config.seed`` alone, not on the layout."""
 
-    def __init__(
-        self, config: RunConfig, vocab_size: int, groups: Groups = SINGLE, stage: Stage | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
         super().__init__()
         self.config = config
         self.groups = groups
@@ -52,7 +50,7 @@ class PretrainingModel(nn.Module):
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
         self._pass: Literal["only", "collecting", "second"] = "only"  # of a step
-        self.mmmoe = MMMoE(config, vocab_size, groups, self.stage)
+        self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
         modules = {name: objective.module() for name, objective in self.objectives.items()} if self.stage.last else {}
         self.tasks = nn.ModuleDict(modules)

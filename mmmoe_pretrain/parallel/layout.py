@@ -15,8 +15,8 @@ from mmmoe_pretrain.parallel.degrees import Layout, divisors, refuse, resolve_de
 __all__ = ["Layout", "resolve_layout"]
 
 
-def resolve_layout(config: RunConfig, world_size: int, vocab_size: int | None = None) -> Layout:
-    """The layout of a run on ``world_size`` ranks; the vocabulary is checked where its size is given.
+def resolve_layout(config: RunConfig, world_size: int) -> Layout:
+    """The layout of a run on ``world_size`` ranks.
 
     Raises ValueError for a layout that cannot work or would not train the same as one process, with the keys, their
     values and the nearest possible ones.
@@ -24,14 +24,12 @@ def resolve_layout(config: RunConfig, world_size: int, vocab_size: int | None = 
     layout = resolve_degrees(config.parallel, config.moe.group_sizes, world_size)
     for check in RUN_CHECKS:
         refuse(check(config, layout))
-    refuse(_uncut_sizes(config, layout, vocab_size))
+    refuse(_uncut_sizes(config, layout))
     return layout
 
 
-def _uncut_sizes(config: RunConfig, layout: Layout, vocab_size: int | None) -> str | None:
+def _uncut_sizes(config: RunConfig, layout: Layout) -> str | None:
     sizes = dict(_cut_sizes(config))
-    if vocab_size is not None:
-        sizes["the vocabulary of data.tokenizer"] = vocab_size
     uneven = [f"{key} {size}" for key, size in sizes.items() if size % layout.tensor]
     if not uneven:
         return None
@@ -43,8 +41,9 @@ def _uncut_sizes(config: RunConfig, layout: Layout, vocab_size: int | None) -> s
 
 
 def _cut_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
-    """The key and size of everything that tensor parallelism cuts, but the vocabulary."""
+    """The key and size of everything that tensor parallelism cuts."""
     model, moe = config.model, config.moe
+    yield "model.vocab_size (of data.tokenizer)", model.vocab_size  # 0 divides
     yield "model.num_heads", model.num_heads
     if model.num_kv_heads is not None:
         yield "model.num_kv_heads", model.num_kv_heads

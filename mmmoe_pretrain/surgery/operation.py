@@ -44,7 +44,7 @@ class Source:
     @cached_property
     def data(self) -> tuple[Batch, str]:
         """A batch of the run's own data, or of noise where its shards are elsewhere; and what it is."""
-        noise = noise_batch(self.config, self.meta["vocab_size"]), "a batch of noise (the run's shards are not here)"
+        noise = noise_batch(self.config), "a batch of noise (the run's shards are not here)"
         return held_out_batch(self.config) or noise
 
     @cached_property
@@ -119,7 +119,7 @@ def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     model, trained, step = load_model(run_dir)
     checkpoint = store.find_latest(root_of(run_dir, trained))
     assert checkpoint is not None  # load_model found it
-    config = read_config(run_dir, overrides)
+    config = read_config(run_dir, overrides).with_vocabulary(trained.model.vocab_size)
     state = by_parameter(store.read_state(checkpoint))
     return Source(run_dir, config, model, step, store.read_meta(checkpoint), state)
 
@@ -146,7 +146,7 @@ def _compare(source: Source, result: Result, written: Path) -> tuple[float, str]
     if result.on_data:
         batch, name = source.data
     else:
-        batch, name = noise_batch(source.config, source.meta["vocab_size"]), "a batch of noise"
+        batch, name = noise_batch(source.config), "a batch of noise"
     return largest_difference(source.model, new, batch), name
 
 

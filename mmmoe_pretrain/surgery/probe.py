@@ -27,13 +27,13 @@ LOGGED_STEPS = 20
 TOLERANCE = 1e-4
 
 
-def noise_batch(config: RunConfig, vocab_size: int) -> Batch:
+def noise_batch(config: RunConfig) -> Batch:
     """Samples of noise with all modalities, each of which every objective uses."""
     modalities = build_modalities(config.modalities, decoding=False)
     rng = np.random.default_rng(0)
     samples = []
     for i in range(SAMPLES):
-        items = (Item(name, modality.example(rng, vocab_size)) for name, modality in modalities.items())
+        items = (Item(name, modality.example(rng, config.model.vocab_size)) for name, modality in modalities.items())
         samples.append(Sample(SampleMeta(key=f"noise-{i}", group=str(i)), tuple(items)))
     return pack(samples, eval_settings(config, modalities))
 

@@ -36,7 +36,7 @@ def upcycle(source: Source, num_experts: int, experts_per_token: int, noise: flo
     layers = moe_layers(config)
     for layer in layers:
         state = _with_experts(state, layer, noise)
-    state |= _new_parameters(config, source.meta["vocab_size"], layers)
+    state |= _new_parameters(config, layers)
     blocks = ", ".join(str(layer.index) for layer in layers)
     did = [f"blocks {blocks}: {num_experts} copies of the dense layer, {experts_per_token} a token, and a new router"]
     if noise:
@@ -119,9 +119,9 @@ def _stacked(parameter: Parameter, experts: range, noise: float, name: str) -> P
     return stacked
 
 
-def _new_parameters(config: RunConfig, vocab_size: int, layers: list[Layer]) -> State:
+def _new_parameters(config: RunConfig, layers: list[Layer]) -> State:
     """Routers, and the experts' biases of zero if they have any, as a fresh run of this config would begin."""
-    model = PretrainingModel(config, vocab_size)
+    model = PretrainingModel(config)
     prefixes = tuple(f"{layer.prefix}router." for layer in layers)
     biases = tuple(f"{prefix}{name}" for layer in layers for prefix, _ in layer.stacks for name in BIASES)
     found: State = {}

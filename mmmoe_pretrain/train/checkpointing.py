@@ -147,7 +147,7 @@ def _meta(context: RunContext, cursor: Cursor, samples: SampleCounts, losses: di
     the step and the sample's position, so no generator's state is among them."""
     return {
         "version": __version__,
-        "vocab_size": context.modalities.vocab_size,
+        "vocab_size": context.config.model.vocab_size,
         "tokenizer_fingerprint": context.modalities.fingerprint,
         "seed": context.config.seed,
         "progress": context.engine.progress().to_json(),

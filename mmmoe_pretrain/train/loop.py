@@ -56,7 +56,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
     torch.set_num_threads(config.train.threads_per_rank)
     with stop_on_signals() as stop, process_group(config.parallel.timeout_minutes) as device:
         modalities = build_modalities(config.modalities, config.data.tokenizer)
-        layout = resolve_layout(config, dist.get_world_size(), modalities.vocab_size)
+        config = config.with_vocabulary(modalities.vocab_size)
+        layout = resolve_layout(config, dist.get_world_size())
         microbatch_size(config, layout.data)
         finished = False
         try:
@@ -67,7 +68,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             ):
                 decision = start.look(config, host, lock, resume, overwrite)
                 groups = build_groups(layout, config.parallel.timeout_minutes)
-                engine = build_engine(config, modalities.vocab_size, groups, device)
+                engine = build_engine(config, groups, device)
                 main = dist.get_rank() == 0
                 with make_loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
                     _survey(config, loader, main)

@@ -175,6 +175,8 @@ def check_same_model(
         if values is None:
             return
         before = run_config.parse(values, where="the checkpoint's config")
+    if not before.model.vocab_size:  # of an earlier version; the tokenizer's fingerprint is compared later
+        before = before.with_vocabulary(config.model.vocab_size)
     if changes := list(_differences(_model_settings(before), _model_settings(config))):
         raise ValueError(
             f"a resumed run cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, train "

@@ -15,21 +15,21 @@ from tests.distributed import run_ranks
 
 def test_the_large_model_has_a_billion_active_parameters_and_fits_80_gb() -> None:
     config = gpu.config_of(gpu.ON_GPU, "megatron")
-    total, active = parameter_counts(config, weights_of(config, gpu.ON_GPU.vocab_size))
+    total, active = parameter_counts(config, weights_of(config))
     assert 1.0e9 < active < 1.3e9
     assert 2.5e9 < total < 3.0e9
-    assert gpu.planned(config, gpu.ON_GPU.vocab_size).total < 60e9
+    assert gpu.planned(config).total < 60e9
 
 
 def test_flops_are_those_that_torch_counts_without_padding() -> None:
     """torch also counts what pads attention's buckets and the experts' blocks of rows, here 2.7%; and of attention
     only plain products, not a CPU's fused kernel."""
-    config, vocab_size = gpu.config_of(gpu.ON_CPU, "megatron"), gpu.ON_CPU.vocab_size
-    batch = gpu.full_batch(config, vocab_size, gpu.ON_CPU.samples)
-    model = PretrainingModel(config, vocab_size)
+    config = gpu.config_of(gpu.ON_CPU, "megatron")
+    batch = gpu.full_batch(config, gpu.ON_CPU.samples)
+    model = PretrainingModel(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         model(batch)
-    assert 1.0 <= 3 * forward.get_total_flops() / gpu.step_flops(config, vocab_size, batch) < 1.04
+    assert 1.0 <= 3 * forward.get_total_flops() / gpu.step_flops(config, batch) < 1.04
 
 
 def test_both_engines_run_and_tokens_cost_the_same_memory_at_either_size() -> None:

@@ -18,8 +18,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
 from tests.support import random_batch, tiny_config
 
-VOCAB = 48
-META = {"vocab_size": VOCAB, "tokenizer_fingerprint": "none"}
+META = {"vocab_size": 48, "tokenizer_fingerprint": "none"}
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {  # of two ranks
@@ -43,7 +42,7 @@ def save(config: RunConfig, steps: tuple[int, ...] = (2,), keep: int = 2) -> Non
 def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ...], keep: int) -> dict[str, Any]:
     """What this rank holds after the last save, and the loss of the step after it."""
     groups = groups_of(config.parallel, config.moe.num_experts)
-    engine = build_engine(config, VOCAB, groups, device)
+    engine = build_engine(config, groups, device)
     for step in range(max(steps)):
         engine.step([random_batch(config, ["iat", "it"], seed=10 * step + groups.data_rank)], 1e-2)
         if step + 1 in steps:
@@ -55,7 +54,7 @@ def train_and_save(config: RunConfig, device: torch.device, steps: tuple[int, ..
 def load(config: RunConfig, root: str, device: torch.device) -> dict[str, Any]:
     """What this rank holds of the run under ``root``, and the loss of the next step."""
     groups = groups_of(config.parallel, config.moe.num_experts)
-    engine = build_engine(config, VOCAB, groups, device)
+    engine = build_engine(config, groups, device)
     checkpoint = store.find_latest(root)
     assert checkpoint is not None
     state = store.load(checkpoint, engine.export_state(), dist.group.WORLD)

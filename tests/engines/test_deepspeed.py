@@ -26,7 +26,7 @@ from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LEARNING_RATE, MICROBATCHES, VOCAB, Case, config_of, global_microbatch
+from tests.layouts.cases import LEARNING_RATE, MICROBATCHES, Case, config_of, global_microbatch
 from tests.layouts.matrix import compare
 from tests.layouts.train import Outcome, train_alone, train_case
 
@@ -96,7 +96,7 @@ def engine_of(root: Path, device: torch.device, engine: str, stage: int, train: 
     own = {"deepspeed": NONE_WHOLE} if engine == "deepspeed" and stage == 3 else {}
     parallel = {"engine": engine, "zero_stage": stage, "expert_parallel_size": 1, **degrees, **own}
     config = config_of(root, parallel, train=train)
-    return build_engine(config, VOCAB, groups_of(config.parallel, config.moe.group_sizes), device)
+    return build_engine(config, groups_of(config.parallel, config.moe.group_sizes), device)
 
 
 def steps(engine: Any, first: int, count: int) -> list[tuple[float, float]]:
@@ -229,7 +229,7 @@ def test_bf16_is_the_arithmetic_of_the_other_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cast_again", [True, False])
 def test_the_backward_pass_casts_weights_anew_and_keeps_no_copies(cast_again: bool) -> None:
-    model = PretrainingModel(config_of(Path(), {}), VOCAB)
+    model = PretrainingModel(config_of(Path(), {}))
     copies = []
     linear = model.mmmoe.trunk.blocks["0"].attention.qkv
     plain = linear.forward

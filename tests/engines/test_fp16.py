@@ -20,7 +20,7 @@ from mmmoe_pretrain.engines.base import LossScale, Progress, after_step, first_p
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LEARNING_RATE, MICROBATCHES, VOCAB, config_of, global_microbatch
+from tests.layouts.cases import LEARNING_RATE, MICROBATCHES, config_of, global_microbatch
 from tests.support import tiny_config
 
 deepspeed_engine.prepare()  # before the first fork
@@ -38,7 +38,7 @@ def engine_of(root: Path, device: torch.device, engine: str, stage: int, train: 
     values["moe"]["losses"] = {"balance": 10.0 * weight, "z": 10.0 * weight}
     values["optimizer"]["clip_norm"] = 0.0
     config = run_config.parse(values)
-    return build_engine(config, VOCAB, groups_of(config.parallel, config.moe.group_sizes), device)
+    return build_engine(config, groups_of(config.parallel, config.moe.group_sizes), device)
 
 
 def step(engine: Any, number: int) -> Any:

@@ -15,14 +15,12 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
 from tests.support import objectives, random_batch, tiny_config
 
-VOCAB = 48
-
 
 def one_step_against_torch(root: Any) -> dict[str, float]:
     """The largest difference from torch's AdamW, for matrices and for vectors."""
     config = tiny_config(root, optimizer={"weight_decay": 0.5, "clip_norm": 0.1, "warmup_steps": 0})
     batch = random_batch(config, ["iat", "it", "at", "ia"])
-    reference = PretrainingModel(config, VOCAB)
+    reference = PretrainingModel(config)
     before = copy.deepcopy(dict(reference.named_parameters()))
     decayed = [p for p in reference.parameters() if p.ndim >= 2]
     plain = [p for p in reference.parameters() if p.ndim < 2]
@@ -33,7 +31,7 @@ def one_step_against_torch(root: Any) -> dict[str, float]:
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
     optimizer.step()
     with process_group(timeout_minutes=0.5) as device:
-        engine = build_engine(config, VOCAB, groups_of(config.parallel, 4), device)
+        engine = build_engine(config, groups_of(config.parallel, 4), device)
         result = engine.step([batch], learning_rate=1e-2)
         state = engine.export_state()
         destroy_groups()
@@ -62,7 +60,7 @@ def losses_without_contrastive(root: Any) -> list[dict[str, float]]:
             {"pairs": {"image-text": 0}, "cached": True},
         ):
             config = tiny_config(root, objectives=objectives(contrastive))
-            engine = build_engine(config, VOCAB, groups_of(config.parallel, 4), device)
+            engine = build_engine(config, groups_of(config.parallel, 4), device)
             found.append(engine.step([random_batch(config, ["iat", "it"], seed) for seed in range(2)], 1e-2).losses)
             destroy_groups()
     return found
@@ -79,10 +77,10 @@ def step_after_state_round_trip(root: Any, precision: str, kind: str) -> tuple[f
     batches = [random_batch(config, ["iat", "it"], seed) for seed in range(4)]
     with process_group(timeout_minutes=0.5) as device:
         groups = groups_of(config.parallel, 4)
-        first = build_engine(config, VOCAB, groups, device)
+        first = build_engine(config, groups, device)
         for batch in batches[:3]:
             first.step([batch], 1e-2)
-        second = build_engine(config, VOCAB, groups, device)
+        second = build_engine(config, groups, device)
         second.import_state({name: s.clone() for name, s in first.export_state().items()}, Progress(3, 3))
         losses = [engine.step([batch], 1e-2).losses["total"] for batch in batches[2:] for engine in (first, second)]
         destroy_groups()

@@ -23,7 +23,7 @@ from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
 from tests.engines.test_skipped_steps import SpoiltGradient, held, same, step
-from tests.layouts.cases import VOCAB, config_of
+from tests.layouts.cases import config_of
 
 deepspeed_engine.prepare()  # before the first fork
 
@@ -44,7 +44,7 @@ def build(root: Path, device: torch.device, target: str, precision: str = "fp32"
     values = config_of(root, parallel, precision, {"loss_scale": {"initial": 256.0}}).model_dump(mode="json")
     values["model"]["hidden_size"], values["moe"]["expert_hidden_size"] = 32, 2048
     config = run_config.parse(values)
-    return build_engine(config, VOCAB, groups_of(config.parallel, config.moe.group_sizes), device)
+    return build_engine(config, groups_of(config.parallel, config.moe.group_sizes), device)
 
 
 def numbers(results: list[Any]) -> list[tuple[float, float]]:

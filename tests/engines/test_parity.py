@@ -22,7 +22,6 @@ from tests.layouts.train import assemble, held_by_name
 from tests.support import objectives, pack_settings, random_sample, tiny_config
 
 STEPS = 10
-VOCAB = 48
 LOSSES, NORM, TOKENS = slice(-2), -2, -1  # columns of a history
 GLOBAL = ["iat", "it", "ia", "iat", "t", "at", "a", "t"]  # of a global microbatch; its second half has no image
 
@@ -45,7 +44,7 @@ def global_microbatch(config: RunConfig, number: int, rank: int, ranks: int) -> 
     """This rank's share of global microbatch ``number``; with two ranks or four, the later ones see no image."""
     share = len(GLOBAL) // ranks
     positions = range(rank * share, (rank + 1) * share)
-    samples = [random_sample(100 * number + i, GLOBAL[i], config, VOCAB) for i in positions]
+    samples = [random_sample(100 * number + i, GLOBAL[i], config) for i in positions]
     return pack(samples, pack_settings(config), [100 * number + i for i in positions])
 
 
@@ -53,7 +52,7 @@ def train(config: RunConfig, microbatches: int) -> dict[str, Any]:
     """Losses and norms of each step, and the parameters at the end, as this rank holds them."""
     with process_group(timeout_minutes=0.5) as device:
         groups = groups_of(config.parallel, config.moe.num_experts)
-        engine = build_engine(config, VOCAB, groups, device)
+        engine = build_engine(config, groups, device)
         history = []
         for step in range(STEPS):
             batches = [global_microbatch(config, step * microbatches + a, groups.data_rank, groups.data_size)

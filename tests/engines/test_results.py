@@ -19,7 +19,7 @@ from tests.support import random_batch, tiny_config
 def test_reports_add_up_as_they_come(tmp_path: Path) -> None:
     """Three microbatches, whose sums are one report: nothing of the microbatches themselves is kept."""
     config = tiny_config(tmp_path)
-    model = PretrainingModel(config, vocab_size=48)
+    model = PretrainingModel(config)
     reports = [model(random_batch(config, ["iat", "it", "a"], seed=seed))[1] for seed in range(3)]
     sums: LossReport | None = None
     for report in reports:

@@ -22,7 +22,7 @@ from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LEARNING_RATE, VOCAB, Case, global_microbatch
+from tests.layouts.cases import LEARNING_RATE, Case, global_microbatch
 
 deepspeed_engine.prepare()  # before the first fork
 
@@ -121,7 +121,7 @@ class SpoiltGradient:
 
 def build(case: Case, root: Path, device: torch.device) -> Any:
     config = case.config(root)
-    return build_engine(config, VOCAB, groups_of(config.parallel, config.moe.group_sizes), device)
+    return build_engine(config, groups_of(config.parallel, config.moe.group_sizes), device)
 
 
 def spoil_a_batch_and_a_gradient(cases: list[Case], root: Path) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
                        "audio": {"kind": "audio", "max_seconds": 0.4, "stem_channels": 8},
                        "text": {"kind": "text", "max_tokens": 16}},
         "model": {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16,
-                  "embedding_size": 8},
+                  "embedding_size": 8, "vocab_size": 24},
         "moe": {"num_experts": 4, "expert_hidden_size": 8},
         "objectives": {
             "pairs": {"kind": "contrastive", "pairs": {"image-text": 1, "audio-text": 1, "image-audio": 1}},
@@ -94,12 +94,12 @@ def modalities_of(config: RunConfig) -> Modalities:
 def held_out(config: RunConfig, batch_size: int = 64) -> HeldOut:
     modalities = modalities_of(config)
     batches = iterate_eval(config.evaluate.test, config, modalities, batch_size)
-    return collect(random_model(config), batches, modalities.vocab_size)
+    return collect(random_model(config), batches)
 
 
 def random_model(config: RunConfig) -> MMMoE:
     torch.manual_seed(0)
-    model = MMMoE(config, modalities_of(config).vocab_size)
+    model = MMMoE(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -269,7 +269,7 @@ def test_diverged_model_is_named_not_scored(tiny: RunConfig) -> None:
     model, modalities = random_model(tiny), modalities_of(tiny)
     torch.nn.init.constant_(model.joint_heads["image"].weight, float("nan"))
     with pytest.raises(ValueError, match="image feature of held-out sample 'en-0'"):
-        collect(model, iterate_eval(tiny.evaluate.test, tiny, modalities, 4), modalities.vocab_size)
+        collect(model, iterate_eval(tiny.evaluate.test, tiny, modalities, 4))
 
 
 def test_training_targets_are_counted_with_their_end_marks(tiny: RunConfig) -> None:

@@ -206,7 +206,7 @@ def test_pages_show_every_file_that_they_name(report: Path) -> None:
 
 def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is an untrained model of ``config``."""
-    model = PretrainingModel(config, modalities_of(config).vocab_size).mmmoe.eval()
+    model = PretrainingModel(config).mmmoe.eval()
     monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
 
 

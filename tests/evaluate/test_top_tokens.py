@@ -112,7 +112,7 @@ def test_tokens_of_a_document_are_traced_to_its_parts(tmp_path: Path) -> None:
 
 def test_watching_changes_no_output_and_leaves_no_hook(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "every": 1})
-    model = PretrainingModel(config, 48).mmmoe.eval()
+    model = PretrainingModel(config).mmmoe.eval()
     batch = random_batch(config, ["iat", "it"])
     with torch.inference_mode():
         before, _ = model(batch)

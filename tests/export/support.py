@@ -35,7 +35,7 @@ def write_run(config: RunConfig, modalities: Modalities, steps: tuple[int, ...])
     run_config.dump(config, config.run_dir / "config.yaml")
     states = {}
     for step in steps:
-        states[step] = random_state(config, modalities.vocab_size, seed=step)
+        states[step] = random_state(config, seed=step)
         meta = {"version": "0", "vocab_size": modalities.vocab_size, "tokenizer_fingerprint": modalities.fingerprint,
                 "config": config.model_dump(mode="json"), "progress": Progress(step, step).to_json(),
                 "seed": config.seed, "skipped_batches": []}  # fmt: skip
@@ -43,10 +43,10 @@ def write_run(config: RunConfig, modalities: Modalities, steps: tuple[int, ...])
     return states
 
 
-def random_state(config: RunConfig, vocab_size: int, seed: int) -> State:
+def random_state(config: RunConfig, seed: int) -> State:
     """Normal weights (std 0.3), moments that are not zero; router biases of mean zero, as training keeps them."""
     torch.manual_seed(seed)
-    model = PretrainingModel(config, vocab_size)
+    model = PretrainingModel(config)
     state: State = {}
     for name, parameter in model.named_parameters():
         shape = parameter.shape

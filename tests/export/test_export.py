@@ -114,7 +114,7 @@ def test_bf16_is_of_what_training_computes_in_bf16(made: tuple[Path, dict[int, S
 def test_parameters_are_counted_as_by_hand(tmp_path: Path) -> None:
     """One MoE layer, of 4 experts a token takes 2; up is [16, 16] and down [16, 8] with SwiGLU."""
     config = tiny_config(tmp_path, moe={"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8})
-    weights = weights_of(config, 48)
+    weights = weights_of(config)
     total, active = parameter_counts(config, weights)
     one_expert = 2 * 8 * 16 + 8 * 16
     assert total == sum(w.numel for w in weights)  # no buffers here

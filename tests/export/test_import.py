@@ -138,9 +138,10 @@ def test_an_export_of_format_version_1_computes_what_it_did_then(tmp_path: Path,
     (folder / layout.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(held, "model.safetensors")}))
     import_run(folder, tmp_path / "run")
     config = run_config.load(tmp_path / "run" / "config.yaml")
+    assert config.model.vocab_size == 48
     checkpoint = store.find_latest(config.checkpoint_root)
     assert checkpoint is not None
-    model = PretrainingModel(config, 48)
+    model = PretrainingModel(config)
     store.load_weights(checkpoint, {**dict(model.named_parameters()), **persistent_buffers(model)})
     losses, _ = baseline.compute(model, baseline.pack_samples(config, baseline.samples_on_record(record, 0), 0), 0)
     expected = json.loads(str(record["losses/0"]))

@@ -40,7 +40,7 @@ def recorded() -> Arrays:
 
 def config_on_record(record: Arrays) -> RunConfig:
     """It was written in the spelling of before."""
-    return run_config.parse(upgraded(json.loads(str(record["config"]))))
+    return run_config.parse(upgraded(json.loads(str(record["config"])))).with_vocabulary(48)
 
 
 def samples_on_record(record: Arrays, step: int) -> list[Sample]:

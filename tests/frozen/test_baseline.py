@@ -10,7 +10,6 @@ import pytest
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.frozen import baseline
 from tests.frozen.baseline import STEPS, Arrays
-from tests.layouts.cases import VOCAB
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def record() -> Arrays:
 
 @pytest.fixture(scope="module")
 def model(record: Arrays) -> PretrainingModel:
-    model = PretrainingModel(baseline.config_on_record(record), VOCAB)
+    model = PretrainingModel(baseline.config_on_record(record))
     baseline.load_weights(model, record)
     return model
 

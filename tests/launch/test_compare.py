@@ -17,13 +17,13 @@ def report(value: float) -> dict:
 
 
 def test_the_dense_model_has_the_active_parameters_of_the_mixture() -> None:
-    moe = run_config.load(DEMO)
-    dense = run_config.load(DEMO, dense_overrides(moe))
+    moe = run_config.load(DEMO).with_vocabulary(64)
+    dense = run_config.load(DEMO, dense_overrides(moe)).with_vocabulary(64)
 
     def active(config: run_config.RunConfig) -> float:
         share = config.moe.experts_per_token / config.moe.num_experts
         return sum(p.numel() * (share if ".experts." in name else 1)
-                   for name, p in MMMoE(config, 64).trunk.named_parameters() if "router" not in name)  # fmt: skip
+                   for name, p in MMMoE(config).trunk.named_parameters() if "router" not in name)  # fmt: skip
 
     assert active(dense) == active(moe)
 

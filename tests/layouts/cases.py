@@ -14,7 +14,6 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
 from tests.support import objectives, pack_settings, random_sample, tiny_values
 
-VOCAB = 48
 MICROBATCHES = 4
 STEPS = 3
 LEARNING_RATE = 3e-3
@@ -177,5 +176,5 @@ def global_microbatch(
     """This data-parallel rank's share of global microbatch ``number``."""
     share = len(modalities) // ranks
     positions = range(rank * share, (rank + 1) * share)
-    samples = [random_sample(100 * number + i, modalities[i], config, VOCAB) for i in positions]
+    samples = [random_sample(100 * number + i, modalities[i], config) for i in positions]
     return pack(samples, pack_settings(config), [100 * number + i for i in positions])

@@ -33,7 +33,7 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, SGD, VOCAB, Case, global_microbatch
+from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, SGD, Case, global_microbatch
 from tests.layouts.matrix import CASES_A_START, LOSS
 
 STEPS_SAVED, STEPS_AFTER = 2, 2
@@ -172,7 +172,7 @@ def all_ranks() -> dist.ProcessGroup | None:
 def build(case: Case, root: Path, device: torch.device) -> tuple[Engine, Groups]:
     config = case.config(root)
     groups = groups_of(config.parallel, config.moe.group_sizes)
-    return build_engine(config, VOCAB, groups, device), groups
+    return build_engine(config, groups, device), groups
 
 
 def next_losses(engine: Engine, case: Case, root: Path, groups: Groups) -> dict[str, float]:

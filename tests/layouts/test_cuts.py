@@ -23,7 +23,7 @@ from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LAYOUTS, VOCAB, Case
+from tests.layouts.cases import LAYOUTS, Case
 from tests.layouts.train import Held, assemble, held_by_name
 from tests.support import pack_settings, random_sample
 
@@ -47,13 +47,13 @@ def config_for(root: Path, engine: str, stage: int, layout: str, cut: int) -> Ru
 
 
 def packed(config: RunConfig, positions: range) -> Batch:
-    samples = [random_sample(i, SAMPLES[i], config, VOCAB) for i in positions]
+    samples = [random_sample(i, SAMPLES[i], config) for i in positions]
     return pack(samples, pack_settings(config), positions)
 
 
 def one_batch(config: RunConfig) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and gradients of one process and one batch of all samples."""
-    model, batch = PretrainingModel(config, VOCAB), packed(config, range(len(SAMPLES)))
+    model, batch = PretrainingModel(config), packed(config, range(len(SAMPLES)))
     loss, report = model(batch)
     loss.backward()
     losses = {name: value.item() for name, value in report.losses.items()}
@@ -69,7 +69,7 @@ def one_step(
     part of Adam's first moment after its first step."""
     config = config_for(root, *case)
     groups = groups_of(config.parallel, config.moe.group_sizes)
-    engine = build_engine(config, VOCAB, groups, device)
+    engine = build_engine(config, groups, device)
     size = len(SAMPLES) // case[-1] // groups.data_size
     firsts = [(a * groups.data_size + groups.data_rank) * size for a in range(case[-1])]
     result = engine.step([packed(config, range(first, first + size)) for first in firsts], 1e-3)
@@ -96,7 +96,7 @@ def test_the_cut_of_a_step_changes_neither_losses_nor_gradients(
     assert not len(first.targets["captioning"]) and (first.pooled["text"] < 0).all()
     deepspeed.prepare()  # before the fork: its import takes seconds
     found = run_ranks(ranks, steps, tmp_path, cases, timeout=200)
-    captions = sum(len(random_sample(i, has, plain, VOCAB).items[-1].value) - 1 for i, has in enumerate(SAMPLES)
+    captions = sum(len(random_sample(i, has, plain).items[-1].value) - 1 for i, has in enumerate(SAMPLES)
                    if "t" in has and has != "t")  # fmt: skip
     for i, case in enumerate(cases):
         for reported, counts, _ in (rank[i] for rank in found):

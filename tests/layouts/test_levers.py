@@ -9,7 +9,7 @@ from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import FIXED_ROUTING, GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, VOCAB, Case
+from tests.layouts.cases import FIXED_ROUTING, GLOBAL, LAYOUTS, MICROBATCHES, OTHER_BLOCKS, Case
 from tests.layouts.train import Outcome, first_moments, start_ranks, torch_optimizer, whole_state
 from tests.support import pack_settings, random_sample
 
@@ -83,12 +83,12 @@ def test_the_settings_of_other_peoples_blocks_over_ranks(tmp_path: Path) -> None
 
 def one_batch_a_step(config: RunConfig) -> Outcome:
     """One process, one microbatch with all samples of the step, the plain contrastive loss."""
-    model = PretrainingModel(config, VOCAB)
+    model = PretrainingModel(config)
     optimizer = torch_optimizer(model, config)
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(STEPS):
         numbers = [100 * (step * MICROBATCHES + a) + i for a in range(MICROBATCHES) for i in range(len(GLOBAL))]
-        samples = [random_sample(n, GLOBAL[n % 100], config, VOCAB) for n in numbers]
+        samples = [random_sample(n, GLOBAL[n % 100], config) for n in numbers]
         batch = pack(samples, pack_settings(config), numbers)
         loss, report = model(batch)
         loss.backward()

@@ -20,7 +20,7 @@ from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import GLOBAL, LEARNING_RATE, STEPS, VOCAB, Case, global_microbatch
+from tests.layouts.cases import GLOBAL, LEARNING_RATE, STEPS, Case, global_microbatch
 
 BEATS_ANY_SCORE = 10.0  # a bias on sigmoid scores, which are below 1
 Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
@@ -56,7 +56,7 @@ def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outc
     """On this rank; builds its groups and takes them down again."""
     config = case.config(root)
     groups = groups_of(config.parallel, config.moe.group_sizes)
-    engine = build_engine(config, VOCAB, groups, device)
+    engine = build_engine(config, groups, device)
     if case.one_expert:
         state = {name: held.clone() for name, held in engine.export_state().items()}
         for name, held in state.items():
@@ -103,7 +103,7 @@ def train_alone(
 ) -> Outcome:
     """The same run without engine or process group: torch's optimizer on the whole model."""
     config = Case("alone", 1, "megatron", 0, moe=moe or {}, train=train or {}, optimizer=kind or {}).config(root)
-    model = PretrainingModel(config, VOCAB)
+    model = PretrainingModel(config)
     if one_expert:
         for name, bias in persistent_buffers(model).items():
             if name.endswith("router.bias.all"):

@@ -27,6 +27,10 @@ def config_of(**sections: Any) -> RunConfig:
     return tiny_config(Path("."), **sections)
 
 
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
 def counted(run: Any, *inputs: Any) -> int:
     with torch.device("cpu"), FlopCounterMode(display=False) as counter:
         run(*inputs)
@@ -76,7 +80,7 @@ def test_attention_is_its_products_and_the_scores_over_a_segment(num_kv_heads: i
     config = config_of(modalities=modalities, objectives=CONTRAST_ONLY, model=model)
     image, audio, text = 4, AUDIO_TOKENS, 50
     attended = (image**2 + audio**2 + text**2) / (image + audio + text)
-    attention = block_costs(config, VOCAB).blocks[0] - feed_forward_flops(config, 0)
+    attention = block_costs(config).blocks[0] - feed_forward_flops(config, 0)
     keys_and_values = 2 * 8 * (num_kv_heads or 2)
     assert attention == pytest.approx(2 * 16 * (16 + keys_and_values) + 2 * 16 * 16 + 4 * attended * 16)
 
@@ -93,7 +97,7 @@ def test_the_first_stage_runs_the_stems(stem: str, patch: int) -> None:
     frames = audio.max_frames
     flops += counted(AudioEmbedder(audio, 16), torch.zeros(1, audio.n_mels, frames), torch.tensor([frames]))
     tokens = (32 // patch) ** 2 + frames // patch + 48 + 2
-    assert block_costs(config, VOCAB).first_extra == pytest.approx(flops / tokens)
+    assert block_costs(config).first_extra == pytest.approx(flops / tokens)
 
 
 def test_the_language_head_costs_by_the_share_of_tokens_with_a_target() -> None:
@@ -101,7 +105,7 @@ def test_the_language_head_costs_by_the_share_of_tokens_with_a_target() -> None:
     config = config_of(objectives=objectives({}, {"fraction": 0.5}))
     image, audio, text = 4, AUDIO_TOKENS, 16
     tokens = image + audio + text + 2 + 0.25 * (image + text + 1) + 0.25 * (audio + text + 1)
-    more = block_costs(config, 2 * VOCAB).last_extra - block_costs(config, VOCAB).last_extra
+    more = block_costs(with_vocabulary(config, 2 * VOCAB)).last_extra - block_costs(config).last_extra
     assert more == pytest.approx(2 * 16 * VOCAB * 0.5 * 17 / tokens)
 
 
@@ -109,7 +113,7 @@ def test_causal_tokens_attend_to_those_before_them_alone() -> None:
     """An image of 4 tokens and then 17 of a text: 4 x 4 + 17 x 4 + (1 + 2 + ... + 17) = 237 pairs of 21 tokens."""
     captions = {"captions": {"kind": "next_token", "parts": ["image", "text"]}}
     config = config_of(objectives=captions)
-    attention = block_costs(config, VOCAB).blocks[0] - feed_forward_flops(config, 0)
+    attention = block_costs(config).blocks[0] - feed_forward_flops(config, 0)
     assert attention == pytest.approx(8 * 16**2 + 4 * 237 / 21 * 16)
 
 
@@ -118,14 +122,13 @@ def test_without_captions_the_last_stage_holds_heads_and_similarities_alone() ->
     config = config_of(objectives=CONTRAST_ONLY)
     tokens = 4 + AUDIO_TOKENS + 18
     expected = 3 * 2 * 16 * 8 + 3 * 2 * 2 * 8 * 8
-    assert block_costs(config, VOCAB).last_extra == pytest.approx(expected / tokens)
-    assert block_costs(config, 1000 * VOCAB).last_extra == block_costs(config, VOCAB).last_extra
+    assert block_costs(config).last_extra == pytest.approx(expected / tokens)
+    assert block_costs(with_vocabulary(config, 1000 * VOCAB)).last_extra == block_costs(config).last_extra
 
 
 def test_a_cached_contrast_compares_with_the_whole_step() -> None:
     plain, cached = (
-        block_costs(config_of(objectives=objectives({"cached": flag}, None)), VOCAB).last_extra
-        for flag in (False, True)
+        block_costs(config_of(objectives=objectives({"cached": flag}, None))).last_extra for flag in (False, True)
     )
     tokens = 4 + AUDIO_TOKENS + 18
     assert cached - plain == pytest.approx(3 * 2 * 2 * 8 * (16 - 8) / tokens)
@@ -134,7 +137,7 @@ def test_a_cached_contrast_compares_with_the_whole_step() -> None:
 def test_what_no_objective_asks_for_costs_nothing() -> None:
     """Texts alone, of 18 tokens, one of which is a target only: no stem runs, and no joint head is there."""
     config = config_of(objectives={"reading": {"kind": "next_token", "fraction": 0.5}})
-    costs = block_costs(config, VOCAB)
+    costs = block_costs(config)
     assert costs.first_extra == 0
     assert costs.last_extra == pytest.approx(2 * 16 * VOCAB)  # every token has a target
     attended = 9  # of 17, on average

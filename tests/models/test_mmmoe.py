@@ -15,7 +15,6 @@ from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.support import BEGIN, END, objectives, pack_settings, random_batch, random_sample, tiny_config
 
-VOCAB = 48
 ROOT = Path("unused")
 
 
@@ -26,7 +25,7 @@ def config(**sections: object) -> RunConfig:
 @pytest.mark.parametrize("modalities", [["iat", "it"], ["t", "t"], ["a"], ["i", "a"], ["iat"], []])
 def test_every_parameter_gets_a_gradient_whatever_is_missing(modalities: list[str]) -> None:
     run = config()
-    model = PretrainingModel(run, VOCAB)
+    model = PretrainingModel(run)
     loss, _ = model(random_batch(run, modalities))
     loss.backward()
     assert torch.isfinite(loss)
@@ -40,8 +39,8 @@ def features_of(model: PretrainingModel, batch: Batch) -> torch.Tensor:
 
 def test_a_sample_does_not_depend_on_its_neighbours_in_the_stream() -> None:
     run = config()
-    model = PretrainingModel(run, VOCAB).eval()
-    samples = [random_sample(i, has, run, VOCAB) for i, has in enumerate(["iat", "at", "iat", "t"])]
+    model = PretrainingModel(run).eval()
+    samples = [random_sample(i, has, run) for i, has in enumerate(["iat", "at", "iat", "t"])]
     together = features_of(model, pack(samples, pack_settings(run)))
     for i, sample in enumerate(samples):
         alone = features_of(model, pack([sample], pack_settings(run)))
@@ -51,8 +50,8 @@ def test_a_sample_does_not_depend_on_its_neighbours_in_the_stream() -> None:
 
 def test_padding_at_the_end_changes_nothing() -> None:
     run = config()
-    model = PretrainingModel(run, VOCAB).eval()
-    samples = [random_sample(i, "iat", run, VOCAB) for i in range(3)]
+    model = PretrainingModel(run).eval()
+    samples = [random_sample(i, "iat", run) for i in range(3)]
     short, long = (pack(samples, pack_settings(run), tokens=tokens) for tokens in (None, 1024))
     assert long.num_tokens == 1024 > short.num_tokens
     a, b = model(short), model(long)
@@ -62,8 +61,8 @@ def test_padding_at_the_end_changes_nothing() -> None:
 
 def test_a_caption_token_sees_its_prefix_and_nothing_after_itself() -> None:
     run = config()
-    model = PretrainingModel(run, VOCAB).eval()
-    sample = random_sample(0, "it", run, VOCAB)
+    model = PretrainingModel(run).eval()
+    sample = random_sample(0, "it", run)
     image, _ = sample.items
 
     def nll(image: Item, *ids: int) -> torch.Tensor:
@@ -80,7 +79,7 @@ def test_a_caption_token_sees_its_prefix_and_nothing_after_itself() -> None:
 
 def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -> None:
     run = config()
-    model = PretrainingModel(run, VOCAB)
+    model = PretrainingModel(run)
     features = features_of(model, random_batch(run, ["iat", "it", "a"]))
     norms = features.norm(dim=-1)
     expected = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
@@ -89,7 +88,7 @@ def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -
 
 def test_one_expert_is_a_dense_model_of_the_same_code() -> None:
     dense = config(moe={"num_experts": 1, "experts_per_token": 1, "expert_hidden_size": 16})
-    model = PretrainingModel(dense, VOCAB)
+    model = PretrainingModel(dense)
     loss, report = model(random_batch(dense, ["iat", "it"]))
     assert report.routing == ()
     assert not any("router" in name for name, _ in model.named_parameters())
@@ -97,8 +96,8 @@ def test_one_expert_is_a_dense_model_of_the_same_code() -> None:
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
-    first, torch_seed_differs = (PretrainingModel(config(), VOCAB) for _ in range(2))
-    other_seed = PretrainingModel(config(seed=1), VOCAB)
+    first, torch_seed_differs = (PretrainingModel(config()) for _ in range(2))
+    other_seed = PretrainingModel(config(seed=1))
     for (name, a), b, c in zip(first.named_parameters(), torch_seed_differs.parameters(),
                                other_seed.parameters(), strict=True):  # fmt: skip
         assert torch.equal(a, b), name
@@ -108,7 +107,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 def test_an_embedder_takes_its_arrays_by_name() -> None:
     run = config()
-    model, batch = PretrainingModel(run, VOCAB).eval(), random_batch(run, ["iat", "at"])
+    model, batch = PretrainingModel(run).eval(), random_batch(run, ["iat", "at"])
     turned = {name: dict(reversed(arrays.items())) for name, arrays in batch.inputs.items()}
     assert model(batch)[0].item() == model(dataclasses.replace(batch, inputs=turned))[0].item()
 
@@ -132,11 +131,11 @@ def test_a_run_with_other_names_is_the_same_run() -> None:
     names = {"image": "photo", "audio": "sound", "text": "rows", "contrastive": "text", "captioning": "image"}
     other = renamed(run, names)
     assert other.stream_names.tasks == ("text", "image") and list(other.modalities) == ["photo", "sound", "rows"]
-    samples = [random_sample(i, has, run, VOCAB) for i, has in enumerate(["iat", "at", "iat", "t"])]
+    samples = [random_sample(i, has, run) for i, has in enumerate(["iat", "at", "iat", "t"])]
     copies = [dataclasses.replace(s, items=tuple(Item(names[i.modality], i.value) for i in s.items)) for s in samples]
     totals = []
     for its, these in ((run, samples), (other, copies)):
-        loss, report = PretrainingModel(its, VOCAB)(pack(these, pack_settings(its)))
+        loss, report = PretrainingModel(its)(pack(these, pack_settings(its)))
         totals.append([loss.item(), *(value.item() for value in report.losses.values())])
     assert totals[0] == totals[1]
 
@@ -146,8 +145,8 @@ def test_an_added_modality_or_objective_changes_no_weights_of_the_others() -> No
     values = run.model_dump(mode="json")
     values["modalities"] = {"depth": {"kind": "series", "channels": 2}, **values["modalities"]}
     values["objectives"]["text"] = {"kind": "next_token", "parts": ["text"]}
-    more = dict(PretrainingModel(run_config.parse(values), VOCAB).named_parameters())
-    before = dict(PretrainingModel(run, VOCAB).named_parameters())
+    more = dict(PretrainingModel(run_config.parse(values)).named_parameters())
+    before = dict(PretrainingModel(run).named_parameters())
     assert {name.split(".")[2] for name in more.keys() - before.keys()} == {"depth"}
     for name, parameter in before.items():
         assert torch.equal(parameter, more[name]), name
@@ -161,8 +160,8 @@ def test_any_name_that_is_allowed_builds_a_model_that_trains(name: str) -> None:
         moe={"num_experts": 4, "expert_hidden_size": 8, "task_conditioned": True, "bias_balancing": balanced}
     )
     other = renamed(run, {"text": name, "captioning": name})
-    model = PretrainingModel(other, VOCAB)
-    samples = [random_sample(i, "iat", run, VOCAB) for i in range(2)]
+    model = PretrainingModel(other)
+    samples = [random_sample(i, "iat", run) for i in range(2)]
     copies = [dataclasses.replace(s, items=tuple(Item(name if i.modality == "text" else i.modality, i.value)
                                                for i in s.items)) for s in samples]  # fmt: skip
     loss, report = model(pack(copies, pack_settings(other)))
@@ -176,7 +175,7 @@ def test_any_name_that_is_allowed_builds_a_model_that_trains(name: str) -> None:
 
 def test_jitter_repeats_for_the_same_step_and_differs_between_its_forward_passes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "jitter": 0.5})
-    model, batch = PretrainingModel(config, VOCAB), random_batch(config, ["iat", "it"])
+    model, batch = PretrainingModel(config), random_batch(config, ["iat", "it"])
 
     def two_passes(step: int) -> list[float]:
         model.begin_step(step)

@@ -168,7 +168,7 @@ def check_model(groups: Groups, modalities: list[str]) -> None:
     config = tiny_config(Path("unused"))
     batch, models, losses = random_batch(config, modalities), [], []
     for layout in (groups, SINGLE):
-        model = PretrainingModel(config, 48, layout)
+        model = PretrainingModel(config, layout)
         loss, _ = model(batch)
         loss.backward()
         models.append(model)

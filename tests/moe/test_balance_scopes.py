@@ -157,7 +157,7 @@ def test_more_padding_changes_no_loss(tmp_path: Any) -> None:
         losses = {"local_entropy": 1, "global_entropy": 1, "importance": 1, "load": 1, "balance": 1, "z": 1,
                   "orthogonality": 1, "balance_scope": scope}  # fmt: skip
         config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "losses": losses})
-        model = PretrainingModel(config, vocab_size=48)
+        model = PretrainingModel(config)
         samples = [random_sample(i, has, config) for i, has in enumerate(["iat", "it", "a"])]
         reports = []
         for tokens in (None, 1024):

@@ -15,7 +15,6 @@ from tests.moe.routing_inputs import NAMES
 from tests.support import tiny_config
 
 EXPERTS, THRESHOLD, STEPS, LAST = 8, 3, 240, 24
-VOCAB = 48  # of the tokenizer in tiny_data
 CONFIDENT = {"local_entropy": 0.5}
 SPREAD = {"global_entropy": 0.5, "min_experts": dict.fromkeys(NAMES.modalities, float(THRESHOLD))}
 
@@ -40,7 +39,7 @@ def batches(tiny_data: Path) -> list[Batch]:
 def train(root: Path, batches: list[Batch], losses: dict[str, Any]) -> tuple[list[float], list[float]]:
     """By modality, in the MoE layer over the last steps: the experts in use (exponential of the
     entropy of its mean routing), and the mean entropy of a token's own routing in nats."""
-    model = PretrainingModel(config_of(root, losses), VOCAB)
+    model = PretrainingModel(config_of(root, losses))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     probability_ME, entropy_M, tokens_M = torch.zeros(3, EXPERTS), torch.zeros(3), torch.zeros(3)
     for step, batch in enumerate(batches):

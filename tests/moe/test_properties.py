@@ -246,7 +246,7 @@ def model_config(router: str) -> RunConfig:
 
 @functools.cache
 def model_of(router: str) -> PretrainingModel:
-    return PretrainingModel(model_config(router), 48)
+    return PretrainingModel(model_config(router))
 
 
 @pytest.mark.parametrize("router", ["softmax_top_k", "sigmoid_top_k", "hash"])

@@ -56,7 +56,7 @@ def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
     4 have 1/4. The mean of the microbatches' means would be (log 4 + (9 / 7) log 2 + 0) / 3.
     """
     config = of_config(tmp_path, 0.0, 0.5)
-    model = PretrainingModel(config, 48)
+    model = PretrainingModel(config)
     model.mmmoe.language_head = Unigram()
     batches = [captions(config, [6]), captions(config, [5, 5, 5, 5], [5]), random_batch(config, ["ia", "t"])]
     counts = step_counts(batches, model.objectives, None, CPU)
@@ -70,7 +70,7 @@ def test_a_step_is_the_mean_over_its_targets(tmp_path: Path) -> None:
 def test_microbatches_weigh_by_their_pairs_and_tokens(tmp_path: Path) -> None:
     """Three samples with image and text, two, and none. Means of a microbatch are those of a step of its own."""
     config = of_config(tmp_path, 1.0, 0.0, z=0.1)
-    model = PretrainingModel(config, 48)
+    model = PretrainingModel(config)
     batches = [
         random_batch(config, has, seed) for seed, has in enumerate((["it", "it", "iat", "a"], ["it", "it"], "a"))
     ]
@@ -94,7 +94,7 @@ def test_a_microbatch_without_a_pair_takes_nothing_from_the_gradient(tmp_path: P
     pairs, lacking = random_batch(config, ["it", "it", "it"]), random_batch(config, ["i", "i", "i"], seed=1)
     gradients = []
     for batches in ([pairs], [pairs, lacking]):
-        model = PretrainingModel(config, 48)
+        model = PretrainingModel(config)
         model.begin_step(0, step_counts(batches, model.objectives, None, CPU))
         for batch in batches:
             model(batch)[0].backward()

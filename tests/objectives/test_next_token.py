@@ -146,7 +146,7 @@ def test_the_loss_is_the_sum_over_the_targets() -> None:
 def test_a_token_sees_what_stands_before_it_and_nothing_after() -> None:
     """In a document: another last text changes no earlier token's loss, another image those of all tokens after."""
     config = tiny_config(Path("unused"), **values_of(task={}))
-    model = PretrainingModel(config, 48).eval()
+    model = PretrainingModel(config).eval()
 
     def nll(second: Item, last: Item) -> torch.Tensor:
         page = sample(text(5, 6), second, text(7, 8), last, document=True)
@@ -163,7 +163,7 @@ def test_a_token_sees_what_stands_before_it_and_nothing_after() -> None:
 
 def test_two_tasks_share_the_head_and_keep_their_targets_apart() -> None:
     config = tiny_config(Path("unused"), **values_of(captions=CAPTIONED, reading={"weight": 0.5}))
-    model, settings = PretrainingModel(config, 48), pack_settings(config)
+    model, settings = PretrainingModel(config), pack_settings(config)
     batch = pack([sample(image(), text(5, 6)), sample(text(7))], settings)
     assert {task: targets.ids.tolist() for task, targets in batch.targets.items()} == {
         "captions": [5, 6, 2], "reading": [5, 6, 2, 7, 2]}  # fmt: skip
@@ -186,7 +186,7 @@ def test_weights_follow_their_schedule() -> None:
     at = [0, 10, 15, 20, 25, 30, 1000]
     assert [objectives.weights(step)["later"] for step in at] == pytest.approx([0, 0, 0.5, 1, 0.75, 0.5, 0.5])
     assert {objectives.weights(step)["task"] for step in at} == {1.0}
-    model = PretrainingModel(config, 48)
+    model = PretrainingModel(config)
     batch = pack([sample(text(5, 6))], pack_settings(config))
     found = []
     for step in (10, 15, 20):

@@ -19,7 +19,6 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import Layout, resolve_layout
 from tests.support import objectives, tiny_config
 
-VOCAB = 48
 MODEL = {"hidden_size": 16, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 24, "embedding_size": 8}
 MOE = {"num_experts": 4, "expert_hidden_size": 8}
 TRAIN = {"steps": 2, "global_batch_size": 32, "num_microbatches": 4}
@@ -33,9 +32,9 @@ def config_of(parallel: dict[str, Any], **sections: dict[str, Any]) -> RunConfig
     return tiny_config(Path("."), parallel=parallel, **merged, **sections)
 
 
-def refusal(ranks: int, parallel: dict[str, Any], vocab_size: int | None = None, **sections: dict[str, Any]) -> str:
+def refusal(ranks: int, parallel: dict[str, Any], **sections: dict[str, Any]) -> str:
     with pytest.raises(ValueError) as error:
-        resolve_layout(config_of(parallel, **sections), ranks, vocab_size)
+        resolve_layout(config_of(parallel, **sections), ranks)
     return str(error.value)
 
 
@@ -69,7 +68,7 @@ LEGAL = {
 @pytest.mark.parametrize("name", LEGAL)
 def test_a_legal_layout_becomes_numbers(name: str) -> None:
     ranks, parallel, (data, tensor, pipeline, virtual, expert, expert_data) = LEGAL[name]
-    assert resolve_layout(config_of(parallel), ranks, VOCAB) == Layout(
+    assert resolve_layout(config_of(parallel), ranks) == Layout(
         ranks, data, tensor, pipeline, virtual, expert, expert_data,
         bool(parallel.get("sequence_parallel")), parallel.get("zero_stage", 0), parallel.get("engine", "megatron"),
     )  # fmt: skip
@@ -133,6 +132,10 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         4, {"tensor_parallel_size": 4}, {"model": {"num_kv_heads": 2}},
         r"tensor_parallel_size 4 does not divide model.num_kv_heads 2; use tensor_parallel_size \[1, 2\], or "
         "multiples of 4",
+    ),
+    "vocabulary": (
+        2, TP2, {"model": {"vocab_size": 47}},
+        r"tensor_parallel_size 2 does not divide model.vocab_size \(of data.tokenizer\) 47",
     ),
     "dense width": (
         2, TP2, {"model": {"ffn_hidden_size": 15}},
@@ -243,14 +246,6 @@ def test_an_illegal_layout_is_refused_with_what_would_work(name: str) -> None:
     assert re.search(pattern, message), message
 
 
-def test_a_vocabulary_that_does_not_divide_is_refused_once_it_is_known() -> None:
-    config = config_of(TP2)
-    assert resolve_layout(config, 2).tensor == 2
-    assert resolve_layout(config, 2, 48).tensor == 2
-    message = refusal(2, TP2, vocab_size=47)
-    assert "tensor_parallel_size 2 does not divide the vocabulary of data.tokenizer 47" in message
-
-
 @pytest.mark.parametrize("contrastive", [{"cached": True}, {"weight": 0}])
 def test_one_sample_a_microbatch_is_fine_for_what_needs_no_negatives_of_it(contrastive: dict[str, Any]) -> None:
     resolve_layout(config_of({}, train={"num_microbatches": 32}, objectives=objectives(contrastive)), 1)
@@ -315,5 +310,5 @@ def test_an_engine_is_a_class_and_an_entry_of_the_table(monkeypatch: pytest.Monk
         message = refusal(2, parallel, **sections)
         assert re.search(pattern, message), message
     assert "engine: third" in refusal(2, {"zero_stage": 2})
-    engine = build_engine(config, VOCAB, Groups(), torch.device("cpu"))
+    engine = build_engine(config, Groups(), torch.device("cpu"))
     assert isinstance(engine, ThirdEngine) and len(engine.models) == 1 and engine.steps_done == 0

@@ -25,7 +25,6 @@ from tests.layouts.cases import (
     MICROBATCHES,
     OTHER_BLOCKS,
     SGD,
-    VOCAB,
     Case,
     global_microbatch,
 )
@@ -58,7 +57,7 @@ def test_a_model_that_is_not_there_is_planned_alike() -> None:
     (pair,) = run_ranks(1, planned_and_found, [Case("one process", 1, "megatron", 1, {}, "bf16")])[0]
     config = Case("one process", 1, "megatron", 1, {}, "bf16").config(Path("."))
     with torch.device("meta"):
-        model = PretrainingModel(config, VOCAB)
+        model = PretrainingModel(config)
     model.use_half(torch.bfloat16)
     assert held_bytes(resolve_layout(config, 1), [parts_of(model)], config.optimizer.state) == pair[1]
 
@@ -98,7 +97,7 @@ def one_case(case: Case, device: torch.device) -> Pair:
 
     PretrainingModel.__init__ = watched  # type: ignore[method-assign]
     try:
-        engine: Any = build_engine(config, VOCAB, groups, device)
+        engine: Any = build_engine(config, groups, device)
     finally:
         PretrainingModel.__init__ = original  # type: ignore[method-assign]
     batches = [global_microbatch(config, i, groups.data_rank, groups.data_size) for i in range(MICROBATCHES)]

@@ -17,9 +17,8 @@ from mmmoe_pretrain.surgery.operation import Result, Source
 from mmmoe_pretrain.surgery.parameters import Parameter, State
 from tests.support import random_batch, tiny_config
 
-VOCAB = 48
 MODEL = {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8}
-META = {"vocab_size": VOCAB, "tokenizer_fingerprint": "none", "version": "0"}
+META = {"vocab_size": 48, "tokenizer_fingerprint": "none", "version": "0"}
 STEP = 5
 BLOCK = "mmmoe.trunk.blocks.1.ffn."  # the first of two MoE layers
 
@@ -29,7 +28,7 @@ def random_source(root: Path, moe: dict[str, Any], **sections: Any) -> Source:
     values = {"num_experts": 4, "expert_hidden_size": 8, **moe}
     config = tiny_config(root, moe=values, model=MODEL, **sections)
     torch.manual_seed(0)
-    model = PretrainingModel(config, VOCAB)
+    model = PretrainingModel(config)
     state: State = {}
     for key, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -52,7 +51,7 @@ def after(source: Source, result: Result) -> Source:
 
 def model_of(config: RunConfig, state: State) -> MMMoE:
     """The model in eval mode. Fails unless names, shapes and moments are those of the config's model."""
-    model = PretrainingModel(config, VOCAB)
+    model = PretrainingModel(config)
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     assert state.keys() == parameters.keys() | buffers.keys()
     for name, parameter in state.items():

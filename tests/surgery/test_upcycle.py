@@ -10,7 +10,6 @@ from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.surgery.upcycle import upcycle
 from tests.surgery.support import (
     BLOCK,
-    VOCAB,
     assert_same_function,
     batch_for,
     difference,
@@ -49,7 +48,7 @@ def test_every_expert_is_the_dense_layer_transposed_and_the_router_is_a_fresh_on
     for expert in range(4):
         assert torch.equal(now[BLOCK + "experts.up"].value[expert], before[BLOCK + "gate_up.weight"].value)
         assert torch.equal(now[BLOCK + "experts.down"].value[expert], before[BLOCK + "down.weight"].value)
-    fresh = dict(PretrainingModel(result.config, VOCAB).named_parameters())[BLOCK + "router.weight"]
+    fresh = dict(PretrainingModel(result.config).named_parameters())[BLOCK + "router.weight"]
     assert torch.equal(now[BLOCK + "router.weight"].value, fresh.detach())
     assert not moments(now, BLOCK + "router.weight")[0].any()
     assert now["mmmoe.trunk.norm.weight"] is before["mmmoe.trunk.norm.weight"]

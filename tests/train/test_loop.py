@@ -152,16 +152,23 @@ def test_a_run_that_learns_nothing_is_an_error(tmp_path: Path, tiny_data: Path) 
 
 
 def test_a_tokenizer_that_does_not_match_is_refused_on_resume(tmp_path: Path, tiny_data: Path) -> None:
+    """A run learns the vocabulary's size from its tokenizer, and its saved config has it."""
     short = {"steps": 2, "global_batch_size": 8}
-    config = config_in(tmp_path, tiny_data, train=short)
-    run_ranks(1, train, config)
-    write_tokenizer(tmp_path / "other.model", vocab_size=44)
-    data = {**config.data.model_dump(), "tokenizer": str(tmp_path / "other.model")}
-    config = config_in(tmp_path, tiny_data, train=short, data=data)
-    with pytest.raises(
-        AssertionError, match=r"was trained with another tokenizer .* e.g. the copy in .*tiny/tokenizer.model"
+    sized = config_in(tmp_path, tiny_data, train=short)
+    model = {**sized.model.model_dump(), "vocab_size": 0}
+    run_ranks(1, train, config_in(tmp_path, tiny_data, train=short, model=model))
+    assert run_config.load(sized.run_dir / "config.yaml") == sized
+    smaller = write_tokenizer(tmp_path / "smaller.model", vocab_size=44)
+    same_size = write_tokenizer(tmp_path / "same_size.model", backwards=True)
+    for tokenizer, vocab_size, message in (
+        (smaller, 0, "cannot change the model .*model.vocab_size was 48 and is 44"),
+        (smaller, 48, r"smaller.model has vocabulary size 44, and model.vocab_size is 48; set data.tokenizer"),
+        (same_size, 0, r"was trained with another tokenizer .* e.g. the copy in .*tiny/tokenizer.model"),
     ):
-        run_ranks(1, train, config, True)
+        data = {**sized.data.model_dump(), "tokenizer": str(tokenizer)}
+        model["vocab_size"] = vocab_size
+        with pytest.raises(AssertionError, match=message):
+            run_ranks(1, train, config_in(tmp_path, tiny_data, train=short, data=data, model=model), True)
 
 
 def test_resume_refuses_another_model_and_keeps_the_record_of_the_old_one(tmp_path: Path, tiny_data: Path) -> None:

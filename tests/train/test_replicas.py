@@ -20,7 +20,7 @@ from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.replicas import ReplicaReport, check_replicas
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, VOCAB, Case, global_microbatch
+from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, Case, global_microbatch
 from tests.train.faulty import at_step, faulty, on_result
 from tests.train.test_faults import events, run_in
 
@@ -34,7 +34,7 @@ def train_and_check(cases: list[Case], root: Path, flip: int) -> list[list[Repli
 def _train_and_check(case: Case, root: Path, flip: int, device: torch.device) -> list[ReplicaReport]:
     config = case.config(root)
     groups = groups_of(config.parallel, config.moe.group_sizes)
-    engine = build_engine(config, VOCAB, groups, device)
+    engine = build_engine(config, groups, device)
     for step in range(2):
         batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size)
                    for a in range(MICROBATCHES)]  # fmt: skip

@@ -46,6 +46,14 @@ def test_a_layer_with_another_number_of_experts_is_another_model(tmp_path: Path)
         check_same_model(tiny_config(tmp_path, moe=moe), path)
 
 
+def test_a_config_that_an_earlier_version_saved_without_a_vocabulary_size_is_the_same_model(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    values = config.model_dump(mode="json")
+    del values["model"]["vocab_size"]
+    run_config.dump(run_config.parse(values), tmp_path / "config.yaml")
+    check_same_model(config, tmp_path / "config.yaml")
+
+
 def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path) -> None:
     path = saved(tmp_path)
     values = tiny_values(tmp_path)

@@ -76,7 +76,7 @@ def write_report(
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
     found = run_pass(model, rows, top)
-    untrained = collect_routing(PretrainingModel(config, rows.modalities.vocab_size).mmmoe.eval(), rows.batches())
+    untrained = collect_routing(PretrainingModel(config).mmmoe.eval(), rows.batches())
     layers = [_summary(stats, before, config) for stats, before in zip(found.stats, untrained, strict=True)]
     report = {
         "run": config.name, "step": step, "test": rows.paths, "samples": found.samples, "layers": layers,
