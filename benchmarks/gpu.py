@@ -52,7 +52,8 @@ from mmmoe_pretrain.parallel.degrees import resolve_degrees
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.memory import Held, estimate_peak, held_bytes, parts_of
+from mmmoe_pretrain.plan.communication import parameters_of
+from mmmoe_pretrain.plan.memory import Held, estimate_peak, held_bytes
 
 BACKWARD = 2  # times the forward pass
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, by the vendor; SXM
@@ -137,7 +138,7 @@ def planned(config: RunConfig) -> Held:
         model = PretrainingModel(config)
     if config.parallel.engine == "megatron":
         model.use_half(torch.bfloat16)
-    return held_bytes(resolve_layout(config, 1), [parts_of(model)], config.optimizer.state)
+    return held_bytes(resolve_layout(config, 1), [parameters_of(model)], config.optimizer.state)
 
 
 def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:

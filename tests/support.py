@@ -39,24 +39,32 @@ def write_shards(
 ) -> Path:
     """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``; the images
     of the keys in ``corrupt`` are broken."""
+    samples = {}
+    for row in rows:
+        image = b"not an image" if row["key"] in corrupt else png_of(row)
+        members = {"image": ("png", image), "audio": ("wav", _wav(row)), "text": ("txt", row["name"].encode())}
+        meta = {"group": row["group"], "label": row["label"], "language": row.get("language", "en"),
+                "subset": "named", "audio_kind": "speech"}  # fmt: skip
+        kept = dict(member for name, member in members.items() if name not in lacking)
+        samples[row["key"]] = {**kept, "json": json.dumps(meta).encode()}
+    return write_tar(folder, samples)
+
+
+def write_tar(folder: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """A folder with one shard of these samples: key -> extension -> content."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
-        for row in rows:
-            image = b"not an image" if row["key"] in corrupt else _png(row)
-            members = {"image": ("png", image), "audio": ("wav", _wav(row)),
-                       "text": ("txt", row["name"].encode())}  # fmt: skip
-            meta = {"group": row["group"], "label": row["label"], "language": "en", "subset": "named",
-                    "audio_kind": "speech"}  # fmt: skip
-            kept = [member for name, member in members.items() if name not in lacking]
-            for extension, content in [*kept, ("json", json.dumps(meta).encode())]:
-                info = tarfile.TarInfo(f"{row['key']}.{extension}")
+        for key, members in samples.items():
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return folder
 
 
-def _png(row: dict[str, Any]) -> bytes:
-    rng = np.random.default_rng(zlib.crc32(row["key"].encode()))
+def png_of(row: dict[str, Any]) -> bytes:
+    """An image in the row's colour; rows of one ``picture`` have the same image."""
+    rng = np.random.default_rng(zlib.crc32(row.get("picture", row["key"]).encode()))
     pixels = np.clip(np.array(row["colour"]) + rng.integers(-20, 20, (16, 16, 3)), 0, 255)
     out = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")

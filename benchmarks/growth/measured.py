@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,11 @@ from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.parallel.collectives import exchange_counts
 from mmmoe_pretrain.parallel.counting import POINT_TO_POINT, CollectiveCounter, Ranks, Total
-from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.plan import communication as plan
-from mmmoe_pretrain.plan.communication import Microbatch, Parameter, Routed, Transfer, step_traffic
+from mmmoe_pretrain.plan.communication import Microbatch, Routed, Transfer, parameters_of, step_traffic
 
 Key = tuple[str, Ranks]  # of a collective; of messages between two ranks, the kind alone
 Totals = dict[Key, Total]
@@ -100,7 +99,7 @@ def compare(config: RunConfig, samples: int) -> Comparison:
         engine.step(batches, 1e-3)
 
     stages = [model.stage for model in engine.models]
-    held = [list(parameters_of(model)) for model in engine.models]
+    held = [parameters_of(model) for model in engine.models]
     passes = 2 if config.train.recompute == "blocks" else 1
     routed = routes.routed(passes) if routes.sent else [[] for _ in batches]
     names = ranks_of_groups(groups)
@@ -133,17 +132,6 @@ def microbatch_of(batch: Batch, routed: Sequence[Routed]) -> Microbatch:
         targets=sum(len(targets) for targets in batch.targets.values()),
         routed=tuple(routed),
     )
-
-
-def parameters_of(model: torch.nn.Module) -> Iterator[Parameter]:
-    for parameter in model.parameters():
-        yield Parameter(
-            parameter.numel(),
-            parameter.element_size(),
-            expert=not getattr(parameter, "allreduce", True),
-            partial=getattr(parameter, "sequence_parallel", False),
-            replicated=computed_alike(parameter),
-        )
 
 
 def ranks_of_groups(groups: Groups) -> dict[str, Ranks]:

@@ -17,7 +17,7 @@ from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.models.compiling import compile_blocks
 from mmmoe_pretrain.models.costs import block_costs
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.models.recompute import recompute_experts
+from mmmoe_pretrain.models.trunk import set_recompute
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import cut_stages, stages_of_rank
 
@@ -29,9 +29,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
     own = stages_of_rank(stages, groups.pipeline_rank, groups.pipeline_size, groups.virtual_size)
     models = [PretrainingModel(config, groups, stage) for stage in own]
     for model in models:
-        if config.train.recompute == "experts":
-            recompute_experts(model)
-        model.mmmoe.trunk.recompute = config.train.recompute == "blocks"
+        set_recompute(model, config.train.recompute)
         if config.train.compile == "blocks":
             compile_blocks(model, device)
     module, _, name = ENGINES[config.parallel.engine].place.partition(":")

@@ -8,10 +8,10 @@ Shapes: N rows, P the joint space, G segments with targets, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The results of one pass over the held-out rows; row i of each array is one sample."""
+    """The results of a batch, or of one pass over the held-out rows; row i of each array is one sample."""
 
     metas: tuple[SampleMeta, ...]
     texts: tuple[str, ...]  # the first of each sample; equal texts are equal strings; "" where there is none
@@ -48,37 +48,24 @@ class HeldOut:
     damaged: int = 0  # rows that could not be decoded
 
 
-@dataclass
-class _Pass:
-    """Lists that grow batch by batch."""
-
-    samples: list[tuple[SampleMeta, str]] = field(default_factory=list)
-    content: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    features: defaultdict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
-    predicted: defaultdict[str, list[Predicted]] = field(default_factory=lambda: defaultdict(list))
-    routing: tuple[RoutingStats, ...] = ()
-    damaged: int = 0
-
-
 def collect(model: MMMoE, batches: Batches) -> HeldOut:
     """Run ``model`` once over ``batches``."""
-    seen = _Pass()
     with torch.inference_mode():
-        for batch, samples in batches:
-            _add(seen, model, batch, samples)
-    if not seen.samples:
+        parts = [_of_batch(model, batch, samples) for batch, samples in batches]
+    if not parts:
         raise ValueError(
             "the held-out shards hold no sample whose text is not trained on, too; check evaluate.test or --test, or "
             "set evaluate.keep_seen_texts=true"
         )
+    first = parts[0]
     return HeldOut(
-        metas=tuple(meta for meta, _ in seen.samples),
-        texts=tuple(text for _, text in seen.samples),
-        content={name: tuple(names) for name, names in seen.content.items()},
-        features={name: np.concatenate(rows) for name, rows in seen.features.items()},
-        predicted={task: _join(parts) for task, parts in seen.predicted.items()},
-        routing=seen.routing,
-        damaged=seen.damaged,
+        metas=tuple(meta for part in parts for meta in part.metas),
+        texts=tuple(text for part in parts for text in part.texts),
+        content={name: tuple(one for part in parts for one in part.content[name]) for name in first.content},
+        features={name: np.concatenate([part.features[name] for part in parts]) for name in first.features},
+        predicted={task: _join([part.predicted[task] for part in parts]) for task in first.predicted},
+        routing=functools.reduce(add_routing, (part.routing for part in parts)),
+        damaged=sum(part.damaged for part in parts),
     )
 
 
@@ -118,10 +105,11 @@ def content_name(item: Item) -> str:
     return hashlib.blake2b(np.ascontiguousarray(item.value).tobytes(), digest_size=16).hexdigest()
 
 
-def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> None:
+def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
     outputs, routing = model(batch.to(device_of(model)))
-    for name, features in outputs.features.items():
-        rows, present = _numpy(features), batch.pooled[name].numpy() >= 0
+    content, features = {}, {}
+    for name, tensor in outputs.features.items():
+        rows, present = _numpy(tensor), batch.pooled[name].numpy() >= 0
         if not np.isfinite(rows[present]).all():
             key = batch.metas[int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])].key
             raise ValueError(
@@ -129,16 +117,23 @@ def _add(seen: _Pass, model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> 
                 f"this checkpoint diverged: evaluate an earlier one"
             )
         parts = model.objectives.representations[name].modalities
-        seen.features[name].append(rows)
-        seen.content[name] += [
+        features[name] = rows
+        content[name] = tuple(
             " ".join(content_name(item) for part in parts if (item := sample.first(part))) if here else ""
             for sample, here in zip(samples, present, strict=True)
-        ]
-    seen.samples += [(sample.meta, same_text(first_text(sample))) for sample in samples]
-    seen.damaged += sum(not sample.items for sample in samples)
-    for task, nll_N in outputs.token_nll.items():
-        seen.predicted[task].append(sums_of_targets(batch, task, nll_N, model.config.model.vocab_size))
-    seen.routing = add_routing(seen.routing, routing)
+        )
+    return HeldOut(
+        metas=tuple(sample.meta for sample in samples),
+        texts=tuple(same_text(first_text(sample)) for sample in samples),
+        content=content,
+        features=features,
+        predicted={
+            task: sums_of_targets(batch, task, nll_N, model.config.model.vocab_size)
+            for task, nll_N in outputs.token_nll.items()
+        },
+        routing=routing,
+        damaged=sum(not sample.items for sample in samples),
+    )
 
 
 def sums_of_targets(batch: Batch, task: str, nll_N: Tensor, vocab_size: int) -> Predicted:

@@ -1,4 +1,4 @@
-"""Heat maps: one panel a layer, a row an expert, a column a modality, shares as colour.
+"""Heat maps: one panel a layer, a row an expert, a column a modality, shares as colour; and what other figures share.
 
 Owns the look, not the numbers. The colours (viridis) can be distinguished by colour-blind readers and in print; all
 panels have one scale. Shapes: E experts, M modalities.
@@ -10,19 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 MAX_COLUMNS = 6  # panels side by side
 MANY_CELLS = 1000
 BAR_INCHES = 6.0
-MAX_ANNOTATED_ROWS = 32  # with more experts the numbers would overlap
+MAX_ANNOTATED = 32  # rows; with more experts the numbers would overlap
 INK, QUIET = "#222222", "#6B6B6B"
 ABSENT = "#E4E4E4"
 
@@ -39,26 +38,19 @@ class Panel:
 def draw(panels: Sequence[Panel], title: str) -> np.ndarray:
     """uint8 [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     experts = max(len(panel.share_EM) for panel in panels)
     even = max(1.0 / len(panel.share_EM) for panel in panels)
     top, largest = scale_top([panel.share_EM for panel in panels])
-    top = 100 * min(1.0, max(top, 2 * even))  # so that noise looks even
-    columns = min(MAX_COLUMNS, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    row_inches = 0.3 if experts <= MAX_ANNOTATED_ROWS else 0.12
-    width = max(5.6, 0.62 * len(panels[0].columns) * columns + 0.35 * columns + 1.6)
-    figure = Figure(figsize=(width, lines * (row_inches * experts + 0.75) + 0.75), dpi=110, layout="constrained")
+    top = min(100.0, max(top, 200 * even))  # so that noise looks even
+    row_inches = 0.3 if experts <= MAX_ANNOTATED else 0.12
+    size = (0.62 * len(panels[0].columns) + 0.35, row_inches * experts + 0.75)
+    figure, axes = grid(len(panels), MAX_COLUMNS, size, (1.6, 0.75), dpi=110)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for ax in list(axes.flat)[len(panels) :]:
-        ax.set_axis_off()
     for ax, panel in zip(axes.flat, panels, strict=False):
         colours = _panel(ax, panel, top)
-    for row in axes:
-        row[0].set_ylabel("expert", color=QUIET, fontsize=9)
-    colour_bar(figure, colours, axes, "share of the modality's assignments", 100 * largest)
+    label_axes(axes, "expert")
+    colour_bar(figure, colours, axes, "share of the modality's assignments", largest)
     shares = {f"{100 / len(panel.share_EM):.3g}%" for panel in panels}
     figure.suptitle(f"{title}  (even share: {', '.join(sorted(shares))})", color=INK, fontsize=11)
     canvas.draw()
@@ -74,14 +66,32 @@ def save(image_HWC: np.ndarray, path: Path) -> None:
     whole.replace(path)
 
 
+def grid(
+    panels: int, most_columns: int, size: tuple[float, float], margin: tuple[float, float], dpi: int = 120,
+    layout: Literal["constrained", "tight"] = "constrained", **options: Any,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """A figure and its axes [lines, columns], of which the first ``panels`` are shown. In inches: the ``size`` of a
+    panel, and the ``margin`` of them all. ``options``: of ``Figure.subplots``."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    columns = min(most_columns, panels)
+    lines = math.ceil(panels / columns)
+    inches = (max(5.6, columns * size[0] + margin[0]), lines * size[1] + margin[1])
+    figure = Figure(figsize=inches, dpi=dpi, layout=layout)
+    axes = figure.subplots(lines, columns, squeeze=False, **options)
+    for ax in list(axes.flat)[panels:]:
+        ax.set_axis_off()
+    return figure, axes
+
+
 def scale_top(shares: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Where the colours end, and the largest share. The two are equal, except that one in a hundred of many shares
-    may exceed the colours, so that a single large one does not darken all others."""
-    values = np.concatenate([np.ravel(share) for share in shares])
+    """Where the colours end, and the largest share, both in percent. The two are equal, except that one in a hundred
+    of many shares may exceed the colours, so that a single large one does not darken all others."""
+    values = np.concatenate([100 * np.ravel(share) for share in shares])
     values = values[~np.isnan(values)]
     largest = float(values.max(initial=0.0))
     top = largest if values.size < MANY_CELLS else float(np.quantile(values, 0.99))
-    return top or largest or 1.0, largest
+    return top or largest or 100.0, largest
 
 
 def colour_bar(figure: Figure, colours: Any, axes: Any, label: str, largest: float) -> None:
@@ -95,32 +105,43 @@ def colour_bar(figure: Figure, colours: Any, axes: Any, label: str, largest: flo
     bar.outline.set_visible(False)
 
 
-def _panel(ax: Axes, panel: Panel, top: float) -> AxesImage:
-    percent_EM = 100 * panel.share_EM
-    experts, modalities = percent_EM.shape
+def label_axes(axes: Any, y: str, x: str = "") -> None:
+    """``y`` beside the first column of panels, ``x`` below the last line."""
+    for row in axes:
+        row[0].set_ylabel(y, color=QUIET, fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel(x, color=QUIET, fontsize=9)
+
+
+def heat(ax: Axes, share: np.ndarray, top: float, title: str, **options: Any) -> Any:
+    """Shares as colours that end at ``top`` percent, a row an expert; with numbers in the cells, unless there are too
+    many. ``options``: of ``imshow``."""
     ax.set_facecolor(ABSENT)
-    shown = ax.imshow(percent_EM, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-    ax.set_title(panel.title, color=INK, fontsize=10)
-    ax.set_xticks(range(modalities), panel.columns, fontsize=9, color=INK)
-    step = 1 if experts <= MAX_ANNOTATED_ROWS else 8
-    ax.set_yticks(range(0, experts, step), [str(e) for e in range(0, experts, step)], fontsize=8, color=QUIET)
-    ax.tick_params(length=0)
+    colours = ax.imshow(100 * share, cmap="viridis", vmin=0, vmax=top, interpolation="nearest", **options)
+    style_heat(ax, len(share), title)
+    if len(share) <= MAX_ANNOTATED:
+        for (row, column), value in np.ndenumerate(100 * share):
+            if not np.isnan(value):
+                text = "0" if value == 0 else "<1" if value < 1 else f"{value:.0f}"
+                colour = INK if value > 0.6 * top else "white"
+                ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    return colours
+
+
+def style_heat(ax: Axes, experts: int, title: str) -> None:
+    """Title and numbers of the experts of a heat map."""
+    ax.set_title(title, color=INK, fontsize=10)
+    ax.set_yticks(range(0, experts, 1 if experts <= MAX_ANNOTATED else 8))
+    ax.tick_params(which="both", length=0, labelsize=8, colors=QUIET)
     ax.spines[:].set_visible(False)
+
+
+def _panel(ax: Axes, panel: Panel, top: float) -> Any:
+    experts, modalities = panel.share_EM.shape
+    colours = heat(ax, panel.share_EM, top, panel.title, aspect="auto")
+    ax.set_xticks(range(modalities), panel.columns, fontsize=9, color=INK)
     ax.set_xticks(np.arange(modalities + 1) - 0.5, minor=True)
     ax.grid(which="minor", axis="x", color="white", linewidth=2)
-    ax.tick_params(which="minor", length=0)
-    for modality in np.flatnonzero(np.isnan(percent_EM).all(axis=0)).tolist():
+    for modality in np.flatnonzero(np.isnan(panel.share_EM).all(axis=0)).tolist():
         ax.text(modality, (experts - 1) / 2, "no tokens", rotation=90, ha="center", va="center", color=QUIET)
-    if experts <= MAX_ANNOTATED_ROWS:
-        annotate(ax, percent_EM, top, 8.5)
-    return shown
-
-
-def annotate(ax: Axes, percent: np.ndarray, top: float, font_size: float) -> None:
-    """The numbers in the cells of a map whose colours end at ``top``."""
-    for (row, column), value in np.ndenumerate(percent):
-        if np.isnan(value):
-            continue
-        text = "0" if value == 0 else "<1" if value < 1 else f"{value:.0f}"
-        colour = INK if value > 0.6 * top else "white"
-        ax.text(column, row, text, ha="center", va="center", fontsize=font_size, color=colour)
+    return colours

@@ -82,9 +82,8 @@ def markdown(report: Report) -> str:
     if report.notes:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report.notes]
     if report.routing["layers"]:
-        figure = report.routing["figure"]
-        lines += ["", "## Which experts serve which modality", ""] + ([f"![]({figure})", ""] if figure else [])
-        lines += _routing_lines(report.routing["layers"])
+        layers = report.routing["layers"]
+        lines += ["", *modality_section(layers, report.routing["figure"]), "", *layer_lines(layers)]
     return "\n".join(lines) + "\n"
 
 
@@ -104,8 +103,8 @@ def print_table(report: Report) -> None:
         if "/" not in row["metric"]:
             table.add_row(*[cell(row) for cell in columns.values()])
     console.print(table)
-    for layer in report.routing["layers"]:
-        console.print(f"layer {layer['layer']}: {specialisation_line(layer)}", highlight=False)
+    for line in layer_lines(report.routing["layers"]):
+        console.print(line.removeprefix("- "), highlight=False)
     for note in report.notes:
         console.print(f"note: {note}", style="dim", highlight=False)
 
@@ -120,6 +119,10 @@ def specialisation_line(layer: dict[str, Any]) -> str:
     )
     dead_experts = f"{dead if dead else 'no'} dead expert{'' if dead == 1 else 's'} of {layer['experts']}"
     return specialisation + dead_experts if layer["modality_bits"] else dead_experts
+
+
+def layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"- layer {layer['layer']}: {specialisation_line(layer)}" for layer in layers]
 
 
 Row = dict[str, Any]
@@ -150,46 +153,34 @@ def _number(value: float | None, unit: str) -> str:
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _routing_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
-    columns = (
-        "layer",
-        "modality",
-        "tokens",
-        "experts used",
-        "entropy (bits)",
-        "dropped",
-        "most used experts",
-    )
-    rows = []
-    for layer in layers:
-        for name, share in layer["share"].items():
-            top = sorted(range(len(share)), key=lambda e: -share[e])[:4]
-            rows.append(
-                [
-                    *modality_cells(layer, name),
-                    ", ".join(f"{e}: {share[e]:.0%}" for e in top),
-                ]
-            )
-    summary = [f"- layer {layer['layer']}: {specialisation_line(layer)}" for layer in layers]
-    legend = (
-        "Specialisation is the mutual information of modality and expert, every modality weighing the "
-        "same; experts used is exp of the entropy of a modality's shares; an expert is dead below 1% of "
-        "an even share in every modality. Untrained is the same model before its first step, on the same "
-        "rows: not 0%, since the modalities enter with different embeddings."
-    )
-    return [*summary, "", *table(columns, rows), "", legend]
-
-
-def modality_cells(layer: dict[str, Any], name: str) -> list[str]:
-    """Layer, modality, tokens, experts used, entropy and share dropped, as a table shows them."""
-    return [
-        str(layer["layer"]),
-        name,
-        f"{layer['tokens'][name]:,.0f}",
-        f"{layer['experts_used'][name]:.1f} of {layer['experts']}",
-        f"{layer['entropy_bits'][name]:.2f}",
-        f"{layer['dropped'][name]:.1%}",
+def modality_section(layers: Sequence[dict[str, Any]], figure: str | None) -> list[str]:
+    """How each layer's experts serve each modality: a figure, a table and its legend."""
+    columns = ["layer", "modality", "tokens", "experts used", "entropy (bits)", "dropped", "most used experts"]
+    rows = [
+        [
+            str(layer["layer"]),
+            name,
+            f"{layer['tokens'][name]:,.0f}",
+            f"{layer['experts_used'][name]:.1f} of {layer['experts']}",
+            f"{layer['entropy_bits'][name]:.2f}",
+            f"{layer['dropped'][name]:.1%}",
+            ", ".join(f"{e}: {share[e]:.0%}" for e in sorted(range(len(share)), key=lambda e: -share[e])[:4]),
+            ", ".join(map(str, layer["dead"])) or "none",
+        ]
+        for layer in layers
+        for name, share in layer["share"].items()
     ]
+    legend = (
+        "Specialisation is the mutual information of modality and expert, with equal weights of all modalities: 0% "
+        "if all modalities use the experts equally, 100% if the expert determines the modality. Untrained is the "
+        "same model before its first step, on the same rows: not 0%, since the modalities have different embeddings. "
+        "Experts used is the exponential of the entropy of a modality's shares; entropy that of the router's "
+        "distribution for a token; dropped is the share of assignments for which an expert had no room; an expert is "
+        "dead below 1% of an even share in every modality."
+    )
+    title = "Which experts serve which modality"
+    shown = [f"![{title}]({figure})", ""] if figure else []
+    return [f"## {title}", "", *shown, *table([*columns, "dead experts"], rows), "", legend]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -60,7 +60,6 @@ def pose(queries: Sequence[str], candidates: Sequence[str], links: Sequence[str]
 
 def recall_at(k: int, similarity_QC: np.ndarray, relevance_QC: np.ndarray) -> Recall:
     """Recall at ``k``, averaged over the queries."""
-    _check_finite(similarity_QC)
     assert relevance_QC.any(axis=1).all(), "a query without a relevant candidate"
     relevant_Q = relevance_QC.sum(axis=1)
     size = similarity_QC.shape[1]
@@ -123,12 +122,8 @@ def _best_fixed_answer(k: int, relevance_QC: np.ndarray) -> float:
 def _distinct(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """First row of each distinct name in order of appearance, and the index of every row's name."""
     index: dict[str, int] = {}
-    first_rows: list[int] = []
-    for row, name in enumerate(names):
-        if name not in index:
-            index[name] = len(first_rows)
-            first_rows.append(row)
-    return np.array(first_rows, dtype=np.int64), np.array([index[n] for n in names], dtype=np.int64)
+    index_of_row = np.array([index.setdefault(name, len(index)) for name in names], dtype=np.int64)
+    return np.unique(index_of_row, return_index=True)[1], index_of_row
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,6 @@ class ZeroShot:
 
 def classify(similarity_NC: np.ndarray, labels_N: np.ndarray) -> ZeroShot:
     """Accuracies of the nearest of C classes; a tie of t classes earns 1/t if the true one is among them."""
-    _check_finite(similarity_NC)
     best_NC = similarity_NC == similarity_NC.max(axis=1, keepdims=True)
     credit_N = best_NC[np.arange(len(labels_N)), labels_N] / best_NC.sum(axis=1)
     classes = similarity_NC.shape[1]
@@ -158,11 +152,3 @@ def classify(similarity_NC: np.ndarray, labels_N: np.ndarray) -> ZeroShot:
         majority=float(counts_C.max() / counts_C.sum()),
         counts=tuple(counts_C[present].tolist()),
     )
-
-
-def _check_finite(similarity: np.ndarray) -> None:
-    if not np.isfinite(similarity).all():
-        raise ValueError(
-            "the similarities hold NaN or infinity, so no rank is defined; the features of this "
-            "checkpoint are broken: evaluate an earlier one"
-        )

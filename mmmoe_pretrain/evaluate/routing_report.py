@@ -42,20 +42,19 @@ def summarise_layer(stats: RoutingStats, untrained: RoutingStats) -> dict[str, A
     chosen_M, tokens_M = counts_ME[seen].sum(axis=1), array(stats.tokens_M)[seen]
     share_ME = _share(counts_ME[seen])
     names = [stats.names.modalities[m] for m in seen]
-    bits = mutual_information(share_ME)
-    untrained_bits = mutual_information(_share(array(untrained.counts_ME)[seen]))
     modality_bits = math.log2(len(seen)) if len(seen) > 1 else 0.0
+    score = specialisation(counts_ME) or 0.0
     return {
         "layer": stats.layer,
         "experts": stats.num_experts,
-        "specialisation_bits": bits,
+        "specialisation_bits": score * modality_bits,
         "modality_bits": modality_bits,
-        "specialisation": bits / modality_bits if modality_bits else 0.0,
-        "specialisation_untrained": untrained_bits / modality_bits if modality_bits else 0.0,
+        "specialisation": score,
+        "specialisation_untrained": specialisation(array(untrained.counts_ME)) or 0.0,
         "dead": dead_experts(share_ME),
         "tokens": _by_name(names, tokens_M),
         "share": {name: row.tolist() for name, row in zip(names, share_ME, strict=True)},
-        "experts_used": _by_name(names, experts_used(share_ME)),
+        "experts_used": _by_name(names, np.exp(_entropy(share_ME))),
         "entropy_bits": _by_name(names, array(stats.entropy_M)[seen] / tokens_M / math.log(2)),
         "dropped": _by_name(names, array(stats.dropped_M)[seen] / chosen_M),
     }
@@ -65,8 +64,8 @@ def summarise_tasks(counts_MXE: np.ndarray, names: StreamNames) -> dict[str, dic
     """``specialisation_by_task``: specialisation over each task's tokens alone, where at least two
     modalities have some. ``task_specialisation``: by modality, how much the expert says about the task: the
     mutual information of task and expert over the bits that name a task, where two tasks have tokens."""
-    by_task = {task: _specialisation(counts_MXE[:, x]) for x, task in enumerate(names.tasks)}
-    by_modality = {name: _specialisation(counts_MXE[m]) for m, name in enumerate(names.modalities)}
+    by_task = {task: specialisation(counts_MXE[:, x]) for x, task in enumerate(names.tasks)}
+    by_modality = {name: specialisation(counts_MXE[m]) for m, name in enumerate(names.modalities)}
     return {
         "specialisation_by_task": {task: score for task, score in by_task.items() if score is not None},
         "task_specialisation": {name: score for name, score in by_modality.items() if score is not None},
@@ -81,17 +80,13 @@ def strongest_pairs(together_EE: np.ndarray, tokens: float, limit: int) -> list[
     return [(a, b, float(share_EE[a, b])) for a, b in pairs if share_EE[a, b] > 0]
 
 
-def mutual_information(share_ME: np.ndarray) -> float:
-    """I(M; E) in bits of equally weighted modalities whose rows p(e|m) sum to 1."""
-    if len(share_ME) == 0:
-        return 0.0
-    marginal_E = share_ME.mean(axis=0)
-    return max(0.0, float(_entropy(marginal_E) - _entropy(share_ME).mean()) / math.log(2))
-
-
-def experts_used(share_ME: np.ndarray) -> np.ndarray:
-    """Effective number of experts of each modality."""
-    return np.exp(_entropy(share_ME))
+def specialisation(counts_CE: np.ndarray) -> float | None:
+    """The specialisation over classes C (modalities or tasks) of equal weight; None if fewer than two have tokens."""
+    share_CE = _share(counts_CE[counts_CE.sum(1) > 0])
+    if len(share_CE) < 2:
+        return None
+    nats = float(_entropy(share_CE.mean(axis=0)) - _entropy(share_CE).mean())
+    return max(0.0, nats) / math.log(len(share_CE))
 
 
 def dead_experts(share_ME: np.ndarray) -> list[int]:
@@ -99,12 +94,6 @@ def dead_experts(share_ME: np.ndarray) -> list[int]:
     if len(share_ME) == 0:
         return []
     return np.flatnonzero(share_ME.max(axis=0) < DEAD_SHARE / share_ME.shape[1]).tolist()
-
-
-def _specialisation(counts_CE: np.ndarray) -> float | None:
-    """The specialisation over classes C (modalities or tasks) of equal weight; None if fewer than two have tokens."""
-    seen_CE = counts_CE[counts_CE.sum(1) > 0]
-    return mutual_information(_share(seen_CE)) / math.log2(len(seen_CE)) if len(seen_CE) > 1 else None
 
 
 def _share(counts_ME: np.ndarray) -> np.ndarray:

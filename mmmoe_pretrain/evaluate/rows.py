@@ -18,8 +18,10 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import text_of
 from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
 from mmmoe_pretrain.data.shards import ShardFolder
-from mmmoe_pretrain.evaluate.features import first_text
+from mmmoe_pretrain.evaluate.features import collect_routing, first_text
 from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.paths import make_folder
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_json
@@ -32,13 +34,14 @@ class LeakFilter:
     """Decides whether a held-out sample is clean, and counts those that are not. Documents, whose texts are parts
     of a whole, are not compared."""
 
-    def __init__(self, config: RunConfig, modalities: Modalities) -> None:
+    def __init__(self, folders: Sequence[str], modalities: Modalities) -> None:
+        """``folders`` of training shards; none of them: every sample is clean."""
         self.dropped: set[str] = set()
-        self.absent = [source.path for source in config.data.train if not Path(source.path).is_dir()]
+        self.absent = [path for path in folders if not Path(path).is_dir()]
         self._texts: set[str] = set()
-        for source in config.data.train:
-            if source.path not in self.absent:
-                self._texts |= _texts(source.path, modalities)
+        for path in folders:
+            if path not in self.absent:
+                self._texts |= _texts(path, modalities)
 
     def clean(self, sample: Sample) -> bool:
         """True unless the sample's text is in the training shards."""
@@ -71,29 +74,27 @@ def _words(text: str) -> str:
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """``leaks`` is None if no row is skipped: they are trained on themselves, or ``evaluate.keep_seen_texts``."""
+    """The rows of the folders ``paths``, without those that ``leaks`` rejects."""
 
     paths: list[str]
     config: RunConfig
     modalities: Modalities
-    leaks: LeakFilter | None
+    leaks: LeakFilter
 
     def batches(self) -> Iterator[tuple[Batch, list[Sample]]]:
         """One pass, in order, unperturbed; the same every time."""
-        return iterate_eval(
-            self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean if self.leaks else None
-        )
+        return iterate_eval(self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean)
 
     def samples(self) -> Iterator[tuple[list[Sample], range]]:
         """The same samples, batch by batch, and their positions."""
-        return eval_samples(
-            self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean if self.leaks else None
-        )
+        return eval_samples(self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean)
 
-    def notes(self) -> list[str]:
-        """Notes for readers of numbers over these rows; complete after a pass."""
-        trained = [f"{path} is trained on, it is not held out" for path in trains_on(self.paths, self.config)]
-        return trained + (self.leaks.notes() if self.leaks else [])
+    def notes(self, overrides: Sequence[str]) -> list[str]:
+        """Notes for readers of numbers over these rows, with these ``overrides`` of settings; complete after a
+        pass."""
+        changed = [f"with {', '.join(overrides)} instead of the run's own settings"] if overrides else []
+        trained = [f"{path} is trained on, it is not held out" for path in _trained_on(self.paths, self.config)]
+        return changed + trained + self.leaks.notes()
 
 
 def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None) -> HeldOutRows:
@@ -103,16 +104,19 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
         raise ValueError(
             f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
         )
-    fingerprint = _tokenizer_fingerprint(root_of(run_dir, config))
+    checkpoint = store.find_latest(root_of(run_dir, config))
+    # Another tokenizer of the same size than the run's would give meaningless scores.
+    fingerprint = store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None
     modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
-    keep = config.evaluate.keep_seen_texts or trains_on(paths, config)
-    leaks = None if keep else LeakFilter(config, modalities)
-    return HeldOutRows(paths, config, modalities, leaks)
+    keep = config.evaluate.keep_seen_texts or _trained_on(paths, config)
+    compared = [] if keep else [source.path for source in config.data.train]
+    return HeldOutRows(paths, config, modalities, LeakFilter(compared, modalities))
 
 
-def overridden(overrides: Sequence[str]) -> list[str]:
-    """The note on overridden settings of an evaluation."""
-    return [f"with {', '.join(overrides)} instead of the run's own settings"] if overrides else []
+def untrained_routing(rows: HeldOutRows) -> tuple[RoutingStats, ...]:
+    """The routing of the run's model before its first step, on the same rows."""
+    untrained = PretrainingModel(rows.config).mmmoe.eval()
+    return collect_routing(untrained, rows.batches())
 
 
 def place_of_report(run_dir: Path, name: str, paths: Sequence[str], out: Path | None) -> Path:
@@ -141,14 +145,7 @@ def _other_shards(report: Path, paths: Sequence[str]) -> list[str]:
     return [] if same else before
 
 
-def trains_on(paths: Sequence[str], config: RunConfig) -> list[str]:
+def _trained_on(paths: Sequence[str], config: RunConfig) -> list[str]:
     """Those of ``paths`` that the run trains on."""
     trained_on = {Path(source.path).resolve() for source in config.data.train}
     return [path for path in paths if Path(path).resolve() in trained_on]
-
-
-def _tokenizer_fingerprint(root: str) -> str | None:
-    """The tokenizer's fingerprint in the run's checkpoint: another tokenizer of the same size would give meaningless
-    scores."""
-    checkpoint = store.find_latest(root)
-    return store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None

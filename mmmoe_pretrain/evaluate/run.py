@@ -9,21 +9,19 @@ import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.evaluate import report, routing_report, scores
-from mmmoe_pretrain.evaluate.features import HeldOut, collect, collect_routing, encode
+from mmmoe_pretrain.evaluate.features import HeldOut, collect, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
 from mmmoe_pretrain.evaluate.routing import figures
-from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows, open_rows, overridden, place_of_report, trains_on
+from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows, open_rows, place_of_report, untrained_routing
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.models.pretraining import PretrainingModel
 
 FIGURE = "routing.png"
 
@@ -46,8 +44,8 @@ def evaluate(
     dense = report.read_dense(dense_results, rows.paths)
     data = collect(model, rows.batches())
     found, notes = _score(data, model, rows)
-    layers = _routing(data, rows)
-    notes += rows.leaks.notes() if rows.leaks else []
+    before = untrained_routing(rows) if data.routing else ()
+    layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
     result = Report(
         run=config.name,
@@ -56,7 +54,7 @@ def evaluate(
         test=rows.paths,
         results=report.rows_of(found, dense),
         routing={"layers": layers, "figure": FIGURE if drawn else None},
-        notes=overridden(overrides) + _notes(rows, data, dense, dense_results) + notes,
+        notes=rows.notes(overrides) + _notes(rows, data, dense, dense_results) + notes,
     )
     report.write(result, folder)
     return result
@@ -74,10 +72,10 @@ def evaluate_command(
 
 def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score], list[str]]:
     settings, objectives = rows.config.evaluate, model.objectives
-    aligned = objectives.aligned
-    parts = [scores.retrieval_scores(data, pair, settings) for pair in aligned]
-    for source, target in [way for a, b in aligned for way in ((a, b), (b, a))]:
-        if (reader := _reader(target, model, rows)) is not None:
+    parts = [scores.retrieval_scores(data, pair, settings) for pair in objectives.aligned]
+    for source, target in [way for a, b in objectives.aligned for way in ((a, b), (b, a))]:
+        (reader, *more) = objectives.representations[target].modalities
+        if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone
             class_features = functools.partial(_class_features, model, rows, reader, target)
             parts.append(scores.zero_shot_scores(data, (source, target), class_features, settings))
     train, notes = _train_counts(data, rows)
@@ -88,23 +86,8 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score],
     return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
 
 
-def _reader(representation: str, model: MMMoE, rows: HeldOutRows) -> str | None:
-    """The modality of texts that is ``representation`` alone; None for any other representation."""
-    (first, *more) = model.objectives.representations[representation].modalities
-    return first if rows.modalities[first].needs_tokenizer and not more else None
-
-
 def _class_features(model: MMMoE, rows: HeldOutRows, reader: str, target: str, texts: list[str]) -> np.ndarray:
     return encode(model, target, text_batches(texts, reader, rows.config, rows.modalities, BATCH_SIZE))
-
-
-def _routing(data: HeldOut, rows: HeldOutRows) -> list[dict[str, Any]]:
-    """Each layer's routing, with that of the same model before its first step."""
-    if not data.routing:
-        return []
-    untrained = PretrainingModel(rows.config).mmmoe.eval()
-    before = collect_routing(untrained, rows.batches())
-    return [routing_report.summarise_layer(a, b) for a, b in zip(data.routing, before, strict=True)]
 
 
 def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -122,8 +105,6 @@ def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, den
     notes = []
     if data.damaged:
         notes.append(f"{data.damaged} held-out samples could not be decoded and are not scored")
-    trained = trains_on(rows.paths, rows.config)
-    notes += [f"{path} is trained on: these scores are not of held-out rows" for path in trained]
     notes += [
         f"class names were trained as {name} (modalities.{name}.label_probability): zero-shot is over unseen items, "
         f"not over unseen classes; its classes are those of the held-out items"

@@ -49,12 +49,7 @@ def plan_stream(
     frequency_h = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
     position_n = batch.positions[:num_valid] * rotary_M.to(device)[tokens.modality_ids_n]
     angle_nh = position_n[:, None].float() * frequency_h
-    return StreamPlan(
-        tokens,
-        angle_nh.cos(),
-        angle_nh.sin(),
-        AttentionPlan(batch.attention, device),
-    )
+    return StreamPlan(tokens, angle_nh.cos(), angle_nh.sin(), AttentionPlan(batch.attention, device))
 
 
 class Attention(nn.Module):

@@ -15,8 +15,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,10 +36,15 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str | Callab
     """
     if backend == "inductor":
         _check_tools(device)
-    with _compiler_on():
-        compiled: list[Any] = [
-            torch.compile(function, dynamic=True, backend=backend) for function in (rms_norm, prepare_heads, swiglu)
-        ]
+    functions = (rms_norm, prepare_heads, swiglu)
+    # Without a GPU the megatron engine turns the compiler off for megatron-core's own helpers
+    # (``engines/megatron_setup.py``). torch looks when ``torch.compile`` is called, and never again.
+    off = os.environ.pop(OFF, None)
+    try:
+        compiled: list[Any] = [torch.compile(function, dynamic=True, backend=backend) for function in functions]
+    finally:
+        if off is not None:
+            os.environ[OFF] = off
     normalise, prepare, activate = compiled
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -63,15 +67,3 @@ def _check_tools(device: torch.device) -> None:
             "train.compile blocks: on a GPU torch.compile needs triton, which is not installed; "
             "pip install triton, or use train.compile none"
         )
-
-
-@contextmanager
-def _compiler_on() -> Iterator[None]:
-    """Without a GPU the megatron engine turns the compiler off for megatron-core's own helpers
-    (``engines/megatron_setup.py``). torch looks when ``torch.compile`` is called, and never again."""
-    before = os.environ.pop(OFF, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[OFF] = before

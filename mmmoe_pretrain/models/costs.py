@@ -28,14 +28,6 @@ class TrunkCosts(NamedTuple):
     last_extra: float
 
 
-class _Sample(NamedTuple):
-    """Tokens of one sample: in all, that one token attends to on average, and with a target."""
-
-    tokens: float
-    attended: float
-    targets: float
-
-
 def block_costs(config: RunConfig) -> TrunkCosts:
     """FLOPs a token in the forward pass.
 
@@ -45,14 +37,17 @@ def block_costs(config: RunConfig) -> TrunkCosts:
     beside, and the language head 2 D V for the share of tokens that have a target.
     """
     objectives, model = objectives_of(config), config.model
-    sample = _sample(objectives)
+    segments = [segment for objective in objectives.values() for segment in objective.expected()]  # of a sample
+    tokens = sum(segment.count * segment.length for segment in segments)
+    attended = sum(segment.count * segment.scores for segment in segments) / tokens
+    targets = sum(segment.count * segment.targets for segment in segments)
     projections = 4 * model.hidden_size**2 * (1 + model.kv_heads / model.num_heads)
-    attention = projections + 4 * sample.attended * model.hidden_size
+    attention = projections + 4 * attended * model.hidden_size
     blocks = tuple(attention + feed_forward_flops(config, i) for i in range(model.num_layers))
     return TrunkCosts(
         blocks,
-        _stem_flops_of_sample(objectives, model.hidden_size) / sample.tokens,
-        _head_flops_of_sample(config, objectives, sample.targets) / sample.tokens,
+        _stem_flops_of_sample(objectives, model.hidden_size) / tokens,
+        _head_flops_of_sample(config, objectives, targets) / tokens,
     )
 
 
@@ -74,13 +69,6 @@ def feed_forward_flops(config: RunConfig, index: int) -> float:
 def _mean_expert_size(moe: MoEConfig) -> float:
     total = sum(group.num_experts * (group.expert_hidden_size or moe.expert_hidden_size) for group in moe.groups)
     return total / moe.router_outputs
-
-
-def _sample(objectives: Objectives) -> _Sample:
-    segments = [expected for objective in objectives.values() for expected in objective.expected()]
-    tokens = sum(segment.count * segment.length for segment in segments)
-    attended = sum(segment.count * segment.scores for segment in segments) / tokens
-    return _Sample(tokens, attended, sum(segment.count * segment.targets for segment in segments))
 
 
 def _stem_flops_of_sample(objectives: Objectives, hidden_size: int) -> float:

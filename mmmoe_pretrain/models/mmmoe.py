@@ -72,9 +72,13 @@ class MMMoE(nn.Module):
     def begin_step(self, seed: int) -> None:
         """Make random numbers in routing a function of ``seed`` and the number of forward passes since."""
         self._passes = 0
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.begin_step(seed)
+        for router in self.routers:
+            router.begin_step(seed)
+
+    @property
+    def routers(self) -> list[Router]:
+        """Of this stage's MoE layers, in their order."""
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     def forward(self, batch: Batch) -> tuple[Outputs, tuple[RoutingStats, ...]]:
         """All of the model on one batch."""

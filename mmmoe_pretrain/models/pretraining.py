@@ -19,7 +19,6 @@ from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.models.init import init_parameters
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.losses import BalanceWindow, loss_names, reduce_stats, routing_losses
-from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import ObjectiveModule, Outputs, StepCounts, step_counts
 from mmmoe_pretrain.parallel.cuts import is_vector
@@ -170,11 +169,8 @@ class PretrainingModel(nn.Module):
         for module in self._over_whole_step():
             module.forget()
         if routing is not None:
-            for router, stats in zip(self._routers(), routing, strict=True):
+            for router, stats in zip(self.mmmoe.routers, routing, strict=True):
                 router.end_step(stats)
-
-    def _routers(self) -> list[Router]:
-        return [module for module in self.modules() if isinstance(module, Router)]
 
     def use_half(self, dtype: torch.dtype) -> None:
         """Compute the trunk in bfloat16 or float16; vectors, routers, embedders and heads stay fp32."""

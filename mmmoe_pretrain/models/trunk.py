@@ -1,15 +1,16 @@
-"""The trunk: the blocks that all modalities and tasks share, or those of one pipeline stage."""
+"""The trunk: the blocks that all modalities and tasks share, or those of one pipeline stage; and recomputation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
-from mmmoe_pretrain.models.recompute import run_block
+from mmmoe_pretrain.moe.experts import Experts
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import Stage
@@ -24,7 +25,7 @@ class Trunk(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, groups: Groups, stage: Stage, names: StreamNames) -> None:
         super().__init__()
         self.groups, self.stage = groups, stage
-        self.recompute = False  # keep each block's input alone for the backward pass
+        self.recompute = False
         self.blocks = nn.ModuleDict({str(i): Block(model, moe, i, groups, names) for i in stage.blocks})
         self.norm = RMSNorm(model.hidden_size, groups) if stage.last else None
 
@@ -34,10 +35,30 @@ class Trunk(nn.Module):
             x_nD = enter_trunk(x_nD, self.groups)
         routing = []
         for block in self.blocks.values():
-            assert isinstance(block, Block)
-            x_nD, stats = run_block(block, x_nD, plan, self.recompute and torch.is_grad_enabled())
+            if self.recompute and torch.is_grad_enabled():
+                # To its end, though its last sums are not needed again: an exchange that began has to be waited for,
+                # and hooks that gather parameters before a module release them after it (ZeRO-3).
+                x_nD, stats = checkpoint(
+                    block, x_nD, plan, use_reentrant=False, preserve_rng_state=False, early_stop=False
+                )
+            else:
+                x_nD, stats = block(x_nD, plan)
             if stats is not None:
                 routing.append(stats)
         if self.norm is not None:
             x_nD = leave_trunk(self.norm(x_nD), plan.num_valid, self.groups)
         return x_nD, tuple(routing)
+
+
+def set_recompute(model: nn.Module, mode: str) -> None:
+    """Choose what the backward pass computes again instead of keeping it (arXiv 1604.06174).
+
+    ``experts``: the widest activations of an MoE layer (``moe/expert_math.py``). ``blocks``: all of a block but its
+    input; the ranks repeat its communication in the order of the forward pass. It may run twice because it is a
+    function of its input, its parameters and the plan: a router's noise is drawn from (seed, ``TokenInfo.draw``).
+    """
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.recompute = mode == "experts"
+        elif isinstance(module, Trunk):
+            module.recompute = mode == "blocks"

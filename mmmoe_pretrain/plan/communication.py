@@ -16,6 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.modalities import build_modalities
@@ -23,6 +25,7 @@ from mmmoe_pretrain.models.block import is_sparse
 from mmmoe_pretrain.moe.losses import loss_names
 from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
+from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.stages import Stage
 
@@ -72,14 +75,32 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A rank's part of one. ``partial``: its gradient is summed over the tensor ranks, since each
-    sees only a share of the tokens. ``replicated``: each tensor rank computes all of it, and they take the mean."""
+    """A rank's part of one. ``bytes``: of an element. ``expert``: not reduced over all data-parallel ranks.
+    ``partial``: its gradient is summed over the tensor ranks, since each sees only a share of the tokens.
+    ``replicated``: each tensor rank computes all of it, and they take the mean."""
 
     numel: int
-    bytes: int  # of an element
+    bytes: int
     expert: bool
+    vector: bool = False
     partial: bool = False
     replicated: bool = False
+
+
+def parameters_of(model: nn.Module) -> list[Parameter]:
+    """Of a model before or after an engine wraps it, also on the device ``meta``. DeepSpeed's engine always keeps
+    fp32; ZeRO-3 empties parameters, so call this before."""
+    return [
+        Parameter(
+            parameter.numel(),
+            parameter.element_size(),
+            expert=not getattr(parameter, "allreduce", True),
+            vector=is_vector(parameter),
+            partial=getattr(parameter, "sequence_parallel", False),
+            replicated=computed_alike(parameter),
+        )
+        for parameter in model.parameters()
+    ]
 
 
 def step_traffic(
@@ -117,7 +138,7 @@ def _stage(
     element, hidden = _element(config), config.model.hidden_size
     passes = 2 if config.train.recompute == "blocks" else 1
     sequence = layout.sequence_parallel and layout.tensor > 1
-    rows = _padded(batch.tokens, layout.tensor) if sequence else batch.tokens
+    rows = padded(batch.tokens, layout.tensor) if sequence else batch.tokens
     if stage.first:
         yield from _embedding(config, layout, batch, rows * hidden * element if sequence else 0)
     moe_layers = [index for index in stage.blocks if is_sparse(config.moe, index)]
@@ -178,27 +199,24 @@ def matrices(layout: Layout, activation: float, forward_passes: int = 1) -> Iter
     The sum of the products forward, of the gradients backward. Under sequence parallelism each is half an
     all-reduce on either side, and the rows are gathered once more for the first matrix's gradient.
     """
+    yield from _sums(layout, "matrices", activation, forward_passes + 1, forward_passes + 2)
+
+
+def _sums(layout: Layout, what: str, activation: float, sums: int, gathers: int) -> Iterator[Transfer]:
+    """Sums over the tensor ranks of ``activation`` bytes, each scattered under sequence parallelism, where rows are
+    also gathered ``gathers`` times."""
     if not layout.sequence_parallel:
-        calls = forward_passes + 1
-        yield _ring("matrices", ALL_REDUCE, TENSOR, layout.tensor, calls * activation, calls)
+        yield _ring(what, ALL_REDUCE, TENSOR, layout.tensor, sums * activation, sums)
         return
-    part = activation / layout.tensor
-    gathers, scatters = forward_passes + 2, forward_passes + 1
-    yield _ring("matrices", ALL_GATHER, TENSOR, layout.tensor, gathers * part, gathers)
-    yield _ring("matrices", REDUCE_SCATTER, TENSOR, layout.tensor, scatters * activation, scatters)
+    yield _ring(what, ALL_GATHER, TENSOR, layout.tensor, gathers * activation / layout.tensor, gathers)
+    yield _ring(what, REDUCE_SCATTER, TENSOR, layout.tensor, sums * activation, sums)
 
 
 def _expert_parts(layout: Layout, activation: float, weights: float, forward_passes: int) -> Iterator[Transfer]:
     """Around an MoE layer of whose experts each tensor rank has a part: the sum of the parts forward, of the
     tokens' gradients and the routing weights' backward."""
     yield _ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
-    calls = forward_passes + 1
-    if not layout.sequence_parallel:
-        yield _ring("experts' parts", ALL_REDUCE, TENSOR, layout.tensor, calls * activation, calls)
-        return
-    part = activation / layout.tensor
-    yield _ring("experts' parts", ALL_GATHER, TENSOR, layout.tensor, calls * part, calls)
-    yield _ring("experts' parts", REDUCE_SCATTER, TENSOR, layout.tensor, calls * activation, calls)
+    yield from _sums(layout, "experts' parts", activation, forward_passes + 1, forward_passes + 1)
 
 
 def _embedding(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
@@ -253,7 +271,7 @@ def _between_stages(
     the longest."""
     rows = max(max(1, batch.tokens) for batch in microbatches)
     if layout.sequence_parallel:
-        rows = -(-rows // layout.tensor)
+        rows = padded(rows, layout.tensor) // layout.tensor
     messages = len(microbatches) * sum((not stage.last) + (not stage.first) for stage in stages)
     sent = messages * rows * config.model.hidden_size * _element(config)
     yield Transfer("hidden states", POINT_TO_POINT, PIPELINE, layout.pipeline, messages, sent)
@@ -281,8 +299,8 @@ def padded_numel(numels: Sequence[int], ranks: int) -> int:
     """The size of megatron-core's buffer of parameters, laid out from the last to the first."""
     end = 0
     for numel in reversed(numels):
-        end = _padded(end, PARAMETER_ALIGNMENT) + numel
-    return _padded(end, math.lcm(ranks, BUCKET_ALIGNMENT))
+        end = padded(end, PARAMETER_ALIGNMENT) + numel
+    return padded(end, math.lcm(ranks, BUCKET_ALIGNMENT))
 
 
 def _joined_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Transfer]:
@@ -324,5 +342,5 @@ def _element(config: RunConfig) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
 
-def _padded(number: int, divisor: int) -> int:
+def padded(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor

@@ -9,28 +9,13 @@ several runs. The memory of a step comes on top; ``estimate_peak`` extrapolates 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.degrees import Layout
-from mmmoe_pretrain.plan.communication import FP32, PARAMETER_ALIGNMENT, padded_numel
+from mmmoe_pretrain.plan.communication import FP32, PARAMETER_ALIGNMENT, Parameter, padded, padded_numel
 
 NCCL_ALIGNMENT = 2  # numbers of a rank's share of DeepSpeed's flat buffers
-
-
-@dataclass(frozen=True)
-class Part:
-    """A rank's part of one parameter. ``bytes``: of an element. ``expert``: not reduced over all
-    data-parallel ranks."""
-
-    numel: int
-    bytes: int
-    expert: bool
-    vector: bool
 
 
 @dataclass(frozen=True)
@@ -48,27 +33,16 @@ class Held:
         return self.weights + self.gradients + self.masters + self.optimizer
 
     def __add__(self, other: Held) -> Held:
-        return Held(
-            self.weights + other.weights,
-            self.gradients + other.gradients,
-            self.masters + other.masters,
-            self.optimizer + other.optimizer,
-        )
+        sums = map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        return Held(*sums)
 
 
 NOTHING = Held(0, 0, 0, 0)
 
 
-def parts_of(model: nn.Module) -> list[Part]:
-    """The parts of a model before or after an engine wraps it, also on the device ``meta``. DeepSpeed's engine always
-    keeps fp32; ZeRO-3 empties parameters, so call this before."""
-    return [Part(p.numel(), p.element_size(), not getattr(p, "allreduce", True), is_vector(p))
-            for p in model.parameters()]  # fmt: skip
-
-
 def held_bytes(
     layout: Layout,
-    stages: Sequence[Sequence[Part]],
+    stages: Sequence[Sequence[Parameter]],
     optimizer: Sequence[str],
     data_rank: int = 0,
     expert_data_rank: int = 0,
@@ -88,7 +62,7 @@ def estimate_peak(held: int, smaller: tuple[int, int], larger: tuple[int, int], 
     return held + larger[1] + a_token * (tokens - larger[0]), a_token
 
 
-def _megatron(layout: Layout, parts: Sequence[Part], data_rank: int, expert_data_rank: int) -> Held:
+def _megatron(layout: Layout, parts: Sequence[Parameter], data_rank: int, expert_data_rank: int) -> Held:
     """One buffer for the parameters of one type, and one for the experts. ZeRO-1 lays each out with padding and gives
     each rank a share of it; weights and gradients stay whole."""
     held = NOTHING
@@ -108,13 +82,13 @@ def _own_numel(numels: Sequence[int], share: int, rank: int) -> int:
     begin, end, own = rank * share, (rank + 1) * share, 0
     at = 0
     for numel in reversed(numels):
-        at = -(-at // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
+        at = padded(at, PARAMETER_ALIGNMENT)
         own += max(0, min(end, at + numel) - max(begin, at))
         at += numel
     return own
 
 
-def _deepspeed(layout: Layout, parts: Sequence[Part], data_rank: int, expert_data_rank: int) -> Held:
+def _deepspeed(layout: Layout, parts: Sequence[Parameter], data_rank: int, expert_data_rank: int) -> Held:
     """Parameters are fp32. Stages 1 and 2 flatten each group of the optimizer, pad it, and keep a master copy and the
     reduced gradient of a rank's share; stage 3 keeps shares alone, of each parameter. All ranks hold as much."""
     held, spread = NOTHING, layout.expert > 1
@@ -129,14 +103,13 @@ def _deepspeed(layout: Layout, parts: Sequence[Part], data_rank: int, expert_dat
                 own = sum(-(-numel // ranks) for numel in numels)
                 held += Held(own * FP32, own * FP32, own * FP32, own * FP32)
                 continue
-            alignment = NCCL_ALIGNMENT * ranks
-            padded = math.ceil(sum(numels) / alignment) * alignment
-            own = padded // ranks
-            held += Held(padded * FP32, own * FP32, own * FP32, own * FP32)
+            whole = padded(sum(numels), NCCL_ALIGNMENT * ranks)
+            own = whole // ranks
+            held += Held(whole * FP32, own * FP32, own * FP32, own * FP32)
     return held
 
 
-HELD_BY: dict[str, Callable[[Layout, Sequence[Part], int, int], Held]] = {
+HELD_BY: dict[str, Callable[[Layout, Sequence[Parameter], int, int], Held]] = {
     "megatron": _megatron,
     "deepspeed": _deepspeed,
 }  # engine -> bytes of one stage, with one tensor of the optimizer

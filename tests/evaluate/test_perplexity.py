@@ -38,7 +38,3 @@ def test_unigram_perplexity_by_hand() -> None:
     # Train counts 3, 1, 0 smoothed: 4/7, 2/7, 1/7. Held out: token 0 twice, token 2 once.
     expected = ((4 / 7) ** 2 * (1 / 7)) ** (-1 / 3)
     assert unigram_perplexity(np.array([2, 0, 1]), np.array([3, 1, 0])) == pytest.approx(expected)
-
-
-def test_unigram_without_training_texts_is_uniform() -> None:
-    assert unigram_perplexity(np.array([2, 0, 1, 5]), np.zeros(4)) == pytest.approx(4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmmoe_pretrain.batch import Batch, Item, Sample
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.cli import app
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.evaluation import iterate_eval
+from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
+from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.evaluate import rows
 from mmmoe_pretrain.evaluate.routing import command
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.router import Router
+from mmmoe_pretrain.moe.tokens import token_info
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import things, tiny_config, write_shards
@@ -71,62 +73,31 @@ def numbers(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "routing.json").read_text())
 
 
-def content(item: Item) -> Any:
-    return item.raw or item.value.tobytes()
-
-
 def modalities_of(config: RunConfig) -> Modalities:
     return build_modalities(config.modalities, config.data.tokenizer)
 
 
-def item_of(sample: Sample, modality: str) -> Item:
-    item = sample.first(modality)
-    assert item is not None
-    return item
-
-
 def every_token(config: RunConfig) -> list[dict[tuple[str, str, int, str], tuple[np.ndarray, Any]]]:
     """By layer: (modality, sample, token, task) -> (router's probabilities [E], content), from the
-    router's input and weight alone, the stream being walked as ``data/pack.py`` documents it."""
+    router's input and weight alone; ``origins`` is compared with a walk by hand in test_top_tokens.py."""
     model, _, _ = load_model(config.run_dir)
     inputs: list[torch.Tensor] = []
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    batch, samples = next(iterate_eval(config.evaluate.test, config, modalities_of(config), 64))
+    modalities = modalities_of(config)
+    batch, samples = next(iterate_eval(config.evaluate.test, config, modalities, 64))
     with torch.no_grad():
         model(batch)
         p_LnE = [(x_nD @ router.weight.t()).softmax(-1).numpy() for x_nD, router in zip(inputs, routers, strict=True)]
-    names = [
-        ((modality, sample.meta.key, token, task), content(item_of(sample, modality)))
-        for modality, sample, length, task in runs_of(config, batch, samples)
-        for token in range(length)
-    ]
-    assert len(names) == int(batch.valid.sum())
-    return [{name: (p_E, what) for (name, what), p_E in zip(names, p_nE, strict=True)} for p_nE in p_LnE]
-
-
-def runs_of(config: RunConfig, batch: Batch, samples: list[Sample]) -> Iterator[tuple[str, Sample, int, str]]:
-    """Modality, sample, length and task of every run of the stream: each sample by itself, then its
-    captions behind an image or a clip, which have no end mark."""
-    settings: Any = config.modalities["audio"]
-    lengths = [
-        {
-            "image": 4,
-            "audio": -(-item_of(sample, "audio").value.shape[1] // settings.patch),
-            "text": len(item_of(sample, "text").value),
-        }
-        for sample in samples
-    ]
-    start = sum(sum(length.values()) for length in lengths)
-    for sample, length in zip(samples, lengths, strict=True):
-        for modality in MODALITIES:
-            yield modality, sample, length[modality], "contrastive"
-    for sample, length in zip(samples, lengths, strict=True):
-        prefix = MODALITIES[int(batch.modality_ids[start])]
-        yield prefix, sample, length[prefix], "captioning"
-        yield "text", sample, length["text"] - 1, "captioning"
-        start += length[prefix] + length["text"] - 1
+    found = origins(samples, eval_settings(config, modalities), range(len(samples)))
+    places = zip(found.sample_n.tolist(), found.item_n.tolist(), found.token_n.tolist(), strict=True)
+    tasks = [config.stream_names.tasks[x] for x in token_info(batch, config.stream_names).task_ids_n]
+    tokens = [(samples[b], samples[b].items[i], token) for b, i, token in places]
+    names = [(item.modality, sample.meta.key, token, task)
+             for (sample, item, token), task in zip(tokens, tasks, strict=True)]  # fmt: skip
+    what = [item.raw or item.value.tobytes() for _, item, _ in tokens]
+    return [dict(zip(names, zip(p_nE, what, strict=True), strict=True)) for p_nE in p_LnE]
 
 
 def test_listed_tokens_are_the_most_probable_that_the_expert_served(trained: RunConfig, report: Path) -> None:
@@ -183,9 +154,7 @@ def test_numbers_of_the_layers_are_those_of_the_tokens(trained: RunConfig, repor
             )
             np.testing.assert_allclose(layer["mean_probability"][modality], p_nE.mean(0), atol=1e-4)
             assert layer["tokens"][modality] == len(p_nE)
-            pairs = {tuple(sorted(pair)): 0 for pair in chosen_nK.tolist()}
-            for pair in chosen_nK.tolist():
-                pairs[tuple(sorted(pair))] += 1
+            pairs = Counter(tuple(sorted(pair)) for pair in chosen_nK.tolist())
             for a, b, share in layer["pairs"][modality]:
                 assert share == pytest.approx(pairs[a, b] / len(p_nE), abs=1.01 / len(p_nE))
         assert set(layer["specialisation_by_task"]) == TASKS
@@ -210,48 +179,41 @@ def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
 
 
-def test_one_layer_one_expert_a_token_no_audio_and_no_log(
-    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_report_of_less_leaves_nothing_of_the_first(
+    trained: RunConfig, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One MoE layer, one expert a token, no audio and no log."""
+    out = tmp_path / "out"
+    shutil.copytree(report, out)
+    (out / "mine.txt").write_text("kept")
     moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
     random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
     silent = held_out(tmp_path / "silent", lacking=("audio",))
-    out = command.write_report(tmp_path, [str(silent)])
+    command.write_report(tmp_path / "no run", [str(silent)], out=out)
+    left = {path.name for path in out.iterdir()}
+    assert not {"layer_00.md", "coactivation.png", "training_load.png", "training_change.png"} & left
+    assert {"layer_01.md", "mine.txt"} <= left
+    assert not any("audio" in name for name in left)
     (layer,) = numbers(out)["layers"]
-    assert out == tmp_path / "routing"
     assert set(layer["share"]) == {"image", "text"}
     assert not any("audio" in found for found in layer["top_tokens"])
     text = (out / "index.md").read_text()
     assert "Every token has one expert" in text
     assert "has no two records" in text
-    assert {path.suffix for path in out.glob("*audio*")} == set()
 
 
 def test_many_experts_stay_legible(trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = trained.moe.model_copy(update={"num_experts": 128, "null_experts": 2, "experts_per_token": 8, "every": 2})
     random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
     out = command.write_report(tmp_path, trained.evaluate.test, top=1)
+    assert out == tmp_path / "routing"
     sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
     assert len([name for name in sizes if name.startswith("layer_01_image")]) > 1
     assert max(max(size) for size in sizes.values()) < 3000, sizes
     assert "null: 128, 129" in (out / "layer_01.md").read_text()
 
 
-def test_a_second_report_leaves_nothing_of_the_first(
-    trained: RunConfig, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for path in report.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "mine.txt").write_text("kept")
-    moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
-    random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
-    command.write_report(tmp_path / "no run", trained.evaluate.test, out=tmp_path)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert not {"layer_00.md", "coactivation.png", "training_load.png"} & left
-    assert {"layer_01.md", "mine.txt"} <= left
-
-
-def test_what_cannot_be_shown_is_refused_with_a_remedy(
+def test_dense_runs_and_missing_shards_are_refused_with_a_remedy(
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="--top 0 would list nothing"):

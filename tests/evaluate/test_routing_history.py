@@ -31,28 +31,19 @@ def log_of(tmp_path: Path, *lines: str) -> Path:
     return path
 
 
-def test_change_is_the_share_that_moved(tmp_path: Path) -> None:
+def test_change_and_specialisation_by_hand(tmp_path: Path) -> None:
     path = log_of(
-        tmp_path, record(10, layer([0.5, 0.5, 0], [1, 0, 0])), record(20, layer([0.2, 0.5, 0.3], [0, 0, 1]))
+        tmp_path,
+        record(10, layer([0.5, 0.5, 0], [0.5, 0.5, 0])),  # alike
+        record(20, layer([0.2, 0.5, 0.3], [0, 0, 1])),
+        record(30, layer([1, 0, 0], [0, 0, 1])),  # the expert determines the modality
+        '{"step": 40, "rou',  # still being written
     )
     (found,) = history.read(path)
     assert found.modalities == ("image", "audio", "text")
-    assert found.steps_R.tolist() == [10, 20]
-    np.testing.assert_allclose(found.change_RM, [[0.3, np.nan, 1.0]])  # no audio, so no distance
-
-
-def test_specialisation_of_each_record(tmp_path: Path) -> None:
-    path = log_of(
-        tmp_path,
-        record(1, layer([0.5, 0.5], [0.5, 0.5])),  # alike
-        record(2, layer([1, 0], [0, 1])),  # the expert tells the modality: one bit of one
-    )
-    np.testing.assert_allclose(history.read(path)[0].specialisation_R, [0.0, 1.0], atol=1e-12)
-
-
-def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
-    whole = [record(step, layer([1, 0], [0, 1])) for step in (1, 2)]
-    assert history.read(log_of(tmp_path, *whole, '{"step": 3, "rou'))[0].steps_R.tolist() == [1, 2]
+    assert found.steps_R.tolist() == [10, 20, 30]
+    np.testing.assert_allclose(found.change_RM, [[0.3, np.nan, 1.0], [0.8, np.nan, 0.0]])  # no audio, no distance
+    np.testing.assert_allclose(found.specialisation_R[[0, 2]], [0.0, 1.0], atol=1e-12)
 
 
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
@@ -103,8 +94,3 @@ def test_partners_are_shares_of_a_row() -> None:
     found = figures.partners(np.array([[0.0, 3, 1], [3, 0, 0], [1, 0, 0]]))
     np.testing.assert_allclose(found, [[np.nan, 0.75, 0.25], [1, np.nan, 0], [1, 0, np.nan]])
     assert np.isnan(figures.partners(np.zeros((2, 2)))).all()
-
-
-def test_no_figure_of_partners_where_every_token_has_one_expert(tmp_path: Path) -> None:
-    assert not figures.coactivation([(1, np.zeros((4, 4)))], tmp_path / "pairs.png")
-    assert not (tmp_path / "pairs.png").exists()

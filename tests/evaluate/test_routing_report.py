@@ -12,8 +12,6 @@ from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.evaluate.routing.figures import expert_order, shares
 from mmmoe_pretrain.evaluate.routing_report import (
     dead_experts,
-    experts_used,
-    mutual_information,
     strongest_pairs,
     summarise_layer,
     summarise_tasks,
@@ -23,11 +21,11 @@ from mmmoe_pretrain.moe.stats import RoutingStats
 NAMES = StreamNames(("image", "audio", "text"), ("pairs", "captions"))
 
 
-def summary(counts: list[list[float]], layer: int = 1) -> dict[str, Any]:
-    return summarise_layer(totals(counts, layer), totals([[1] * len(counts[0])] * 3))
+def summary(counts: list[list[float]]) -> dict[str, Any]:
+    return summarise_layer(totals(counts), totals([[1] * len(counts[0])] * 3))
 
 
-def totals(counts: list[list[float]], layer: int = 1) -> RoutingStats:
+def totals(counts: list[list[float]]) -> RoutingStats:
     """Of one task; two experts a token."""
     counts_MXE = torch.tensor(counts)[:, None].double()
     tokens_MX = counts_MXE.sum(-1) / 2
@@ -35,44 +33,31 @@ def totals(counts: list[list[float]], layer: int = 1) -> RoutingStats:
     return RoutingStats(
         probability_MXE=counts_MXE / 2, entropy_MX=tokens_MX * math.log(2), z_MX=nothing, counts_MXE=counts_MXE,
         tokens_MX=tokens_MX, dropped_MX=tokens_MX / 5, load_ME=nothing, sequence_balance=nothing,
-        coactivation_MEE=nothing, orthogonality=nothing, names=NAMES, layer=layer,
+        coactivation_MEE=nothing, orthogonality=nothing, names=NAMES, layer=1,
     )  # fmt: skip
 
 
-def test_perfect_split_tells_all_of_the_modality() -> None:
-    # Counts differ a hundredfold between modalities: the score does not see it.
-    layer = summary([[1000, 1000, 0, 0], [0, 0, 10, 0], [0, 0, 0, 30]])
-    assert layer["specialisation_bits"] == pytest.approx(math.log2(3))
-    assert layer["specialisation"] == pytest.approx(1.0)
-    assert layer["experts_used"] == pytest.approx({"image": 2.0, "audio": 1.0, "text": 1.0})
-    assert layer["dead"] == []
-
-
-def test_independent_routing_tells_nothing() -> None:
-    layer = summary([[600, 300, 100], [60, 30, 10], [6, 3, 1]])
-    assert layer["specialisation_bits"] == pytest.approx(0.0, abs=1e-12)
-    assert layer["specialisation"] == pytest.approx(0.0, abs=1e-12)
-
-
-def test_half_shared_expert_by_hand() -> None:
-    # p(e|image) = (1/2, 1/2, 0), p(e|text) = (0, 1/2, 1/2): H(E) = 1.5 bits, H(E|M) = 1 bit.
-    assert mutual_information(np.array([[0.5, 0.5, 0], [0, 0.5, 0.5]])) == pytest.approx(0.5)
-
-
-def test_absent_modality_is_left_out() -> None:
-    layer = summary([[4, 0], [0, 0], [0, 4]])
-    assert set(layer["share"]) == {"image", "text"}
-    assert layer["modality_bits"] == pytest.approx(1.0)
-    assert layer["specialisation"] == pytest.approx(1.0)
-
-
-def test_one_modality_has_nothing_to_tell() -> None:
-    layer = summary([[3, 1], [0, 0], [0, 0]])
-    assert layer["specialisation"] == layer["specialisation_bits"] == 0.0
-
-
-def test_even_use_counts_all_experts() -> None:
-    assert experts_used(np.full((1, 8), 1 / 8)) == pytest.approx([8.0])
+@pytest.mark.parametrize(
+    ("counts", "score", "used"),
+    [
+        # Counts differ a hundredfold between modalities: the score does not see it.
+        ([[1000, 1000, 0, 0], [0, 0, 10, 0], [0, 0, 0, 30]], 1.0, {"image": 2.0, "audio": 1.0, "text": 1.0}),
+        ([[6, 6, 6], [60, 60, 60], [1, 1, 1]], 0.0, {"image": 3.0, "audio": 3.0, "text": 3.0}),
+        ([[4, 0], [0, 0], [0, 4]], 1.0, {"image": 1.0, "text": 1.0}),  # an absent modality is left out
+        # p(e|image) = (1/2, 1/2, 0), p(e|text) = (0, 1/2, 1/2): H(E) = 1.5 bits, H(E|M) = 1 bit, H(M) = 1 bit.
+        ([[2, 2, 0], [0, 0, 0], [0, 2, 2]], 0.5, {"image": 2.0, "text": 2.0}),
+        ([[2, 2], [0, 0], [0, 0]], 0.0, {"image": 2.0}),  # one modality alone
+    ],
+)
+def test_specialisation_and_experts_used_by_hand(
+    counts: list[list[float]], score: float, used: dict[str, float]
+) -> None:
+    layer = summary(counts)
+    bits = math.log2(len(used))
+    assert layer["specialisation"] == pytest.approx(score, abs=1e-12)
+    assert (layer["specialisation_bits"], layer["modality_bits"]) == pytest.approx((score * bits, bits), abs=1e-12)
+    assert layer["experts_used"] == pytest.approx(used)
+    assert layer["share"].keys() == used.keys()
 
 
 def test_expert_that_one_modality_needs_is_not_dead() -> None:
@@ -81,17 +66,11 @@ def test_expert_that_one_modality_needs_is_not_dead() -> None:
 
 
 def test_rates_are_of_tokens_and_of_assignments() -> None:
-    layer = summary([[10, 10], [0, 0], [5, 5]])
+    layer = summarise_layer(totals([[10, 10], [0, 0], [5, 5]]), totals([[7, 0], [0, 0], [0, 7]]))
+    assert (layer["specialisation"], layer["specialisation_untrained"]) == pytest.approx((0.0, 1.0), abs=1e-12)
     assert layer["entropy_bits"] == pytest.approx({"image": 1.0, "text": 1.0})
     assert layer["dropped"] == pytest.approx({"image": 0.1, "text": 0.1})
     assert layer["tokens"] == {"image": 10.0, "text": 5.0}
-
-
-def test_untrained_router_stands_beside_the_trained_one() -> None:
-    split, half = totals([[4, 0, 0], [0, 0, 0], [0, 4, 4]]), totals([[2, 2, 0], [0, 0, 0], [0, 2, 2]])
-    layer = summarise_layer(split, half)
-    assert layer["specialisation"] == pytest.approx(1.0)
-    assert layer["specialisation_untrained"] == pytest.approx(0.5)  # by hand in the test above
 
 
 def test_tasks_are_scored_one_by_one_and_against_each_other() -> None:
@@ -118,20 +97,11 @@ def test_pairs_are_sorted_by_the_tokens_that_both_served() -> None:
     assert strongest_pairs(together, tokens=10, limit=1) == [(1, 2, 0.5)]
 
 
-def test_totals_add_up_batch_by_batch() -> None:
-    both = totals([[1, 2], [3, 4], [5, 6]]) + totals([[10, 20], [30, 40], [50, 60]])
-    assert both.counts_ME.tolist() == [[11, 22], [33, 44], [55, 66]]
-    assert both.tokens_M.tolist() == [16.5, 38.5, 60.5]
-
-
-def test_specialists_stand_together() -> None:
+def test_experts_are_sorted_by_the_modality_that_uses_them_most() -> None:
     share = np.array([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1]])
     assert expert_order(share) == [1, 2, 0]
 
 
-def test_bars_are_drawn_of_layers_with_experts_only(tmp_path: Path) -> None:
-    sparse = [summary([[6, 2, 1, 1], [1, 6, 2, 1], [1, 1, 2, 6]], layer) for layer in (1, 3)]
-    assert shares(sparse, NAMES.modalities, tmp_path / "routing.png")
-    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+def test_no_figure_of_one_expert(tmp_path: Path) -> None:
     assert not shares([summary([[6], [1], [2]])], NAMES.modalities, tmp_path / "dense.png")
     assert not (tmp_path / "dense.png").exists()

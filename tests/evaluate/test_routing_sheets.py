@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import soundfile
-import torch
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.evaluate.routing import page, sheets
@@ -46,14 +43,6 @@ def frame_of(sheet: np.ndarray, line: int, column: int, size: tuple[int, int]) -
     return x.min() + 4, y.min() + 4, x.max() - 3, y.max() - 3  # three lines, and a white one
 
 
-def test_the_box_of_a_patch_holds_what_its_token_is_made_of() -> None:
-    value = black_square(top=8, left=32, side=8)  # second row, fifth of six columns
-    tokens = IMAGE.embedder(16, 0)(torch.from_numpy(value)[None]).detach()
-    differs = [i for i in range(36) if not torch.allclose(tokens[i], tokens[0], atol=1e-4)]
-    assert differs == [10]
-    assert IMAGE.describe(value, 10) == {"pixels": [32, 8, 40, 16]}
-
-
 def test_the_frame_is_drawn_around_the_patch() -> None:
     value = black_square(top=8, left=32, side=8)
     rows = [sheets.Row(0, 0.5, [top("image", 0, value)]),
@@ -66,21 +55,6 @@ def test_the_frame_is_drawn_around_the_patch() -> None:
     left, upper = sheets.cell_corner(1, 1, sheets.SQUARE)
     assert sheet[upper + int(12 * scale), left + int(36 * scale)].max() < 40  # the black square is framed
     assert sheet[upper + int(30 * scale), left + int(12 * scale)].min() > 240
-
-
-def test_a_click_is_in_the_token_of_its_seconds() -> None:
-    """Noise, so that nothing is trimmed, and a loud click after 0.7 s."""
-    settings = AudioSettings(sample_rate=8_000, hop_length=100, patch=4, n_fft=256, n_mels=16)
-    wave = 0.02 * np.random.default_rng(0).normal(size=12_000)
-    wave[5_600:5_608] = 0.9
-    file = io.BytesIO()
-    soundfile.write(file, wave, 8_000, format="WAV")
-    audio = Audio("audio", settings)
-    mel = audio.decode(file.getvalue())
-    assert mel is not None
-    token = int(mel.mean(0).argmax()) // settings.patch
-    assert audio.describe(mel, token) == {"seconds": [0.7, 0.75]}  # behind 14 tokens of four frames of 12.5 ms
-    assert audio.caption(mel, token) == "0.70 to 0.75 s"
 
 
 def test_the_frame_in_a_spectrogram_spans_its_token() -> None:

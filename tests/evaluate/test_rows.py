@@ -17,7 +17,7 @@ def sample(key: str, text: str) -> Sample:
 
 def leaks_of(root: Path) -> LeakFilter:
     config = tiny_config(root)
-    return LeakFilter(config, build_modalities(config.modalities, decoding=False))
+    return LeakFilter([str(root / "train")], build_modalities(config.modalities, decoding=False))
 
 
 def test_texts_are_compared_by_their_words_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from mmmoe_pretrain.batch import SampleMeta
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.evaluate.features import HeldOut, Predicted, same_text
-from mmmoe_pretrain.evaluate.scores import Score, Scored, perplexity_scores, retrieval_scores, zero_shot_scores
+from mmmoe_pretrain.evaluate.scores import Score, perplexity_scores, retrieval_scores, zero_shot_scores
 from mmmoe_pretrain.objectives import objectives_of
 from tests.support import tiny_config
 
@@ -42,12 +42,8 @@ def held_out(rows: list[tuple[SampleMeta, str, str, str]]) -> HeldOut:
     )
 
 
-def image_text(data: HeldOut, least: int = 1, **more: Any) -> Scored:
-    return retrieval_scores(data, IMAGE_TEXT, settings(least, **more))
-
-
-def audio(data: HeldOut, other: str, least: int = 1) -> Scored:
-    return retrieval_scores(data, AUDIO_TEXT if other == "text" else IMAGE_AUDIO, settings(least))
+def retrieved(data: HeldOut, pair: tuple[str, str] = IMAGE_TEXT, least: int = 1, **more: Any) -> dict[str, Score]:
+    return by_name(retrieval_scores(data, pair, settings(least, **more))[0])
 
 
 def by_name(scores: list[Score]) -> dict[str, Score]:
@@ -66,77 +62,61 @@ def test_image_scores_are_of_the_rows_that_the_config_names() -> None:
         ]
     )
     wanted = {"subset": ("named", "other"), "language": ("en",)}
-    score = by_name(image_text(data, rows={"text-image": wanted})[0])["image_to_text_r1"]
+    score = retrieved(data, rows={"text-image": wanted})["image_to_text_r1"]
     assert (score.value, score.chance, score.n, score.candidates) == (1.0, 0.5, 2, 2)
-    assert by_name(image_text(data, rows={"image-audio": wanted}, within="")[0])["image_to_text_r1"].n == 3
+    assert retrieved(data, rows={"image-audio": wanted}, within="")["image_to_text_r1"].n == 3
 
 
-def test_images_and_texts_are_ranked_within_each_language_by_the_data_s_own_names() -> None:
-    """Of 20 German rows and 40 without a language a random order finds 10 / 20 and 10 / 40."""
+def test_ranking_is_within_each_language_and_averaged() -> None:
+    """Of 20 German rows and 40 without a language a random order finds 10 / 20 and 10 / 40; 3 Malay ones are too
+    few."""
     rows = [(SampleMeta("", language="de"), f"i{i}", "", f"Wort {i}") for i in range(20)]
     rows += [(SampleMeta(""), f"i{i}", "", f"word {i}") for i in range(40)]
-    scores, notes = image_text(held_out(rows), least=20)
+    rows += [(SampleMeta("", language="ml"), f"i{i}", "", f"kata {i}") for i in range(3)]
+    scores, notes = retrieval_scores(held_out(rows), IMAGE_TEXT, settings(20))
     named = by_name(scores)
     assert notes == []
-    assert named["image_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
+    both = named["image_to_text_r10"]
+    assert both.chance == pytest.approx((10 / 20 + 10 / 40) / 2)
+    assert (both.n, both.candidates, both.value) == (60, 40, 1.0)
     assert named["text_to_image_r10/de"].chance == pytest.approx(0.5)
     assert named["image_to_text_r10/unknown"].n == 40
-    (note,) = image_text(held_out(rows), least=41)[1]
-    assert "of unknown (40 items)" in note
-    assert "evaluate.min_items" in note
-    (everything,) = {score.n for score in image_text(held_out(rows), within="")[0] if "image_to" in score.metric}
-    assert everything == 40, "20 images stand in both, as one item"
-
-
-def test_group_mates_that_look_and_read_differently_are_wrong_answers() -> None:
-    duck = SampleMeta("", group="duck", subset="named")
-    data = held_out([(duck, "i0", "", "duck"), (duck, "i1", "", "a duck"), (replace(duck, group="x"), "i2", "", "y")])
-    score = by_name(image_text(data)[0])["image_to_text_r1"]
-    assert score.chance == pytest.approx(1 / 3)
-
-
-def test_one_image_under_two_names_has_two_right_texts() -> None:
-    duck = SampleMeta("", group="duck", subset="named")
-    data = held_out([(duck, "i0", "", "duck"), (duck, "i0", "", "a duck"), (replace(duck, group="x"), "i1", "", "y")])
-    score = by_name(image_text(data)[0])["image_to_text_r1"]
-    assert (score.n, score.candidates) == (2, 3)
-    assert score.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
-
-
-def speech(language: str, count: int) -> list[tuple[SampleMeta, str, str, str]]:
-    meta = replace(SPEECH, language=language)
-    return [(meta, "", f"{language}-{i}", f"{language} word {i}") for i in range(count)]
-
-
-def test_speech_is_ranked_within_each_language_and_averaged() -> None:
-    data = held_out(speech("fr", 20) + speech("ru", 40) + speech("ml", 3))
-    scores, notes = audio(data, "text", least=20)
-    named = by_name(scores)
-    assert notes == []
-    assert named["speech_to_text_r10"].chance == pytest.approx((10 / 20 + 10 / 40) / 2)
-    assert named["speech_to_text_r10"].n == 60
-    assert named["speech_to_text_r10"].candidates == 40
-    assert named["text_to_speech_r10/fr"].chance == pytest.approx(0.5)
-    assert named["speech_to_text_r10/ru"].n == 40
-    assert "speech_to_text_r10/ml" not in named
-    assert named["speech_to_text_r1"].value == 1.0
-
-
-def test_a_sentence_said_twice_has_two_right_clips_and_one_text() -> None:
-    rows = [*speech("fr", 4), (replace(SPEECH, language="fr"), "", "fr-again", "FR  word 0")]
-    named = by_name(audio(held_out(rows), "text")[0])
-    assert named["speech_to_text_r1"].candidates == 4
-    assert named["speech_to_text_r1"].n == 5
-    assert named["text_to_speech_r1"].n == 4
-    assert named["text_to_speech_r1"].chance == pytest.approx((2 / 5 + 3 * 1 / 5) / 4)
-
-
-def test_too_few_clips_fall_back_to_the_largest_language_in_the_open() -> None:
-    scores, notes = audio(held_out(speech("fr", 4) + speech("ru", 6)), "text", least=50)
-    assert by_name(scores)["speech_to_text_r10"].n == 6
+    assert "image_to_text_r10/ml" not in named
+    (everything,) = {score.n for name, score in retrieved(held_out(rows), within="").items() if "image_to" in name}
+    assert everything == 40, "20 images are in both languages, as one item"
+    scores, (note,) = retrieval_scores(held_out(rows), IMAGE_TEXT, settings(41))
+    assert "41" in note and "of unknown (40 items)" in note and "evaluate.min_items" in note
+    assert by_name(scores)["image_to_text_r10"].n == 40
     assert not any("/" in score.metric for score in scores), "there is one language"
-    assert "50" in notes[0]
-    assert "ru (6 items)" in notes[0]
+
+
+DUCK = SampleMeta("", group="duck", subset="named")
+OTHER = replace(DUCK, group="x")
+FRENCH = replace(SPEECH, language="fr")
+
+
+@pytest.mark.parametrize(
+    ("pair", "rows", "metric", "n", "candidates", "chance"),
+    [  # images of one group with other names are wrong answers
+        (IMAGE_TEXT, [(DUCK, "i0", "", "duck"), (DUCK, "i1", "", "a duck"), (OTHER, "i2", "", "y")],
+         "image_to_text", 3, 3, 1 / 3),
+        # one image under two names has two right texts
+        (IMAGE_TEXT, [(DUCK, "i0", "", "duck"), (DUCK, "i0", "", "a duck"), (OTHER, "i1", "", "y")],
+         "image_to_text", 2, 3, (2 / 3 + 1 / 3) / 2),
+        # a sentence that is spoken twice has two right clips, and is one text
+        (AUDIO_TEXT, [(FRENCH, "", "a0", "chat"), (FRENCH, "", "a1", "CHAT"), (FRENCH, "", "a2", "ours")],
+         "text_to_speech", 2, 3, (2 / 3 + 1 / 3) / 2),
+        # an image may be found by any clip of its text
+        (IMAGE_AUDIO, [(FRENCH, "i0", "a0", "chat"), (FRENCH, "i1", "a1", "chat"), (FRENCH, "i2", "a2", "ours")],
+         "image_to_speech", 3, 3, (2 / 3 + 2 / 3 + 1 / 3) / 3),
+    ],
+)  # fmt: skip
+def test_right_answers_are_what_some_row_pairs_with_the_query_or_its_text(
+    pair: tuple[str, str], rows: list[Any], metric: str, n: int, candidates: int, chance: float
+) -> None:
+    score = retrieved(held_out(rows), pair)[f"{metric}_r1"]
+    assert (score.n, score.candidates) == (n, candidates)
+    assert score.chance == pytest.approx(chance)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +128,8 @@ def test_audio_that_is_no_speech_is_scored_under_the_kind_that_its_rows_give(kin
         (SampleMeta("", tags={"audio_kind": kind}, language="en"), f"i{i}", f"bark {i}", f"dog {i}") for i in range(4)
     ]
     rows += [(replace(SPEECH, language="en"), f"j{i}", f"word {i}", f"word {i}") for i in range(2)]
-    for other in ("text", "image"):
-        named = by_name(audio(held_out(rows), other)[0])
+    for other, pair in (("text", AUDIO_TEXT), ("image", IMAGE_AUDIO)):
+        named = retrieved(held_out(rows), pair)
         assert named[f"{name}_to_{other}_r1"].chance == named[f"{other}_to_{name}_r1"].chance == 1 / 4
         assert named[f"speech_to_{other}_r1"].chance == 1 / 2
         assert named[f"{name}_to_{other}_r1"].value == 1.0
@@ -162,20 +142,10 @@ def test_each_pair_is_scored_once_whatever_objectives_align_it(tmp_path: Path) -
     assert found == (("image", "text"), ("image", "audio"), ("audio", "text"))
 
 
-def test_what_the_data_does_not_pair_has_no_score() -> None:
-    scores, (note,) = audio(held_out([(SPEECH, "i", "", "bark")]), "text")
+def test_pairs_that_no_row_has_get_no_score() -> None:
+    scores, notes = retrieval_scores(held_out([(SPEECH, "i", "", "bark")]), AUDIO_TEXT, settings())
     assert scores == []
-    assert note == "no held-out row has both audio and text: no score of them"
-    _, (note,) = image_text(held_out([(SPEECH, "i", "", "bark")]), rows={"image-text": {"subset": ("absent",)}})
-    assert "{'subset': ('absent',)} (evaluate.rows)" in note
-
-
-def test_image_speech_takes_any_clip_that_says_the_text() -> None:
-    meta = replace(SPEECH, language="fr")
-    rows = [(meta, "i0", "a0", "chat"), (meta, "i1", "a1", "chat"), (meta, "i2", "a2", "hibou")]
-    named = by_name(audio(held_out(rows), "image")[0])
-    assert named["image_to_speech_r1"].chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
-    assert named["speech_to_image_r1"].value == 1.0
+    assert notes == ["no held-out row has both audio and text: no score of them"]
 
 
 def test_zero_shot_counts_each_image_once() -> None:

@@ -95,11 +95,6 @@ def varlen_in_pytorch(
     return torch.cat(parts)
 
 
-def varlen_before_gqa(*tensors: Any, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
-    """As in a torch whose ``varlen_attn`` wants as many heads of keys as of queries."""
-    return varlen_in_pytorch(*tensors, window_size=window_size)
-
-
 def check(found: list[Tensor], expected: list[Tensor]) -> None:
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)  # fp64, sums in another order
@@ -107,25 +102,16 @@ def check(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", STREAMS)
-def test_buckets_attend_as_the_blocks_say(name: str, heads: tuple[int, int]) -> None:
+def test_both_backends_attend_as_the_blocks_say(
+    name: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_in_pytorch)
     stream = STREAMS[name]
     qkv, grad = draw(stream, heads)
     expected = run(by_mask(stream), qkv, grad)
     check(run(lambda *x: attend_buckets(*x, plan_of(stream).buckets), qkv, grad), expected)
-
-
-@pytest.mark.parametrize("varlen_attn", [varlen_in_pytorch, varlen_before_gqa])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("name", STREAMS)
-def test_varlen_gets_the_lengths_of_the_blocks(
-    name: str, heads: tuple[int, int], varlen_attn: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.nn.attention import varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    stream = STREAMS[name]
-    qkv, grad = draw(stream, heads)
-    expected = run(by_mask(stream), qkv, grad)
     check(run(lambda *x: attend_varlen(*x, plan_of(stream).varlen), qkv, grad), expected)
 
 
@@ -150,6 +136,8 @@ def test_plans_of_long_blocks_are_small() -> None:
     masks = [b.mask_S11L for b in buckets.buckets if b.mask_S11L is not None]
     assert [mask.shape for mask in masks] == [(2, 1, 1, 32_768)]
     assert buckets.row_N.shape == (sum(lengths) + 100 + 5,)  # the prefix twice; 32,763 is padded to 32,768
+    assert not buckets.in_order
+    assert plan_of(STREAMS["causal, in order"]).buckets.in_order, "nothing has to be copied"
     bidirectional, causal = plan.varlen.calls
     assert (bidirectional.longest, causal.longest) == (32_768, 32_768)
     assert (bidirectional.first, bidirectional.last) == (32_768, sum(lengths))
@@ -161,28 +149,7 @@ def test_no_token_is_no_attention() -> None:
     assert attention.attend(q, k, k, plan_of([])).shape == (0, 4 * SIZE)
 
 
-def test_buckets_by_hand() -> None:
-    """Bidirectional spans of 4, 2 and 3 tokens, causal ones of 7 and 5, a bidirectional one of 9."""
-    plan = plan_of([(4, 4), (9, 9), (2, 2), (7, 3), (5, 0)]).buckets  # they begin at 0, 4, 13, 15 and 22
-    small, causal, large = plan.buckets
-    assert [(b.spans, b.length, b.causal) for b in plan.buckets] == [(3, 4, False), (2, 7, True), (1, 9, False)]
-    assert causal.mask_S11L is None and large.mask_S11L is None
-    assert small.mask_S11L is not None
-    assert small.mask_S11L.int().tolist() == [[[[1, 1, 1, 1]]], [[[1, 1, 0, 0]]], [[[1, 1, 1, 0]]]]
-    assert plan.row_N.tolist() == [
-        *(0, 1, 2, 3), *(13, 14, 14, 14), *(15, 16, 17, 17),
-        *(15, 16, 17, 18, 19, 20, 21), *(22, 23, 24, 25, 26, 26, 26),
-        *range(4, 13),
-    ]  # fmt: skip
-    assert plan.place_n.tolist() == [
-        *(0, 1, 2, 3), *range(26, 35), *(4, 5), *(8, 9, 10), *(15, 16, 17, 18), *(19, 20, 21, 22, 23),
-    ]  # fmt: skip
-    assert (plan.prefix_p.tolist(), plan.place_p.tolist()) == ([15, 16, 17], [12, 13, 14])
-    assert not plan.in_order
-    assert plan_of(STREAMS["causal, in order"]).buckets.in_order
-
-
-def test_what_is_not_a_number_stays_in_its_block() -> None:
+def test_nan_stays_in_its_block() -> None:
     """Forward and backward, though blocks share a call."""
     stream = [(5, 5), (7, 7), (3, 0), (6, 2)]
     qkv, grad = draw(stream, dtype=torch.float32)

@@ -44,7 +44,7 @@ def test_a_dense_block_costs_what_its_layer_runs() -> None:
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
-def test_a_mixture_costs_its_router_the_chosen_experts_and_the_shared_one(activation: str) -> None:
+def test_a_moe_layer_costs_its_router_the_chosen_experts_and_the_shared_one(activation: str) -> None:
     """An expert is a SharedExpert of its size; 2 of 4 are chosen, and the router is one product."""
     moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "activation": activation,
            "shared_expert_hidden_size": 12}  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_cached_contrast_compares_with_the_whole_step() -> None:
     assert cached - plain == pytest.approx(3 * 2 * 2 * 8 * (16 - 8) / tokens)
 
 
-def test_what_no_objective_asks_for_costs_nothing() -> None:
+def test_modalities_that_no_objective_uses_cost_nothing() -> None:
     """Texts alone, of 18 tokens, one of which is a target only: no stem runs, and no joint head is there."""
     config = config_of(objectives={"reading": {"kind": "next_token", "fraction": 0.5}})
     costs = block_costs(config)

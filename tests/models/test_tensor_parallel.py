@@ -129,59 +129,57 @@ def run(case: Case, groups: Groups, data_rank: int) -> tuple[OneBlock, dict[str,
     return model, {"output": y.detach(), "auxiliary loss": auxiliary.detach(), "gradient of x": x.grad}
 
 
-def check_close(found: Tensor, expected: Tensor, what: str, bf16: bool) -> None:
-    """Beside the largest value. fp32: sums of at most 24 terms in another order, through four products one
-    after another and back, and norms that magnify; 22 * 2^-24 was seen. bf16: forward and back some 16
-    roundings of 2^-9 on a value's way, which go another way than in the reference; 7 * 2^-9 was seen."""
+# Relative to the largest value. fp32: sums of at most 24 terms in another order, through four products in a row and
+# back, and norms that magnify; 22 * 2^-24 was seen. bf16: forward and back some 16 roundings of 2^-9 of each value,
+# which differ from those of the reference; 7 * 2^-9 was seen.
+BOUNDS = {torch.float32: 64 * 2**-24, torch.bfloat16: 16 * 2**-9}
+
+
+def check_close(found: Tensor, expected: Tensor, what: str, bound: float) -> None:
     assert found.shape == expected.shape, f"{what}: {found.shape}, expected {expected.shape}"
     assert found.dtype == expected.dtype, what
-    bound = 16 * 2**-9 if bf16 else 64 * 2**-24
     if expected.numel():
         worst = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-4)
         assert worst < bound, f"{what}: {worst:.1e} of the largest value, bound {bound:.1e}"
 
 
-def check(case: Case, groups: Groups) -> None:
-    shown = f"{case.name}, segments {case.segments[groups.data_rank]}, {groups.expert_size} expert ranks"
-    what = f"{shown}, sequence parallel {groups.sequence_parallel}"
-    model, found = run(case, groups, groups.data_rank)
-    reference, expected = run(case, SINGLE, groups.data_rank)
-    for name, value in expected.items():
-        check_close(found[name], value, f"{what}: {name}", case.bf16)
-    of_reference = dict(reference.named_parameters())
+def check_parameters(model: nn.Module, reference: nn.Module, groups: Groups, what: str, bound: float) -> None:
+    """Each is this rank's part of the reference's, and so is its gradient once an engine has joined the ranks'."""
     for name, placement in placements(model).items():
-        parameter, gradient = model.get_parameter(name), of_reference[name].grad
-        assert parameter.grad is not None and gradient is not None, f"{what}: {name}"
-        here, own = part_of(of_reference[name].detach(), placement), parameter.grad
-        assert torch.equal(parameter.detach(), here), f"{what}: initial value of {name}"
-        assert getattr(parameter, "tensor_model_parallel", False) == _is_cut(name), f"{what}: mark of {name}"
-        if getattr(parameter, "sequence_parallel", False):  # what an engine does
+        parameter, whole = model.get_parameter(name), reference.get_parameter(name)
+        own, gradient = parameter.grad, whole.grad
+        assert own is not None and gradient is not None, f"{what}: {name}"
+        assert torch.equal(parameter.detach(), part_of(whole.detach(), placement)), f"{what}: value of {name}"
+        if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(own, group=groups.tensor)
         if ".experts." in name:
             dist.all_reduce(gradient, group=groups.expert)
-        check_close(own, part_of(gradient, placement), f"{what}: gradient of {name}", case.bf16)
+        check_close(own, part_of(gradient, placement), f"{what}: gradient of {name}", bound)
+
+
+def check(case: Case, groups: Groups) -> None:
+    shown = f"{case.name}, segments {case.segments[groups.data_rank]}, {groups.expert_size} expert ranks"
+    what = f"{shown}, sequence parallel {groups.sequence_parallel}"
+    bound = BOUNDS[torch.bfloat16 if case.bf16 else torch.float32]
+    model, found = run(case, groups, groups.data_rank)
+    reference, expected = run(case, SINGLE, groups.data_rank)
+    for name, value in expected.items():
+        check_close(found[name], value, f"{what}: {name}", bound)
+    check_parameters(model, reference, groups, what, bound)
+    for name, parameter in model.named_parameters():
+        assert getattr(parameter, "tensor_model_parallel", False) == _is_cut(name), f"{what}: mark of {name}"
 
 
 def check_model(groups: Groups, modalities: list[str]) -> None:
     """Embedders, trunk, heads and objectives; a batch without text reaches neither table nor language head.
     Contrast divides by a temperature of 0.07, which magnifies roundings 14 times: see the bound."""
     config = tiny_config(Path("unused"))
-    batch, models, losses = random_batch(config, modalities), [], []
-    for layout in (groups, SINGLE):
-        model = PretrainingModel(config, layout)
-        loss, _ = model(batch)
-        loss.backward()
-        models.append(model)
-        losses.append(loss.detach())
+    batch = random_batch(config, modalities)
+    models = [PretrainingModel(config, layout) for layout in (groups, SINGLE)]
+    losses = [model(batch)[0] for model in models]
+    torch.autograd.backward(losses)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-7)
-    for name, placement in placements(models[0]).items():
-        own, gradient = (model.get_parameter(name).grad for model in models)
-        assert own is not None and gradient is not None, name
-        if getattr(models[0].get_parameter(name), "sequence_parallel", False):
-            dist.all_reduce(own, group=groups.tensor)
-        expected = part_of(gradient, placement)
-        worst = (own - expected).abs().max() / expected.abs().max().clamp(min=1e-4)
-        assert worst < 14 * 64 * 2**-24, f"{modalities}: gradient of {name}: {worst:.1e} of the largest value"
+    check_parameters(*models, groups, str(modalities), 14 * BOUNDS[torch.float32])
 
 
 def _is_cut(name: str) -> bool:

@@ -1,36 +1,22 @@
-"""The closed forms of communication, by hand and by enumeration; tests/benchmarks/test_scaling.py counts."""
+"""The closed forms of communication, by hand and by enumeration, beyond the layouts whose calls and bytes
+tests/benchmarks/test_scaling.py counts exactly."""
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.moe.stats import gather_stats
-from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
 from mmmoe_pretrain.parallel.degrees import Layout
+from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.plan import communication as plan
 from mmmoe_pretrain.plan.communication import Microbatch, Parameter, Routed, Transfer
-from tests.moe.routing_inputs import NAMES
 from tests.support import objectives, tiny_config
 
-ALONE = Layout(
-    world_size=1,
-    data=1,
-    tensor=1,
-    pipeline=1,
-    virtual_pipeline=1,
-    expert=1,
-    expert_data=1,
-    sequence_parallel=False,
-    zero_stage=0,
-    engine="megatron",
-)
+ALONE = replace(resolve_layout(tiny_config(Path("unused")), 1), zero_stage=0)
 NOWHERE = Routed(0, 0, 0, 0)
 
 
@@ -38,18 +24,8 @@ def found(transfers: list[Transfer]) -> dict[tuple[str, str, str], tuple[int, fl
     return {(t.what, t.kind, t.group): (t.calls, t.sent) for t in transfers}
 
 
-def test_a_mixture_sends_sizes_assignments_and_rows_there_and_back() -> None:
-    # Rank 0 of 2, with 4 experts: 3 rows leave for 4 assignments, 5 rows come for 6; a row has 40 bytes.
-    made = found(list(plan.dispatch(2, 4, 1, Routed(3, 5, 4, 6), row_bytes=40)))
-    assert made == {
-        ("sizes", ALL_TO_ALL, "expert"): (1, (1 + 2) * 4),  # rows, and assignments of two experts, int32
-        ("assignments", ALL_TO_ALL, "expert"): (2, 4 * 8 + 6 * 4),
-        # there: 3 leave; back: the 5 that came; and the gradients of both the other way
-        ("rows", ALL_TO_ALL, "expert"): (4, (3 + 5 + 5 + 3) * 40),
-    }
-
-
 def test_recomputed_blocks_send_forward_twice_and_chunks_cut_calls_not_rows() -> None:
+    """Rank 0 of 2, with 4 experts: 3 rows of 40 bytes leave for 4 assignments, 5 rows come for 6."""
     made = found(list(plan.dispatch(2, 4, 3, Routed(3, 5, 4, 6), row_bytes=40, forward_passes=2)))
     assert made == {
         ("sizes", ALL_TO_ALL, "expert"): (2, 2 * 3 * (1 + 2) * 4),
@@ -90,27 +66,6 @@ def test_dense_gradients_go_over_all_replicas_and_an_experts_over_its_own() -> N
         ("gradients", ALL_REDUCE, "data"): (1, 2 * 3 / 4 * 400),
         ("expert gradients", ALL_REDUCE, "expert_data"): (1, 2 * 1 / 2 * 240),
     }
-
-
-def test_the_sharded_optimizer_scatters_fp32_and_gathers_the_parameters_type_padded() -> None:
-    # From the last to the first: 3 elements end at 3, the next begins at 64 and ends at 134: 256 in all.
-    assert plan.padded_numel([70, 3], ranks=2) == 256
-    assert plan.padded_numel([70, 3], ranks=3) == math.lcm(3, 128)
-    parameters = [Parameter(70, 2, expert=False), Parameter(3, 2, expert=False)]
-    layout = replace(ALONE, data=2, zero_stage=1)
-    assert found(list(plan.gradients(layout, parameters))) == {
-        ("gradients", REDUCE_SCATTER, "data"): (1, 256 * 4 / 2),
-        ("parameters", ALL_GATHER, "data"): (1, 256 * 2 / 2),
-    }
-
-
-def test_statistics_have_as_many_elements_as_the_model_reduces() -> None:
-    logits = torch.zeros(6, 5)
-    ids = torch.zeros(6, 2, dtype=torch.int64)
-    tokens = TokenInfo.of_modalities(torch.zeros(6, dtype=torch.int64), NAMES)
-    stats = gather_stats(logits, logits.log_softmax(-1), ids, torch.ones_like(ids, dtype=torch.bool), tokens)
-    by_hand = 3 * 2 * (5 + 1 + 1 + 5 + 1 + 1) + 3 * 5 + 2  # three modalities, two tasks
-    assert plan.statistics_numel(NAMES, 5) == stats.flatten().numel() == by_hand
 
 
 def planned(config: RunConfig, layout: Layout, stages: list[Stage], batches: list[Microbatch]) -> list[Transfer]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,18 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import origins, pack
 from mmmoe_pretrain.evaluate import heatmap, routing_report
-from mmmoe_pretrain.evaluate.features import add_routing, collect_routing, device_of
+from mmmoe_pretrain.evaluate.features import add_routing, device_of
 from mmmoe_pretrain.evaluate.routing import figures, history, page, sheets
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken, TopTokens, watch
 from mmmoe_pretrain.evaluate.routing_report import array
-from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, overridden, place_of_report
+from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, place_of_report, untrained_routing
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import token_info
 
 REPORT = "routing/routing.json"
 STRONGEST_PAIRS = 5  # of experts, a modality
 TOP = 8  # tokens of an expert and modality
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The results of one pass over the rows: sums by layer, and each expert's top-activating tokens."""
-
-    samples: int
-    stats: tuple[RoutingStats, ...]
-    top_tokens: TopTokens
 
 
 def routing_command(
@@ -75,26 +64,26 @@ def write_report(
         )
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
-    found = run_pass(model, rows, top)
-    untrained = collect_routing(PretrainingModel(config).mmmoe.eval(), rows.batches())
-    layers = [_summary(stats, before, config) for stats, before in zip(found.stats, untrained, strict=True)]
+    samples, routing, top_tokens = run_pass(model, rows, top)
+    layers = [_summary(*pair, config) for pair in zip(routing, untrained_routing(rows), strict=True)]
     report = {
-        "run": config.name, "step": step, "test": rows.paths, "samples": found.samples, "layers": layers,
-        "notes": overridden(overrides) + rows.notes(),
+        "run": config.name, "step": step, "test": rows.paths, "samples": samples, "layers": layers,
+        "notes": rows.notes(overrides),
     }  # fmt: skip
     for old in (*folder.glob("layer_*"), *folder.glob("training_*.png"), folder / "coactivation.png"):
         old.unlink(missing_ok=True)  # of an earlier report with more layers or experts
-    drawn = _figures(found, layers, run_dir, folder)
+    together, training = _figures(routing, layers, run_dir, folder)
     for layer in layers:
-        _layer_page(layer, found.top_tokens, rows, folder)
-    (folder / "index.md").write_text(page.index(report, drawn), encoding="utf-8")
+        _layer_page(layer, top_tokens, rows, folder)
+    (folder / "index.md").write_text(page.index(report, together, training), encoding="utf-8")
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / Path(REPORT).name).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
-def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> Pass:
-    """One pass of ``model`` over ``rows``; recording does not change its outputs."""
+def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> tuple[int, tuple[RoutingStats, ...], TopTokens]:
+    """One pass of ``model`` over ``rows``: the number of samples, the sums of routing by layer, and each expert's
+    top-activating tokens. Recording does not change the model's outputs."""
     stats: tuple[RoutingStats, ...] = ()
     top_tokens, seen = TopTokens(top), 0
     settings = eval_settings(rows.config, rows.modalities)
@@ -108,7 +97,7 @@ def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> Pass:
             seen += len(samples)
     if not seen:
         raise ValueError(f"{', '.join(rows.paths)}: no held-out sample is left; check --test")
-    return Pass(seen, stats, top_tokens)
+    return seen, stats, top_tokens
 
 
 def _summary(stats: RoutingStats, untrained: RoutingStats, config: RunConfig) -> dict[str, Any]:
@@ -129,32 +118,40 @@ def _summary(stats: RoutingStats, untrained: RoutingStats, config: RunConfig) ->
     }
 
 
-def _figures(found: Pass, layers: Sequence[dict[str, Any]], run_dir: Path, folder: Path) -> dict[str, list[str]]:
-    panels = [_load_panel(layer, stats.names.modalities) for layer, stats in zip(layers, found.stats, strict=True)]
+def _figures(
+    routing: Sequence[RoutingStats], layers: Sequence[dict[str, Any]], run_dir: Path, folder: Path
+) -> tuple[bool, list[str]]:
+    """Whether there is a figure of experts that work together, and the names of the figures of training."""
+    modalities = routing[0].names.modalities
+    panels = [
+        heatmap.Panel(
+            f"layer {layer['layer']}",
+            np.stack([layer["share"].get(m, [np.nan] * layer["experts"]) for m in modalities], axis=1),
+            modalities,
+        )
+        for layer in layers
+    ]
     heatmap.save(heatmap.draw(panels, "Where each modality's tokens go"), folder / "load.png")
-    pairs = [(stats.layer, array(stats.coactivation_MEE.sum(0))) for stats in found.stats]
+    pairs = [(stats.layer, array(stats.coactivation_MEE.sum(0))) for stats in routing]
     together = figures.coactivation(pairs, folder / "coactivation.png")
     past = history.read(run_dir / "metrics.jsonl")
-    training = figures.load_over_steps(past, folder) if past else []
-    if past:
-        figures.change_over_steps(past, folder / "training_change.png")
-    return {
-        "load": ["load.png"],
-        "coactivation": ["coactivation.png"] if together else [],
-        "training": [*training, "training_change.png"] if past else [],
-    }
-
-
-def _load_panel(layer: dict[str, Any], modalities: tuple[str, ...]) -> heatmap.Panel:
-    absent = np.full(layer["experts"], np.nan)
-    columns = [np.asarray(layer["share"].get(m, absent)) for m in modalities]
-    return heatmap.Panel(f"layer {layer['layer']}", np.stack(columns, axis=1), modalities)
+    if not past:
+        return together, []
+    figures.change_over_steps(past, folder / "training_change.png")
+    return together, [*figures.load_over_steps(past, folder), "training_change.png"]
 
 
 def _layer_page(layer: dict[str, Any], search: TopTokens, rows: HeldOutRows, folder: Path) -> None:
     """The layer's page and sheets; its top-activating tokens go into ``layer`` too."""
     number = layer["layer"]
-    found = [_top_tokens(search, layer, expert) for expert in range(layer["experts"])]
+    found = [
+        {  # modalities that the expert serves with more than a tenth of an even share
+            modality: tokens
+            for modality, tokens in search.of(number, expert).items()
+            if sheets.worth_a_look(layer["share"][modality][expert], layer["experts"])
+        }
+        for expert in range(layer["experts"])
+    ]
     names: dict[str, list[str]] = {}
     for name, share_E in layer["share"].items():
         lines = [sheets.Row(expert, share_E[expert], by[name]) for expert, by in enumerate(found) if name in by]
@@ -166,15 +163,6 @@ def _layer_page(layer: dict[str, Any], search: TopTokens, rows: HeldOutRows, fol
     layer["top_tokens"] = [{m: [_plain(top, rows) for top in tokens] for m, tokens in by.items()} for by in found]
     text = page.layer_page(layer, found, names, rows.modalities)
     (folder / page.page_name(number)).write_text(text, encoding="utf-8")
-
-
-def _top_tokens(search: TopTokens, layer: dict[str, Any], expert: int) -> dict[str, list[TopToken]]:
-    """The top-activating tokens of the modalities that the expert serves with more than a tenth of an even share."""
-    return {
-        modality: tokens
-        for modality, tokens in search.of(layer["layer"], expert).items()
-        if sheets.worth_a_look(layer["share"][modality][expert], layer["experts"])
-    }
 
 
 def _plain(top: TopToken, rows: HeldOutRows) -> dict[str, Any]:

@@ -8,18 +8,28 @@ palette, which colour-blind readers can distinguish. Shapes: E experts, R record
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmmoe_pretrain.evaluate.heatmap import ABSENT, INK, QUIET, annotate, colour_bar, scale_top
+from mmmoe_pretrain.evaluate.heatmap import (
+    ABSENT,
+    INK,
+    QUIET,
+    colour_bar,
+    grid,
+    heat,
+    label_axes,
+    scale_top,
+    style_heat,
+)
 from mmmoe_pretrain.evaluate.routing.history import LayerHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 BAR_COLUMNS = 3
@@ -27,8 +37,6 @@ MAX_COLUMNS = 4
 LAYERS_A_FIGURE = 6
 MAX_BINS = 120  # of steps; a record is the mean of its bin beyond that
 SMOOTHING = 7  # records that a bold line is the mean of
-MAX_ANNOTATED = 16  # experts; with more, numbers would overlap
-DPI = 120
 
 
 def colour(modality: int) -> str:
@@ -43,17 +51,11 @@ def shares(layers: Sequence[dict[str, Any]], modalities: Sequence[str], path: Pa
     mixed = [layer for layer in layers if layer["experts"] > 1 and layer["share"]]
     if not mixed:
         return False
-    columns = min(BAR_COLUMNS, len(mixed))
-    lines = math.ceil(len(mixed) / columns)
     width = min(5.2, max(3.4, 0.26 * mixed[0]["experts"] + 1.2))
-    size = (max(6.6, width * columns), 2.9 * lines + 0.5)
-    figure = _figure(size, layout="tight", dpi=160)
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    figure, axes = grid(len(mixed), BAR_COLUMNS, (width, 2.9), (0, 0.5), dpi=160, layout="tight", sharey=True)
     for ax, layer in zip(axes.flat, mixed, strict=False):
         _bars(ax, layer, modalities)
-    _hide(axes, len(mixed))
-    for row in axes:
-        row[0].set_ylabel("share of assignments", color=QUIET, fontsize=9)
+    label_axes(axes, "share of assignments", "expert")
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.suptitle("Which experts serve which modality", x=0.01, ha="left", color=INK, fontsize=13, weight="bold")
     figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False, fontsize=10, handlelength=1.0)
@@ -66,30 +68,16 @@ def _bars(ax: Axes, layer: dict[str, Any], modalities: Sequence[str]) -> None:
     share_ME = np.array([layer["share"][name] for _, name in seen])
     order = expert_order(share_ME)
     base = np.zeros(len(order))
-    for (m, name), share_E in zip(seen, share_ME[:, order] / len(seen), strict=True):
+    for (m, name), share_E in zip(seen, 100 * share_ME[:, order] / len(seen), strict=True):
         ax.bar(range(len(order)), share_E, bottom=base, width=0.84, color=colour(m), label=name)
         base += share_E
-    ax.axhline(1 / len(order), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
-    ax.set_title(
-        f"layer {layer['layer']}\nspecialisation {layer['specialisation']:.0%}, "
-        f"untrained {layer['specialisation_untrained']:.0%}",
-        loc="left",
-        fontsize=9.5,
-        color=INK,
-    )
-    if len(order) <= 64:  # more names would not be legible
-        ax.set_xticks(range(len(order)), [str(e) for e in order], fontsize=8 if len(order) <= 16 else 6)
-    else:
-        ax.set_xticks([])
+    ax.axhline(100 / len(order), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+    compared = f"{layer['specialisation']:.0%}, untrained {layer['specialisation_untrained']:.0%}"
+    _style_percent(ax, f"layer {layer['layer']}\nspecialisation {compared}")
+    # more than 64 names would not be legible
+    ticks = [(place, str(expert)) for place, expert in enumerate(order) if len(order) <= 64]
+    ax.set_xticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8 if len(order) <= 16 else 6)
     ax.set_xlim(-0.6, len(order) - 0.4)
-    ax.set_xlabel("expert", color=QUIET, fontsize=9)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    ax.tick_params(axis="y", labelsize=8)
-    ax.tick_params(length=0, colors=QUIET)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.grid(axis="y", color="#E6E6E6", linewidth=0.7)
-    ax.set_axisbelow(True)
 
 
 def expert_order(share_ME: np.ndarray) -> list[int]:
@@ -102,27 +90,17 @@ def expert_order(share_ME: np.ndarray) -> list[int]:
 def coactivation(pairs: Sequence[tuple[int, np.ndarray]], path: Path) -> bool:
     """``pairs``: layer, and how often two experts served one token [E, E]. Row e shows how the tokens of
     expert e share out over its partners. False, and no file, where no token has two experts."""
-    pairs = [(layer, counts_EE) for layer, counts_EE in pairs if counts_EE.any()]
-    if not pairs:
+    shares = [(layer, partners(counts_EE)) for layer, counts_EE in pairs if counts_EE.any()]
+    if not shares:
         return False
-    columns = min(MAX_COLUMNS, len(pairs))
-    lines = math.ceil(len(pairs) / columns)
-    size = min(4.6, max(2.6, 0.36 * max(len(counts_EE) for _, counts_EE in pairs)))
-    figure = _figure((columns * (size + 0.5) + 1.2, lines * (size + 0.6) + 0.8))
-    axes = figure.subplots(lines, columns, squeeze=False)
-    _hide(axes, len(pairs))
-    shares = [(layer, partners(counts_EE)) for layer, counts_EE in pairs]
-    top, largest = (100 * value for value in scale_top([share_EE for _, share_EE in shares]))
+    size = min(4.6, max(2.6, 0.36 * max(len(share_EE) for _, share_EE in shares)))
+    figure, axes = grid(len(shares), MAX_COLUMNS, (size + 0.5, size + 0.6), (1.2, 0.8))
+    top, largest = scale_top([share_EE for _, share_EE in shares])
     for ax, (layer, share_EE) in zip(axes.flat, shares, strict=False):
-        colours = ax.imshow(100 * share_EE, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
-        ax.set_title(f"layer {layer} (even: {100 / (len(share_EE) - 1):.3g}%)", fontsize=10, color=INK)
-        _expert_ticks(ax, len(share_EE), both=True)
-        if len(share_EE) <= MAX_ANNOTATED:
-            annotate(ax, 100 * share_EE, top, 7.5)
-    for row in axes:
-        row[0].set_ylabel("tokens of expert", color=QUIET, fontsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("are served by this one too", color=QUIET, fontsize=9)
+        even = 100 / (len(share_EE) - 1)
+        colours = heat(ax, share_EE, top, f"layer {layer} (even: {even:.3g}%)")
+        ax.set_xticks(ax.get_yticks())
+    label_axes(axes, "tokens of expert", "are served by this one too")
     colour_bar(figure, colours, axes, "share of the partners of the row's expert", largest)
     figure.suptitle("Which experts work together", color=INK, fontsize=12)
     figure.savefig(path, facecolor="white")
@@ -151,24 +129,21 @@ def load_over_steps(history: Sequence[LayerHistory], folder: Path) -> list[str]:
 
 def _load_figure(history: Sequence[LayerHistory], path: Path) -> None:
     heights = [min(2.6, max(1.3, 0.14 * layer.load_RME.shape[2])) for layer in history]
-    figure = _figure((11, sum(heights) + 0.45 * len(history) + 1.0))
-    axes = figure.subplots(len(history), len(history[0].modalities), squeeze=False, height_ratios=heights)
-    top, largest = (100 * value for value in scale_top([layer.load_RME for layer in history]))
+    modalities = len(history[0].modalities)
+    size, margin = (10 / modalities, sum(heights) / len(history) + 0.45), (1, 1)
+    figure, axes = grid(len(history) * modalities, modalities, size, margin, height_ratios=heights)
+    top, largest = scale_top([layer.load_RME for layer in history])
     for row, layer in zip(axes, history, strict=True):
         steps, load = binned(layer.steps_R, layer.load_RME)
+        edges, experts = _edges(steps), np.arange(load.shape[2] + 1) - 0.5
         for m, (ax, modality) in enumerate(zip(row, layer.modalities, strict=True)):
             ax.set_facecolor(ABSENT)
-            edges = _edges(steps)
-            experts = np.arange(load.shape[2] + 1) - 0.5
             colours = ax.pcolormesh(edges, experts, 100 * load[:, m].T, cmap="viridis", vmin=0, vmax=top)
             ax.invert_yaxis()
-            _expert_ticks(ax, load.shape[2])
-            ax.set_title(f"layer {layer.layer}: {modality}", fontsize=10, color=INK)
+            style_heat(ax, load.shape[2], f"layer {layer.layer}: {modality}")
             if np.isnan(load[:, m]).all():
                 ax.text(0.5, 0.5, "no tokens", ha="center", va="center", color=QUIET, transform=ax.transAxes)
-        row[0].set_ylabel("expert", color=QUIET, fontsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("step", color=QUIET, fontsize=9)
+    label_axes(axes, "expert", "step")
     colour_bar(figure, colours, axes, "share of the modality's assignments", largest)
     figure.suptitle("Where each modality's tokens went, step by step", color=INK, fontsize=12)
     figure.savefig(path, facecolor="white")
@@ -177,12 +152,7 @@ def _load_figure(history: Sequence[LayerHistory], path: Path) -> None:
 def change_over_steps(history: Sequence[LayerHistory], path: Path) -> None:
     """Specialisation of every layer over the steps, and a panel a layer: how much of each modality's
     routing changed from one logged step to the next."""
-    panels = len(history) + 1
-    columns = min(MAX_COLUMNS, panels)
-    lines = math.ceil(panels / columns)
-    figure = _figure((3.6 * columns + 0.4, 2.5 * lines + 0.9))
-    axes = figure.subplots(lines, columns, squeeze=False)
-    _hide(axes, panels)
+    figure, axes = grid(len(history) + 1, MAX_COLUMNS, (3.6, 2.5), (0.4, 0.9))
     _specialisation_panel(axes.flat[0], history)
     top = max(float(np.nanmax(layer.change_RM, initial=0.0)) for layer in history)
     for ax, layer in zip(list(axes.flat)[1:], history, strict=False):
@@ -190,10 +160,10 @@ def change_over_steps(history: Sequence[LayerHistory], path: Path) -> None:
         for m, modality in enumerate(layer.modalities):
             ax.plot(steps, 100 * change[:, m], color=colour(m), linewidth=0.8, alpha=0.35)
             ax.plot(steps, 100 * smoothed(change[:, m]), color=colour(m), linewidth=2, label=modality)
-        ax.set_title(f"layer {layer.layer}: change since the log before", fontsize=10, color=INK, loc="left")
         ax.set_ylim(0, 105 * top or 1)
-        _line_axes(ax)
+        _style_percent(ax, f"layer {layer.layer}: change since the log before")
     axes.flat[1].legend(frameon=False, fontsize=8.5, handlelength=1.2)
+    label_axes(axes, "", "step")
     figure.suptitle("How routing settled in training", color=INK, fontsize=12)
     figure.savefig(path, facecolor="white")
 
@@ -205,12 +175,10 @@ def _specialisation_panel(ax: Axes, history: Sequence[LayerHistory]) -> None:
     for shade, layer in zip(shades, history, strict=True):
         steps, score = binned(layer.steps_R, layer.specialisation_R)
         ax.plot(steps, 100 * score, color=shade, linewidth=1.6, label=f"layer {layer.layer}")
-    ax.set_title("specialisation", fontsize=10, color=INK, loc="left")
     ax.set_ylim(0, 100)
-    ax.legend(
-        frameon=False, fontsize=8.5 if len(history) <= 4 else 6, ncols=math.ceil(len(history) / 6), handlelength=1.2
-    )
-    _line_axes(ax)
+    columns = math.ceil(len(history) / 6)
+    ax.legend(frameon=False, fontsize=8.5 if len(history) <= 4 else 6, ncols=columns, handlelength=1.2)
+    _style_percent(ax, "specialisation")
 
 
 def binned(steps_R: np.ndarray, values_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,11 +186,9 @@ def binned(steps_R: np.ndarray, values_R: np.ndarray) -> tuple[np.ndarray, np.nd
     if len(steps_R) <= MAX_BINS:
         return steps_R, values_R
     parts = np.array_split(np.arange(len(steps_R)), MAX_BINS)
-    means = []
-    for part in parts:
-        here = values_R[part]
-        count = (~np.isnan(here)).sum(0)
-        means.append(np.where(count > 0, np.nansum(here, 0) / np.maximum(count, 1), np.nan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over NaN alone, which is NaN
+        means = [np.nanmean(values_R[part], axis=0) for part in parts]
     return steps_R[[part[-1] for part in parts]], np.stack(means)
 
 
@@ -241,31 +207,9 @@ def _edges(steps: np.ndarray) -> np.ndarray:
     return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
 
 
-def _figure(
-    size: tuple[float, float], layout: Literal["constrained", "tight"] = "constrained", dpi: int = DPI
-) -> Figure:
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    return Figure(figsize=size, dpi=dpi, layout=layout)
-
-
-def _hide(axes: Any, used: int) -> None:
-    for ax in list(axes.flat)[used:]:
-        ax.set_axis_off()
-
-
-def _expert_ticks(ax: Axes, experts: int, both: bool = False) -> None:
-    step = 1 if experts <= MAX_ANNOTATED else 8
-    ax.set_yticks(range(0, experts, step))
-    if both:
-        ax.set_xticks(range(0, experts, step))
-        ax.set_facecolor(ABSENT)
-    ax.tick_params(length=0, labelsize=7.5, colors=QUIET)
-    ax.spines[:].set_visible(False)
-
-
-def _line_axes(ax: Axes) -> None:
-    ax.set_xlabel("step", color=QUIET, fontsize=9)
+def _style_percent(ax: Axes, title: str) -> None:
+    """Title, and grid lines at percentages."""
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
     ax.tick_params(length=0, labelsize=8, colors=QUIET)
     for side in ("top", "right", "left"):

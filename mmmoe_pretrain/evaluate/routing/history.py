@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.evaluate.routing_report import mutual_information
+from mmmoe_pretrain.evaluate.routing_report import specialisation
 from mmmoe_pretrain.untrusted import brief, parse_json
 
 
@@ -35,7 +35,7 @@ class LayerHistory:
     def specialisation_R(self) -> np.ndarray:
         """Mutual information of modality and expert over the bits that name a modality; NaN where fewer
         than two modalities have tokens."""
-        return np.array([_specialisation(load_ME) for load_ME in self.load_RME])
+        return np.array([specialisation(np.nan_to_num(load_ME)) for load_ME in self.load_RME], dtype=float)
 
 
 def read(path: Path) -> list[LayerHistory]:
@@ -80,8 +80,3 @@ def _load(entry: dict[str, Any], modalities: tuple[str, ...]) -> np.ndarray:
     load_ME = np.array([entry["load"][m] for m in modalities], dtype=float)
     absent_M = np.array([not entry["tokens"][m] for m in modalities])
     return np.where(absent_M[:, None], np.nan, load_ME)
-
-
-def _specialisation(load_ME: np.ndarray) -> float:
-    seen = load_ME[~np.isnan(load_ME).any(1)]
-    return mutual_information(seen) / float(np.log2(len(seen))) if len(seen) > 1 else float("nan")

@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmmoe_pretrain.evaluate.features import first_text
-from mmmoe_pretrain.evaluate.report import modality_cells, specialisation_line, table
+from mmmoe_pretrain.evaluate.report import layer_lines, modality_section, table
 from mmmoe_pretrain.evaluate.routing.sheets import percent
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.modalities.base import in_markdown
 
 
-def index(report: dict[str, Any], figures: dict[str, list[str]]) -> str:
-    """The first page. ``figures``: section -> file names."""
+def index(report: dict[str, Any], together: bool, training: Sequence[str]) -> str:
+    """The first page. ``together``: there is a figure of experts that work together; ``training``: the names of the
+    figures of routing in training."""
     layers = report["layers"]
     lines = [f"# Routing of {report['run']}, step {report['step']}", ""]
     lines += [
@@ -25,11 +26,15 @@ def index(report: dict[str, Any], figures: dict[str, list[str]]) -> str:
         f"reached in every MoE layer.",
         "",
     ]
-    lines += [f"- layer {layer['layer']}: {specialisation_line(layer)}" for layer in layers]
-    lines += ["", *_modality_section(layers, figures["load"])]
+    lines += [*layer_lines(layers), "", *modality_section(layers, "load.png"), ""]
+    lines += [
+        "A column of the figure is a modality and shows where its tokens go: an expert that is bright in one column "
+        "and dark in the others is a specialist.",
+        "",
+    ]
     lines += _task_section(layers)
-    lines += _together_section(layers, figures["coactivation"])
-    lines += _training_section(figures["training"])
+    lines += _together_section(layers, together)
+    lines += _training_section(training)
     lines += ["## Top-activating tokens of each expert", ""]
     lines += [f"- [layer {layer['layer']}]({page_name(layer['layer'])})" for layer in layers]
     if report["notes"]:
@@ -50,7 +55,8 @@ def layer_page(
         "",
     ]
     if layer["free_experts"]:
-        lines += [f"Experts without computation: {_free(layer['free_experts'])}.", ""]
+        free = "; ".join(f"{kind}: {', '.join(map(str, of))}" for kind, of in layer["free_experts"].items())
+        lines += [f"Experts without computation: {free}.", ""]
     for modality, names in sheets.items():
         if names:
             lines += [f"Tokens of {modality}. The frame marks the token in its item.", ""]
@@ -62,29 +68,6 @@ def layer_page(
 
 def page_name(layer: int) -> str:
     return f"layer_{layer:02d}.md"
-
-
-def _modality_section(layers: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[str]:
-    columns = ("layer", "modality", "tokens", "experts used", "entropy (bits)", "dropped", "dead experts")
-    rows = [
-        [
-            *modality_cells(layer, name),
-            _numbers(layer["dead"]),
-        ]
-        for layer in layers
-        for name in layer["share"]
-    ]
-    legend = (
-        "A column of the figure is a modality and shows where its tokens go: an expert that is bright in one "
-        "column and dark in the others is a specialist. Specialisation is the mutual information of modality and "
-        "expert, with equal weights of all modalities: 0% if all modalities use the experts equally, 100% if the "
-        "expert determines the modality. Untrained is the same model before its first step. Experts used is the "
-        "exponential of the entropy of a modality's shares; entropy that of the router's distribution for a token; "
-        "dropped is the share of assignments for which an expert had no room; an expert is dead below 1% of an even "
-        "share in every modality."
-    )
-    shown = [f"![Which experts serve which modality]({name})\n" for name in figures]
-    return ["## Which experts serve which modality", "", *shown, *table(columns, rows), "", legend, ""]
 
 
 def _task_section(layers: Sequence[dict[str, Any]]) -> list[str]:
@@ -108,9 +91,9 @@ def _task_section(layers: Sequence[dict[str, Any]]) -> list[str]:
     return ["## Which experts serve which task", "", *table(columns, rows), "", legend, ""]
 
 
-def _together_section(layers: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[str]:
+def _together_section(layers: Sequence[dict[str, Any]], together: bool) -> list[str]:
     lines = ["## Which experts work together", ""]
-    if not figures:
+    if not together:
         return [*lines, "Every token has one expert, so there are no pairs.", ""]
     rows = [
         [str(layer["layer"]), name, ", ".join(f"{a} + {b}: {share:.0%}" for a, b, share in pairs)]
@@ -121,7 +104,7 @@ def _together_section(layers: Sequence[dict[str, Any]], figures: Sequence[str]) 
         "A row of the figure is an expert; its colours show the other experts of its tokens. "
         "The table has the pairs that serve the most tokens, as shares of the modality's tokens."
     )
-    lines += [f"![Which experts work together]({name})\n" for name in figures]
+    lines += ["![Which experts work together](coactivation.png)", ""]
     return [*lines, *table(("layer", "modality", "strongest pairs"), rows), "", legend, ""]
 
 
@@ -157,14 +140,6 @@ def _expert_section(
         shown = [i for i, title in enumerate(titles) if not title or any(row[i] for row in rows)]
         lines += [*table([titles[i] for i in shown], [[row[i] for i in shown] for row in rows]), ""]
     return lines
-
-
-def _free(experts: dict[str, list[int]]) -> str:
-    return "; ".join(f"{kind}: {_numbers(numbers)}" for kind, numbers in experts.items())
-
-
-def _numbers(values: Sequence[int]) -> str:
-    return ", ".join(str(value) for value in values) if values else "none"
 
 
 def _or_dash(share: float | None) -> str:

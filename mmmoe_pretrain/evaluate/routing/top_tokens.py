@@ -8,10 +8,11 @@ of them; equal images of two samples count as one. Shapes: n valid tokens, E exp
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,8 @@ def watch(model: nn.Module) -> Iterator[list[Decisions]]:
 
 
 def _served(routing: Routing) -> np.ndarray:
-    served_nE = torch.zeros(routing.log_p_nE.shape, device=routing.kept_nK.device)
-    served_nE.scatter_add_(1, routing.expert_ids_nK, routing.kept_nK.float())
-    return (served_nE > 0).cpu().numpy()
+    times_nE = torch.zeros_like(routing.log_p_nE).scatter_add_(1, routing.expert_ids_nK, routing.kept_nK.float())
+    return (times_nE > 0).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,8 @@ class TopToken:
         return float(np.exp(self.log_p))
 
     @property
-    def place(self) -> Hashable:
+    def place(self) -> tuple[str, int]:
         return self.content, self.token
-
-
-@dataclass
-class _Best:
-    """The best tokens so far of one expert and modality: of distinct content, and of distinct places."""
-
-    by_content: list[TopToken] = field(default_factory=list)
-    by_place: list[TopToken] = field(default_factory=list)
 
 
 class TopTokens:
@@ -98,7 +90,7 @@ class TopTokens:
 
     def __init__(self, top: int) -> None:
         self.top = top
-        self._best: defaultdict[tuple[int, int], dict[str, _Best]] = defaultdict(dict)
+        self._best: defaultdict[tuple[int, int], dict[str, list[TopToken]]] = defaultdict(dict)
 
     def add(
         self, decisions: Sequence[Decisions], tokens: TokenInfo, origins: Origins, samples: Sequence[Sample]
@@ -118,43 +110,31 @@ class TopTokens:
                 for expert in np.flatnonzero(layer.served_nE[rows].any(0)).tolist():
                     log_p_n, mine = layer.log_p_nE[:, expert], rows[layer.served_nE[rows, expert]]
                     order = mine[np.argsort(-log_p_n[mine], kind="stable")].tolist()
-                    best = self._best[layer.layer, expert].setdefault(modality, _Best())
-                    self._merge(best, (found(row, modality, float(log_p_n[row])) for row in order))
+                    best = self._best[layer.layer, expert]
+                    new = (found(row, modality, float(log_p_n[row])) for row in order)
+                    best[modality] = self._merged(best.get(modality, []), new)
 
     def of(self, layer: int, expert: int) -> dict[str, list[TopToken]]:
         """The tokens by modality, the most probable first; without modalities that the expert never served."""
         return {modality: self._chosen(best) for modality, best in self._best.get((layer, expert), {}).items()}
 
-    def _merge(self, best: _Best, found: Iterable[TopToken]) -> None:
-        """``found`` runs from the most probable on and is read no further than needed."""
-        new = _Best()
-        contents: set[Hashable] = set()
-        places: set[Hashable] = set()
-        for token in found:
-            if len(places) < self.top and token.place not in places:
-                new.by_place.append(token)
-                places.add(token.place)
-            if token.content not in contents:
-                new.by_content.append(token)
-                contents.add(token.content)
-                if len(contents) == self.top:  # and then as many places
-                    break
-        best.by_content = _distinct(best.by_content + new.by_content, lambda t: t.content, self.top)
-        best.by_place = _distinct(best.by_place + new.by_place, lambda t: t.place, self.top)
+    def _merged(self, best: list[TopToken], new: Iterator[TopToken]) -> list[TopToken]:
+        """The first tokens of ``top`` different contents, and those of ``top`` different places. Both lists begin
+        with the most probable; ``new`` is read no further than needed."""
+        kept: list[TopToken] = []
+        contents: set[str] = set()
+        places: set[tuple[str, int]] = set()
+        for token in heapq.merge(best, new, key=lambda token: -token.log_p):
+            if token.content not in contents or (token.place not in places and len(places) < self.top):
+                kept.append(token)
+            contents.add(token.content)
+            places.add(token.place)
+            if len(contents) == self.top:  # and then as many places
+                break
+        return kept
 
-    def _chosen(self, best: _Best) -> list[TopToken]:
-        chosen = {token.place: token for token in best.by_content}
-        for token in best.by_place:
-            if len(chosen) < self.top:
-                chosen.setdefault(token.place, token)
-        return sorted(chosen.values(), key=lambda token: -token.log_p)
-
-
-def _distinct(tokens: list[TopToken], key: Callable[[TopToken], Hashable], limit: int) -> list[TopToken]:
-    """The most probable tokens, one of each key; the earlier of equals."""
-    first: dict[Hashable, TopToken] = {}
-    for token in sorted(tokens, key=lambda token: -token.log_p):
-        first.setdefault(key(token), token)
-        if len(first) == limit:
-            break
-    return list(first.values())
+    def _chosen(self, best: list[TopToken]) -> list[TopToken]:
+        first = {token.content: token for token in reversed(best)}
+        others = [token for token in best if token is not first[token.content]]
+        chosen = [*first.values(), *others[: self.top - len(first)]]
+        return sorted(chosen, key=lambda token: -token.log_p)
