@@ -74,10 +74,6 @@ class Sample:
     items: tuple[Item, ...] = ()
     document: bool = False  # the order of the items has a meaning
 
-    def has(self, modality: str) -> bool:
-        """True if the sample has an item of ``modality``."""
-        return self.index(modality) is not None
-
     def index(self, modality: str) -> int | None:
         """The number of the first item of ``modality``."""
         return next((i for i, item in enumerate(self.items) if item.modality == modality), None)

@@ -11,30 +11,16 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mmmoe_pretrain.untrusted import brief
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")  # it stands in files, tables and figures
-# Attributes of the torch modules that hold parts by name: torch refuses them as keys.
-RESERVED = frozenset({
-    "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear", "compile", "copy",
-    "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "fromkeys", "get",
-    "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "items", "keys",
-    "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules",
-    "named_parameters", "parameters", "pop", "popitem", "register_backward_hook", "register_buffer",
-    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
-    "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
-    "register_load_state_dict_pre_hook", "register_module", "register_parameter",
-    "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state",
-    "set_submodule", "setdefault", "share_memory", "state_dict", "to", "to_empty", "train", "training", "type",
-    "update", "values", "xpu", "zero_grad", "split",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,15 +34,13 @@ class Kinds:
 
     @property
     def names(self) -> list[str]:
-        """Every kind that can be chosen."""
-        return sorted({*self.builtin, *_installed(self.group)})
+        """Every kind that can be chosen, the built-in ones first."""
+        return [*sorted(self.builtin), *sorted(_installed(self.group).keys() - self.builtin.keys())]
 
     def check(self, kind: str) -> str:
         """``kind``. Raises ValueError where there is none of this name."""
         if kind not in self.names:
-            close = difflib.get_close_matches(kind, self.names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.names)}"
-            raise ValueError(f"there is no {self.what} {brief(kind)}; {hint}")
+            raise ValueError(f"there is no {self.what} {brief(kind)}; {nearest(kind, self.names, 'there are')}")
         return kind
 
     def load(self, kind: str) -> Any:
@@ -69,6 +53,20 @@ class Kinds:
             raise ValueError(
                 f"{self.what} {kind} cannot be loaded from {target} ({error}); fix or uninstall its package"
             ) from None
+
+    def settings(self, values: Any) -> BaseModel:
+        """``values`` as an instance of the ``Settings`` of their kind."""
+        if isinstance(values, BaseModel):
+            return values
+        if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
+            raise ValueError(
+                f"it has no kind; give one of {', '.join(self.names)}, e.g. {{kind: {self.names[0]}}}. A config made "
+                f"before there were kinds is rewritten by mmmoe config upgrade FILE"
+            )
+        model: type[BaseModel] | None = getattr(self.load(values["kind"]), "Settings", None)
+        if model is None:
+            raise ValueError(f"{self.what} {values['kind']} has no class Settings; fix or uninstall its package")
+        return model.model_validate(values)
 
 
 @functools.cache
@@ -110,57 +108,24 @@ ROUTERS = Kinds(
 )
 
 
-def parse_entries(
-    kinds: Kinds, section: str, values: Any, explain: Callable[[Any, type[BaseModel], str], str]
-) -> dict[str, Any]:
-    """The entries of ``section`` by name, each an instance of its kind's ``Settings``. Raises ValueError that names
-    everything that is wrong; ``explain`` turns one of pydantic's errors into a message."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{section} holds {type(values).__name__}, not names with their settings")
-    entries, problems = {}, []
-    for name, value in values.items():
-        try:
-            entries[name] = _entry(kinds, name, value, f"{section}.{name}", explain)
-        except ValueError as error:
-            problems.append(str(error) if isinstance(error, _Explained) else f"{section}.{str(name)[:40]}: {error}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return entries
+def nearest(word: Any, known: Iterable[str], all_are: str) -> str:
+    """The nearest of the ``known`` words, for an error; or all of them."""
+    words = list(known)
+    close = difflib.get_close_matches(str(word), words, n=1)
+    return f"did you mean {close[0]}?" if close else f"{all_are} {', '.join(words)}"
 
 
-class _Explained(ValueError):
-    """A message that names the place already."""
+def check_name(name: Any) -> str:
+    """``name``. Raises ValueError where a user may not choose it."""
+    from torch import nn
 
-
-def _entry(
-    kinds: Kinds, name: Any, value: Any, where: str, explain: Callable[[Any, type[BaseModel], str], str]
-) -> BaseModel:
-    if problem := name_problem(name):
-        raise ValueError(problem)
-    if isinstance(value, BaseModel):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ValueError(
-            f"it has no kind; give one of {', '.join(kinds.names)}, e.g. {{kind: {kinds.names[0]}}}. A config made "
-            f"before there were kinds is rewritten by mmmoe config upgrade FILE"
-        )
-    settings: type[BaseModel] | None = getattr(kinds.load(value["kind"]), "Settings", None)
-    if settings is None:
-        raise ValueError(f"{kinds.what} {value['kind']} has no class Settings; fix or uninstall its package")
-    try:
-        return settings.model_validate(value)
-    except ValidationError as error:
-        items = error.errors(include_url=False)
-        raise _Explained("; ".join(explain(item, settings, where) for item in items)) from None
-
-
-def name_problem(name: Any) -> str | None:
-    """Why a user may not choose ``name``, or None."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        return "a name is at most 40 lower-case letters, digits and _, beginning with a letter"
-    if name in RESERVED:
-        return f"the name is reserved by torch; choose e.g. {name}_1"
-    return None
+        raise ValueError("a name is at most 40 lower-case letters, digits and _, beginning with a letter")
+    if any(hasattr(holder, name) for holder in (nn.ModuleDict(), nn.ParameterDict())):  # which refuse it as a key
+        raise ValueError(f"the name is reserved by torch; choose e.g. {name}_1")
+    if name == "split":
+        raise ValueError("the name is that of a column of manifests; choose e.g. split_1")
+    return name
 
 
 def stream_keys(kinds: Mapping[str, str]) -> dict[str, str]:

@@ -7,23 +7,20 @@ and combinations that cannot work. What depends on the number of ranks is checke
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, PathText, StreamNames
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, PathText, StreamNames, check_pair, explain
 from mmmoe_pretrain.config.base import StrictModel as _Model
 from mmmoe_pretrain.config.engines import EngineName
-from mmmoe_pretrain.config.errors import causes, explain
 from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
 from mmmoe_pretrain.config.optimizer import OptimizerConfig
-from mmmoe_pretrain.config.reliability import CheckpointConfig, FaultsConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
 
@@ -36,6 +33,10 @@ __all__ = [
 HANG_SHARE = 0.8  # of parallel.timeout_minutes
 LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Name = Annotated[str, BeforeValidator(kinds.check_name)]
+AnyModality = Annotated[SerializeAsAny[ModalitySettings], BeforeValidator(kinds.MODALITIES.settings)]
+AnyObjective = Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(kinds.OBJECTIVES.settings)]
 
 
 class SourceConfig(_Model):
@@ -135,6 +136,33 @@ class TrainConfig(_Model):
     heatmap_every: int = Field(200, ge=1)
 
 
+class CheckpointConfig(_Model):
+    """When and where a run saves checkpoints, and which ones it keeps. The newest is always kept."""
+
+    every: int = Field(200, ge=1)  # steps
+    folder: PathText | None = None  # of folders NAME: path or fsspec URL (s3://bucket/runs); None: RUN/checkpoints
+    asynchronous: bool = True  # training continues while a checkpoint is written
+    max_failures: int = Field(3, ge=0)  # saves that may fail one after the other before the run ends
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)  # steps; checkpoints at multiples of it are kept, 0: none
+    keep_best: int = Field(0, ge=0)  # of those still there, how many with the lowest best_metric stay
+    best_metric: str = "total"  # a loss of metrics.jsonl at the step of the checkpoint
+
+
+class FaultsConfig(_Model):
+    """Budgets and limits of what a run handles by itself; past them it ends, naming the cause."""
+
+    max_skipped_steps: int = Field(5, ge=0)  # skipped in a row because loss or gradient is not finite
+    max_rollbacks: int = Field(3, ge=0)  # to the last checkpoint, over the whole run
+    skip_margin: int = Field(1, ge=0)  # batches before and after the bad ones that are skipped, too
+    spike_threshold: float = Field(0.0, ge=0)  # deviations above the running median of the loss; 0: no detector
+    spike_steps: int = Field(3, ge=1)  # in a row above the threshold that make a spike
+    spike_action: Literal["warn", "rollback"] = "warn"
+    replica_check_every: int = Field(0, ge=0)  # steps between comparisons of replicated weights; 0: never
+    hang_minutes: float = Field(0.0, ge=0)  # without progress of a rank before the job ends; 0: 0.8 timeout_minutes
+    max_worker_restarts: int = Field(3, ge=0)  # of data workers that died, a rank
+
+
 class EvaluateConfig(_Model):
     """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
 
@@ -166,9 +194,9 @@ class RunConfig(_Model):
     runs_dir: PathText = "runs"
     seed: int = 0
     data: DataConfig
-    modalities: dict[str, SerializeAsAny[ModalitySettings]] = Field(min_length=1)
-    representations: dict[str, tuple[str, ...]] = Field({})  # name: modalities whose tokens are pooled together
-    objectives: dict[str, SerializeAsAny[ObjectiveSettings]] = Field(min_length=1)
+    modalities: dict[Name, AnyModality] = Field(min_length=1)
+    representations: dict[Name, tuple[str, ...]] = Field({})  # name: modalities whose tokens are pooled together
+    objectives: dict[Name, AnyObjective] = Field(min_length=1)
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -178,22 +206,10 @@ class RunConfig(_Model):
     faults: FaultsConfig = FaultsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-    @field_validator("modalities", mode="before")
-    @classmethod
-    def _modalities(cls, values: Any) -> Any:
-        return kinds.parse_entries(kinds.MODALITIES, "modalities", values, explain)
-
-    @field_validator("objectives", mode="before")
-    @classmethod
-    def _objectives(cls, values: Any) -> Any:
-        return kinds.parse_entries(kinds.OBJECTIVES, "objectives", values, explain)
-
     @model_validator(mode="after")
     def _names(self) -> RunConfig:
         """Names in one section that refer to an entry of another."""
         for name, parts in self.representations.items():
-            if problem := kinds.name_problem(name):
-                raise ValueError(f"representations.{name}: {problem}")
             self._known(parts, f"representations.{name}")
             if name in self.modalities or not parts or len(set(parts)) < len(parts):
                 raise ValueError(
@@ -212,11 +228,7 @@ class RunConfig(_Model):
             modality.check_names(name, self.modalities)
         every = {**{name: (name,) for name in self.modalities}, **self.representations}
         for key in self.evaluate.rows:
-            if len(set(key.split("-")) & every.keys()) != 2 or key.count("-") != 1:
-                raise ValueError(
-                    f"evaluate.rows {key!r} is not two of {', '.join(every)} joined by -; e.g. "
-                    f"{'-'.join(list(every)[:2])}"
-                )
+            check_pair(key, every, "evaluate.rows")
         if unknown := [key for key in self.evaluate.by if key not in every]:
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
         for name, objective in self.objectives.items():
@@ -235,8 +247,7 @@ class RunConfig(_Model):
     def _known(self, names: Iterable[str], where: str) -> None:
         unknown = [name for name in names if name not in self.modalities]
         if unknown:
-            close = difflib.get_close_matches(unknown[0], self.modalities, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"the modalities are {', '.join(self.modalities)}"
+            hint = kinds.nearest(unknown[0], self.modalities, "the modalities are")
             raise ValueError(f"{where}: there is no modality {', '.join(unknown)}; {hint}")
 
     @model_validator(mode="after")
@@ -288,8 +299,8 @@ class RunConfig(_Model):
         if self.model.vocab_size not in (0, vocab_size):
             raise ValueError(
                 f"the tokenizer {self.data.tokenizer} has vocabulary size {vocab_size}, and model.vocab_size is "
-                f"{self.model.vocab_size}; set data.tokenizer to the file that the run started with, or remove "
-                f"model.vocab_size"
+                f"{self.model.vocab_size}; set data.tokenizer to the file that the run started with, or for a new "
+                f"run model.vocab_size: 0"
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
@@ -338,10 +349,9 @@ def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        items = causes(error.errors(include_url=False))
-        lines = [explain(item, RunConfig)[:LONGEST_LINE] for item in items[:MOST_LINES]]
-        more = len(items) - len(lines)
-        raise ValueError(f"{where}: " + "; ".join(lines) + (f"; and {more} more" if more else "")) from None
+        lines = explain(error)
+        more = f"; and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
+        raise ValueError(f"{where}: {'; '.join(line[:LONGEST_LINE] for line in lines[:MOST_LINES])}{more}") from None
 
 
 def dump(config: RunConfig, path: Path) -> None:
@@ -356,29 +366,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, leaf = key.split(".")
     for part in parents:
-        node = _descend(node, part, override)
+        place = _place(node, part, override)
+        node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override {brief(override)}: {brief(part)} is a value ({brief(node)}), not a section")
     value = parse_yaml(text, f"override {brief(override)}")
-    if isinstance(node, list):
-        node[_list_index(node, leaf, override)] = value
-    else:
-        node[_key(node, leaf)] = value
+    node[_place(node, leaf, override)] = value
 
 
-def _key(node: dict[Any, Any], part: str) -> Any:
-    """The key that reads ``part``: YAML makes numbers of some (moe.layers: {3: ...})."""
-    return next((key for key in node if str(key) == part), part)
-
-
-def _descend(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, part, override)]
-    child = node.setdefault(_key(node, part), {})
-    if not isinstance(child, dict | list):
-        raise ValueError(f"override {brief(override)}: {brief(part)} is a value ({brief(child)}), not a section")
-    return child
-
-
-def _list_index(node: list[Any], part: str, override: str) -> int:
+def _place(node: dict[Any, Any] | list[Any], part: str, override: str) -> Any:
+    """The key or index that ``part`` names: YAML makes numbers of some keys (moe.layers: {3: ...})."""
+    if isinstance(node, dict):
+        return next((key for key in node if str(key) == part), part)
     if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
         raise ValueError(f"override {brief(override)}: {brief(part)} is not an index of a list of {len(node)}")
     return int(part)

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.paths import expand
+from mmmoe_pretrain.untrusted import brief
 
 
 class StrictModel(BaseModel):
     """Frozen, and refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        known = list(cls.model_fields)
+        wrong: list[InitErrorDetails] = []
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                problem = PydanticCustomError("unknown_key", "{hint}", {"hint": nearest(key, known, "known keys:")})
+                wrong.append({"type": problem, "loc": (key,), "input": values[key]})
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return values
+
+
+# Sections whose entries do not know where they are, so that their own messages do not say it.
+UNPLACED = (("modalities",), ("representations",), ("objectives",))
+
+
+def explain(error: ValidationError, where: tuple[str | int, ...] = ()) -> list[str]:
+    """A message for each of pydantic's errors about the section at ``where``: the key, the value and the remedy."""
+    items = error.errors(include_url=False)
+
+    def has_wrong_entries(item: Any) -> bool:
+        depth = len(item["loc"])
+        return any(len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in items)
+
+    causes = [item for item in items if item["type"] != "too_short" or not has_wrong_entries(item)]
+    return [_message(item, (*where, *item["loc"]), placed=bool(where)) for item in causes]
+
+
+def _message(item: Any, location: tuple[str | int, ...], placed: bool) -> str:
+    name = ".".join(str(part) for part in location if part != "[key]")
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "unknown_key":
+        return f"unknown key {name!r}; {message}"
+    if item["type"] == "missing":
+        return f"{name}: required, and missing"
+    if item["type"] == "value_error":
+        return f"{name}: {message}" if placed or location[:1] in UNPLACED else message
+    null = item["type"] == "string_type" and item["input"] is None
+    hint = "; YAML reads ~ alone as null, so write $HOME" if null else ""
+    return f"{name}: {message} (got {brief(item['input'])}{hint})"
 
 
 def _expanded(path: str) -> str:
@@ -45,6 +90,20 @@ class StreamNames:
 
 ONE_STREAM = StreamNames(("tokens",), ("task",))  # of a layer that is used by itself
 Schedule = tuple[tuple[int, float], ...]  # (step, weight), rising in steps; straight lines between
+
+
+def sides_of(pair: str) -> tuple[str, str]:
+    """The names that ``pair`` joins."""
+    first, _, second = pair.partition("-")
+    return first, second
+
+
+def check_pair(pair: str, names: Iterable[str], where: str) -> None:
+    """Raises ValueError where ``pair`` is not two of ``names``."""
+    known = list(names)
+    first, second = sides_of(pair)
+    if first == second or first not in known or second not in known:
+        raise ValueError(f"{where} {pair!r} is not two of {', '.join(known)} joined by -; e.g. {'-'.join(known[:2])}")
 
 
 class ModalitySettings(StrictModel):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.config.base import StrictModel
+from mmmoe_pretrain.config.base import StrictModel, explain
 
 RouterName = Annotated[str, AfterValidator(kinds.ROUTERS.check)]
 RoutingTerm = Literal["importance", "load", "balance", "z"]
@@ -174,12 +174,6 @@ class MoEConfig(StrictModel):
                 "moe.capacity_factor null has none; set e.g. capacity_factor: 1.25 or "
                 "batch_priority: false"
             )
-        for modality, count in self.losses.min_experts.items():
-            if not 1 <= count <= self.router_outputs and not self.dense:
-                raise ValueError(
-                    f"moe.losses.min_experts of {modality} is {count:g}, and there are "
-                    f"{self.router_outputs} experts; use 1 to {self.router_outputs}"
-                )
         if self.shared_expert_gate and not self.shared_expert_hidden_size:
             raise ValueError(
                 "moe.shared_expert_gate weighs a shared expert, and moe.shared_expert_hidden_size is 0; set its "
@@ -206,9 +200,9 @@ class MoEConfig(StrictModel):
             )
 
     def check_modalities(self, modalities: Sequence[str]) -> None:
-        """Raises ValueError where the expert groups leave one of ``modalities`` with too few experts."""
-        for modality in modalities if self.expert_groups else ():
-            reach = sum(group.num_experts for group in self.expert_groups if group.serves(modality))
+        """Raises ValueError where one of ``modalities`` reaches too few experts."""
+        for modality in () if self.dense else modalities:
+            reach = sum(group.num_experts for group in self.groups if group.serves(modality))
             reach += self.identity_experts + self.null_experts
             if reach < self.experts_per_token:
                 raise ValueError(
@@ -216,10 +210,10 @@ class MoEConfig(StrictModel):
                     f"{self.experts_per_token}; add {modality} to a group, or lower experts_per_token"
                 )
             threshold = self.losses.min_experts.get(modality, 1)
-            if threshold > reach:
+            if not 1 <= threshold <= reach:
                 raise ValueError(
-                    f"moe.losses.min_experts of {modality} is {threshold:g}, and moe.expert_groups let it reach "
-                    f"{reach} experts; use 1 to {reach}"
+                    f"moe.losses.min_experts of {modality} is {threshold:g}, and its tokens reach {reach} "
+                    f"experts; use 1 to {reach}"
                 )
 
     @property
@@ -270,13 +264,13 @@ class MoEConfig(StrictModel):
                 f"{self.node_groups} of equal size and takes moe.groups_per_token {self.groups_per_token} of them; "
                 f"use a divisor of {self.num_experts}, and at most that many groups a token"
             )
-        reach = self.groups_per_token * (self.num_experts // self.node_groups)
+        size = self.num_experts // self.node_groups
+        reach = self.groups_per_token * size
         if self.experts_per_token > reach:
             raise ValueError(
                 f"moe.groups_per_token {self.groups_per_token} of {self.node_groups} leaves a token {reach} experts, "
                 f"fewer than moe.experts_per_token {self.experts_per_token}; raise groups_per_token"
             )
-        size = self.num_experts // self.node_groups
         if (self.scores_per_group or 1) > size:
             raise ValueError(
                 f"moe.scores_per_group {self.scores_per_group} exceeds the {size} experts of each of the "
@@ -301,21 +295,10 @@ class MoEConfig(StrictModel):
                     f"moe.layers.{index}: block {index} has no experts under moe.every {self.every}; name one of "
                     f"{', '.join(str(i) for i in range(self.every - 1, 4 * self.every, self.every))}, ..."
                 )
-            unknown = sorted(override.keys() - MoEConfig.model_fields.keys())
-            if unknown:
-                raise ValueError(
-                    f"moe.layers.{index}: unknown key {unknown[0]!r}; known keys: "
-                    f"{', '.join(k for k in MoEConfig.model_fields if k not in WHOLE_MODEL_KEYS)}"
-                )
-            if self._possible_layer(index).dense != self.dense:
+            try:
+                layer = self.for_layer(index)
+            except ValidationError as error:
+                raise ValueError("; ".join(explain(error, ("moe", "layers", index)))) from None
+            if layer.dense != self.dense:
                 raise ValueError(f"moe.layers.{index}: one MoE layer cannot be dense; use num_experts: 2 or more")
         return self
-
-    def _possible_layer(self, index: int) -> MoEConfig:
-        """``for_layer`` with the layer in its errors."""
-        try:
-            return self.for_layer(index)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"][-1:])
-            raise ValueError(f"moe.layers.{index}: {where}{first['msg'].removeprefix('Value error, ')}") from None

@@ -30,7 +30,7 @@ def dotted_key(extensions: tuple[str, ...]) -> tuple[str, ...]:
     several numbers, or very many names, before the same format. Empty where none do."""
     before: dict[str, list[str]] = defaultdict(list)
     for extension in extensions:
-        if format_of(extension) or last_part(extension) == META:
+        if last_part(extension) == META or format_of(extension):
             before[last_part(extension)].append(extension)
     for found in before.values():
         numbers = [extension for extension in found if extension.rpartition(".")[0].rpartition(".")[2].isdigit()]

@@ -319,7 +319,7 @@ def check_sample(sample: IndexedSample, path: Path) -> None:
             f"one to read {sample.key}.{mixed[0].rpartition('.')[2]}"
         )
     for extension, (_, size) in sample.members.items():
-        if size > MAX_MEMBER_BYTES and (format_of(extension) or extension == META):
+        if size > MAX_MEMBER_BYTES and (extension == META or format_of(extension)):
             raise ValueError(
                 f"shard {path} holds a file of {size} bytes in sample {sample.key!r}, and samples are read whole; "
                 f"leave out what exceeds {MAX_MEMBER_BYTES} bytes"

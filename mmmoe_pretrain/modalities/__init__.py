@@ -61,14 +61,8 @@ class Modalities(dict[str, Modality]):
         modality = self[name]
         if modality.settings.field or not modality.default_field:
             return modality.settings.field
-        return modality.default_field if len(self._of_kind[modality.settings.kind]) == 1 else name
-
-    @functools.cached_property
-    def _of_kind(self) -> dict[str, list[str]]:
-        found = defaultdict(list)
-        for name, modality in self.items():
-            found[modality.settings.kind].append(name)
-        return found
+        kinds_of_run = [other.settings.kind for other in self.values()]
+        return modality.default_field if kinds_of_run.count(modality.settings.kind) == 1 else name
 
     def read_as(self, extension: str) -> str | None:
         """The modality that a member with this extension (``png``, ``left.png``) is read as, or None."""
@@ -140,11 +134,8 @@ def default_modalities() -> Modalities:
     return build_modalities(settings, decoding=False)
 
 
-@functools.cache
-def _formats() -> dict[str, str]:
-    return {ending: kind for kind in kinds.MODALITIES.names for ending in kinds.MODALITIES.load(kind).formats}
-
-
 def format_of(extension: str) -> str | None:
-    """The kind that reads files whose extension ends in this format; None where none does."""
-    return _formats().get(extension.rpartition(".")[2])
+    """The kind that reads files whose extension ends in this format; None where none does. Kinds of other packages
+    are loaded only for formats that no built-in kind reads."""
+    ending = extension.rpartition(".")[2]
+    return next((kind for kind in kinds.MODALITIES.names if ending in kinds.MODALITIES.load(kind).formats), None)

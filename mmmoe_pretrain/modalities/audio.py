@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
-from mmmoe_pretrain.modalities.stem import ChannelNorm, conv_stem_flops, stem_widths
+from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
@@ -121,14 +121,6 @@ class Audio(Modality):
             row[:, : value.shape[1]] = value
             row[:, value.shape[1] :] = value.min()
         return Collated({"log_mel": log_mel, "frames_valid": frames}, np.arange(len(values)) * rows)
-
-    def stem_flops(self, hidden_size: int) -> float:
-        settings = self.settings
-        if settings.stem == "linear":
-            return 2.0 * settings.n_mels * settings.patch * hidden_size
-        widths = [settings.n_mels, *_widths(settings, hidden_size)]
-        places = [max(1, settings.patch >> i + 1) for i in range(len(widths) - 1)]
-        return conv_stem_flops(widths, places, KERNEL, RESIDUAL_KERNEL, hidden_size)
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return AudioEmbedder(self.settings, hidden_size)

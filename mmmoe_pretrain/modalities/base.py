@@ -108,10 +108,6 @@ class Modality(abc.ABC):
         return bool(self.settings.positions == "rotary")
 
     @abc.abstractmethod
-    def stem_flops(self, hidden_size: int) -> float:
-        """FLOPs a token of the embedder's forward pass, 2 a multiply-add."""
-
-    @abc.abstractmethod
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         """The module whose ``forward(**arrays)`` gives rows [n, hidden_size]. Without values it returns no rows, and
         every parameter still gets a zero gradient. ``vocab_size``: the tokenizer's, 0 where the run has none."""

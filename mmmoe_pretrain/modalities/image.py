@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mmmoe_pretrain.modalities.base import Collated, Modality, ModalitySettings, quarantine
 from mmmoe_pretrain.modalities.image_file import WHITE, open_image, upright_rgb
-from mmmoe_pretrain.modalities.stem import ChannelNorm, conv_stem_flops, stem_widths
+from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 CROP_SCALE = (0.7, 1.0)  # of the side
@@ -134,15 +134,6 @@ class Image(Modality):
         lengths = np.asarray([len(found) for found in patches[1:]], dtype=np.int64)
         arrays = {"patches": np.concatenate(patches), "places": np.concatenate(places)}
         return Collated(arrays, np.cumsum(lengths) - lengths)
-
-    def stem_flops(self, hidden_size: int) -> float:
-        settings = self.settings
-        if settings.stem == "linear":
-            return 2.0 * 3 * settings.patch**2 * hidden_size
-        steps = settings.patch.bit_length() - 1
-        widths = [3, *stem_widths(settings.stem_channels, steps, hidden_size)]
-        places = [(settings.patch >> i + 1) ** 2 for i in range(steps)]  # of a token, after each halving
-        return conv_stem_flops(widths, places, KERNEL**2, KERNEL**2, hidden_size)
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         if self._native:

@@ -96,9 +96,6 @@ class Series(Modality):
         arrays = {"steps": np.where(observed, steps, 0), "observed": observed, "positions": positions}
         return Collated(arrays, np.cumsum(tokens) - tokens)
 
-    def stem_flops(self, hidden_size: int) -> float:
-        return 2.0 * 2 * self.settings.channels * self.settings.patch * hidden_size
-
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return SeriesEmbedder(self.settings, hidden_size)
 

@@ -6,8 +6,6 @@ parameter a gradient of zeros: an absent modality needs no special path (design,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -40,15 +38,3 @@ class ChannelNorm(nn.Module):
 def stem_widths(first: int, steps: int, limit: int) -> list[int]:
     """Channels after each halving: ``first`` doubled at every step, never above ``limit``."""
     return [min(first * 2**i, limit) for i in range(steps)]
-
-
-def conv_stem_flops(
-    widths: Sequence[int], places: Sequence[int], kernel: int, residual_kernel: int, hidden_size: int
-) -> float:
-    """FLOPs a token of steps that halve to ``places`` a token each, a residual layer after each of the last two, and
-    a product with [width, hidden_size]. ``widths``: channels before the first step and after each."""
-    flops = 2.0 * widths[-1] * hidden_size
-    for step, count in enumerate(places):
-        residual = residual_kernel * widths[step + 1] ** 2 if step >= len(places) - 2 else 0
-        flops += 2 * count * (kernel * widths[step] * widths[step + 1] + residual)
-    return flops

@@ -97,9 +97,6 @@ class Text(Modality):
     def max_tokens(self) -> int:
         return int(self.settings.max_tokens) + MARKS
 
-    def stem_flops(self, hidden_size: int) -> float:
-        return 0.0
-
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return TextEmbedder(vocab_size, hidden_size, self.settings, groups)
 

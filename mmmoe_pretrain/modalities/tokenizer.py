@@ -18,10 +18,9 @@ class Tokenizer:
     def __init__(self, model_path: str | Path, *, expected_fingerprint: str | None = None) -> None:
         data = _read_model(Path(model_path))
         self.fingerprint = xxhash.xxh3_128_hexdigest(data)
-        _check_same("fingerprint", self.fingerprint, expected_fingerprint, model_path)
+        _check_fingerprint(self.fingerprint, expected_fingerprint, model_path)
         self._model = _load_model(data, model_path)
         self.vocab_size: int = self._model.vocab_size()
-        self.pad_id: int = self._model.pad_id()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.unk_id: int = self._model.unk_id()
@@ -78,15 +77,15 @@ class Tokenizer:
 def copy_tokenizer(path: str | Path, to: Path, fingerprint: str) -> None:
     """Raises ValueError where ``path`` is not the tokenizer of ``fingerprint``."""
     data = _read_model(Path(path))
-    _check_same("fingerprint", xxhash.xxh3_128_hexdigest(data), fingerprint, path)
+    _check_fingerprint(xxhash.xxh3_128_hexdigest(data), fingerprint, path)
     to.write_bytes(data)
 
 
-def _check_same(what: str, found: object, expected: object, path: str | Path) -> None:
+def _check_fingerprint(found: str, expected: str | None, path: str | Path) -> None:
     if expected is not None and found != expected:
         raise ValueError(
-            f"tokenizer {path} has {what} {found}, but the run was made with {expected}; set data.tokenizer to the "
-            f"file that the run started with"
+            f"tokenizer {path} has fingerprint {found}, but the run was made with {expected}; set data.tokenizer to "
+            f"the file that the run started with"
         )
 
 

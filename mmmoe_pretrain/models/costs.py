@@ -13,8 +13,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.objectives import Objectives, objectives_of
@@ -77,7 +82,17 @@ def _stem_flops_of_sample(objectives: Objectives, hidden_size: int) -> float:
         name: modality for objective in objectives.values() for name, modality in objective.modalities.items()
     }
     used = {name for objective in objectives.values() for part in objective.expected() for name, _ in part.tokens}
-    return sum(modalities[name].max_tokens * modalities[name].stem_flops(hidden_size) for name in sorted(used))
+    return sum(modalities[name].max_tokens * stem_flops(modalities[name], hidden_size) for name in sorted(used))
+
+
+def stem_flops(modality: Modality, hidden_size: int) -> float:
+    """FLOPs a token of the modality's embedder, counted on an example."""
+    value = modality.example(np.random.default_rng(0), vocab_size=1)
+    inputs = {name: torch.from_numpy(array) for name, array in modality.collate([value]).arrays.items()}
+    embedder = modality.embedder(hidden_size, vocab_size=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        embedder(**inputs)
+    return counter.get_total_flops() / modality.num_tokens(value)
 
 
 def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -27,15 +27,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch, Sample, Segment
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
-from mmmoe_pretrain.modalities import Modality
-from mmmoe_pretrain.objectives.base import (
-    Expected,
-    Objective,
-    ObjectiveModule,
-    Outputs,
-    Representation,
-)
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, check_pair, sides_of
+from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs
 from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -62,12 +55,7 @@ class ContrastiveSettings(ObjectiveSettings):
     ) -> None:
         """See ``ObjectiveSettings.check_names``."""
         for pair in self.pairs:
-            first, second = _sides(pair)
-            if not {first, second} <= representations.keys() or first == second:
-                raise ValueError(
-                    f"objectives.{name}.pairs {pair!r} is not two of {', '.join(representations)} joined by -; e.g. "
-                    f"{'-'.join(list(representations)[:2])}"
-                )
+            check_pair(pair, representations, f"objectives.{name}.pairs")
 
     def batch_problem(self, name: str, global_batch_size: int, num_microbatches: int, data_size: int) -> str | None:
         """See ``ObjectiveSettings.batch_problem``."""
@@ -91,19 +79,13 @@ class Contrastive(Objective):
 
     Settings = ContrastiveSettings
 
-    def __init__(
-        self,
-        name: str,
-        settings: ContrastiveSettings,
-        modalities: Mapping[str, Modality],
-        representations: Mapping[str, Representation],
-    ) -> None:
-        super().__init__(name, settings, modalities, representations)
-        self.pairs = {pair: _sides(pair) for pair in settings.pairs}
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.pairs = {pair: sides_of(pair) for pair in self.settings.pairs}
         self.aligned = tuple(self.pairs.values())
         named = {side for sides in self.pairs.values() for side in sides}
-        self.representations = tuple(rep for rep in representations if rep in named)
-        self.whole_step = settings.cached
+        self.representations = tuple(rep for rep in self.all_representations if rep in named)
+        self.whole_step = self.settings.cached
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
@@ -157,21 +139,11 @@ class Contrastive(Objective):
 
 @dataclass(frozen=True)
 class Features:
-    """The features of this rank's B samples, or gathered from all ranks."""
+    """The features of this rank's B samples in fp32, or of the G samples of all ranks."""
 
-    of: dict[str, Tensor]  # by representation: [B, P] in fp32
-    present_RB: Tensor
+    rows_BRP: Tensor
+    present_BR: Tensor
     group_ids_B: Tensor
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """The global microbatch, G = ranks * B samples."""
-
-    features_GRP: Tensor
-    present_GR: Tensor
-    group_ids_G: Tensor
-    first: int  # global index of this rank's first sample
 
 
 @dataclass
@@ -180,7 +152,7 @@ class _Cache:
 
     seen: list[Features] = field(default_factory=list)
     sums: dict[str, Tensor] | None = None  # of each loss, a microbatch's share
-    of_features: list[list[Tensor]] = field(default_factory=list)  # gradients, by microbatch and representation
+    of_features: list[Tensor] = field(default_factory=list)  # gradients [B, R, P], by microbatch
     of_scales: list[Tensor] = field(default_factory=list)  # gradients, a microbatch's share
 
 
@@ -211,19 +183,23 @@ class InfoNCE(ObjectiveModule):
 
     def sums(self, features: Features, groups: Groups) -> dict[str, Tensor]:
         """See ``forward``."""
-        everyone = _gather(features, self.sides, groups)
+        everyone = _gather(features, groups)
         rows = features.group_ids_B.shape[0]
+        mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
         sums = {}
         for pair, (a, b) in self.pairs.items():
             scale = _bounded(self.log_scale[pair]).float().exp()
             one, other = self.sides.index(a), self.sides.index(b)
-            both = _one_way(everyone, one, other, rows, scale) + _one_way(everyone, other, one, rows, scale)
+            both = _one_way(everyone, one, other, mine, scale) + _one_way(everyone, other, one, mine, scale)
             sums[f"{self.name}/{pair}"] = 0.5 * both
         return sums
 
     def _features(self, outputs: Outputs, batch: Batch) -> Features:
-        present_RB = torch.stack([batch.pooled[side] >= 0 for side in self.sides])
-        return Features({side: outputs.features[side].float() for side in self.sides}, present_RB, batch.group_ids)
+        present_BR = torch.stack([batch.pooled[side] >= 0 for side in self.sides], dim=1)
+        return Features(self._rows(outputs), present_BR, batch.group_ids)
+
+    def _rows(self, outputs: Outputs) -> Tensor:
+        return torch.stack([outputs.features[side].float() for side in self.sides], dim=1)
 
     def collect(self, outputs: Outputs, batch: Batch) -> None:
         """The next microbatch of pass 1."""
@@ -232,24 +208,20 @@ class InfoNCE(ObjectiveModule):
 
     def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
         """Between the passes: the loss of all that was collected. No parameter gets a gradient here."""
-        leaves = [
-            {side: rows.detach().requires_grad_() for side, rows in seen.of.items()} for seen in self._cache.seen
-        ]
-        count, scales = len(leaves), list(self.log_scale.values())
+        seen, self._cache.seen = self._cache.seen, []
+        leaves, count = [part.rows_BRP.detach().requires_grad_() for part in seen], len(seen)
         with torch.enable_grad():
             whole = Features(
-                {side: torch.cat([of[side] for of in leaves]) for side in self.sides},
-                torch.cat([seen.present_RB for seen in self._cache.seen], dim=1),
-                torch.cat([seen.group_ids_B for seen in self._cache.seen]),
+                torch.cat(leaves),
+                torch.cat([part.present_BR for part in seen]),
+                torch.cat([part.group_ids_B for part in seen]),
             )
             sums = self.sums(whole, groups)
             total = torch.stack([factors[loss] * value for loss, value in sums.items()]).sum()
-            wanted = [*(of[side] for of in leaves for side in self.sides), *scales]
-            found = list(torch.autograd.grad(total, wanted))
-        self._cache.of_scales = [gradient / count for gradient in found[count * len(self.sides) :]]
-        self._cache.of_features = [found[i * len(self.sides) : (i + 1) * len(self.sides)] for i in range(count)]
+            found = torch.autograd.grad(total, [*leaves, *self.log_scale.values()])
+        self._cache.of_features = list(found[:count])
+        self._cache.of_scales = [gradient / count for gradient in found[count:]]
         self._cache.sums = {loss: value.detach() / count for loss, value in sums.items()}
-        self._cache.seen = []
 
     def surrogate(self, outputs: Outputs) -> Tensor:
         """For the next microbatch of pass 2: a scalar of value 0 that replaces the weighted losses.
@@ -257,21 +229,13 @@ class InfoNCE(ObjectiveModule):
         Its sum over the microbatches has the gradient of this rank's loss: a feature's comes from its own
         microbatch, and a temperature's from each in equal parts, since engines may wait for it in each.
         """
-        gradients = self._cache.of_features.pop(0)
-        total = torch.stack(
-            [(outputs.features[side].float() * grad).sum() for side, grad in zip(self.sides, gradients, strict=True)]
-        ).sum()
+        total = (self._rows(outputs) * self._cache.of_features.pop(0)).sum()
         for scale, grad in zip(self.log_scale.values(), self._cache.of_scales, strict=True):
             total = total + (scale * grad).sum()
         return total - total.detach()
 
     def forget(self) -> None:
         self._cache = _Cache()
-
-
-def _sides(pair: str) -> tuple[str, str]:
-    first, _, second = pair.partition("-")
-    return first, second
 
 
 def _bounded(log_scale: Tensor) -> Tensor:
@@ -282,30 +246,22 @@ def _bounded(log_scale: Tensor) -> Tensor:
     return log_scale
 
 
-def _gather(features: Features, sides: tuple[str, ...], groups: Groups) -> _Gathered:
-    local_BRP = torch.stack([features.of[side] for side in sides], dim=1)
-    flags = torch.cat([features.present_RB.t().to(torch.int64), features.group_ids_B[:, None]], dim=1)
+def _gather(features: Features, groups: Groups) -> Features:
+    """Of the global microbatch, G = ranks * B samples."""
+    flags = torch.cat([features.present_BR.to(torch.int64), features.group_ids_B[:, None]], dim=1)
     flags_G = gather_rows(flags, groups.data)
-    return _Gathered(
-        gather_rows(local_BRP, groups.data),
-        flags_G[:, :-1].bool(),
-        flags_G[:, -1],
-        groups.data_rank * local_BRP.shape[0],
-    )
+    return Features(gather_rows(features.rows_BRP, groups.data), flags_G[:, :-1].bool(), flags_G[:, -1])
 
 
-def _one_way(everyone: _Gathered, query: int, key: int, rows: int, scale: Tensor) -> Tensor:
-    """The sum of the cross-entropy over this rank's samples that have both representations."""
-    mine = slice(everyone.first, everyone.first + rows)
-    both_G = everyone.present_GR[:, query] & everyone.present_GR[:, key]
-    logits_BG = scale * everyone.features_GRP[mine, query] @ everyone.features_GRP[:, key].t()
-    itself_BG = (
-        torch.arange(both_G.numel(), device=both_G.device)
-        == torch.arange(everyone.first, everyone.first + rows, device=both_G.device)[:, None]
-    )
-    same_BG = everyone.group_ids_G[mine, None] == everyone.group_ids_G
-    usable_BG = everyone.present_GR[:, key] & (~same_BG | itself_BG) & both_G[mine, None]
+def _one_way(everyone: Features, query: int, key: int, mine: slice, scale: Tensor) -> Tensor:
+    """The sum of the cross-entropy over this rank's samples (``mine`` of everyone's) that have both."""
+    features_GRP, present_GR, group_ids_G = everyone.rows_BRP, everyone.present_BR, everyone.group_ids_B
+    both_G = present_GR[:, query] & present_GR[:, key]
+    logits_BG = scale * features_GRP[mine, query] @ features_GRP[:, key].t()
+    places_G = torch.arange(both_G.numel(), device=both_G.device)
+    itself_BG = places_G == places_G[mine, None]
+    same_BG = group_ids_G[mine, None] == group_ids_G
+    usable_BG = present_GR[:, key] & (~same_BG | itself_BG) & both_G[mine, None]
     logits_BG = logits_BG.masked_fill(~usable_BG, MASKED)
-    target_B = torch.arange(everyone.first, everyone.first + rows, device=both_G.device)
-    loss_B = torch.nn.functional.cross_entropy(logits_BG, target_B, reduction="none")
+    loss_B = torch.nn.functional.cross_entropy(logits_BG, places_G[mine], reduction="none")
     return (loss_B * both_G[mine]).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -17,13 +17,11 @@ from torch import Tensor
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
 from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
-from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.objectives.base import (
     Expected,
     Objective,
     ObjectiveModule,
     Outputs,
-    Representation,
     num_tokens,
 )
 from mmmoe_pretrain.parallel.groups import Groups
@@ -90,17 +88,11 @@ class NextToken(Objective):
     causal = True
     predicts = True
 
-    def __init__(
-        self,
-        name: str,
-        settings: NextTokenSettings,
-        modalities: Mapping[str, Modality],
-        representations: Mapping[str, Representation],
-    ) -> None:
-        super().__init__(name, settings, modalities, representations)
-        self._parts = settings.ways_of_parts
-        predictable = {m for m, modality in modalities.items() if modality.predictable}
-        self._predicted = set(settings.loss_on) or predictable & (settings.named or predictable)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._parts = self.settings.ways_of_parts
+        predictable = {m for m, modality in self.modalities.items() if modality.predictable}
+        self._predicted = set(self.settings.loss_on) or predictable & (self.settings.named or predictable)
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""

@@ -84,11 +84,11 @@ def test_what_cannot_be_seen_is_no_text(raw: RawSample, modalities: Modalities) 
     assert [text for text in SAYS_SOMETHING if not has_text(text)] == []
     for text in BLANK:
         sample = good(decode(changed(raw, txt=text.encode()), modalities))
-        assert not sample.has("text")
+        assert sample.first("text") is None
         alone = decode(RawSample(raw.key, {"txt": text.encode()}), modalities)
         assert isinstance(alone, BadSample) and "no image or audio or text" in alone.reason
     # The tokenizer's own mark of a word, of which no token is left.
-    assert not good(decode(changed(raw, txt="\u2581".encode()), modalities)).has("text")
+    assert good(decode(changed(raw, txt="\u2581".encode()), modalities)).first("text") is None
 
 
 @pytest.mark.parametrize("extension", ["png", "wav", "txt", "json"])

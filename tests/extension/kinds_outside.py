@@ -55,9 +55,6 @@ class Points(Modality):
         places = np.concatenate([np.zeros((0, 2), dtype=np.float32), *values])
         return Collated({"input": places}, np.cumsum(lengths) - lengths)
 
-    def stem_flops(self, hidden_size: int) -> float:
-        return 2.0 * 2 * hidden_size
-
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return nn.Linear(2, hidden_size)
 

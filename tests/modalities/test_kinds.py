@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import ModalitySettings
-from mmmoe_pretrain.modalities import Modality, Tokenizer, build_modalities, default_modalities, format_of
+from mmmoe_pretrain.data.members import dotted_key
+from mmmoe_pretrain.modalities import Modality, build_modalities, default_modalities, format_of
+from tests.support import tiny_config
 
 VOCAB, HIDDEN = 48, 12
 SMALL: dict[str, dict[str, Any]] = {  # settings of kinds that have none that fit, or are slow as they are
@@ -19,15 +22,27 @@ SMALL: dict[str, dict[str, Any]] = {  # settings of kinds that have none that fi
     "audio": {"n_mels": 40, "max_seconds": 0.5, "stem_channels": 8},
     "series": {"channels": 3, "max_steps": 100},
 }
-VARIANTS = {
-    **{kind: {"kind": kind, **SMALL.get(kind, {})} for kind in kinds.MODALITIES.names},
-    "native image": {"kind": "image", "aspect": "native", "stem": "linear", "max_tokens": 12},
-}
+STEMS = [
+    {"stem": "linear", "positions": "rotary", "patch": 2},
+    {"stem": "linear", "positions": "learned", "patch": 8},
+    {"stem": "conv", "positions": "learned", "patch": 2},
+    {"stem": "conv", "positions": "rotary", "patch": 8},
+]
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "image": [*STEMS, {"aspect": "native", "stem": "linear", "max_tokens": 12}],
+    "audio": [*STEMS, {"patch": 1}],
+}  # fmt: skip
+OTHERS = [{"positions": "learned"}, {"positions": "rotary"}]
+VARIANTS = [
+    {"kind": kind, **SMALL.get(kind, {}), **changes}
+    for kind in kinds.MODALITIES.names
+    for changes in CHANGES.get(kind, OTHERS)
+]
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=VARIANTS, ids=str)
 def modality(request: pytest.FixtureRequest, tiny_data: Path) -> Modality:
-    values = VARIANTS[request.param]
+    values = request.param
     settings: ModalitySettings = kinds.MODALITIES.load(values["kind"]).Settings(**values)
     return build_modalities({"mine": settings}, tiny_data / "tokens.model")["mine"]
 
@@ -80,14 +95,6 @@ def test_every_token_is_described_in_a_report(modality: Modality) -> None:
                 assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
 
 
-def test_costs_and_settings_are_there_without_any_file(modality: Modality) -> None:
-    bare = build_modalities({"mine": modality.settings}, decoding=False)["mine"]
-    assert bare.max_tokens == modality.max_tokens
-    assert bare.stem_flops(HIDDEN) >= 0
-    assert modality.settings.positions in ("learned", "rotary")
-    assert bare.rotary == (modality.settings.positions == "rotary")
-
-
 def test_a_format_is_of_one_kind() -> None:
     formats = [ending for kind in kinds.MODALITIES.names for ending in kinds.MODALITIES.load(kind).formats]
     assert len(formats) == len(set(formats))
@@ -98,6 +105,18 @@ def test_a_format_is_of_one_kind() -> None:
     assert set(default_modalities()) == kinds.MODALITIES.builtin.keys() - {"series"}  # which needs its channels
 
 
+def test_a_package_that_cannot_be_loaded_stops_only_what_names_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_installed", lambda group: {"broken": "no_such_package:Broken"})
+    assert format_of("left.png") == "image" and dotted_key(("0.csv", "1.csv", "json")) == ()
+    assert list(build_modalities(tiny_config(Path("unused")).modalities, decoding=False)) == [
+        "image",
+        "audio",
+        "text",
+    ]
+    with pytest.raises(ValueError, match="modality kind broken cannot be loaded from no_such_package:Broken"):
+        tiny_config(Path("unused"), modalities={"clouds": {"kind": "broken"}})
+
+
 def test_a_modality_that_reads_text_needs_a_tokenizer(tiny_data: Path) -> None:
     settings = {"words": kinds.MODALITIES.load("text").Settings()}
     with pytest.raises(ValueError, match=r"modalities\.words reads text, and data\.tokenizer names no tokenizer"):
@@ -105,7 +124,8 @@ def test_a_modality_that_reads_text_needs_a_tokenizer(tiny_data: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint"):
         build_modalities(settings, tiny_data / "tokens.model", fingerprint="another")
     built = build_modalities(settings, tiny_data / "tokens.model")
-    assert (built.vocab_size, built.fingerprint) == (VOCAB, Tokenizer(tiny_data / "tokens.model").fingerprint)
+    hash_of_file = xxhash.xxh3_128_hexdigest((tiny_data / "tokens.model").read_bytes())
+    assert (built.vocab_size, built.fingerprint) == (VOCAB, hash_of_file)
     without = build_modalities({"left": kinds.MODALITIES.load("image").Settings()})
     assert (without.vocab_size, without.fingerprint, without.predictable) == (0, "", ())
     with pytest.raises(ValueError, match=r"no modality reads text \(left\)"):

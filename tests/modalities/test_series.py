@@ -152,30 +152,6 @@ def rows_of(embedder: Any, series: Series, values: list[np.ndarray]) -> torch.Te
     return embedder(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_no_series_give_zero_gradients_to_every_parameter(positions: str) -> None:
-    series = Series("heart", RAW.model_copy(update={"positions": positions}))
-    embedder = series.embedder(12, 0)
-    rows = rows_of(embedder, series, [])
-    assert rows.shape == (0, 12)
-    rows.sum().backward()
-    for name, parameter in embedder.named_parameters():
-        assert parameter.grad is not None, name
-        assert not parameter.grad.any(), name
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_a_series_has_the_same_rows_whatever_stands_beside_it(positions: str) -> None:
-    torch.manual_seed(0)
-    series = Series("heart", RAW.model_copy(update={"positions": positions}))
-    embedder = series.embedder(12, 0)
-    values = [series.example(np.random.default_rng(seed)) for seed in range(4)]
-    together, starts = rows_of(embedder, series, values), series.collate(values).starts
-    for start, value in zip(starts, values, strict=True):
-        alone = rows_of(embedder, series, [value])
-        torch.testing.assert_close(together[start : start + len(alone)], alone)
-
-
 def test_what_was_not_measured_is_zero_with_a_sign_beside_it() -> None:
     """A token is a linear function of its steps, zero where there is none, and of which there are."""
     embedder = SeriesEmbedder(RAW, 12)

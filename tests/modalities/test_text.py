@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import xxhash
 
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES
 from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
@@ -28,13 +27,7 @@ def test_text_comes_back_and_carries_no_marks(path: Path) -> None:
     assert ids.dtype == np.int64
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
     assert tokenizer.decode(ids) == TEXT
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.vocab_size) == (
-        0,
-        1,
-        2,
-        3,
-        48,
-    )
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.vocab_size) == (1, 2, 3, 48)
 
 
 def test_a_long_text_is_cut_and_counted(path: Path) -> None:
@@ -65,30 +58,17 @@ def test_what_says_nothing_is_nothing_and_what_is_no_text_is_a_bad_sample(path: 
 
 def test_training_alone_drops_pieces_as_the_settings_say(path: Path) -> None:
     text = Text("text", TextSettings(dropout=0.5), Tokenizer(path))
-    seen = {tuple(text.decode(TEXT.encode(), np.random.default_rng(seed))) for seed in range(10)}
-    assert len(seen) > 3
+    first, again = ([tuple(text.decode(TEXT.encode(), np.random.default_rng(n))) for n in range(10)] for _ in "ab")
+    seen = set(first)
+    assert first == again and len(seen) > 3
     assert all(text.tokenizer.decode(np.asarray(ids)) == TEXT for ids in seen)
     assert values(text, TEXT) == values(Text("text", TextSettings(), Tokenizer(path)), TEXT)
-
-
-def test_dropout_changes_the_pieces_but_not_the_text(path: Path) -> None:
-    tokenizer = Tokenizer(path)
-    plain = tokenizer.encode(TEXT)
-    dropped = [tokenizer.encode(TEXT, np.random.default_rng(seed), 0.5) for seed in range(10)]
-    assert len({tuple(ids) for ids in dropped}) > 3
-    assert all(tokenizer.decode(ids) == TEXT and len(ids) >= len(plain) for ids in dropped)
-    again = tokenizer.encode(TEXT, np.random.default_rng(3), 0.5)
-    assert again.tolist() == dropped[3].tolist()
 
 
 def test_full_dropout_leaves_no_piece_that_could_fall_apart(path: Path) -> None:
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("number", np.random.default_rng(0), 0.999999)
     assert all(len(tokenizer.decode([i])) <= 1 for i in ids)
-
-
-def test_the_fingerprint_is_of_the_file(path: Path) -> None:
-    assert Tokenizer(path).fingerprint == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def test_a_wrong_tokenizer_is_refused_with_the_remedy(path: Path, tmp_path: Path) -> None:
@@ -108,18 +88,6 @@ def test_a_tokenizer_without_marks_is_refused(tmp_path: Path) -> None:
         hard_vocab_limit=False, model_type="char", bos_id=-1, eos_id=-1, minloglevel=2)  # fmt: skip
     with pytest.raises(ValueError, match="no begin or end mark"):
         Tokenizer(tmp_path / "bare.model")
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_no_text_gives_zero_gradients_to_every_parameter(positions: str) -> None:
-    embedder = TextEmbedder(9, 4, TextSettings(max_tokens=6, positions=positions))
-    none = torch.zeros(0, dtype=torch.int64)
-    rows = embedder(none, none)
-    assert rows.shape == (0, 4)
-    rows.sum().backward()
-    for name, parameter in embedder.named_parameters():
-        assert parameter.grad is not None, name
-        assert not parameter.grad.any(), name
 
 
 def test_learned_positions_reach_the_end_mark_of_the_longest_text() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, SampleMeta
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.objectives import Outputs
@@ -58,7 +58,7 @@ EYE = torch.eye(2)
 ALL = dict.fromkeys(NAMES, torch.ones(2, dtype=torch.bool))
 
 
-def loss(image: Tensor, text: Tensor, present: dict[str, Tensor] = ALL, group_ids: tuple[int, ...] = (1, 2)) -> float:
+def loss(image: Tensor, text: Tensor, present: dict[str, Tensor], group_ids: tuple[int, ...]) -> float:
     """The mean over the samples that have both."""
     module = module_of(settings_of({"image-text": 1.0}))
     batch = batch_of(present, torch.tensor(group_ids))
@@ -66,24 +66,23 @@ def loss(image: Tensor, text: Tensor, present: dict[str, Tensor] = ALL, group_id
     return total / int((present["image"] & present["text"]).sum())
 
 
-def test_two_orthogonal_pairs_cost_what_a_softmax_over_one_and_zero_costs() -> None:
-    assert loss(EYE, EYE) == pytest.approx(-math.log(math.e / (math.e + 1)), rel=1e-6)
+ONE_OF_TWO = math.log(math.e + 1) - 1  # cross-entropy of a softmax over 1 and 0 whose target is the 1
 
 
-def test_swapped_pairs_cost_one_nat_more() -> None:
-    assert loss(EYE, EYE.flip(0)) - loss(EYE, EYE) == pytest.approx(1.0, rel=1e-6)
-
-
-def test_a_sample_without_text_takes_no_part() -> None:
-    present = {**ALL, "text": torch.tensor([True, False])}
-    text = EYE.clone()
-    text[1] = 0
-    # Of two queries one is left. Its text stands alone; its image has one rival among the images.
-    assert loss(EYE, text, present) == pytest.approx(0.5 * -math.log(math.e / (math.e + 1)), rel=1e-6)
-
-
-def test_samples_of_one_group_are_no_negatives() -> None:
-    assert loss(EYE, EYE, group_ids=(7, 7)) == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize(
+    ("text", "has_text", "group_ids", "expected"),
+    [
+        (EYE, [True, True], (1, 2), ONE_OF_TWO),
+        (EYE.flip(0), [True, True], (1, 2), ONE_OF_TWO + 1),  # the target is the 0
+        # Of two queries one is left. Its text stands alone; its image has one rival among the images.
+        (torch.tensor([[1.0, 0], [0, 0]]), [True, False], (1, 2), 0.5 * ONE_OF_TWO),
+        (EYE, [True, True], (7, 7), 0.0),  # samples of one group are no negatives
+    ],
+    ids=["orthogonal", "swapped", "without a text", "one group"],
+)
+def test_the_loss_by_hand(text: Tensor, has_text: list[bool], group_ids: tuple[int, int], expected: float) -> None:
+    present = {**ALL, "text": torch.tensor(has_text)}
+    assert loss(EYE, text, present, group_ids) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_no_pair_at_all_costs_nothing_and_has_finite_gradients() -> None:
@@ -120,7 +119,7 @@ def test_a_pair_is_of_any_two_representations() -> None:
     assert objective.needs() == {"match scene-text": {"image", "audio", "text"}}
     batch = batch_of({"scene": ALL["image"], "text": ALL["text"]}, torch.tensor([1, 2]))
     found = objective.module()(outputs_of({"scene": EYE, "text": EYE.flip(0)}), batch, SINGLE)
-    assert found["match/scene-text"].item() / 2 == pytest.approx(1 - math.log(math.e / (math.e + 1)), rel=1e-6)
+    assert found["match/scene-text"].item() / 2 == pytest.approx(ONE_OF_TWO + 1, rel=1e-6)
 
 
 SAMPLES, WIDTH, JOINT = 12, 5, 4
@@ -279,15 +278,6 @@ def test_a_step_without_any_pair_costs_nothing() -> None:
     assert not any(gradient.any() for gradient in world.gradients().values())
 
 
-def test_plain_microbatches_are_another_loss() -> None:
-    """What the cache is for: with the negatives of each microbatch alone the sum is smaller."""
-    whole_losses, _ = whole_batch()
-    world = World.make()
-    parts = [world.sums(rows) for rows in slices(0, (4, 4, 4))]
-    total = {pair: sum(part[pair].item() for part in parts) for pair in whole_losses}
-    assert all(total[pair] < 0.8 * whole for pair, whole in whole_losses.items())
-
-
 @pytest.mark.parametrize(
     ("cached", "sizes", "problem"),
     [
@@ -302,11 +292,3 @@ def test_a_batch_without_negatives_is_refused(cached: bool, sizes: tuple[int, in
     found = settings_of(cached=cached).objectives["match"].settings.batch_problem("match", *sizes)
     assert (found is None) == (problem is None)
     assert problem is None or problem in found
-
-
-def test_a_sample_has_the_segments_of_the_representations_that_pairs_name() -> None:
-    objective = settings_of({"image-text": 1.0}).objectives["match"]
-    assert list(objective.segments(Sample(SampleMeta("nothing")), None)) == []  # type: ignore[arg-type]
-    assert objective.losses == {"match/image-text": 1.0}
-    assert not objective.predicts and not objective.whole_step and not objective.causal
-    assert settings_of(cached=True).objectives["match"].whole_step

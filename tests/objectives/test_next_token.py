@@ -12,9 +12,7 @@ import torch
 from mmmoe_pretrain.batch import Item, Part, Sample, SampleMeta, Segment
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives import Outputs
 from mmmoe_pretrain.objectives.base import Expected
-from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.support import pack_settings, tiny_config
 
 KINDS = {
@@ -134,13 +132,6 @@ def test_counts_are_of_the_targets() -> None:
     samples = [sample(text(5, 6), image()), sample(text(7, loss=False), text(8), document=True), sample(image())]
     assert settings.objectives["task"].counts(pack(samples, settings)) == {"task": 3 + 2}
     assert settings.objectives["task"].counts(pack([], settings)) == {"task": 0}
-
-
-def test_the_loss_is_the_sum_over_the_targets() -> None:
-    settings = settings_of()
-    batch = pack([sample(text(5, 6))], settings)
-    outputs = Outputs(torch.zeros(3, 16), {}, {"task": torch.tensor([1.0, 2.0, 4.0], requires_grad=True)})
-    assert settings.objectives["task"].module()(outputs, batch, SINGLE)["task"].item() == 7.0
 
 
 def test_a_token_sees_what_stands_before_it_and_nothing_after() -> None:
