@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +17,9 @@ from pathlib import Path
 from data_prep.corpora import asterisk, emoji
 from data_prep.corpora.asterisk import Prompt
 from data_prep.corpora.emoji import STYLES, Emoji, Style
-from data_prep.manifest import Row, row_fields, row_problem
+from data_prep.manifest import Row, write_manifest
 from data_prep.media import audio_seconds
+from data_prep.shard_files import add_file
 from data_prep.splits import group_items, normalise_text, split_of
 
 SPLIT_SALT = "mini-36"  # the constructed groups are only 32; this salt gives each split some of them
@@ -67,7 +67,9 @@ def run(work: Path, out: Path) -> None:
     catalogue = emoji.fetch_catalogue(work, ("en",))
     styles = {style: style.pictures(work) for style in STYLES if style.name in ("noto", "fluent")}
     files, rows = build_rows(prompts, catalogue, styles)
-    size = write_archive(out / "mini.tar", rows, {**files, licences.name: licences.read_bytes()})
+    write_manifest(work / "manifest.jsonl", sorted(rows, key=lambda row: row.key))
+    content = sorted({**files, licences.name: licences.read_bytes()}.items())
+    size = write_archive(out / "mini.tar", [("manifest.jsonl", (work / "manifest.jsonl").read_bytes()), *content])
     print(f"{out / 'mini.tar'}: {len(rows)} rows, {len(files)} files, {size:,} bytes")
 
 
@@ -131,23 +133,12 @@ def as_flac(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def write_archive(path: Path, rows: Sequence[Row], files: Mapping[str, bytes]) -> int:
-    """One tar whose bytes depend on its content alone; returns its size."""
-    for row in rows:
-        assert row_problem(row) is None, (row, row_problem(row))
-    manifest = "".join(
-        json.dumps(row_fields(row), ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda r: r.key)
-    )
-    content = {
-        "manifest.jsonl": manifest.encode(),
-        **dict(sorted(files.items())),
-    }
+def write_archive(path: Path, files: Iterable[tuple[str, bytes]]) -> int:
+    """A tar whose bytes depend on ``files``, names and contents, alone; returns its size."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, data in content.items():
-            info = tarfile.TarInfo(name)  # mtime, uid and gid are 0
-            info.size, info.mode = len(data), 0o644
-            tar.addfile(info, io.BytesIO(data))
+        for name, data in files:
+            add_file(tar, name, data)
     size = len(buffer.getvalue())
     if size > LIMIT_BYTES:
         raise ValueError(f"mini.tar would have {size:,} bytes and may have {LIMIT_BYTES:,}; lower PROMPT_NAMES")

@@ -1,8 +1,8 @@
-"""The folder in which shards are built: one writer at a time, and a run that was ended resumes.
+"""The folder in which shards are written: one writer at a time, and an interrupted run resumes.
 
 ``OUT/building.tmp`` holds the splits as far as they are written, and ``finished.jsonl`` with a line for each shard:
-its entry of ``shards.json``, the rows that it took and the digest of what they were made from. A later run keeps a
-shard where all of that and its bytes are still the same, so its result is that of a run that was never ended.
+its entry of ``shards.json``, its rows and the digest of what they were made from. A later run keeps a shard if all of
+that and its bytes are unchanged, so its result is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmmoe_pretrain.data.shards import index_path
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"
-_WHOLE = "whole"  # all is written, and is being moved to its place
+_WHOLE = "whole"  # exists while the finished shards are moved to OUT
 _LOCK = "lock"
 
 
@@ -74,7 +74,7 @@ class Building:
         except OSError:  # a file system without locks
             pass
         self._finished = _read(self.folder / _FINISHED)
-        if (self.folder / _WHOLE).exists():  # a run was ended while it moved splits to their places: take them back
+        if (self.folder / _WHOLE).exists():  # a run was interrupted while it moved splits to OUT: move them back
             for split in {line.split for line in self._finished}:
                 if not (self.folder / split).exists() and (self.out / split).exists():
                     (self.out / split).replace(self.folder / split)
@@ -111,9 +111,8 @@ class Building:
             if path.name not in names:
                 path.unlink()
         self._finished = [line for line in self._finished if line.split != split] + kept
-        text = "".join(map(_line, self._finished))
         partial = self.folder / f"{_FINISHED}.tmp"
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text("".join(map(_line, self._finished)), encoding="utf-8")
         partial.replace(self.folder / _FINISHED)
         return kept
 

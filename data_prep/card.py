@@ -1,14 +1,16 @@
-"""The ``README.md`` by which Hugging Face's ``load_dataset`` opens a folder of shards as it is.
+"""The ``README.md`` by which Hugging Face's ``load_dataset`` opens a folder of shards.
 
-Its front matter names the tars (otherwise the more numerous JSON files are taken for the data) and the type of
-every column (otherwise they are taken from the first five samples, which must then have the same members).
+Its front matter names the tars (by default the more numerous JSON files would be the data) and the type of every
+column (by default they are guessed from the first five samples, which must then have the same members).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data_prep.manifest import Row, sample_fields
 
@@ -20,16 +22,17 @@ _TYPES = {bool: "bool", int: "int64", float: "float64", str: "string"}
 
 def write_card(folder: Path, tars: Mapping[str, str], members: Collection[str], fields: Mapping[str, str]) -> None:
     """``tars``: split -> pattern; ``members``: the suffixes in any sample; ``fields`` of KEY.json -> their types."""
-    files = [
-        f"  - split: {_SPLITS.get(split, split)}\n    path: {json.dumps(pattern)}\n"
-        for split, pattern in tars.items()
-    ]
-    columns = [f"  - name: {name}\n    dtype: {_dtype(name)}\n" for name in sorted(members) if name != "json"]
-    columns += ["  - name: json\n    struct:\n"]
-    columns += [f"    - name: {json.dumps(name)}\n      dtype: {dtype}\n" for name, dtype in fields.items()]
-    columns += [f"  - name: {name}\n    dtype: string\n" for name in ("__key__", "__url__")]
-    front = ("configs:\n- config_name: default\n  data_files:\n", *files, "dataset_info:\n  features:\n", *columns)
-    (folder / NAME).write_text(f"---\n{''.join(front)}---\n{_TEXT}", encoding="utf-8")
+    files = [{"split": _SPLITS.get(split, split), "path": pattern} for split, pattern in tars.items()]
+    types = {name: _dtype(name) for name in sorted(members) if name != "json"}
+    columns = [*_columns(types), {"name": "json", "struct": _columns(fields)}]
+    columns += _columns({"__key__": "string", "__url__": "string"})
+    front = {"configs": [{"config_name": "default", "data_files": files}], "dataset_info": {"features": columns}}
+    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    (folder / NAME).write_text(f"---\n{text}---\n{_TEXT}", encoding="utf-8")
+
+
+def _columns(types: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "dtype": dtype} for name, dtype in types.items()]
 
 
 def is_ours(path: Path) -> bool:
@@ -44,13 +47,12 @@ def field_types(rows: Iterable[Row]) -> dict[str, str]:
         for name, value in row.extra.items():
             if value is not None:
                 found.setdefault(name, set()).add(type(value))
-    single = {name: float if types == {int, float} else types.pop() for name, types in found.items() if _agree(types)}
-    extra = {name: _TYPES[kind] for name, kind in single.items() if kind in _TYPES}
-    return {**dict.fromkeys(sample_fields(Row("")), "string"), **extra}
-
-
-def _agree(types: set[type]) -> bool:
-    return len(types) == 1 or types == {int, float}
+    fields = dict.fromkeys(sample_fields(Row("")), "string")
+    for name, types in found.items():
+        types = {float} if types == {int, float} else types
+        if len(types) == 1 and types <= _TYPES.keys():
+            fields[name] = _TYPES[types.pop()]
+    return fields
 
 
 def _dtype(member: str) -> str:

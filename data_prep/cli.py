@@ -46,18 +46,20 @@ def corpus(
 def shard(
     manifest: Annotated[Path, typer.Argument(callback=given, help="manifest.jsonl, or the folder that holds it.")],
     out: Annotated[Path, typer.Option(callback=given, help="Folder for the shards, with one folder per split.")],
-    samples_per_shard: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
     image_size: Annotated[
-        int | None, typer.Option(help="Shrink the longest side to this many pixels, on white, as PNG.")
+        int | None, typer.Option(min=1, help="Shrink the longest side to this many pixels, on white, as PNG.")
     ] = None,
-    audio_rate: Annotated[int | None, typer.Option(help="Resample to mono FLAC at this rate in Hz.")] = None,
+    audio_rate: Annotated[
+        int | None, typer.Option(min=1000, max=192_000, help="Resample to mono FLAC at this rate in Hz.")
+    ] = None,
     filter: Annotated[
         list[str] | None,
         typer.Option(help="Only rows with field=value (may be repeated; values of one field are alternatives)."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode and encode.")] = 2,
     max_bad_fraction: Annotated[
-        float, typer.Option(help="Fail if more than this share of the samples is broken.")
+        float, typer.Option(min=0, max=1, help="Fail if more than this share of the samples is broken.")
     ] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in a folder.")] = False,
 ) -> None:
@@ -104,9 +106,7 @@ def verify(
 
 
 @app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(callback=given, help="Shards or a manifest.")],
-) -> None:
+def inspect(path: Annotated[Path, typer.Argument(callback=given, help="Shards or a manifest.")]) -> None:
     """Count rows, hours and bytes by split, subset, language and modality."""
     from data_prep import inspect as work
 

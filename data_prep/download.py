@@ -1,6 +1,6 @@
 """One file over HTTP: resumed after an interruption, checked, and renamed only when it is complete.
 
-Bytes gather in ``NAME.part``; a later call asks the server for the rest (HTTP Range).
+The bytes go to ``NAME.part``; a later call requests the rest (HTTP Range).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Remote:
 
 
 def download(remote: Remote, folder: Path, *, backoff_seconds: float = 1.0) -> Path:
-    """Fetch ``remote`` into ``folder``; a whole file that is already there is only checked."""
+    """Fetch ``remote`` into ``folder``; a complete file that is already there is only checked."""
     target = folder / remote.name
     if target.is_file() and file_digest(target, remote.algorithm) == remote.digest:
         return target
@@ -76,8 +76,8 @@ def _fetch_with_retries(remote: Remote, part: Path, progress: Progress, backoff:
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = error
     raise ValueError(
-        f"{remote.name}: no luck in {ATTEMPTS} attempts ({reason}); is the network up? What came is in "
-        f"{part.name} and is resumed. `mmmoe-data corpus mini` needs no network"
+        f"{remote.name}: {ATTEMPTS} attempts failed ({reason}); is the network up? The next run resumes "
+        f"{part.name}. `mmmoe-data corpus mini` needs no network"
     )
 
 
@@ -92,7 +92,7 @@ def _fetch_rest(remote: Remote, part: Path, progress: Progress) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part does not fit the file of the server: begin again
+        if error.code == 416:  # the part does not match the server's file: restart
             part.unlink(missing_ok=True)
         raise
     with response:

@@ -5,7 +5,9 @@ Counts rows, hours of audio and bytes by split, subset, language and modalities,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +37,23 @@ class Kind(NamedTuple):
     modalities: str
 
 
-class Measure(NamedTuple):
+@dataclass(slots=True)
+class Measure:
     """Sums over the rows of a kind."""
 
     rows: int = 0
     seconds: float = 0.0  # of audio
     bytes: int = 0
 
-    def plus(self, other: Measure) -> Measure:
-        return Measure(self.rows + other.rows, self.seconds + other.seconds, self.bytes + other.bytes)
+    def __iadd__(self, other: Measure) -> Measure:
+        self.rows += other.rows
+        self.seconds += other.seconds
+        self.bytes += other.bytes
+        return self
+
+    def cells(self) -> tuple[str, str, str]:
+        """Of the table: rows, hours of audio, bytes."""
+        return f"{self.rows:,}", f"{self.seconds / 3600:.3f}" if self.seconds else "", f"{self.bytes:,}"
 
 
 def run(path: Path) -> None:
@@ -51,11 +61,11 @@ def run(path: Path) -> None:
     totals, left_out = measure(path)
     table = Table(*Kind._fields, "rows", "hours", "bytes", title=str(path), title_justify="left")
     for split in sorted({kind.split for kind in totals}, key=lambda split: (split not in SPLITS, split)):
-        lines = {kind: total for kind, total in totals.items() if kind.split == split}
-        for kind, total in sorted(lines.items()):
-            table.add_row(*kind, *_cells(total))
-        if lines:
-            table.add_row(split, "", "", "all", *_cells(_sum(lines.values())), style="bold", end_section=True)
+        whole = Measure()
+        for kind in sorted(kind for kind in totals if kind.split == split):
+            table.add_row(*kind, *totals[kind].cells())
+            whole += totals[kind]
+        table.add_row(split, "", "", "all", *whole.cells(), style="bold", end_section=True)
     console = Console()
     console.width = max(console.width, 110)  # whole names in a log, too
     console.print(table)
@@ -73,9 +83,9 @@ def measure(path: Path) -> tuple[dict[Kind, Measure], str]:
 
 
 def _totals(lines: Iterable[tuple[Kind, Measure]]) -> dict[Kind, Measure]:
-    totals: dict[Kind, Measure] = {}
+    totals: dict[Kind, Measure] = defaultdict(Measure)
     for kind, amount in lines:
-        totals[kind] = totals.get(kind, Measure()).plus(amount)
+        totals[kind] += amount
     return totals
 
 
@@ -94,10 +104,9 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
 def _of_shards(folders: Iterable[ShardFolder]) -> Iterator[tuple[Kind, Measure]]:
     for shards in folders:
         name = shards.folder.name
+        split = split_called(name) if split_called(name) in SPLITS else "train"
         for i in track(range(len(shards)), f"reading {name}", len(shards), "samples"):
-            yield _of_sample(
-                shards.read(i), shards.modalities, split_called(name) if split_called(name) in SPLITS else "train"
-            )
+            yield _of_sample(shards.read(i), shards.modalities, split)
 
 
 def _of_sample(raw: RawSample, modalities: Modalities, split: str) -> tuple[Kind, Measure]:
@@ -129,14 +138,3 @@ def _seconds(data: bytes) -> float:
         return audio_seconds(data)
     except ValueError:
         return 0.0
-
-
-def _sum(measures: Iterable[Measure]) -> Measure:
-    total = Measure()
-    for amount in measures:
-        total = total.plus(amount)
-    return total
-
-
-def _cells(total: Measure) -> tuple[str, str, str]:
-    return f"{total.rows:,}", f"{total.seconds / 3600:.3f}" if total.seconds else "", f"{total.bytes:,}"

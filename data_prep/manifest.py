@@ -1,6 +1,6 @@
-"""Rows of ``manifest.jsonl``: their schema, reading, writing and filtering.
+"""Rows of ``manifest.jsonl`` (docs/data_format.md): their schema, reading, writing and filtering.
 
-Owns the content of a row (docs/data_format.md), except documents (``documents.py``).
+The parts of a document are in ``documents.py``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Kinds that it holds; of a document that is damaged, none."""
+        """The kinds of its content; none for a damaged document."""
         if self.parts is not None:
             held = {part.name for part in self._parts if part.path or has_text(part.text or "")}
             return (*(name for name in _CONTENT if name in held), *sorted(held.difference(_CONTENT)))
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths that it names."""
+        """The paths in it."""
         return tuple(filter(None, (self.image, self.audio, *(part.path for part in self._parts))))
 
     @property
@@ -85,14 +85,14 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Row) if field.name not
 
 
 def row_fields(row: Row) -> dict[str, Any]:
-    """A row as a line of a manifest holds it."""
+    """The fields of a row's line in a manifest."""
     document = {} if row.parts is None else {PARTS: row.parts}
     values = {name: getattr(row, name) for name in FIELDS}
     return {**values, "key": urllib.parse.unquote(row.key), **document, **row.extra}
 
 
 def sample_fields(row: Row) -> dict[str, Any]:
-    """What ``KEY.json`` holds: the row without its paths and its text."""
+    """The content of ``KEY.json``: the row without its paths and its text."""
     return {**{name: getattr(row, name) for name in FIELDS if name not in _CONTENT}, **row.extra}
 
 
@@ -115,7 +115,7 @@ def slug(text: str) -> str:
 
 
 def write_manifest(path: Path, rows: Sequence[Row]) -> None:
-    """Write all rows at once, under a temporary name until they are whole."""
+    """Write all rows, to a temporary file that is renamed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     seen: set[str] = set()
@@ -133,7 +133,7 @@ def read_manifest(path: Path) -> list[Row]:
     """The rows of a manifest file, or of the ``manifest.jsonl`` of a folder; or one ValueError with all problems."""
     path = manifest_path(path)
     rows: list[Row] = []
-    problems = _Problems()
+    problems: list[str] = []
     line_of: dict[str, int] = {}
     with (
         Progress(f"reading {path.name}", path.stat().st_size, "MB", scale=10**6) as progress,
@@ -144,39 +144,22 @@ def read_manifest(path: Path) -> list[Row]:
             try:
                 row = _parse(line)
             except ValueError as error:
-                problems.add(f"line {number}: {error}")
+                problems.append(f"line {number}: {error}")
                 continue
             found = list(_faults(row))
             if line_of.setdefault(row.key, number) != number:
-                found.append(f"it stands in line {line_of[row.key]}, too, and keys are unique over a manifest")
-            for problem in found:
-                problems.add(f"line {number}, key {brief(urllib.parse.unquote(row.key))}: {problem}")
+                found.append(f"it is in line {line_of[row.key]}, too, and keys are unique over a manifest")
+            where = f"line {number}, key {brief(urllib.parse.unquote(row.key))}"
+            problems += [f"{where}: {problem}" for problem in found]
             rows.append(row)
-    problems.refuse(path)
+    if len(problems) == 1:
+        raise ValueError(f"{path} {problems[0]}")
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n  ".join([f"{path} has {len(problems):,} problems:", *problems[:_SHOWN], *more]))
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
-
-
-@dataclass(slots=True)
-class _Problems:
-    """How many there are, and the first of them."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, problem: str) -> None:
-        self.count += 1
-        if len(self.first) < _SHOWN:
-            self.first.append(problem)
-
-    def refuse(self, path: Path) -> None:
-        """One ValueError with all of them, where there are any."""
-        if self.count == 1:
-            raise ValueError(f"{path} {self.first[0]}")
-        if self.count:
-            more = [f"... and {self.count - _SHOWN:,} more"] if self.count > _SHOWN else []
-            raise ValueError("\n  ".join([f"{path} has {self.count:,} problems:", *self.first, *more]))
 
 
 def manifest_path(path: Path) -> Path:

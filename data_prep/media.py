@@ -1,8 +1,8 @@
-"""Files of a sample to the bytes a shard holds: decoded once here, so that no broken one gets into a shard.
+"""Files of a sample -> the bytes that a shard holds. Each is decoded once, so that no broken one gets into a shard.
 
-An image is turned upright, shrunk and composited on white; a clip is mixed to mono and resampled. Where
-no change is asked for, the original bytes pass. Every failure is a ValueError that says what is wrong
-with the file. The limits are those of the loader.
+An image is turned upright, shrunk and composited on white; a clip is mixed to mono and resampled. Without
+--image-size and --audio-rate the bytes stay as they are. Every failure is a ValueError that says what is wrong with
+the file. The limits are those of the loader.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmmoe_pretrain.limits import (
-    DECODER_ERRORS,
-    MAX_MEMBER_BYTES,
-    decoder_reason,
-)
+from mmmoe_pretrain.limits import DECODER_ERRORS, MAX_MEMBER_BYTES, decoder_reason
 from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
 from mmmoe_pretrain.untrusted import read_bytes
 
@@ -41,23 +37,20 @@ class Media:
 def member(kind: str, path: Path, image_size: int | None, audio_rate: int | None) -> Media:
     """The file as a member of a shard; of a kind that is not converted, its bytes as they are."""
     if kind == "image":
-        return image_member(path, image_size)
+        return image_member(path, None) if image_size is None else shrunk_image_member(path, image_size)
     if kind == "audio":
         return audio_member(path, audio_rate)
     return Media(_suffix(path, kind), _read(path))
 
 
+@functools.lru_cache(maxsize=1024)  # rows share images; only shrunk ones are small enough to keep
+def shrunk_image_member(path: Path, size: int) -> Media:
+    """``image_member``, from a cache."""
+    return image_member(path, size)
+
+
 def image_member(path: Path, size: int | None) -> Media:
     """The image, its longest side at most ``size`` pixels (None: as it is)."""
-    return _image_member(path, None) if size is None else _shrunk_member(path, size)
-
-
-@functools.lru_cache(maxsize=1024)  # rows share images; only shrunk ones are small enough to keep
-def _shrunk_member(path: Path, size: int) -> Media:
-    return _image_member(path, size)
-
-
-def _image_member(path: Path, size: int | None) -> Media:
     from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, open_image
 
     suffix = _suffix(path, "image")

@@ -1,7 +1,7 @@
 """Debian and npm packages as plain folders, without root and without installing anything.
 
-The package managers' clients give the URL and hash of a package, so the machine's mirrors and registries are used;
-``download.py`` fetches it and this file unpacks it.
+The URL and hash of a package come from the clients of the package managers, so the machine's mirrors and registries
+are used; ``download.py`` downloads it, and it is unpacked here.
 """
 
 from __future__ import annotations
@@ -14,29 +14,34 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.download import MissingFileError, Remote, download
-from data_prep.unpack import unpack_tar
 from mmmoe_pretrain.progress import Progress
 
 _OFFLINE = "`mmmoe-data corpus mini` ships with the repository and needs no network"
 _URI_LINE = re.compile(
-    r"^'(?P<url>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<algorithm>SHA256|SHA512):(?P<digest>[0-9a-f]+)\s*$",
-    re.M,
+    r"^'(?P<url>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<algorithm>SHA256|SHA512):(?P<digest>[0-9a-f]+)\s*$", re.M
 )
 
 
 def fetch_debian(package: str, work: Path) -> tuple[Path, str]:
     """Download and unpack a Debian package; the folder, and the package's version."""
     dpkg = _client("dpkg-deb", "Debian packages are unpacked")
-    remote, archive = _download_debian(package, work)
-    folder = work / "files" / package
+    remote = _locate_debian(package, work / "apt")
+    try:
+        archive = download(remote, work / "downloads")
+    except MissingFileError:  # the machine's lists are older than what its mirror still has
+        remote = _locate_debian(package, work / "apt", fresh=True)
+        archive = download(remote, work / "downloads")
 
     def unpack(target: Path) -> None:
-        _run([dpkg, "-x", str(archive), str(target)], f"unpacking {archive.name}")
+        result = _call([dpkg, "-x", str(archive), str(target)])
+        if result.returncode:
+            raise ValueError(f"{archive.name} cannot be unpacked ({_last_line(result) or result.returncode})")
 
+    folder = work / "files" / package
     _unpack_once(folder, remote, unpack)
     return folder, remote.name.split("_")[1].replace("%3a", ":")
 
@@ -45,7 +50,7 @@ def fetch_npm(package: str, version: str, work: Path) -> Path:
     """Download and unpack an npm package; the folder that holds its ``package.json``."""
     npm = _client("npm", "npm packages are looked up")
     spec = f"{package}@{version}"
-    result = _call([npm, "view", spec, "dist.tarball", "dist.integrity", "--json"], 120)
+    result = _call([npm, "view", spec, "dist.tarball", "dist.integrity", "--json"])
     answer = _npm_answer(spec, result.stdout)
     algorithm, _, digest = str(answer.get("dist.integrity", "")).partition("-")
     if algorithm != "sha512" or "dist.tarball" not in answer:
@@ -73,14 +78,32 @@ def _npm_answer(spec: str, text: str) -> dict[str, Any]:
         answer = None
     if not isinstance(answer, dict) or "error" in answer:
         reason = answer["error"].get("summary", "no reason given") if isinstance(answer, dict) else "no answer"
-        raise ValueError(f"npm knows nothing of {spec} ({reason}); is the network up? {_OFFLINE}")
+        raise ValueError(f"npm has no {spec} ({reason}); is the network up? {_OFFLINE}")
     return answer
 
 
+def unpack_tar(tar: tarfile.TarFile, target: Path) -> None:
+    """Write the files and folders of ``tar`` below ``target``, without their owners, modes and times. Raises
+    ValueError for any other kind of member, and for a name that leaves the folder.
+
+    Not ``tar.extractall``: Python 3.11.2 (Debian 12) has no extraction filters yet.
+    """
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if not (member.isreg() or member.isdir()) or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{member.name!r} is not a plain file or folder inside the archive")
+        folder = target / (path if member.isdir() else path.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        if source := tar.extractfile(member):  # None for a folder
+            with (target / path).open("wb") as file:
+                shutil.copyfileobj(source, file)
+
+
 def _unpack_once(folder: Path, remote: Remote, unpack: Callable[[Path], None]) -> None:
-    """Unpack beside and rename; a stamp tells a later run that this very archive is unpacked."""
-    stamp = folder.with_name(folder.name + ".digest")
-    if folder.is_dir() and stamp.is_file() and stamp.read_text() == remote.digest:
+    """Unpack into a temporary folder and rename it. ``NAME.digest`` holds the digest of the archive, so that a later
+    run does not unpack it again."""
+    digest = folder.with_name(folder.name + ".digest")
+    if folder.is_dir() and digest.is_file() and digest.read_text() == remote.digest:
         return
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -89,47 +112,32 @@ def _unpack_once(folder: Path, remote: Remote, unpack: Callable[[Path], None]) -
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    stamp.write_text(remote.digest)
-
-
-def _download_debian(package: str, work: Path) -> tuple[Remote, Path]:
-    remote = _locate_debian(package, work / "apt")
-    try:
-        return remote, download(remote, work / "downloads")
-    except MissingFileError:  # the machine's lists are older than what its mirror still has
-        remote = _locate_debian(package, work / "apt", fresh=True)
-        return remote, download(remote, work / "downloads")
+    digest.write_text(remote.digest)
 
 
 def _locate_debian(package: str, state: Path, *, fresh: bool = False) -> Remote:
-    """Where apt finds a package: by the machine's lists, or by lists of ours (``fresh``, or it has none)."""
+    """The URL and hash of a package by the machine's lists, or by private lists (``fresh``, or the machine has
+    none)."""
     apt = _client("apt-get", "Debian packages are looked up")
     query = ["--print-uris", "download", package]
-    output = "" if fresh else _try([apt, *query])
-    if not _URI_LINE.search(output):  # slim machines carry no package lists
+    found = None if fresh else _URI_LINE.search(_call([apt, *query]).stdout)
+    if not found:  # slim machines have no package lists
         private = _private_apt(state)
-        _try([apt, *private, "update"], timeout=300)
-        output = _try([apt, *private, *query])
-    found = _URI_LINE.search(output)
+        _call([apt, *private, "update"], timeout=300)
+        result = _call([apt, *private, *query])
+        found = _URI_LINE.search(result.stdout)
     if not found:
-        tail = output.strip().splitlines()[-1] if output.strip() else "no answer"
-        raise ValueError(f"apt-get knows no package {package} ({tail}); is the network up? {_OFFLINE}")
+        reason = _last_line(result) or "no answer"
+        raise ValueError(f"apt-get knows no package {package} ({reason}); is the network up? {_OFFLINE}")
     return Remote(found["url"], found["name"], found["algorithm"].lower(), found["digest"], int(found["size"]))
 
 
 def _private_apt(state: Path) -> list[str]:
-    """Options that keep apt's lists in a folder of ours, so that no root is needed."""
+    """Options that keep apt's lists in the folder ``state``, so that no root is needed."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (state / name).mkdir(parents=True, exist_ok=True)
     root = state.resolve()
-    return [
-        "-o",
-        f"Dir::State={root / 'state'}",
-        "-o",
-        f"Dir::Cache={root / 'cache'}",
-        "-o",
-        "APT::Sandbox::User=",
-    ]
+    return ["-o", f"Dir::State={root / 'state'}", "-o", f"Dir::Cache={root / 'cache'}", "-o", "APT::Sandbox::User="]
 
 
 def _client(name: str, purpose: str) -> str:
@@ -139,22 +147,11 @@ def _client(name: str, purpose: str) -> str:
     return path
 
 
-def _run(command: Sequence[str], what: str) -> str:
-    result = _call(command, 120)
-    if result.returncode:
-        lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        raise ValueError(
-            f"{what} failed ({lines[-1].strip() if lines else result.returncode}); is the network up? {_OFFLINE}"
-        )
-    return result.stdout
+def _last_line(result: subprocess.CompletedProcess[str]) -> str:
+    return (result.stdout + "\n" + result.stderr).strip().rpartition("\n")[2].strip()
 
 
-def _try(command: Sequence[str], timeout: float = 120) -> str:
-    result = _call(command, timeout)
-    return result.stdout + "\n" + result.stderr
-
-
-def _call(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def _call(command: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
     try:
         with Progress(f"waiting for {Path(command[0]).name}"):
             return subprocess.run(

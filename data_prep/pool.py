@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,6 @@ from typing import TypeVar
 
 _AHEAD = 4  # tasks a worker that are in flight, so memory does not grow
 _PARENT_CHECK_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,12 +48,7 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
 def _live_with(parent: int) -> None:
     """End this process as soon as ``parent`` has ended, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(
-        target=_end_after, args=(parent,), daemon=True
-    ).start()  # elsewhere, or where it has ended already
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
 def _end_after(parent: int) -> None:

@@ -1,7 +1,7 @@
 """``mmmoe-data shard``: a manifest becomes shards, one folder a split.
 
-Rows are ordered by a hash of their keys, so every shard is a mix and the same input gives the same
-bytes at any number of workers, and after any number of runs that were ended (``building.py``).
+Rows are ordered by a hash of their keys, so every shard is a mix, and the same input gives the same bytes with any
+number of workers and after any number of interrupted runs (``building.py``).
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ class ShardOptions:
 
 @dataclass(slots=True)
 class Report:
-    """What was written, by split, and what was skipped."""
+    """What was written, by split, and what was skipped, of ``total`` rows."""
 
+    total: int
+    max_bad_fraction: float
     shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: list[BadSample] = field(default_factory=list)
     blank_texts: int = 0  # of samples that have an image or audio
@@ -78,6 +80,15 @@ class Report:
         self.blank_texts += line.blank_texts
         self.members.update(line.members)
 
+    def check(self, skipped: Sequence[BadSample]) -> None:
+        """Raise ValueError if these are too many."""
+        allowed = int(self.max_bad_fraction * self.total)
+        if len(skipped) > allowed:
+            raise ValueError(
+                f"{len(skipped)} of {self.total} samples cannot be used, and --max-bad-fraction "
+                f"{self.max_bad_fraction:g} allows {allowed}; fix them, or raise it: {_worst(skipped)}"
+            )
+
 
 def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions) -> None:
     """The command: read, filter, write, and print a summary."""
@@ -85,46 +96,37 @@ def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions
     report = shard_manifest(filter_rows(read_manifest(path), filters), path.parent, out, options)
     table = Table("split", "shards", "samples", "bytes")
     for split, entries in report.shards.items():
-        table.add_row(
-            split,
-            f"{len(entries):,}",
-            f"{sum(entry['nsamples'] for entry in entries):,}",
-            f"{sum(entry['filesize'] for entry in entries):,}",
-        )
-    console = Console()
+        samples, size = (sum(entry[name] for entry in entries) for name in ("nsamples", "filesize"))
+        table.add_row(split, f"{len(entries):,}", f"{samples:,}", f"{size:,}")
+    console = Console(highlight=False)
     console.print(table)
     if report.kept:
-        console.print(f"kept {report.kept:,} shards that an earlier run had finished", highlight=False)
+        console.print(f"kept {report.kept:,} shards that an earlier run had finished")
     if report.skipped:
-        console.print(f"skipped {len(report.skipped)} broken samples, named in {out / SKIPPED}", highlight=False)
+        console.print(f"skipped {len(report.skipped)} broken samples, named in {out / SKIPPED}")
     if report.blank_texts:
-        console.print(
-            f"skipped {report.blank_texts:,} blank texts of samples with an image or audio", highlight=False
-        )
+        console.print(f"skipped {report.blank_texts:,} blank texts of samples with an image or audio")
 
 
 def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOptions) -> Report:
     """Write ``rows``, whose paths are relative to ``root``, as shards under ``out``."""
-    _check_options(options)
     if not rows:
         raise ValueError("no rows to write; loosen --filter")
     if outside := files_outside(rows, root):
         log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
     for (name, kind), count in _unread_files(rows).items():
         log.warning("field %s names files in %d rows and is not read; call it %s", name, count, kind)
-    report = Report()
-    budget = int(options.max_bad_fraction * len(rows))
+    report = Report(len(rows), options.max_bad_fraction)
     with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
         for split in SPLITS:
             ordered = sorted((row for row in rows if row.split == split), key=_order)
             if ordered:
                 work = _Split(split, ordered, root, options, report, progress)
-                if entries := work.write(building, budget, len(rows)):
+                if entries := work.write(building):
                     report.shards[split] = entries
-        if report.shards:
-            _check_budget(report.skipped, budget, options, len(rows))
-        else:
+        if not report.shards:
             raise ValueError(f"all {len(rows)} samples are broken: {_worst(report.skipped)}")
+        report.check(report.skipped)
         _write_skipped(building.folder / SKIPPED, report.skipped)
         columns = report.members, field_types(rows)
         for split in report.shards:
@@ -145,12 +147,12 @@ class _Split:
     report: Report  # of all splits
     progress: Progress
     end: int = 0
-    since: Finished = field(init=False)  # the shard before
+    pending: Finished = field(init=False)  # the shard that is being written
 
     def __post_init__(self) -> None:
-        self.since = Finished(self.name)
+        self.pending = Finished(self.name)
 
-    def write(self, building: Building, budget: int, total: int) -> list[dict[str, Any]]:
+    def write(self, building: Building) -> list[dict[str, Any]]:
         """The entries of ``shards.json``, which is not written where there are none; shards that an earlier run has
         finished are kept."""
         per_shard, folder = self.options.samples_per_shard, building.folder / self.name
@@ -159,23 +161,23 @@ class _Split:
             self.report.add(line)
             self.end = line.end
         self.report.kept += len(kept)
-        self._check(self.report.skipped, budget, total)
+        self._check(self.report.skipped)
         if kept:
             self.progress.restart(self.progress.done + self.end, self.progress.total)
         entries, start = [line.entry for line in kept], self.end
-        with contextlib.closing(self._samples(budget, total)) as samples:
+        with contextlib.closing(self._samples()) as samples:
             for first in samples:  # taking the first one ahead means that no shard is empty
                 path = folder / f"{len(entries):05d}.tar"
                 entry = write_shard(path, itertools.chain((first,), itertools.islice(samples, per_shard - 1)))
                 line = dataclasses.replace(
-                    self.since, entry=entry, index=hash_file(index_path(path)), end=self.end,
+                    self.pending, entry=entry, index=hash_file(index_path(path)), end=self.end,
                     inputs=self.inputs(start, self.end),
                 )  # fmt: skip
                 building.add(line)
                 self.report.add(line)
                 entries.append(entry)
-                start, self.since = self.end, Finished(self.name)
-        self.report.add(self.since)  # bad rows behind the last shard
+                start, self.pending = self.end, Finished(self.name)
+        self.report.add(self.pending)  # bad rows behind the last shard
         if entries:
             write_shard_list(folder, entries)
         else:
@@ -186,33 +188,33 @@ class _Split:
         """The digest of everything that determines the bytes of these rows."""
         digest = xxhash.xxh3_128(repr((*_versions(), *dataclasses.astuple(self.options)[:3])).encode())
         for row in self.rows[start:end]:
-            files = [_stamp(self.root / name) for name in row.files]
+            files = [_size_and_time(self.root / name) for name in row.files]
             digest.update(json.dumps([row_fields(row), files]).encode())
         return digest.hexdigest()
 
-    def _samples(self, budget: int, total: int) -> Generator[EncodedSample, None, None]:
-        """The good ones in order; the others go into the report, which ends the command past ``budget``."""
+    def _samples(self) -> Generator[EncodedSample, None, None]:
+        """The good ones in order; the others go into the report, and too many of them end the command."""
         todo = self.rows[self.end :]
         chunks = [todo[start : start + _ROWS_A_TASK] for start in range(0, len(todo), _ROWS_A_TASK)]
-        encode = functools.partial(_encode_chunk, root=self.root, options=self.options)
+        encode = functools.partial(_encode_rows, root=self.root, options=self.options)
         with contextlib.closing(map_in_order(encode, chunks, self.options.workers)) as results:
             for sample in itertools.chain.from_iterable(results):
                 row = self.rows[self.end]
                 self.end += 1
                 self.progress.advance()
                 if isinstance(sample, EncodedSample):
-                    self.since.blank_texts += bool(row.text) and "text" not in row.modalities
-                    self.since.members = sorted({*self.since.members, *sample.members})
+                    self.pending.blank_texts += bool(row.text) and "text" not in row.modalities
+                    self.pending.members = sorted({*self.pending.members, *sample.members})
                     yield sample
                 else:
                     log.warning("skipped %s: %s", sample.key, sample.reason)
-                    self.since.skipped.append(sample)
-                    self._check([*self.report.skipped, *self.since.skipped], budget, total)
+                    self.pending.skipped.append(sample)
+                    self._check([*self.report.skipped, *self.pending.skipped])
 
-    def _check(self, skipped: Sequence[BadSample], budget: int, total: int) -> None:
+    def _check(self, skipped: Sequence[BadSample]) -> None:
         """Continue while all problems can still be listed; the total is checked at the end."""
         if len(skipped) > MOST_NAMED:
-            _check_budget(skipped, budget, self.options, total)
+            self.report.check(skipped)
 
 
 def encode_row(row: Row, root: Path, options: ShardOptions) -> EncodedSample | BadSample:
@@ -276,21 +278,15 @@ def _order(row: Row) -> tuple[bytes, str]:
     return xxhash.xxh3_64_digest(row.key.encode()), row.key
 
 
-def _encode_chunk(rows: Sequence[Row], root: Path, options: ShardOptions) -> list[EncodedSample | BadSample]:
+def _encode_rows(rows: Sequence[Row], root: Path, options: ShardOptions) -> list[EncodedSample | BadSample]:
     return [encode_row(row, root, options) for row in rows]
-
-
-def _check_budget(skipped: Sequence[BadSample], budget: int, options: ShardOptions, total: int) -> None:
-    if len(skipped) > budget:
-        raise ValueError(
-            f"{len(skipped)} of {total} samples cannot be used, and --max-bad-fraction {options.max_bad_fraction:g} "
-            f"allows {budget}; fix them, or raise it: {_worst(skipped)}"
-        )
 
 
 def _worst(skipped: Sequence[BadSample]) -> str:
     named = [f"{bad.key} ({bad.reason})" for bad in skipped[:MOST_NAMED]]
-    return "; ".join([*named, *([f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else [])])
+    if len(skipped) > MOST_NAMED:
+        named.append(f"and {len(skipped) - MOST_NAMED} more")
+    return "; ".join(named)
 
 
 @functools.cache
@@ -299,8 +295,8 @@ def _versions() -> tuple[str, ...]:
     return __version__, *map(importlib.metadata.version, ("pillow", "soundfile", "soxr"))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """The state of a file, to detect changes; None if it is missing."""
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    """The size and modification time of a file, to detect changes; None if it is missing."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -311,14 +307,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 def _write_skipped(path: Path, skipped: Sequence[BadSample]) -> None:
     lines = [json.dumps({"key": bad.key, "reason": bad.reason}, ensure_ascii=False) + "\n" for bad in skipped]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def _check_options(options: ShardOptions) -> None:
-    if options.samples_per_shard < 1:
-        raise ValueError(f"--samples-per-shard {options.samples_per_shard} must be at least 1")
-    if options.image_size is not None and options.image_size < 1:
-        raise ValueError(f"--image-size {options.image_size} must be at least 1 pixel")
-    if options.audio_rate is not None and not 1000 <= options.audio_rate <= 192_000:
-        raise ValueError(f"--audio-rate {options.audio_rate} must be between 1000 and 192000 Hz")
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise ValueError(f"--max-bad-fraction {options.max_bad_fraction} must be between 0 and 1")

@@ -1,11 +1,12 @@
-"""One shard: a tar whose bytes depend on its samples alone, and its index sidecar.
+"""One shard: a tar whose bytes depend on its samples alone, and its index.
 
-Owns the layout of ``NNNNN.tar``, ``NNNNN.index.json`` and ``shards.json`` (docs/data_format.md),
-written and read, independent of manifests and media.
+Writes ``NNNNN.tar``, ``NNNNN.index.json`` and ``shards.json`` (docs/data_format.md), independent of manifests and
+media.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -18,10 +19,6 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mmmoe_pretrain.data.shards import LISTING, index_path
-
-INDEX_VERSION = 1
-KIND = "wids-shard-index-v1"
-WIDS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +43,18 @@ def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for sample in samples:
-                members = {
-                    suffix: _add(tar, f"{sample.key}.{suffix}", data) for suffix, data in sample.members.items()
-                }
+                members = {name: add_file(tar, f"{sample.key}.{name}", data) for name, data in sample.members.items()}
                 entries.append({"key": sample.key, "members": members})
         file.flush()
         os.fsync(file.fileno())
     size, digest = partial.stat().st_size, hash_file(partial)
-    write_json(index_path(path), {"version": INDEX_VERSION, "bytes": size, "xxh3_128": digest, "samples": entries})
+    write_json(index_path(path), {"version": 1, "bytes": size, "xxh3_128": digest, "samples": entries})
     partial.replace(path)
     return {"url": path.name, "nsamples": len(entries), "filesize": size, "xxh3_128": digest}
 
 
 def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
-    write_json(folder / LISTING, {"__kind__": KIND, "wids_version": WIDS_VERSION, "shardlist": entries})
+    write_json(folder / LISTING, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": entries})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -69,14 +64,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
+    """Append a file whose header depends on its name and size alone; its offset and size."""
     info = tarfile.TarInfo(name)  # mtime, uid and gid are 0
     info.size, info.mode = len(data), 0o644
     offset = tar.offset + len(info.tobuf(tar.format, tar.encoding or "utf-8", tar.errors))

@@ -1,7 +1,7 @@
 """Groups of samples that show the same thing, and their split into train, val and test.
 
-Items that share any token (a normalised text, the hash of a file) fall into one group, by
-union-find, and a group goes whole into one split, chosen by a hash of its name.
+Items that share a token (a normalised text, the hash of a file) are one group, found by union-find. All of a group is
+in one split, chosen by a hash of its name.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 VAL_FRACTION = 0.09
 TEST_FRACTION = 0.21
 
 
 def normalise_text(text: str) -> str:
-    """Case, accents' encoding, punctuation and spaces do not tell two texts apart."""
+    """The text without case, punctuation, and differences of spaces and of the encoding of accents."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = re.sub(r"[^\w\s]", " ", folded).split()
     return " ".join(words) or folded.strip()
+
+
+def file_token(path: Path) -> str:
+    """A token of the file's content."""
+    return "file:" + hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def group_items(tokens_of: Mapping[str, Iterable[str]]) -> dict[str, str]:

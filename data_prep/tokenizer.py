@@ -1,7 +1,7 @@
 """``mmmoe-data tokenizer``: a sentencepiece model from the train split of manifests.
 
-Ids: pad 0, bos 1, eos 2, unk 3; bytes stand in for characters the vocabulary lacks, so any text can be decoded (up to
-the normalization). One thread and sorted texts make it deterministic.
+Ids: pad 0, bos 1, eos 2, unk 3. Characters outside of the vocabulary become byte pieces, so any text can be decoded
+(up to the normalization). One thread and sorted texts make it deterministic.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(
     casefold: bool | None,
     normalization: str,
 ) -> None:
-    """The command: gather the texts of all manifests, train, and print a summary."""
+    """The command: read the texts of all manifests, train, and print a summary."""
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} is not one of {', '.join(SPLITS)}")
     texts = texts_of(itertools.chain.from_iterable(map(read_manifest, manifests)), split)

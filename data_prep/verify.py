@@ -1,8 +1,8 @@
 """``mmmoe-data verify``: checks shards against their indices and lists, and that they can be trained on.
 
-Checks hashes, sizes, offsets and headers, that every sample has something to read and a fitting JSON, and that
-no group is in two splits. Shards made by other tools have neither lists nor indices: that is a note, not a problem.
-Reads every byte once; decodes nothing.
+Checks hashes, sizes, offsets and headers, that every sample has content and its own JSON, and that no group is in two
+splits. Shards made by other tools have neither lists nor indices: that is a note, not a problem. Every byte is read
+once, and nothing is decoded.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Se
     if not held:
         *most, last = known
         yield f"sample {key} has no {', '.join(most)} or {last} (its files: {names(sample.members)})"
-    if is_ours and row.get("key", key) != key:  # elsewhere, it may be a key of anything
+    if is_ours and row.get("key", key) != key:  # in shards of other tools it may be the key of anything
         yield f"sample {key} has the json of {brief(row['key'])}"
     group, split = row.get("group"), row.get("split") or shard.parent.name
     if isinstance(group, str) and group and isinstance(split, str):

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,31 @@ def things(count: int) -> list[dict[str, Any]]:
              "label": names[i % 8]} for i in range(count)]  # fmt: skip
 
 
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A tar of these names and contents, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
 def write_shards(
     folder: Path, rows: list[dict[str, Any]], lacking: tuple[str, ...] = (), corrupt: tuple[str, ...] = ()
 ) -> Path:
     """One tar of PNG, WAV, text and JSON members, without the modalities in ``lacking``; the images
     of the keys in ``corrupt`` are broken."""
-    samples = {}
+    members = []
     for row in rows:
         image = b"not an image" if row["key"] in corrupt else png_of(row)
-        members = {"image": ("png", image), "audio": ("wav", _wav(row)), "text": ("txt", row["name"].encode())}
+        content = {"image": ("png", image), "audio": ("wav", _wav(row)), "text": ("txt", row["name"].encode())}
         meta = {"group": row["group"], "label": row["label"], "language": row.get("language", "en"),
                 "subset": "named", "audio_kind": "speech"}  # fmt: skip
-        kept = dict(member for name, member in members.items() if name not in lacking)
-        samples[row["key"]] = {**kept, "json": json.dumps(meta).encode()}
-    return write_tar(folder, samples)
-
-
-def write_tar(folder: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """A folder with one shard of these samples: key -> extension -> content."""
-    folder.mkdir(parents=True)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for key, members in samples.items():
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+        kept = [member for name, member in content.items() if name not in lacking]
+        members += [(f"{row['key']}.{name}", data) for name, data in (*kept, ("json", json.dumps(meta).encode()))]
+    write_tar(folder / "00000.tar", members)
     return folder
 
 

@@ -24,7 +24,7 @@ CORPORA = {
 
 
 def build(name: str) -> Build:
-    """The function that builds a corpus, imported when it is asked for."""
+    """The function that builds a corpus, imported here."""
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
     function: Build = importlib.import_module(f"data_prep.corpora.{name}").build

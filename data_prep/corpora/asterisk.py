@@ -7,7 +7,6 @@ no speech have only a bracketed description, and are left out.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from data_prep.manifest import Row, slug
 from data_prep.packages import fetch_debian
-from data_prep.splits import group_items, normalise_text, split_of
+from data_prep.splits import file_token, group_items, normalise_text, split_of
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 SPLIT_SALT = "asterisk"
@@ -120,12 +119,8 @@ def prompt_row(prompt: Prompt, group: str, audio: str) -> Row:
 
 def identity(prompt: Prompt) -> list[str]:
     """The prompt in any language, the same words, the same recording."""
-    digest = hashlib.blake2b(prompt.audio.read_bytes(), digest_size=16).hexdigest()
-    return [
-        f"prompt:{prompt.name}",
-        f"text:{prompt.language}:{normalise_text(prompt.text)}",
-        f"audio:{digest}",
-    ]
+    text = f"text:{prompt.language}:{normalise_text(prompt.text)}"
+    return [f"prompt:{prompt.name}", text, file_token(prompt.audio)]
 
 
 def _transcript_lines(content: str) -> Iterator[tuple[str, str]]:

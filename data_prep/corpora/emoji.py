@@ -1,12 +1,11 @@
 """Emoji in three art styles with their names: subsets ``noto``, ``twitter`` and ``fluent``.
 
-Pictures and names are joined on code points without the variation selector. Variants of one emoji by
-gender and skin, and all flags of countries, are one group, so that near-duplicates never leak.
+Images and names are joined on code points without the variation selector. Variants of one emoji by gender and skin,
+and all flags of countries, are one group, so that near-duplicates are never in two splits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from data_prep.manifest import Row
 from data_prep.packages import fetch_npm
-from data_prep.splits import group_items, normalise_text, split_of
+from data_prep.splits import file_token, group_items, normalise_text, split_of
 
 SPLIT_SALT = "emoji"
 _NAMES = ("emojibase-data", "17.0.0")
@@ -27,7 +26,7 @@ _DROPPED = frozenset({"200d", "2640", "2642", "27a1", "1f3fb", "1f3fc", "1f3fd",
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """An art style: the package that has it, and on what terms."""
+    """An art style: its package and licence."""
 
     name: str
     package: str
@@ -63,20 +62,13 @@ STYLES = (
         "CC-BY-4.0",
         "Twemoji, (c) Twitter, Inc and other contributors",
     ),
-    Style(
-        "fluent",
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "assets",
-        "MIT",
-        "Fluent Emoji, (c) Microsoft Corporation",
-    ),
+    Style("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "MIT", "Fluent Emoji, (c) Microsoft Corporation"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Emoji:
-    """What is known of an emoji apart from its pictures."""
+    """An emoji without its images."""
 
     code: str  # lower-case hexadecimal code points joined by -, without FE0F
     label: str  # its group: "animals & nature", ...
@@ -127,7 +119,7 @@ def fetch_catalogue(work: Path, languages: Sequence[str]) -> dict[str, Emoji]:
 
 
 def group_emoji(catalogue: dict[str, Emoji], pictures: Iterable[dict[str, Path]]) -> dict[str, str]:
-    """The group of each emoji: its family, and whatever shares its picture or a name."""
+    """The group of each emoji: its family, and all that share an image or a name with it."""
     tokens = {
         code: [f"family:{emoji.family}"]
         + [f"{language}:{normalise_text(name)}" for language, name in emoji.names.items()]
@@ -135,7 +127,7 @@ def group_emoji(catalogue: dict[str, Emoji], pictures: Iterable[dict[str, Path]]
     }
     for files in pictures:
         for code in files.keys() & tokens.keys():
-            tokens[code].append("image:" + hashlib.blake2b(files[code].read_bytes(), digest_size=16).hexdigest())
+            tokens[code].append(file_token(files[code]))
     return {code: f"emoji-{group}" for code, group in group_items(tokens).items()}
 
 

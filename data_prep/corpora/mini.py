@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.manifest import Row, read_manifest
-from data_prep.unpack import unpack_tar
+from data_prep.packages import unpack_tar
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "tests" / "assets" / "mini" / "mini.tar"
 
@@ -19,7 +19,7 @@ def build(out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str
     """Unpack into ``out``; ``languages`` (none: all) keeps the rows of these."""
     if not ARCHIVE.is_file():
         raise ValueError(
-            "the mini corpus lies in the source tree (tests/assets/mini/mini.tar), and this installation "
+            "the mini corpus is in the source tree (tests/assets/mini/mini.tar), and this installation "
             "has none; clone the repository and run the command there"
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,12 @@
-"""Tux Paint's stamps: pictures of real things, their names in many languages, speech and sounds.
+"""Tux Paint's stamps: images of real things, their names in many languages, speech and sounds.
 
 Subsets: ``named`` (image, English text), ``spoken`` (image, text and the same words spoken),
 ``translated`` (image and text of a language without speech), ``effect`` (image, English text, the
-sound the thing makes) and ``pronounced`` (letters and digits, whose sound is their spoken name).
+sound effect) and ``pronounced`` (letters and digits, with their spoken name).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,20 +16,20 @@ from typing import Any
 
 from data_prep.manifest import Row, slug
 from data_prep.packages import fetch_debian
-from data_prep.splits import group_items, normalise_text, split_of
+from data_prep.splits import file_token, group_items, normalise_text, split_of
 from mmmoe_pretrain.progress import track
 
 PACKAGE = "tuxpaint-stamps-default"
 SPEECH_LANGUAGES = ("be", "bg", "ca", "da", "el", "en", "es", "fr", "ml", "nl", "pt_br", "ro", "ru")
 TRANSLATED_LANGUAGES = (*SPEECH_LANGUAGES, "de", "it", "pt", "pl", "sv", "cs")
-SPLIT_SALT = "tuxpaint-30"  # gives 544 / 67 / 174 stamps; groups are few, so fractions alone do not settle it
+SPLIT_SALT = "tuxpaint-30"  # gives 544 / 67 / 174 stamps; groups are few, so their sizes decide the fractions
 _LEFT_OUT = frozenset({"doppler_honk"})  # under a licence of its own
-_NAMES_SPOKEN = ("symbols/math/", "symbols/alphabets/")  # here NAME.ogg says the name, it is no effect
+_NAMES_SPOKEN = ("symbols/math/", "symbols/alphabets/")  # here NAME.ogg is the spoken name, not a sound effect
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """One picture and everything that is filed beside it under the same name."""
+    """An image and all files beside it with the same name."""
 
     name: str  # path below the stamps' folder, without suffix
     image: Path
@@ -57,7 +56,7 @@ def build(out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str
 
 
 def read_stamps(root: Path) -> tuple[list[Stamp], dict[str, int]]:
-    """All stamps with a PNG picture and a text, in the order of their names, and what was left out."""
+    """All stamps with a PNG image and a text, in the order of their names, and what was left out."""
     notes: Counter[str] = Counter()
     stamps = []
     for folder, subfolders, names in os.walk(root):
@@ -158,7 +157,7 @@ def _read_stamp(root: Path, folder: Path, stem: str, files: set[str]) -> Stamp:
 
 
 def _identity(stamp: Stamp, languages: Iterable[str]) -> list[str]:
-    """What may not be shared across splits: the picture, any sound, the name in any of ``languages``.
+    """What may not be shared across splits: the image, any audio, the name in any of ``languages``.
 
     The translations count because stamps with two English names often share one in another language.
     """
@@ -166,8 +165,4 @@ def _identity(stamp: Stamp, languages: Iterable[str]) -> list[str]:
     texts = [
         f"{language}:{normalise_text(stamp.texts[language])}" for language in languages if language in stamp.texts
     ]
-    return texts + [_digest(path) for path in files]
-
-
-def _digest(path: Path) -> str:
-    return "file:" + hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return texts + [file_token(path) for path in files]

@@ -1,6 +1,6 @@
-"""Bytes -> arrays for one sample; a sample that cannot be used becomes a BadSample value. Owns the meaning of a
-sample's JSON, the order of a document's parts, the random numbers of a sample (a pure function of seed, position and
-modality) and the one place where a bad sample is caught.
+"""Bytes -> arrays for one sample; a sample that cannot be used becomes a BadSample value, here and nowhere else.
+Defines the fields of a sample's JSON, the order of a document's parts, and the random numbers of a sample (a pure
+function of seed, position and modality).
 """
 
 from __future__ import annotations
@@ -52,11 +52,7 @@ class Draws:
 
 
 def decode(
-    raw: RawSample,
-    modalities: Modalities,
-    draws: Draws | None = None,
-    prompt: str = "{}",
-    most: int | None = None,
+    raw: RawSample, modalities: Modalities, draws: Draws | None = None, prompt: str = "{}", most: int | None = None
 ) -> Sample | BadSample:
     """The sample of ``raw``; with ``draws`` as in training: augmented, and sometimes with its class in ``prompt`` as
     a text. ``most``: tokens of a document."""
@@ -71,7 +67,10 @@ def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt:
     row = read_row(raw)
     meta = _meta(raw, row)
     if PARTS in row:
-        parts = [(part.name, _bytes_of(part, raw), part.loss) for part in document(row, raw.members, modalities)]
+        parts = [
+            (part.name, raw.members[part.member] if part.string is None else part.string.encode(), part.loss)
+            for part in document(row, raw.members, modalities)
+        ]
     else:
         content = contents(raw, row, modalities)
         if draws is not None and meta.label:
@@ -145,10 +144,6 @@ class DocumentPart:
     string: str | None
     member: str
     loss: bool
-
-
-def _bytes_of(part: DocumentPart, raw: RawSample) -> bytes:
-    return raw.members[part.member] if part.string is None else part.string.encode()
 
 
 def document(

@@ -1,6 +1,6 @@
 """Training microbatches by number, so that any layout, worker count and restart reads the same.
 
-Owns the cut of the global order into microbatches. Rank r of dp ranks takes of microbatch a of
+The global order is divided into microbatches here. Rank r of dp ranks takes of microbatch a of
 batch b the global positions ``[(b * A + a) * dp * B + r * B, + B)``, with A microbatches a batch and
 B samples each; the cursor says which batch a step trains on.
 """
@@ -53,21 +53,14 @@ class StepData(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """Of all samples, in the order of ``positions_of``; bad ones included."""
+        """Of all samples, in the order of their positions; bad ones included."""
         return [meta.key for microbatch in self.microbatches for meta in microbatch.metas]
 
 
 class MicrobatchDataset:
     """Item n is microbatch ``n = batch * num_microbatches + a`` of one data-parallel rank."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        modalities: Modalities,
-        *,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-    ) -> None:
+    def __init__(self, config: RunConfig, modalities: Modalities, *, dp_rank: int = 0, dp_size: int = 1) -> None:
         self.batch_size = microbatch_size(config, dp_size)
         self._most = document_tokens(config, modalities)
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -77,18 +70,12 @@ class MicrobatchDataset:
         files = OpenShards()
         self.folders = [ShardFolder(source.path, files, modalities) for source in config.data.train]
         self._order = MixOrder(
-            [len(folder) for folder in self.folders],
-            [source.weight for source in config.data.train],
-            config.seed,
+            [len(folder) for folder in self.folders], [source.weight for source in config.data.train], config.seed
         )
 
     def __getitem__(self, number: int) -> tuple[Batch, LoadStats]:
         positions = self.positions(number)
-        draws = self._order.at(positions)
-        raws = (
-            self.folders[source].read(index)
-            for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
-        )
+        raws = (folder.read(index) for folder, index in self._places(positions))
         cut_before = Counter(self._modalities.cut)
         decoded = [
             decode(raw, self._modalities, Draws(self._seed, position), self._prompt, self._most)
@@ -100,15 +87,17 @@ class MicrobatchDataset:
 
     def positions(self, number: int) -> np.ndarray:
         """Global positions of microbatch ``number``, int64 [batch_size]."""
-        return _positions(number, self._dp_rank, self._dp_size, self.batch_size)
+        start = (number * self._dp_size + self._dp_rank) * self.batch_size
+        return np.arange(start, start + self.batch_size)
 
     def keys(self, number: int) -> list[str]:
         """The keys of microbatch ``number``, without reading it."""
-        draws = self._order.at(self.positions(number))
-        return [
-            self.folders[source].key(index)
-            for source, index in zip(draws.source.tolist(), draws.index.tolist(), strict=True)
-        ]
+        return [folder.key(index) for folder, index in self._places(self.positions(number))]
+
+    def _places(self, positions: np.ndarray) -> list[tuple[ShardFolder, int]]:
+        draws = self._order.at(positions)
+        pairs = zip(draws.source.tolist(), draws.index.tolist(), strict=True)
+        return [(self.folders[source], index) for source, index in pairs]
 
 
 def microbatch_size(config: RunConfig, dp_size: int) -> int:
@@ -135,55 +124,35 @@ def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
     return most
 
 
-def positions_of(config: RunConfig, batch: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
-    """Global positions that a rank reads of global batch ``batch``, int64 [num_microbatches, microbatch size].
-
-    Over the ranks each position of ``[batch * G, (batch + 1) * G)`` stands there once, G samples a batch.
-    """
-    size, count = microbatch_size(config, dp_size), config.train.num_microbatches
-    return np.stack([_positions(batch * count + a, dp_rank, dp_size, size) for a in range(count)])
-
-
-def _positions(number: int, dp_rank: int, dp_size: int, size: int) -> np.ndarray:
-    start = (number * dp_size + dp_rank) * size
-    return np.arange(start, start + size)
-
-
 def keep_slot(item: Sample | BadSample) -> Sample:
     """The sample, or an empty one in the place of a bad one."""
     return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))
 
 
-def make_loader(
-    config: RunConfig,
-    modalities: Modalities,
-    *,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    cursor: Cursor | None = None,
-) -> Loader:
-    """The data of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given), whose
-    batches ``cursor`` chooses (by default all, in order).
-
-    The first step of a resumed run equals the same step of an uninterrupted one by construction.
-    """
-    dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size)
-    stop = config.train.steps if stop_step is None else stop_step
-    return Loader(dataset, config, start_step, stop, cursor or Cursor())
-
-
 class Loader:
-    """Iterates over ``StepData``. Holds nothing that must be saved: a step and a cursor make an equal one.
+    """Iterates over the ``StepData`` of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given),
+    whose batches ``cursor`` chooses (by default all, in order).
 
-    Its worker processes start with the first step, and end with the last one, with ``close`` (also
-    by ``with``), and with this process.
+    It has no state to save: a step and a cursor make an equal one, so the first step of a resumed run equals the same
+    step of an uninterrupted one. The worker processes start with the first step, and end with the last one, with
+    ``close`` (also by ``with``), and with this process.
     """
 
-    def __init__(self, dataset: MicrobatchDataset, config: RunConfig, start: int, stop: int, cursor: Cursor) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        modalities: Modalities,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        cursor: Cursor | None = None,
+    ) -> None:
+        dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size)
         self._dataset, self._count = dataset, config.train.num_microbatches
-        self._step, self._stop, self._cursor = start, stop, cursor
+        self._step, self._stop = start_step, config.train.steps if stop_step is None else stop_step
+        self._cursor = cursor or Cursor()
         self._items: list[tuple[Batch, LoadStats]] = []  # of the next step
         workers = Workers(
             config.data.num_workers,
@@ -193,7 +162,7 @@ class Loader:
             together=self._count,
             patience=SHARE_OF_HANG * config.hang_seconds,
         )
-        self._reader = ReadAhead(_Microbatches(dataset, cursor, self._count), self._numbers(), workers)
+        self._reader = ReadAhead(_Microbatches(dataset, self._cursor, self._count), self._numbers(), workers)
 
     @property
     def folders(self) -> list[ShardFolder]:
@@ -224,7 +193,7 @@ class Loader:
         self.close()
 
     def seek(self, step: int, cursor: Cursor) -> None:
-        """Go on at ``step`` with ``cursor``, e.g. after a rollback: what was read ahead is dropped."""
+        """Continue at ``step`` with ``cursor``, e.g. after a rollback: what was read ahead is dropped."""
         self._step, self._cursor, self._items = step, cursor, []
         self._reader.seek(_Microbatches(self._dataset, cursor, self._count), self._numbers())
 

@@ -1,7 +1,7 @@
 """The sample at each global position: a pure function of (seed, position).
 
-Owns the mixing of the sources by weight and the permutation of each source in each epoch. Holds
-no state, so resuming costs the same at every position and no layout can change the order.
+Mixes the sources by weight and permutes each source in each epoch. Has no state, so resuming costs the same at every
+position and no layout can change the order.
 
 Mixing: positions come in blocks of P, where source s has exactly c_s places (sum c_s = P). A seeded
 permutation of the block assigns the places, and the place's rank within its source counts that
@@ -24,7 +24,7 @@ _MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Draws:
+class Places:
     """For each position: the source, the epoch of that source, and the index within it; int64 [n]."""
 
     source: np.ndarray
@@ -46,8 +46,8 @@ class MixOrder:
         self._counts = np.asarray(block_counts(weights), dtype=np.int64)
         self._ends = np.cumsum(self._counts)
 
-    def at(self, positions: np.ndarray) -> Draws:
-        """The draws of global ``positions`` [n], which may be in any order and repeat."""
+    def at(self, positions: np.ndarray) -> Places:
+        """The samples at global ``positions`` [n], which may be in any order and repeat."""
         positions = np.asarray(positions, dtype=np.int64)
         block, offset = np.divmod(positions, self._ends[-1])
         place = permute(offset, np.full_like(offset, self._ends[-1]), fold(self.seed, block))
@@ -56,7 +56,7 @@ class MixOrder:
         ordinal = block * count + place - (self._ends[source] - count)
         epoch, index = np.divmod(ordinal, self._sizes[source])
         key = fold(self.seed + 1, source, epoch)
-        return Draws(source, epoch, permute(index, self._sizes[source], key))
+        return Places(source, epoch, permute(index, self._sizes[source], key))
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:

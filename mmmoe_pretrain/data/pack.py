@@ -1,7 +1,7 @@
 """Samples -> one packed microbatch (the contract is batch.Batch).
 
-Owns the layout of the stream: the segments that each objective asks for, objective by objective, then padding. What
-nobody asks for is neither packed nor embedded. Everything is numpy until the last step.
+The layout of the stream: the segments that each objective asks for, objective by objective, then padding. What no
+objective asks for is neither packed nor embedded. Everything is numpy until the last step.
 
 Shapes: B samples, T tokens, S segments, R runs (one for each part of a segment).
 """
@@ -27,7 +27,7 @@ TOKEN_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What packing depends on beside the samples. ``generator``: of (position, purpose), the random numbers that an
+    """What packing depends on, except the samples. ``generator``: of (position, purpose), the random numbers that an
     objective chooses segments by."""
 
     modalities: Modalities
@@ -59,9 +59,9 @@ def pack(
     samples: Sequence[Sample],
     settings: PackSettings,
     positions: Sequence[int] | np.ndarray | None = None,
-    tokens: int | None = None,
+    multiple: int = TOKEN_MULTIPLE,
 ) -> Batch:
-    """Lay ``samples`` out as one stream of ``tokens`` rows, or of as few as a multiple of 64 allows.
+    """Lay ``samples`` out as one stream, padded to a multiple of ``multiple`` rows.
 
     ``positions`` are the samples' global positions, by which objectives draw (default: 0, 1, ...). A sample without
     any item keeps its slot and takes no row.
@@ -69,7 +69,7 @@ def pack(
     segments = _segments(samples, settings, _places(samples, positions))
     collated, start_of = _collate(samples, segments, settings.modalities)
     runs, pooled, targets = _lay_out(samples, segments, start_of, settings)
-    total = _budget(runs.tokens, tokens, len(samples))
+    total = max(1, -(-runs.tokens // multiple)) * multiple
     modality, position, source, keys = _tokens(runs)
     rows = {name: np.flatnonzero(modality == m) for m, name in enumerate(settings.modalities)}
     return Batch(
@@ -109,17 +109,6 @@ def origins(
     first = np.repeat(np.cumsum(length) - length - _int64([part.start for _, part in parts]), length)
     sample_n, item_n = (np.repeat(_int64(its), length) for its in ([b for b, _ in parts], [p.item for _, p in parts]))
     return Origins(sample_n, item_n, np.arange(len(first)) - first)
-
-
-def max_tokens_per_sample(settings: PackSettings) -> int:
-    """The longest stretch that a sample with one item of each modality can take: a fixed budget of B times this
-    always fits."""
-    pooled = settings.objectives.representations.values()
-    total = sum(settings.modalities[name].max_tokens for rep in pooled for name in rep.modalities)
-    for objective in settings.objectives.values():
-        if not objective.representations:
-            total += max((expected.length for expected in objective.expected()), default=0)
-    return total
 
 
 def _places(samples: Sequence[Sample], positions: Sequence[int] | np.ndarray | None) -> np.ndarray:
@@ -197,7 +186,7 @@ def attention_blocks(segment: Segment) -> list[tuple[int, int]]:
     alone = [(len(part), len(part)) for part in segment.parts if part.attention == "alone"]
     together: list[Part] = [part for part in segment.parts if part.attention != "alone"]
     if alone and together:
-        raise ValueError(f"parts that attend alone stand beside others: {[part.attention for part in segment.parts]}")
+        raise ValueError(f"parts that attend alone and others in one segment: {[p.attention for p in segment.parts]}")
     full = sum(len(part) for part in together if part.attention == "full")
     return alone or [(sum(map(len, together)), full)]
 
@@ -218,18 +207,6 @@ def _tokens(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def _group_ids(samples: Sequence[Sample]) -> np.ndarray:
     hashes = [xxhash.xxh3_64_intdigest(sample.meta.own_group.encode()) for sample in samples]
     return np.asarray(hashes, dtype=np.uint64).view(np.int64)
-
-
-def _budget(used: int, tokens: int | None, num_samples: int) -> int:
-    if tokens is None:
-        return max(1, -(-used // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
-    if used > tokens:
-        raise ValueError(
-            f"{num_samples} samples take {used} tokens, but the budget is {tokens}; raise it to at least {used}, put "
-            f"fewer samples into a microbatch (train.num_microbatches), or shorten what a sample may hold (the "
-            f"limits in modalities)"
-        )
-    return tokens
 
 
 def _int64(values: Sequence[int]) -> np.ndarray:

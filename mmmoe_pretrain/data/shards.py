@@ -1,8 +1,8 @@
 """A folder of tar shards, read by position.
 
-Owns opening and checking of shards (docs/data_format.md) and reading one sample's bytes. Does not decode them. The
-index is a handful of arrays, for any number of samples. A sample is identified by its shard and its key:
-parallel writers often use the same keys.
+Opens and checks shards (docs/data_format.md) and reads one sample's bytes, which ``decode.py`` decodes. The index is
+a few arrays for any number of samples. A sample is identified by its shard and its key: parallel writers often use
+the same keys.
 """
 
 from __future__ import annotations

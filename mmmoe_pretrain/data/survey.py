@@ -105,20 +105,17 @@ def _in_json(folder: ShardFolder, extensions: tuple[str, ...], most: int | None)
     for i in places.tolist():
         if absent <= held and (others <= named or most is None):
             break
-        of_one = _held(folder, i)
-        held, named = held | of_one[0], named | of_one[1]
+        raw = folder.read(i, only=(META,))
+        try:
+            row = read_row(raw)
+            of_sample, in_parts = held_by(raw, row, folder.modalities)
+        except BadSampleError:
+            continue
+        held |= of_sample
+        named |= in_parts
+        if row.get("label") and PARTS not in row:
+            held |= {name for name, modality in folder.modalities.items() if modality.label_probability}
     return held, named
-
-
-def _held(folder: ShardFolder, i: int) -> tuple[set[str], set[str]]:
-    raw, modalities = folder.read(i, only=(META,)), folder.modalities
-    try:
-        row = read_row(raw)
-        held, named = held_by(raw, row, modalities)
-    except BadSampleError:
-        return set(), set()
-    labelled = {name for name, modality in modalities.items() if modality.label_probability and row.get("label")}
-    return held if PARTS in row else held | labelled, named
 
 
 def held_by(

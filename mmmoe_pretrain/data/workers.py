@@ -1,7 +1,6 @@
-"""Worker processes that prefetch items. A worker that dies or hangs is replaced and continues at the same item. Owns
-processes, pipes and restarts, not the items. Worker w of W makes the items w, w + W, ... of a range and sends them
-through its own pipe, so that a worker that is killed in the middle of a message affects no other and leaves no lock
-behind.
+"""Worker processes that prefetch items. A worker that dies or hangs is replaced and continues at the same item.
+Worker w of W makes the items w, w + W, ... of a range and sends them through its own pipe, so that a worker that is
+killed in the middle of a message affects no other and leaves no lock behind.
 
 torch's DataLoader is not used: its workers share one queue, whose lock dies with its holder, and its
 SIGCHLD handler raises in whatever the main thread is doing, such as the middle of an optimizer step.
@@ -37,7 +36,7 @@ _AT = struct.Struct("<q")  # the item that a worker is at, shared with it
 _AT_NONE = -1
 _PARENT_CHECK_SECONDS = 0.2  # an orphan holds its rank's sockets open: the other ranks would wait for it
 _KILL_SECONDS = 5.0  # a killed process may be stuck in the kernel, on a dead network disk: it is left there
-_AT_EXIT = 10  # before multiprocessing joins its children, which would wait for ours for ever
+_AT_EXIT = 10  # before multiprocessing joins its children: it would wait for these workers forever
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -49,7 +48,7 @@ class Workers:
 
     count: int  # 0: read in this process
     prefetch: int = 4  # items that a worker keeps ready
-    timeout: float = 150.0  # seconds of waiting for an item, after which its worker is taken for hung
+    timeout: float = 150.0  # seconds of waiting for an item, after which its worker counts as hung
     max_restarts: int = 3
     together: int = 1  # items that are awaited one after the other (a step's)
     patience: float = math.inf  # seconds that waiting for those may take in all, replacements included
@@ -218,7 +217,7 @@ class _Worker:
 
     def end(self, seconds: float = _KILL_SECONDS) -> None:
         """Kill the process, and wait at most ``seconds`` for its end."""
-        self.process.kill()  # it holds nothing that matters, and may hang
+        self.process.kill()  # it has no state to save, and may hang
         self.process.join(seconds)
         reader, self.reader = self.reader, -1
         if reader >= 0:

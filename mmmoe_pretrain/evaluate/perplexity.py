@@ -49,7 +49,9 @@ def count_train_targets(
 ) -> tuple[dict[str, np.ndarray], int]:
     """The count of each token id as a target [V], by task; and the number of samples read: spread evenly over each
     training folder, of which each gives its share of the mix."""
-    modalities = _of_targets_alone(modalities)
+    most = config.data.max_tokens_per_document
+    if most is None:  # otherwise the lengths of images and audio decide which texts a document keeps
+        modalities = _of_targets_alone(modalities)
     settings = eval_settings(config, modalities)
     counts = {task: np.zeros(modalities.vocab_size, dtype=np.int64) for task in settings.objectives.predicting}
     total_weight = sum(source.weight for source in config.data.train)
@@ -59,7 +61,7 @@ def count_train_targets(
         wanted = min(len(folder), max(1, round(limit * source.weight / total_weight)))
         places = np.linspace(0, len(folder) - 1, wanted).astype(int).tolist()
         for i in track(places, f"counting the tokens of {source.path}", wanted, "samples"):
-            sample = decode(folder.read(i), modalities)
+            sample = decode(folder.read(i), modalities, most=most)
             if isinstance(sample, BadSample):
                 continue
             read += 1

@@ -21,7 +21,7 @@ from mmmoe_pretrain import __version__, exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.loader import Loader, StepData, make_loader, microbatch_size
+from mmmoe_pretrain.data.loader import Loader, StepData, microbatch_size
 from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
@@ -70,7 +70,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 groups = build_groups(layout, config.parallel.timeout_minutes)
                 engine = build_engine(config, groups, device)
                 main = dist.get_rank() == 0
-                with make_loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
+                with Loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
                     _survey(config, loader, main)
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmmoe_pretrain.batch import Batch, Item, Part, Sample, SampleMeta, Segment
-from mmmoe_pretrain.data.pack import PackSettings, attention_blocks, max_tokens_per_sample, pack
+from mmmoe_pretrain.data.pack import PackSettings, attention_blocks, pack
 from tests.support import pack_settings, tiny_config
 
 MODALITIES = {
@@ -75,11 +75,15 @@ def test_the_stream_is_laid_out_as_documented(batch: Batch) -> None:
         assert batch.rows[name].tolist() == [row for row, its in enumerate(modality) if its == m]
 
 
-def test_rows_point_at_their_embeddings(batch: Batch) -> None:
+def test_rows_point_at_their_embeddings_whose_inputs_are_stacked_and_padded(batch: Batch) -> None:
     assert batch.source["image"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]  # the fused prefix is a's again
     assert batch.source["audio"].tolist() == [0, 1, 2, 3]  # both clips are padded to 4 frames, 2 tokens
     assert batch.inputs["text"]["ids"].tolist() == [1, 5, 6, 2, 1, 7, 2]  # the fused text is a's again
     assert batch.source["text"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    assert batch.inputs["image"]["pixels"][:, 0, 0, 0].tolist() == [ord("a"), ord("d")]
+    assert batch.inputs["audio"]["log_mel"].shape == (2, 8, 4)
+    assert batch.inputs["audio"]["frames_valid"].tolist() == [3, 4]
+    assert batch.inputs["text"]["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2]
 
 
 def test_a_token_is_known_by_its_id_or_its_number(batch: Batch) -> None:
@@ -94,20 +98,10 @@ def test_a_caption_predicts_its_next_token(batch: Batch) -> None:
     assert batch.targets["captions"].ids.tolist() == [5, 6, 2]
 
 
-def test_raw_inputs_are_stacked_and_padded(batch: Batch) -> None:
-    assert batch.inputs["image"]["pixels"][:, 0, 0, 0].tolist() == [ord("a"), ord("d")]
-    assert batch.inputs["audio"]["log_mel"].shape == (2, 8, 4)
-    assert batch.inputs["audio"]["frames_valid"].tolist() == [3, 4]
-    assert batch.inputs["text"]["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2]
-
-
-def test_samples_know_their_pooled_segments(batch: Batch) -> None:
+def test_samples_have_their_pooled_segments_and_attention_blocks_the_lengths_of_segments(batch: Batch) -> None:
     pooled = {name: segment_B.tolist() for name, segment_B in batch.pooled.items()}
     assert pooled == {"image": [0, -1, -1, 4], "audio": [-1, 2, -1, 5], "text": [1, 3, -1, -1]}
     assert [meta.key for meta in batch.metas] == ["a", "b", "c", "d"]
-
-
-def test_attention_blocks_have_the_lengths_of_their_runs(batch: Batch) -> None:
     assert batch.attention.lengths == (4, 4, 2, 3, 4, 2, 7)
     assert batch.attention.full == (4, 4, 2, 3, 4, 2, 4)  # last: a's image, in front of a's text
 
@@ -173,7 +167,7 @@ def test_parts_that_attend_alone_are_blocks_of_their_own() -> None:
     assert attention_blocks(alone) == [(4, 4), (2, 2)]
     prefix = Segment("x", (Part(0, 0, 4), Part(1, 0, 2), Part(2, 0, 3, "causal"), Part(0, 2, 4, "causal")))
     assert attention_blocks(prefix) == [(11, 6)]
-    with pytest.raises(ValueError, match="alone stand beside others"):
+    with pytest.raises(ValueError, match="alone and others in one segment"):
         attention_blocks(Segment("x", (Part(0, 0, 4, "alone"), Part(1, 0, 2))))
     with pytest.raises(AssertionError, match="full part stands after a causal one"):
         Segment("x", (Part(0, 0, 4, "causal"), Part(1, 0, 2)))
@@ -193,23 +187,6 @@ def test_absent_modalities_have_zero_rows(samples: list[Sample]) -> None:
     assert packed.inputs["audio"]["log_mel"].shape[2] % 2 == 0
     assert packed.inputs["text"]["ids"].dtype == torch.int64
     assert len(packed.targets["captions"]) == 0
-
-
-def test_a_fixed_budget_is_kept_or_refused() -> None:
-    assert pack(SAMPLES, SETTINGS, tokens=30).num_tokens == 30
-    with pytest.raises(ValueError, match=r"4 samples take 26 tokens, but the budget is 25; raise it to at least 26"):
-        pack(SAMPLES, SETTINGS, tokens=25)
-
-
-@pytest.mark.parametrize("parts", [["image", "text"], ["audio", "text"], [["image", "audio"], "text"]])
-@pytest.mark.parametrize("representations", [{}, {"both": ["image", "audio"]}])
-def test_the_longest_sample_fits_its_stated_bound(parts: list[Any], representations: dict[str, Any]) -> None:
-    pairs = {"kind": "contrastive", "pairs": {f"{name}-text": 1.0 for name in ("image", "audio", *representations)}}
-    objectives = {"pairs": pairs, "captions": {**CAPTIONS, "parts": parts}}
-    settings = settings_of(objectives=objectives, representations=representations)
-    audio: Any = settings.modalities["audio"].settings
-    longest = sample("x", image=True, frames=audio.max_frames, text=(5,) * 6)
-    assert max(pack([longest], settings, [place]).num_valid for place in range(9)) == max_tokens_per_sample(settings)
 
 
 def test_samples_of_one_group_share_an_id_and_others_do_not() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -19,16 +18,7 @@ from mmmoe_pretrain.data.members import split_name
 from mmmoe_pretrain.data.pack import _group_ids
 from mmmoe_pretrain.data.shards import OpenShards, ShardFolder, read_index
 from mmmoe_pretrain.modalities import default_modalities
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
+from tests.support import write_tar
 
 TWO = [("a.png", b"PNG"), ("a.txt", b"red"), ("b.flac", b"F" * 700), ("b.json", b"{}"), ("b.cls", b"7")]
 
@@ -62,18 +52,12 @@ def test_samples_are_read_by_position(tmp_path: Path, indexed: bool) -> None:
     assert folder.read(1).members == {"flac": b"F" * 700, "json": b"{}"}  # the unknown .cls is ignored
 
 
-def test_folders_inside_a_tar_are_part_of_the_key(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [("./one/a.PNG", b"1"), ("two/a.png", b"2")])
+def test_folders_long_names_and_other_alphabets_are_part_of_the_key(tmp_path: Path) -> None:
+    long = "ein-größerer-fisch-" + "x" * 150  # needs a PAX header
+    write_tar(tmp_path / "x.tar", [("./one/a.PNG", b"1"), ("two/a.png", b"2"), (f"{long}.txt", b"fish")])
     folder = ShardFolder(tmp_path)
-    assert [folder.key(i) for i in range(2)] == ["one/a", "two/a"]
-    assert folder.read(0).members == {"png": b"1"}
-
-
-def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
-    key = "ein-größerer-fisch-" + "x" * 150  # needs a PAX header
-    write_tar(tmp_path / "x.tar", [(f"{key}.txt", b"fish")])
-    folder = ShardFolder(tmp_path)
-    assert (folder.key(0), folder.read(0).members) == (key, {"txt": b"fish"})
+    assert [folder.key(i) for i in range(3)] == ["one/a", "two/a", long]
+    assert [folder.read(i).members for i in (0, 2)] == [{"png": b"1"}, {"txt": b"fish"}]
 
 
 def test_the_listing_decides_which_shards_and_in_which_order(tmp_path: Path) -> None:
@@ -166,7 +150,7 @@ def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[st
     assert len(ShardFolder(tmp_path)) == len({name.rpartition(".")[0] for name in names})
 
 
-def test_an_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_an_absent_folder_and_one_without_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
         ShardFolder(tmp_path / "absent")
     (tmp_path / "00000.tar.gz").touch()
@@ -174,54 +158,57 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path: Path) -> None:
         ShardFolder(tmp_path)
 
 
-def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [])
-    with pytest.raises(ValueError, match=r"x\.tar holds no sample"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no sample"),
+        (["a.txt", "b.txt", "a.png"], "holds key 'a' twice"),
+        (["a.txt", "a.txt"], "holds key 'a' twice"),
+        (["cat.0.jpg", "dog.0.jpg", "cat.1.jpg"],
+         r"holds key 'cat' twice.*first dot of a name: write cat_1\.jpg for cat\.1\.jpg"),
+        (["/etc/passwd"], "holds '/etc/passwd', a path that leaves its folder"),
+        (["../a.txt"], "a path that leaves its folder"),
+        (["a/../../b.txt"], "a path that leaves its folder"),
+    ],
+)  # fmt: skip
+def test_a_shard_without_samples_or_with_wrong_names_is_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    with pytest.raises(ValueError, match=rf"x\.tar .*{message}"):
         ShardFolder(tmp_path)
-    (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"x\.tar is not a whole tar file"):
-        ShardFolder(tmp_path)
-
-
-@pytest.mark.parametrize(("packer", "name"), [(gzip, "gzip"), (bz2, "bzip2"), (lzma, "xz")])
-def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path: Path, packer: ModuleType, name: str) -> None:
-    path = write_tar(tmp_path / "x.tar", [("BZh.txt", b"red")])  # begins like bzip2, and is none
-    assert len(read_index(path)) == 1
-    path.write_bytes(packer.compress(path.read_bytes() + os.urandom(2000)))
-    with pytest.raises(ValueError, match=rf"x\.tar is compressed by {name}.*unpack it"):
-        read_index(path)
-
-
-def test_tars_that_were_joined_by_cat_are_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.txt", b"red")])
-    other = write_tar(tmp_path / "y", [("b.txt", b"blue")]).read_bytes()
-    assert len(read_index(path)) == 1
-    path.write_bytes(path.read_bytes() + other)  # tarfile, too, ends after the first
-    with pytest.raises(ValueError, match=r"x\.tar is not a whole tar file \(another tar after the end of this one"):
-        read_index(path)
 
 
 # A member is a header of 512 bytes and its content in blocks of 512: 1024, 2048, 3584, ...
-@pytest.mark.parametrize("size", [100, 512, 700, 1024, 2048, 2300, 3000])
-def test_a_truncated_shard_is_refused_at_every_length(tmp_path: Path, size: int) -> None:
-    path = write_tar(tmp_path / "x.tar", TWO)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"x\.tar .*again"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((lambda data, size=size: data[:size], "again") for size in (0, 100, 512, 700, 1024, 2048, 2300, 3000)),
+        (lambda data: gzip.compress(data + os.urandom(2000)), "is compressed by gzip.*unpack it"),
+        (lambda data: bz2.compress(data + os.urandom(2000)), "is compressed by bzip2.*unpack it"),
+        (lambda data: lzma.compress(data + os.urandom(2000)), "is compressed by xz.*unpack it"),
+        # joined by cat: tarfile, too, ends after the first
+        (lambda data: data + data, r"is not a whole tar file \(another tar after the end of this one"),
+    ],
+)
+def test_a_truncated_compressed_or_joined_shard_is_refused(
+    tmp_path: Path, change: Callable[[bytes], bytes], message: str
+) -> None:
+    path = write_tar(tmp_path / "x.tar", [("BZh.txt", b"red"), *TWO])  # begins like bzip2, and is none
+    assert len(read_index(path)) == 3
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"x\.tar .*{message}"):
         read_index(path)
 
 
-def test_an_index_notices_a_truncated_shard(tmp_path: Path) -> None:
+def test_the_index_and_the_listing_notice_a_truncated_shard(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", TWO)
     sidecar(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"x\.tar has 10239 bytes, but its index says 10240"):
-        read_index(path)
-
-
-def test_the_listing_notices_a_truncated_shard(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", TWO)
+        ShardFolder(tmp_path)
     (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": "x.tar", "filesize": 99}]}))
-    with pytest.raises(ValueError, match=r"x\.tar has 10240 bytes, but shards\.json says 99"):
+    with pytest.raises(ValueError, match=r"x\.tar has 10239 bytes, but shards\.json says 99"):
         ShardFolder(tmp_path)
 
 
@@ -236,46 +223,27 @@ def test_a_shard_that_shrinks_during_the_run_ends_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2, and 1 is read"),
-        ({"samples": [{"key": "a", "members": {"png": [0, 99999]}}]}, "'a' outside of"),
-        ({"samples": [{"key": "a", "members": {"png": [-5, 2]}}]}, "'a' outside of"),
-        ({"samples": [{"members": {}}]}, "not a shard index"),
-        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "not a shard index"),
-        ({"samples": 3}, "not a shard index"),
+        ({"version": 2}, "has version 2, and 1 is read.*remove it"),
+        ({"samples": [{"key": "a", "members": {"png": [0, 99999]}}]}, "puts sample 'a' outside of.*remove it"),
+        ({"samples": [{"key": "a", "members": {"png": [-5, 2]}}]}, "puts sample 'a' outside of.*remove it"),
+        ({"samples": [{"members": {}}]}, "is not a shard index.*remove it"),
+        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "is not a shard index.*remove it"),
+        ({"samples": 3}, "is not a shard index.*remove it"),
+        ("{", "is not JSON.*remove it"),
+        ("[]", "holds list.*remove it"),
+        ({"samples": 2 * [{"key": "a", "members": {"png": [512, 3]}}]}, "holds key 'a' twice"),
     ],
 )
-def test_a_broken_index_is_refused_with_the_remedy(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_a_broken_index_is_refused_with_the_remedy(
+    tmp_path: Path, changes: dict[str, object] | str, message: str
+) -> None:
     path = write_tar(tmp_path / "x.tar", TWO)
-    sidecar(path, **changes)
-    with pytest.raises(ValueError, match=f"{message}.*remove it"):
+    if isinstance(changes, str):
+        (tmp_path / "x.index.json").write_text(changes)
+    else:
+        sidecar(path, **changes)
+    with pytest.raises(ValueError, match=rf"x\.index\.json {message}"):
         read_index(path)
-
-
-def test_json_that_is_none_is_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", TWO)
-    for content in ("{", "[]"):
-        (tmp_path / "x.index.json").write_text(content)
-        with pytest.raises(ValueError, match=r"x\.index\.json .*remove it"):
-            ShardFolder(tmp_path)
-
-
-@pytest.mark.parametrize("names", [["a.txt", "b.txt", "a.png"], ["a.txt", "a.txt"]])
-def test_a_duplicate_key_in_a_shard_is_refused(tmp_path: Path, names: list[str]) -> None:
-    path = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
-    with pytest.raises(ValueError, match=r"x\.tar holds key 'a' twice"):
-        read_index(path)
-
-
-def test_keys_with_dots_that_take_turns_are_named_with_the_remedy(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [(name, b"") for name in ("cat.0.jpg", "dog.0.jpg", "cat.1.jpg")])
-    with pytest.raises(ValueError, match=r"'cat' twice.*first dot of a name: write cat_1\.jpg for cat\.1\.jpg"):
-        ShardFolder(tmp_path)
-
-
-def test_a_duplicate_key_in_an_index_is_refused(tmp_path: Path) -> None:
-    sidecar(write_tar(tmp_path / "x.tar", TWO), samples=2 * [{"key": "a", "members": {"png": [512, 3]}}])
-    with pytest.raises(ValueError, match=r"x\.index\.json holds key 'a' twice"):
-        ShardFolder(tmp_path)
 
 
 def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
@@ -287,13 +255,6 @@ def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
     metas = [SampleMeta(raw.key, shard=raw.shard) for raw in (*raws, raws[0])]
     first, second, again = _group_ids([Sample(meta) for meta in metas]).tolist()
     assert first == again != second, "they are each other's negatives"
-
-
-@pytest.mark.parametrize("name", ["/etc/passwd", "../a.txt", "a/../../b.txt"])
-def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    path = write_tar(tmp_path / "x.tar", [(name, b"")])
-    with pytest.raises(ValueError, match="leaves its folder"):
-        read_index(path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

@@ -12,8 +12,7 @@ from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.objectives import build_objectives
-from tests.data.test_shards import write_tar
-from tests.support import objectives, tiny_config, tiny_values
+from tests.support import objectives, tiny_config, tiny_values, write_tar
 
 CAPTION, LABEL = json.dumps({"caption": "red"}).encode(), json.dumps({"label": "red"}).encode()
 

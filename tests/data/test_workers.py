@@ -9,9 +9,9 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mmmoe_pretrain.data.loader import MicrobatchDataset, make_loader
+from mmmoe_pretrain.data.loader import Loader, MicrobatchDataset
 from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
 from tests.data.test_loader import assert_same, batches, built, config_with
 
@@ -57,13 +57,6 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
-def wait_until_ended(pids: list[int], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("count, prefetch", [(0, 1), (1, 1), (1, 5), (3, 2), (7, 1)])
 def test_items_come_in_order_and_the_workers_end_with_the_last(count: int, prefetch: int) -> None:
     items = ReadAhead(Blocks(), range(3, 15, 2), Workers(count, prefetch))
@@ -85,7 +78,7 @@ def test_no_more_than_prefetch_items_are_made_ahead(tmp_path: Path) -> None:
     items.close()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killing_workers_at_any_moment_changes_no_item(seed: int) -> None:
     chance = random.Random(seed)
     items = ReadAhead(Blocks(), range(60), Workers(3, 2, max_restarts=99))
@@ -104,9 +97,9 @@ def test_a_loader_whose_workers_are_killed_reads_the_same_batches(
 ) -> None:
     config = config_with(tiny_data, {"num_workers": 2}, faults={"max_worker_restarts": 50})
     modalities = built(config)
-    expected = batches(make_loader(config_with(tiny_data), modalities, stop_step=12))
+    expected = batches(Loader(config_with(tiny_data), modalities, stop_step=12))
     chance, steps = random.Random(1), []
-    with caplog.at_level(logging.WARNING), make_loader(config, modalities, stop_step=12) as loader:
+    with caplog.at_level(logging.WARNING), Loader(config, modalities, stop_step=12) as loader:
         for data in loader:
             steps.append(data)
             if data.step < 10:
@@ -131,9 +124,9 @@ def test_samples_that_kill_every_worker_end_the_run_and_are_named(
 ) -> None:
     config = config_with(tiny_data, {"num_workers": 2}, faults={"max_worker_restarts": 2})
     modalities = built(config)
-    expected = list(make_loader(config_with(tiny_data), modalities, stop_step=2))[1].microbatches[1]
+    expected = list(Loader(config_with(tiny_data), modalities, stop_step=2))[1].microbatches[1]
     monkeypatch.setattr("mmmoe_pretrain.data.loader.MicrobatchDataset", _Deadly)
-    loader = make_loader(config, modalities, stop_step=9)
+    loader = Loader(config, modalities, stop_step=9)
     with pytest.raises(
         WorkerDied, match=r"died \(SIGSEGV\) at batch 1, samples thing-.*; 3 died on this rank"
     ) as error:
@@ -142,38 +135,32 @@ def test_samples_that_kill_every_worker_end_the_run_and_are_named(
     assert loader.worker_pids == []
 
 
-@pytest.mark.parametrize("fault", [lambda: os._exit(3), lambda: os.kill(os.getpid(), signal.SIGKILL)])
-def test_without_a_budget_the_first_death_is_the_last(fault: Callable[[], None]) -> None:
-    items = ReadAhead(Blocks(lambda k: fault() if k == 4 else None), range(9), Workers(2, 1, max_restarts=0))
-    with pytest.raises(WorkerDied, match=r"died \((exit code 3|SIGKILL)\) at block 4; 1 died"):
+def test_without_restarts_the_first_death_ends_the_run() -> None:
+    items = ReadAhead(Blocks(lambda k: os._exit(3) if k == 4 else None), range(9), Workers(2, 1, max_restarts=0))
+    with pytest.raises(WorkerDied, match=r"died \(exit code 3\) at block 4; 1 died"):
         list(items)
     assert list(items) == []
 
 
-def test_a_worker_that_hangs_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    items = ReadAhead(Blocks(), range(12), Workers(2, 1, timeout=1.5, max_restarts=9))
-    got = [next(items)]
+@pytest.mark.parametrize("workers", [
+    Workers(2, 1, timeout=1.0, max_restarts=9), Workers(2, 1, timeout=99, max_restarts=9, together=2, patience=3.0),
+])  # fmt: skip
+def test_workers_that_hang_are_replaced_within_their_timeout_or_the_patience_for_a_step(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = ReadAhead(Blocks(), range(8), workers)
+    got = [next(items) for _ in range(2)]
     pids = items.pids
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # wherever they are: within a message, too
-    with caplog.at_level(logging.WARNING):
-        got += items
-    assert got == plain(range(12))
-    assert items.restarts >= 2
-    assert "hung, 1.5 s without an item" in caplog.text
-    assert not any(is_running(pid) for pid in pids)
-
-
-def test_all_waits_of_a_step_stay_below_its_patience_however_many_workers_hang() -> None:
-    items = ReadAhead(Blocks(), range(8), Workers(2, 1, timeout=99, max_restarts=9, together=2, patience=4.0))
-    got = [next(items) for _ in range(2)]
-    for pid in items.pids:
-        os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
-    got += [next(items) for _ in range(2)]
-    assert time.monotonic() - began < 4.0
-    assert items.restarts >= 1  # the pipe of the other may have held an item
+    with caplog.at_level(logging.WARNING):
+        got += [next(items) for _ in range(2)]
+    assert time.monotonic() - began < 3.0
     assert got + list(items) == plain(range(8))
+    assert items.restarts >= 1  # the pipe of the other may have held an item
+    assert re.search("hung, (1|1.5|0.75) s without an item", caplog.text)
+    assert not any(is_running(pid) for pid in pids)
 
 
 def test_workers_that_hang_again_and_again_end_the_run_within_its_patience() -> None:
@@ -193,7 +180,7 @@ def test_a_stuck_worker_is_replaced_before_its_rank_counts_as_hanging(
     tiny_data: Path, hang_minutes: float, worker_timeout: float
 ) -> None:
     config = config_with(tiny_data, {"worker_timeout": worker_timeout}, faults={"hang_minutes": hang_minutes})
-    settings = make_loader(config, built(config))._reader._settings
+    settings = Loader(config, built(config))._reader._settings
     assert settings.patience < 60 * (hang_minutes or 0.8 * config.parallel.timeout_minutes)
     assert settings.together == config.train.num_microbatches
     assert settings.timeout == worker_timeout or not worker_timeout
@@ -223,12 +210,6 @@ def test_a_worker_that_cannot_die_holds_no_connection_of_its_rank() -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.join(20)
-
-
-def test_a_slow_worker_is_not_a_hung_one() -> None:
-    items = ReadAhead(Blocks(lambda k: time.sleep(0.3)), range(4), Workers(1, 1, timeout=3.0))
-    assert list(items) == plain(range(4))
-    assert items.restarts == 0
 
 
 def _raise(error: Exception) -> None:
@@ -284,22 +265,21 @@ def test_workers_outlive_the_warning_that_a_cluster_sends_to_every_process() -> 
     assert got + list(items) == plain(range(30))
 
 
-@pytest.mark.parametrize("end", ["close", "with", "forget"])
+@pytest.mark.parametrize("end", ["close", "forget"])
 def test_an_abandoned_loader_leaves_no_process(tiny_data: Path, end: str) -> None:
     config = config_with(tiny_data, {"num_workers": 3, "prefetch": 2})
-    loader = make_loader(config, built(config), stop_step=20)
+    loader = Loader(config, built(config), stop_step=20)
     next(loader)
     pids = loader.worker_pids
     os.kill(pids[0], signal.SIGSTOP)
     assert len(pids) == 3
     began = time.monotonic()
     if end == "close":
-        loader.close()
-        loader.close()
-        assert list(loader) == []
-    elif end == "with":
         with loader:
             pass
+        assert not any(is_running(pid) for pid in pids)
+        loader.close()
+        assert list(loader) == []
     else:
         del loader
         gc.collect()
@@ -307,28 +287,11 @@ def test_an_abandoned_loader_leaves_no_process(tiny_data: Path, end: str) -> Non
     assert time.monotonic() - began < 5  # a kill and a wait for it: milliseconds
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-from tests.data.test_workers import start_endless
-items = start_endless()
-print(*items.pids, flush=True)
-"""
-
-
 def start_endless() -> ReadAhead[bytes]:
     """Three workers that have delivered an item, one of them busy for long, the others in a message."""
     items = ReadAhead(Blocks(lambda k: time.sleep(99 * (k == 3))), range(10**9), Workers(3, 2))
     next(items)
     return items
-
-
-def test_workers_end_with_an_interpreter_that_forgot_them() -> None:
-    script = SCRIPT.format(root=str(Path(__file__).resolve().parents[2]))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True)
-    pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 3
-    wait_until_ended(pids)
 
 
 @pytest.mark.parametrize("end", [
@@ -350,4 +313,7 @@ def test_workers_end_with_their_rank_however_it_ends(end: Callable[[], None]) ->
     process.join(20)
     assert process.exitcode is not None
     assert len(pids) == 3
-    wait_until_ended(pids)
+    deadline = time.monotonic() + 20
+    while running := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.02)

@@ -67,21 +67,18 @@ def test_stamps_give_a_row_a_subset_and_language(stamps: Path, tmp_path: Path):
     assert notes["stamps that are SVG only"] == 1
 
 
-def test_stamps_that_share_a_name_in_any_language_share_group_and_split(stamps: Path, tmp_path: Path):
+def test_stamps_that_share_a_name_in_a_language_of_the_corpus_share_group_and_split(stamps: Path, tmp_path: Path):
+    stamp(stamps, "food/toast", "Toast.\nhu.utf8=Piritos.\n")
+    stamp(stamps, "food/rusk", "A rusk.\nhu.utf8=Piritos.\n")
     found, _ = tuxpaint.read_stamps(stamps)
-    rows = tuxpaint.rows_of(found, tmp_path, "src", ("fr",))
-    of_vache = {(row.group, row.split) for row in rows if row.label == "animals"}
-    assert len(of_vache) == 1
-    assert len({row.group for row in rows}) == 2
-
-
-def test_stamps_that_share_a_name_in_a_language_asked_for_share_group_and_split(tmp_path: Path):
-    stamp(tmp_path / "stamps", "food/toast", "Toast.\nhu.utf8=Piritos.\n")
-    stamp(tmp_path / "stamps", "food/rusk", "A rusk.\nhu.utf8=Piritos.\n")
-    found, _ = tuxpaint.read_stamps(tmp_path / "stamps")
     assert "hu" not in tuxpaint.TRANSLATED_LANGUAGES
-    assert len({row.group for row in tuxpaint.rows_of(found, tmp_path, "src", tuxpaint.TRANSLATED_LANGUAGES)}) == 2
-    assert len({(row.group, row.split) for row in tuxpaint.rows_of(found, tmp_path, "src", ("hu",))}) == 1
+    for languages, food in ((("fr",), 2), (("hu",), 1)):
+        rows = tuxpaint.rows_of(found, tmp_path, "src", languages)
+        groups = {
+            label: {(row.group, row.split) for row in rows if row.label == label} for label in ("animals", "food")
+        }
+        assert [len(its) for its in groups.values()] == [1, food]  # "Une vache" is in the corpus for any language
+        assert len({row.group for row in rows}) == 2 + food
 
 
 def test_prompts_that_are_no_speech_are_left_out_and_notes_are_cut(tmp_path: Path):
@@ -185,20 +182,17 @@ def test_the_real_dictionary_is_split_by_headword(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("one", "other", "same"),
     [
-        ("1f468-200d-1f680", "1f469-200d-1f680"),  # man, woman astronaut
-        ("1f46e", "1f46e-200d-2640"),  # police officer, woman police officer
-        ("1f44b", "1f44b-1f3fd"),  # waving hand in a skin tone
-        ("1f1f3-1f1f4", "1f1e7-1f1fb"),  # Norway, Bouvet Island: the same flag
+        ("1f468-200d-1f680", "1f469-200d-1f680", True),  # man, woman astronaut
+        ("1f46e", "1f46e-200d-2640", True),  # police officer, woman police officer
+        ("1f44b", "1f44b-1f3fd", True),  # waving hand in a skin tone
+        ("1f1f3-1f1f4", "1f1e7-1f1fb", True),  # Norway, Bouvet Island: the same flag
+        ("1f468-200d-1f680", "1f468-200d-1f33e", False),  # astronaut, farmer
     ],
 )
-def test_variants_of_an_emoji_are_one_family(one: str, other: str):
-    assert emoji.Emoji(one, "x", {}).family == emoji.Emoji(other, "x", {}).family
-
-
-def test_different_emoji_are_different_families():
-    assert emoji.Emoji("1f468-200d-1f680", "x", {}).family != emoji.Emoji("1f468-200d-1f33e", "x", {}).family
+def test_variants_of_an_emoji_are_one_family(one: str, other: str, same: bool):
+    assert (emoji.Emoji(one, "x", {}).family == emoji.Emoji(other, "x", {}).family) == same
 
 
 def test_an_unknown_corpus_names_those_there_are():

@@ -130,7 +130,8 @@ def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path: Path, mon
 
 def test_only_shrunk_pictures_are_kept_in_memory(tmp_path: Path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
-    media._shrunk_member.cache_clear()
-    media.image_member(tmp_path / "a.png", None)
-    assert media._shrunk_member.cache_info().currsize == 0
-    assert media.image_member(tmp_path / "a.png", 16) is media.image_member(tmp_path / "a.png", 16)
+    media.shrunk_image_member.cache_clear()
+    media.member("image", tmp_path / "a.png", None, None)
+    assert media.shrunk_image_member.cache_info().currsize == 0
+    first, again = (media.member("image", tmp_path / "a.png", 16, None) for _ in range(2))
+    assert first is again

@@ -19,10 +19,6 @@ def corpus(tmp_path_factory):
     return out, rows
 
 
-def test_it_takes_at_most_six_megabytes():
-    assert sum(path.stat().st_size for path in mini.ARCHIVE.parent.rglob("*")) <= 6_000_000
-
-
 def test_every_file_of_every_row_decodes(corpus):
     out, rows = corpus
     for path in {row.image for row in rows if row.image}:

@@ -125,12 +125,56 @@ def test_an_error_of_npm_is_passed_on(tmp_path: Path, clients: Path):
         packages.fetch_npm("thing", "1.0.0", tmp_path)
 
 
-def test_a_tar_that_reaches_outside_is_refused(tmp_path: Path, clients: Path):
+def test_a_package_that_reaches_outside_is_refused_by_name(tmp_path: Path, clients: Path):
     content = npm_package(tmp_path, "../../evil.txt")
     fake_client(clients, "npm", f"echo '{answer(tmp_path, content)}'")
     with pytest.raises(ValueError, match=r"thing-1\.0\.0\.tgz cannot be unpacked"):
         packages.fetch_npm("thing", "1.0.0", tmp_path / "work")
     assert not list(tmp_path.rglob("evil.txt"))
+
+
+def unpack(target: Path, *members: tuple[str, bytes, str]) -> None:
+    """Pack (name, type, link), owned by a foreign user and setuid, and unpack into ``target``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, kind, link in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.mode, info.linkname, info.uid = kind, 0o6666, link, 12345
+            info.size = 2 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"hi"))
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
+        packages.unpack_tar(tar, target)
+
+
+def test_unpacked_files_and_folders_are_ours(tmp_path: Path):
+    unpack(tmp_path, ("a", tarfile.DIRTYPE, ""), ("a/b.txt", tarfile.REGTYPE, ""), ("c/d.txt", tarfile.REGTYPE, ""))
+    (tmp_path / "plain").touch()
+    for name in ("a/b.txt", "c/d.txt"):
+        found, plain = (tmp_path / name).stat(), (tmp_path / "plain").stat()
+        assert (tmp_path / name).read_bytes() == b"hi"
+        assert (found.st_uid, found.st_mode) == (plain.st_uid, plain.st_mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("../evil", tarfile.REGTYPE, ""),
+        ("a/../../evil", tarfile.REGTYPE, ""),
+        ("{root}/evil", tarfile.REGTYPE, ""),
+        ("evil", tarfile.SYMTYPE, "/etc/passwd"),
+        ("evil", tarfile.SYMTYPE, "../outside"),
+        ("evil", tarfile.LNKTYPE, "../outside"),
+        ("evil", tarfile.CHRTYPE, ""),
+        ("evil", tarfile.FIFOTYPE, ""),
+    ],
+)
+def test_a_member_that_reaches_outside_is_refused_by_name(tmp_path: Path, name: str, kind: bytes, link: str):
+    target = tmp_path / "in" / "target"
+    target.mkdir(parents=True)
+    with pytest.raises(ValueError, match="evil"):
+        unpack(target, (name.format(root=tmp_path), kind, link))
+    assert not list(tmp_path.rglob("evil"))
 
 
 @pytest.mark.network

@@ -38,93 +38,69 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_bytes_are_the_same_twice_and_at_any_number_of_workers(make_manifest, tmp_path):
     manifest = make_manifest(8)
     run(manifest, tmp_path / "one")
-    run(manifest, tmp_path / "two", ShardOptions(3, 16, 4000, workers=2))
+    run(manifest, tmp_path / "two", replace(SMALL, workers=2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_every_sample_is_written_once_and_no_shard_is_empty(make_manifest, tmp_path):
+def members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        assert {info.mtime for info in tar.getmembers()} == {0}
+        return {name: tar.extractfile(name).read() for name in tar.getnames()}
+
+
+def test_every_sample_is_written_once_and_the_indices_point_at_the_members(make_manifest, tmp_path):
     run(make_manifest(9), tmp_path / "out")  # 6 train, 3 test
-    assert sorted(contents(tmp_path / "out")) == [
-        "README.md",
-        "skipped.jsonl",
-        "test/00000.index.json",
-        "test/00000.tar",
-        "test/README.md",
-        "test/shards.json",
-        "train/00000.index.json",
-        "train/00000.tar",
-        "train/00001.index.json",
-        "train/00001.tar",
-        "train/README.md",
-        "train/shards.json",
-    ]
+    shards = ["test/00000", "train/00000", "train/00001"]
+    assert contents(tmp_path / "out").keys() == {
+        "README.md", "skipped.jsonl", *(f"{split}/{name}" for split in ("train", "test")
+                                        for name in ("README.md", "shards.json")),
+        *(f"{place}{suffix}" for place in shards for suffix in (".tar", ".index.json")),
+    }  # fmt: skip
     keys = []
-    for path in sorted((tmp_path / "out").rglob("*.tar")):
-        with tarfile.open(path) as tar:
-            names = tar.getnames()
-        assert [name.split(".")[1] for name in names[:4]] == ["png", "flac", "txt", "json"]
-        keys += [name.split(".")[0] for name in names[::4]]
+    for place in shards:
+        data = (tmp_path / f"out/{place}.tar").read_bytes()
+        index = json.loads((tmp_path / f"out/{place}.index.json").read_text())
+        digest = xxhash.xxh3_128_hexdigest(data)
+        assert (index["version"], index["bytes"], index["xxh3_128"]) == (1, len(data), digest)
+        pointed = {f"{sample['key']}.{suffix}": data[offset : offset + size] for sample in index["samples"]
+                   for suffix, (offset, size) in sample["members"].items()}  # fmt: skip
+        found = members(tmp_path / f"out/{place}.tar")
+        assert pointed == found
+        assert [name.split(".")[1] for name in list(found)[:4]] == ["png", "flac", "txt", "json"]
+        keys += [name.split(".")[0] for name in list(found)[::4]]
+        listing = json.loads((tmp_path / f"out/{place}.tar").with_name("shards.json").read_text())
+        assert (listing["__kind__"], listing["wids_version"]) == ("wids-shard-index-v1", 1)  # what wids asserts
+        entry = {"url": f"{place[-5:]}.tar", "nsamples": 3, "filesize": len(data), "xxh3_128": digest}
+        assert listing["shardlist"][int(place[-5:])] == entry
     assert sorted(keys) == [f"row-{number}" for number in range(9)]
 
 
-def test_the_index_points_at_the_members(make_manifest, tmp_path):
-    run(make_manifest(), tmp_path / "out")
-    shard = tmp_path / "out/train/00000.tar"
-    data = shard.read_bytes()
-    index = json.loads((tmp_path / "out/train/00000.index.json").read_text())
-    assert index["version"] == 1
-    assert index["bytes"] == len(data)
-    assert index["xxh3_128"] == xxhash.xxh3_128_hexdigest(data)
-    with tarfile.open(shard) as tar:
-        for sample in index["samples"]:
-            for suffix, (offset, size) in sample["members"].items():
-                assert data[offset : offset + size] == tar.extractfile(f"{sample['key']}.{suffix}").read()
-    listed = json.loads((tmp_path / "out/train/shards.json").read_text())
-    assert (listed["__kind__"], listed["wids_version"]) == ("wids-shard-index-v1", 1)  # what wids asserts
-    [entry, *_] = listed["shardlist"]
-    assert entry == {"url": "00000.tar", "nsamples": 3, "filesize": len(data), "xxh3_128": index["xxh3_128"]}
-
-
-def test_a_sample_holds_the_row_without_paths_and_text(make_manifest, tmp_path):
+def test_a_sample_holds_the_row_a_shrunk_image_on_white_and_mono_audio_at_the_rate(make_manifest, tmp_path):
     run(make_manifest(1), tmp_path / "out")
-    with tarfile.open(tmp_path / "out/train/00000.tar") as tar:
-        members = {name.split(".")[1]: tar.extractfile(name).read() for name in tar.getnames()}
-        assert {info.mtime for info in tar.getmembers()} == {0}
-    fields = json.loads(members["json"])
-    assert fields["key"] == "row-0"
-    assert fields["group"] == "group-0"
+    found = members(tmp_path / "out/train/00000.tar")
+    fields = json.loads(found["row-0.json"])
+    assert (fields["key"], fields["group"]) == ("row-0", "group-0")
     assert not {"image", "audio", "text"} & fields.keys()
-    assert members["txt"].decode() == "A red square."
-
-
-def test_pictures_shrink_onto_white_and_sounds_become_mono_at_the_rate(make_manifest, tmp_path):
-    run(make_manifest(1), tmp_path / "out")
-    with tarfile.open(tmp_path / "out/train/00000.tar") as tar:
-        image = Image.open(io.BytesIO(tar.extractfile("row-0.png").read()))
-        samples, rate = soundfile.read(io.BytesIO(tar.extractfile("row-0.flac").read()))
+    assert found["row-0.txt"].decode() == "A red square."
+    image = Image.open(io.BytesIO(found["row-0.png"]))
     assert (image.size, image.mode) == ((16, 8), "RGB")  # 40 x 20, the longest side to 16
     # red at alpha 128/255 on white: 255 * (1 - 128 / 255) = 127
     assert np.abs(np.asarray(image).astype(int) - [255, 127, 127]).max() <= 1
-    assert rate == 4000
-    assert samples.shape == (400,)  # 800 samples at 8 kHz
+    samples, rate = soundfile.read(io.BytesIO(found["row-0.flac"]))
+    assert (rate, samples.shape) == (4000, (400,))  # 800 samples at 8 kHz
 
 
-def test_without_sizes_the_files_pass_as_they_are(make_manifest, tmp_path):
-    manifest = make_manifest(1)
-    run(manifest, tmp_path / "out", ShardOptions(workers=1))
-    with tarfile.open(tmp_path / "out/train/00000.tar") as tar:
-        assert tar.extractfile("row-0.wav").read() == (manifest.parent / "0.wav").read_bytes()
-        assert tar.extractfile("row-0.png").read() == (manifest.parent / "square.png").read_bytes()
-
-
-def test_a_broken_file_is_set_aside_and_named(make_manifest, tmp_path):
+def test_files_pass_unchanged_without_sizes_and_a_broken_one_is_skipped_by_name(make_manifest, tmp_path):
     manifest = make_manifest(8)
-    (manifest.parent / "3.wav").write_bytes(b"not a sound")
+    (manifest.parent / "3.wav").write_bytes(b"not audio")
     (manifest.parent / "4.wav").unlink()
     report = run(manifest, tmp_path / "out", ShardOptions(workers=1, max_bad_fraction=0.25))
     lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == {bad.key for bad in report.skipped} == {"row-3", "row-4"}
     assert sum(entry["nsamples"] for entries in report.shards.values() for entry in entries) == 6
+    found = members(tmp_path / "out/train/00000.tar")
+    assert found["row-0.wav"] == (manifest.parent / "0.wav").read_bytes()
+    assert found["row-0.png"] == (manifest.parent / "square.png").read_bytes()
 
 
 def test_a_row_without_content_is_skipped_and_a_blank_text_left_out(make_manifest, tmp_path):
@@ -139,10 +115,9 @@ def test_a_row_without_content_is_skipped_and_a_blank_text_left_out(make_manifes
     assert sorted(bad.key for bad in report.skipped) == ["blank", "nothing"] and report.blank_texts == 1
     lines = (tmp_path / "out/skipped.jsonl").read_text()
     assert "it has a blank text and no image or audio" in lines and "(its other fields: img)" in lines
-    index = json.loads((tmp_path / "out/train/00000.index.json").read_text())
-    assert {sample["key"]: list(sample["members"]) for sample in index["samples"]} == {
-        "row-0": ["png", "wav", "txt", "json"], "row-1": ["png", "wav", "txt", "json"], "picture": ["png", "json"]
-    }  # fmt: skip
+    found = sorted(members(tmp_path / "out/train/00000.tar"))
+    whole = [f"row-{number}.{suffix}" for number in range(2) for suffix in ("json", "png", "txt", "wav")]
+    assert found == ["picture.json", "picture.png", *whole]
 
 
 def test_other_fields_and_files_elsewhere_travel(make_manifest, tmp_path):
@@ -151,43 +126,35 @@ def test_other_fields_and_files_elsewhere_travel(make_manifest, tmp_path):
         json.dumps({"key": "a.b", "image": str(folder / "square.png"), "caption": "c", "score": {"x": [1]}}) + "\n"
     )
     run(tmp_path / "manifest.jsonl", tmp_path / "out", ShardOptions(workers=1))
-    with tarfile.open(tmp_path / "out/train/00000.tar") as tar:
-        assert tar.getnames() == ["a%2Eb.png", "a%2Eb.txt", "a%2Eb.json"]
-        fields = json.loads(tar.extractfile("a%2Eb.json").read())
+    found = members(tmp_path / "out/train/00000.tar")
+    assert [*found] == ["a%2Eb.png", "a%2Eb.txt", "a%2Eb.json"]
+    fields = json.loads(found["a%2Eb.json"])
     assert fields["score"] == {"x": [1]} and not {"caption", "image", "text"} & fields.keys()
 
 
-def test_too_many_broken_files_end_the_command_and_leave_no_shards(make_manifest, tmp_path):
-    manifest = make_manifest(8)
-    for number in (3, 5):
-        (manifest.parent / f"{number}.wav").write_bytes(b"not a sound")
-    message = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; fix them, or raise it: row-\d"
-    with pytest.raises(ValueError, match=message) as refused:
-        run(manifest, tmp_path / "out")
-    assert "row-3 (3.wav" in str(refused.value) and "row-5 (5.wav" in str(refused.value)  # both in one run
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [BUILDING]
-
-
-def test_a_folder_in_use_is_refused_and_kept_until_the_new_shards_are_whole(make_manifest, tmp_path):
+def test_too_many_broken_files_end_the_command_and_leave_the_shards_of_before(make_manifest, tmp_path):
     manifest, out = make_manifest(8), tmp_path / "out"
     run(manifest, out)
     before = contents(out)
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
         run(manifest, out)
-    (manifest.parent / "3.wav").write_bytes(b"not a sound")
-    with pytest.raises(ValueError, match="row-3"):
-        run(manifest, out, ShardOptions(3, 16, 4000, workers=1, overwrite=True))
+    for number in (3, 5):
+        (manifest.parent / f"{number}.wav").write_bytes(b"not audio")
+    message = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; fix them, or raise it: row-\d"
+    with pytest.raises(ValueError, match=message) as refused:
+        run(manifest, out, replace(SMALL, overwrite=True))
+    assert "row-3 (3.wav" in str(refused.value) and "row-5 (5.wav" in str(refused.value)  # both in one run
     assert {name: data for name, data in contents(out).items() if not name.startswith(BUILDING)} == before
-    run(manifest, out, ShardOptions(100, 16, 4000, workers=1, max_bad_fraction=0.5, overwrite=True))
+    run(manifest, out, replace(SMALL, samples_per_shard=100, max_bad_fraction=0.5, overwrite=True))
     assert not (out / BUILDING).exists()
     assert not (out / "train/00001.tar").exists()
 
 
 @pytest.mark.parametrize("encoded", [0, 3, 7, 14])
-def test_a_run_that_was_ended_goes_on_with_the_same_bytes(make_manifest, tmp_path, monkeypatch, encoded):
+def test_an_interrupted_run_resumes_with_the_same_bytes(make_manifest, tmp_path, monkeypatch, encoded):
     manifest = make_manifest(15)  # 10 train and 5 test: 4 and 2 shards
-    (manifest.parent / "3.wav").write_bytes(b"not a sound")
-    options = ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)
+    (manifest.parent / "3.wav").write_bytes(b"not audio")
+    options = replace(SMALL, max_bad_fraction=0.2)
     whole = run(manifest, tmp_path / "whole", options)
     encode, calls = shard.encode_row, []
 
@@ -236,9 +203,9 @@ def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
     assert [name for name in sorted(after) if after[name] != before[name]] == ["00002.tar", "00003.tar"]
     Image.new("RGB", (40, 20), "green").save(manifest.parent / "square.png")  # is in all samples
     assert ended() == 6
-    assert ended(ShardOptions(5, 16, 4000, workers=1)) == 3
+    assert ended(replace(SMALL, samples_per_shard=5)) == 3
     (manifest.parent / "0.wav").unlink()
-    assert ended(ShardOptions(3, 16, 4000, workers=1, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
+    assert ended(replace(SMALL, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
     with pytest.raises(ValueError, match="1 of 15 samples cannot be used"):
         run(manifest, out)  # what was skipped counts, too
     soundfile.write(manifest.parent / "0.wav", np.zeros(800), 8000)
@@ -248,7 +215,7 @@ def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_run_that_was_ended_while_it_moved_shards_goes_on(make_manifest, tmp_path, monkeypatch):
+def test_a_run_that_was_interrupted_while_it_moved_shards_resumes(make_manifest, tmp_path, monkeypatch):
     manifest = make_manifest(9)
     monkeypatch.setattr(building, "SPLITS", ("train",))  # test is not moved
     monkeypatch.setattr(building.shutil, "rmtree", lambda *_, **__: None)
@@ -272,7 +239,7 @@ def test_a_split_without_a_good_sample_is_not_written_and_nothing_at_all_is_refu
     assert [path.name for path in (tmp_path / "none").iterdir()] == [BUILDING]
 
 
-def test_a_full_disk_is_named_and_the_next_run_goes_on(make_manifest, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_the_next_run_resumes(make_manifest, tmp_path, monkeypatch):
     manifest, written = make_manifest(9), []
 
     def fill(path, samples):
@@ -303,7 +270,7 @@ def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):
     run(manifest, tmp_path / "out")
 
 
-def test_workers_end_with_a_run_that_is_killed_and_a_new_run_goes_on(tmp_path):
+def test_workers_end_with_a_run_that_is_killed_and_a_new_run_resumes(tmp_path):
     """The killed run's output must end too: what reads it would wait for its workers otherwise."""
     noise = np.random.default_rng(0).integers(0, 255, (500, 500, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png", compress_level=1)
@@ -340,19 +307,8 @@ def test_the_cards_tell_load_dataset_the_tars_and_the_columns(make_manifest, tmp
         {"split": "train", "path": "train/*.tar"}, {"split": "test", "path": "test/*.tar"}]}]  # fmt: skip
     columns = {column.pop("name"): column for column in found["dataset_info"]["features"]}
     fields = {field["name"]: field["dtype"] for field in columns.pop("json")["struct"]}
-    strings = [
-        "key",
-        "language",
-        "audio_kind",
-        "label",
-        "group",
-        "split",
-        "subset",
-        "source",
-        "licence",
-        "attribution",
-    ]
-    assert fields == {**dict.fromkeys(strings, "string"), "score": "float64", "no: yes": "bool"}
+    strings = "key language audio_kind label group split subset source licence attribution"
+    assert fields == {**dict.fromkeys(strings.split(), "string"), "score": "float64", "no: yes": "bool"}
     assert columns == {"png": {"dtype": "image"}, "wav": {"dtype": "audio"}, "txt": {"dtype": "string"},
                        "__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # fmt: skip
     within = yaml.safe_load((tmp_path / "out/train/README.md").read_text().split("---\n")[1])

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
-import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -11,47 +9,50 @@ import pytest
 import soundfile
 
 from data_prep.inspect import Kind, measure
-from data_prep.manifest import read_manifest, write_manifest
+from data_prep.manifest import read_manifest
 from data_prep.shard import ShardOptions, shard_manifest
 from data_prep.shard_files import EncodedSample, hash_file, write_shard
 from data_prep.verify import Seen, verify_folder
 from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.data.survey import survey
+from tests.support import write_tar
+
+
+def write(manifest, **changes):
+    """The manifest's rows with these changes as shards, in the folder beside it."""
+    rows = [replace(row, **changes) for row in read_manifest(manifest)]
+    out = manifest.parent.parent / "out"
+    shard_manifest(rows, manifest.parent, out, ShardOptions(workers=1))
+    return out
 
 
 @pytest.fixture
-def shards(make_manifest, tmp_path):
-    manifest = make_manifest(6)
-    shard_manifest(read_manifest(manifest), manifest.parent, tmp_path / "out", ShardOptions(workers=1))
-    return tmp_path / "out"
+def shards(make_manifest):
+    return write(make_manifest(6))
 
 
 def problems(folder):
     return list(verify_folder(folder, Seen()))
 
 
-def test_fresh_shards_are_well(shards):
+def test_fresh_shards_are_well_and_inspect_counts_the_same_in_them_and_in_their_manifest(shards):
     seen = Seen()
     assert list(verify_folder(shards, seen)) == []
     assert (seen.survey.samples, seen.shards) == (6, 2)
     assert list(seen.notes()) == []
-
-
-def tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
+    of_manifest, of_shards = measure(shards.parent / "corpus")[0], measure(shards)[0]
+    assert of_manifest.keys() == of_shards.keys()
+    kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
+    assert of_shards[kind].rows == of_manifest[kind].rows == 2
+    assert of_shards[kind].seconds == pytest.approx(0.2)  # 2 x 800 samples at 8 kHz
 
 
 def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_path):
     caption = json.dumps({"key": "000", "caption": "red", "group": 3}).encode()
     for shard in ("0", "1"):  # written side by side, so with equal keys
         members = [(f"set.v1/{i:03}.{name}", b"x") for i in range(3) for name in ("left.jpg", "right.jpg", "cls")]
-        tar(tmp_path / f"{shard}.tar", [*members, ("set.v1/003.jpg", b"x"), ("set.v1/003.json", b"{}")])
-    tar(tmp_path / "2.tar", [("000.jpg", b"x"), ("000.json", caption)])
+        write_tar(tmp_path / f"{shard}.tar", [*members, ("set.v1/003.jpg", b"x"), ("set.v1/003.json", b"{}")])
+    write_tar(tmp_path / "2.tar", [("000.jpg", b"x"), ("000.json", caption)])
     seen = Seen()
     assert list(verify_folder(tmp_path, seen)) == []
     assert (seen.survey.samples, seen.shards) == (9, 3)
@@ -68,7 +69,7 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
     ("members", "problem"),
     [
         ({"b.cls": b"7"}, "sample b has no image, audio or text (its files: cls)"),
-        ({"b.txt": b" \n"}, "sample b has no image, audio or text"),
+        ({"b.txt": "\u200b \n".encode()}, "sample b has no image, audio or text"),
         ({"b.png": b"", "b.json": b"{"}, "sample b: json is damaged"),
         ({"b.png": b"", "b.json": b'{"caption": "half of \\ud83d"}'}, "sample b: json holds half of a character"),
         ({"b.0000.png": b"", "b.0001.png": b""}, "under the key 'b'"),
@@ -76,9 +77,10 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
     ],
 )
 def test_what_the_loader_could_not_use_is_a_problem(tmp_path, members, problem):
-    tar(tmp_path / "0.tar", [("a.png", b"")])
+    good = [("a.png", b""), ("a.txt", b" "), ("t.txt", b"a text")]
+    write_tar(tmp_path / "0.tar", good)
     assert problems(tmp_path) == []
-    tar(tmp_path / "0.tar", [("a.png", b""), *members.items()])
+    write_tar(tmp_path / "0.tar", [*good, *members.items()])
     [found] = problems(tmp_path)
     assert problem in found
     assert str(tmp_path / "0.tar") in found
@@ -87,8 +89,8 @@ def test_what_the_loader_could_not_use_is_a_problem(tmp_path, members, problem):
 def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     pair = {"png": b"x", "json": json.dumps({"key": "bucket/7", "transcript": "red", "label": 3}).encode()}
     for name in ("train/a.tar", "validation/sub/b.tar", "more/c.tar"):
-        tar(tmp_path / name, [(f"0.{extension}", data) for extension, data in pair.items()])
-    tar(tmp_path / "more/c.tar", [("0.png", b"x"), ("0.json", b"{")])
+        write_tar(tmp_path / name, [(f"0.{extension}", data) for extension, data in pair.items()])
+    write_tar(tmp_path / "more/c.tar", [("0.png", b"x"), ("0.json", b"{")])
     (tmp_path / "validation/shards.json").write_text(json.dumps({"shardlist": [{"url": "sub/b.tar"}]}))
     (tmp_path / "train/d.tar.gz").touch()
     (tmp_path / "validation/e.tar").touch()
@@ -117,13 +119,12 @@ def test_the_json_of_another_sample_is_a_problem_of_shards_that_were_written_her
 
 
 @pytest.mark.parametrize("name", ["0.mp3", "0.flac"])
-def test_every_kind_of_sound_that_is_sharded_is_known(make_manifest, tmp_path, name):
+def test_every_format_of_audio_that_is_sharded_is_known(make_manifest, name):
     manifest = make_manifest(1)
-    [row] = read_manifest(manifest)
     soundfile.write(manifest.parent / name, np.zeros(8000), 8000)
-    shard_manifest([replace(row, audio=name)], manifest.parent, tmp_path / "out", ShardOptions(workers=1))
-    assert problems(tmp_path / "out") == []
-    assert [found.seconds for found in measure(tmp_path / "out")[0].values()] == [pytest.approx(1.0)]
+    out = write(manifest, audio=name)
+    assert problems(out) == []
+    assert [found.seconds for found in measure(out)[0].values()] == [pytest.approx(1.0)]
 
 
 def test_a_flipped_byte_is_found(shards):
@@ -137,16 +138,14 @@ def test_a_flipped_byte_is_found(shards):
     assert all("00000.tar: xxh3_128 is" in problem for problem in found)
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.97])
-def test_a_truncated_tar_is_found(shards, keep):
+def test_a_truncated_tar_and_an_index_of_another_shard_are_found(shards):
     path = shards / "train/00000.tar"
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    assert any("bytes, 00000.index.json says" in problem for problem in problems(shards))
-
-
-def test_an_index_of_another_shard_is_found(shards):
-    (shards / "train/00000.index.json").write_text((shards / "test/00000.index.json").read_text())
+    for keep in (0.5, 0.97):
+        path.write_bytes(data[: int(len(data) * keep)])
+        assert any("bytes, 00000.index.json says" in problem for problem in problems(shards))
+    path.write_bytes(data)
+    path.with_suffix(".index.json").write_text((shards / "test/00000.index.json").read_text())
     assert any("does not describe the members" in problem for problem in problems(shards))
 
 
@@ -173,37 +172,11 @@ def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_ver
     assert seen.shards == 2
 
 
-def test_a_group_in_two_splits_is_found(make_manifest, tmp_path):
-    manifest = make_manifest(6)
-    rows = [replace(row, group="same") for row in read_manifest(manifest)]
-    shard_manifest(rows, manifest.parent, tmp_path / "out", ShardOptions(workers=1))
-    assert any(
-        "of group same is in test, another of its group in train" in problem for problem in problems(tmp_path / "out")
-    )
-
-
-def test_a_sample_of_a_blank_text_alone_is_a_problem_and_one_with_an_image_is_none(tmp_path):
-    samples = [
-        EncodedSample("good", {"txt": b"a text", "json": b"{}"}),
-        EncodedSample("blank", {"txt": "\u200b \n".encode(), "json": b"{}"}),
-        EncodedSample("image", {"png": b"...", "txt": b" ", "json": b"{}"}),
-    ]
-    write_shard(tmp_path / "00000.tar", samples)
-    found = [problem for problem in problems(tmp_path) if "no image, audio or text" in problem]
-    assert len(found) == 1 and "sample blank has no image" in found[0]
+def test_a_group_in_two_splits_is_found(make_manifest):
+    found = problems(write(make_manifest(6), group="same"))
+    assert any("of group same is in test, another of its group in train" in problem for problem in found)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no shards"):
         problems(tmp_path)
-
-
-def test_inspect_counts_the_same_in_a_manifest_and_in_its_shards(make_manifest, tmp_path):
-    manifest = make_manifest(6)
-    write_manifest(manifest, read_manifest(manifest))
-    shard_manifest(read_manifest(manifest), manifest.parent, tmp_path / "out", ShardOptions(workers=1))
-    of_manifest, of_shards = measure(manifest)[0], measure(tmp_path / "out")[0]
-    assert of_manifest.keys() == of_shards.keys()
-    kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
-    assert of_shards[kind].rows == of_manifest[kind].rows == 2
-    assert of_shards[kind].seconds == pytest.approx(0.2)  # 2 x 800 samples at 8 kHz

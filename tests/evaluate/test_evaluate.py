@@ -225,7 +225,8 @@ def test_views_pooled_together_and_documents_are_scored_by_their_names(
     """Two images a thing, pooled as one representation, and documents of two texts around an image."""
     texts = []
     for split, numbers in SPLITS.items():
-        samples, texts = {}, []  # of the last split, which is scored
+        samples: dict[str, dict[str, bytes]] = {}
+        texts = []  # of the last split, which is scored
         for i in numbers:
             en, fr = spoken(range(i, i + 1))
             left, right = (png_of({**en, "picture": f"{side} {i}"}) for side in ("left", "right"))
@@ -234,7 +235,8 @@ def test_views_pooled_together_and_documents_are_scored_by_their_names(
             parts = json.dumps({"parts": [{"text": en["name"]}, {"member": "left.png"}, {"text": fr["name"]}]})
             samples[f"document-{i}"] = {"left.png": left, "json": parts.encode()}
             texts += [f"thing {i}", en["name"], fr["name"]]
-        write_tar(tmp_path / split, samples)
+        members = ((f"{key}.{name}", data) for key, its in samples.items() for name, data in its.items())
+        write_tar(tmp_path / split / "00000.tar", members)
     image = {"kind": "image", "size": 16, "stem_channels": 8}
     config = tiny_config(
         tmp_path,

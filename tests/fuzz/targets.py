@@ -25,7 +25,7 @@ from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
 from mmmoe_pretrain.data.loader import keep_slot
-from mmmoe_pretrain.data.pack import PackSettings, max_tokens_per_sample, pack
+from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shards import RawSample, ShardFolder
 from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from tests.fuzz import checkpoints, inputs, logs
@@ -124,12 +124,7 @@ def decode_and_pack(raws: Sequence[RawSample], place: Workplace) -> Outcome:
             bad += [item for item in found if isinstance(item, BadSample)]
             for item in found:
                 check_sample(item, place)
-            pack(
-                [keep_slot(item) for item in found],
-                place.settings,
-                np.arange(len(found)),
-                max_tokens_per_sample(place.settings) * len(found),
-            )
+            pack([keep_slot(item) for item in found], place.settings)
     return ("skipped", f"{bad[0].key}: {bad[0].reason}") if bad else ("accepted", "")
 
 

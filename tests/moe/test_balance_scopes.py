@@ -160,8 +160,8 @@ def test_more_padding_changes_no_loss(tmp_path: Any) -> None:
         model = PretrainingModel(config)
         samples = [random_sample(i, has, config) for i, has in enumerate(["iat", "it", "a"])]
         reports = []
-        for tokens in (None, 1024):
-            batch = pack(samples, pack_settings(config), tokens=tokens)
+        for multiple in (64, 1024):
+            batch = pack(samples, pack_settings(config), multiple=multiple)
             assert not batch.valid.all()
             model.begin_step(0)
             reports.append(model(batch)[1].losses)

@@ -8,7 +8,7 @@ import torch
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import make_loader
+from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.moe.routing_inputs import NAMES
@@ -33,7 +33,7 @@ def batches(tiny_data: Path) -> list[Batch]:
     """Of all steps; they do not depend on the losses."""
     config = config_of(tiny_data, {})
     modalities = build_modalities(config.modalities, config.data.tokenizer)
-    return [batch for _, _, (batch,), _ in make_loader(config, modalities)]
+    return [batch for _, _, (batch,), _ in Loader(config, modalities)]
 
 
 def train(root: Path, batches: list[Batch], losses: dict[str, Any]) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import make_loader
+from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.train import loop
 from mmmoe_pretrain.train.journal import read_events
@@ -42,7 +42,7 @@ def test_a_missing_folder_of_held_out_shards_is_reported_at_the_start(
 ) -> None:
     here, missing = str(tiny_data / "train"), str(tmp_path / "missing")
     config = config_in(tmp_path, tiny_data, evaluate={"test": [here, missing]})
-    with make_loader(config, build_modalities(config.modalities, config.data.tokenizer)) as loader:
+    with Loader(config, build_modalities(config.modalities, config.data.tokenizer)) as loader:
         loop._survey(config, loader, main=True)
     (message,) = [record.getMessage() for record in caplog.records if "evaluate.test" in record.getMessage()]
     assert missing in message and here not in message
