@@ -36,16 +36,15 @@ def record(code: int) -> int:
 
 def ended_for_good() -> bool:
     """Whether torchrun restarted this worker after an error that no restart fixes."""
-    path = os.environ.get(EXIT_FILE)
-    if path is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not Path(path).is_file():
-        return False
-    return Path(path).read_text(encoding="ascii").strip() == str(USER_ERROR)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _recorded() == USER_ERROR
 
 
 def forget_earlier() -> None:
     """The first process of a machine deletes the code of an earlier start, so that it is not taken for this one's."""
-    path = os.environ.get(EXIT_FILE)
-    if path is None or os.environ.get("LOCAL_RANK", "0") != "0" or not Path(path).is_file():
-        return
-    if Path(path).read_text(encoding="ascii").strip() != str(USER_ERROR):
-        Path(path).unlink()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and _recorded() not in (None, USER_ERROR):
+        Path(os.environ[EXIT_FILE]).unlink()
+
+
+def _recorded() -> int | None:
+    path = Path(os.environ.get(EXIT_FILE, os.devnull))
+    return int(path.read_text(encoding="ascii")) if path.is_file() else None

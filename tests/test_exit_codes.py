@@ -1,13 +1,10 @@
 """What a process tells its launcher."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain import exit_codes
+from mmmoe_pretrain import cli, exit_codes
 
 
 def test_without_a_launcher_the_code_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +49,10 @@ def test_the_first_process_of_a_start_clears_the_code_of_an_earlier_one(
     assert (tmp_path / "code").exists() == kept
 
 
-def test_the_command_line_clears_it(tmp_path: Path) -> None:
+def test_the_command_line_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "code").write_text("76\n")
-    environment = {**os.environ, "MMMOE_EXIT_FILE": str(tmp_path / "code")}
-    subprocess.run([sys.executable, "-m", "mmmoe_pretrain.cli", "--help"], env=environment, check=True,
-                   capture_output=True)  # fmt: skip
+    monkeypatch.setenv("MMMOE_EXIT_FILE", str(tmp_path / "code"))
+    monkeypatch.setattr("sys.argv", ["mmmoe", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
     assert not (tmp_path / "code").exists()

@@ -25,9 +25,10 @@ from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.schedule import jump_on_resume
+from mmmoe_pretrain.train.start import differences
 
 log = logging.getLogger(__name__)
-SAME_DATA = (("seed",), ("train", "global_batch_size"), ("data", "train"))  # on which the order of the data depends
+silent = logging.Logger("silent", level=logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class RunContext:
     main: bool  # is this rank 0?
 
     @property
-    def counts_samples(self) -> bool:
-        """Only one of the tensor and pipeline ranks that read the same samples counts them."""
-        return self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
+    def log(self) -> logging.Logger:
+        """Of rank 0; elsewhere it is silent."""
+        return log if self.main else silent
 
 
 class CheckpointManager:
@@ -124,9 +125,7 @@ class CheckpointManager:
         self.poll()
 
     def _report(self, report: SaveReport) -> None:
-        if not self._context.main:
-            return
-        journal = self._context.journal
+        log, journal = self._context.log, self._context.journal
         if report.error is not None:
             log.error("step %d could not be saved: %s", report.step, report.error)
             journal.write("save_failed", step=report.step, error=report.error)
@@ -182,8 +181,7 @@ def restore(context: RunContext, candidates: Sequence[store.Checkpoint]) -> Rest
             raise  # the disk or service failed, not the checkpoint
         except ValueError as error:
             damage = str(error)
-            if context.main:
-                log.error("%s; trying the checkpoint before", damage)
+            context.log.error("%s; trying the checkpoint before", damage)
             context.journal.write("checkpoint_damaged", step=checkpoint.step, path=str(checkpoint), error=damage)
             continue
         return _load(context, checkpoint, meta)
@@ -206,24 +204,22 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
     # Checkpoints of import and model surgery have neither progress nor counts.
     progress = Progress.from_json(meta["progress"]) if "progress" in meta else Progress(meta["step"], meta["step"])
     samples = SampleCounts.from_json(meta["samples"]) if "samples" in meta else SampleCounts()
-    if context.main and meta.get("config") is not None:
-        _warn_of_other_data(context.config, meta["config"])
-        jump = jump_on_resume(progress.steps, context.config, meta["config"])
-        if jump:
-            log.warning("%s", jump)
+    if meta.get("config") is not None:
+        saved, now = meta["config"], context.config.model_dump(mode="json")
+        for change in differences(_order_of_data(saved), _order_of_data(now)):
+            context.log.warning("%s: the order of the data changes; samples may be repeated or never read", change)
+        if jump := jump_on_resume(progress.steps, context.config, saved):
+            context.log.warning("%s", jump)
     state = store.load(checkpoint, context.engine.export_state(), context.host.storage)
     context.engine.import_state(state, progress)
     return Restored(checkpoint, progress.steps, Cursor.from_json(meta.get("skipped_batches", [])), samples)
 
 
-def _warn_of_other_data(config: RunConfig, saved: dict[str, Any]) -> None:
-    now = config.model_dump(mode="json")
-    for keys in SAME_DATA:
-        old, new = saved, now
-        for key in keys:
-            old, new = (old or {}).get(key), new[key]  # type: ignore[assignment]
-        if old != new:
-            log.warning(
-                "%s was %s and is %s: the order of the data changes, so samples may be repeated or never read",
-                ".".join(keys), old, new,
-            )  # fmt: skip
+def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings on which it depends, of a config in plain values."""
+    train, data = values["train"], values.get("data") or {}
+    return {
+        "seed": values["seed"],
+        "train": {"global_batch_size": train["global_batch_size"]},
+        "data": {"train": data.get("train")},
+    }

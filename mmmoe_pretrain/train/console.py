@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from mmmoe_pretrain.progress import clock
 from mmmoe_pretrain.train.metrics import StepRecord
@@ -26,13 +27,11 @@ NOTABLE_WAIT = 0.1  # share of the time spent waiting for data; a larger one is 
 class Console:
     """Shows one record at a time; ``say`` prints a line of its own above the bar."""
 
-    def __init__(
-        self, total_steps: int, start_step: int = 0, enabled: bool = True, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, enabled: bool = True, stream: TextIO | None = None) -> None:
         self.total_steps = total_steps
         self.enabled = enabled
         self._stream = sys.stdout if stream is None else stream
-        self._step = start_step
+        self._step = 0
         self._seconds_a_step: float | None = None
         self._progress: Progress | None = None
 
@@ -54,22 +53,18 @@ class Console:
     def set_step(self, step: int) -> None:
         """``step`` steps are done: the run resumed, or rolled back."""
         self._step = step
-        with self._until_it_fails():
-            if self._progress is not None:
-                self._progress.update(self._progress.task_ids[0], completed=step)
+        self._show(completed=step)
 
     def update(self, record: StepRecord) -> None:
         """Show a step."""
-        if not self.enabled:
-            return
-        self._measure(record)
-        remaining = (self.total_steps - record.step) * (self._seconds_a_step or 0.0)
-        text, eta = describe(record), f"eta {clock(remaining)}"
-        with self._until_it_fails():
-            if self._progress is None:
-                self._print(f"step {record.step}/{self.total_steps}  {text}  {eta}")
-            else:
-                self._progress.update(self._progress.task_ids[0], completed=record.step, text=text, eta=eta)
+        latest, mean = record.seconds / max(1, record.step - self._step), self._seconds_a_step
+        self._seconds_a_step = latest if mean is None else mean + LATEST_WEIGHT * (latest - mean)
+        self._step = record.step
+        text, eta = describe(record), f"eta {clock((self.total_steps - record.step) * self._seconds_a_step)}"
+        if self._progress is None:
+            self.say(f"step {record.step}/{self.total_steps}  {text}  {eta}")
+        else:
+            self._show(completed=record.step, text=text, eta=eta)
 
     def say(self, text: str) -> None:
         """Print a message, e.g. that a checkpoint is written."""
@@ -77,9 +72,15 @@ class Console:
             return
         with self._until_it_fails():
             if self._progress is None:
-                self._print(text)
+                print(text, file=self._stream, flush=True)
             else:
                 self._progress.console.print(text, markup=False, highlight=False)
+
+    def _show(self, completed: int, **fields: Any) -> None:
+        """On the bar, if there is one."""
+        with self._until_it_fails():
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=completed, **fields)
 
     @contextmanager
     def _until_it_fails(self) -> Iterator[None]:
@@ -92,40 +93,23 @@ class Console:
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
-    def _measure(self, record: StepRecord) -> None:
-        steps = max(1, record.step - self._step)
-        latest, mean = record.seconds / steps, self._seconds_a_step
-        self._seconds_a_step = latest if mean is None else mean + LATEST_WEIGHT * (latest - mean)
-        self._step = record.step
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
 
 def describe(record: StepRecord) -> str:
     """``loss 3.21 (pairs 2.90, captions 0.31)  lr 1.0e-03  grad 0.80  12.3k tok/s``."""
-    parts = [f"loss {record.losses['total']:.3g}"]
-    by_task = task_losses(record.losses)
+    by_task: defaultdict[str, float] = defaultdict(float)  # the terms of an objective, added up
+    for name, value in record.losses.items():
+        by_task[name.partition("/")[0]] += value
+    parts = [f"loss {by_task.pop('total'):.3g}"]
+    by_task.pop("aux", None)
     if len(by_task) > 1:
         parts[0] += " (" + ", ".join(f"{name} {value:.3g}" for name, value in by_task.items()) + ")"
-    parts.append(f"lr {record.learning_rate:.1e}")
-    parts.append(f"grad {record.grad_norm:.2g}")
+    parts += [f"lr {record.learning_rate:.1e}", f"grad {record.grad_norm:.2g}"]
     parts.append(f"{short(record.tokens_per_second)} tok/s")
     if record.data_fraction > NOTABLE_WAIT:
         parts.append(f"data wait {record.data_fraction:.0%}")
     if record.samples.bad:
         parts.append(f"bad {record.samples.bad}")
     return "  ".join(parts)
-
-
-def task_losses(losses: dict[str, float]) -> dict[str, float]:
-    """The loss of each objective, its terms added up; neither the total nor auxiliary terms."""
-    by_task: dict[str, float] = {}
-    for name, value in losses.items():
-        task = name.partition("/")[0]
-        if task not in ("total", "aux"):
-            by_task[task] = by_task.get(task, 0.0) + value
-    return by_task
 
 
 def short(value: float) -> str:

@@ -55,9 +55,8 @@ class RunLock:
                 waited = True
                 time.sleep(0.1)
             file.truncate(0)
-            file.write(
-                f"process {os.getpid()} on {socket.gethostname()}, started at {_start(os.getpid())}\n".encode()
-            )
+            pid = os.getpid()
+            file.write(f"process {pid} on {socket.gethostname()}, started at {_start(pid)}\n".encode())
         except BaseException:
             file.close()
             raise
@@ -88,12 +87,8 @@ class RunLock:
         """Without locks: whether the file names another process that runs. One of another host counts as ended."""
         found = HOLDER.match(self._text())
         if found is None or found[2] != socket.gethostname():
-            holder = self._text() or "no process"
-            log.warning(
-                "no locks where %s is (it names %s): train one job at a time there",
-                self._path,
-                holder,
-            )
+            message = "no locks where %s is (it names %s): train one job at a time there"
+            log.warning(message, self._path, self._text() or "no process")
             return False
         pid, start = int(found[1]), int(found[3])
         return pid != os.getpid() and 0 < start == _start(pid)

@@ -2,8 +2,8 @@
 exit code.
 
 The data of a step is a pure function of its number and of the skipped batches, so a run resumes by starting at a
-later step with the state of a checkpoint. All ranks decide equally: from sums over them (``RankStatus``), or from a
-step's result, which is equal on every rank.
+later step with the state of a checkpoint. All ranks decide equally: from sums over them, or from a step's result,
+which is equal on every rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -100,28 +99,6 @@ def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
             log.warning("evaluate.test: there is no folder %s, which mmmoe evaluate will need", path)
 
 
-@dataclass(frozen=True)
-class RankStatus:
-    """Numbers of one rank, or their sums over all ranks, which are exchanged in every step. Samples are counted by
-    one of the ranks that read them, failed saves by rank 0; the others report 0."""
-
-    stop_requests: float
-    failed_saves: float  # in a row
-    worker_restarts: float  # of data workers since the step before
-    read: float = 0.0  # samples
-    bad: float = 0.0  # samples that could not be used
-    cut: tuple[float, ...] = ()  # values that were too long, by modality
-
-    def numbers(self) -> list[float]:
-        """In the order of the fields; ``of_numbers`` undoes it."""
-        return [self.stop_requests, self.failed_saves, self.worker_restarts, self.read, self.bad, *self.cut]
-
-    @classmethod
-    def of_numbers(cls, numbers: Sequence[float]) -> RankStatus:
-        stops, failed_saves, restarts, read, bad, *cut = numbers
-        return cls(stops, failed_saves, restarts, read, bad, tuple(cut))
-
-
 class Trainer:
     """One rank's part of a run: ``load`` once, then ``train``."""
 
@@ -154,8 +131,7 @@ class Trainer:
             if rollback_step is not None:  # the processes ended in the middle of a rollback
                 self._finish_rollback(restored)
             journal.write("resumed", step=self.step, path=str(restored.checkpoint), ranks=dist.get_world_size())
-            if context.main:
-                log.info("resumed from %s", restored.checkpoint)
+            context.log.info("resumed from %s", restored.checkpoint)
         else:
             journal.write("started", step=0, ranks=dist.get_world_size(), version=__version__)
         from_rank_0(context.host.storage, lambda: start.write_config(self.config, context.modalities.fingerprint))
@@ -167,8 +143,7 @@ class Trainer:
     def train(self) -> int:
         """Train until all steps are done or a stop is requested; the exit code."""
         if self.step >= self.settings.steps:
-            if self.context.main:
-                log.info("all %d steps are done; raise train.steps to continue", self.settings.steps)
+            self.context.log.info("all %d steps are done; raise train.steps to continue", self.settings.steps)
             return exit_codes.DONE
         self.recorder.begin_interval()
         first = self.step
@@ -208,41 +183,43 @@ class Trainer:
         """One optimizer step, while the ranks' status is summed; the result and the learning rate."""
         self.checkpoints.poll()
         rate = learning_rate(data.step, self.settings.steps, self.config.optimizer)
-        self.status_sum.start(self._status(data).numbers())
+        status = self._status(data)
+        self.status_sum.start(list(status.values()))
         self.watchdog.beat(data.step + 1, "step" if self.recorder.steps else "compile")
         result = self.context.engine.step(data.microbatches, rate)
         self.step = data.step + 1
         self.recorder.add(result, data.stats)
         if self.config.faults.spike_threshold:  # tensor ranks may differ in the last bit, but must decide equally
             result.losses["total"] = number_from_rank_0(self.context.host.control, result.losses["total"])
-        self._act_on(RankStatus.of_numbers(self.status_sum.wait()))
+        self._act_on({name: round(total) for name, total in zip(status, self.status_sum.wait(), strict=True)})
         return result, rate
 
-    def _status(self, data: StepData) -> RankStatus:
-        stats = data.stats
+    def _status(self, data: StepData) -> dict[str, float]:
+        """Numbers of this rank; their sums over all ranks are exchanged in every step. Samples are counted by one of
+        the tensor and pipeline ranks that read them, failed saves by rank 0; the others report 0."""
+        stats, groups = data.stats, self.context.groups
         self.budget.add(stats)
-        failed_saves = self.checkpoints.failures if self.context.main else 0
-        counts = self.context.counts_samples
-        return RankStatus(
-            float(self.stop.requested),
-            failed_saves,
-            stats.worker_restarts,
-            read=stats.samples if counts else 0,
-            bad=len(stats.bad) if counts else 0,
-            cut=tuple(stats.cut[name] if counts else 0 for name in self.context.modalities),
-        )
+        counts = groups.tensor_rank == 0 and groups.pipeline_rank == 0
+        return {
+            "stop requests": self.stop.requested,
+            "failed saves": self.checkpoints.failures if self.context.main else 0,  # in a row
+            "worker restarts": stats.worker_restarts,  # since the step before
+            "read": stats.samples if counts else 0,
+            "bad": len(stats.bad) if counts else 0,
+            **{f"cut {name}": stats.cut[name] if counts else 0 for name in self.context.modalities},
+        }
 
-    def _act_on(self, status: RankStatus) -> None:
+    def _act_on(self, status: dict[str, int]) -> None:
         """``status`` of all ranks. Raises ValueError past the budgets of bad samples and failed saves."""
-        self.stopping = status.stop_requests > 0
-        cut = {name: round(n) for name, n in zip(self.context.modalities, status.cut, strict=True) if n}
-        self.samples += SampleCounts(round(status.read), round(status.bad), cut)
+        self.stopping = status["stop requests"] > 0
+        cut = {name: status[f"cut {name}"] for name in self.context.modalities if status[f"cut {name}"]}
+        self.samples += SampleCounts(status["read"], status["bad"], cut)
         self.budget.check(self.samples.bad, self.samples.read)
-        if status.worker_restarts:
-            self.context.journal.write("worker_restarted", step=self.step, workers=round(status.worker_restarts))
-        if self.checkpoints.too_many(round(status.failed_saves)):
+        if status["worker restarts"]:
+            self.context.journal.write("worker_restarted", step=self.step, workers=status["worker restarts"])
+        if self.checkpoints.too_many(status["failed saves"]):
             self.watchdog.beat(self.step, "save")  # one may be in flight
-            self.checkpoints.give_up(round(status.failed_saves))
+            self.checkpoints.give_up(status["failed saves"])
 
     def _find_fault(self, data: StepData, result: StepResult) -> BadSteps | None:
         """Journal a skipped step or a spike; the steps to roll back, if any."""
@@ -250,14 +227,13 @@ class Trainer:
         journal = self.context.journal
         if result.skipped:
             journal.write("skipped_step", step=self.step, batch=data.batch, loss_scale=result.loss_scale)
-            if self.context.main:
-                log.warning("step %d is skipped: loss or gradient not finite (batch %d)", self.step, data.batch)
+            text = "step %d is skipped: loss or gradient not finite (batch %d)"
+            self.context.log.warning(text, self.step, data.batch)
         if bad_steps is None or bad_steps.kind != "spike":
             return bad_steps
         first, last = bad_steps.steps[0] + 1, bad_steps.steps[-1] + 1
         journal.write("spike", step=self.step, steps=[first, last], loss=result.losses["total"])
-        if self.context.main:
-            log.warning("steps %d to %d: %s", first, last, bad_steps.reason)
+        self.context.log.warning("steps %d to %d: %s", first, last, bad_steps.reason)
         return bad_steps if self.config.faults.spike_action == "rollback" else None
 
     def _log(self, result: StepResult, rate: float) -> None:
@@ -271,16 +247,15 @@ class Trainer:
     def _check_objectives(self, result: StepResult) -> None:
         """Raises ValueError on every rank where nothing is learned at all."""
         found = self.objectives.add(self.step - 1, result)
-        if found and self.context.main:
-            log.info("step %d is the first with a loss for %s", self.step, ", ".join(found))
+        if found:
+            self.context.log.info("step %d is the first with a loss for %s", self.step, ", ".join(found))
         self.objectives.raise_if_all_idle()
         self._report_idle(self.objectives.warnings())
 
     def _report_idle(self, idle: Mapping[str, str]) -> None:
         for name, reason in idle.items():
             self.context.journal.write("idle_objective", step=self.step, loss=name, why=reason)
-            if self.context.main:
-                log.warning("%s", reason)
+            self.context.log.warning("%s", reason)
 
     def _check_replicas(self) -> None:
         """Raises Restartable on every rank where replicas differ."""
@@ -336,8 +311,7 @@ class Trainer:
         skipped.back_to = self.step
         self._write_skipped()  # a start after a crash from here on rolls back to the same step
         self._finish_rollback(restored)
-        if context.main:
-            log.error("%s; rolled back to step %d, batches %d to %d are skipped", story, self.step, *window)
+        context.log.error("%s; rolled back to step %d, batches %d to %d are skipped", story, self.step, *window)
         context.journal.write(
             "rollback", step=failed_at, to_step=self.step, reason=bad_steps.reason, skipped_batches=list(window),
             rollbacks=skipped.rollbacks,

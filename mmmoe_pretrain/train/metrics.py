@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
+import mmap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NO_EVENTS = "TensorBoard gets no more of this run"
-TAIL_BYTES = 1 << 18  # of a log that are read at a time, from its end
 
 
 @dataclass(frozen=True)
@@ -170,19 +169,15 @@ class MetricsLog:
         record, self._undrawn = self._undrawn, None
         if record is None:
             return
-        panels = [
-            heatmap.Panel(
-                f"layer {r.layer}", np.where(r.tokens_M[:, None] > 0, r.load_ME, np.nan).T, r.names.modalities
-            )
-            for r in record.routing
-        ]
+        panels = [heatmap.Panel(f"layer {r.layer}", r.seen_load_ME.T, r.names.modalities) for r in record.routing]
         image_HWC = heatmap.draw(panels, f"Where each modality's tokens go, step {record.step}")
         self._drawn_step = record.step
         with _logging_failure("routing_training.png is not drawn"):
             heatmap.save(image_HWC, self.run_dir / "routing_training.png")
-        self._show(lambda events: _add_image(events, image_HWC, record.step))
+        self._show(lambda events: events.add_image("routing", image_HWC, record.step, dataformats="HWC"))
+        self._show(lambda events: events.flush())
 
-    def _show(self, write: Callable[[SummaryWriter], None]) -> None:
+    def _show(self, write: Callable[[SummaryWriter], object]) -> None:
         """Writes to TensorBoard, until the first failure ends the writer's thread."""
         events, self._events = self._events, None
         if events is None:
@@ -204,37 +199,23 @@ def _logging_failure(what: str) -> Iterator[None]:
 def truncate_after(path: Path, step: int) -> None:
     """Cut a log of ascending steps after ``step``, and a half-written last line. Reads from the end of the
     file, so that resuming a long run costs no more than resuming a short one."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
-    keep = 0
     with path.open("r+b") as file:
-        for offset, line in _lines_backwards(file):
-            try:
-                past = json.loads(line)["step"] > step
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}: the line at byte {offset} is not a record of a step; fix the line or move the file"
-                ) from error
-            if not past:
-                keep = offset + len(line)
-                break
-        file.truncate(keep)
-
-
-def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The offset of each line, and the line, from the last one on; without an incomplete last line."""
-    position, held = file.seek(0, os.SEEK_END), b""
-    while position:
-        size = min(TAIL_BYTES, position)
-        position -= size
-        file.seek(position)
-        held = file.read(size) + held
-        while (end := held.rfind(b"\n", 0, len(held) - 1)) >= 0:
-            line, held = held[end + 1 :], held[: end + 1]
-            if line.endswith(b"\n"):
-                yield position + len(held), line
-    if held.endswith(b"\n"):
-        yield 0, held
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
+            end = log.rfind(b"\n") + 1
+            while end:
+                begin = log.rfind(b"\n", 0, end - 1) + 1
+                try:
+                    past = json.loads(log[begin:end])["step"] > step
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(
+                        f"{path}: the line at byte {begin} is not a record of a step; fix the line or move the file"
+                    ) from error
+                if not past:
+                    break
+                end = begin
+        file.truncate(end)
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:
@@ -293,11 +274,6 @@ def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
 def _add_scalars(events: SummaryWriter, record: StepRecord) -> None:
     for tag, value in scalars(record):
         events.add_scalar(tag, value, record.step)
-
-
-def _add_image(events: SummaryWriter, image_HWC: np.ndarray, step: int) -> None:
-    events.add_image("routing", image_HWC, step, dataformats="HWC")
-    events.flush()
 
 
 def _named(prefix: str, names: Sequence[str], values_M: np.ndarray) -> Iterator[tuple[str, float]]:

@@ -47,16 +47,11 @@ class Mismatch:
 class ReplicaReport:
     """Equal on every rank."""
 
-    held: int  # different pieces, over all ranks
-    compared: int  # of them, those that several ranks hold
+    compared: int  # different pieces that several ranks hold
     differing: int  # of them
     mismatches: tuple[Mismatch, ...]  # the first few of those
 
     def __str__(self) -> str:
-        if not self.compared:
-            return f"none of {self.held} pieces is held by two ranks: nothing to compare"
-        if not self.differing:
-            return f"{self.compared} of {self.held} pieces are held by several ranks, and equal"
         listed = "; ".join(map(str, self.mismatches))
         return f"{self.differing} of {self.compared} pieces that several ranks hold differ: {listed}"
 
@@ -72,15 +67,15 @@ def check_replicas(
     before.
     """
     if group is None or dist.get_world_size(group) == 1:
-        return ReplicaReport(0, 0, 0, ())
+        return ReplicaReport(0, 0, ())
     names = dict(_pieces(state, models))
     rows = _exchange({_number(name): _hash(tensor) for name, tensor in names.items()}, group)
-    numbers, senders = torch.unique(rows[:, 0], return_counts=True)
+    _, senders = torch.unique(rows[:, 0], return_counts=True)
     found = _differences(rows)
-    totals = torch.tensor([len(numbers), int((senders > 1).sum()), len(found)])
+    totals = torch.tensor([int((senders > 1).sum()), len(found)])
     dist.all_reduce(totals, group=group)
-    held, compared, differing = totals.tolist()
-    return ReplicaReport(held, compared, differing, _details(found, list(names), group) if differing else ())
+    compared, differing = totals.tolist()
+    return ReplicaReport(compared, differing, _details(found, list(names), group) if differing else ())
 
 
 def _pieces(state: ShardedState, models: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:

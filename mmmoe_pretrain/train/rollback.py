@@ -26,6 +26,7 @@ from mmmoe_pretrain.untrusted import read_json
 SKIPPED_BATCHES = "skipped_batches.json"
 KEYS_NAMED = 5
 TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+WINDOW = 100  # finite losses of the median
 MIN_HISTORY = 20  # steps before the first spike can be found
 FLOOR = 1e-3  # of the median: the least deviation, so that a flat loss has no spikes
 
@@ -94,15 +95,13 @@ class FaultDetector:
 class SpikeDetector:
     """Loss spikes: ``steps`` losses in a row that exceed the running median by ``threshold`` deviations (from the
     median absolute deviation). Both are robust: a spike does not raise the bound for the steps after it, and losses
-    above the bound are not added to the window until it is clear that they are not a spike. ``window``: the finite
-    losses of the median. It is not saved: after a resume it fills again, and the first ``MIN_HISTORY`` steps have no
-    spike.
+    above the bound are not added to the window until it is clear that they are not a spike. The window is not saved:
+    after a resume it fills again, and the first ``MIN_HISTORY`` steps have no spike.
     """
 
-    def __init__(self, threshold: float, steps: int, window: int = 100) -> None:
-        assert threshold > 0 and steps >= 1 and window >= MIN_HISTORY
-        self.threshold, self.steps = threshold, steps
-        self._losses: deque[float] = deque(maxlen=window)
+    def __init__(self, threshold: float, steps: int) -> None:
+        self._threshold, self._steps = threshold, steps
+        self._losses: deque[float] = deque(maxlen=WINDOW)
         self._above: list[tuple[int, float]] = []  # the steps in a row that may become a spike
 
     def add(self, step: int, loss: float) -> range | None:
@@ -118,7 +117,7 @@ class SpikeDetector:
             self._losses.append(loss)
             return None
         self._above.append((step, loss))
-        if len(self._above) < self.steps:
+        if len(self._above) < self._steps:
             return None
         spike = range(self._above[0][0], step + 1)
         self._close_streak()
@@ -132,7 +131,7 @@ class SpikeDetector:
     def _bound(self) -> float:
         middle = median(self._losses)
         deviation = TO_DEVIATION * median(abs(loss - middle) for loss in self._losses)
-        return middle + self.threshold * max(deviation, FLOOR * abs(middle))
+        return middle + self._threshold * max(deviation, FLOOR * abs(middle))
 
     def _close_streak(self) -> None:
         self._losses.extend(loss for _, loss in self._above)

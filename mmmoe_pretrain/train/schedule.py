@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from mmmoe_pretrain.config import OptimizerConfig, RunConfig
+from mmmoe_pretrain.train.start import differences
 
 JUMP = 0.01  # of the rate; smaller changes are not reported
 
@@ -37,10 +38,8 @@ def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
     planned = learning_rate(step, steps, before)
     if step == 0 or step >= config.train.steps or abs(now - planned) <= JUMP * planned:
         return ""
-    old = {"train.steps": steps, **{f"optimizer.{key}": value for key, value in before}}
-    new = {"train.steps": config.train.steps, **{f"optimizer.{key}": value for key, value in config.optimizer}}
-    changed = [key for key in old if old[key] != new[key]]
-    story = ", ".join(f"{key} was {old[key]} and is {new[key]}" for key in changed)
+    new = {"train": {"steps": config.train.steps}, "optimizer": dict(config.optimizer)}
+    story = ", ".join(differences({"train": {"steps": steps}, "optimizer": dict(before)}, new))
     last = learning_rate(step - 1, steps, before)
     longer = (
         f"; optimizer.decay_steps={steps} keeps that schedule, and optimizer.schedule constant or wsd suits runs "
@@ -48,5 +47,5 @@ def jump_on_resume(step: int, config: RunConfig, saved: dict[str, Any]) -> str:
     )
     return (
         f"the learning rate of step {step + 1} is {now:.2g}; that of step {step} was {last:.2g}, and the schedule so "
-        f"far gives {planned:.2g}: {story}{longer if changed == ['train.steps'] else ''}"
+        f"far gives {planned:.2g}: {story}{longer if before == config.optimizer else ''}"
     )

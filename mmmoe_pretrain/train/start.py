@@ -99,7 +99,8 @@ def look(config: RunConfig, host: HostGroups, lock: RunLock, resume: bool, overw
 
     def on_rank_0() -> Start:
         if config.run_dir.is_dir():
-            _take(lock, config)
+            with _explained(config):
+                lock.take()
         return _look(config, resume, overwrite and not (again and _was_replaced(config)))
 
     return from_rank_0(host.storage, on_rank_0)
@@ -122,16 +123,16 @@ def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
     if overwrite:
         return Start(replace=True)
     found = tuple(store.candidates(config.checkpoint_root))
-    if not found:
-        _refuse_lost(config)
-    if resume and not found:
+    if found:
+        check_same_model(config, config.run_dir / CONFIG, lambda: store.read_meta(found[-1]).get("config"))
+        return Start(found)
+    _refuse_lost(config)
+    if resume:
         raise ValueError(
             f"--resume: there is no finished checkpoint in {config.checkpoint_root}; leave --resume out to start "
             f"from step 0, or check that name, runs_dir and checkpoint.folder are those of the run"
         )
-    if found:
-        check_same_model(config, config.run_dir / CONFIG, lambda: store.read_meta(found[-1]).get("config"))
-    return Start(found)
+    return Start()
 
 
 def _refuse_lost(config: RunConfig) -> None:
@@ -177,7 +178,7 @@ def check_same_model(
         before = run_config.parse(values, where="the checkpoint's config")
     if not before.model.vocab_size:  # of an earlier version; the tokenizer's fingerprint is compared later
         before = before.with_vocabulary(config.model.vocab_size)
-    if changes := list(_differences(_model_settings(before), _model_settings(config))):
+    if changes := list(differences(_model_settings(before), _model_settings(config))):
         raise ValueError(
             f"a resumed run cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, train "
             f"under another name=, or replace the run with --overwrite"
@@ -206,14 +207,14 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = "") -> Iterator[str]:
     """What differs, by dotted key; an entry that only one of them has is named as a whole."""
     for key in sorted(old.keys() | new.keys(), key=str):
         where = f"{before}{key}"
         if key not in old or key not in new:
             yield f"{where} is {'new' if key in new else 'missing'}"
         elif isinstance(old[key], dict) and isinstance(new[key], dict):
-            yield from _differences(old[key], new[key], f"{where}.")
+            yield from differences(old[key], new[key], f"{where}.")
         elif old[key] != new[key]:
             yield f"{where} was {old[key]!r} and is {new[key]!r}"
 
@@ -224,18 +225,13 @@ def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> S
 
 
 def _claim(config: RunConfig, lock: RunLock, start: Start) -> Start:
-    waited = _take(lock, config)
-    if start.replace:
-        with _explained(config):
+    with _explained(config):
+        waited = lock.take()
+        if start.replace:
             _clear(config)
             (config.run_dir / REPLACED_BY).write_text(_job(), encoding="utf-8")
     # Another job may have trained here since the first look.
     return _look(config, False, False) if waited and not start.replace else start
-
-
-def _take(lock: RunLock, config: RunConfig) -> bool:
-    with _explained(config):
-        return lock.take()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ X tasks, E experts (layers may differ in E).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mmmoe_pretrain.parallel.agreement import gather_objects
 from mmmoe_pretrain.parallel.collectives import all_reduce_sum, group_size
 from mmmoe_pretrain.parallel.groups import Group
 
+# Of a RoutingStats, in the order of the fields of LayerRouting.
+SUMS = ("tokens_MX", "counts_MXE", "probability_MXE", "entropy_MX", "dropped_MX", "coactivation_MEE")
 SIGNIFICANT_DIGITS = 6
 SHARE_DIGITS = 4  # of numbers by expert, of which there are many
 STRONGEST_PAIRS = 8  # of experts that serve tokens together, a modality; the matrix would be E^2 numbers
@@ -48,6 +51,11 @@ class LayerRouting:
     def load_ME(self) -> np.ndarray:
         """Share of the modality's assignments that each expert gets; rows sum to 1."""
         return _over(self.counts_MXE.sum(1), self.counts_MXE.sum((1, 2))[:, None])
+
+    @property
+    def seen_load_ME(self) -> np.ndarray:
+        """``load_ME``, NaN for a modality without tokens."""
+        return np.where(self.tokens_M[:, None] > 0, self.load_ME, np.nan)
 
     @property
     def mean_probability_ME(self) -> np.ndarray:
@@ -78,7 +86,7 @@ class LayerRouting:
 
 
 def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[LayerRouting, ...]:
-    """Numbers on the host from the sums of a step. ``reduce_stats`` has reduced all of them except co-activation,
+    """Numbers on the host, from the sums of a step. ``reduce_stats`` has reduced all of them except co-activation,
     which is summed over ``group`` here, for all layers at once. Every rank must call it."""
     if not routing:
         return ()
@@ -87,10 +95,11 @@ def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[Layer
     host = torch.cat([sums, pairs]).cpu()  # one transfer
     sizes = [s.flatten().numel() for s in routing] + [s.coactivation_MEE.numel() for s in routing]
     parts = host.split(sizes)
-    return tuple(
-        _layer(stats.unflatten(part), pairs.view_as(stats.coactivation_MEE))
-        for stats, part, pairs in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True)
-    )
+    layers = []
+    for stats, part, pairs in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True):
+        layer = dataclasses.replace(stats.unflatten(part), coactivation_MEE=pairs.view_as(stats.coactivation_MEE))
+        layers.append(LayerRouting(layer.layer, layer.names, *(getattr(layer, name).numpy() for name in SUMS)))
+    return tuple(layers)
 
 
 def gather_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[LayerRouting, ...]:
@@ -137,19 +146,6 @@ def number(value: float, digits: int = SIGNIFICANT_DIGITS) -> float | None:
 
 def shares(values_E: np.ndarray) -> list[float | None]:
     return [number(value, SHARE_DIGITS) for value in values_E.tolist()]
-
-
-def _layer(sums: RoutingStats, coactivation: torch.Tensor) -> LayerRouting:
-    return LayerRouting(
-        layer=sums.layer,
-        names=sums.names,
-        tokens_MX=sums.tokens_MX.numpy(),
-        counts_MXE=sums.counts_MXE.numpy(),
-        probability_MXE=sums.probability_MXE.numpy(),
-        entropy_MX=sums.entropy_MX.numpy(),
-        dropped_MX=sums.dropped_MX.numpy(),
-        coactivation_MEE=coactivation.numpy(),
-    )
 
 
 def _pairs(routing: LayerRouting, modality: int) -> list[tuple[int, int, float]]:

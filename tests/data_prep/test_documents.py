@@ -31,7 +31,7 @@ from mmmoe_pretrain.train.loop import train
 from tests.data.test_decode import modalities_of
 from tests.distributed import run_ranks
 from tests.support import tiny_config, write_tar
-from tests.train.test_loop import losses
+from tests.train.faulty import losses
 
 OPTIONS = ShardOptions(workers=1, max_bad_fraction=1.0)
 STORY: list[dict[str, Any]] = [

@@ -54,16 +54,9 @@ def clips() -> dict[str, tuple[bytes, ...]]:
     time = np.arange(RATE // 4) / RATE
     mono = 0.3 * np.sin(2 * np.pi * 300 * time)
     stereo = np.stack([mono, -mono], axis=1)
-    wavs = [
-        ("PCM_16", mono),
-        ("PCM_24", stereo),
-        ("FLOAT", mono),
-        ("DOUBLE", mono),
-        ("ULAW", mono),
-        ("IMA_ADPCM", mono),
-    ]
+    wavs = [_sound(mono, "WAV", kind) for kind in ("PCM_16", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM")]
     return {
-        "wav": (*(_sound(wave, "WAV", kind) for kind, wave in wavs), _sound(mono, "WAVEX", "PCM_16")),
+        "wav": (*wavs, _sound(stereo, "WAV", "PCM_24"), _sound(mono, "WAVEX", "PCM_16")),
         "flac": (_sound(mono, "FLAC", "PCM_16"), _sound(stereo, "FLAC", "PCM_24"), *_mini(".flac", 2)),
         "ogg": (_sound(mono, "OGG", "VORBIS"), _sound(stereo, "OGG", "VORBIS"), _sound(mono, "OGG", "OPUS")),
         "mp3": (_sound(mono, "MP3", "MPEG_LAYER_III"), _sound(stereo, "MP3", "MPEG_LAYER_III")),
@@ -83,14 +76,9 @@ def series() -> dict[str, tuple[bytes, ...]]:
 def document() -> dict[str, bytes]:
     """The members of one that holds every kind."""
     parts = [
-        {"text": "red number 1"},
-        {"member": "0.png"},
-        {"text": "", "loss": False},
-        {"member": "1.wav"},
-        {"member": "2.npy", "modality": "sensors"},
-        {"member": "3.txt"},
-        {"member": "0.png", "loss": False},
-    ]
+        {"text": "red number 1"}, {"member": "0.png"}, {"text": "", "loss": False}, {"member": "1.wav"},
+        {"member": "2.npy", "modality": "sensors"}, {"member": "3.txt"}, {"member": "0.png", "loss": False},
+    ]  # fmt: skip
     meta = {"group": "g", "label": "red", "parts": parts}
     return {"0.png": images()["png"][0], "1.wav": clips()["wav"][0], "2.npy": series()["npy"][0],
             "3.txt": b"blue number 2", "json": json.dumps(meta).encode()}  # fmt: skip

@@ -1,22 +1,22 @@
 """Ways to damage bytes and plain values. Every function is pure: the generator decides, nothing else.
 
-Bytes are damaged blindly, and by format: a header's size with its checksum made right again gets further
-into a decoder than a flipped bit does.
+Bytes are damaged blindly; checksums that are made right again let the damage get further into a decoder.
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import pickle
 import zlib
-from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
+
+import yaml
 
 EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
             0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF)  # fmt: skip
 HEADER = 96  # bytes at the start, where most sizes stand
-Mutator = Callable[[Random, bytes, bytes], bytes]
 
 
 def place(rng: Random, data: bytes) -> int:
@@ -24,75 +24,34 @@ def place(rng: Random, data: bytes) -> int:
     return rng.randrange(max(1, min(HEADER, len(data)) if rng.random() < 0.5 else len(data)))
 
 
-def flip_bits(rng: Random, data: bytes, other: bytes) -> bytes:
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 8) if out else 0):
-        out[place(rng, data)] ^= 1 << rng.randrange(8)
-    return bytes(out)
-
-
-def byte_run(rng: Random, data: bytes, other: bytes) -> bytes:
+def blind(rng: Random, data: bytes, other: bytes) -> bytes:
+    """Some bytes replaced, inserted, deleted or repeated; or the data cut, extended or continued by ``other``."""
     start, length = place(rng, data), rng.randint(1, 64)
-    fill = rng.choice((b"\0", b"\xff", rng.randbytes(1))) * length
-    return data[:start] + fill + data[start + length :]
-
-
-def noise(rng: Random, data: bytes, other: bytes) -> bytes:
-    start, length = place(rng, data), rng.randint(1, 32)
-    return data[:start] + rng.randbytes(length) + data[start + length :]
-
-
-def number(rng: Random, data: bytes, other: bytes) -> bytes:
-    """A size, a count or an offset that is absurd."""
-    width, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
-    start = place(rng, data)
-    value = (rng.choice(EXTREMES) & (1 << 8 * width) - 1).to_bytes(width, order)  # type: ignore[arg-type]
-    return data[:start] + value + data[start + width :]
-
-
-def truncate(rng: Random, data: bytes, other: bytes) -> bytes:
-    return data[: rng.randrange(max(1, len(data)))]
-
-
-def extend(rng: Random, data: bytes, other: bytes) -> bytes:
-    return data + rng.choice((rng.randbytes(rng.randint(1, 700)), data, b"\0" * rng.randint(1, 2048)))
-
-
-def insert(rng: Random, data: bytes, other: bytes) -> bytes:
-    start = place(rng, data)
-    return data[:start] + rng.choice((b"\0", b"\xff\xfe", b"\xed\xa0\x80", rng.randbytes(4))) + data[start:]
-
-
-def delete(rng: Random, data: bytes, other: bytes) -> bytes:
-    start = place(rng, data)
-    return data[:start] + data[start + rng.randint(1, 64) :]
-
-
-def splice(rng: Random, data: bytes, other: bytes) -> bytes:
-    return data[: rng.randrange(len(data) + 1)] + other[rng.randrange(len(other) + 1) :]
-
-
-def repeat(rng: Random, data: bytes, other: bytes) -> bytes:
-    start = place(rng, data)
-    part = data[start : start + rng.randint(1, 256)]
-    return data[:start] + part * rng.randint(2, 40) + data[start:]
-
-
-BLIND: tuple[Mutator, ...] = (
-    flip_bits, byte_run, noise, number, truncate, extend, insert, delete, splice, repeat,
-)  # fmt: skip
-
-
-def png_header(rng: Random, data: bytes, other: bytes) -> bytes:
-    """Another size or kind of pixels, with the right checksum."""
-    if data[:4] != b"\x89PNG" or len(data) < 33:
-        return data
-    fields = list(struct.unpack(">IIBBBBB", data[16:29]))
-    which = rng.randrange(len(fields))
-    fields[which] = rng.choice(EXTREMES) & 0xFFFFFFFF if which < 2 else rng.choice((0, 1, 2, 3, 4, 6, 8, 16, 255))
-    if rng.random() < 0.3:
-        fields[0], fields[1] = rng.choice(((1, 64_000_000), (8000, 8000), (20_000, 20_000), (64_000_000, 1)))
-    return png_checksums(data[:16] + struct.pack(">IIBBBBB", *fields) + data[29:])
+    before, part, after = data[:start], data[start : start + length], data[start + length :]
+    kind = rng.randrange(10)
+    if kind == 0:  # flip bits
+        part = bytes(byte ^ (1 << rng.randrange(8)) * (rng.random() < 0.1) for byte in part)
+    elif kind == 1:
+        part = rng.choice((b"\0", b"\xff", rng.randbytes(1))) * length
+    elif kind == 2:
+        part = rng.randbytes(length)
+    elif kind == 3:  # a size, a count or an offset that is absurd
+        width, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
+        value = rng.choice(EXTREMES) & (1 << 8 * width) - 1
+        part = value.to_bytes(width, order) + part[width:]  # type: ignore[arg-type]
+    elif kind == 4:
+        part = rng.choice((b"\0", b"\xff\xfe", b"\xed\xa0\x80", rng.randbytes(4))) + part
+    elif kind == 5:
+        part = b""
+    elif kind == 6:
+        part *= rng.randint(2, 40)
+    elif kind == 7:
+        part = after = b""
+    elif kind == 8:
+        after += rng.choice((rng.randbytes(rng.randint(1, 700)), data, b"\0" * rng.randint(1, 2048)))
+    else:
+        after = other[rng.randrange(len(other) + 1) :]
+    return before + part + after
 
 
 def png_checksums(data: bytes) -> bytes:
@@ -107,35 +66,6 @@ def png_checksums(data: bytes) -> bytes:
     return bytes(out)
 
 
-def jpeg_size(rng: Random, data: bytes, other: bytes) -> bytes:
-    """Another size in the frame header of a JPEG."""
-    found = [at for marker in (b"\xff\xc0", b"\xff\xc2") if (at := data.find(marker)) > 0]
-    if not found:
-        return data
-    height, width = (rng.choice((0, 1, 7999, 8000, 65535)) for _ in range(2))
-    return data[: found[0] + 5] + struct.pack(">HH", height, width) + data[found[0] + 9 :]
-
-
-def wav_fields(rng: Random, data: bytes, other: bytes) -> bytes:
-    """Another format, number of channels, rate or block size in a WAV."""
-    at = data.find(b"fmt ")
-    if at < 0 or data[:4] != b"RIFF":
-        return data
-    offset, width = rng.choice(((8, 2), (10, 2), (12, 4), (16, 4), (20, 2), (22, 2)))
-    value = rng.choice(EXTREMES) & (1 << 8 * width) - 1
-    return data[: at + offset] + value.to_bytes(width, "little") + data[at + offset + width :]
-
-
-def flac_streaminfo(rng: Random, data: bytes, other: bytes) -> bytes:
-    """Another rate, number of channels, width or length of a FLAC."""
-    if data[:4] != b"fLaC" or len(data) < 42:
-        return data
-    rate, channels, bits = rng.choice((0, 1, 16_000, 655_350)), rng.randrange(8), rng.choice((3, 15, 23, 31))
-    total = rng.choice((0, 1, 100, 16_000 * 600, (1 << 36) - 1))
-    packed = rate << 44 | channels << 41 | bits << 36 | total
-    return data[:18] + packed.to_bytes(8, "big") + data[26:]
-
-
 def ogg_checksums(data: bytes) -> bytes:
     """Every page's checksum as it should be, so that what was changed inside is looked at."""
     out, at = bytearray(data), 0
@@ -148,27 +78,16 @@ def ogg_checksums(data: bytes) -> bytes:
     return bytes(out)
 
 
-def _ogg_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 24
-        for _ in range(8):
-            value = (value << 1 ^ (0x04C11DB7 if value & 0x80000000 else 0)) & 0xFFFFFFFF
-        table.append(value)
-    return table
-
-
-_OGG = tuple(_ogg_table())
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg_crc(page: bytes) -> int:
-    value = 0
-    for byte in page:
-        value = (value << 8 & 0xFFFFFFFF) ^ _OGG[value >> 24 ^ byte]
-    return value
+    """RFC 3533: zlib's polynomial on bits in the other order, without zlib's inversions before and after."""
+    reflected = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
 
 
-def tar_field(rng: Random, data: bytes, other: bytes) -> bytes:
+def tar_field(rng: Random, data: bytes) -> bytes:
     """Another name, size, kind or prefix in one header of a tar, with the right checksum."""
     headers = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
     if not headers:
@@ -204,17 +123,11 @@ def tar_checksums(data: bytes) -> bytes:
     return bytes(out)
 
 
-BY_FORMAT: dict[bytes, Mutator] = {
-    b"\x89PN": png_header, b"\xff\xd8\xff": jpeg_size, b"RIF": wav_fields, b"fLa": flac_streaminfo, b"ust": tar_field,
-}  # fmt: skip
-
-
 def damage(rng: Random, data: bytes, other: bytes) -> bytes:
     """One to three changes, of which some keep the checksums right."""
-    special = [mutate for start, mutate in BY_FORMAT.items() if data[:3] == start or data[257:260] == start]
+    is_tar = data[257:262] == b"ustar"
     for _ in range(rng.choice((1, 1, 2, 3))):
-        choices = special if special and rng.random() < 0.4 else BLIND
-        data = rng.choice(choices)(rng, data, other)
+        data = tar_field(rng, data) if is_tar and rng.random() < 0.4 else blind(rng, data, other)
     if rng.random() < 0.6:
         data = tar_checksums(ogg_checksums(png_checksums(data)))
     return data
@@ -234,10 +147,7 @@ def change_value(rng: Random, value: Any) -> Any:
         if kind < 0.1:
             return {k: v for k, v in value.items() if k != key}
         if kind < 0.2:
-            return {
-                **value,
-                rng.choice(("extra", "", "\0", "__class__", key * 3 if isinstance(key, str) else "k")): 1,
-            }
+            return {**value, rng.choice(("extra", "", "\0", "__class__", str(key) * 3)): 1}
         return {**value, key: change_value(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.85:
         at = rng.randrange(len(value))
@@ -258,7 +168,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def damage_json(rng: Random, data: bytes, other: bytes) -> bytes:
+def damage_json(rng: Random, data: bytes) -> bytes:
     """JSON of a changed value, or text that is not JSON."""
     kind = rng.random()
     if kind < 0.6:
@@ -272,4 +182,108 @@ def damage_json(rng: Random, data: bytes, other: bytes) -> bytes:
         return rng.choice((deep, data.replace(b":", b":" + deep, 1), data.replace(b"0", deep, 1)))
     if kind < 0.75:
         return data.replace(b"0", b"9" * rng.choice((30, 5000)), 1)
-    return rng.choice(BLIND)(rng, data, other)
+    return blind(rng, data, data)
+
+
+SCALARS = (".nan", ".inf", "-.inf", "2001-99-99", "!!int x", "!!float x", "!!timestamp x", "!!bool x", "!!int ''",
+           "!!binary '!'", "!!set {a}", "!!omap [1]", "!!pairs [[1]]", "!!null x", "0x" + "f" * 6000, "9" * 5000,
+           "1:99:99", "&a [*a]", "&b {c: *b}", "*nothing", "~", "'\0'", "\"\\ud800\"", "? [1]", "{[1]: 2}", "<<",
+           "!unknown x", "!!str [a]", "{<<: 1}", "{<<: [1]}", "=", "%YAML 9.9", "---", "|", "1e999", "''",
+           "2001-01-01", "0o9", "1_000", "!!merge x", "!!value x")  # fmt: skip
+
+
+def aliases(levels: int, width: int) -> str:
+    """A billion laughs: ``width`` ** ``levels`` leaves in a few lines."""
+    lines = ["- &l0 [x, x]"] + [f"- &l{i} [{', '.join([f'*l{i - 1}'] * width)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+def merges(levels: int, width: int) -> str:
+    """The same by merge keys, which multiply while they are read."""
+    lines = ["- &m0 {a: 1, b: 2}"]
+    lines += [f"- &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * width)}]}}" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+def code(marker: Path) -> tuple[str, ...]:
+    """Tags that would write ``marker`` where YAML is loaded without care."""
+    return (
+        f"!!python/object/apply:os.system ['touch {marker}']",
+        f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.PosixPath ['{marker}']]",
+        f"!!python/object/new:os.system ['touch {marker}']",
+        "!!python/name:os.system ''",
+        "!!python/module:antigravity ''",
+        f"!!python/object/apply:eval [\"open('{marker}', 'w')\"]",
+    )
+
+
+def damage_yaml(rng: Random, text: str, marker: Path) -> str:
+    kind = rng.random()
+    if kind < 0.35:
+        value = yaml.safe_load(text)
+        for _ in range(rng.randint(1, 3)):
+            value = change_value(rng, value)
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=rng.random() < 0.5)
+    if kind < 0.6:
+        return _replace_scalar(rng, text, rng.choice(SCALARS))
+    if kind < 0.7:
+        return _replace_scalar(rng, text, rng.choice(code(marker)))
+    if kind < 0.8:
+        bomb = rng.choice((aliases(9, 9), merges(9, 9), aliases(3, 3), merges(2, 2), aliases(30, 2)))
+        return rng.choice(("x:\n" + bomb + "\n" + text, text + "\ny:\n" + bomb))
+    if kind < 0.85:
+        depth = rng.choice((100, 3_000, 50_000))
+        return _replace_scalar(
+            rng, text, rng.choice(("[" * depth, "[" * depth + "]" * depth, "{a: " * depth, "- " * depth))
+        )
+    if kind < 0.9:
+        lines = text.splitlines(keepends=True)
+        return "".join([*lines, rng.choice(lines)])  # a key twice
+    data = text.encode()
+    return blind(rng, data, data).decode("utf-8", "surrogateescape")
+
+
+def _replace_scalar(rng: Random, text: str, scalar: str) -> str:
+    lines = text.splitlines()
+    at = rng.randrange(len(lines))
+    key, colon, _ = lines[at].partition(": ")
+    lines[at] = f"{key}{colon or ''}{scalar}" if rng.random() < 0.9 else scalar
+    return "\n".join(lines)
+
+
+class Payload:
+    """A pickle that would write ``marker`` when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def damage_file(rng: Random, path: Path, marker: Path) -> bytes:
+    """The content of a file, damaged by its kind; now and then a pickle."""
+    whole = path.read_bytes()
+    if rng.random() < 0.02:
+        return payload(marker)
+    if path.name == "latest" and rng.random() < 0.5:
+        return rng.choice((b"step_99999999", b"../../x", b"\0", whole * 200_000))
+    if path.suffix == ".json":
+        return damage_json(rng, whole)
+    if path.suffix == ".yaml":
+        return damage_yaml(rng, whole.decode(), marker).encode("utf-8", "surrogatepass")
+    if path.suffix == ".jsonl" and rng.random() < 0.9:
+        lines = whole.splitlines()
+        at = rng.randrange(len(lines))
+        lines[at] = damage_json(rng, lines[at])
+        return b"\n".join(lines) + b"\n" * rng.randrange(2)
+    if path.suffix == ".model" and rng.random() < 0.7:  # changed in place, which leaves most of its messages whole
+        changed = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 30, 3000))):
+            changed[rng.randrange(len(whole))] = rng.choice((0, 0xFF, rng.randrange(256)))
+        return bytes(changed)
+    return damage(rng, whole, whole)
+
+
+def payload(marker: Path) -> bytes:
+    return pickle.dumps(Payload(marker))

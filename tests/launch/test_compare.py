@@ -16,7 +16,7 @@ def report(value: float) -> dict:
                          "majority": None, "n": 173}]}  # fmt: skip
 
 
-def test_the_dense_model_has_the_active_parameters_of_the_mixture() -> None:
+def test_the_dense_model_has_the_active_parameters_of_the_moe_model() -> None:
     moe = run_config.load(DEMO).with_vocabulary(64)
     dense = run_config.load(DEMO, dense_overrides(moe)).with_vocabulary(64)
 

@@ -18,10 +18,9 @@ import pytest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.train.test_loop import config_in, logged, losses
+from tests.train.faulty import config_in, events, losses, steps_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "torchrun.sh")
@@ -69,7 +68,7 @@ def processes(config: RunConfig, rank: int | None = None) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 80.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it ended with {process.returncode}"
@@ -77,59 +76,67 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], sec
         time.sleep(0.02)
 
 
-def steps_of(config: RunConfig) -> list[int]:
-    return [record["step"] for record in logged(config)] if (config.run_dir / "metrics.jsonl").exists() else []
+def trained(config: RunConfig) -> int:
+    """The steps in the log."""
+    return len(steps_of(config)) if (config.run_dir / "metrics.jsonl").exists() else 0
 
 
-def long_run(tmp_path: Path, tiny_data: Path, steps: int) -> RunConfig:
-    return config_in(tmp_path, tiny_data, train={"steps": steps, "global_batch_size": 8, "log_every": 1},
-                     checkpoint={"every": 5})  # fmt: skip
+def run_of(root: Path, tiny_data: Path, steps: int = 10_000) -> RunConfig:
+    """At a learning rate that does not depend on the number of steps."""
+    return config_in(root, tiny_data, train={"steps": steps}, checkpoint={"every": 5},
+                     optimizer={"learning_rate": 3e-3, "schedule": "constant"})  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))],
-)
-def test_a_signal_to_the_script_saves_the_run_and_asks_for_a_new_start(
-    tmp_path: Path, tiny_data: Path, number: signal.Signals
+@pytest.mark.timeout(240)
+def test_a_killed_rank_is_replaced_and_a_signal_saves_the_run_and_asks_for_a_new_start(
+    tmp_path: Path, tiny_data: Path
 ) -> None:
-    config = long_run(tmp_path, tiny_data, steps=10_000)
-    with launched(config) as process:
-        wait_until(lambda: len(steps_of(config)) >= 2, process)
-        if number == signal.SIGUSR1:  # as Slurm's --signal without B: and scancel do it: to every process
-            for pid in processes(config):
-                os.kill(pid, number)
-        else:
-            process.send_signal(number)
-            if number == signal.SIGTERM:  # again, as impatient schedulers do; a second Ctrl-C would end it unsaved
-                process.send_signal(number)
+    config = run_of(tmp_path / "killed", tiny_data)
+    with launched(config, "--overwrite") as process:  # which must not replace what the first start did
+        wait_until(lambda: trained(config) >= 8, process)
+        for pid in processes(config, rank=1):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: events(config, "resumed") and trained(config) >= 12, process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # again, as impatient schedulers do
         assert process.wait(60) == 75
+    (resumed,) = events(config, "resumed")
+    assert resumed["step"] >= 5
+    last = ends_saved(config, "SIGTERM")
+    assert steps_of(config) == list(range(1, last + 1))
+    straight = run_of(tmp_path / "straight", tiny_data, steps=last)
+    run_ranks(2, train, straight)
+    np.testing.assert_array_equal(losses(config), losses(straight))
+
+
+def ends_saved(config: RunConfig, reason: str) -> int:
+    """The step of the last checkpoint, after a stop for ``reason``."""
     latest = store.find_latest(config.checkpoint_root)
     assert latest is not None
     store.verify(latest)
-    (end,) = [event for event in read_events(config.run_dir) if event["event"] == "preempted"]
-    assert (end["step"], end["reason"]) == (latest.step, number.name)
-    assert [e["event"] for e in read_events(config.run_dir)].count("resumed") == 0, "torchrun started it again"
-
-
-def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(tmp_path: Path, tiny_data: Path) -> None:
-    straight, killed = (long_run(tmp_path / name, tiny_data, steps=40) for name in ("straight", "killed"))
-    run_ranks(2, train, straight)
-    with launched(killed, "--overwrite") as process:  # which must not replace what the first start did
-        wait_until(lambda: len(steps_of(killed)) >= 8, process)
-        for pid in processes(killed, rank=1):
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait(90) == 0
-    resumed = [event["step"] for event in read_events(killed.run_dir) if event["event"] == "resumed"]
-    assert len(resumed) == 1
-    assert resumed[0] >= 5
-    assert steps_of(killed) == list(range(1, 41))
-    np.testing.assert_array_equal(losses(killed), losses(straight))
+    end = events(config)[-1]
+    assert (end["event"], end["step"], end["reason"]) == ("preempted", latest.step, reason)
+    return latest.step
 
 
 @pytest.mark.slow
-def test_an_error_that_no_new_start_mends_is_not_tried_again(tmp_path: Path, tiny_data: Path) -> None:
-    config = long_run(tmp_path, tiny_data, steps=4)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_other_signals_save_the_run_as_well(tmp_path: Path, tiny_data: Path, number: signal.Signals) -> None:
+    config = run_of(tmp_path, tiny_data)
+    with launched(config) as process:
+        wait_until(lambda: trained(config) >= 2, process)
+        if number == signal.SIGUSR1:  # as Slurm's --signal without B: and scancel do it: to every process
+            for pid in processes(config):
+                os.kill(pid, number)
+        else:  # once: a second Ctrl-C would end it unsaved
+            process.send_signal(number)
+        assert process.wait(60) == 75
+    ends_saved(config, number.name)
+
+
+@pytest.mark.slow
+def test_an_error_that_no_restart_fixes_is_not_tried_again(tmp_path: Path, tiny_data: Path) -> None:
+    config = run_of(tmp_path, tiny_data, steps=4)
     with launched(config, "train.global_batch_size=9", "train.num_microbatches=2") as process:
         assert process.wait(60) == 2
     text = (Path(config.runs_dir) / "run.log").read_text()
@@ -139,7 +146,7 @@ def test_an_error_that_no_new_start_mends_is_not_tried_again(tmp_path: Path, tin
 
 @pytest.mark.slow
 def test_a_rank_killed_in_the_last_save_is_replaced(tmp_path: Path, tiny_data: Path) -> None:
-    config = long_run(tmp_path, tiny_data, steps=6)
+    config = run_of(tmp_path, tiny_data, steps=6)
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults" / "sitecustomize.py").write_text(
         "import os\n"
@@ -150,25 +157,24 @@ def test_a_rank_killed_in_the_last_save_is_replaced(tmp_path: Path, tiny_data: P
     )
     with launched(config, PYTHONPATH=f"{tmp_path / 'faults'}:{ROOT}") as process:
         assert process.wait(90) == 0
-    assert [event["step"] for event in read_events(config.run_dir) if event["event"] == "resumed"] == [5]
+    assert [event["step"] for event in events(config, "resumed")] == [5]
     assert steps_of(config) == list(range(1, 7))
 
 
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_saves_the_run(tmp_path: Path, tiny_data: Path) -> None:
-    config = long_run(tmp_path, tiny_data, steps=10_000)
+    config = run_of(tmp_path, tiny_data)
     main, side = os.openpty()
     with launched(config, terminal=side) as process:
         os.close(side)
-        wait_until(lambda: len(steps_of(config)) >= 2, process)
+        wait_until(lambda: trained(config) >= 2, process)
         os.close(main)
         assert process.wait(60) == 75
-    (end,) = [event for event in read_events(config.run_dir) if event["event"] == "preempted"]
-    assert end["reason"] == "SIGHUP"
+    ends_saved(config, "SIGHUP")
 
 
 def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path) -> None:
-    """torchrun ends while the trap of a signal still runs: it waits for a reader of what it says."""
+    """torchrun ends while the trap of a signal still runs: the script waits for a reader of its output."""
     (tmp_path / "launch").mkdir()
     shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")  # beside no environment
     (tmp_path / "python").write_text("#!/bin/sh\ntouch here\nsleep 1\nexit 7\n")
@@ -186,7 +192,7 @@ def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path)
         wait_until((tmp_path / "here").exists, process)
         process.send_signal(signal.SIGTERM)
         time.sleep(2.0)
-        assert process.poll() is None, "its words must wait"
+        assert process.poll() is None, "its output must wait"
         while os.read(reader, 1 << 16):
             pass
         assert process.wait(20) == 7

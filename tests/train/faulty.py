@@ -1,11 +1,12 @@
-"""Runs with faults built in: each function patches the process that it runs in, a fork."""
+"""Tiny runs and what they wrote, and faults built in: each of these patches the process that it runs in, a fork."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,28 +14,61 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain import cli
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine
+from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import free_port
+from tests.support import tiny_config
 
 STEPS = 12
 SHORT = {"steps": STEPS, "global_batch_size": 8, "num_microbatches": 1, "log_every": 1}
 
 
-def _with_nan(batch: Batch) -> Batch:
-    audio = batch.inputs["audio"]
-    log_mel = torch.full_like(audio["log_mel"], torch.nan)
-    return dataclasses.replace(batch, inputs={**batch.inputs, "audio": {**audio, "log_mel": log_mel}})
+def config_in(root: Path, tiny_data: Path, **sections: Any) -> RunConfig:
+    """A run of twelve steps, saved every four, on ``tiny_data``; ``data`` and ``train`` add to their sections."""
+    data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tiny_data / "tokens.model"),
+            "num_workers": 0}  # fmt: skip
+    added = {"data": {**data, **sections.pop("data", {})}, "train": {**SHORT, **sections.pop("train", {})}}
+    return tiny_config(root, **{"checkpoint": {"every": 4}, **added, **sections})
+
+
+def copied(config: RunConfig, root: Path) -> RunConfig:
+    """The run under ``root``, as a copy."""
+    copy = config.model_copy(update={"runs_dir": str(root / "runs")})
+    shutil.copytree(config.run_dir, copy.run_dir)
+    return copy
+
+
+def logged(config: RunConfig) -> list[dict[str, Any]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(config: RunConfig) -> np.ndarray:
+    return np.array([list(record["losses"].values()) for record in logged(config)])
+
+
+def steps_of(config: RunConfig) -> list[int]:
+    return [record["step"] for record in logged(config)]
+
+
+def events(config: RunConfig, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(config.run_dir) if not kinds or event["event"] in kinds]
+
+
+def saved(config: RunConfig) -> list[int]:
+    """The steps of the checkpoints."""
+    return [checkpoint.step for checkpoint in store.checkpoints(config.checkpoint_root)]
 
 
 def on_data(change: Callable[[Loader, StepData], StepData]) -> None:
@@ -59,10 +93,10 @@ def poison(batches: Collection[int], rank: int = 0) -> None:
     """The audio values of these batches are not numbers on ``rank``."""
 
     def change(_: Loader, data: StepData) -> StepData:
-        if data.batch not in batches or dist.get_rank() != rank:
-            return data
-        bad = [_with_nan(m) for m in data.microbatches]
-        return data._replace(microbatches=bad)
+        if data.batch in batches and dist.get_rank() == rank:
+            for microbatch in data.microbatches:
+                microbatch.inputs["audio"]["log_mel"].fill_(torch.nan)
+        return data
 
     on_data(change)
 
@@ -89,32 +123,40 @@ def on_result(change: Callable[[MegatronEngine, StepResult], StepResult]) -> Non
     MegatronEngine.step = step  # type: ignore[method-assign]
 
 
-def failing_saves(of: Collection[int]) -> None:
-    """Saves of these steps find the disk full, on every rank."""
+def signalled(step: int, number: int = signal.SIGTERM, rank: int = 0) -> None:
+    """As ``step`` begins on ``rank``."""
+    at_step(step, lambda _: os.kill(os.getpid(), number), rank)
+
+
+def on_save(act: Callable[[int], None]) -> None:
+    """``act`` with the step before this rank writes a checkpoint."""
     plain = saver.write_checkpoint
 
     def write(storage: Any, step: int, *args: Any) -> store.Checkpoint:
-        if step in of:
-            raise OSError(28, "No space left on device")
+        act(step)
         return plain(storage, step, *args)
 
     saver.write_checkpoint = write
 
 
+def failing_saves(of: Collection[int]) -> None:
+    """Saves of these steps find the disk full, on every rank."""
+
+    def act(step: int) -> None:
+        if step in of:
+            raise OSError(28, "No space left on device")
+
+    on_save(act)
+
+
 def killed_in_save(step: int, rank: int) -> None:
     """A rank dies while it writes this step."""
-    plain = saver.write_checkpoint
-
-    def write(storage: Any, at: int, *args: Any) -> store.Checkpoint:
-        if at == step and dist.get_rank() == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(storage, at, *args)
-
-    saver.write_checkpoint = write
+    on_save(lambda at: os.kill(os.getpid(), signal.SIGKILL) if (at, dist.get_rank()) == (step, rank) else None)
 
 
-def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None], seconds: float = 60) -> list[Any]:
-    """How ``mmmoe train`` ends on forked ranks, with faults, by rank; None: not in time. ``path``: for the config."""
+def codes(ranks: int, config: RunConfig, *faults: Callable[[], None]) -> list[int | None]:
+    """How ``mmmoe train`` ends on forked ranks, with faults, by rank; None: not in a minute."""
+    path = Path(f"{config.runs_dir}.yaml")
     run_config.dump(config, path)
     port = free_port()
 
@@ -128,7 +170,7 @@ def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None]
         cli.main()
 
     forked = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(ranks)]
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 60.0
     for process in forked:
         process.start()
     for process in forked:
@@ -140,8 +182,16 @@ def codes(ranks: int, path: Path, config: RunConfig, *faults: Callable[[], None]
     return found
 
 
-def faulty(config: RunConfig, *faults: Callable[[], None]) -> int:
+def faulty(config: RunConfig, *faults: Callable[[], None], **arguments: bool) -> int:
     """A run's training in a forked rank, with faults."""
     for fault in faults:
         fault()
-    return train(config)
+    return train(config, **arguments)
+
+
+def outcome(config: RunConfig, *faults: Callable[[], None]) -> str:
+    """How it ends, in a line."""
+    try:
+        return f"code {faulty(config, *faults)}"
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"

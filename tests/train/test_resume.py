@@ -23,27 +23,26 @@ from mmmoe_pretrain.train.start import check_same_model, config_to_train
 from tests.distributed import run_ranks
 from tests.export.support import make_run
 from tests.support import tiny_config, tiny_values
-from tests.train.test_loop import config_in, logged
+from tests.train.faulty import config_in, steps_of
+
+MOE = {"num_experts": 4, "expert_hidden_size": 8}
 
 
-def saved(tmp_path: Path, **moe: object) -> Path:
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    run_config.dump(tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, **moe}), path)
+    run_config.dump(tiny_config(tmp_path, moe={**MOE, "layers": {1: {"num_experts": 8}}}), path)
     return path
 
 
-def test_how_an_moe_layer_is_computed_and_its_losses_may_change(tmp_path: Path) -> None:
-    path = saved(tmp_path, layers={1: {"num_experts": 8}})
-    moe = {"num_experts": 4, "expert_hidden_size": 8, "dispatch_chunks": 3, "losses": {"z": 0.1},
-           "layers": {1: {"num_experts": 8, "expert_backend": "grouped_mm"}}}  # fmt: skip
-    check_same_model(tiny_config(tmp_path, moe=moe), path)
-
-
-def test_a_layer_with_another_number_of_experts_is_another_model(tmp_path: Path) -> None:
-    path = saved(tmp_path, layers={1: {"num_experts": 8}})
-    moe = {"num_experts": 4, "expert_hidden_size": 8, "layers": {1: {"num_experts": 16}}}
+def test_how_an_moe_layer_is_computed_and_its_losses_may_change_but_not_its_experts(
+    tmp_path: Path, saved: Path
+) -> None:
+    computed = {"dispatch_chunks": 3, "losses": {"z": 0.1},
+                "layers": {1: {"num_experts": 8, "expert_backend": "grouped_mm"}}}  # fmt: skip
+    check_same_model(tiny_config(tmp_path, moe={**MOE, **computed}), saved)
     with pytest.raises(ValueError, match=r"moe.layers.1.num_experts was 8 and is 16"):
-        check_same_model(tiny_config(tmp_path, moe=moe), path)
+        check_same_model(tiny_config(tmp_path, moe={**MOE, "layers": {1: {"num_experts": 16}}}), saved)
 
 
 def test_a_config_that_an_earlier_version_saved_without_a_vocabulary_size_is_the_same_model(tmp_path: Path) -> None:
@@ -54,14 +53,13 @@ def test_a_config_that_an_earlier_version_saved_without_a_vocabulary_size_is_the
     check_same_model(config, tmp_path / "config.yaml")
 
 
-def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path) -> None:
-    path = saved(tmp_path)
-    values = tiny_values(tmp_path)
+def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path, saved: Path) -> None:
+    values = tiny_values(tmp_path, moe={**MOE, "layers": {1: {"num_experts": 8}}})
     values["modalities"]["motion"] = {"kind": "series", "channels": 3}
     values["objectives"] = {"contrastive": values["objectives"]["contrastive"], "pages": {"kind": "next_token"}}
     told = "modalities.motion is new; objectives.captioning is missing; objectives.pages is new; set it back"
     with pytest.raises(ValueError, match=told):
-        check_same_model(run_config.parse(values), path)
+        check_same_model(run_config.parse(values), saved)
 
 
 def trained(config: RunConfig) -> list[str]:
@@ -85,22 +83,21 @@ def test_a_moved_run_resumes_in_its_new_place_with_its_own_tokenizer(
     tmp_path: Path, tiny_data: Path, umask: int
 ) -> None:
     """Four steps of a cosine from 3e-3 to 1e-5 that eight steps stretch: step 5 has half of it, 0.0015."""
-    tokens = shutil.copy(tiny_data / "tokens.model", tmp_path / "tokens.model")
-    data = {"train": [{"path": str(tiny_data / "train")}], "tokenizer": str(tokens), "num_workers": 0}
-    steps = {"steps": 4, "global_batch_size": 8, "log_every": 1}
+    tokens = str(shutil.copy(tiny_data / "tokens.model", tmp_path / "tokens.model"))
     optimizer = {"learning_rate": 3e-3, "warmup_steps": 0}
-    config = config_in(tmp_path, tiny_data, data=data, train=steps, optimizer=optimizer)
+    config = config_in(tmp_path, tiny_data, data={"tokenizer": tokens}, train={"steps": 4}, optimizer=optimizer)
     assert run_ranks(1, trained, config) == [[]]
     moved = tmp_path / "else" / "renamed"
     moved.parent.mkdir()
     shutil.move(config.run_dir, moved)
-    tokens.rename(tmp_path / "lost.model")
+    Path(tokens).rename(tmp_path / "lost.model")
 
-    again = config_to_train(moved / "config.yaml", ["train.steps=8"])
+    again = config_to_train(moved / "config.yaml", ["train.steps=8", "seed=7"])
     assert (again.run_dir, again.data.tokenizer) == (moved, str(moved / TOKENIZER))
-    ((message,),) = run_ranks(1, trained, again)
-    assert "the learning rate of step 5 is 0.0015" in message
-    assert [record["step"] for record in logged(again)] == list(range(1, 9))
+    ((order, rate),) = run_ranks(1, trained, again)
+    assert f"seed was {config.seed} and is 7: the order of the data changes" in order
+    assert "the learning rate of step 5 is 0.0015" in rate
+    assert steps_of(again) == list(range(1, 9))
     assert not config.run_dir.exists()
 
     export_run(moved, tmp_path / "out")

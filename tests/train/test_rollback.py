@@ -15,6 +15,7 @@ from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.objectives import StepCounts
 from mmmoe_pretrain.train.rollback import (
     MIN_HISTORY,
+    WINDOW,
     BadSteps,
     FaultDetector,
     SkippedBatches,
@@ -82,16 +83,10 @@ def test_skipped_batches_are_read_back_and_joined_with_a_checkpoint_s(tmp_path: 
     assert read_skipped_batches(tmp_path / "none") == SkippedBatches()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"skipped_batches": [], "rollbacks": 1, "back_to": -1}',
-        '{"skipped_batches": [[3, 1]], "rollbacks": 1}',
-        '{"skipped_batches": []}',
-    ],
-)
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"skipped_batches": [], "rollbacks": 1, "back_to": -1}', '{"skipped_batches": []}',
+    '{"skipped_batches": [[3, 1]], "rollbacks": 1}',
+])  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "skipped_batches.json").write_text(text)
     with pytest.raises(ValueError, match=r"skipped_batches\.json is damaged"):
@@ -108,13 +103,10 @@ def spikes_of(detector: SpikeDetector, losses: np.ndarray | list[float]) -> list
     return [spike for step, loss in enumerate(losses) if (spike := detector.add(step, float(loss))) is not None]
 
 
-def test_noise_is_no_spike() -> None:
-    """20,000 steps. A normal variable is above 5 deviations once in 3.5 million, three in a row never."""
+def test_noise_is_no_spike_unless_the_threshold_is_too_low() -> None:
+    """20,000 steps. A normal variable is above 5 deviations once in 3.5 million, three in a row never; half a
+    deviation, thrice in a row, has a chance of 0.31 ** 3."""
     assert sum(len(spikes_of(SpikeDetector(5.0, 3), noisy(seed, 2000))) for seed in range(10)) == 0
-
-
-def test_a_threshold_too_low_raises_false_alarms() -> None:
-    """The count above could be more than 0: half a deviation, thrice in a row, has a chance of 0.31 ** 3."""
     assert spikes_of(SpikeDetector(0.5, 3), noisy(0, 2000))
 
 
@@ -131,14 +123,11 @@ def test_every_planted_spike_is_found_at_its_steps(height: float, length: int) -
                    for spike in spikes)  # fmt: skip
 
 
-def test_single_high_steps_are_no_spike() -> None:
+def test_single_high_steps_and_last_digits_of_a_flat_loss_are_no_spike() -> None:
     losses = noisy(0, 1000)
     losses[100::10] += 3.0
     losses[101::100] += 3.0  # and two in a row
     assert not spikes_of(SpikeDetector(5.0, 3), losses)
-
-
-def test_a_flat_loss_that_wavers_in_its_last_digits_is_no_spike() -> None:
     assert not spikes_of(SpikeDetector(5.0, 1), [2.0] * 100 + [2.001, 2.0, 2.002] * 10)
 
 
@@ -150,20 +139,15 @@ def test_losses_that_are_not_finite_are_left_to_others() -> None:
 
 
 def test_a_level_that_stays_becomes_the_normal_one() -> None:
-    detector = SpikeDetector(5.0, 3, window=40)
-    spikes = spikes_of(detector, [2.0] * 40 + [4.0] * 100)
-    assert spikes and max(spike.stop for spike in spikes) <= 40 + 40 + 3
+    spikes = spikes_of(SpikeDetector(5.0, 3), [2.0] * WINDOW + [4.0] * 250)
+    assert spikes and max(spike.stop for spike in spikes) <= WINDOW + WINDOW + 3
 
 
-def test_a_detector_made_anew_needs_some_steps_and_then_agrees() -> None:
+def test_a_detector_made_anew_finds_spikes_after_some_steps() -> None:
     """After a resume: no state is saved."""
-    losses = noisy(1, 600)
-    losses[500:503] += 2.0
-    whole, fresh = SpikeDetector(5.0, 3), SpikeDetector(5.0, 3)
-    assert spikes_of(whole, losses) == [range(500, 503)]
-    assert [fresh.add(step, float(losses[step])) for step in range(400, 503)][-1] == range(500, 503)
-    early = SpikeDetector(5.0, 1)
-    assert not spikes_of(early, [2.0] * (MIN_HISTORY - 1) + [50.0])
+    spike = [2.0] * MIN_HISTORY + [50.0]
+    assert spikes_of(SpikeDetector(5.0, 1), spike) == [range(MIN_HISTORY, MIN_HISTORY + 1)]
+    assert not spikes_of(SpikeDetector(5.0, 1), spike[1:])
 
 
 @pytest.mark.parametrize("setting", [{"spike_threshold": -1.0}, {"spike_steps": 0}])

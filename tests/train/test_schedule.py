@@ -75,5 +75,5 @@ def test_any_change_of_the_rate_is_reported_with_the_setting_that_made_it(tmp_pa
     message = jump(tmp_path, 6, {}, steps=14, learning_rate=0.5)
     assert "optimizer.learning_rate was 1.0 and is 0.5" in message
     assert "decay_steps=" not in message
-    assert "schedule was wsd and is linear" in jump(tmp_path, 9, {"schedule": "wsd"}, steps=14, schedule="linear")
+    assert "schedule was 'wsd' and is 'linear'" in jump(tmp_path, 9, {"schedule": "wsd"}, steps=14, schedule="linear")
     assert jump(tmp_path, 14, {"schedule": "wsd"}), "its decay is over"

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,34 +17,28 @@ import pytest
 import xxhash
 
 from mmmoe_pretrain import exit_codes
-from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train import lock, start
-from mmmoe_pretrain.train.journal import read_events
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import objectives, things, tiny_config, write_shards, write_tokenizer
-from tests.train.faulty import at_step, codes, faulty, killed_in_save
-from tests.train.test_loop import config_in, logged
+from tests.train.faulty import (
+    STEPS,
+    at_step,
+    codes,
+    config_in,
+    copied,
+    events,
+    faulty,
+    killed_in_save,
+    outcome,
+    saved,
+    steps_of,
+)
 
-SHORT = {"steps": 6, "global_batch_size": 8, "num_microbatches": 1, "log_every": 1}
-
-
-def run_in(path: Path, tiny_data: Path, **sections: Any) -> RunConfig:
-    return config_in(path, tiny_data, **{"train": SHORT, "checkpoint": {"every": 2}, **sections})
-
-
-def events(config: RunConfig, kind: str) -> list[int]:
-    return [event["step"] for event in read_events(config.run_dir) if event["event"] == kind]
-
-
-def outcome(config: RunConfig, *faults: Callable[[], None]) -> str:
-    try:
-        return f"code {faulty(config, *faults)}"
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
+ALL = list(range(1, STEPS + 1))
 
 
 def cut_short(folder: Path) -> None:
@@ -53,37 +46,37 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize(
-    ("lose", "message"),
-    [
-        (
-            lambda folder: [cut_short(path) for path in folder.glob("step_*")],
-            "none of the checkpoints .* is complete",
-        ),
-        (lambda folder: [(p / "manifest.json").unlink() for p in folder.glob("step_*")], "none of the checkpoints"),
-        (shutil.rmtree, r"events.jsonl records a save of step 6, and there is no checkpoint in"),
-    ],
-    ids=["cut short", "no manifests", "not mounted"],
-)
-def test_a_run_whose_checkpoints_are_lost_does_not_begin_afresh(
-    tmp_path: Path, tiny_data: Path, lose: Callable[[Path], Any], message: str
+def test_a_run_whose_checkpoints_are_lost_does_not_start_from_step_0_unless_told_to(
+    tmp_path: Path, undisturbed: RunConfig
 ) -> None:
-    config = run_in(tmp_path, tiny_data)
-    run_ranks(1, train, config)
-    lose(config.run_dir / "checkpoints")
-    with pytest.raises(AssertionError, match=f"ValueError: .*{message}.*--overwrite"):
-        run_ranks(1, train, config)
-    assert len(logged(config)) == 6
+    def lose_manifests(folder: Path) -> None:
+        for path in folder.glob("step_*/manifest.json"):
+            path.unlink()
+
+    def cut_short(folder: Path) -> None:
+        for path in folder.glob("step_*/rank_00000.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+
+    lost = {
+        cut_short: "none of the checkpoints .* is complete: step_00000006, step_00000008, step_00000012",
+        lose_manifests: "none of the checkpoints .* is complete",
+        shutil.rmtree: r"events.jsonl records a save of step 12, and there is no checkpoint in",
+    }
+    for number, (lose, message) in enumerate(lost.items()):
+        config = copied(undisturbed, tmp_path / str(number))
+        lose(config.run_dir / "checkpoints")  # type: ignore[operator]
+        with pytest.raises(AssertionError, match=f"ValueError: .*{message}.*--overwrite"):
+            run_ranks(1, train, config)
+        assert steps_of(config) == ALL
     run_ranks(1, train, config, False, True)
-    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [4, 6]
+    assert [event["step"] for event in events(config, "started")] == [0]
 
 
 @pytest.mark.parametrize("url", ["", "file://"])
-def test_what_was_never_committed_is_no_loss(tmp_path: Path, tiny_data: Path, url: str) -> None:
-    config = run_in(tmp_path, tiny_data, checkpoint={"every": 2, "folder": f"{url}{tmp_path / 'checkpoints'}"})
+def test_what_was_never_committed_is_no_loss(tmp_path: Path, url: str) -> None:
+    config = tiny_config(tmp_path, checkpoint={"folder": f"{url}{tmp_path / 'checkpoints'}"})
     (tmp_path / "checkpoints" / "tiny" / "step_00000000.tmp").mkdir(parents=True)
-    run_ranks(1, train, config)
-    assert events(config, "started") == [0]
+    assert start._look(config, resume=False, overwrite=False) == start.Start()
 
 
 def test_at_a_url_only_the_manifest_commits() -> None:
@@ -96,15 +89,15 @@ def test_at_a_url_only_the_manifest_commits() -> None:
     assert [c.step for c in start._committed("memory://start")] == [0]
 
 
-@pytest.mark.parametrize("step", [0, SHORT["steps"]])
+@pytest.mark.parametrize("step", [0, STEPS])
 def test_a_rank_killed_in_a_save_that_the_run_waits_for_asks_for_a_new_start(
     tmp_path: Path, tiny_data: Path, step: int
 ) -> None:
-    config = run_in(tmp_path, tiny_data)
+    config = config_in(tmp_path, tiny_data)
     fault = partial(killed_in_save, step, rank=1)
-    assert codes(2, tmp_path / "run.yaml", config, fault) == [exit_codes.FAULT, -signal.SIGKILL]
-    assert codes(2, tmp_path / "run.yaml", config) == [0, 0]
-    assert [record["step"] for record in logged(config)] == list(range(1, 7))
+    assert codes(2, config, fault) == [exit_codes.FAULT, -signal.SIGKILL]
+    assert codes(2, config) == [0, 0]
+    assert steps_of(config) == ALL
 
 
 def killed_after(deletions: int) -> None:
@@ -119,32 +112,29 @@ def killed_after(deletions: int) -> None:
     LocalStorage.remove_folder = remove  # type: ignore[method-assign]
 
 
-def as_start(number: int, job: str, config: RunConfig, *faults: Callable[[], None]) -> int:
+def as_start(number: int, job: str) -> None:
     os.environ.update(TORCHELASTIC_RUN_ID=job, TORCHELASTIC_RESTART_COUNT=str(number))
-    for fault in faults:
-        fault()
-    return train(config, overwrite=True)
 
 
 @pytest.mark.parametrize("job", ["first", "second"])
 def test_a_run_killed_while_it_replaces_an_older_one_replaces_it_in_the_next_start(
-    tmp_path: Path, tiny_data: Path, job: str
+    tmp_path: Path, tiny_data: Path, undisturbed: RunConfig, job: str
 ) -> None:
-    config = run_in(tmp_path, tiny_data, checkpoint={"every": 2, "keep_last": 9})
-    run_ranks(1, as_start, 0, "first", config)
+    """Also one that an earlier job of the same name has replaced."""
+    config = copied(undisturbed, tmp_path)
+    (config.run_dir / "replaced_by").write_text("first")
     with pytest.raises(AssertionError, match=r"died with \[9\]"):
-        run_ranks(1, as_start, 0, job, config, partial(killed_after, 1))
-    left = [checkpoint.step for checkpoint in store.checkpoints(config.checkpoint_root)]
-    assert left == [0, 2, 4], "the newest goes first"
-    run_ranks(1, as_start, 1, job, config)  # the same job, started again
-    assert events(config, "started") == [0]
-    assert events(config, "resumed") == []
+        run_ranks(1, partial(faulty, overwrite=True), config, partial(as_start, 0, job), partial(killed_after, 1))
+    assert saved(config) == [0, 6, 8], "the newest goes first"
+    shorter = config_in(tmp_path, tiny_data, train={"steps": 2})
+    run_ranks(1, partial(faulty, overwrite=True), shorter, partial(as_start, 1, job))  # the same job, started again
+    assert [event["event"] for event in events(shorter, "started", "resumed")] == ["started"]
 
 
-def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_data: Path, monkeypatch: Any) -> None:
-    config = run_in(tmp_path, tiny_data)
+def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    config.run_dir.mkdir(parents=True)
     for name in ("config.yaml", "events.jsonl", "skipped_batches.json"):
-        (config.run_dir).mkdir(parents=True, exist_ok=True)
         (config.run_dir / name).touch()
     deleted: list[str] = []
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: deleted.append(path.name))
@@ -155,8 +145,8 @@ def test_half_a_replaced_folder_is_still_known_as_a_run(tmp_path: Path, tiny_dat
 
 def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
     source = write_shards(tmp_path / "silent", things(16), lacking=("text",))
-    data = {**tiny_config(tiny_data).data.model_dump(), "train": [{"path": str(source)}]}
-    config = run_in(tmp_path, tiny_data, data=data, objectives=objectives({"pairs": {"image-text": 1.0}}, None))
+    config = config_in(tmp_path, tiny_data, data={"train": [{"path": str(source)}]},
+                       objectives=objectives({"pairs": {"image-text": 1.0}}, None))  # fmt: skip
     for message in run_ranks(2, outcome, config):
         assert message.startswith("ValueError: no sample of data.train serves an objective"), message
         assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in message
@@ -171,7 +161,7 @@ def stays(path: Path, loader: Any) -> None:
 def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_in(tmp_path, tiny_data, data={**run_in(tmp_path, tiny_data).data.model_dump(), "num_workers": 1})
+    config = config_in(tmp_path, tiny_data, data={"num_workers": 1}, train={"steps": 6}, checkpoint={"every": 2})
     monkeypatch.setattr(lock.RunLock.take, "__defaults__", (0.3,))
     first = multiprocessing.get_context("fork").Process(
         target=run_ranks, args=(1, faulty, config, partial(at_step, 3, partial(stays, tmp_path / "there")))
@@ -198,7 +188,7 @@ def test_a_second_job_on_a_run_is_refused_on_every_rank_and_harms_nothing(
         first.kill()
     monkeypatch.undo()
     run_ranks(1, train, config)
-    assert events(config, "resumed") == [2]
+    assert [event["step"] for event in events(config, "resumed")] == [2]
 
 
 def _children(pid: int | None) -> list[int]:
@@ -275,7 +265,7 @@ def test_without_locks_the_holder_is_known_by_host_process_and_start(
 
 
 def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Path, tiny_data: Path) -> None:
-    config = run_in(tmp_path, tiny_data)
+    config = config_in(tmp_path, tiny_data)
     Path(config.runs_dir).write_text("no folder")
     for message in run_ranks(2, outcome, config):
         assert message.startswith(f"ValueError: the run's folder {config.run_dir} cannot be written: ")
@@ -295,16 +285,15 @@ def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
 
 def test_overwrite_replaces_checkpoints_that_lie_elsewhere(tmp_path: Path, tiny_data: Path) -> None:
     elsewhere = {"every": 4, "folder": f"file://{tmp_path / 'elsewhere'}"}
-    config = run_in(tmp_path, tiny_data, checkpoint=elsewhere)
-    shorter = run_in(tmp_path, tiny_data, checkpoint=elsewhere, train={**SHORT, "steps": 2})
-    run_ranks(1, train, config)
-    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [4, 6]
-    run_ranks(1, train, shorter, False, True)
-    assert [c.step for c in store.checkpoints(config.checkpoint_root)] == [0, 2]
-    assert not (config.run_dir / "checkpoints").exists()
-    (config.run_dir / "config.yaml").unlink()  # a new machine, whose disk is empty
-    other = {**config.model.model_dump(), "num_heads": 1}
+    long, short = (config_in(tmp_path, tiny_data, checkpoint=elsewhere, train={"steps": steps}) for steps in (6, 2))
+    run_ranks(1, train, long)
+    assert saved(long) == [4, 6]
+    run_ranks(1, train, short, False, True)
+    assert saved(long) == [0, 2]
+    assert not (long.run_dir / "checkpoints").exists()
+    (long.run_dir / "config.yaml").unlink()  # a new machine, whose disk is empty
+    other = {**long.model.model_dump(), "num_heads": 1}
     with pytest.raises(AssertionError, match="cannot change the model"):
-        run_ranks(1, train, run_in(tmp_path, tiny_data, checkpoint=elsewhere, model=other))
-    run_ranks(1, train, config)
-    assert events(config, "resumed") == [2]
+        run_ranks(1, train, config_in(tmp_path, tiny_data, checkpoint=elsewhere, model=other))
+    run_ranks(1, train, long)
+    assert [event["step"] for event in events(long, "resumed")] == [2]

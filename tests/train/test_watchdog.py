@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from mmmoe_pretrain.exit_codes import HUNG
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.train.heartbeats import Heartbeat, describe, stalled_ranks, waited_for
+from mmmoe_pretrain.train.heartbeats import Heartbeat, describe, stalled_ranks
 from mmmoe_pretrain.train.watchdog import Watchdog
 from tests.distributed import free_port
 from tests.support import tiny_config
@@ -33,29 +35,33 @@ class Ended:
     codes: list[int | None]  # by rank; None: still there
     message: str
     folder: Path
-    seconds: float
 
 
-def run(ranks: int, root: Path, body: Body, limit: float = LIMIT, stays: int = -1) -> Ended:
-    """``body`` on forked ranks under a watchdog; rank ``stays`` cannot end itself."""
-    context = multiprocessing.get_context("fork")
-    port = free_port()
+def start(ranks: int, root: Path, body: Body, limit: float = LIMIT) -> list[ForkProcess]:
+    """``body`` on forked ranks under a watchdog."""
+    context, port = multiprocessing.get_context("fork"), free_port()
     forked = [context.Process(target=_rank, args=(rank, ranks, port, root, body, limit)) for rank in range(ranks)]
-    begin = time.monotonic()
     for process in forked:
         process.start()
-    try:
-        while time.monotonic() < begin + END and any(p.is_alive() for r, p in enumerate(forked) if r != stays):
-            time.sleep(0.05)
-        seconds = time.monotonic() - begin
-        codes = [process.exitcode for process in forked]
-    finally:
-        for process in forked:
-            process.kill()
-            process.join()
-    folders = sorted((root / "hangs").glob("*"))
-    message = (folders[0] / "message.txt").read_text() if folders else ""
-    return Ended(codes, message, folders[0] if folders else root, seconds)
+    return forked
+
+
+def finish(forked: list[ForkProcess], root: Path, stays: int = -1) -> Ended:
+    """How they end; rank ``stays`` cannot end itself."""
+    deadline = time.monotonic() + END
+    while time.monotonic() < deadline and any(p.is_alive() for rank, p in enumerate(forked) if rank != stays):
+        time.sleep(0.05)
+    codes = [process.exitcode for process in forked]
+    for process in forked:
+        process.kill()
+        process.join()
+    (folder,) = (root / "hangs").glob("*") if (root / "hangs").exists() else (root,)
+    message = folder / "message.txt"
+    return Ended(codes, message.read_text() if message.exists() else "", folder)
+
+
+def run(ranks: int, root: Path, body: Body, limit: float = LIMIT) -> Ended:
+    return finish(start(ranks, root, body, limit), root)
 
 
 def _rank(rank: int, ranks: int, port: int, root: Path, body: Body, limit: float) -> None:
@@ -65,16 +71,14 @@ def _rank(rank: int, ranks: int, port: int, root: Path, body: Body, limit: float
         body(rank, watchdog)
 
 
-def steps(
-    rank: int, watchdog: Watchdog, count: int, ill: int = -1, illness: Callable[[], None] = lambda: None
-) -> None:
-    """A loop of two phases with a collective; rank ``ill`` falls ill in step 3, before the collective."""
+def steps(rank: int, watchdog: Watchdog, count: int, bad: int = -1, fault: Callable[[], None] = lambda: None) -> None:
+    """A loop of two phases with a collective; ``fault`` on rank ``bad`` in step 3, before the collective."""
     for step in range(count):
         watchdog.beat(step, "data")
         time.sleep(0.02)
         watchdog.beat(step, "step")
-        if rank == ill and step == 3:
-            illness()
+        if rank == bad and step == 3:
+            fault()
         dist.all_reduce(torch.ones(4))
 
 
@@ -97,7 +101,7 @@ def test_a_healthy_run_ends_undisturbed_and_leaves_nothing(tmp_path: Path) -> No
         if rank:
             watchdog.close()  # ends early, and the others run for longer than the limit
         else:
-            for step in range(4, 60):
+            for step in range(4, 40):
                 watchdog.beat(step, "data")
                 time.sleep(0.05)
 
@@ -116,78 +120,50 @@ def test_an_endless_loop_is_named_and_every_rank_ends_with_its_stacks(tmp_path: 
     assert [entry["retired"] for entry in record] == [True] * (len(record) - 1) + [False]
 
 
-def test_a_rank_behind_the_others_is_named(tmp_path: Path) -> None:
-    def body(rank: int, watchdog: Watchdog) -> None:
-        for step in range(9):
-            watchdog.beat(step, "data")
-            if rank == 0 and step == 2:
-                spin()
-            watchdog.beat(step, "step")
-            dist.all_reduce(torch.ones(4))
-
-    ended = run(2, tmp_path, body)
-    assert ended.codes == [HUNG] * 2, ended
-    assert "The others wait for rank 0 (behind the others)." in ended.message
-    assert '  rank 0: in step 2, "data" for' in ended.message
-
-
-@pytest.mark.parametrize("ill", [0, 1])
-def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, ill: int) -> None:
-    ended = run(3, tmp_path, lambda rank, dog: steps(rank, dog, 9, ill, stop), stays=ill)
-    assert ended.codes == [None if rank == ill else HUNG for rank in range(3)], ended
-    assert f"The others wait for rank {ill} (silent" in ended.message
-    others = [rank for rank in range(3) if rank != ill]
-    assert f'  ranks {"-".join(map(str, others)) if ill == 0 else "0, 2"}: in step 3, "step" for' in ended.message
-
-
-@pytest.mark.parametrize("ill", [0, 1])
-def test_a_rank_stuck_in_c_code_is_named_and_the_others_end(
-    tmp_path: Path, ill: int, capfd: pytest.CaptureFixture[str]
-) -> None:
-    ended = run(2, tmp_path, lambda rank, dog: steps(rank, dog, 9, ill, hold_pythons_lock), stays=ill)
-    assert ended.codes == [None if rank == ill else HUNG for rank in range(2)], ended
-    assert f"The others wait for rank {ill} (silent" in ended.message
-    error = capfd.readouterr().err
-    assert error.count("The job hangs") == 1
-    assert "in hold_pythons_lock" in error  # the stuck rank's own stack, by a timer without Python
-
-
-def test_a_killed_rank_is_named(tmp_path: Path) -> None:
-    """Where a launcher does not see it: a machine that died."""
-    ended = run(3, tmp_path, lambda rank, dog: _ignoring_errors(rank, dog, 2))
-    assert ended.codes == [HUNG, HUNG, -signal.SIGKILL], ended
-    assert "The others wait for rank 2 (silent" in ended.message
-
-
-def _ignoring_errors(rank: int, watchdog: Watchdog, ill: int) -> None:
-    """gloo reports a dead rank at once if its machine runs; here no rank is notified."""
+def killed_unnoticed(rank: int, watchdog: Watchdog) -> None:
+    """Rank 2's machine died: gloo would report it at once if that still ran; here no rank is notified."""
     steps(rank, watchdog, 3)
-    if rank == ill:
+    if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     watchdog.beat(3, "step")
     time.sleep(1000)
 
 
-def test_a_slow_phase_may_take_longer_and_its_waiting_peers_may_wait(tmp_path: Path) -> None:
-    def body(rank: int, watchdog: Watchdog) -> None:
-        watchdog.beat(1, "save")
-        if rank == 1:
-            time.sleep(3.0)
-        watchdog.beat(1, "data")
-        dist.barrier()
+def test_a_rank_that_is_stopped_killed_or_stuck_in_c_code_is_named_and_the_others_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Five jobs at a time."""
+    killed = start(3, tmp_path / "killed", killed_unnoticed)
+    cases = list(itertools.product((stop, hold_pythons_lock), (0, 1)))
+    roots = [tmp_path / f"{fault.__name__}{bad}" for fault, bad in cases]
+    jobs = [
+        start(3, root, lambda rank, dog, bad=bad, fault=fault: steps(rank, dog, 9, bad, fault))
+        for root, (fault, bad) in zip(roots, cases, strict=True)
+    ]
+    endings = [finish(job, root, stays=bad) for job, root, (_, bad) in zip(jobs, roots, cases, strict=True)]
+    for ended, (_, bad) in zip(endings, cases, strict=True):
+        assert ended.codes == [None if rank == bad else HUNG for rank in range(3)], ended
+        assert f"The others wait for rank {bad} (silent" in ended.message
+        assert f'  ranks {"1-2" if bad == 0 else "0, 2"}: in step 3, "step" for' in ended.message
+    ended = finish(killed, tmp_path / "killed")
+    assert ended.codes == [HUNG, HUNG, -signal.SIGKILL], ended
+    assert "The others wait for rank 2 (silent" in ended.message
+    error = capfd.readouterr().err
+    assert error.count("The job hangs") == 5
+    assert "in hold_pythons_lock" in error  # the stuck rank's own stack, by a timer without Python
 
-    assert run(2, tmp_path, body, limit=1.0).codes == [0, 0]
 
-
-def test_steps_may_take_longer_than_the_limit_once_one_did(tmp_path: Path) -> None:
+def test_slow_phases_and_steps_after_a_slow_one_may_take_longer_and_their_waiting_peers_may_wait(
+    tmp_path: Path,
+) -> None:
     def body(rank: int, watchdog: Watchdog) -> None:
         watchdog.beat(1, "compile")  # the first step has an allowance, and tells how long steps take
-        time.sleep(2.0)
-        for step in range(2, 4):
+        time.sleep(1.5)
+        for step, phase in ((2, "step"), (3, "step"), (3, "save")):
             watchdog.beat(step, "data")
-            watchdog.beat(step, "step")
+            watchdog.beat(step, phase)
             if rank == 1:  # rank 0 waits for it
-                time.sleep(2.5)
+                time.sleep(1.5)
             dist.barrier()
         watchdog.beat(4, "data")
 
@@ -238,15 +214,7 @@ def test_a_suspended_and_resumed_process_continues(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
             os.wait()
 
-    assert _run_through_stops(tmp_path, body) == 0
-
-
-def _run_through_stops(root: Path, body: Body) -> int | None:
-    process = multiprocessing.get_context("fork").Process(target=_rank, args=(0, 1, free_port(), root, body, LIMIT))
-    process.start()
-    process.join(END)
-    process.kill()
-    return process.exitcode
+    assert run(1, tmp_path, body).codes == [0]
 
 
 def test_the_message_groups_ranks_that_stand_alike() -> None:
@@ -261,9 +229,9 @@ def test_the_message_groups_ranks_that_stand_alike() -> None:
     ]
 
 
-def test_where_all_wait_alike_nobody_is_blamed() -> None:
+def test_where_all_wait_alike_no_rank_is_named() -> None:
     beats = {rank: Heartbeat(rank, 5, "step", 1, 9.0, waits_in=f"gloo:broadcast #{rank}") for rank in range(2)}
-    assert waited_for(beats, []) == ([], "")
+    assert "No rank is behind the others" in describe("why", beats, [], 76, "")
 
 
 def test_a_rank_that_left_is_what_the_others_wait_for() -> None:
