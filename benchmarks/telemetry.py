@@ -75,7 +75,7 @@ class Row:
 @contextmanager
 def clocked() -> Iterator[Clock]:
     """Time the routers' statistics where they run."""
-    clock, original = Clock(), router_module.statistics
+    clock, original = Clock(), router_module.gather_stats
 
     def timed(*arguments: Any) -> Any:
         began = time.perf_counter()
@@ -84,7 +84,7 @@ def clocked() -> Iterator[Clock]:
         clock.arguments = arguments
         return found
 
-    with mock.patch.object(router_module, "statistics", timed):
+    with mock.patch.object(router_module, "gather_stats", timed):
         yield clock
 
 
@@ -109,7 +109,7 @@ def with_gradients(clock: Clock, repeats: int) -> float:
         logits_nE = inputs.logits_nE.detach().requires_grad_()
         seen = RouterInputs(logits_nE, inputs.tokens, config, inputs.bias_nE, inputs.noise_std_nE, inputs.normal_nE)
         made = Choice(choice.expert_ids_nK, choice.weights_nK, logits_nE.log_softmax(-1), choice.priority_n)
-        router_module.statistics(seen, made, *others).flatten().sum().backward()
+        router_module.gather_stats(seen, made, *others).flatten().sum().backward()
 
     return median_seconds(work, repeats)
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.config.moe import MoEConfig, RoutingTerm
+from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig, RoutingTerm
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.moe.cpu.activation import KERNELS
+from mmmoe_pretrain.moe.cpu.activation import GRADIENTS
 from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS
 from mmmoe_pretrain.moe.losses import TERMS
 from mmmoe_pretrain.moe.router import GATES
@@ -67,6 +67,8 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"layers": {1: {"ruter": "hash"}}}, "unknown key 'moe.layers.1.ruter'", "did you mean router?"),
     ({"layers": {1: {"num_experts": 1, "experts_per_token": 1}}}, "moe.layers.1", "use num_experts: 2 or more"),
     ({"layers": {1: {"experts_per_token": 9}}}, "moe.layers.1: moe.experts_per_token 9 exceeds", "lower the first"),
+    ({"losses": {"min_experts": {"text": 3}}, "layers": {1: {"num_experts": 2}}}, "min_experts of text is 3",
+     "use 1 to 2"),
     ({"layers": {1: {"router": "hashing"}}},
      "moe.layers.1.router: there is no router 'hashing'", "did you mean hash?"),
     ({"layers": {3: {"router": "hash"}}}, "moe.layers.3: there is no such block", "model.num_layers is 2"),
@@ -109,9 +111,10 @@ def test_groups_without_a_size_take_that_of_the_mixture() -> None:
 
 def test_the_names_that_a_config_may_use_are_those_of_the_tables() -> None:
     fields = MoEConfig.model_fields
-    assert set(get_args(RoutingTerm)) == TERMS.keys()
+    weights = {name for name, field in RoutingLossConfig.model_fields.items() if field.annotation is float}
+    assert weights == TERMS.keys() > set(get_args(RoutingTerm))
     assert set(get_args(fields["gate"].annotation)) == GATES.keys()
-    assert set(get_args(fields["activation"].annotation)) == ACTIVATIONS.keys() == KERNELS.keys()
+    assert set(get_args(fields["activation"].annotation)) == ACTIVATIONS.keys() == GRADIENTS.keys()
     assert set(get_args(fields["expert_backend"].annotation)) == EXPERT_BACKENDS.keys() | {"auto"}
 
 

@@ -46,8 +46,8 @@ def summarise_layer(stats: RoutingStats, untrained: RoutingStats) -> dict[str, A
     score = specialisation(counts_ME) or 0.0
     return {
         "layer": stats.layer,
-        "experts": stats.num_experts,
         "specialisation_bits": score * modality_bits,
+        "experts": counts_ME.shape[1],
         "modality_bits": modality_bits,
         "specialisation": score,
         "specialisation_untrained": specialisation(array(untrained.counts_ME)) or 0.0,

@@ -23,17 +23,9 @@ import torch
 from torch import Tensor
 
 from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.moe.plan import (
-    Compute,
-    ExpertPlan,
-    plan_of_runs,
-    plan_of_slots,
-    sort_slots,
-    sum_rows,
-    take_rows,
-)
+from mmmoe_pretrain.moe.plan import Compute, ExpertPlan, plan_of_runs, plan_of_slots, sum_rows, take_rows
 from mmmoe_pretrain.parallel.collectives import RowExchange, exchange_counts
-from mmmoe_pretrain.parallel.groups import Group, Groups
+from mmmoe_pretrain.parallel.groups import Groups
 
 Overlap = Callable[[], Tensor]
 
@@ -45,18 +37,12 @@ class LocalDispatcher:
     num_slots: int
 
     def run(
-        self,
-        x_nD: Tensor,
-        slots_nK: Tensor,
-        weights_nK: Tensor,
-        compute: Compute,
-        overlap: Overlap | None = None,
+        self, x_nD: Tensor, slots_nK: Tensor, weights_nK: Tensor, compute: Compute, overlap: Overlap | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The weighted sum of each token's experts [n, D], and the result of ``overlap``, which is called while
         tokens are in transfer."""
-        order, place, counts = sort_slots(slots_nK, self.num_slots)
-        plan = plan_of_slots(order, place, counts.tolist(), slots_nK.shape[1])
-        weights_A = weights_nK.reshape(-1).index_select(0, order[: plan.num_assignments])
+        plan, order_A = plan_of_slots(slots_nK, self.num_slots)
+        weights_A = weights_nK.reshape(-1).index_select(0, order_A)
         return compute(x_nD, weights_A, plan), overlap() if overlap else None
 
 
@@ -69,20 +55,17 @@ class AllToAllDispatcher:
     num_chunks: int = 1
 
     def run(
-        self,
-        x_nD: Tensor,
-        slots_nK: Tensor,
-        weights_nK: Tensor,
-        compute: Compute,
-        overlap: Overlap | None = None,
+        self, x_nD: Tensor, slots_nK: Tensor, weights_nK: Tensor, compute: Compute, overlap: Overlap | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See ``LocalDispatcher.run``. Weights are sent in fp32."""
-        sorted_ = _sort_into_bins(slots_nK, self.num_slots, self.groups.expert_size, self.num_chunks)
-        sizes = _exchange_sizes(sorted_.counts_RCL, self.groups.expert)
-        weights_A = weights_nK.reshape(-1).float()
-        chunks = _chunks(sorted_, sizes, x_nD, weights_A, self.groups.expert)
-        for chunk in chunks:
-            chunk.send()
+        sizes = [len(part) for part in slots_nK.tensor_split(self.num_chunks)]
+        split = zip(x_nD.split(sizes), slots_nK.split(sizes), weights_nK.float().split(sizes), strict=True)
+        chunks = [_Chunk(x, slots, weights, self.num_slots, self.groups) for x, slots, weights in split]
+        counts_RCL = torch.stack([chunk.counts_RL for chunk in chunks], dim=1)
+        both = torch.stack([counts_RCL, exchange_counts(counts_RCL, self.groups.expert)])
+        out_RCL, in_RCL = np.asarray(both.tolist(), dtype=np.int64)  # the only place where the host waits
+        for c, chunk in enumerate(chunks):
+            chunk.send(out_RCL[:, c], in_RCL[:, c])
         extra = overlap() if overlap else None
         for chunk in chunks:
             chunk.compute(compute)
@@ -90,54 +73,58 @@ class AllToAllDispatcher:
         return parts[0] if len(parts) == 1 else torch.cat(parts), extra
 
 
-@dataclass(frozen=True)
-class _Sorted:
-    """Assignments by rising bin, then token; a row is a run of them with one bin and token.
+class _Chunk:
+    """One chunk of the stream: ``send``, then ``compute``, then ``gather``.
 
-    ``order_A``: flat assignments in that order. ``codes_A``: int32, twice the local expert, plus 1
-    where a row begins. ``token_of_row``, ``rows_by_token``, ``first_row_n``: the token of each row;
-    the rows in the order of tokens; and where each token's rows begin in that. The first two are
-    longer than there are rows. ``counts_RCL``: [R, C, 1 + L], rows and assignments of each expert.
+    Assignments are sorted by rising rank, then token; those to nowhere are last. A row is a run of them with one
+    rank and token. ``order_A``: flat assignments in that order. ``codes_A``: int32, twice the local expert, plus 1
+    where a row begins. ``token_of_row``, ``rows_by_token``, ``first_row_n``: the token of each row; the rows in the
+    order of tokens; and where each token's rows begin in that. The first two are longer than there are rows, whose
+    number the host learns for ``send``. ``counts_RL``: [R, 1 + L], rows and assignments of each expert.
     """
 
-    order_A: Tensor
-    codes_A: Tensor
-    token_of_row: Tensor
-    rows_by_token: Tensor
-    first_row_n: Tensor
-    counts_RCL: Tensor
+    def __init__(self, x_nD: Tensor, slots_nK: Tensor, weights_nK: Tensor, num_slots: int, groups: Groups) -> None:
+        self.x_nD, self.weights_A, self.group = x_nD, weights_nK.reshape(-1), groups.expert
+        (num_tokens, top_k), ranks = slots_nK.shape, groups.expert_size
+        local = num_slots // ranks
+        slots_A = slots_nK.reshape(-1).to(torch.int32)  # small keys sort faster
+        rank_A, self.order_A = (slots_A // local).sort(stable=True)  # rank R is nowhere
+        token_A, expert_A = self.order_A // top_k, slots_A[self.order_A] % local
+        first_A = (_begins_run(rank_A) | _begins_run(token_A)) & (rank_A < ranks)
+        self.codes_A = expert_A * 2 + first_A
+        row_A = first_A.cumsum(0) - 1
+        unused = slots_A.numel()  # what is not a row's first assignment is written after the rows
+        self.token_of_row = _scatter(torch.where(first_A, row_A, unused), token_A)
+        first_nK = torch.empty_like(row_A).scatter_(0, self.order_A, first_A.long())
+        position_nK = first_nK.cumsum(0) - first_nK
+        self.rows_by_token = _scatter(torch.where(first_A, position_nK[self.order_A], unused), row_A)
+        self.first_row_n = position_nK.view(num_tokens, top_k)[:, 0]
+        counts = rank_A.new_zeros((ranks + 1) * (1 + local))
+        start_A = rank_A.long() * (1 + local)
+        counts.scatter_add_(0, start_A, first_A.to(counts.dtype))
+        counts.scatter_add_(0, start_A + 1 + expert_A, torch.ones_like(rank_A))
+        self.counts_RL = counts.view(ranks + 1, 1 + local)[:ranks]
 
+    def send(self, out_RL: np.ndarray, in_RL: np.ndarray) -> None:
+        """``out_RL`` and ``in_RL``: the counts of what goes to each rank, and of what comes from it."""
+        rows_out, rows_in = out_RL[:, 0].tolist(), in_RL[:, 0].tolist()
+        rows, assignments = sum(rows_out), int(out_RL[:, 1:].sum())
+        self.home = ExpertPlan(self.token_of_row[:rows], rows_out, self.rows_by_token[:rows], self.first_row_n)
+        self.expert_counts, self.num_received = in_RL[:, 1:].sum(0).tolist(), sum(rows_in)
+        self.assignments = RowExchange(out_RL[:, 1:].sum(1).tolist(), in_RL[:, 1:].sum(1).tolist(), self.group)
+        self.there = RowExchange(rows_out, rows_in, self.group)
+        self.back = RowExchange(rows_in, rows_out, self.group)
+        weights_A = self.weights_A.index_select(0, self.order_A[:assignments])
+        self.assignments.start(weights_A, self.codes_A[:assignments])
+        self.there.start(take_rows(self.x_nD, self.home))
 
-def _chunk_size(num_tokens: int, chunks: int) -> int:
-    return max(1, -(-num_tokens // chunks))
+    def compute(self, compute: Compute) -> None:
+        weights_B, codes_B = self.assignments.wait_with_metadata()
+        plan, order_B = plan_of_runs(codes_B // 2, codes_B % 2, self.expert_counts, self.num_received)
+        self.back.start(compute(self.there.wait(), weights_B.index_select(0, order_B), plan))
 
-
-def _sort_into_bins(slots_nK: Tensor, num_slots: int, ranks: int, chunks: int) -> _Sorted:
-    """The part of the send plan that needs no size on the host."""
-    num_tokens, top_k = slots_nK.shape
-    local = num_slots // ranks
-    nowhere = chunks * ranks
-    slots_A = slots_nK.reshape(-1).to(torch.int32)  # small keys sort faster
-    token_A = torch.arange(num_tokens * top_k, device=slots_A.device) // top_k
-    bins_A = token_A // _chunk_size(num_tokens, chunks) * ranks + slots_A // local
-    bins_A = torch.where(slots_A < num_slots, bins_A, nowhere).to(torch.int32)
-    bins_A, order_A = bins_A.sort(stable=True)
-    token_A, expert_A = token_A[order_A], slots_A[order_A] % local
-    first_A = (_begins_run(bins_A) | _begins_run(token_A)) & (bins_A < nowhere)
-    row_A = first_A.cumsum(0) - 1
-    unused = slots_A.numel()  # what is not a row's first assignment is written after the rows
-    token_of_row = _scatter(torch.where(first_A, row_A, unused), token_A)
-    first_nK = torch.empty_like(row_A).scatter_(0, order_A, first_A.long())
-    position_nK = first_nK.cumsum(0) - 1
-    rows_by_token = _scatter(torch.where(first_A, position_nK[order_A], unused), row_A)
-    return _Sorted(
-        order_A,
-        expert_A * 2 + first_A,
-        token_of_row,
-        rows_by_token,
-        (position_nK + 1 - first_nK).view(num_tokens, top_k)[:, 0],
-        _count(bins_A, expert_A, first_A, nowhere, local).view(chunks, ranks, 1 + local).transpose(0, 1),
-    )
+    def gather(self) -> Tensor:
+        return sum_rows(self.back.wait(), self.home)
 
 
 def _begins_run(values_A: Tensor) -> Tensor:
@@ -147,92 +134,6 @@ def _begins_run(values_A: Tensor) -> Tensor:
 
 def _scatter(places: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(values.numel() + 1).scatter_(0, places, values)
-
-
-def _count(bins_A: Tensor, expert_A: Tensor, first_A: Tensor, bins: int, local: int) -> Tensor:
-    """[bins, 1 + L]: rows, and assignments of each local expert."""
-    counts = bins_A.new_zeros((bins + 1) * (1 + local))
-    start_A = bins_A.long() * (1 + local)
-    counts.scatter_add_(0, start_A, first_A.to(counts.dtype))
-    counts.scatter_add_(0, start_A + 1 + expert_A, torch.ones_like(bins_A))
-    return counts[: bins * (1 + local)]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """The sizes of one chunk: rows and assignments to and from each rank, and assignments of each local expert."""
-
-    rows_out: list[int]
-    rows_in: list[int]
-    assignments_out: list[int]
-    assignments_in: list[int]
-    experts: list[int]
-
-
-def _exchange_sizes(counts_RCL: Tensor, group: Group) -> list[_Sizes]:
-    """The sizes of every chunk. The only place where the host waits for the device."""
-    both = torch.stack([counts_RCL, exchange_counts(counts_RCL, group)])
-    out, in_ = np.asarray(both.tolist(), dtype=np.int64)
-    return [
-        _Sizes(
-            out[:, c, 0].tolist(),
-            in_[:, c, 0].tolist(),
-            out[:, c, 1:].sum(1).tolist(),
-            in_[:, c, 1:].sum(1).tolist(),
-            in_[:, c, 1:].sum(0).tolist(),
-        )
-        for c in range(counts_RCL.shape[1])
-    ]
-
-
-class _Chunk:
-    """One chunk of the stream: ``send``, then ``compute``, then ``gather``.
-
-    ``home``: the plan of this chunk's rows, with ranks in place of experts.
-    """
-
-    def __init__(
-        self, x_nD: Tensor, weights_A: Tensor, codes_A: Tensor, home: ExpertPlan, sizes: _Sizes, group: Group
-    ) -> None:
-        self.x_nD, self.weights_A, self.codes_A = x_nD, weights_A, codes_A
-        self.home, self.sizes = home, sizes
-        self.assignments = RowExchange(sizes.assignments_out, sizes.assignments_in, group)
-        self.there = RowExchange(sizes.rows_out, sizes.rows_in, group)
-        self.back = RowExchange(sizes.rows_in, sizes.rows_out, group)
-
-    def send(self) -> None:
-        self.assignments.start(self.weights_A, self.codes_A)
-        self.there.start(take_rows(self.x_nD, self.home))
-
-    def compute(self, compute: Compute) -> None:
-        weights_B, codes_B = self.assignments.wait_with_metadata()
-        plan, order_B = plan_of_runs(codes_B // 2, codes_B % 2, self.sizes.experts, sum(self.sizes.rows_in))
-        self.back.start(compute(self.there.wait(), weights_B.index_select(0, order_B), plan))
-
-    def gather(self) -> Tensor:
-        return sum_rows(self.back.wait(), self.home)
-
-
-def _chunks(sorted_: _Sorted, sizes: list[_Sizes], x_nD: Tensor, weights_A: Tensor, group: Group) -> list[_Chunk]:
-    num_tokens, size = x_nD.shape[0], _chunk_size(x_nD.shape[0], len(sizes))
-    tokens = [max(0, min(size, num_tokens - size * c)) for c in range(len(sizes))]
-    assignments = [sum(s.assignments_out) for s in sizes]
-    weights_of = weights_A.index_select(0, sorted_.order_A[: sum(assignments)]).split(assignments)
-    codes_of = sorted_.codes_A[: sum(assignments)].split(assignments)
-    x_of = x_nD.split(tokens)  # one node, whose backward pass is one concatenation
-    made, first_token, first_row = [], 0, 0
-    for c, s in enumerate(sizes):
-        rows = slice(first_row, first_row + sum(s.rows_out))
-        home = ExpertPlan(
-            sorted_.token_of_row[rows] - first_token,
-            s.rows_out,
-            sorted_.rows_by_token[rows] - first_row,
-            sorted_.first_row_n[first_token : first_token + tokens[c]] - first_row,
-            complete=True,
-        )
-        made.append(_Chunk(x_of[c], weights_of[c], codes_of[c], home, s, group))
-        first_token, first_row = first_token + tokens[c], rows.stop
-    return made
 
 
 Dispatcher = LocalDispatcher | AllToAllDispatcher

@@ -45,7 +45,7 @@ def grouped_mm(x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, stack: ExpertS
     def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor, bias: Tensor | None) -> Tensor:
         up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
         if bias is not None:
-            up_AF = up_AF + bias.to(up_AF.dtype).index_select(0, plan.experts_with_none()[:-1])
+            up_AF = up_AF + bias.to(up_AF.dtype).index_select(0, plan.experts_A)
         return F.grouped_mm(weighted(stack.activation, up_AF, weights_A), down_EDF.transpose(1, 2), offs=ends)
 
     tensors = (x_mD, weights_A, stack.up_EFD, stack.down_EDF, stack.up_bias_EF)

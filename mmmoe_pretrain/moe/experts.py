@@ -39,9 +39,9 @@ class Experts(nn.Module):
 
     ``up``: [E_local, F, D], or [E_local, 2F, D] with the gate before the up projection (SwiGLU).
     ``down``: [E_local, D, F]; F is this tensor rank's share. Each expert has the layout of ``nn.Linear``.
-    ``up_bias`` and ``down_bias``, if ``biases``: [E_local, F or 2F], [E_local, D]; of D, too, a tensor rank
-    has a share, since the ranks' results are summed. All are marked so that the engines reduce their
-    gradients only over the replicas of the expert. ``weight_on_input``: y = expert(w x), not w expert(x).
+    ``up_bias`` and ``down_bias``, if ``config.expert_biases``: [E_local, F or 2F], [E_local, D]; of D, too, a
+    tensor rank has a share, since the ranks' results are summed. All are marked so that the engines reduce
+    their gradients only over the replicas of the expert. ``weight_on_input``: y = expert(w x), not w expert(x).
     """
 
     def __init__(
@@ -49,25 +49,24 @@ class Experts(nn.Module):
         local_experts: range,
         hidden_size: int,
         expert_hidden_size: int,
-        activation: str,
-        backend: str,
+        config: MoEConfig,
         groups: Groups = SINGLE,
-        biases: bool = False,
-        weight_on_input: bool = False,
     ) -> None:
         super().__init__()
         count, share = len(local_experts), tensor_share(expert_hidden_size, groups)
-        width = ACTIVATIONS[activation].width * share
+        width = ACTIVATIONS[config.activation].width * share
         self._memory = Buffers()
-        self.groups = groups
-        self.local_experts, self.activation, self.backend = local_experts, activation, backend
-        self.weight_on_input = weight_on_input
+        self.local_experts, self.groups = local_experts, groups
+        self.activation, self.backend = config.activation, config.expert_backend
+        self.weight_on_input = config.router_weight_on_input
         self.recompute = False  # True: the backward pass computes the activations again
         self.up = nn.Parameter(torch.empty(count, width, hidden_size))
         self.down = nn.Parameter(torch.empty(count, hidden_size, share))
-        part = tensor_share(hidden_size, groups) if biases else 0
-        self.up_bias = nn.Parameter(torch.zeros(count, width)) if biases else None
-        self.down_bias = nn.Parameter(torch.zeros(count, part)) if biases else None
+        self.up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if config.expert_biases:
+            self.up_bias = nn.Parameter(torch.zeros(count, width))
+            self.down_bias = nn.Parameter(torch.zeros(count, tensor_share(hidden_size, groups)))
         self._mark()
 
     def _mark(self) -> None:
@@ -104,10 +103,9 @@ class Experts(nn.Module):
         """[m, D]: the sum of w b_e over each row's experts, 0 outside this tensor rank's share of D. Uses a gather,
         so that a row's gradient reaches only its own experts (0 times NaN is NaN)."""
         assert self.down_bias is not None
-        table = F.pad(self.down_bias, (0, 0, 0, 1))  # a row of zeros, for "none"
-        weights = F.pad(weights_A.to(table.dtype), (0, 1))[plan.place]
-        experts = plan.experts_with_none()[plan.place]
-        share = F.embedding_bag(experts, table, plan.offsets_m, mode="sum", per_sample_weights=weights)
+        weights = weights_A.to(self.down_bias.dtype)[plan.place_A]
+        experts = plan.experts_A[plan.place_A]
+        share = F.embedding_bag(experts, self.down_bias, plan.offsets_m, mode="sum", per_sample_weights=weights)
         width, rank = self.down_bias.shape[1], self.groups.tensor_rank
         return F.pad(share, (rank * width, (self.groups.tensor_size - rank - 1) * width))
 
@@ -135,21 +133,15 @@ class ExpertGroups(nn.Module):
 class SharedExpert(nn.Module):
     """The expert of every token; held by every expert rank (DeepSeekMoE, arXiv 2401.06066), and
     of its hidden size a share by each tensor rank. The layer sums those parts with its experts'.
-    ``gated``: the output times sigmoid(w x), w of the parameter ``gate`` (Qwen2-MoE)."""
+    With ``shared_expert_gate`` the output times sigmoid(w x), w of ``gate`` (Qwen2-MoE)."""
 
-    def __init__(
-        self,
-        shared_hidden_size: int,
-        hidden_size: int,
-        activation: str,
-        groups: Groups = SINGLE,
-        gated: bool = False,
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, groups: Groups = SINGLE) -> None:
         super().__init__()
-        self.activation, self.groups = activation, groups
-        share = tensor_share(shared_hidden_size, groups)
-        self.up = nn.Linear(hidden_size, ACTIVATIONS[activation].width * share, bias=False)
+        self.activation, self.groups = config.activation, groups
+        share = tensor_share(config.shared_expert_hidden_size, groups)
+        self.up = nn.Linear(hidden_size, ACTIVATIONS[config.activation].width * share, bias=False)
         self.down = nn.Linear(share, hidden_size, bias=False)
+        gated = config.shared_expert_gate
         self.gate = nn.Linear(hidden_size, 1, bias=False) if gated else None  # whole on every tensor rank
         for layer in (self.up, self.down):
             mark_cut(layer.get_parameter("weight"), groups)
@@ -168,19 +160,10 @@ class SharedExpert(nn.Module):
 
 def make_experts(config: MoEConfig, hidden_size: int, groups: Groups) -> Experts | ExpertGroups:
     """This rank's share of every expert group."""
-    stacks = [
-        Experts(
-            groups.local_experts(group.num_experts),
-            hidden_size,
-            group.expert_hidden_size or config.expert_hidden_size,
-            config.activation,
-            config.expert_backend,
-            groups,
-            config.expert_biases,
-            config.router_weight_on_input,
-        )
-        for group in config.groups
-    ]
+    stacks = []
+    for group in config.groups:
+        size, local = group.expert_hidden_size or config.expert_hidden_size, groups.local_experts(group.num_experts)
+        stacks.append(Experts(local, hidden_size, size, config, groups))
     return stacks[0] if len(stacks) == 1 else ExpertGroups(stacks)
 
 

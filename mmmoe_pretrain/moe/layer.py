@@ -31,11 +31,7 @@ class MoELayer(nn.Module):
         self.config, self.groups = config, groups
         self.router = Router(config, hidden_size, layer, names)
         self.experts = make_experts(config, hidden_size, groups)
-        self.shared: SharedExpert | None = None
-        if config.shared_expert_hidden_size:
-            self.shared = SharedExpert(
-                config.shared_expert_hidden_size, hidden_size, config.activation, groups, config.shared_expert_gate
-            )
+        self.shared = SharedExpert(config, hidden_size, groups) if config.shared_expert_hidden_size else None
         self.dispatcher = make_dispatcher(config, groups)
         self.register_buffer("slot_E", slot_of_expert(config, groups.expert_size), persistent=False)
 

@@ -1,48 +1,75 @@
-"""Sums over a router's decisions for its losses and its telemetry. ``stats.gather_stats`` computes the sums that are
-always kept; this module those that only a loss needs. Tokens are the valid ones (n of them): padding never reaches a
-router. Shapes: M modalities, E experts (those without computation included), K choices, S segments.
+"""Sums over a router's decisions for its losses and its telemetry; some are needed by one loss alone.
+
+Tokens are the valid ones (n of them): padding never reaches a router. Shapes: M modalities, X tasks, E experts (those
+without computation included), K choices, S segments.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs
-from mmmoe_pretrain.moe.stats import RoutingStats, gather_stats
+from mmmoe_pretrain.moe.stats import RoutingStats
 
 MIN_STD = 1e-4  # of learned noise: a softplus far below 0 is 0 in fp32, and the load divides by it
 
 
-def statistics(
-    inputs: RouterInputs, choice: Choice, kept_nK: Tensor, weight_ED: Tensor, allowed_ME: Tensor | None
+def gather_stats(
+    inputs: RouterInputs, choice: Choice, kept_nK: Tensor, allowed_ME: Tensor, weight_ED: Tensor, layer: int = 0
 ) -> RoutingStats:
-    """Sums over this rank's tokens, with gradients only if a loss needs them.
-
-    ``inputs.logits_nE`` are masked by ``allowed_ME`` already; None is a router without masks.
-    """
-    losses, tokens, ids_nK = inputs.config.losses, inputs.tokens, choice.expert_ids_nK
-    training = torch.is_grad_enabled()
-    with torch.set_grad_enabled(training and losses.any_of_tokens):
-        stats = gather_stats(inputs.logits_nE, choice.log_p_nE, ids_nK, kept_nK, tokens, choice.kept_nK)
-        allowed_nE = None if allowed_ME is None else allowed_ME[tokens.modality_ids_n]
+    """Sums over this rank's tokens, with gradients only if a loss needs them. ``inputs.logits_nE`` are masked by
+    ``allowed_ME`` already."""
+    losses, tokens, ids_nK, logits_nE = inputs.config.losses, inputs.tokens, choice.expert_ids_nK, inputs.logits_nE
+    E, M, X = logits_nE.shape[-1], len(tokens.names.modalities), len(tokens.names.tasks)
+    chosen_nK = torch.ones_like(kept_nK) if choice.kept_nK is None else choice.kept_nK
+    cell_n = tokens.modality_ids_n * X + tokens.task_ids_n
+    member_Cn = F.one_hot(cell_n, M * X).to(logits_nE.dtype).t()
+    counts_nE = torch.zeros_like(logits_nE).scatter_add_(1, ids_nK, chosen_nK.to(logits_nE.dtype))
+    of_weight = orthogonality(weight_ED) if losses.orthogonality else logits_nE.new_zeros(())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and losses.any_of_tokens):
+        log_p_nE = choice.log_p_nE
+        p_nE = log_p_nE.exp()
+        load_ME, of_segments = p_nE.new_zeros(M, E), p_nE.new_zeros(2)
         if losses.load:
-            load_nE = smooth_load(inputs, allowed_nE)
-            member_Mn = F.one_hot(tokens.modality_ids_n, len(tokens.names.modalities)).to(load_nE.dtype).t()
-            stats = dataclasses.replace(stats, load_ME=member_Mn @ load_nE)
+            load_nE = smooth_load(inputs, allowed_ME[tokens.modality_ids_n])
+            load_ME = (member_Cn @ load_nE).view(M, X, E).sum(1)
         if losses.balance and losses.balance_scope == "sequence":
-            p_nE = choice.log_p_nE.exp()
-            total = sequence_balance(p_nE, ids_nK, choice.kept_nK, tokens.segment_ids_n, allowed_nE)
-            stats = dataclasses.replace(stats, sequence_balance=total)
-    if losses.orthogonality:
-        stats = dataclasses.replace(stats, orthogonality=orthogonality(weight_ED))
-    return dataclasses.replace(stats, allowed_ME=allowed_ME)
+            of_segments = sequence_balance(p_nE, counts_nE, tokens.segment_ids_n, allowed_ME[tokens.modality_ids_n])
+        return RoutingStats(
+            probability_MXE=(member_Cn @ p_nE).view(M, X, E),
+            entropy_MX=-(member_Cn @ (p_nE * log_p_nE).sum(-1)).view(M, X),
+            z_MX=(member_Cn @ logits_nE.logsumexp(-1).square()).view(M, X),
+            counts_MXE=(member_Cn @ counts_nE).view(M, X, E),
+            tokens_MX=member_Cn.sum(1).view(M, X),
+            dropped_MX=(member_Cn @ (chosen_nK & ~kept_nK).sum(-1).to(p_nE.dtype)).view(M, X),
+            load_ME=load_ME,
+            sequence_balance=of_segments,
+            coactivation_MEE=coactivation(ids_nK, kept_nK, tokens.modality_ids_n, M, E),
+            orthogonality=of_weight,
+            names=tokens.names,
+            allowed_ME=allowed_ME,
+            layer=layer,
+        )
 
 
-def smooth_load(inputs: RouterInputs, allowed_nE: Tensor | None) -> Tensor:
+def coactivation(ids_nK: Tensor, kept_nK: Tensor, modality_ids_n: Tensor, M: int, E: int) -> Tensor:
+    """[M, E, E]: tokens that both experts served; 0 on the diagonal."""
+    top_k = ids_nK.shape[-1]
+    if top_k * (top_k - 1) > 2 * E:  # expert choice has E entries a token: too many pairs to list
+        served_nE = torch.zeros(ids_nK.shape[0], E, device=ids_nK.device).scatter_(1, ids_nK, kept_nK.float())
+        of_modality = [served_nE * (modality_ids_n == m)[:, None] for m in range(M)]
+        together_MEE = torch.stack([rows_nE.t() @ rows_nE for rows_nE in of_modality])
+        return together_MEE * (1 - torch.eye(E, device=ids_nK.device))
+    first, second = torch.triu_indices(top_k, top_k, 1, device=ids_nK.device)
+    cells = (modality_ids_n[:, None] * E + ids_nK[:, first]) * E + ids_nK[:, second]
+    both = (kept_nK[:, first] & kept_nK[:, second]).float()
+    pairs = both.new_zeros(M * E * E).scatter_add_(0, cells.reshape(-1), both.reshape(-1))
+    return pairs.view(M, E, E) + pairs.view(M, E, E).transpose(1, 2)
+
+
+def smooth_load(inputs: RouterInputs, allowed_nE: Tensor) -> Tensor:
     """[n, E]: the probability that an expert is among the token's top k if the noise were drawn again.
 
     p_e(x) = 1 - Phi((eta_k - (W x)_e) / sigma), eta_k the k-th largest of the logits as they were seen (V-MoE, arXiv
@@ -58,36 +85,29 @@ def smooth_load(inputs: RouterInputs, allowed_nE: Tensor | None) -> Tensor:
         if inputs.normal_nE is not None:
             seen_nE = logits_nE + inputs.noise_std_nE * inputs.normal_nE
     threshold_n1 = seen_nE.topk(inputs.config.experts_per_token, dim=-1).values[:, -1:]
-    above_nE = logits_nE - threshold_n1
-    if allowed_nE is None:
-        return torch.special.ndtr(above_nE / std)
-    above_nE = above_nE.masked_fill(~allowed_nE, 0.0)  # before dividing: -1e30 / std may overflow
+    above_nE = (logits_nE - threshold_n1).masked_fill(~allowed_nE, 0.0)  # before dividing: -1e30 / std may overflow
     return torch.special.ndtr(above_nE / std).masked_fill(~allowed_nE, 0.0)
 
 
-def sequence_balance(
-    p_nE: Tensor, ids_nK: Tensor, chosen_nK: Tensor | None, segment_ids_n: Tensor, allowed_nE: Tensor | None
-) -> Tensor:
+def sequence_balance(p_nE: Tensor, counts_nE: Tensor, segment_ids_n: Tensor, allowed_nE: Tensor) -> Tensor:
     """[2]: the sum over segments of sum_e f_e P_e / q_e, and the number of segments.
 
-    f_e is the expert's share of the segment's assignments, P_e the mean of its probabilities there,
-    q_e its share if every token spread evenly over the experts that it may choose: 1/E without masks,
+    f_e is the expert's share of the segment's assignments ``counts_nE``, P_e the mean of its probabilities there,
+    q_e its share if every token spread evenly over the experts that it may choose: 1/E where that is all,
     which makes a segment's term the E/(K T) sum_e (assignments_e) P_e of DeepSeek-V3 (arXiv 2412.19437,
     eq. 17-20), 1 when even. Counted are the assignments made, so a balancing bias is part of them.
     """
-    num_tokens, num_experts = p_nE.shape
     row_n, num_segments = _rank_of_segment(segment_ids_n)
-    sums_SE = p_nE.new_zeros(num_tokens, num_experts)  # at most n segments: no synchronisation to learn S
-    length_S = p_nE.new_zeros(num_tokens).index_add_(0, row_n, p_nE.new_ones(num_tokens)).clamp(min=1)
-    mean_SE = sums_SE.index_add(0, row_n, p_nE) / length_S[:, None]
-    chosen = p_nE.new_ones(ids_nK.shape) if chosen_nK is None else chosen_nK.to(p_nE.dtype)
-    counts_nE = torch.zeros_like(p_nE).scatter_add_(1, ids_nK, chosen)
-    counts_SE = sums_SE.index_add(0, row_n, counts_nE)
+
+    def by_segment(values_nE: Tensor) -> Tensor:  # at most n segments: no synchronisation to learn S
+        return torch.zeros_like(values_nE).index_add(0, row_n, values_nE)
+
+    length_S1 = by_segment(torch.ones_like(p_nE[:, :1])).clamp(min=1)
+    counts_SE = by_segment(counts_nE)
     share_SE = counts_SE / counts_SE.sum(1, keepdim=True).clamp(min=1)
-    if allowed_nE is None:
-        return torch.stack([num_experts * (share_SE * mean_SE).sum(), num_segments.to(p_nE.dtype)])
     allowed = allowed_nE.to(p_nE.dtype)
-    even_SE = sums_SE.index_add(0, row_n, allowed / allowed.sum(1, keepdim=True)) / length_S[:, None]
+    even_SE = by_segment(allowed / allowed.sum(1, keepdim=True)) / length_S1
+    mean_SE = by_segment(p_nE) / length_S1
     total = (share_SE * mean_SE / even_SE.clamp(min=torch.finfo(p_nE.dtype).tiny)).sum()
     return torch.stack([total, num_segments.to(p_nE.dtype)])
 

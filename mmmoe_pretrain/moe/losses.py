@@ -66,81 +66,27 @@ class BalanceWindow:
         return counts
 
 
-def local_entropy(stats: RoutingStats, modality: int) -> Tensor:
-    """Mean over the modality's tokens of H(p(x)); small when single tokens route confidently.
+def local_entropy(stats: RoutingStats, rows: slice) -> Tensor:
+    """Mean over the tokens of H(p(x)); small when single tokens route confidently.
 
     LIMoE, arXiv 2206.02770, section 2.2.
     """
-    return stats.entropy_M[modality] / stats.tokens_M[modality].clamp(min=1)
+    return stats.entropy_M[rows].sum() / stats.tokens_M[rows].sum().clamp(min=1)
 
 
-def global_entropy(stats: RoutingStats, modality: int, min_experts: float | None) -> Tensor:
-    """-H(p_bar_m), or max(0, log(min_experts) - H(p_bar_m)): at least that many experts in use.
+def global_entropy(stats: RoutingStats, rows: slice, min_experts: float | None) -> Tensor:
+    """-H(p_bar), or max(0, log(min_experts) - H(p_bar)): at least that many experts in use; H is 0 without tokens.
 
     LIMoE, arXiv 2206.02770, section 2.2 and its soft threshold.
     """
-    entropy = marginal_entropy(stats, modality)
-    if min_experts is None:
-        return -entropy
-    return (math.log(min_experts) - entropy).clamp(min=0)
-
-
-def marginal_entropy(stats: RoutingStats, modality: int) -> Tensor:
-    """H(p_bar_m); 0 for a modality without tokens."""
-    p_E = stats.probability_ME[modality] / stats.tokens_M[modality].clamp(min=1)
-    return -torch.xlogy(p_E, p_E.clamp(min=torch.finfo(p_E.dtype).tiny)).sum()
+    p_E = stats.probability_ME[rows].sum(0) / stats.tokens_M[rows].sum().clamp(min=1)
+    entropy = -torch.xlogy(p_E, p_E.clamp(min=torch.finfo(p_E.dtype).tiny)).sum()
+    return -entropy if min_experts is None else (math.log(min_experts) - entropy).clamp(min=0)
 
 
 def z_loss(stats: RoutingStats, rows: slice = ALL) -> Tensor:
     """Mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906), over the experts that a token may choose."""
     return stats.z_M[rows].sum() / stats.tokens_M[rows].sum().clamp(min=1)
-
-
-def layer_losses(
-    stats: RoutingStats, config: RoutingLossConfig, counts_so_far_ME: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The weighted terms of one layer, by name. ``counts_so_far_ME`` (of ``BalanceWindow``, by default those of
-    ``stats``) are the counts of balance at global-batch scope. A term by modality is a mean over the modalities
-    present, like the entropies; its name ends in the modality's. The names depend on ``config`` alone: the term of a
-    modality without tokens is 0.
-    """
-    losses: dict[str, Tensor] = {}
-    present_M = (stats.tokens_M > 0).to(stats.tokens_M.dtype)
-    for term, compute in TERMS.items():
-        weight = getattr(config, term)
-        if not weight:
-            continue
-        if term not in config.per_modality:
-            losses[term] = weight * compute(stats, ALL, config, counts_so_far_ME)
-            continue
-        share_M = present_M / present_M.sum().clamp(min=1)
-        for m, name in enumerate(stats.names.modalities):
-            value = compute(stats, slice(m, m + 1), config, counts_so_far_ME)
-            losses[f"{term}/{name}"] = weight * share_M[m] * value
-    if config.orthogonality:
-        losses["orthogonality"] = config.orthogonality * stats.orthogonality
-    terms, number = config.entropy_terms(stats.names.modalities), stats.names.modalities.index
-    for term, name in terms:
-        rows = [number(other) for its, other in terms if its == term]
-        share_M = present_M / sum((present_M[m] for m in rows), present_M.new_zeros(())).clamp(min=1)
-        m = number(name)
-        if term == "local_entropy":
-            value = local_entropy(stats, m)
-        else:
-            value = global_entropy(stats, m, config.min_experts.get(name))
-        losses[f"{term}/{name}"] = getattr(config, term) * share_M[m] * value
-    return losses
-
-
-def loss_names(config: RoutingLossConfig, modalities: Sequence[str]) -> tuple[str, ...]:
-    """The terms of ``layer_losses``, in its order."""
-    names: list[str] = []
-    for term in TERMS:
-        if getattr(config, term):
-            names += [f"{term}/{m}" for m in modalities] if term in config.per_modality else [term]
-    if config.orthogonality:
-        names.append("orthogonality")
-    return (*names, *(f"{term}/{m}" for term, m in config.entropy_terms(modalities)))
 
 
 def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
@@ -149,13 +95,59 @@ def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts
     return balance(stats, rows, counts_ME if config.balance_scope == "global_batch" else None)
 
 
-# Of all tokens, or by modality: the statistics, the modalities' rows, the settings, the counts so far.
+def _global_entropy(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
+    return global_entropy(stats, rows, config.min_experts.get(stats.names.modalities[rows.start]))
+
+
+# Of all tokens, or of one modality: the statistics, the modalities' rows, the settings, the counts so far.
 TERMS: dict[str, Callable[[RoutingStats, slice, RoutingLossConfig, Tensor | None], Tensor]] = {
     "importance": lambda stats, rows, config, counts_ME: importance(stats, rows),
     "load": lambda stats, rows, config, counts_ME: load(stats, rows),
     "balance": _balance,
     "z": lambda stats, rows, config, counts_ME: z_loss(stats, rows),
+    "orthogonality": lambda stats, rows, config, counts_ME: stats.orthogonality,
+    "local_entropy": lambda stats, rows, config, counts_ME: local_entropy(stats, rows),
+    "global_entropy": _global_entropy,
 }
+ENTROPIES = ("local_entropy", "global_entropy")
+
+
+def _terms(config: RoutingLossConfig, modalities: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    """Name -> what ``TERMS`` calls it, and the modality whose tokens it is of (None: of all tokens)."""
+    terms: list[tuple[str, str | None]] = []
+    for term in TERMS:
+        if term not in ENTROPIES and getattr(config, term):
+            terms += [(term, m) for m in (modalities if term in config.per_modality else (None,))]
+    terms += config.entropy_terms(modalities)
+    return {term if m is None else f"{term}/{m}": (term, m) for term, m in terms}
+
+
+def loss_names(config: RoutingLossConfig, modalities: Sequence[str]) -> tuple[str, ...]:
+    """The terms of ``layer_losses``, in its order."""
+    return tuple(_terms(config, modalities))
+
+
+def layer_losses(
+    stats: RoutingStats, config: RoutingLossConfig, counts_so_far_ME: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The weighted terms of one layer, by name. ``counts_so_far_ME`` (of ``BalanceWindow``, by default those of
+    ``stats``) are the counts of balance at global-batch scope. A term by modality is a mean over the modalities
+    present that take part in it; its name ends in the modality's. The names depend on ``config`` alone: the term of a
+    modality without tokens is 0.
+    """
+    modalities = stats.names.modalities
+    present_M = (stats.tokens_M > 0).to(stats.tokens_M.dtype)
+    terms = _terms(config, modalities)
+    losses: dict[str, Tensor] = {}
+    for name, (term, modality) in terms.items():
+        weight: float | Tensor = getattr(config, term)
+        rows = ALL
+        if modality is not None:
+            m = modalities.index(modality)
+            present = [present_M[modalities.index(other)] for its, other in terms.values() if its == term and other]
+            weight, rows = weight * (present_M[m] / torch.stack(present).sum().clamp(min=1)), slice(m, m + 1)
+        losses[name] = weight * TERMS[term](stats, rows, config, counts_so_far_ME)
+    return losses
 
 
 def routing_losses(

@@ -19,17 +19,15 @@ from torch import Tensor
 class ExpertPlan:
     """A assignments of m rows, sorted by local expert.
 
-    ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local
-    expert. ``place``: the positions of each row's assignments in that order: [m, K], or flat with
-    ``offsets_m`` (the start of each row's run) where rows have different numbers; an entry of A means
-    "none" and adds nothing; where ``complete`` there is none such.
+    ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local expert.
+    ``place_A``: the positions in that order of row 0's assignments, then of row 1's, and so on; ``offsets_m``:
+    where each row's begin in ``place_A``.
     """
 
     rows_A: Tensor
     counts: list[int]
-    place: Tensor
-    offsets_m: Tensor | None = None
-    complete: bool = False
+    place_A: Tensor
+    offsets_m: Tensor
 
     @property
     def num_assignments(self) -> int:
@@ -37,69 +35,52 @@ class ExpertPlan:
 
     @property
     def num_rows(self) -> int:
-        return self.place.shape[0] if self.offsets_m is None else self.offsets_m.shape[0]
+        return self.offsets_m.shape[0]
 
-    def experts_with_none(self) -> Tensor:
-        """[A + 1]: the local expert of each assignment, and at the end their number, for "none"."""
-        counts = to_device([*self.counts, 1], torch.int64, self.rows_A.device)
-        experts = torch.arange(len(counts), device=counts.device)
-        return experts.repeat_interleave(counts, output_size=self.num_assignments + 1)
+    @property
+    def experts_A(self) -> Tensor:
+        """The local expert of each assignment."""
+        counts = to_device(self.counts, torch.int64, self.rows_A.device)
+        experts = torch.arange(len(self.counts), device=counts.device)
+        return experts.repeat_interleave(counts, output_size=self.num_assignments)
 
     def one_by_one(self) -> ExpertPlan:
         """The plan where each assignment has a row of its own, in the order of ``take_rows``."""
         rows_A = torch.arange(self.num_assignments, device=self.rows_A.device)
-        return ExpertPlan(rows_A, self.counts, rows_A[:, None], complete=True)
+        return ExpertPlan(rows_A, self.counts, rows_A, rows_A)
 
     def part(self, start: int, end: int, counts: list[int]) -> ExpertPlan:
         """Only the assignments ``start`` to ``end``, of the experts that ``counts`` are of."""
-        inside = (self.place >= start) & (self.place < end)
-        place = torch.where(inside, self.place - start, end - start)
-        return ExpertPlan(self.rows_A[start:end], counts, place, self.offsets_m)
+        inside_A = (self.place_A >= start) & (self.place_A < end)
+        before = F.pad(inside_A.cumsum(0), (1, 0))
+        kept = (~inside_A).byte().argsort(stable=True)[: end - start]  # a mask would make the host wait
+        return ExpertPlan(self.rows_A[start:end], counts, self.place_A[kept] - start, before[self.offsets_m])
 
     def sum_by_row(self, y_AD: Tensor, weights_A: Tensor | None = None) -> Tensor:
-        """[A + 1, D], the last row zeros -> [m, D]: each row's assignments summed, times ``weights_A`` if
-        given. No gradient. Where the plan is complete the row of zeros may be missing.
-        """
+        """[A, D] -> [m, D]: each row's assignments summed, times ``weights_A`` if given. No gradient."""
         if self.num_rows == 0:
             return y_AD.new_zeros(0, y_AD.shape[1])
-        weights = None
-        if weights_A is not None:
-            padded = weights_A if self.complete else F.pad(weights_A, (0, 1))
-            weights = padded.to(y_AD.dtype).index_select(0, self.place.reshape(-1)).view_as(self.place)
-        return F.embedding_bag(self.place, y_AD, self.offsets_m, mode="sum", per_sample_weights=weights)
+        weights = None if weights_A is None else weights_A.to(y_AD.dtype).index_select(0, self.place_A)
+        return F.embedding_bag(self.place_A, y_AD, self.offsets_m, mode="sum", per_sample_weights=weights)
 
 
 # rows [m, D], weight of each assignment [A] in the plan's order, the plan -> [m, D]
 Compute = Callable[[Tensor, Tensor, ExpertPlan], Tensor]
 
 
-def sort_slots(slots_nK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat assignments by rising slot (stable), the position of each then, and the counts [num_slots].
+def plan_of_slots(slots_nK: Tensor, num_slots: int) -> tuple[ExpertPlan, Tensor]:
+    """The plan of tokens with K slots each, and the flat positions of its assignments in ``slots_nK`` [A].
 
-    Slot ``num_slots`` means "not sent" and sorts last.
+    Slot ``num_slots`` means "not sent". The host waits for the counts.
     """
     slots, order = slots_nK.reshape(-1).sort(stable=True)
     ends = torch.searchsorted(slots, torch.arange(num_slots, device=slots.device), right=True)
-    return order, inverse(order), ends.diff(prepend=ends.new_zeros(1))  # bincount would synchronise
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The position of each element in a permutation."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return place
-
-
-def plan_of_slots(order: Tensor, place: Tensor, counts: list[int], top_k: int) -> ExpertPlan:
-    """The plan of tokens with K slots each, from ``sort_slots``."""
-    total = sum(counts)
-    rows_A = order[:total].div(top_k, rounding_mode="floor")
-    if total == order.numel():
-        return ExpertPlan(rows_A, counts, place.view(-1, top_k), complete=True)
-    kept = order[:total].sort().values  # row by row; dropped assignments, and those to nowhere, cost nothing
-    rows = torch.arange(order.numel() // top_k, device=order.device)
-    offsets_m = torch.searchsorted(kept.div(top_k, rounding_mode="floor"), rows)
-    return ExpertPlan(rows_A, counts, place.index_select(0, kept), offsets_m, complete=True)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # bincount would wait once more
+    order_A = order[: sum(counts)]
+    sent_nK = (slots_nK < num_slots).long()
+    position_nK = sent_nK.reshape(-1).cumsum(0).view_as(sent_nK) - sent_nK  # among what is sent, row by row
+    place_A = inverse(position_nK.reshape(-1)[order_A])
+    return ExpertPlan(order_A // slots_nK.shape[1], counts, place_A, position_nK[:, 0]), order_A
 
 
 def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows: int) -> tuple[ExpertPlan, Tensor]:
@@ -109,9 +90,16 @@ def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows
     row has one at least. ``counts``: assignments of each local expert.
     """
     rows_A = first_A.cumsum(0) - 1
-    order = experts_A.argsort(stable=True)
+    order_A = experts_A.argsort(stable=True)
     offsets_m = torch.searchsorted(rows_A, torch.arange(num_rows, device=rows_A.device))
-    return ExpertPlan(rows_A[order], counts, inverse(order), offsets_m, complete=True), order
+    return ExpertPlan(rows_A[order_A], counts, inverse(order_A), offsets_m), order_A
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The position of each element in a permutation."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    return place
 
 
 class _TakeRows(torch.autograd.Function):
@@ -122,22 +110,18 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan.sum_by_row(_with_zero_row(grad, ctx.plan)), None
+        return ctx.plan.sum_by_row(grad), None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_AD: Tensor, plan: ExpertPlan) -> Tensor:
         ctx.plan = plan
-        return plan.sum_by_row(_with_zero_row(y_AD, plan))
+        return plan.sum_by_row(y_AD)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.index_select(0, ctx.plan.rows_A), None
-
-
-def _with_zero_row(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
-    return y_AD if plan.complete else torch.cat([y_AD, y_AD.new_zeros(1, y_AD.shape[1])])
 
 
 def take_rows(x_mD: Tensor, plan: ExpertPlan) -> Tensor:

@@ -6,7 +6,6 @@ input (task embedding, jitter) -> gate (logits) -> mask (expert groups) -> route
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -19,7 +18,7 @@ from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.balance import updated_bias
 from mmmoe_pretrain.moe.cpu.matmul import linear
-from mmmoe_pretrain.moe.loss_sums import statistics
+from mmmoe_pretrain.moe.loss_sums import gather_stats
 from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs, Routing, expert_capacity, within_capacity
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import TokenInfo
@@ -96,9 +95,7 @@ class Router(nn.Module):
         inputs = self._inputs(seen_nD, logits_nE, tokens, generator)
         choice = self._route(inputs)
         ids_nK, kept_nK = choice.expert_ids_nK, self._kept(choice)
-        allowed_ME = self.get_buffer("allowed_ME") if config.expert_groups else None
-        stats = statistics(inputs, choice, kept_nK, self.weight, allowed_ME)
-        stats = dataclasses.replace(stats, layer=self.layer)
+        stats = gather_stats(inputs, choice, kept_nK, self.get_buffer("allowed_ME"), self.weight, self.layer)
         weights_nK = choice.weights_nK * (kept_nK * config.routed_scaling_factor)
         return Routing(ids_nK, weights_nK, kept_nK, stats, choice.log_p_nE)
 
@@ -158,11 +155,6 @@ def _allowed(config: MoEConfig, modalities: Sequence[str]) -> Tensor:
     return torch.cat([*columns, free], dim=1)
 
 
-def linear_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x . w_e."""
-    return linear(x_nD, weight_ED)
-
-
 def laplace_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
     """-|x - w_e| (FuseMoE, arXiv 2402.03226): the nearest experts, bounded above by 0.
 
@@ -172,4 +164,4 @@ def laplace_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
     return -torch.cdist(x_nD, weight_ED, compute_mode="use_mm_for_euclid_dist")
 
 
-GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear_gate, "laplace": laplace_gate}
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear, "laplace": laplace_gate}

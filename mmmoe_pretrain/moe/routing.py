@@ -86,6 +86,13 @@ def chosen_weights(log_scores_nK: Tensor, config: MoEConfig) -> Tensor:
     return log_scores_nK.softmax(-1)
 
 
+def choose_top_k(inputs: RouterInputs, seen_nE: Tensor, log_scores_nE: Tensor, log_p_nE: Tensor) -> Choice:
+    """The K experts of the largest ``seen_nE`` (of ``for_choice``), weighed by their scores."""
+    ids_nK = seen_nE.topk(inputs.config.experts_per_token, dim=-1).indices
+    weights_nK = chosen_weights(log_scores_nE.gather(-1, ids_nK), inputs.config)
+    return Choice(ids_nK, weights_nK, log_p_nE, log_scores_nE.detach().amax(-1).exp())
+
+
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
     """C = ceil(c T K / E), counted on this data-parallel rank as in GShard (arXiv 2006.16668)."""
     room = capacity_factor * num_tokens * top_k / num_experts

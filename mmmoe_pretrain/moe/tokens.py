@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +36,6 @@ class TokenInfo:
     @property
     def num_tokens(self) -> int:
         return self.modality_ids_n.shape[0]
-
-    def slice(self, start: int, end: int) -> TokenInfo:
-        """Tokens ``start`` to ``end``."""
-        parts = {f: getattr(self, f)[start:end] for f in ("modality_ids_n", "task_ids_n", "segment_ids_n", "keys_n")}
-        return dataclasses.replace(self, **parts)
 
 
 def token_info(batch: Batch, names: StreamNames, draw: int = 0) -> TokenInfo:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities.audio import AudioEmbedder
 from mmmoe_pretrain.modalities.image import ImageEmbedder
 from mmmoe_pretrain.models.block import FeedForward, dense_width
@@ -49,9 +49,14 @@ def test_a_moe_layer_costs_its_router_the_chosen_experts_and_the_shared_one(acti
     moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "activation": activation,
            "shared_expert_hidden_size": 12}  # fmt: skip
     x = torch.zeros(7, 16)
-    expert, shared = (counted(SharedExpert(size, 16, activation), x, x) / 7 for size in (8, 12))
+
+    def of_size(size: int, gate: bool = False) -> float:
+        own = MoEConfig(activation=activation, shared_expert_hidden_size=size, shared_expert_gate=gate)
+        return counted(SharedExpert(own, 16), x, x) / 7
+
+    expert, shared = of_size(8), of_size(12)
     assert feed_forward_flops(config_of(moe=moe), 1) == 2 * expert + shared + 2 * 16 * 4
-    gated = counted(SharedExpert(12, 16, activation, gated=True), x, x) / 7
+    gated = of_size(12, gate=True)
     assert gated > shared
     moe |= {"shared_expert_gate": True}
     assert feed_forward_flops(config_of(moe=moe), 1) == 2 * expert + gated + 2 * 16 * 4

@@ -11,19 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.experts import ExpertGroups
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
-
-MODALITY_NAMES = ("image", "audio", "text")
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def expert(
@@ -36,13 +27,15 @@ def expert(
 ) -> Tensor:
     """[..., D] through one expert; up [F, D] (or gate and up [2F, D]) and down [D, F]."""
     first = x @ up.t() + up_bias
+    gate, value = first.chunk(2, dim=-1)
     if activation == "gelu":
-        return gelu(first) @ down.t() + down_bias
-    width = first.shape[-1] // 2
-    if activation == "clamped_swiglu":  # GPT-OSS, arXiv 2508.10925
-        gate, linear = first[..., :width].clamp(max=7), first[..., width:].clamp(-7, 7)
-        return ((linear + 1) * gate / (1 + torch.exp(-1.702 * gate))) @ down.t() + down_bias
-    return (silu(first[..., :width]) * first[..., width:]) @ down.t() + down_bias
+        h = first * 0.5 * (1 + torch.erf(first / math.sqrt(2)))
+    elif activation == "swiglu":
+        h = gate / (1 + torch.exp(-gate)) * value
+    else:  # clamped SwiGLU of GPT-OSS, arXiv 2508.10925
+        gate = gate.clamp(max=7)
+        h = (value.clamp(-7, 7) + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    return h @ down.t() + down_bias
 
 
 def weighted_experts(
@@ -57,6 +50,15 @@ def weighted_experts(
     return out_nD
 
 
+def reachable(config: MoEConfig, modality: str) -> list[int]:
+    """The experts that a modality may choose."""
+    found, first = [], 0
+    for group in config.groups:
+        found += range(first, first + group.num_experts) if modality in (group.modalities or (modality,)) else []
+        first += group.num_experts
+    return found
+
+
 def choices(moe: MoELayer, x_nD: Tensor, tokens: TokenInfo) -> tuple[Tensor, Tensor]:
     """Softmax top-k by the book: ids and weights [n, K], the weight 0 where an expert was full."""
     config, router = moe.config, moe.router
@@ -64,23 +66,18 @@ def choices(moe: MoELayer, x_nD: Tensor, tokens: TokenInfo) -> tuple[Tensor, Ten
     if router.task_embedding is not None:
         seen_nD = seen_nD + torch.cat([router.task_embedding[task] for task in tokens.names.tasks])[tokens.task_ids_n]
     logits_nE = seen_nD @ router.weight.t()
-    if config.expert_groups:
-        first = 0
-        for group in config.expert_groups:
-            for m, name in enumerate(MODALITY_NAMES):
-                if group.modalities is not None and name not in group.modalities:
-                    rows = tokens.modality_ids_n == m
-                    logits_nE[rows, first : first + group.num_experts] = -math.inf
-            first += group.num_experts
+    for m, name in enumerate(tokens.names.modalities):
+        rows = tokens.modality_ids_n == m
+        for e in set(range(config.num_experts)) - set(reachable(config, name)):
+            logits_nE[rows, e] = -math.inf
     p_nE = logits_nE.softmax(-1)
     weights_nK, ids_nK = p_nE.topk(config.experts_per_token)
     if config.renormalize and config.experts_per_token > 1:
         weights_nK = weights_nK / weights_nK.sum(1, keepdim=True)
     if config.capacity_factor is not None:
         num_tokens, top_k = ids_nK.shape
-        room = [
-            math.ceil(config.capacity_factor * num_tokens * top_k / config.router_outputs)
-        ] * config.router_outputs
+        capacity = math.ceil(config.capacity_factor * num_tokens * top_k / config.router_outputs)
+        room = [capacity] * config.router_outputs
         kept = torch.zeros_like(weights_nK)
         for k in range(top_k):
             for n in range(num_tokens):

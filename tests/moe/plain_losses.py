@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from mmmoe_pretrain.config.moe import MoEConfig
+from tests.moe.plain_experts import reachable
 from tests.moe.routing_inputs import NAMES
-
-
-def reachable(config: MoEConfig, modality: str) -> list[int]:
-    """The experts that a modality may choose."""
-    found, first = [], 0
-    for group in config.groups:
-        found += range(first, first + group.num_experts) if modality in (group.modalities or (modality,)) else []
-        first += group.num_experts
-    return found
 
 
 class PlainRouting:
@@ -64,13 +56,11 @@ class PlainRouting:
                 value = value + (share - even) ** 2 / even
         return value
 
-    def balance(self, tokens: list[int], counted: list[int] | None = None) -> Tensor:
-        """Shares of the assignments of ``counted``, probabilities of ``tokens``."""
-        counted = tokens if counted is None else counted
+    def balance(self, tokens: list[int]) -> Tensor:
         value = torch.zeros((), dtype=torch.float64)
-        assignments = [e for t in counted for e in self.chosen[t]]
+        assignments = [e for t in tokens for e in self.chosen[t]]
         for e in range(self.experts):
-            even = self.mean(self.even, counted, e)
+            even = self.mean(self.even, tokens, e)
             if even > 0:
                 value = value + assignments.count(e) / len(assignments) * self.mean(self.p, tokens, e) / even
         return value

@@ -182,34 +182,3 @@ def test_the_host_waits_once_forward_and_never_backward(dispatcher: Dispatcher) 
         out.sum().backward()
     assert operations.total > forward, "the backward pass went unseen"
     assert (methods.seen, operations.seen) == (["tolist"], [])
-
-
-def exchange_alone() -> tuple[list[float], list[int], list[float]]:
-    """Rank r sends r + 1 numbers to rank 0 and one to rank 1, with their places as metadata."""
-    with process_group(timeout_minutes=0.5):
-        rank = dist.get_rank()
-        x = (torch.arange(rank + 2.0) + 10 * rank).requires_grad_()
-        exchange = RowExchange([rank + 1, 1], [1, 2] if rank == 0 else [1, 1], dist.group.WORLD)
-        exchange.start(x * 1, torch.arange(rank + 2, dtype=torch.int32))
-        received, metadata = exchange.wait_with_metadata()
-        (received * torch.arange(1.0, 1 + len(received))).sum().backward()
-        assert x.grad is not None
-        return received.tolist(), metadata.tolist(), x.grad.tolist()
-
-
-def test_an_exchange_brings_numbers_their_metadata_and_their_gradients() -> None:
-    assert run_ranks(2, exchange_alone) == [
-        ([0.0, 10.0, 11.0], [0, 0, 1], [1.0, 1.0]),
-        ([1.0, 12.0], [1, 2], [2.0, 3.0, 2.0]),
-    ]
-
-
-def test_groups_of_one_rank_exchange_with_themselves() -> None:
-    x = torch.arange(3.0).requires_grad_()
-    exchange = RowExchange([3], [3], SINGLE.expert)
-    exchange.start(x * 2)
-    received = exchange.wait()
-    received.square().sum().backward()
-    assert received.tolist() == [0.0, 2.0, 4.0]
-    assert x.grad is not None
-    assert x.grad.tolist() == [0.0, 8.0, 16.0]  # d(2x)^2/dx = 8x

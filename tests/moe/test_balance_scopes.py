@@ -8,8 +8,6 @@ import torch
 
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.losses import BalanceWindow, reduce_stats, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.tokens import TokenInfo
@@ -17,9 +15,7 @@ from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.moe.plain_losses import PlainRouting
 from tests.moe.routing_inputs import NAMES
-from tests.support import pack_settings, random_sample, tiny_config
 
 D, RANKS, MICROBATCHES = 6, 2, 2
 GROUPS = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["text", "audio"], "num_experts": 3},
@@ -121,51 +117,3 @@ def test_two_ranks_with_two_microbatches_each_give_what_one_process_gives(case: 
         # fp32 sums in another order: a few units in the last place of values around 1.
         np.testing.assert_allclose(mean, gradient, rtol=1e-4, atol=1e-6)
         assert np.abs(gradient).max() > 1e-3, "a gradient of nothing proves nothing"
-
-
-def test_global_batch_shares_are_those_of_all_microbatches_so_far() -> None:
-    """Against a loop over tokens: the first microbatch knows itself, the second both."""
-    config = case_config("balance of the global batch", "groups")
-    whole = [together([part(m, rank) for rank in range(RANKS)]) for m in range(MICROBATCHES)]
-    values, _ = step(config, whole, None)
-    x, tokens = together(whole)
-    first = whole[0][0].shape[0]
-    indices = list(range(x.shape[0]))
-    plain = [PlainRouting(config, router.weight.detach().double(), x.double(), tokens.modality_ids_n.tolist())
-             for router in make_routers(config)]  # fmt: skip
-    expected = [
-        sum(layer.balance(indices[:first]) for layer in plain) / 2,
-        sum(layer.balance(indices[first:], counted=indices) for layer in plain) / 2,
-    ]
-    assert [v["balance"] for v in values] == pytest.approx([e.item() for e in expected], rel=1e-5)
-    assert expected[1].item() != pytest.approx(
-        sum(layer.balance(indices[first:]) for layer in plain).item() / 2, rel=0.01
-    )
-
-
-def test_in_one_microbatch_the_global_batch_is_the_microbatch() -> None:
-    batch = [together([part(m, rank) for rank in range(RANKS) for m in range(MICROBATCHES)])]
-    of_all, gradients = step(case_config("balance of the global batch", "free"), batch, None)
-    of_one, same_gradients = step(case_config("balance", "free"), batch, None)
-    assert of_all == of_one
-    for mine, theirs in zip(gradients, same_gradients, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-
-
-def test_more_padding_changes_no_loss(tmp_path: Any) -> None:
-    for scope in ("sequence", "microbatch", "global_batch"):
-        losses = {"local_entropy": 1, "global_entropy": 1, "importance": 1, "load": 1, "balance": 1, "z": 1,
-                  "orthogonality": 1, "balance_scope": scope}  # fmt: skip
-        config = tiny_config(tmp_path, moe={"num_experts": 4, "expert_hidden_size": 8, "losses": losses})
-        model = PretrainingModel(config)
-        samples = [random_sample(i, has, config) for i, has in enumerate(["iat", "it", "a"])]
-        reports = []
-        for multiple in (64, 1024):
-            batch = pack(samples, pack_settings(config), multiple=multiple)
-            assert not batch.valid.all()
-            model.begin_step(0)
-            reports.append(model(batch)[1].losses)
-        aux = [name for name in reports[0] if name.startswith("aux/")]
-        assert len(aux) == 5 + 2 * 3
-        for name in aux:
-            assert reports[1][name].item() == pytest.approx(reports[0][name].item(), rel=1e-5, abs=1e-7), name

@@ -16,7 +16,7 @@ from mmmoe_pretrain.moe.cpu.blocked import blocked
 from mmmoe_pretrain.moe.cpu.padding import pad_plan
 from mmmoe_pretrain.moe.expert_math import ExpertStack
 from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS, choose_backend
-from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, sort_slots
+from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots
 from tests.moe.plain_experts import weighted_experts
 
 D, FF = 8, 16  # rows of 16 bytes and more in bf16: grouped_mm takes them
@@ -49,9 +49,8 @@ class Case:
 
     def plan(self) -> tuple[ExpertPlan, Tensor]:
         """The plan, and the routing weights in its order."""
-        order, place, counts = sort_slots(self.slots, self.up.shape[0])
-        plan = plan_of_slots(order, place, counts.tolist(), self.slots.shape[1])
-        return plan, self.weights.reshape(-1)[order[: plan.num_assignments]]
+        plan, order_A = plan_of_slots(self.slots, self.up.shape[0])
+        return plan, self.weights.reshape(-1)[order_A]
 
     def stack(self, recompute: bool = False) -> ExpertStack:
         return ExpertStack(self.up, self.down, self.activation, recompute=recompute)
@@ -103,42 +102,29 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(
-    "num_experts,top_k,tokens",
-    [(4, 1, 9), (4, 2, 9), (8, 8, 5), (16, 2, 1), (32, 2, 40), (128, 8, 30), (128, 1, 3), (4, 2, 0)],
-)
-def test_blocks_equal_a_loop_over_experts(num_experts: int, top_k: int, tokens: int, activation: str) -> None:
-    case = make_case(random_slots(tokens, num_experts, top_k), num_experts, activation)
+ROUTINGS = {
+    **{f"E {e}, K {k}, n {n}": (random_slots(n, e, k), e)
+       for e, k, n in [(4, 2, 9), (8, 8, 5), (16, 2, 1), (32, 2, 40), (128, 8, 30), (128, 1, 3), (4, 2, 0)]},
+    "all tokens to one expert": (torch.full((40, 1), 2), 4),
+    "some assignments nowhere": (torch.tensor([[0, 4], [4, 4], [3, 0], [4, 1]]), 4),
+    "all assignments nowhere": (torch.full((5, 2), 4), 4),
+    "the same expert twice": (torch.tensor([[1, 1], [0, 0], [1, 0]]), 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_both_back_ends_equal_a_loop_over_experts(routing: str, activation: str) -> None:
+    slots, num_experts = ROUTINGS[routing]
+    case = make_case(slots, num_experts, activation)
     assert_equals_loop(case, **EXACT)
-
-
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(
-    "slots",
-    [
-        pytest.param(torch.full((40, 1), 2), id="all tokens to one expert"),
-        pytest.param(torch.tensor([[0, 4], [4, 4], [3, 0], [4, 1]]), id="some assignments nowhere"),
-        pytest.param(torch.full((5, 2), 4), id="all assignments nowhere"),
-        pytest.param(torch.tensor([[1, 1], [0, 0], [1, 0]]), id="the same expert twice"),
-    ],
-)
-def test_lopsided_routing_equals_a_loop_over_experts(slots: Tensor, activation: str) -> None:
-    assert_equals_loop(make_case(slots, 4, activation), **EXACT)
-
-
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("num_experts,top_k,tokens", [(4, 1, 9), (8, 2, 40), (8, 8, 5), (128, 2, 30), (16, 2, 1)])
-def test_grouped_products_in_fp32_equal_blocks_and_the_loop(
-    num_experts: int, top_k: int, tokens: int, activation: str
-) -> None:
-    case = make_case(random_slots(tokens, num_experts, top_k), num_experts, activation, torch.float32)
-    plan, _ = case.plan()
-    assert choose_backend("grouped_mm", case.x, plan, case.stack()) is EXPERT_BACKENDS["grouped_mm"]
-    # Chains of sums of up to 40 terms near 1, each a unit or two of 6e-8 off.
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    assert_equals_loop(case, "grouped_mm", **close)
-    assert_equals_loop(case, "blocked", **close)
+    single = case.to(torch.float32)
+    plan, _ = single.plan()
+    if plan.num_assignments:
+        names = {name: choose_backend(name, single.x, plan, single.stack()) for name in ("auto", *EXPERT_BACKENDS)}
+        assert names == {"auto": blocked, **EXPERT_BACKENDS}  # on a CPU
+        # Chains of sums of up to 40 terms near 1, each a unit or two of 6e-8 off.
+        assert_equals_loop(single, "grouped_mm", rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
@@ -171,13 +157,6 @@ def test_blocks_step_in_where_grouped_mm_has_a_hole(why: str, case: Case) -> Non
     out = backend(case.x, weights_A, plan, case.stack())
     # fp16 rounds h and y to 11 bits; values are near 1.
     torch.testing.assert_close(out.double(), case.to(torch.float64).loop(), rtol=1e-2, atol=1e-2)
-
-
-def test_a_cpu_uses_blocks_by_default_and_grouped_products_on_request() -> None:
-    case = make_case(random_slots(6, 4, 2), 4, dtype=torch.float32)
-    plan, _ = case.plan()
-    names = {name: choose_backend(name, case.x, plan, case.stack()) for name in ("auto", *EXPERT_BACKENDS)}
-    assert names == {"auto": blocked, **EXPERT_BACKENDS}
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -221,34 +200,29 @@ def test_two_threads_equal_one(activation: str, two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_gradients_that_are_expanded_or_transposed_are_read_right() -> None:
-    for backend, dtype in (("blocked", torch.float64), ("grouped_mm", torch.float32)):
-        case = make_case(random_slots(12, 4, 2), 4, dtype=dtype)
-        for target in (torch.ones((), dtype=dtype).expand(12, D), case.target.t().contiguous().t()):
-            ours = torch.autograd.grad(case.run(backend), case.leaves, target)
-            theirs = torch.autograd.grad(case.loop(), case.leaves, target)
-            for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # fp32, as above
-
-
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
-def test_a_transposed_x_is_read_right(backend: str) -> None:
-    case = make_case(random_slots(16, 4, 2), 4, dtype=torch.float32)
+def test_rows_and_gradients_that_are_expanded_or_transposed_are_read_right(backend: str) -> None:
+    case = make_case(random_slots(12, 4, 2), 4, dtype=torch.float32)
     plan, weights_A = case.plan()
-    transposed = case.x.t().contiguous().t()
-    assert not transposed.is_contiguous()
-    ours = EXPERT_BACKENDS[backend](transposed, weights_A, plan, case.stack())
-    torch.testing.assert_close(ours, case.loop(), rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-5}  # fp32, as above
+    ours = EXPERT_BACKENDS[backend](case.x.t().contiguous().t(), weights_A, plan, case.stack())
+    torch.testing.assert_close(ours, case.loop(), **close)
+    for target in (torch.ones(()).expand(12, D), case.target.t().contiguous().t()):
+        ours = torch.autograd.grad(case.run(backend), case.leaves, target)
+        torch.testing.assert_close(ours, torch.autograd.grad(case.loop(), case.leaves, target), **close)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
 @pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("x", "weights"), ("weights", "up", "down"), ("down",)])
-def test_what_needs_no_gradient_gets_none_and_the_rest_the_same(backend: str, frozen: tuple[str, ...]) -> None:
+def test_what_needs_no_gradient_gets_none_and_the_rest_the_same(
+    frozen: tuple[str, ...], backend: str, recompute: bool
+) -> None:
     case = make_case(random_slots(12, 4, 2), 4, dtype=torch.float32)
     expected = dict(zip(("x", "weights", "up", "down"), case.gradients(case.loop()), strict=True))
     for name in frozen:
         getattr(case, name).requires_grad_(False)
-    case.run(backend).mul(case.target).sum().backward()
+    case.run(backend, recompute).mul(case.target).sum().backward()
     for name, gradient in expected.items():
         if name in frozen:
             assert getattr(case, name).grad is None
@@ -266,32 +240,6 @@ def test_evaluation_modes_give_the_same_output(backend: str, mode: type, two_thr
     torch.testing.assert_close(out, case.run(backend).detach(), rtol=0, atol=0)
 
 
-def test_a_second_backward_pass_gives_the_same_gradients() -> None:
-    case = make_case(random_slots(12, 4, 2), 4)
-    out = case.run()
-    first = [gradient.clone() for gradient in case.gradients(out)]
-    for a, b in zip(first, case.gradients(out), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_the_inputs_stay_as_they_were() -> None:
-    case = make_case(random_slots(12, 4, 2), 4)
-    before = [leaf.detach().clone() for leaf in case.leaves]
-    case.gradients(case.run())
-    assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))
-
-
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_gradients_of_blocks_are_those_of_finite_differences(activation: str) -> None:
-    case = make_case(torch.tensor([[0, 2], [2, 3], [3, 0]]), 3, activation)  # expert 1 idle, 3 is nowhere
-
-    def function(*leaves: Tensor) -> Tensor:
-        x, weights, up, down = leaves
-        return Case(x, weights, up, down, case.slots, case.target, activation).run()
-
-    assert torch.autograd.gradcheck(function, case.leaves)
-
-
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])
 def test_recomputed_activations_give_the_same_bits(
@@ -300,25 +248,13 @@ def test_recomputed_activations_give_the_same_bits(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # pieces of 256 rows
     slots = torch.cat([random_slots(40, 4, 2), torch.full((300, 2), 1), torch.full((3, 2), 4)])
     case = make_case(slots, 4, activation, torch.float32)
+    before = [leaf.detach().clone() for leaf in case.leaves]
     plain, again = case.run(backend), case.run(backend, recompute=True)
     assert torch.equal(plain, again)
     first, second = (case.gradients(again) for _ in range(2))  # a graph that is kept serves twice
     for expected, *found in zip(case.gradients(plain), first, second, strict=True):
         assert all(torch.equal(gradient, expected) for gradient in found)
-
-
-@pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("weights",), ("up",)])
-def test_recomputation_where_something_needs_no_gradient(frozen: tuple[str, ...]) -> None:
-    for backend in EXPERT_BACKENDS:
-        case = make_case(random_slots(12, 4, 2), 4, dtype=torch.float32)
-        for name in frozen:
-            getattr(case, name).requires_grad_(False)
-        wanted = [leaf for leaf in case.leaves if leaf.requires_grad]
-        plain, again = (
-            torch.autograd.grad((case.run(backend, recompute) * case.target).sum(), wanted)
-            for recompute in (False, True)
-        )
-        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))  # nothing wrote to the inputs
 
 
 BAD = {
@@ -354,11 +290,3 @@ def test_a_bad_row_reaches_no_expert_that_it_does_not_visit(bad: str, backend: s
     case.up.data[0] = 0  # expert 0 itself overflows nowhere
     assert not (torch.full((D,), value, dtype=dtype) @ case.up.data[1].t()).square().isfinite().all()
     gradients_of_visited(value)
-
-
-def test_idle_experts_get_gradients_of_zeros() -> None:
-    for backend, dtype in (("blocked", torch.float64), ("grouped_mm", torch.float32)):
-        case = make_case(torch.full((5, 1), 2), 4, dtype=dtype)
-        _, _, grad_up, grad_down = case.gradients(case.run(backend))
-        for gradient in (grad_up, grad_down):
-            assert (gradient.abs().sum((1, 2)) > 0).tolist() == [False, False, True, False]

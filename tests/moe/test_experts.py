@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from mmmoe_pretrain.config import MoEConfig, OptimizerConfig
 from mmmoe_pretrain.engines.deepspeed_setup import make_optimizer
 from mmmoe_pretrain.models.init import init_parameters
-from mmmoe_pretrain.moe.experts import ExpertGroups, Experts, SharedExpert, make_experts, slot_of_expert
-from mmmoe_pretrain.moe.plan import plan_of_slots, sort_slots
+from mmmoe_pretrain.moe.experts import ExpertGroups, Experts, make_experts, slot_of_expert
+from mmmoe_pretrain.moe.plan import plan_of_slots
 from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
-from tests.moe.plain_experts import expert, weighted_experts
+from tests.moe.plain_experts import expert
 
 D = 8
 UNLIKE = MoEConfig(
@@ -41,42 +40,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(
-    "slots",
-    [
-        pytest.param([[0, 4], [1, 5], [3, 2], [6, 1], [6, 6]], id="both groups"),
-        pytest.param([[3, 4], [2, 5], [6, 3]], id="a group without tokens"),
-        pytest.param([[6, 6]], id="nobody at work"),
-    ],
-)
-def test_groups_of_unlike_size_equal_a_loop_over_experts(slots: list[list[int]], activation: str) -> None:
-    experts = built(UNLIKE.model_copy(update={"activation": activation}))
-    assert isinstance(experts, ExpertGroups)
-    ids = torch.tensor(slots)
-    x, weights = normal(len(slots), D).requires_grad_(), normal(*ids.shape, seed=1).requires_grad_()
-    order, place, counts = sort_slots(ids, 6)
-    plan = plan_of_slots(order, place, counts.tolist(), ids.shape[1])
-    ours = experts(x, weights.reshape(-1)[order[: plan.num_assignments]], plan)
-    ups, downs = ([w for s in experts.stacks for w in getattr(s, name)] for name in ("up", "down"))
-    loop = weighted_experts(x, ids, weights, ups, downs, activation)
-    exact = {"rtol": 1e-11, "atol": 1e-12}  # fp64 sums of tens of terms near 1 in another order
-    torch.testing.assert_close(ours, loop, **exact)
-    leaves = [x, weights, *experts.parameters()]
-    target = normal(*ours.shape, seed=2)
-    for mine, theirs in zip(torch.autograd.grad((ours * target).sum(), leaves),
-                            torch.autograd.grad((loop * target).sum(), leaves), strict=True):  # fmt: skip
-        torch.testing.assert_close(mine, theirs, **exact)
-
-
 GPT_OSS = {"activation": "clamped_swiglu", "expert_biases": True}
 
 
 def run(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """[n, D] through the experts ``ids`` [n, K], 6 meaning none."""
-    order, place, counts = sort_slots(ids, 6)
-    plan = plan_of_slots(order, place, counts.tolist(), ids.shape[1])
-    return experts(x, weights.reshape(-1)[order[: plan.num_assignments]], plan)
+    plan, order_A = plan_of_slots(ids, 6)
+    return experts(x, weights.reshape(-1)[order_A], plan)
 
 
 def with_biases(config: MoEConfig, dtype: torch.dtype = torch.float64) -> list[Experts]:
@@ -90,21 +60,28 @@ def with_biases(config: MoEConfig, dtype: torch.dtype = torch.float64) -> list[E
     return stacks
 
 
+IDS = {
+    "all experts": [[0, 4], [1, 5], [3, 2], [6, 1], [6, 6], [4, 0]],  # some go nowhere
+    "a group without tokens": [[3, 4], [2, 5], [6, 3], [6, 6], [4, 5], [2, 3]],
+}
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend,dtype", [("blocked", torch.float64), ("grouped_mm", torch.float32)])
 @pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("chosen", IDS)
 @pytest.mark.parametrize(
     "base", [UNLIKE, MoEConfig(num_experts=6, expert_hidden_size=16)], ids=["groups", "one stack"]
 )
-def test_biases_and_weights_on_the_input_equal_a_loop(
-    base: MoEConfig, on_input: bool, backend: str, dtype: torch.dtype, recompute: bool
+def test_groups_biases_and_weights_on_the_input_equal_a_loop(
+    base: MoEConfig, chosen: str, on_input: bool, backend: str, dtype: torch.dtype, recompute: bool
 ) -> None:
     settings = {**GPT_OSS, "router_weight_on_input": on_input, "expert_backend": backend}
     stacks = with_biases(base.model_copy(update=settings), dtype)
     experts = ExpertGroups(stacks) if len(stacks) > 1 else stacks[0]
     for stack in stacks:
         stack.recompute = recompute
-    ids = torch.tensor([[0, 4], [1, 5], [3, 2], [6, 1], [6, 6], [4, 0]])  # some go nowhere
+    ids = torch.tensor(IDS[chosen])
     x = (4 * normal(6, D)).to(dtype).requires_grad_()
     weights = normal(6, 2, seed=1).to(dtype).requires_grad_()
     ours, loop = run(experts, x, ids, weights), torch.zeros(6, D, dtype=dtype)
@@ -146,14 +123,15 @@ def test_a_bad_row_reaches_no_bias_of_an_expert_that_it_does_not_visit(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # fp32 sums of 45 rows in another order
 
 
-def test_no_tokens_give_biases_gradients_of_zeros() -> None:
-    for on_input in (False, True):
-        settings = {**GPT_OSS, "router_weight_on_input": on_input}
-        (experts,) = with_biases(MoEConfig(num_experts=6, expert_hidden_size=16, **settings))
-        for ids in (torch.zeros(0, 2, dtype=torch.int64), torch.full((3, 2), 6)):
-            out = run(experts, normal(len(ids), D).requires_grad_(), ids, torch.ones(ids.shape, requires_grad=True))
-            found = torch.autograd.grad(out.sum(), list(experts.parameters()))
-            assert out.shape == (len(ids), D) and not any(g.any() for g in (out, *found))
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("base", [UNLIKE, MoEConfig(num_experts=6)], ids=["groups", "one stack"])
+def test_no_tokens_give_gradients_of_zeros(base: MoEConfig, on_input: bool) -> None:
+    stacks = with_biases(base.model_copy(update={**GPT_OSS, "router_weight_on_input": on_input}))
+    experts = ExpertGroups(stacks) if len(stacks) > 1 else stacks[0]
+    for ids in (torch.zeros(0, 2, dtype=torch.int64), torch.full((3, 2), 6)):
+        out = run(experts, normal(len(ids), D).requires_grad_(), ids, torch.ones(ids.shape, requires_grad=True))
+        found = torch.autograd.grad(out.sum(), list(experts.parameters()))
+        assert out.shape == (len(ids), D) and not any(g.any() for g in (out, *found))
 
 
 def test_biases_are_vectors_which_do_not_decay_and_stay_fp32() -> None:
@@ -165,31 +143,15 @@ def test_biases_are_vectors_which_do_not_decay_and_stay_fp32() -> None:
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.1), (2, 0.0)]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
-def test_a_shared_expert_is_one_expert_for_all(activation: str) -> None:
-    shared = SharedExpert(16, D, activation)
-    init_parameters(shared, seed=3, num_layers=1)
-    shared.double()
-    x = normal(5, D)
-    torch.testing.assert_close(shared(x, x), expert(x, shared.up.weight, shared.down.weight, activation))
-
-
-def test_sizes_follow_group_activation_and_rank() -> None:
-    half = Groups(expert_rank=1, expert_size=2)
-    image, others = make_experts(UNLIKE, D, half).stacks
-    assert [tuple(w.shape) for w in (image.up, image.down, others.up, others.down)] == [
-        (1, 48, D), (1, D, 24), (2, 32, D), (2, D, 16)]  # fmt: skip
-    assert (image.local_experts, others.local_experts) == (range(1, 2), range(2, 4))
-    gelu = make_experts(MoEConfig(num_experts=4, expert_hidden_size=16, activation="gelu"), D, half)
-    assert isinstance(gelu, Experts)
-    assert (tuple(gelu.up.shape), gelu.local_experts) == ((2, 16, D), range(2, 4))
-
-
-def test_a_share_of_the_ranks_starts_with_the_weights_of_the_whole() -> None:
+def test_ranks_share_the_weights_of_the_whole_whose_sizes_are_those_of_each_group() -> None:
     whole = built(UNLIKE).state_dict()
-    halves = [built(UNLIKE, Groups(expert_rank=rank, expert_size=2)).state_dict() for rank in range(2)]
+    assert [tuple(weight.shape) for weight in whole.values()] == [(2, 48, D), (2, D, 24), (4, 32, D), (4, D, 16)]
+    halves = [built(UNLIKE, Groups(expert_rank=rank, expert_size=2)) for rank in range(2)]
     for name, weight in whole.items():
-        assert torch.equal(torch.cat([half[name] for half in halves]), weight)
+        assert torch.equal(torch.cat([half.state_dict()[name] for half in halves]), weight)
+    assert [stack.local_experts for stack in halves[1].stacks] == [range(1, 2), range(2, 4)]
+    gelu = built(MoEConfig(num_experts=4, expert_hidden_size=16, activation="gelu"))
+    assert tuple(gelu.up.shape) == (4, 16, D)
 
 
 def test_slots_go_by_rank_and_then_by_group() -> None:
@@ -216,21 +178,8 @@ def test_a_copy_is_marked_as_experts_too(twin_of: Callable[[nn.Module], nn.Modul
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
 
 
-def test_experts_are_modules_like_any_other() -> None:
-    for experts in (built(UNLIKE), built(MoEConfig(num_experts=4))):
-        assert list(experts.buffers()) == []  # nothing of theirs hides what every module has
-
-
-def test_weights_survive_a_state_dict() -> None:
-    experts, other = built(UNLIKE), make_experts(UNLIKE, D, SINGLE).double()
-    assert all(
-        not parameter.any()
-        for stack in built(UNLIKE.model_copy(update=GPT_OSS)).stacks
-        for parameter in (stack.up_bias, stack.down_bias)
-    )  # they begin at 0
-    file = io.BytesIO()
-    torch.save(experts.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert sorted(experts.state_dict()) == ["stacks.0.down", "stacks.0.up", "stacks.1.down", "stacks.1.up"]
-    assert all(torch.equal(a, b) for a, b in zip(experts.parameters(), other.parameters(), strict=True))
+def test_the_state_is_the_weights_and_biases_begin_at_zero() -> None:
+    experts = built(UNLIKE.model_copy(update=GPT_OSS))
+    names = ("up", "down", "up_bias", "down_bias")
+    assert list(experts.state_dict()) == [f"stacks.{group}.{name}" for group in range(2) for name in names]
+    assert not any(value.any() for name, value in experts.state_dict().items() if name.endswith("bias"))

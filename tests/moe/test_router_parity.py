@@ -100,42 +100,30 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], bias: Tensor | None = 
     return {**peer_loss_values(), **{name: float(loss) for name, loss in losses.items()}}
 
 
-@pytest.mark.parametrize("top_k", [2, 4, 8])
-def test_softmax_over_the_chosen_equals_renormalised_probabilities(top_k: int) -> None:
-    compare({"experts_per_token": top_k}, {"moe_router_pre_softmax": False})
+GROUPS = {"router": "group_limited", "node_groups": 4, "renormalize": False}
+# With K > 1 megatron-core lets second choices compete with first ones, and ours wait: K = 1 compares.
+FULL = {"experts_per_token": 1, "batch_priority": True}
+THEIR_FULL = {"moe_token_drop_policy": "probs", "moe_token_dispatcher_type": "alltoall"}
+BEFORE, AFTER = {"moe_router_pre_softmax": True}, {"moe_router_pre_softmax": False}  # softmax, the choice
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_softmax_before_the_choice_equals_plain_probabilities(top_k: int) -> None:
-    compare({"experts_per_token": top_k, "renormalize": False}, {"moe_router_pre_softmax": True})
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_sigmoid_scores(top_k: int) -> None:
-    compare({"router": "sigmoid_top_k", "experts_per_token": top_k}, SIGMOID)
+@pytest.mark.parametrize("ours,theirs", [
+    *(({"experts_per_token": k}, AFTER) for k in (2, 4, 8)),
+    *(({"experts_per_token": k, "renormalize": False}, BEFORE) for k in (1, 2)),
+    *(({"experts_per_token": k, "router": "sigmoid_top_k"}, SIGMOID) for k in (1, 2, 4)),
+    *(({**GROUPS, "experts_per_token": k, "groups_per_token": groups},
+       {**BEFORE, "moe_router_num_groups": 4, "moe_router_group_topk": groups})
+      for k, groups in ((2, 1), (2, 2), (4, 2))),
+    *(({**FULL, "capacity_factor": c}, {**BEFORE, **THEIR_FULL, "moe_expert_capacity_factor": c})
+      for c in (0.5, 1.0, 2.0)),
+], ids=str)  # fmt: skip
+def test_decisions_weights_and_gradients(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    compare(ours, theirs)
 
 
 def test_sigmoid_scores_with_a_bias_on_the_choice() -> None:
-    bias = torch.linspace(-0.4, 0.4, E)
     ours = {"router": "sigmoid_top_k", "bias_balancing": {"rate": 1e-3}}
-    compare(ours, {**SIGMOID, "moe_router_enable_expert_bias": True}, bias)
-
-
-@pytest.mark.parametrize("top_k,groups_per_token", [(2, 1), (2, 2), (4, 2)])
-def test_group_limited_choice(top_k: int, groups_per_token: int) -> None:
-    ours = {"router": "group_limited", "experts_per_token": top_k, "node_groups": 4,
-            "groups_per_token": groups_per_token, "renormalize": False}  # fmt: skip
-    theirs = {"moe_router_pre_softmax": True, "moe_router_num_groups": 4, "moe_router_group_topk": groups_per_token}
-    compare(ours, theirs)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_the_most_probable_tokens_stay_where_one_expert_a_token_is_limited(factor: float) -> None:
-    # With K > 1 megatron-core lets second choices compete with first ones, and ours wait: K = 1 compares.
-    ours = {"experts_per_token": 1, "capacity_factor": factor, "batch_priority": True}
-    theirs = {"moe_router_pre_softmax": True, "moe_expert_capacity_factor": factor, "moe_token_drop_policy": "probs",
-              "moe_token_dispatcher_type": "alltoall"}  # fmt: skip
-    compare(ours, theirs)
+    compare(ours, {**SIGMOID, "moe_router_enable_expert_bias": True}, torch.linspace(-0.4, 0.4, E))
 
 
 @pytest.mark.parametrize("router,score", [("softmax_top_k", "softmax"), ("sigmoid_top_k", "sigmoid")])

@@ -1,5 +1,6 @@
 """From a router's decision to its sums: values by hand, and a loop over tokens in fp64."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,23 +10,14 @@ from torch import Tensor
 
 from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.moe.loss_sums import orthogonality, sequence_balance, smooth_load
-from mmmoe_pretrain.moe.losses import layer_losses, routing_losses
+from mmmoe_pretrain.moe.losses import TERMS, layer_losses, routing_losses
 from mmmoe_pretrain.moe.router import Router
-from mmmoe_pretrain.moe.routing import MASKED, RouterInputs
-from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.moe.routing import MASKED
 from tests.moe.plain_losses import PlainRouting
-from tests.moe.routing_inputs import NAMES
+from tests.moe.routing_inputs import NAMES, inputs_of, tokens_of
 
 D = 6
-EVERY_TERM = {
-    "local_entropy": 1,
-    "global_entropy": 1,
-    "importance": 1,
-    "load": 1,
-    "balance": 1,
-    "z": 1,
-    "orthogonality": 1,
-}
+EVERY_TERM = dict.fromkeys(TERMS, 1)
 GROUPS = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["text", "audio"], "num_experts": 3},
           {"modalities": ["image", "audio", "text"], "num_experts": 1}]  # fmt: skip
 
@@ -40,58 +32,47 @@ def make_router(config: MoEConfig, seed: int = 0) -> Router:
     return router
 
 
-def make_tokens(modalities: list[int], segments: list[int] | None = None) -> TokenInfo:
-    ids = torch.tensor(modalities, dtype=torch.int64)
-    zeros = torch.zeros_like(ids)
-    return TokenInfo(
-        ids, zeros, zeros if segments is None else torch.tensor(segments), torch.arange(len(modalities)), NAMES
-    )
-
-
-def inputs_of(logits: list[list[float]], top_k: int, **more: Any) -> RouterInputs:
-    config = MoEConfig(num_experts=len(logits[0]), experts_per_token=top_k)
-    return RouterInputs(torch.tensor(logits), make_tokens([0] * len(logits)), config, **more)
-
-
 def phi(x: float) -> float:
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
+def load_of(logits: list[float], top_k: int, allowed: list[bool] | None = None, **noise: Tensor) -> list[float]:
+    """The smooth load of one token."""
+    inputs = dataclasses.replace(inputs_of(torch.tensor([logits]), experts_per_token=top_k), **noise)
+    return smooth_load(inputs, torch.tensor([allowed or [True] * len(logits)]))[0].tolist()
+
+
 def test_smooth_load_is_the_chance_to_beat_the_kth_logit_under_noise_of_one_over_e() -> None:
-    first_of_two = smooth_load(inputs_of([[0.5, 0.0]], top_k=1), None)
-    assert first_of_two[0].tolist() == pytest.approx([0.5, phi(-0.5 * 2)])
-    two_of_three = smooth_load(inputs_of([[1.0, 0.5, 0.25]], top_k=2), None)
-    assert two_of_three[0].tolist() == pytest.approx([phi(0.5 * 3), 0.5, phi(-0.25 * 3)])
+    assert load_of([0.5, 0.0], top_k=1) == pytest.approx([0.5, phi(-0.5 * 2)])
+    assert load_of([1.0, 0.5, 0.25], top_k=2) == pytest.approx([phi(0.5 * 3), 0.5, phi(-0.25 * 3)])
+    masked = load_of([0.5, MASKED, 0.0], top_k=2, allowed=[True, False, True])
+    assert masked == pytest.approx([phi(0.5 * 3), 0, 0.5])  # none where a token may not choose the expert
 
 
 def test_smooth_load_of_noisy_top_k_has_its_learned_noise_and_its_noisy_threshold() -> None:
     noise = {"noise_std_nE": torch.tensor([[1.0, 2.0]]), "normal_nE": torch.tensor([[-1.0, 0.0]])}
-    load = smooth_load(inputs_of([[0.5, 0.0]], top_k=1, **noise), None)
-    assert load[0].tolist() == pytest.approx([phi(0.5), 0.5])  # the noisy logits are -0.5 and 0, so eta is 0
+    load = load_of([0.5, 0.0], top_k=1, **noise)
+    assert load == pytest.approx([phi(0.5), 0.5])  # the noisy logits are -0.5 and 0, so eta is 0
     del noise["normal_nE"]  # outside training
-    load = smooth_load(inputs_of([[0.5, 0.0]], top_k=1, **noise), None)
-    assert load[0].tolist() == pytest.approx([0.5, phi(-0.25)])
-
-
-def test_an_expert_that_a_token_may_not_choose_has_no_smooth_load() -> None:
-    load = smooth_load(inputs_of([[0.5, MASKED, 0.0]], top_k=2), torch.tensor([[True, False, True]]))
-    assert load[0].tolist() == pytest.approx([phi(0.5 * 3), 0, 0.5])
+    assert load_of([0.5, 0.0], top_k=1, **noise) == pytest.approx([0.5, phi(-0.25)])
 
 
 def test_sequence_balance_by_hand() -> None:
     """Segment 9, whose tokens lie apart, is even over two experts; segment 4 has both tokens on one."""
-    p = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
-    ids, segments = torch.tensor([[0], [0], [1], [0]]), torch.tensor([9, 4, 9, 4])
-    assert sequence_balance(p, ids, None, segments, None).tolist() == [1 + 2, 2]
-    none_chosen = torch.zeros(4, 1, dtype=torch.bool)
-    assert sequence_balance(p, ids, none_chosen, segments, None).tolist() == [0, 2]
+    p = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])  # and so are the assignments
+    segments, all_allowed = torch.tensor([9, 4, 9, 4]), torch.ones(4, 2).bool()
+    assert sequence_balance(p, p, segments, all_allowed).tolist() == [1 + 2, 2]
+    assert sequence_balance(p, torch.zeros(4, 2), segments, all_allowed).tolist() == [0, 2]
 
 
-def test_routers_that_listen_alike_are_not_orthogonal() -> None:
+def test_routers_of_equal_direction_are_not_orthogonal() -> None:
     assert orthogonality(torch.tensor([[2.0, 0], [0, 5]])).item() == pytest.approx(0)
     assert orthogonality(torch.tensor([[2.0, 0], [5, 0]])).item() == pytest.approx(2 / 4)
     diagonal = torch.tensor([[2.0, 0], [5, 5]])  # cosine 1/sqrt 2
     assert orthogonality(diagonal).item() == pytest.approx(2 * 0.5 / 4)
+    zeros = torch.zeros(3, D, requires_grad=True)
+    orthogonality(zeros).backward()
+    assert zeros.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("groups", [[], GROUPS], ids=["free", "groups"])
@@ -106,7 +87,7 @@ def test_every_term_and_its_gradient_equal_a_loop_over_tokens(groups: list[Any])
             losses = {**EVERY_TERM, "balance_scope": scope, "per_modality": per_modality}
             config = make_config(losses=losses, expert_groups=groups)
             router = make_router(config)
-            ours = layer_losses(router(x, make_tokens(modalities, segments)).stats, config.losses)
+            ours = layer_losses(router(x, tokens_of(modalities, segments=segments)).stats, config.losses)
             weight = router.weight.detach().double().requires_grad_()
             plain = PlainRouting(config, weight, x.double(), modalities)
             theirs = expected(plain, per_modality, scope, segments)
@@ -162,7 +143,7 @@ def test_losses_and_gradients_are_finite_at_the_edges(router: str, scope: str) -
                 made.noise_weight.data.fill_(-scale)  # a learned noise of nothing
             for name, modalities in cases.items():
                 x = torch.ones(len(modalities), D)
-                values = routing_losses([made(x, make_tokens(modalities)).stats], config.losses)
+                values = routing_losses([made(x, tokens_of(modalities)).stats], config.losses)
                 made.zero_grad()
                 sum(values.values()).backward()
                 assert all(math.isfinite(v.item()) for v in values.values()), (name, scale, values)
@@ -170,16 +151,10 @@ def test_losses_and_gradients_are_finite_at_the_edges(router: str, scope: str) -
                     assert parameter.grad is None or parameter.grad.isfinite().all(), (name, scale)
 
 
-def test_zero_rows_of_the_router_have_a_finite_gradient() -> None:
-    weight = torch.zeros(3, D, requires_grad=True)
-    orthogonality(weight).backward()
-    assert weight.grad.isfinite().all()
-
-
 def test_orthogonality_alone_reaches_the_router_and_nothing_else_needs_gradients() -> None:
     config = make_config(losses={"orthogonality": 1.0})
     router = make_router(config)
-    stats = router(torch.randn(4, D), make_tokens([0, 1, 2, 2])).stats
+    stats = router(torch.randn(4, D), tokens_of([0, 1, 2, 2])).stats
     assert not stats.probability_MXE.requires_grad
     losses = layer_losses(stats, config.losses)
     losses["orthogonality"].backward()
@@ -188,27 +163,6 @@ def test_orthogonality_alone_reaches_the_router_and_nothing_else_needs_gradients
 
 
 def test_without_losses_no_sum_needs_gradients() -> None:
-    stats = make_router(make_config())(torch.randn(4, D), make_tokens([0, 1, 2, 2])).stats
+    stats = make_router(make_config())(torch.randn(4, D), tokens_of([0, 1, 2, 2])).stats
     assert not stats.flatten().requires_grad
     assert not stats.load_ME.any() and not stats.sequence_balance.any()
-
-
-def test_z_counts_the_experts_that_a_token_may_choose() -> None:
-    """Two experts of image with logits 0: logsumexp is log 2, whatever the other experts' logits."""
-    groups = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["audio", "text"], "num_experts": 4}]
-    router = make_router(make_config(losses={"z": 1}, expert_groups=groups))
-    router.weight.data[:2] = 0
-    stats = router(torch.ones(1, D), make_tokens([0])).stats
-    assert stats.z_M[0].item() == pytest.approx(math.log(2) ** 2)
-
-
-def test_stats_of_microbatches_add_up_and_survive_flattening() -> None:
-    config = make_config(losses={**EVERY_TERM, "balance_scope": "sequence"}, expert_groups=GROUPS)
-    router = make_router(config)
-    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
-    tokens = make_tokens([0, 0, 1, 2, 2], [0, 0, 1, 2, 2])
-    whole = router(x, tokens).stats
-    parts = router(x[:2], tokens.slice(0, 2)).stats + router(x[2:], tokens.slice(2, 5)).stats
-    torch.testing.assert_close(parts.flatten(), whole.flatten())
-    torch.testing.assert_close(whole.unflatten(whole.flatten()).load_ME, whole.load_ME)
-    assert not whole.detach().flatten().requires_grad

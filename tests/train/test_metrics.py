@@ -163,7 +163,7 @@ def zero_stats(experts: int) -> RoutingStats:
     return RoutingStats(
         probability_MXE=of_expert, entropy_MX=of_cell, z_MX=of_cell, counts_MXE=of_expert, tokens_MX=of_cell,
         dropped_MX=of_cell, load_ME=torch.zeros(3, experts), sequence_balance=torch.zeros(2), coactivation_MEE=pairs,
-        orthogonality=torch.zeros(()), names=NAMES,
+        orthogonality=torch.zeros(()), names=NAMES, allowed_ME=torch.ones(3, experts).bool(),
     )  # fmt: skip
 
 

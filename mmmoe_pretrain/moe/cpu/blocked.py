@@ -15,17 +15,17 @@ Shapes: as in ``expert_math.py``; P assignments with padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmoe_pretrain.moe.cpu.activation import KERNELS, ActivationKernels
+from mmmoe_pretrain.moe.cpu import activation
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
 from mmmoe_pretrain.moe.cpu.matmul import matmul, matmul_into
-from mmmoe_pretrain.moe.cpu.padding import Piece, pad_plan
+from mmmoe_pretrain.moe.cpu.padding import pad_plan
 from mmmoe_pretrain.moe.cpu.threads import run_side_by_side
 from mmmoe_pretrain.moe.expert_math import ExpertStack
 from mmmoe_pretrain.moe.plan import ExpertPlan
@@ -52,26 +52,24 @@ class _Blocked(torch.autograd.Function):
         stack: ExpertStack,
         keep: bool,
     ) -> Tensor:
-        kernels, buffers = KERNELS[stack.activation], stack.buffers
+        buffers = stack.buffers
         pad = x_mD.device.type == "cpu" and x_mD.dtype is not torch.float64
         padded = pad_plan(plan, weights_A.detach(), _most_rows(up_EFD), pad)
         rows = padded.plan.rows_A.split(padded.lengths)
-        y_PD = _rows_with_zero(padded.plan.num_assignments, x_mD, buffers)
-        ups, downs = up_EFD.unbind(), down_EDF.unbind()
-        biases = _biases(up_bias_EF, x_mD)
+        y_PD = _rows(padded.plan.num_assignments, x_mD, buffers)
+        ups, downs, biases = up_EFD.unbind(), down_EDF.unbind(), _biases(up_bias_EF, x_mD.dtype, len(up_EFD))
         kept = [x_mD] * len(padded.pieces)
 
         def compute(index: int) -> None:
             piece = padded.pieces[index]
-            up = matmul(x_mD.index_select(0, rows[index]), ups[piece.expert].t())
-            if biases is not None:
-                up += biases[piece.expert]
-            matmul_into(y_PD[piece.start : piece.end], kernels.forward(up), downs[piece.expert].t())
+            up = _first_product(x_mD.index_select(0, rows[index]), ups[piece.expert], biases[piece.expert])
+            h = activation.forward(stack.activation, up)
+            matmul_into(y_PD[piece.start : piece.end], h, downs[piece.expert].t())
             if keep:
                 kept[index] = up
 
         run_side_by_side(compute, padded.lengths, x_mD.device)
-        ctx.padded, ctx.kernels, ctx.buffers = padded, kernels, buffers
+        ctx.padded, ctx.activation, ctx.buffers = padded, stack.activation, buffers
         ctx.save_for_backward(x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *(kept if keep else ()))
         return padded.plan.sum_by_row(y_PD, padded.weights_P)
 
@@ -79,91 +77,57 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
         x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *kept = ctx.saved_tensors
-        padded = ctx.padded
-        first_products = kept or [None] * len(padded.pieces)
+        padded, buffers = ctx.padded, ctx.buffers
+        pieces_of: dict[int, list[int]] = {}
         counts = [0] * up_EFD.shape[0]
-        for piece in padded.pieces:
+        for index, piece in enumerate(padded.pieces):
+            pieces_of.setdefault(piece.expert, []).append(index)
             counts[piece.expert] += piece.end - piece.start
-        needs_up, needs_down, needs_bias = ctx.needs_input_grad[2:5]
-        task = _Backward(
-            x_mD=x_mD,
-            y_PD=y_PD,
-            scale_P1=padded.weights_P.to(x_mD.dtype)[:, None],
-            ups=up_EFD.unbind(),
-            downs=down_EDF.unbind(),
-            biases=_biases(up_bias_EF, x_mD),
-            kernels=ctx.kernels,
-            grad_mD=grad_mD,
-            grad_x_PD=_rows_with_zero(padded.plan.num_assignments, x_mD, ctx.buffers),
-            grad_weights_P=torch.empty_like(padded.weights_P),
-            grad_up=_gradients_of(up_EFD, counts, ctx.buffers) if needs_up else None,
-            grad_down=_gradients_of(down_EDF, counts, ctx.buffers) if needs_down else None,
-            grad_bias=torch.zeros_like(up_bias_EF) if needs_bias else None,
-        )
-        work: dict[int, list[tuple[Piece, Tensor, Tensor | None]]] = {}
-        rows_of = padded.plan.rows_A.split(padded.lengths)
-        for piece, rows, up in zip(padded.pieces, rows_of, first_products, strict=True):
-            work.setdefault(piece.expert, []).append((piece, rows, up))
-        busy = list(work)
-        run_side_by_side(lambda i: task.expert(busy[i], work[busy[i]]), [counts[e] for e in busy], x_mD.device)
-        grad_x_mD = padded.plan.sum_by_row(task.grad_x_PD)
-        grad_weights_A = task.grad_weights_P.index_select(0, padded.position_A)
-        return grad_x_mD, grad_weights_A, task.grad_up, task.grad_down, task.grad_bias, None, None, None
+        rows = padded.plan.rows_A.split(padded.lengths)
+        scale_P1 = padded.weights_P.to(x_mD.dtype)[:, None]
+        ups, downs, biases = up_EFD.unbind(), down_EDF.unbind(), _biases(up_bias_EF, x_mD.dtype, len(up_EFD))
+        needs_up, needs_down, needs_bias = ctx.needs_input_grad[2:5]  # False where the weights are frozen
+        grad_x_PD = _rows(padded.plan.num_assignments, x_mD, buffers)
+        grad_weights_P = torch.empty_like(padded.weights_P)
+        grad_up = _gradients_of(up_EFD, counts, buffers) if needs_up else None
+        grad_down = _gradients_of(down_EDF, counts, buffers) if needs_down else None
+        grad_bias = torch.zeros_like(up_bias_EF) if needs_bias else None
 
-
-@dataclass(frozen=True)
-class _Backward:
-    """The backward pass of all experts; ``expert`` writes one expert's part of the gradients."""
-
-    x_mD: Tensor
-    y_PD: Tensor
-    scale_P1: Tensor
-    ups: tuple[Tensor, ...]
-    downs: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...] | None
-    kernels: ActivationKernels
-    grad_mD: Tensor
-    grad_x_PD: Tensor
-    grad_weights_P: Tensor
-    grad_up: Tensor | None  # None where the weights are frozen
-    grad_down: Tensor | None
-    grad_bias: Tensor | None
-
-    def expert(self, e: int, pieces: list[tuple[Piece, Tensor, Tensor | None]]) -> None:
-        """``pieces``: with the rows that each computes on, and the forward pass's first product if kept."""
-        into_up, into_down = (None if w is None else _Accumulator(w[e]) for w in (self.grad_up, self.grad_down))
-        for piece, rows, up in pieces:
-            here = slice(piece.start, piece.end)
-            grad_y = self.grad_mD.index_select(0, rows)
-            self.grad_weights_P[here] = (grad_y * self.y_PD[here]).sum(-1, dtype=self.grad_weights_P.dtype)
-            grad_y.mul_(self.scale_P1[here])  # and so padding is 0 from here on
-            x = None
-            if up is None:
-                x = self.x_mD.index_select(0, rows)
-                up = matmul(x, self.ups[e].t())
-                if self.biases is not None:
-                    up += self.biases[e]
-            h, grad = self.kernels.backward(matmul(grad_y, self.downs[e]), up)
-            if into_down is not None:
+        def one_expert(e: int) -> None:
+            into_up, into_down = (_Accumulator(None if grad is None else grad[e]) for grad in (grad_up, grad_down))
+            for index in pieces_of[e]:
+                here = slice(padded.pieces[index].start, padded.pieces[index].end)
+                grad_y = grad_mD.index_select(0, rows[index])
+                grad_weights_P[here] = (grad_y * y_PD[here]).sum(-1, dtype=grad_weights_P.dtype)
+                grad_y.mul_(scale_P1[here])  # and so padding is 0 from here on
+                x = x_mD.index_select(0, rows[index])
+                up = kept[index] if kept else _first_product(x, ups[e], biases[e])
+                h, grad = activation.backward(ctx.activation, matmul(grad_y, downs[e]), up)
                 into_down.add_product(grad_y.t(), h)
-            if into_up is not None:
-                into_up.add_product(grad.t(), self.x_mD.index_select(0, rows) if x is None else x)
-            if self.grad_bias is not None:
-                self.grad_bias[e] += grad.sum(0, dtype=self.grad_bias.dtype)
-            matmul_into(self.grad_x_PD[here], grad, self.ups[e])
-        for accumulator in (into_up, into_down):
-            if accumulator is not None:
-                accumulator.close()
+                into_up.add_product(grad.t(), x)
+                if grad_bias is not None:
+                    grad_bias[e] += grad.sum(0, dtype=grad_bias.dtype)
+                matmul_into(grad_x_PD[here], grad, ups[e])
+            into_up.close()
+            into_down.close()
+
+        busy = list(pieces_of)
+        run_side_by_side(lambda i: one_expert(busy[i]), [counts[e] for e in busy], x_mD.device)
+        grad_weights_A = grad_weights_P.index_select(0, padded.position_A)
+        return padded.plan.sum_by_row(grad_x_PD), grad_weights_A, grad_up, grad_down, grad_bias, None, None, None
 
 
 class _Accumulator:
-    """Sums products into ``out``; in fp32 where several would be rounded to a half type in between."""
+    """Sums products into ``out``, if it is not None; in fp32 where several would be rounded to a half type in
+    between."""
 
-    def __init__(self, out: Tensor) -> None:
+    def __init__(self, out: Tensor | None) -> None:
         self.out, self.products = out, 0
         self.wide: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
+        if self.out is None:
+            return
         self.products += 1
         if self.products == 1:
             matmul_into(self.out, a, b)
@@ -175,12 +139,17 @@ class _Accumulator:
             self.wide += matmul(a, b)
 
     def close(self) -> None:
-        if self.wide is not None:
+        if self.out is not None and self.wide is not None:
             self.out.copy_(self.wide)
 
 
-def _biases(up_bias_EF: Tensor | None, x_mD: Tensor) -> tuple[Tensor, ...] | None:
-    return None if up_bias_EF is None else up_bias_EF.to(x_mD.dtype).unbind()
+def _first_product(x_nD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    up_nF = matmul(x_nD, up_FD.t())
+    return up_nF if bias_F is None else up_nF.add_(bias_F)
+
+
+def _biases(up_bias_EF: Tensor | None, dtype: torch.dtype, experts: int) -> Sequence[Tensor | None]:
+    return [None] * experts if up_bias_EF is None else up_bias_EF.to(dtype).unbind()
 
 
 def _most_rows(up_EFD: Tensor) -> int:
@@ -196,8 +165,5 @@ def _gradients_of(weight: Tensor, counts: list[int], buffers: Buffers) -> Tensor
     return out
 
 
-def _rows_with_zero(rows: int, like: Tensor, buffers: Buffers) -> Tensor:
-    """[rows + 1, D], the last row zeros: what a missing assignment adds."""
-    out = buffers.empty((rows + 1, like.shape[1]), like.dtype, like.device)
-    out[rows].zero_()
-    return out
+def _rows(count: int, like: Tensor, buffers: Buffers) -> Tensor:
+    return buffers.empty((count, like.shape[1]), like.dtype, like.device)

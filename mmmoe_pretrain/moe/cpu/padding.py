@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class PaddedPlan:
-    """``plan`` with ``rows_A`` and ``place`` of the padded assignments; ``weights_P`` are 0 in padding;
+    """``plan`` with ``rows_A`` and ``place_A`` of the padded assignments; ``weights_P`` are 0 in padding;
     ``position_A`` is the place of each assignment."""
 
     plan: ExpertPlan
@@ -63,13 +63,12 @@ def pad_plan(plan: ExpertPlan, weights_A: Tensor, most_rows: int, pad: bool) -> 
     repeats = to_device(counts, torch.int64, device)
     position_A = torch.arange(plan.num_assignments, device=device)
     position_A = position_A + shifts.repeat_interleave(repeats, output_size=plan.num_assignments)
-    none = position_A.new_full((1,), total)
     first_rows = plan.rows_A[to_device(without, torch.int64, device)]
     lengths = to_device([piece.end - piece.start for piece in pieces], torch.int64, device)
     padded = replace(
         plan,
         rows_A=first_rows.repeat_interleave(lengths, output_size=total).index_copy_(0, position_A, plan.rows_A),
-        place=torch.cat([position_A, none])[plan.place],
+        place_A=position_A[plan.place_A],
     )
     return PaddedPlan(padded, pieces, weights_A.new_zeros(total).index_copy_(0, position_A, weights_A), position_A)
 

@@ -8,18 +8,15 @@ import math
 from torch import Tensor
 
 from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.moe.routing import Choice, RouterInputs, chosen_weights
+from mmmoe_pretrain.moe.routing import Choice, RouterInputs, choose_top_k
 
 
 def group_limited(inputs: RouterInputs) -> Choice:
     """As softmax_top_k, inside the best ``groups_per_token`` groups; groups and experts are chosen by
     probability + bias."""
-    config = inputs.config
     log_p_nE = inputs.logits_nE.log_softmax(-1)
-    scores_nE = within_best_groups(inputs.for_choice(log_p_nE.exp()), config)
-    ids_nK = scores_nE.topk(config.experts_per_token, dim=-1).indices
-    chosen_nK = log_p_nE.gather(-1, ids_nK)
-    return Choice(ids_nK, chosen_weights(chosen_nK, config), log_p_nE, log_p_nE.detach().amax(-1).exp())
+    seen_nE = within_best_groups(inputs.for_choice(log_p_nE.exp()), inputs.config)
+    return choose_top_k(inputs, seen_nE, log_p_nE, log_p_nE)
 
 
 def within_best_groups(scores_nE: Tensor, config: MoEConfig) -> Tensor:

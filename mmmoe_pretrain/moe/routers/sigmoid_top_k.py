@@ -6,17 +6,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from mmmoe_pretrain.moe.routers.group_limited import within_best_groups
-from mmmoe_pretrain.moe.routing import Choice, RouterInputs, chosen_weights
+from mmmoe_pretrain.moe.routing import Choice, RouterInputs, choose_top_k
 
 
 def sigmoid_top_k(inputs: RouterInputs) -> Choice:
     """Chosen by s + bias and weighed by s = sigmoid(logits), divided by the sum over the chosen where
     ``renormalize`` and K > 1. The routing distribution of losses and telemetry is s / sum s."""
     log_s_nE = F.logsigmoid(inputs.logits_nE)
-    scores_nE = inputs.for_choice(log_s_nE.exp())
+    seen_nE = inputs.for_choice(log_s_nE.exp())
     if inputs.config.node_groups > 1:
-        scores_nE = within_best_groups(scores_nE, inputs.config)
-    ids_nK = scores_nE.topk(inputs.config.experts_per_token, dim=-1).indices
-    chosen_nK = log_s_nE.gather(-1, ids_nK)
-    weights_nK = chosen_weights(chosen_nK, inputs.config)
-    return Choice(ids_nK, weights_nK, log_s_nE.log_softmax(-1), log_s_nE.detach().amax(-1).exp())
+        seen_nE = within_best_groups(seen_nE, inputs.config)
+    return choose_top_k(inputs, seen_nE, log_s_nE, log_s_nE.log_softmax(-1))

@@ -5,7 +5,7 @@ import torch
 
 from mmmoe_pretrain.moe.cpu import padding
 from mmmoe_pretrain.moe.cpu.padding import pad_plan, padded_length
-from mmmoe_pretrain.moe.plan import plan_of_slots, sort_slots
+from mmmoe_pretrain.moe.plan import plan_of_slots
 
 # Five tokens of one slot each: expert 0 has tokens 1 and 3, expert 2 tokens 0, 2 and 4.
 SLOTS = torch.tensor([[2], [0], [2], [0], [2]])
@@ -22,17 +22,11 @@ def test_short_lengths_stay_and_longer_ones_are_sixteen_an_octave() -> None:
 
 def test_assignments_keep_their_order_and_padding_weighs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padding, "SHORT", 0)
-    order, place, counts = sort_slots(SLOTS, 3)
-    plan = plan_of_slots(order, place, counts.tolist(), top_k=1)
+    plan = plan_of_slots(SLOTS, 3)[0]
     laid = pad_plan(plan, WEIGHTS, most_rows=2, pad=True)
     assert [(p.expert, p.start, p.end, p.count) for p in laid.pieces] == [(0, 0, 4, 2), (2, 4, 8, 2), (2, 8, 12, 1)]
     assert laid.position_A.tolist() == [0, 1, 4, 5, 8]
     assert laid.plan.rows_A.tolist() == [1, 3, 1, 1, 0, 2, 0, 0, 4, 4, 4, 4]  # of their own piece
     assert laid.weights_P.tolist() == [*WEIGHTS[:2].tolist(), 0, 0, *WEIGHTS[2:4].tolist(), 0, 0, 0.5, 0, 0, 0]
-    assert laid.plan.place.tolist() == [[4], [0], [5], [1], [8]]  # of tokens 0 to 4
-
-
-def test_without_padding_the_plan_stays_as_it_is() -> None:
-    order, place, counts = sort_slots(SLOTS, 3)
-    plan = plan_of_slots(order, place, counts.tolist(), top_k=1)
+    assert laid.plan.place_A.tolist() == [4, 0, 5, 1, 8]  # of tokens 0 to 4
     assert pad_plan(plan, WEIGHTS, most_rows=100, pad=False).plan is plan

@@ -30,11 +30,6 @@ def test_the_capacity_factor_scales_what_an_expert_takes() -> None:
     assert everything.kept_nK.all()
 
 
-def test_a_token_may_please_several_experts() -> None:
-    choice = route([[0.45, 0.45, 0.1], [0.2, 0.2, 0.6]], experts_per_token=1)  # C = ceil(2 / 3) = 1
-    assert choice.kept_nK.tolist() == [[True, True, False], [False, False, True]]
-
-
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_weights_are_probabilities_even_of_tokens_with_many_experts(renormalize: bool) -> None:
     choice = route(P, experts_per_token=2, renormalize=renormalize)  # C = 4: all tokens
@@ -66,17 +61,3 @@ def test_statistics_count_what_was_taken_and_nothing_as_dropped() -> None:
     assert stats.coactivation_MEE[IMAGE].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert not stats.coactivation_MEE[TEXT].any()
     torch.testing.assert_close(stats.probability_ME[TEXT], torch.tensor(p[1]))
-
-
-def test_experts_without_computation_take_tokens_as_the_others_do() -> None:
-    router = identity_router(2, router="expert_choice", experts_per_token=1)
-    with_null = identity_router(1, router="expert_choice", experts_per_token=1, null_experts=1)
-    with_null.weight = router.weight
-    x = logs(P)
-    tokens = tokens_of([IMAGE] * 4)
-    assert with_null(x, tokens).kept_nK.tolist() == router(x, tokens).kept_nK.tolist()
-
-
-def test_no_tokens_are_no_assignments() -> None:
-    choice = expert_choice(inputs_of(torch.zeros(0, 3), router="expert_choice"))
-    assert choice.kept_nK.shape == choice.weights_nK.shape == (0, 3)

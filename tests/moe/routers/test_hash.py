@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmmoe_pretrain.moe.routers.hash import hash_route
-from tests.moe.routing_inputs import IMAGE, TEXT, identity_router, inputs_of, tokens_of
+from tests.moe.routing_inputs import IMAGE, TEXT, inputs_of, tokens_of
 
 
 def mixed(value: int, multiplier: int) -> int:
@@ -35,13 +35,6 @@ def test_experts_follow_from_key_and_modality_alone(modality: int) -> None:
     assert route(keys, modality, 12, 3)[1].expert_ids_nK.tolist() == expected
 
 
-@pytest.mark.parametrize("num_experts,top_k", [(1, 1), (2, 2), (4, 3), (6, 6), (7, 7), (128, 8)])
-def test_the_experts_of_a_token_are_distinct(num_experts: int, top_k: int) -> None:
-    ids = route(list(range(300)), TEXT, num_experts, top_k)[1].expert_ids_nK
-    assert all(len(set(row)) == top_k for row in ids.tolist())
-    assert ids.min() >= 0 and ids.max() < num_experts
-
-
 @pytest.mark.parametrize("choice", [0, 1])
 def test_keys_spread_evenly_over_the_experts(choice: int) -> None:
     ids = route(list(range(8_000)), TEXT, 8, 2)[1].expert_ids_nK[:, choice]
@@ -54,16 +47,6 @@ def test_experts_weigh_alike_and_the_router_gets_a_gradient_of_zeros() -> None:
     assert choice.weights_nK.tolist() == [[0.25] * 4] * 2
     (gradient,) = torch.autograd.grad(choice.weights_nK.sum(), logits)
     assert not gradient.any()
-
-
-def test_the_routing_distribution_is_even_over_the_chosen() -> None:
-    _, choice = route([3, 4], IMAGE, 6, 4)
-    p = choice.log_p_nE.exp()
+    p = choice.log_p_nE.exp()  # the routing distribution is even over the chosen
     torch.testing.assert_close(p, torch.zeros(2, 6).scatter(1, choice.expert_ids_nK, 0.25))
     torch.testing.assert_close(-(p * choice.log_p_nE).sum(-1), torch.full((2,), math.log(4.0)))
-
-
-def test_every_parameter_of_a_hashing_router_has_a_gradient() -> None:
-    router = identity_router(4, router="hash")
-    router(torch.randn(5, 4), tokens_of([TEXT] * 5)).weights_nK.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in router.parameters())

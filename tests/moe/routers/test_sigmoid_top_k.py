@@ -16,26 +16,17 @@ def test_weights_are_scores_over_the_sum_of_the_chosen() -> None:
     assert choice.expert_ids_nK.tolist() == [[0, 1]]
     torch.testing.assert_close(choice.weights_nK, torch.tensor([[0.8 / 1.3, 0.5 / 1.3]]))
     torch.testing.assert_close(choice.priority_n, torch.tensor([0.8]))
-
-
-def test_the_routing_distribution_is_scores_over_the_sum_of_all() -> None:
-    p = sigmoid_top_k(inputs_of(torch.tensor(LOGITS))).log_p_nE.exp()
+    p = choice.log_p_nE.exp()  # the routing distribution: scores over the sum of all
     torch.testing.assert_close(p, torch.tensor([[0.8 / 1.5, 0.5 / 1.5, 0.2 / 1.5]]))
 
 
 def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
-    settings = {"bias": [0.0, -0.4, 0.1]}  # s + b = 0.8, 0.1, 0.3
-    choice = sigmoid_top_k(inputs_of(torch.tensor(LOGITS), **settings))
+    choice = sigmoid_top_k(inputs_of(torch.tensor(LOGITS), bias=[0.0, -0.4, 0.1]))  # s + b = 0.8, 0.1, 0.3
     assert choice.expert_ids_nK.tolist() == [[0, 2]]
     torch.testing.assert_close(choice.weights_nK, torch.tensor([[0.8, 0.2]]))  # 0.8 + 0.2 is 1
-    plain = sigmoid_top_k(inputs_of(torch.tensor(LOGITS), **settings, renormalize=False))
-    torch.testing.assert_close(plain.weights_nK, torch.tensor([[0.8, 0.2]]))
-
-
-def test_priority_is_the_largest_score_before_the_bias() -> None:
     choice = sigmoid_top_k(inputs_of(torch.tensor(LOGITS), bias=[-0.9, 0.0, 0.0]))  # s + b = -0.1, 0.5, 0.2
     assert choice.expert_ids_nK.tolist() == [[1, 2]]
-    torch.testing.assert_close(choice.priority_n, torch.tensor([0.8]))
+    torch.testing.assert_close(choice.priority_n, torch.tensor([0.8]))  # the largest score before the bias
 
 
 def test_a_single_choice_keeps_its_score_and_trains_its_expert_alone() -> None:
