@@ -21,7 +21,7 @@ from mmmoe_pretrain.engines import megatron as megatron_engine
 from mmmoe_pretrain.moe.dispatch import AllToAllDispatcher
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import silence_megatron
+from mmmoe_pretrain.parallel.runtime import silence_megatron
 
 OURS, MEGATRON, DEEPSPEED, DEEPSPEED_DROPS = "ours", "megatron", "deepspeed", "deepspeed, drops"
 LOSSY = (DEEPSPEED_DROPS,)  # these lose tokens, so their results differ

@@ -14,9 +14,9 @@ import dataclasses
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
+from mmmoe_pretrain.engines.state import EngineState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import StepCounts
@@ -87,18 +88,6 @@ class Progress:
         return cls(value["steps"], value["updates"], None if scale is None else LossScale(**scale))
 
 
-class EngineState(Protocol):
-    """Weights, buffers and optimizer state of an engine, by the keys of ``checkpoint/state.py``."""
-
-    def export(self) -> ShardedState:
-        """Views of this rank's state; the optimizer's tensors exist from the start, as zeros."""
-        ...
-
-    def load(self, state: ShardedState, updates: int) -> None:
-        """Import a state with the pieces of ``export``, made by ``updates`` updates."""
-        ...
-
-
 class Engine(ABC):
     """Steps ``models``: the stages of this rank in the order of the forward pass, with their working weights. A
     subclass has ``_state`` and ``step``."""
@@ -132,6 +121,15 @@ class Engine(ABC):
         self._progress = resumed(progress, self.config.train)
         self._state.load(state, progress.updates)
 
+    def _collect(self, forward: Callable[[], object]) -> None:
+        """The first pass of a step in which some loss is of all its microbatches: ``forward`` runs them."""
+        for model in self.models:
+            model.begin_collecting()
+        with torch.no_grad():
+            forward()
+        for model in self.models:
+            model.end_collecting()
+
     def _losses(self, reports: Sequence[LossReport]) -> dict[str, float]:
         return step_losses(reports, self.models[0].loss_names, self.groups, self.device)
 
@@ -139,7 +137,9 @@ class Engine(ABC):
         return finite_everywhere(numbers, self.groups, self.device)
 
     def _gradient_factor(self, norm: float) -> float:
-        return gradient_factor(norm, self.config.optimizer.clip_norm, self._progress.scale)
+        """Unscales gradients and clips them to ``clip_norm`` (0: does not), ``norm`` being the unscaled one."""
+        limit = self.config.optimizer.clip_norm
+        return (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / self._progress.scale
 
     def _end_step(
         self, reports: Sequence[LossReport], losses: dict[str, float], norm: float, counts: StepCounts, skipped: bool
@@ -165,11 +165,6 @@ def resumed(progress: Progress, train: TrainConfig) -> Progress:
     if own is None or progress.loss_scale is None:
         return dataclasses.replace(progress, loss_scale=own)
     return progress
-
-
-def gradient_factor(norm: float, limit: float, scale: float) -> float:
-    """Unscales gradients and clips them to ``limit`` (0: does not), ``norm`` being the unscaled one."""
-    return (min(1.0, limit / (norm + CLIP_EPS)) if limit else 1.0) / scale
 
 
 def after_step(progress: Progress, skipped: bool, settings: LossScaleConfig) -> Progress:

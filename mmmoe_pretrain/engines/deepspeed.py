@@ -18,7 +18,7 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.base import HALF_TYPES, Engine, StepResult, add_reports
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
-from mmmoe_pretrain.engines.deepspeed_modules import compute_in_half, hold, prepare_gathering
+from mmmoe_pretrain.engines.deepspeed_modules import complete_gathering, compute_in_half, hold
 from mmmoe_pretrain.engines.deepspeed_setup import (
     adopt_experts,
     join_process_group,
@@ -29,7 +29,7 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
-from mmmoe_pretrain.objectives import StepCounts, step_counts
+from mmmoe_pretrain.objectives import step_counts
 
 __all__ = ["DeepSpeedEngine", "prepare"]
 
@@ -54,7 +54,6 @@ class DeepSpeedEngine(Engine):
         mpu = join_process_group(deepspeed, self.groups)
         adopt_experts(model, self.groups)
         join_tensor_ranks(model, self.groups)
-        finish = prepare_gathering(model) if self.stage == 3 else None
         self._state: DeepSpeedState = DeepSpeedState(model, self.stage, config.optimizer.state)
         self._engine: Any = deepspeed.initialize(
             model=model,
@@ -64,8 +63,8 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )[0]
         assert self._engine.has_moe_layers or self.groups.expert_size == 1, "it would average different experts"
-        if finish is not None:
-            finish()
+        if self.stage == 3:
+            complete_gathering(model)
         self._state.attach(self._engine)
         self._check_norms()
 
@@ -75,9 +74,11 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = step_counts(microbatches, self.model.objectives, self.groups.data, self.device)
+        self.model.begin_step(self.steps_done, counts)
         if self.model.objectives.whole_step:
-            self._collect(microbatches, counts)
-        report = self._forward_backward(microbatches, counts)
+            self._collect(lambda: [self._engine(batch.to(self.device)) for batch in microbatches])
+            self.model.begin_step(self.steps_done, counts)
+        report = self._forward_backward(microbatches)
         losses = self._losses([report])
         self._total = losses["total"]
         grad_norm = self._clip() if self.stage == 0 else None
@@ -86,18 +87,8 @@ class DeepSpeedEngine(Engine):
             grad_norm = self._norm()
         return self._end_step([report], losses, grad_norm, counts, skipped=not math.isfinite(grad_norm))
 
-    def _collect(self, batches: list[Batch], counts: StepCounts) -> None:
-        """The first pass of a step in which some loss is of all its microbatches."""
-        self.model.begin_step(self.steps_done, counts)
-        self.model.begin_collecting()
-        with torch.no_grad():
-            for batch in batches:
-                self._engine(batch.to(self.device))
-        self.model.end_collecting()
-
-    def _forward_backward(self, batches: list[Batch], counts: StepCounts) -> LossReport:
+    def _forward_backward(self, batches: list[Batch]) -> LossReport:
         """The sums of the microbatches' reports."""
-        self.model.begin_step(self.steps_done, counts)
         if self._progress.loss_scale is not None and self.stage:
             # ZeRO scales losses and unscales gradients.
             self._engine.optimizer.override_loss_scale(self._progress.scale)

@@ -1,19 +1,16 @@
 """The JSON config for DeepSpeed: our own settings, overridden by ``parallel.deepspeed``. DeepSpeed silently accepts
 unknown top-level keys, and some known ones would contradict our settings. So every key of ``parallel.deepspeed`` must
-be one of ``ALLOWED`` (DeepSpeed's own models validate the values) and not one that our settings determine.
+be one of ``_allowed`` (DeepSpeed's own models validate their sections) and not one that our settings determine.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.groups import Groups
@@ -21,28 +18,71 @@ from mmmoe_pretrain.paths import expand
 
 BUCKET = 50_000_000  # numbers reduced or gathered at once; DeepSpeed's own default allocates ten times it
 
-# Key -> the type of its value, the keys of a section, or where DeepSpeed's model of the section is.
-ALLOWED: dict[str, Any] = {
-    "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-    "comms_logger": "deepspeed.comm.config:CommsLoggerConfig",
-    "tensorboard": "deepspeed.monitor.config:TensorBoardConfig",
-    "wandb": "deepspeed.monitor.config:WandbConfig",
-    "csv_monitor": "deepspeed.monitor.config:CSVConfig",
-    "comet": "deepspeed.monitor.config:CometConfig",
-    "aio": {"block_size": int, "queue_depth": int, "intra_op_parallelism": int, "single_submit": bool,
-            "overlap_events": bool, "use_gds": bool},
-    "flops_profiler": {"enabled": bool, "recompute_fwd_factor": float, "profile_step": int, "module_depth": int,
-                       "top_modules": int, "detailed": bool, "output_file": str},
-    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
-    "communication_data_type": str,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "disable_python_gc": bool,
-}  # fmt: skip
+
+class _Section(BaseModel):
+    """Keys that DeepSpeed reads without a model of its own; without values, as only their names and types count."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Aio(_Section):
+    block_size: int = 0
+    queue_depth: int = 0
+    intra_op_parallelism: int = 0
+    single_submit: bool = False
+    overlap_events: bool = False
+    use_gds: bool = False
+
+
+class _FlopsProfiler(_Section):
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: int = 0
+    module_depth: int = 0
+    top_modules: int = 0
+    detailed: bool = False
+    output_file: str = ""
+
+
+class _Throughput(_Section):
+    enabled: bool = False
+    synchronized: bool = False
+
+
+class _Timers(_Section):
+    throughput: _Throughput | None = None
+
+
+class _TopLevel(_Section):
+    aio: _Aio | None = None
+    flops_profiler: _FlopsProfiler | None = None
+    timers: _Timers | None = None
+    communication_data_type: str = ""
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 0.0
+    steps_per_print: int = 0
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    disable_python_gc: bool = False
+
+
+def _allowed() -> type[BaseModel]:
+    """Every key of ``parallel.deepspeed``."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    class DeepSpeed(_TopLevel):
+        zero_optimization: DeepSpeedZeroConfig | None = None
+        comms_logger: CommsLoggerConfig | None = None
+        tensorboard: TensorBoardConfig | None = None
+        wandb: WandbConfig | None = None
+        csv_monitor: CSVConfig | None = None
+        comet: CometConfig | None = None
+
+    return DeepSpeed
+
 
 # Keys that our own settings decide -> which.
 OURS: dict[str, str] = {
@@ -76,22 +116,19 @@ OURS: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "none: the gradient's norm is reported at every step",
 }
 
-Scalar = type[int] | type[float] | type[bool] | type[str]
-
 
 def deepspeed_json(config: RunConfig, groups: Groups, num_parameters: int) -> dict[str, Any]:
     """For ``deepspeed.initialize``. Raises ValueError for a bad key or value of ``parallel.deepspeed``."""
     own = config.parallel.deepspeed
-    _check(own, ALLOWED, "")
-    settings = _generated(config, groups, num_parameters)
-    merged = _merged(settings, own)
+    for path in _paths(own):
+        if path in OURS:
+            raise ValueError(f"parallel.deepspeed.{path} is decided by another key: {OURS[path]}")
+    allowed = _allowed()
+    _check(allowed, own)
+    merged = _merged(_generated(config, groups, num_parameters), own)
     if config.parallel.offload_optimizer == "nvme":
         _own_swap_folder(merged["zero_optimization"]["offload_optimizer"], config.name)
-    zero = _model(ALLOWED["zero_optimization"])
-    try:
-        zero(**merged["zero_optimization"])
-    except (ValidationError, AssertionError) as error:
-        raise ValueError(f"parallel.deepspeed.zero_optimization: {_first_line(error)}") from None
+    _check(allowed, {"zero_optimization": merged["zero_optimization"]})
     return merged
 
 
@@ -135,79 +172,37 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _check(values: Mapping[str, Any], known: Any, path: str) -> None:
-    """``known``: {key: type, section or place of a model}, or a model."""
-    names = _names(known)
+def _paths(values: Mapping[str, Any]) -> Iterator[str]:
+    """Every key, those in sections with their sections, as ``zero_optimization.stage``."""
     for key, value in values.items():
-        where = f"{path}{key}"
-        if where in OURS:
-            raise ValueError(f"parallel.deepspeed.{where} is decided by another key: {OURS[where]}")
-        if key not in names:
-            raise ValueError(f"parallel.deepspeed: unknown key {where!r}; {_hint(str(key), names, path)}")
-        expected = names[key]
-        section = _model(expected) if isinstance(expected, str) else expected
-        if isinstance(section, dict) or _is_model(section):
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"parallel.deepspeed.{where}: a section, not {value!r}; known keys: {_list(section)}"
-                )
-            _check(value, section, f"{where}.")
-        elif section in (int, float, bool, str) and not _fits(value, section):
-            raise ValueError(f"parallel.deepspeed.{where}: {section.__name__} wanted, got {value!r}")
-    if _is_model(known):
-        try:
-            known(**values)
-        except (ValidationError, AssertionError) as error:
-            raise ValueError(f"parallel.deepspeed.{path.rstrip('.')}: {_first_line(error)}") from None
+        yield str(key)
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in _paths(value))
 
 
-def _hint(key: str, names: Mapping[str, Any], path: str) -> str:
-    close = difflib.get_close_matches(key, [*names, *(() if path else OURS)], n=1)
-    if close and close[0] in OURS and not path:
-        return f"if {close[0]!r} is meant, it is decided by another key: {OURS[close[0]]}"
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {_list(names)}"
-
-
-def _list(known: Any) -> str:
-    return ", ".join(sorted(_names(known)))
-
-
-def _names(known: Any) -> dict[str, Any]:
-    """The keys of a section: those of the table, or a model's fields under all their names."""
-    if isinstance(known, Mapping):
-        return dict(known)
-    names: dict[str, Any] = {}
-    for name, field in known.model_fields.items():
-        nested = next((option for option in _options(field.annotation) if _is_model(option)), None)
-        for alias in filter(None, (name, field.alias)):
-            names[alias] = nested
-    return names
-
-
-def _options(annotation: Any) -> Iterable[Any]:
-    """X, or what X | None consists of."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _model(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _fits(value: Any, kind: Scalar) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _first_line(error: ValidationError | AssertionError) -> str:
-    if isinstance(error, ValidationError):
+def _check(allowed: type[BaseModel], values: Mapping[str, Any]) -> None:
+    try:
+        allowed.model_validate(values)
+    except ValidationError as error:
         item = error.errors()[0]
-        return f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})"
-    return str(error)
+        path = ".".join(map(str, item["loc"]))
+        if item["type"] != "extra_forbidden":
+            raise ValueError(f"parallel.deepspeed.{path}: {item['msg']} (got {item['input']!r})") from None
+        hint = _hint(str(item["loc"][-1]), _names(allowed, item["loc"][:-1]), top=len(item["loc"]) == 1)
+        raise ValueError(f"parallel.deepspeed: unknown key {path!r}; {hint}") from None
+
+
+def _hint(key: str, names: list[str], top: bool) -> str:
+    close = difflib.get_close_matches(key, [*names, *(OURS if top else ())], n=1)
+    if top and close and close[0] in OURS:
+        return f"if {close[0]!r} is meant, it is decided by another key: {OURS[close[0]]}"
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(names))}"
+
+
+def _names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at ``path``: fields under all their names."""
+    for part in path:
+        field = next(field for name, field in model.model_fields.items() if part in (name, field.alias))
+        options = (field.annotation, *get_args(field.annotation))  # X, or X | None
+        model = next(kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return [alias for name, field in model.model_fields.items() for alias in {name, field.alias} if alias]

@@ -1,13 +1,13 @@
 """Adapts our modules to DeepSpeed: ZeRO-3 gathering of parameters, and half precision.
 
-ZeRO-3 gathers a module's parameters before its forward pass and lets them go after it; for the backward pass it does
+ZeRO-3 gathers a module's parameters before its forward pass and releases them after it; for the backward pass it does
 so when a gradient reaches one of the tensors that the module returned. Two things it does not handle: the tensors in
 a router's ``Routing``, since it looks into tuples, lists and dicts; and that a block which is computed again runs
 forward in the midst of its own backward pass.
 
 bf16 and fp16: parameters stay fp32, and the modules of the trunk compute with half copies. DeepSpeed's own ``bf16``
 and ``fp16`` modes cast every parameter, also those that we keep in fp32 on purpose (vectors, routers, embedders,
-heads), and its ZeRO-3 knows one type for all parameters of a model. So it is given an fp32 model: what it partitions
+heads), and its ZeRO-3 supports one type for all parameters. So it is given an fp32 model: what it partitions
 is the master weight, and gradients are accumulated and reduced in fp32, as by our other engine. The price is 2 bytes
 a parameter of the unsharded model (ZeRO 0 to 2), and twice the bytes of ZeRO-3's gathers.
 """
@@ -28,15 +28,10 @@ from mmmoe_pretrain.moe.router import Router
 HELD = -1  # among the ids of the modules that need a parameter; keeps it whole
 
 
-def prepare_gathering(model: nn.Module) -> Callable[[], None]:
-    """Call it before ``deepspeed.initialize``, and what it returns after: hooks around DeepSpeed's own."""
-    finish = [_show_routing(model), _hold_while_recomputing(model)]
-
-    def register_the_others() -> None:
-        for register in finish:
-            register()
-
-    return register_the_others
+def complete_gathering(model: nn.Module) -> None:
+    """Call it after ``deepspeed.initialize``: hooks before and after DeepSpeed's own."""
+    _show_routing(model)
+    _hold_while_recomputing(model)
 
 
 def hold(parameters: Iterable[nn.Parameter]) -> None:
@@ -49,9 +44,8 @@ def hold(parameters: Iterable[nn.Parameter]) -> None:
         each.ds_active_sub_modules.add(HELD)
 
 
-def _show_routing(model: nn.Module) -> Callable[[], None]:
+def _show_routing(model: nn.Module) -> None:
     """DeepSpeed sees a list of the tensors in a ``Routing``, which is put together again behind it."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
     shown: dict[nn.Module, Any] = {}
 
     def take_apart(router: nn.Module, args: Any, routing: Any) -> list[Tensor]:
@@ -61,20 +55,15 @@ def _show_routing(model: nn.Module) -> Callable[[], None]:
     def put_together(router: nn.Module, args: Any, tensors: list[Tensor]) -> Any:
         return _with(shown.pop(router), iter(tensors))
 
-    for router in routers:
-        router.register_forward_hook(take_apart)
-
-    def finish() -> None:
-        for router in routers:
-            router.register_forward_hook(put_together)
-
-    return finish
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(take_apart, prepend=True)
+            module.register_forward_hook(put_together)
 
 
-def _hold_while_recomputing(model: nn.Module) -> Callable[[], None]:
+def _hold_while_recomputing(model: nn.Module) -> None:
     """Where a backward pass already needs a module's parameters when the module runs forward once more,
-    they are not let go after that."""
-    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    they are not released after that."""
     needed: dict[nn.Module, list[tuple[Any, set[int]]]] = {}
 
     def keep(module: nn.Module, args: Any) -> None:
@@ -90,14 +79,10 @@ def _hold_while_recomputing(model: nn.Module) -> Callable[[], None]:
             parameter.ds_active_sub_modules.discard(HELD)
             parameter.ds_active_sub_modules.update(modules)
 
-    for module in owners:
-        module.register_forward_pre_hook(keep)
-
-    def finish() -> None:
-        for module in owners:
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(keep, prepend=True)
             module.register_forward_hook(need_again)
-
-    return finish
 
 
 def _differentiable(value: Any) -> Iterator[Tensor]:

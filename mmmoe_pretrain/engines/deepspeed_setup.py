@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mmmoe_pretrain.config import OptimizerConfig
 from mmmoe_pretrain.moe.layer import MoELayer
+from mmmoe_pretrain.parallel.collectives import summed
 from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.groups import Group, Groups
 
@@ -169,16 +170,11 @@ def join_tensor_ranks(model: nn.Module, groups: Groups) -> None:
     if groups.tensor_size == 1:
         return
 
-    def summed(grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=groups.tensor)
-        return grad
-
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(summed)
+            parameter.register_hook(lambda grad: summed(grad, groups.tensor))
         elif computed_alike(parameter):
-            parameter.register_hook(lambda grad: summed(grad) / groups.tensor_size)
+            parameter.register_hook(lambda grad: summed(grad, groups.tensor) / groups.tensor_size)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:

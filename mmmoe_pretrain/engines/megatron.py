@@ -29,7 +29,7 @@ from mmmoe_pretrain.engines.megatron_state import MegatronState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives import StepCounts, step_counts
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import silence_megatron
+from mmmoe_pretrain.parallel.runtime import silence_megatron
 
 __all__ = ["MegatronEngine", "prepare"]
 
@@ -62,7 +62,7 @@ class MegatronEngine(Engine):
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
         if self.models[0].objectives.whole_step:
-            self._collect(microbatches, counts)
+            self._collect(lambda: self._run(microbatches, counts, forward_only=True))
         reports = self._run(microbatches, counts)
         losses = self._losses(reports)
         with megatron_cpu.optimizer_calls():
@@ -82,15 +82,6 @@ class MegatronEngine(Engine):
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step_with_ready_grads()
-
-    def _collect(self, batches: list[Batch], counts: StepCounts) -> None:
-        """The first pass of a step in which some loss is of all its microbatches."""
-        for model in self.models:
-            model.begin_collecting()
-        with torch.no_grad():
-            self._run(batches, counts, forward_only=True)
-        for model in self.models:
-            model.end_collecting()
 
     def _run(self, batches: list[Batch], counts: StepCounts, forward_only: bool = False) -> list[LossReport]:
         """Run the schedule; of each stage of this rank, the sums of its reports over the microbatches."""

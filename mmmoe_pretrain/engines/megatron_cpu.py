@@ -49,36 +49,13 @@ class _CpuAsCuda:
     """``torch.cuda`` as megatron-core sees it on a CPU."""
 
     Stream = Event = _Inert
-
-    @staticmethod
-    def current_device() -> str:
-        return "cpu"
-
-    @staticmethod
-    def synchronize(device: object = None) -> None:
-        pass
-
-    @staticmethod
-    def current_stream(device: object = None) -> _Inert:
-        return _Inert()
-
-    default_stream = current_stream
-
-    @staticmethod
-    def stream(stream: object) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    @staticmethod
-    def manual_seed(seed: int) -> None:
-        torch.manual_seed(seed)
-
-    @staticmethod
-    def get_rng_state(device: object = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    @staticmethod
-    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
-        torch.set_rng_state(state)
+    current_device = staticmethod(lambda: "cpu")
+    synchronize = staticmethod(lambda device=None: None)
+    current_stream = default_stream = staticmethod(lambda device=None: _Inert())
+    stream = staticmethod(lambda stream: contextlib.nullcontext())
+    manual_seed = staticmethod(torch.manual_seed)
+    get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)

@@ -17,7 +17,7 @@ from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import HALF_TYPES
 from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
 from mmmoe_pretrain.parallel.groups import Groups
-from mmmoe_pretrain.parallel.quiet import silence_megatron
+from mmmoe_pretrain.parallel.runtime import silence_megatron
 
 
 def prepare() -> None:

@@ -22,19 +22,24 @@ def group_size(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group)
-        return out
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of ``group``, in new and contiguous memory; not differentiable."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
+    return out
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sums forward, backward, or both. megatron-core's reduce in place, and not at all what is not contiguous."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.contiguous().clone()
-        dist.all_reduce(out, group=ctx.group)
-        return out, None
+    def forward(ctx: Any, x: Tensor, group: Group, forward: bool, backward: bool) -> Tensor:
+        ctx.group, ctx.backward = group, backward
+        return summed(x, group) if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return summed(grad, ctx.group) if ctx.backward else grad, None, None, None
 
 
 class _GatherRows(torch.autograd.Function):
@@ -48,8 +53,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # An all-reduce and a slice: gloo has no fast reduce-scatter, and the rows are few.
-        out = grad.contiguous().clone()
-        dist.all_reduce(out, group=ctx.group)
+        out = summed(grad, ctx.group)
         start = dist.get_rank(ctx.group) * ctx.rows
         return out[start : start + ctx.rows], None
 
@@ -138,9 +142,9 @@ class _WaitExchange(torch.autograd.Function):
         return grad.new_empty(0), None, None
 
 
-def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum over the ranks of ``group``, differentiable."""
-    return x if group_size(group) == 1 else _AllReduceSum.apply(x, group)
+def all_reduce_sum(x: Tensor, group: Group, forward: bool = True, backward: bool = True) -> Tensor:
+    """x summed over the ranks of ``group`` (``forward``), and its gradient likewise (``backward``)."""
+    return x if group_size(group) == 1 else _AllReduce.apply(x, group, forward, backward)
 
 
 def gather_rows(x: Tensor, group: Group) -> Tensor:

@@ -10,14 +10,27 @@ from __future__ import annotations
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmoe_pretrain.parallel.cuts import divides_tokens, mark_cut, tensor_cut
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.placement import Placement
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Cut:
+    """A layer whose ``weight`` is cut over the tensor ranks."""
+
+    weight: nn.Parameter
+
+    def _cut(self, dim: int, groups: Groups, blocks: tuple[int, ...] = (1,)) -> None:
+        mark_cut(self.weight, groups)
+        self._placement = tensor_cut(dim, groups, blocks)
+
+    def placements(self) -> dict[str, Placement]:
+        return {"weight": self._placement}
+
+
+class ColumnLinear(_Cut, ColumnParallelLinear):
     """``weight``: [out / ranks, in]. With ``sequence_parallel`` the input is this rank's rows, else all."""
 
     def __init__(
@@ -32,17 +45,13 @@ class ColumnLinear(ColumnParallelLinear):
             bias=False,
             tp_group=groups.tensor,
         )
-        mark_cut(self.weight, groups)
-        self._placement = tensor_cut(0, groups, blocks)
+        self._cut(0, groups, blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
-    def placements(self) -> dict[str, Placement]:
-        return {"weight": self._placement}
 
-
-class RowLinear(RowParallelLinear):
+class RowLinear(_Cut, RowParallelLinear):
     """``weight``: [out, in / ranks]."""
 
     def __init__(self, in_size: int, out_size: int, groups: Groups) -> None:
@@ -56,17 +65,13 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tensor,
         )
-        mark_cut(self.weight, groups)
-        self._placement = tensor_cut(1, groups)
+        self._cut(1, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
-    def placements(self) -> dict[str, Placement]:
-        return {"weight": self._placement}
 
-
-class VocabEmbedding(VocabParallelEmbedding):
+class VocabEmbedding(_Cut, VocabParallelEmbedding):
     """``weight``: [V / ranks, D]."""
 
     def __init__(self, vocab_size: int, hidden_size: int, groups: Groups) -> None:
@@ -77,11 +82,7 @@ class VocabEmbedding(VocabParallelEmbedding):
             config=_config(groups, sequence_parallel=False),
             tp_group=groups.tensor,
         )
-        mark_cut(self.weight, groups)
-        self._placement = tensor_cut(0, groups)
-
-    def placements(self) -> dict[str, Placement]:
-        return {"weight": self._placement}
+        self._cut(0, groups)
 
 
 def _config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfig:

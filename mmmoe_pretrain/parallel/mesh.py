@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.parallel.quiet import silence_calls, silence_megatron
+from mmmoe_pretrain.parallel.runtime import silence_calls, silence_megatron
 
 STORAGE_TIMEOUT = timedelta(hours=6)  # a rank may write a large share to a slow target while the others wait
 
@@ -46,26 +46,20 @@ def build_groups(layout: Layout, timeout_minutes: float = 5.0) -> Groups:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # for its own checkpoints; each is a connection to every other rank
     )
-    return _groups(layout)
-
-
-def _groups(layout: Layout) -> Groups:
-    from megatron.core import parallel_state as state
-
     return Groups(
-        data=state.get_data_parallel_group(),
-        data_rank=state.get_data_parallel_rank(),
+        data=parallel_state.get_data_parallel_group(),
+        data_rank=parallel_state.get_data_parallel_rank(),
         data_size=layout.data,
-        expert=state.get_expert_model_parallel_group(),
-        expert_rank=state.get_expert_model_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=layout.expert,
-        expert_data=state.get_expert_data_parallel_group(),
-        tensor=state.get_tensor_model_parallel_group(),
-        tensor_rank=state.get_tensor_model_parallel_rank(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
-        pipeline=state.get_pipeline_model_parallel_group(),
-        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=layout.pipeline,
         virtual_size=layout.virtual_pipeline,
     )

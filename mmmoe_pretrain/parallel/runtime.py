@@ -1,9 +1,11 @@
-"""Starting and ending the process group: the one place that chooses device and backend."""
+"""Starting and ending the process group: the one place that chooses device and backend. And the warnings of
+megatron-core that users cannot act on: they are suppressed."""
 
 from __future__ import annotations
 
 import os
 import resource
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -12,6 +14,11 @@ import torch
 import torch.distributed as dist
 
 COUNTS_OF_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes of this start
+OPTIONAL = (
+    "(?s).*(Transformer Engine|Apex|apex|moe_ffn_hidden_size|full scope is deprecated|without fp32 routing|"
+    "sequence parallelism must be used)"
+)
+RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 
 
 def local_device() -> torch.device:
@@ -41,7 +48,7 @@ def _allow_many_files() -> None:
     """Each gloo group of all ranks is a socket to every other rank: 1,000 ranks exceed the usual limit of 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(OSError, ValueError):  # not every system lets it be that of the administrator
+        with suppress(OSError, ValueError):  # not every system allows its own hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -76,3 +83,22 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
     finally:
         if finished or backend == "gloo":
             dist.destroy_process_group()
+
+
+@contextmanager
+def silence_megatron() -> Iterator[None]:
+    """Around imports of megatron-core and the making of its configs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=OPTIONAL)
+        yield
+
+
+def silence_calls() -> None:
+    """For the rest of the process: megatron-core calls collectives by names that torch has since changed,
+    and gives a hint on CUDA's queues without CUDA too. A filter for good, since most of this happens in
+    backward passes."""
+    warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning)
+    # Its sharded optimizer looks for gradients on views of parameters, where there are none.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute", module=r"megatron\.core\.optimizer")
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

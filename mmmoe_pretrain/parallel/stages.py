@@ -30,7 +30,7 @@ def whole(num_blocks: int) -> Stage:
 
 
 def cut_stages(costs: Sequence[float], num_stages: int, first_extra: float, last_extra: float) -> tuple[Stage, ...]:
-    """Runs of blocks whose costliest is as cheap as can be; a pipeline is as slow as that one.
+    """Runs of blocks with the least cost of the costliest run, as a pipeline is as slow as that one.
 
     ``costs``: of each block, in any unit; the extras are what the first and the last stage do beside
     their blocks. Exact. Of equal cuts the one with the most even numbers of blocks is taken, which

@@ -14,50 +14,48 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmmoe_pretrain.parallel.collectives import all_reduce_sum
 from mmmoe_pretrain.parallel.cuts import divides_tokens
-from mmmoe_pretrain.parallel.groups import Group, Groups
-from mmmoe_pretrain.parallel.quiet import silence_megatron
+from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.runtime import silence_megatron
+
+
+def _layers() -> Any:
+    """megatron-core's layers, imported where there are several tensor ranks alone: that takes seconds."""
+    with silence_megatron():
+        from mmmoe_pretrain.parallel import megatron_layers
+    return megatron_layers
 
 
 def column_linear(in_size: int, out_size: int, groups: Groups, blocks: tuple[int, ...] = (1,)) -> nn.Module:
     """[t, in] -> [n and padding, this rank's share of out]. ``blocks``: see ``Cut``."""
     if groups.tensor_size == 1:
         return nn.Linear(in_size, out_size, bias=False)
-    with silence_megatron():
-        from mmmoe_pretrain.parallel.megatron_layers import ColumnLinear
-    return ColumnLinear(in_size, out_size, groups, blocks, divides_tokens(groups))
+    return _layers().ColumnLinear(in_size, out_size, groups, blocks, divides_tokens(groups))
 
 
 def row_linear(in_size: int, out_size: int, groups: Groups) -> nn.Module:
     """[n and padding, this rank's share of in] -> [t, out], summed over the tensor ranks."""
     if groups.tensor_size == 1:
         return nn.Linear(in_size, out_size, bias=False)
-    with silence_megatron():
-        from mmmoe_pretrain.parallel.megatron_layers import RowLinear
-    return RowLinear(in_size, out_size, groups)
+    return _layers().RowLinear(in_size, out_size, groups)
 
 
 def vocab_embedding(vocab_size: int, hidden_size: int, groups: Groups) -> nn.Module:
     """ids [n] -> [n, D], on every tensor rank; each holds a share of the table's rows."""
     if groups.tensor_size == 1:
         return nn.Embedding(vocab_size, hidden_size)
-    with silence_megatron():
-        from mmmoe_pretrain.parallel.megatron_layers import VocabEmbedding
-    return VocabEmbedding(vocab_size, hidden_size, groups)
+    return _layers().VocabEmbedding(vocab_size, hidden_size, groups)
 
 
 def vocab_head(hidden_size: int, vocab_size: int, groups: Groups) -> nn.Module:
     """[N, D], equal on every tensor rank -> this rank's share of the logits [N, V]."""
     if groups.tensor_size == 1:
         return nn.Linear(hidden_size, vocab_size, bias=False)
-    with silence_megatron():
-        from mmmoe_pretrain.parallel.megatron_layers import ColumnLinear
-    return ColumnLinear(hidden_size, vocab_size, groups, blocks=(1,), sequence_parallel=False)
+    return _layers().ColumnLinear(hidden_size, vocab_size, groups, blocks=(1,), sequence_parallel=False)
 
 
 def vocab_cross_entropy(logits_NV: Tensor, targets_N: Tensor, groups: Groups) -> Tensor:
@@ -106,15 +104,16 @@ def enter_parts(x_tD: Tensor, num_valid: int, groups: Groups) -> tuple[Tensor, T
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     x_nD = gather_from_sequence_parallel_region(x_tD, group=groups.tensor)[:num_valid]
-    return _DivideGradient.apply(x_nD, groups.tensor_size), x_nD
+    alike = x_nD.view_as(x_nD)
+    if alike.requires_grad:  # the backward pass of the gather sums, and every rank has this gradient whole
+        alike.register_hook(lambda grad: grad / groups.tensor_size)
+    return alike, x_nD
 
 
 def leave_parts(y_nD: Tensor, groups: Groups) -> Tensor:
     """The sum of the parts [n, D] of all tensor ranks: [t, D]."""
-    if groups.tensor_size == 1:
-        return y_nD
     if not divides_tokens(groups):
-        return _Sum.apply(y_nD, groups.tensor)
+        return all_reduce_sum(y_nD, groups.tensor, backward=False)
     from megatron.core.tensor_parallel import reduce_scatter_to_sequence_parallel_region
 
     return reduce_scatter_to_sequence_parallel_region(pad_rows(y_nD, groups), group=groups.tensor)
@@ -122,47 +121,4 @@ def leave_parts(y_nD: Tensor, groups: Groups) -> Tensor:
 
 def sum_gradients(x: Tensor, groups: Groups) -> Tensor:
     """x; its gradient is summed over the tensor ranks, each of which knows a part of it."""
-    return x if groups.tensor_size == 1 else _SumGradients.apply(x, groups.tensor)
-
-
-# megatron-core has the next two, but reduces in place, and not at all what is not contiguous.
-
-
-class _SumGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduced(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _all_reduced(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def _all_reduced(x: Tensor, group: Group) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group)
-    return out
-
-
-class _DivideGradient(torch.autograd.Function):
-    """Before a gather whose backward pass sums: the gradient that every rank has whole counts once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
-        ctx.parts = parts
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.parts, None
+    return all_reduce_sum(x, groups.tensor, forward=False)

@@ -50,12 +50,14 @@ def pixels(batch: Batch) -> torch.Tensor:
     return batch.inputs["image"]["pixels"]
 
 
-def test_microbatches_are_of_the_samples_of_the_whole() -> None:
+def test_microbatches_and_ranks_have_the_samples_of_the_whole() -> None:
     config = run_config.load(levers.ROOT / "configs" / "demo.yaml", levers.MODEL)
-    (whole,), parts = batches(config, 8, 1), batches(config, 8, 4)
-    assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
-    assert sum(len(part.targets["captions"]) for part in parts) == len(whole.targets["captions"])
-    assert torch.equal(torch.cat([pixels(part) for part in parts]), pixels(whole))
+    (whole,) = batches(config, 8, 1)
+    ranks = [share_of(config, 8, Groups(data_rank=rank, data_size=2)) for rank in range(2)]
+    for parts in (batches(config, 8, 4), ranks):
+        assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
+        assert sum(len(part.targets["captions"]) for part in parts) == len(whole.targets["captions"])
+        assert torch.equal(torch.cat([pixels(part) for part in parts]), pixels(whole))
 
 
 def row(loss: float) -> Row:
@@ -81,14 +83,6 @@ def test_levers_are_of_configs_that_can_run_and_name_a_bound() -> None:
         for name, settings in family.levers.items():
             resolve_layout(run_config.load(demo, [*levers.MODEL, *family.layout, *settings]), RANKS)
             assert name in SAME
-
-
-def test_ranks_share_the_global_batch() -> None:
-    config = run_config.load(levers.ROOT / "configs" / "demo.yaml", levers.MODEL)
-    (whole,) = batches(config, 8, 1)
-    parts = [share_of(config, 8, Groups(data_rank=rank, data_size=2)) for rank in range(2)]
-    assert [meta.key for part in parts for meta in part.metas] == [meta.key for meta in whole.metas]
-    assert torch.equal(torch.cat([pixels(part) for part in parts]), pixels(whole))
 
 
 def test_a_ratio_is_of_neighbouring_steps() -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,13 @@ def run_apart(engine: str, kinds: Sequence[tuple[int, str]], gpu: str) -> list[d
 def runs(engine: str, kinds: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
     """In this process: a run of each (ZeRO stage, precision)."""
     found = []
-    with tempfile.TemporaryDirectory() as folder, process_group(timeout_minutes=1) as device:
+    with process_group(timeout_minutes=1) as device:
         for zero_stage, precision in kinds:
             moe = FIXED_ROUTING if precision == "bf16" else {}
             case = Case("one process", 1, engine, zero_stage, {}, precision, moe=moe)
             if precision == "fp16":
                 case = in_fp16("one process", zero_stage, engine)
-            outcome = train_case(case, Path(folder), STEPS, device)
+            outcome = train_case(case, STEPS, device)
             where = {"device": device.type, "backend": torch.distributed.get_backend()}
             found.append({**where, "losses": outcome.losses, "norms": outcome.norms})
     return found

@@ -6,6 +6,7 @@ first test here runs, which holds that the comparison itself works.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 from mmmoe_pretrain.engines import deepspeed
 from tests.distributed import run_ranks
 from tests.engines.gpu_run import run_apart, runs
-from tests.layouts.cases import FIXED_ROUTING, STEPS
-from tests.layouts.train import train_alone
+from tests.layouts.cases import ALONE, FIXED_ROUTING, STEPS
+from tests.layouts.train import reference
 
 FP32 = [("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 HALF = [(*kind, precision) for kind in (("megatron", 1), ("deepspeed", 2)) for precision in ("bf16", "fp16")]
@@ -43,10 +44,10 @@ def largest_differences(found: dict[str, Any], expected: dict[str, Any]) -> tupl
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def on_cpu() -> dict[str, dict[str, Any]]:
     """By plain torch in fp32, without an engine: what each type is compared with."""
-    root = tmp_path_factory.mktemp("alone")
-    alone = {"fp32": train_alone(root), "half": train_alone(root, STEPS_OF_HALF, moe=FIXED_ROUTING)}
+    hashed = dataclasses.replace(ALONE, moe=FIXED_ROUTING)
+    alone = {"fp32": reference(ALONE, STEPS), "half": reference(hashed, STEPS_OF_HALF)}
     return {name: {"losses": found.losses, "norms": found.norms} for name, found in alone.items()}
 
 

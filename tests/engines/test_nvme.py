@@ -22,7 +22,7 @@ from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.engines.test_skipped_steps import SpoiltGradient, held, same, step
+from tests.engines.test_skipped_steps import SpoiltGradient, difference, held, same, step
 from tests.layouts.cases import config_of
 
 deepspeed_engine.prepare()  # before the first fork
@@ -77,9 +77,7 @@ def train_save_and_resume(root: Path, precision: str) -> dict[str, Any]:
         destroy_groups()
     return {
         "files": sum(files), "expected": expected, "found": numbers(found), "skipped": skipped,
-        "untouched": untouched, "complete": complete,
-        "difference": max(float(np.abs(x - y).max(initial=0.0))
-                          for key in weights for x, y in zip(weights[key], after[key], strict=True)),
+        "untouched": untouched, "complete": complete, "difference": difference(weights, after),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a step adds up of its microbatches."""
+"""What a step adds up of its microbatches and ranks, and what an objective that is off adds to it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import add_reports, finite_everywhere
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.support import random_batch, tiny_config
+from tests.support import objectives, random_batch, tiny_config
 
 
 def test_reports_add_up_as_they_come(tmp_path: Path) -> None:
@@ -35,6 +36,26 @@ def test_reports_add_up_as_they_come(tmp_path: Path) -> None:
                 continue
             parts = [getattr(report.routing[i], field.name) for report in reports]
             torch.testing.assert_close(getattr(layer, field.name), torch.stack(parts).sum(0), msg=field.name)
+
+
+def losses_without_contrastive() -> list[dict[str, float]]:
+    found = []
+    with process_group(timeout_minutes=0.5) as device:
+        for contrastive in (
+            {"weight": 0},
+            {"weight": 0, "cached": True},
+            {"pairs": {"image-text": 0}, "cached": True},
+        ):
+            config = tiny_config(Path(), objectives=objectives(contrastive))
+            engine = build_engine(config, groups_of(config.parallel, 4), device)
+            found.append(engine.step([random_batch(config, ["iat", "it"], seed) for seed in range(2)], 1e-2).losses)
+            destroy_groups()
+    return found
+
+
+def test_a_cached_objective_that_is_off_changes_nothing() -> None:
+    plain, *cached = run_ranks(1, losses_without_contrastive)[0]
+    assert plain["captioning"] > 0 and cached == [plain, plain]
 
 
 def one_rank_finds_no_number() -> list[list[bool]]:

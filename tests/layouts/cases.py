@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
@@ -37,10 +38,7 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     precision: str = "fp32"
     train: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
-    cached: Literal["", "alone", "beside all"] = (
-        ""  # the contrastive loss over the whole step, beside all losses or not
-    )
-    chunks: int = 1  # in which tokens travel
+    cached: bool = False  # the contrastive loss over the whole step
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
     moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
@@ -52,19 +50,25 @@ class Case:
         kind = f" {self.optimizer['kind']}" if self.optimizer else ""
         return f"{self.layout} {self.engine}{zero}{kind} {self.precision}"
 
-    def config(self, root: Path) -> RunConfig:
+    @property
+    def alone(self) -> Case:
+        """The same run in one process, without what saves memory or time."""
+        one = dataclasses.replace(self, layout="one process", ranks=1, engine="megatron", zero_stage=0, parallel={})
+        train = {key: value for key, value in self.train.items() if key != "recompute"}
+        moe = {key: value for key, value in self.moe.items() if key != "dispatch_chunks"}
+        return dataclasses.replace(one, train=train, moe=moe)
+
+    def config(self, root: Path = Path()) -> RunConfig:
         parallel = {"expert_parallel_size": 1, **self.parallel, "engine": self.engine, "zero_stage": self.zero_stage}
         if self.zero_stage == 3:  # else it would leave parameters as small as these whole
             parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
         values = config_of(root, parallel, self.precision, self.train, self.optimizer).model_dump(mode="json")
-        values["objectives"]["contrastive"]["cached"] = bool(self.cached)
-        values["moe"] |= {"dispatch_chunks": self.chunks, **self.moe}
-        if self.cached == "alone":  # nothing that depends on microbatches
-            values["objectives"]["captioning"]["weight"] = 0.0
-            values["moe"] |= {"losses": {}, "bias_balancing": {}}
+        values["objectives"]["contrastive"]["cached"] = self.cached
+        values["moe"] |= self.moe
         return run_config.parse(values)
 
 
+ALONE = Case("one process", 1, "megatron", 0)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
     "DP2": (2, {}),
     "DP4": (4, {}),

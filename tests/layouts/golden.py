@@ -12,8 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.distributed import run_ranks
-from tests.layouts.cases import LAYOUTS, Case
+from tests.layouts.cases import ALONE, LAYOUTS, Case
 from tests.layouts.train import Outcome, start_ranks, train_alone
 
 STEPS = 100
@@ -49,14 +48,14 @@ def largest_difference(ranks: Sequence[Outcome]) -> float:
     )
 
 
-def run(case: Case, root: Path, steps: int = STEPS) -> float:
+def run(case: Case, steps: int = STEPS) -> float:
     """Train the case; its largest difference."""
-    outcomes = start_ranks(case.ranks, [case], root, steps, SECONDS_A_CASE)
+    outcomes = start_ranks(case.ranks, [(case, steps)], SECONDS_A_CASE)
     return largest_difference([rank[0] for rank in outcomes])
 
 
-def record(root: Path) -> None:
+def record() -> None:
     """Write the losses of one process under plain torch."""
-    losses = run_ranks(1, train_alone, root, STEPS, timeout=SECONDS_A_CASE)[0].losses
+    losses = train_alone(ALONE, STEPS).losses
     rows = [json.dumps({name: round(value, 8) for name, value in step.items()}) for step in losses]
     RECORD.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")

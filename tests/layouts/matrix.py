@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.distributed import run_ranks
-from tests.layouts.cases import FIXED_ROUTING, LEARNING_RATE, STEPS, Case, in_fp16
-from tests.layouts.train import Outcome, assemble, start_ranks, train_alone
+from tests.layouts.cases import LEARNING_RATE, STEPS, Case
+from tests.layouts.train import Outcome, assemble, reference, start_ranks
 
 LOSS, NORM, WEIGHT, GRADIENT = (
     {"fp32": 2e-5, "bf16": 3e-3, "fp16": 2e-3},
@@ -31,11 +30,7 @@ LOSS, NORM, WEIGHT, GRADIENT = (
 )
 BEGIN, END = "<!-- parity matrix: written by make parity -->", "<!-- end of the parity matrix -->"
 SECONDS_A_CASE = 60.0
-CASES_A_START = 4  # a start costs a second; threads of the groups that were before add up within one
-ONE_IN_HALF = {
-    "bf16": Case("one process", 1, "megatron", 0, {}, "bf16", moe=FIXED_ROUTING),
-    "fp16": in_fp16("one process", 0, "megatron"),
-}
+CASES_A_START = 16  # each start costs every rank a third of a second
 
 
 @dataclass(frozen=True)
@@ -97,26 +92,21 @@ def gradient_distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-6))
 
 
-def run(cases: Sequence[Case], root: Path, steps: int = STEPS) -> list[Comparison]:
-    """``steps``: of the cases in fp32. Some cases of as many ranks and steps share each start of the ranks."""
+def run(cases: Sequence[Case], steps: int = STEPS) -> list[Comparison]:
+    """``steps``: of the cases in fp32. Some cases of as many ranks share each start of the ranks."""
+    found = {}
+    for ranks, alike in itertools.groupby(sorted(cases, key=lambda case: case.ranks), key=lambda case: case.ranks):
+        for some in chunks(list(alike)):
+            runs = [(case, steps if case.precision == "fp32" else 1) for case in some]
+            outcomes = start_ranks(ranks, runs, SECONDS_A_CASE * (1 + len(runs)))
+            for i, (case, count) in enumerate(runs):
+                found[case] = compare(case, [rank[i] for rank in outcomes], reference(case.alone, count))
+    return [found[case] for case in cases]
 
-    def start_of(case: Case) -> tuple[int, int]:
-        return case.ranks, steps if case.precision == "fp32" else 1
 
-    alone = {"fp32": run_ranks(1, train_alone, root, steps)[0]}
-    for precision, case in ONE_IN_HALF.items():
-        if any(other.precision == precision for other in cases):
-            alone[precision] = start_ranks(1, [case], root, 1, SECONDS_A_CASE)[0][0]
-    comparisons = []
-    for (ranks, count), some in itertools.groupby(sorted(cases, key=start_of), key=start_of):
-        todo = list(some)
-        while todo:
-            group, todo = todo[:CASES_A_START], todo[CASES_A_START:]
-            outcomes = start_ranks(ranks, group, root, count, SECONDS_A_CASE * (1 + len(group)))
-            for i, case in enumerate(group):
-                comparisons.append(compare(case, [rank[i] for rank in outcomes], alone[case.precision]))
-    order = {case: i for i, case in enumerate(cases)}
-    return sorted(comparisons, key=lambda comparison: order[comparison.case])
+def chunks(cases: Sequence[Case]) -> list[Sequence[Case]]:
+    """Those of one start of the ranks each."""
+    return [cases[first : first + CASES_A_START] for first in range(0, len(cases), CASES_A_START)]
 
 
 def table(comparisons: Sequence[Comparison]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.layouts import golden, matrix
@@ -35,20 +34,19 @@ def main() -> int:
     def wanted(cases: list[Case]) -> list[Case]:
         return [case for case in cases if any(part in case.name for part in args.only)]
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.record:
-            golden.record(Path(folder))
-            return 0
-        comparisons = matrix.run(wanted(all_cases()), Path(folder))
-        text = f"{matrix.table(comparisons)}\n\n{len(comparisons)} cases at commit {commit()}."
-        print(text, flush=True)
-        if args.write:
-            matrix.write(args.write, text)
-        passed = [comparison.passed for comparison in comparisons]
-        for case in wanted(golden.golden_cases()):
-            difference = golden.run(case, Path(folder))
-            passed.append(difference <= golden.BOUND)
-            print(f"{case.name:<40} from the record: {difference:.1e} over {golden.STEPS} steps", flush=True)
+    if args.record:
+        golden.record()
+        return 0
+    comparisons = matrix.run(wanted(all_cases()))
+    text = f"{matrix.table(comparisons)}\n\n{len(comparisons)} cases at commit {commit()}."
+    print(text, flush=True)
+    if args.write:
+        matrix.write(args.write, text)
+    passed = [comparison.passed for comparison in comparisons]
+    for case in wanted(golden.golden_cases()):
+        difference = golden.run(case)
+        passed.append(difference <= golden.BOUND)
+        print(f"{case.name:<40} from the record: {difference:.1e} over {golden.STEPS} steps", flush=True)
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     return 0 if all(passed) else 1
 

@@ -27,22 +27,22 @@ from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.state import ShardedState, WholeState
 from mmmoe_pretrain.engines import deepspeed
-from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
-from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, SGD, Case, global_microbatch
-from tests.layouts.matrix import CASES_A_START, LOSS
+from tests.distributed import run_ranks
+from tests.layouts.cases import GLOBAL, LAYOUTS, LEARNING_RATE, SGD, Case
+from tests.layouts.matrix import LOSS, chunks
+from tests.layouts.train import build, microbatches_of
 
 STEPS_SAVED, STEPS_AFTER = 2, 2
 SECONDS_A_LOAD = 30.0
+TRAIN = {"num_microbatches": 2, "global_batch_size": 2 * len(GLOBAL)}
 
 
 def _case(layout: str, engine: str, zero_stage: int, optimizer: dict[str, Any] | None = None) -> Case:
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
-    return Case(layout, ranks, engine, zero_stage, degrees, optimizer=optimizer or {})
+    return Case(layout, ranks, engine, zero_stage, degrees, train=TRAIN, optimizer=optimizer or {})
 
 
 CASES = (
@@ -58,6 +58,7 @@ CASES = (
     _case("TP2 + SP x PP2 x EP2", "megatron", 1),
     _case("one process", "megatron", 0, SGD),
     _case("DP2", "deepspeed", 2, SGD),
+    _case("EP2", "deepspeed", 0, SGD),
     _case("EP2", "deepspeed", 3, SGD),
     _case("TP2 + SP", "megatron", 0, SGD),
     _case("PP2 x VPP2", "megatron", 0, SGD),
@@ -88,26 +89,17 @@ def run(pairs: Sequence[Pair], root: Path) -> Iterator[Comparison]:
     if any(case.engine == "deepspeed" for pair in pairs for case in pair):
         deepspeed.prepare()  # before the fork: its import takes seconds
     wanted: dict[Case, dict[str, float]] = {}
-    for ranks, cases in _by_ranks(sorted({before for before, _ in pairs}, key=lambda case: case.ranks)):
-        found = run_ranks(ranks, save_all, cases, root, timeout=SECONDS_A_LOAD * (1 + len(cases)))
-        wanted |= dict(zip(cases, found[0], strict=True))
+    savers = sorted({before for before, _ in pairs}, key=lambda case: case.ranks)
+    for ranks, alike in itertools.groupby(savers, key=lambda case: case.ranks):
+        for cases in chunks(list(alike)):
+            found = run_ranks(ranks, save_all, cases, root, timeout=SECONDS_A_LOAD * (1 + len(cases)))
+            wanted |= dict(zip(cases, found[0], strict=True))
     for after in sorted({after for _, after in pairs}, key=lambda case: case.ranks):
         sources = [before for before, target in pairs if target == after]
-        for some in _chunks(sources):
+        for some in chunks(sources):
             ranks = run_ranks(after.ranks, load_all, after, some, root, timeout=SECONDS_A_LOAD * (1 + len(some)))
             for i, before in enumerate(some):
                 yield _compare((before, after), [rank[i] for rank in ranks], wanted[before])
-
-
-def _by_ranks(cases: Sequence[Case]) -> Iterator[tuple[int, list[Case]]]:
-    for ranks, alike in itertools.groupby(cases, key=lambda case: case.ranks):
-        for some in _chunks(list(alike)):
-            yield ranks, some
-
-
-def _chunks(cases: list[Case]) -> Iterator[list[Case]]:
-    for first in range(0, len(cases), CASES_A_START):
-        yield cases[first : first + CASES_A_START]
 
 
 def _compare(pair: Pair, ranks: Sequence[tuple[str, dict[str, float]]], wanted: dict[str, float]) -> Comparison:
@@ -127,12 +119,12 @@ def save_all(cases: Sequence[Case], root: Path) -> list[dict[str, float]]:
     found = []
     with process_group(timeout_minutes=1) as device:
         for case in cases:
-            engine, groups = build(case, root, device)
+            engine = build(case, device)
             for number in range(STEPS_SAVED):
-                step(engine, case, root, groups, number)
+                engine.step(microbatches_of(engine, number), LEARNING_RATE)
             meta = {"progress": engine.progress().to_json()}
             store.save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, all_ranks(), Retention(1, 0, 0))
-            found.append(next_losses(engine, case, root, groups))
+            found.append(next_losses(engine))
             destroy_groups()
     return found
 
@@ -142,7 +134,7 @@ def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str,
     found = []
     with process_group(timeout_minutes=1) as device:
         for source in sources:
-            engine, groups = build(case, root, device)
+            engine = build(case, device)
             checkpoint = store.find_latest(root_of(root, source))
             assert checkpoint is not None
             progress = Progress.from_json(store.read_meta(checkpoint)["progress"])
@@ -150,7 +142,7 @@ def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str,
             problem = differences(engine.export_state(), store.read_state(checkpoint))
             if engine.progress() != progress:
                 problem = problem or f"progress is {engine.progress()}, saved was {progress}"
-            found.append((problem, next_losses(engine, case, root, groups)))
+            found.append((problem, next_losses(engine)))
             destroy_groups()
     return found
 
@@ -169,27 +161,13 @@ def all_ranks() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.get_world_size() > 1 else None
 
 
-def build(case: Case, root: Path, device: torch.device) -> tuple[Engine, Groups]:
-    config = case.config(root)
-    groups = groups_of(config.parallel, config.moe.group_sizes)
-    return build_engine(config, groups, device), groups
-
-
-def next_losses(engine: Engine, case: Case, root: Path, groups: Groups) -> dict[str, float]:
+def next_losses(engine: Engine) -> dict[str, float]:
     """Of the steps behind the checkpoint, by number and name."""
     return {
         f"{number} {name}": value
         for number in range(STEPS_SAVED, STEPS_SAVED + STEPS_AFTER)
-        for name, value in step(engine, case, root, groups, number).items()
+        for name, value in engine.step(microbatches_of(engine, number), LEARNING_RATE).losses.items()
     }
-
-
-def step(engine: Engine, case: Case, root: Path, groups: Groups, number: int) -> dict[str, float]:
-    batches = [
-        global_microbatch(case.config(root), number * MICROBATCHES + a, groups.data_rank, groups.data_size)
-        for a in range(MICROBATCHES)
-    ]
-    return engine.step(batches, LEARNING_RATE).losses
 
 
 def main() -> int:

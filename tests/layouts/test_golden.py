@@ -1,19 +1,17 @@
 """Losses on record: one process still gives them, and so do layouts of each kind (make parity: all of both)."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.distributed import run_ranks
 from tests.layouts import golden
+from tests.layouts.cases import ALONE
 from tests.layouts.train import train_alone
 
-STEPS = 40
+STEPS_ALONE, STEPS = 40, 20
 SOME = ("EP2 megatron ZeRO-1 fp32", "PP2 x VPP2 megatron ZeRO-1 fp32")
 
 
-def test_one_process_gives_the_recorded_losses(tmp_path: Path) -> None:
-    alone = run_ranks(1, train_alone, tmp_path, STEPS, timeout=300)[0]
+def test_one_process_gives_the_recorded_losses() -> None:
+    alone = train_alone(ALONE, STEPS_ALONE)
     assert golden.largest_difference([alone]) <= golden.BOUND
     assert alone.losses[-1]["total"] < 0.8 * alone.losses[0]["total"]  # there is something to follow
     alone.losses[30]["captioning"] += 1e-3
@@ -21,6 +19,6 @@ def test_one_process_gives_the_recorded_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_layout_gives_the_recorded_losses(tmp_path: Path, name: str) -> None:
+def test_a_layout_gives_the_recorded_losses(name: str) -> None:
     (case,) = [case for case in golden.golden_cases() if case.name == name]
-    assert golden.run(case, tmp_path, STEPS) <= golden.BOUND
+    assert golden.run(case, STEPS) <= golden.BOUND

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import LAYOUTS, all_cases, cover
-from tests.layouts.train import assemble, train_alone
+from tests.layouts.cases import ALONE, LAYOUTS, all_cases, cover
+from tests.layouts.train import assemble, reference
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases
 CASES = cover(all_cases())
@@ -17,10 +16,8 @@ STEPS = 2  # the second is made with weights, moments and prefetch orders that t
 
 
 @pytest.fixture(scope="module")
-def comparisons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Comparison]:
-    return {
-        comparison.case.name: comparison for comparison in matrix.run(CASES, tmp_path_factory.mktemp("matrix"), STEPS)
-    }
+def comparisons() -> dict[str, matrix.Comparison]:
+    return {comparison.case.name: comparison for comparison in matrix.run(CASES, STEPS)}
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
@@ -42,8 +39,8 @@ def test_the_page_tells_of_every_layout() -> None:
         assert (case.layout, str(case.ranks), case.engine, str(case.zero_stage), case.precision) in rows, case.name
 
 
-def test_what_differs_is_seen(tmp_path: Path) -> None:
-    alone = run_ranks(1, train_alone, tmp_path, STEPS)[0]
+def test_what_differs_is_seen() -> None:
+    alone = reference(ALONE, STEPS)
     case = all_cases()[0]
     assert matrix.compare(case, [alone, alone], alone).passed
     other_norm = dataclasses.replace(alone, norms=[norm * 1.001 for norm in alone.norms])

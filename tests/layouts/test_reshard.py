@@ -6,14 +6,18 @@ import pytest
 
 from tests.layouts.reshard import CASES, all_pairs, run
 
+# Every ZeRO stage of either engine loads what another layout saved.
 PAIRS = [("EP2 megatron ZeRO-1", "EP2 deepspeed ZeRO-3"), ("EP2 deepspeed ZeRO-3", "PP2 x VPP2 megatron ZeRO-1"),
          ("PP2 x VPP2 megatron ZeRO-1", "TP2 + SP megatron"), ("TP2 + SP megatron", "one process megatron"),
-         ("EP2 deepspeed ZeRO-3 sgd", "PP2 x VPP2 megatron sgd"),
-         ("PP2 x VPP2 megatron sgd", "DP2 deepspeed ZeRO-2 sgd")]  # fmt: skip
+         ("PP2 x VPP2 megatron ZeRO-1", "DP2 deepspeed ZeRO-2"),
+         ("EP2 megatron ZeRO-1", "TP2 x EP2 deepspeed ZeRO-1"),
+         ("EP2 deepspeed ZeRO-3 sgd", "EP2 deepspeed sgd"),
+         ("EP2 deepspeed sgd", "DP2 deepspeed ZeRO-2 sgd"),
+         ("EP2 deepspeed ZeRO-3 sgd", "PP2 x VPP2 megatron sgd")]  # fmt: skip
 
 
 @pytest.mark.timeout(240)
-def test_a_checkpoint_of_one_layout_goes_on_under_another(tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_layout_resumes_under_another(tmp_path: Path) -> None:
     by_name = {case.name.removesuffix(" fp32"): case for case in CASES}
     pairs = [(by_name[before], by_name[after]) for before, after in PAIRS]
     comparisons = list(run(pairs, tmp_path))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import persistent_buffers, split_key
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import deepspeed
@@ -20,8 +20,9 @@ from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import GLOBAL, LEARNING_RATE, STEPS, Case, global_microbatch
+from tests.layouts.cases import GLOBAL, LEARNING_RATE, Case, global_microbatch
 
+SECONDS_ALONE = 90.0
 BEATS_ANY_SCORE = 10.0  # a bias on sigmoid scores, which are below 1
 Held = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]]
 
@@ -39,48 +40,55 @@ class Outcome:
     moments: Held
 
 
-def start_ranks(ranks: int, cases: Sequence[Case], root: Path, steps: int, timeout: float) -> list[list[Outcome]]:
-    """``train_cases`` on forked ranks: of each rank, the outcome of each case."""
-    if any(case.engine == "deepspeed" for case in cases):
+def start_ranks(ranks: int, runs: Sequence[tuple[Case, int]], timeout: float) -> list[list[Outcome]]:
+    """On forked ranks, each case for its number of steps: of each rank, the outcome of each."""
+    if any(case.engine == "deepspeed" for case, _ in runs):
         deepspeed.prepare()  # before the fork: its import takes seconds
-    return run_ranks(ranks, train_cases, cases, root, steps, timeout=timeout)
+    return run_ranks(ranks, _train_in_turn, runs, timeout=timeout)
 
 
-def train_cases(cases: Sequence[Case], root: Path, steps: int = STEPS) -> list[Outcome]:
-    """On one rank of many: each case in turn, in one process group."""
+def _train_in_turn(runs: Sequence[tuple[Case, int]]) -> list[Outcome]:
     with process_group(timeout_minutes=1) as device:
-        return [train_case(case, root, steps, device) for case in cases]
+        return [train_case(case, steps, device) for case, steps in runs]
 
 
-def train_case(case: Case, root: Path, steps: int, device: torch.device) -> Outcome:
+def build(case: Case, device: torch.device) -> Engine:
+    """The engine of this rank, over groups that it builds; ``destroy_groups`` ends them."""
+    config = case.config()
+    return build_engine(config, groups_of(config.parallel, config.moe.group_sizes), device)
+
+
+def microbatches_of(engine: Engine, step: int, samples: Sequence[str] = GLOBAL) -> list[Batch]:
+    """Those of this data-parallel rank in a step."""
+    count, groups = engine.config.train.num_microbatches, engine.groups
+    return [
+        global_microbatch(engine.config, number, groups.data_rank, groups.data_size, samples)
+        for number in range(step * count, (step + 1) * count)
+    ]
+
+
+def train_case(case: Case, steps: int, device: torch.device) -> Outcome:
     """On this rank; builds its groups and takes them down again."""
-    config = case.config(root)
-    groups = groups_of(config.parallel, config.moe.group_sizes)
-    engine = build_engine(config, groups, device)
+    engine = build(case, device)
     if case.one_expert:
         state = {name: held.clone() for name, held in engine.export_state().items()}
         for name, held in state.items():
             if name.endswith("router.bias.all"):
                 held.pieces[0, 0][:, :2] = BEATS_ANY_SCORE
         engine.import_state(state, Progress(0, 0))
-    losses, norms, tokens, moments = [], [], [], {}
+    results, moments = [], {}
     for step in range(steps):
-        batches = [global_microbatch(config, number, groups.data_rank, groups.data_size, case.samples)
-                   for number in microbatches_of(config, step)]  # fmt: skip
-        result = engine.step(batches, LEARNING_RATE)
-        losses.append(result.losses)
-        norms.append(result.grad_norm)
-        tokens.append(result.tokens)
-        moments = moments or held_by_name(engine, config.optimizer.state[0])
+        results.append(engine.step(microbatches_of(engine, step, case.samples), LEARNING_RATE))
+        moments = moments or held_by_name(engine, engine.config.optimizer.state[0])
     parameters = held_by_name(engine)
     destroy_groups()
-    return Outcome(losses, norms, tokens, parameters, moments)
-
-
-def microbatches_of(config: RunConfig, step: int) -> range:
-    """Their numbers."""
-    count = config.train.num_microbatches
-    return range(step * count, (step + 1) * count)
+    return Outcome(
+        [result.losses for result in results],
+        [result.grad_norm for result in results],
+        [result.tokens for result in results],
+        parameters,
+        moments,
+    )
 
 
 def held_by_name(engine: Engine, kind: str | None = None) -> Held:
@@ -92,26 +100,29 @@ def held_by_name(engine: Engine, kind: str | None = None) -> Held:
     }
 
 
-def train_alone(
-    root: Path,
-    steps: int = STEPS,
-    samples: Sequence[str] = GLOBAL,
-    one_expert: bool = False,
-    moe: dict[str, Any] | None = None,
-    kind: dict[str, Any] | None = None,
-    train: dict[str, Any] | None = None,
-) -> Outcome:
-    """The same run without engine or process group: torch's optimizer on the whole model."""
-    config = Case("alone", 1, "megatron", 0, moe=moe or {}, train=train or {}, optimizer=kind or {}).config(root)
+@functools.cache
+def reference(alone: Case, steps: int) -> Outcome:
+    """What layouts of a case must train like (``Case.alone``): one process, by plain torch in fp32. For half types,
+    and for a loss that takes two passes, by the megatron engine; test_cuts.py compares it with plain torch."""
+    if alone.precision == "fp32" and not alone.cached:
+        return train_alone(alone, steps)
+    return start_ranks(1, [(alone, steps)], SECONDS_ALONE)[0][0]
+
+
+def train_alone(case: Case, steps: int) -> Outcome:
+    """One process without engine or process group: torch's optimizer on the whole model."""
+    config = case.config()
     model = PretrainingModel(config)
-    if one_expert:
+    if case.one_expert:
         for name, bias in persistent_buffers(model).items():
             if name.endswith("router.bias.all"):
                 bias[:, :2] = BEATS_ANY_SCORE
     optimizer = torch_optimizer(model, config)
+    count = config.train.num_microbatches
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
-        batches = [global_microbatch(config, number, 0, 1, samples) for number in microbatches_of(config, step)]
+        numbers = range(step * count, (step + 1) * count)
+        batches = [global_microbatch(config, number, 0, 1, case.samples) for number in numbers]
         model.begin_step(step, step_counts(batches, model.objectives, None, torch.device("cpu")))
         reports = []
         for batch in batches:
@@ -120,28 +131,20 @@ def train_alone(
             reports.append(report)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
         optimizer.step()
-        moments = moments or first_moments(model, optimizer, config.optimizer.state[0])
+        first = config.optimizer.state[0]
+        moments = moments or {name: _whole(optimizer.state[p][first]) for name, p in model.named_parameters()}
         optimizer.zero_grad()
         parts = {name: sum(float(r.losses[name]) for r in reports) for name in reports[0].losses}
         losses.append({"total": sum(parts.values()), **parts})
         tokens.append(sum(rows.shape[0] for batch in batches for rows in batch.rows.values()))
         summed = [r.routing for r in reports]
         model.end_step(tuple(sum(layer[1:], layer[0]) for layer in zip(*summed, strict=True)))
-    return Outcome(losses, norms, tokens, whole_state(model), moments)
-
-
-def first_moments(model: PretrainingModel, optimizer: torch.optim.Optimizer, kept: str) -> Held:
-    """Of an uncut model, as ``held_by_name`` gives them."""
-    return {name: _whole(optimizer.state[p][kept]) for name, p in model.named_parameters()}
-
-
-def whole_state(model: PretrainingModel) -> Held:
-    """All weights of an uncut model, as ``held_by_name`` gives them."""
     state = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    return {name: _whole(t) for name, t in state.items()}
+    return Outcome(losses, norms, tokens, {name: _whole(tensor) for name, tensor in state.items()}, moments)
 
 
 def _whole(tensor: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]:
+    """Of an uncut model, as ``held_by_name`` gives it."""
     return tuple(tensor.shape), [((0,) * tensor.ndim, tensor.detach().numpy().copy())]
 
 

@@ -53,19 +53,6 @@ def inside(whole: Tensor, offset: tuple[int, ...], piece: Tensor) -> Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
 
 
-def test_queries_keys_and_values_are_cut_alike() -> None:
-    whole = torch.arange(12.0).view(12, 1)  # rows 0 to 3 are queries, 4 to 7 keys, 8 to 11 values
-    cut = (Cut(0, 1, 2, blocks=(1, 1, 1)),)
-    part = part_of(whole, cut)
-    assert part.flatten().tolist() == [2, 3, 6, 7, 10, 11]
-    pieces = pieces_of_part(part, cut)
-    assert {offset: piece.flatten().tolist() for offset, piece in pieces.items()} == {
-        (2, 0): [2, 3],
-        (6, 0): [6, 7],
-        (10, 0): [10, 11],
-    }
-
-
 def test_keys_of_fewer_heads_than_queries_are_cut_alike() -> None:
     whole = torch.arange(16.0).view(16, 1)  # rows 0 to 7 are queries, 8 to 11 keys, 12 to 15 values
     cut = (Cut(0, 1, 2, blocks=(2, 1, 1)),)
@@ -85,11 +72,6 @@ def test_a_range_of_a_matrix_is_an_end_of_a_row_whole_rows_and_a_beginning() -> 
         (2, Box((1, 0), (2, 5))),
         (12, Box((3, 0), (1, 4))),
     ]
-
-
-def test_an_empty_range_has_no_boxes() -> None:
-    assert list(boxes_of_range((5, 5), 7, 7)) == []
-    assert pieces_of_range(torch.zeros(0), 3, (5, 5), ()) == {}
 
 
 def test_blocks_that_are_not_cut_are_one_box() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmoe_pretrain.parallel.stages import Stage, cut_stages, stages_of_rank, whole
+from mmmoe_pretrain.parallel.stages import Stage, cut_stages, stages_of_rank
 
 
 def costliest(costs: list[int], bounds: tuple[int, ...], first_extra: int, last_extra: int) -> int:
@@ -50,16 +50,6 @@ def test_embedders_and_heads_push_blocks_to_the_middle() -> None:
         Stage(2, 6, first=False, last=False),
         Stage(6, 9, first=False, last=True),
     )
-
-
-def test_costly_blocks_stand_with_few_others() -> None:
-    """An MoE layer of cost 5 beside dense blocks of 1: alone, it bounds the costliest stage from below."""
-    assert [stage.blocks for stage in cut_stages([5, 1, 1, 1, 1, 5], 3, 0, 0)] == [range(1), range(1, 5), range(5, 6)]
-    assert [stage.blocks for stage in cut_stages([5, 1, 1, 1], 2, 0, 0)] == [range(1), range(1, 4)]
-
-
-def test_one_stage_holds_everything() -> None:
-    assert cut_stages([1, 2, 3], 1, 4, 5) == (whole(3),)
 
 
 @pytest.mark.parametrize("num_stages", [0, 4])

@@ -1,0 +1,117 @@
+"""Weights, buffers and optimizer state of an engine, by the keys of ``checkpoint/state.py``: what all engines share.
+
+Legend: a parameter's *part* is what this rank's model holds of it (``parallel/placement.py``). An optimizer holds a
+range of the flattened part, or all of it, somewhere in a *flat* tensor: its fp32 master weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmmoe_pretrain.checkpoint.state import (
+    Pieces,
+    ShardedState,
+    ShardedTensor,
+    model_key,
+    optimizer_key,
+    persistent_buffers,
+    pieces_of_range,
+)
+from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
+
+Flat = list[Tensor]  # a flat master weight, and what the optimizer keeps for it, in the order of the names
+
+
+@dataclass(frozen=True)
+class Part:
+    """The metadata of one parameter, stored before ZeRO-3 removes its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements ``start`` to ``start + length`` of a flattened part, and their offset in ``flat``; none where
+    ``length`` is below 1."""
+
+    flat: Tensor
+    begin: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of ``tensor``, which is laid out like ``flat``, or is a copy of it."""
+        return tensor.detach().view(-1)[max(0, self.begin) :][: max(0, self.length)]
+
+
+class EngineState(ABC):
+    """``names``: of the tensors that the optimizer keeps for each parameter (``OptimizerConfig.state``); they exist
+    from the start, as zeros."""
+
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str]) -> None:
+        self._models, self._names = models, names
+        self._parts: dict[nn.Parameter, Part] = {}
+        for model in models:
+            placed = placements(model)
+            for name, parameter in model.named_parameters():
+                self._parts[parameter] = Part(name, tuple(parameter.shape), placed[name])
+
+    def export(self) -> ShardedState:
+        """Views of this rank's state; copies in host memory of state that is in files."""
+        return self._export(self._copies_of_files())
+
+    @torch.no_grad()
+    def load(self, state: ShardedState, updates: int) -> None:
+        """Import a state with the pieces of ``export``, made by ``updates`` updates."""
+        self._reset_optimizer(updates)
+        copies = self._copies_of_files()
+        for key, mine in self._export(copies).items():
+            mine.copy_(state[key])
+        self._publish(copies)
+
+    @abstractmethod
+    def _stretches(self) -> Iterator[tuple[nn.Parameter, Stretch]]:
+        """What this rank's optimizer holds of each parameter."""
+
+    @abstractmethod
+    def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
+        """What the optimizer keeps for a flat master weight."""
+
+    @abstractmethod
+    def _reset_optimizer(self, updates: int) -> None:
+        """Zeros, and ``updates`` as the number of steps."""
+
+    @abstractmethod
+    def _publish(self, copies: Mapping[Tensor, Flat]) -> None:
+        """After the master weights have changed: the working weights, and the files that ``copies`` are of."""
+
+    def _copies_of_files(self) -> dict[Tensor, Flat]:
+        """Copies of the flat tensors that are in files."""
+        return {}
+
+    def _live(self, flat: Tensor) -> Flat:
+        state = self._optimizer_state(flat)
+        return [flat, *(state[name] for name in self._names)]
+
+    def _export(self, copies: Mapping[Tensor, Flat]) -> ShardedState:
+        stretches = dict(self._stretches())
+        found: ShardedState = {}
+        for parameter, part in self._parts.items():
+            keys = [model_key(part.name), *(optimizer_key(part.name, name) for name in self._names)]
+            pieces: list[Pieces] = [{} for _ in keys]
+            if parameter in stretches:
+                stretch = stretches[parameter]
+                tensors = map(stretch.of, copies.get(stretch.flat) or self._live(stretch.flat))
+                pieces = [pieces_of_range(held, stretch.start, part.shape, part.placement) for held in tensors]
+            shape = logical_shape(part.shape, part.placement)
+            found |= {key: ShardedTensor(shape, held) for key, held in zip(keys, pieces, strict=True)}
+        for model in self._models:
+            found |= {model_key(name): ShardedTensor.whole(b) for name, b in persistent_buffers(model).items()}
+        return found

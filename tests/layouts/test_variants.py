@@ -1,0 +1,147 @@
+"""The parity matrix beside layouts: settings for speed and memory, uneven work, and other optimizers and MoE layers,
+each over a few layouts against one process (tests/layouts/matrix.py)."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.layouts import matrix
+from tests.layouts.cases import ALONE, FIXED_ROUTING, LAYOUTS, OTHER_BLOCKS, SGD, Case
+from tests.layouts.train import reference, start_ranks
+
+STEPS = 2  # the second is made with weights, moments and prefetch orders that the first has left
+
+
+def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more: Any) -> Case:
+    """``more``: fields of the case; keys that it does not have belong to its section ``parallel``."""
+    ranks, degrees = LAYOUTS[layout]
+    own = {key: more.pop(key) for key in list(more) if key not in Case.__dataclass_fields__}
+    return Case(layout, ranks, engine, zero_stage, {**degrees, **own}, **more)
+
+
+BLOCKS = {"recompute": "blocks"}
+GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
+SMALL_BUCKETS = {"zero_optimization": BUCKETS}
+MEGATRON_LEVERS = [
+    case("EP2", train={"recompute": "experts"}),
+    case("EP2", train=BLOCKS),
+    case("PP2 x VPP2", train=BLOCKS),
+    case("TP2 + SP", train=BLOCKS),
+    case("EP2", overlap_grad_reduce=True),
+    case("PP2", overlap_grad_reduce=True),
+    case("DP2", 1, **GATHERED),
+    case("PP2 x VPP2", 1, **GATHERED),
+    case("EP2", moe={"dispatch_chunks": 2}),
+    case("DP2", cached=True),
+    case("PP2 x VPP2", cached=True),
+    case("TP2 + SP", cached=True),
+]
+DEEPSPEED_LEVERS = [
+    case("EP2", 0, "deepspeed"),
+    case("TP2 + SP", 0, "deepspeed"),
+    case("DP2", 1, "deepspeed", deepspeed=SMALL_BUCKETS),
+    case("EP2", 2, "deepspeed", deepspeed=SMALL_BUCKETS),
+    case("EP2", 2, "deepspeed", train=BLOCKS),
+    case("EP2", 3, "deepspeed", train=BLOCKS),
+    case("EP2", 1, "deepspeed", offload_optimizer="cpu"),
+    case("EP2", 3, "deepspeed", offload_optimizer="cpu"),
+    case("EP2", 3, "deepspeed", cached=True),
+    case("TP2 x EP2", 3, "deepspeed"),
+]
+SGD_CASES = [
+    case("EP2", optimizer=SGD),
+    case("TP2 + SP", optimizer=SGD),
+    case("PP2 x VPP2", optimizer=SGD),
+    case("EP2", 0, "deepspeed", optimizer=SGD),
+    case("EP2", 1, "deepspeed", optimizer=SGD),
+    case("DP2", 2, "deepspeed", optimizer=SGD, offload_optimizer="cpu"),
+    case("EP2", 3, "deepspeed", optimizer=SGD),
+]
+
+# MoE layers of every kind. What config_of sets of its own is switched off first.
+EVERY_LOSS = {"local_entropy": 0.01, "global_entropy": 0.01, "importance": 0.01, "load": 0.01, "balance": 0.01,
+              "balance_scope": "global_batch", "z": 0.001, "orthogonality": 0.01,
+              "per_modality": ["balance", "importance"]}  # fmt: skip
+PLAIN = {"router": "softmax_top_k", "shared_expert_hidden_size": 0, "identity_experts": 0, "bias_balancing": {}}
+BALANCED_BY_MODALITY = {"null_experts": 1, "bias_balancing": {"rate": 0.01, "per_modality": True},
+                        "losses": EVERY_LOSS, "dispatch_chunks": 2}  # fmt: skip
+EXPERT_GROUPS = {
+    **PLAIN, "num_experts": 8, "gate": "laplace", "task_conditioned": True, "losses": EVERY_LOSS,
+    "expert_groups": [{"modalities": ["image"], "num_experts": 2},
+                      {"modalities": ["audio", "text"], "num_experts": 4},
+                      {"num_experts": 2, "expert_hidden_size": 16}],
+}  # fmt: skip
+UNLIKE_LAYERS = {
+    **PLAIN, "every": 1, "router": "group_limited", "node_groups": 2, "groups_per_token": 1,
+    "losses": {"balance": 0.01, "balance_scope": "sequence"},
+    "layers": {1: {"num_experts": 8, "router": "softmax_top_k", "node_groups": 1, "activation": "gelu",
+                   "experts_per_token": 3}},
+}  # fmt: skip
+DENSE = {**PLAIN, "num_experts": 1, "experts_per_token": 1, "losses": {}}
+IN_HALF = {**OTHER_BLOCKS, **FIXED_ROUTING, "router_bias": False}  # biases stay fp32 beside half matrices
+MOE_CASES = [
+    case("EP2", moe=BALANCED_BY_MODALITY),
+    case("EP2", moe=EXPERT_GROUPS),
+    case("EP2", moe=UNLIKE_LAYERS),
+    case("EP2", moe={**PLAIN, "router": "hash"}),
+    case("DP2", moe=DENSE),
+    case("EP2", 3, "deepspeed", moe=OTHER_BLOCKS),
+    case("TP2 + SP", moe=OTHER_BLOCKS),
+    case("EP2", 1, precision="bf16", moe=IN_HALF),
+]
+
+# Ranks that have less to do than others, or nothing: the second step begins with what such a one has left.
+DATA = [("EP2", 1, "megatron"), ("EP2", 2, "deepspeed"), ("DP2", 3, "deepspeed")]
+MODEL = [("PP2", 0, "megatron"), ("PP2 x VPP2", 1, "megatron"), ("TP2 + SP", 0, "megatron"), ("TP2", 1, "deepspeed")]
+TWO_MICROBATCHES = {"num_microbatches": 2, "global_batch_size": 16}
+
+
+def uneven(layouts: list[tuple[str, int, str]], samples: tuple[str, ...], one_expert: bool = False) -> list[Case]:
+    return [case(*layout, train=TWO_MICROBATCHES, samples=samples, one_expert=one_expert) for layout in layouts]
+
+
+SOME = ("iat", "it", "ia", "iat")
+UNEVEN = {
+    "no image anywhere": uneven(DATA + MODEL[1:2], ("at", "t", "a", "at", "t", "at", "a", "t")),
+    "no valid token on the later ranks": uneven(DATA, (*SOME, "", "", "", "")),
+    "no valid token on the first ranks": uneven(DATA, ("", "", "", "", *SOME)),
+    "no valid token at all": uneven(DATA + MODEL, ("",) * 8),
+    "a batch cut short": uneven(DATA + MODEL[1:2], (*SOME, "it", "", "", "")),
+    "every token to the same experts": uneven(DATA + MODEL, (*SOME, "t", "at", "a", "t"), one_expert=True),
+}
+FAMILIES = {
+    "levers of megatron": MEGATRON_LEVERS,
+    "levers of deepspeed": DEEPSPEED_LEVERS,
+    "SGD with momentum": SGD_CASES,
+    "MoE layers of every kind": MOE_CASES,
+    "uneven work": list(itertools.chain.from_iterable(UNEVEN.values())),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_trains_like_one_process(family: str) -> None:
+    comparisons = matrix.run(FAMILIES[family], STEPS)
+    assert all(comparison.passed for comparison in comparisons), [v for v in comparisons if not v.passed]
+
+
+def test_the_references_have_what_is_compared() -> None:
+    """Settings of the reference that do nothing would be equal under every layout."""
+    plain, sgd, other = (reference(dataclasses.replace(ALONE, moe=moe, optimizer=optimizer), STEPS)
+                         for moe, optimizer in (({}, {}), ({}, SGD), (OTHER_BLOCKS, {})))  # fmt: skip
+    assert sgd.losses[-1]["total"] != pytest.approx(plain.losses[-1]["total"], rel=1e-3)
+    for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
+        trained = [key for key in other.moments if key.endswith(f"ffn.{name}")]
+        assert trained and all(other.moments[key][1][0][1].any() for key in trained), name
+
+
+def test_half_precision_trains_like_fp32() -> None:
+    """bf16 keeps 8 bits of each activation: losses stay within 5% of fp32 over ten steps, in which they fall."""
+    runs = [(dataclasses.replace(ALONE, precision=kind, moe=FIXED_ROUTING), 10) for kind in ("fp32", "bf16")]
+    fp32, bf16 = ([step["total"] for step in found.losses] for found in start_ranks(1, runs, 90)[0])
+    assert fp32[-1] < 0.9 * fp32[0]
+    np.testing.assert_allclose(bf16, fp32, rtol=0.05)
