@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,25 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"{path} cannot be made: {error.strerror}; choose another --out") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written; choose another --out, or change its owner or mode")
+
+
+@contextmanager
+def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder ``OUT.tmp`` to write in, which becomes ``out`` where the block succeeds, else nothing is left of it.
+    ``replace``: in place of an earlier one."""
+    draft, aside = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.old")
+    shutil.rmtree(draft, ignore_errors=True)
+    make_folder(draft)
+    try:
+        yield draft
+        if replace and out.exists():  # a rename cannot replace a folder that is not empty
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(out, aside)
+        os.replace(draft, out)
+        if replace:
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _value(match: re.Match[str]) -> str:

@@ -138,7 +138,7 @@ def parse_index(data: bytes, nbytes: Mapping[str, int], where: str) -> Index:
     files = reading.list(value.get("files"), "files")
     for name in files:
         if not isinstance(name, str) or not FILE.fullmatch(name) or name not in nbytes:
-            raise reading.error(f"a file {short(name)}, which manifest.json has not")
+            raise reading.error(f"a file {short(name)}, which manifest.json does not list")
     index, filled = {}, defaultdict[str, int](int)
     for key, entry in reading.mapping(value.get("tensors"), "tensors").items():
         if not KEY.fullmatch(key):

@@ -1,14 +1,15 @@
-"""A trained model from a run's folder, whole, in one process."""
+"""A saved run: its config, one of its checkpoints, and the trained model, whole, in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
-from mmmoe_pretrain.checkpoint.store import Checkpoint, find_latest, load_weights, read_meta, verify
+from mmmoe_pretrain.checkpoint.store import Checkpoint, checkpoints, find_latest, load_weights, read_meta, verify
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
@@ -37,32 +38,50 @@ def with_tokenizer(config: RunConfig, path: Path) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(path)})})
 
 
-def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, RunConfig, int]:
-    """The model of the newest checkpoint in eval mode and fp32, its config and its step.
+@dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint of a run."""
 
-    ``overrides``: key=value of the config. Raises ValueError where the folder holds no finished checkpoint, or where
-    it is damaged.
+    config: RunConfig
+    checkpoint: Checkpoint
+    meta: dict[str, Any]
+
+    def model(self) -> MMMoE:
+        """The trained model in eval mode and fp32."""
+        model = MMMoE(self.config)
+        weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
+        load_weights(self.checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
+        return model.eval()
+
+
+def open_run(run_dir: Path, overrides: Sequence[str] = (), step: int | None = None) -> SavedRun:
+    """The newest checkpoint of a run, or that of ``step``, verified. ``overrides``: key=value of the config.
+
+    Raises ValueError where the folder holds no such finished checkpoint, or where it is damaged.
     """
     config = read_config(run_dir, overrides)
-    checkpoint = find_latest(root_of(run_dir, config))
+    root = config.checkpoints_of(run_dir)
+    checkpoint = find_latest(root)
     if checkpoint is None:
-        raise ValueError(f"no finished checkpoint in {root_of(run_dir, config)}; {EXAMPLE}")
+        raise ValueError(f"no finished checkpoint in {root}; {EXAMPLE}")
+    if step is not None:
+        there = {candidate.step: candidate for candidate in checkpoints(root)}
+        if step not in there:
+            raise ValueError(f"no finished checkpoint of step {step} in {root}; there are {sorted(there)}")
+        checkpoint = there[step]
     verify(checkpoint)
     meta = read_meta(checkpoint)
     refuse_old(checkpoint, meta)
-    config = with_vocabulary_of(checkpoint, meta, config)
-    model = MMMoE(config)
-    weights = {name: p.data for name, p in model.named_parameters()} | persistent_buffers(model)
-    load_weights(checkpoint, {f"mmmoe.{name}": tensor for name, tensor in weights.items()})
-    return model.eval(), config, checkpoint.step
-
-
-def with_vocabulary_of(checkpoint: Checkpoint, meta: dict[str, Any], config: RunConfig) -> RunConfig:
-    """``config`` with the vocabulary size of a checkpoint: configs of earlier versions lack it."""
     vocab_size = meta.get("vocab_size")
     if type(vocab_size) is not int or not 0 <= vocab_size <= 1 << 24:
         raise ValueError(f"{checkpoint} is damaged: meta.json has vocab_size {str(vocab_size)[:40]}")
-    return config.with_vocabulary(vocab_size)
+    return SavedRun(config.with_vocabulary(vocab_size), checkpoint, meta)  # configs of earlier versions lack it
+
+
+def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, RunConfig, int]:
+    """The model of ``open_run``, its config and its step."""
+    run = open_run(run_dir, overrides)
+    return run.model(), run.config, run.checkpoint.step
 
 
 def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
@@ -74,8 +93,3 @@ def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
             f"that are one for each now. Resume it with that version, or take its weights over: mmmoe export RUN "
             f"--out FOLDER there, mmmoe import FOLDER --out RUN here"
         )
-
-
-def root_of(run_dir: Path, config: RunConfig) -> str:
-    """Where the checkpoints of the run in ``run_dir`` are; it may have been moved since."""
-    return config.checkpoints_of(run_dir)

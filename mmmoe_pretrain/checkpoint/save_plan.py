@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmmoe_pretrain.checkpoint.exchange import exchange, on_first
 from mmmoe_pretrain.checkpoint.files import DTYPES, NAMES, Entry, FileRecord, header_of, write_hashed, write_tensors
 from mmmoe_pretrain.checkpoint.index import (
     Index,
@@ -38,6 +38,7 @@ from mmmoe_pretrain.checkpoint.index import (
 from mmmoe_pretrain.checkpoint.names import INDEX, LATEST, MANIFEST, META, Checkpoint, folder_name, rank_file
 from mmmoe_pretrain.checkpoint.state import Shape, ShardedState
 from mmmoe_pretrain.checkpoint.storage import Storage, StorageError
+from mmmoe_pretrain.parallel.agreement import exchange, from_rank_0
 from mmmoe_pretrain.parallel.placement import Box
 
 RETRY = 1.0  # seconds
@@ -81,15 +82,19 @@ def plan_save(state: ShardedState, group: ProcessGroup | None) -> SavePlan:
     def offer() -> _Offers:
         return {key: (tensor.shape, tensor.boxes()) for key, tensor in state.items()}
 
+    plans: list[SavePlan] = []  # of all ranks, on rank 0
     kept: list[bytes] = []
 
-    def combine(offers: list[_Offers]) -> list[SavePlan]:
-        plans, index = _plans(offers)
+    def combine(offers: list[_Offers]) -> None:
+        found, index = _plans(offers)
         kept.append(index_json(index))  # stays here: every message of a scatter is as long as the longest
-        return plans
+        plans.extend(found)
 
-    plan = exchange(group, offer, combine)
-    return replace(plan, index=kept[0]) if kept else plan
+    exchange(group, offer, combine)
+    own: list[Any] = plans[:1] or [None]
+    if group is not None:
+        dist.scatter_object_list(own, plans or None, group=group, group_src=0)
+    return replace(own[0], index=kept[0]) if kept else own[0]
 
 
 def write_checkpoint(
@@ -100,57 +105,55 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     group: ProcessGroup | None,
 ) -> Checkpoint:
-    """Collective; may run in a thread if ``group`` has no other user.
+    """Collective; may run in a thread if ``group`` has no other user. ``tensors`` are those of ``plan.views``, or
+    copies of them in host memory, each whole or in parts (``files.write_tensors``).
 
     If a rank fails, every rank raises its error, the draft is deleted, and earlier checkpoints and ``latest`` do not
     change. Only a failure after ``commit`` leaves the checkpoint: if ``latest`` cannot be replaced (``point_to``), or
     a rank ended before it got the result.
     """
-    draft = begin(storage, step, meta, group)
+    draft = storage.draft(folder_name(step))
     committed: list[Checkpoint] = []  # on rank 0
 
-    def finish(records: list[FileRecord]) -> list[Checkpoint]:
-        committed.append(commit(storage, draft, step, plan, records, meta))
-        point_to(storage, committed[0])
-        return committed * len(records)
-
-    try:
-        return exchange(group, lambda: write_rank_file(storage, draft, plan, tensors), finish)
-    except Exception:
-        if plan.index is not None and not committed:  # on a URL the draft is the checkpoint
-            abandon(storage, draft)
-        raise
-
-
-def begin(storage: Storage, step: int, meta: Mapping[str, Any], group: ProcessGroup | None) -> str:
-    """Collective: an empty folder to write ``step`` in; its name under the root. Before that, ValueError on every
-    rank for a ``meta`` that no reader would take."""
-    draft = storage.draft(folder_name(step))
-
-    def make() -> str:
-        meta_json(step, meta)
+    def begin() -> None:
+        meta_json(step, meta)  # raises before anything is written
         storage.remove_folder(draft)
         storage.make_folder(draft)
-        return draft
 
-    return on_first(group, make)
+    def write() -> FileRecord:
+        return write_tensors(storage, draft, plan.file, plan.entries, tensors)
 
+    def finish(records: list[FileRecord]) -> Checkpoint:
+        committed.append(commit(storage, draft, step, plan, records, meta))
+        point_to(storage, committed[0])
+        return committed[0]
 
-def write_rank_file(storage: Storage, draft: str, plan: SavePlan, tensors: Sequence[Tensor]) -> FileRecord:
-    """This rank's file. ``tensors`` are those of ``plan.views``, or copies of them in host memory, each whole or
-    in parts (``files.write_tensors``)."""
-    return write_tensors(storage, draft, plan.file, plan.entries, tensors)
+    from_rank_0(group, begin)
+    try:
+        return exchange(group, write, finish)
+    except Exception:
+        if plan.index is not None and not committed:  # on a URL the draft is the checkpoint
+            with suppress(StorageError):  # the next run removes it
+                storage.remove_folder(draft)
+        raise
 
 
 def commit(
     storage: Storage, draft: str, step: int, plan: SavePlan, records: Sequence[FileRecord], meta: Mapping[str, Any]
 ) -> Checkpoint:
-    """On rank 0, after every rank has written: make the draft a checkpoint, in place of one of the same step.
+    """On rank 0, after every rank has written: make the draft a checkpoint, in place of one of the same step. Raises
+    StorageError where a file of ``records`` is not there.
 
     Runs resume from it once ``point_to`` has been called (``folders.candidates``).
     """
     assert plan.index is not None, "only rank 0 commits"
-    _refuse_lost_files(storage, draft, records)
+    there = storage.sizes(draft)
+    for record in records:
+        if there.get(record.name) != record.nbytes:
+            raise StorageError(
+                f"{storage.root}/{draft}/{record.name} was written with {record.nbytes:,} bytes, and rank 0 sees "
+                f"{there.get(record.name, 'no such file')}; checkpoint.folder must be one that all nodes share"
+            )
     more = [
         write_hashed(storage, draft, INDEX, [plan.index]),
         write_hashed(storage, draft, META, [meta_json(step, meta)]),
@@ -176,22 +179,6 @@ def point_to(storage: Storage, checkpoint: Checkpoint) -> None:
                 f"{checkpoint} is written, but {LATEST} may still name the one before, and runs resume from that: "
                 f"{error}"
             ) from error
-
-
-def abandon(storage: Storage, draft: str) -> None:
-    """On rank 0: remove a draft that failed. Where even that fails, the next run removes it."""
-    with suppress(StorageError):
-        storage.remove_folder(draft)
-
-
-def _refuse_lost_files(storage: Storage, draft: str, records: Sequence[FileRecord]) -> None:
-    there = storage.sizes(draft)
-    for record in records:
-        if there.get(record.name) != record.nbytes:
-            raise StorageError(
-                f"{storage.root}/{draft}/{record.name} was written with {record.nbytes:,} bytes, and rank 0 sees "
-                f"{there.get(record.name, 'no such file')}; checkpoint.folder must be one that all nodes share"
-            )
 
 
 def _plans(offers: list[_Offers]) -> tuple[list[SavePlan], Index]:

@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.exchange import agree
 from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.save_plan import SavePlan, plan_save, write_checkpoint
 from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.checkpoint.storage import open_storage
-from mmmoe_pretrain.parallel.agreement import any_rank
+from mmmoe_pretrain.parallel.agreement import agree, any_rank
 
 RESTARTABLE = (OSError, RuntimeError, MemoryError)  # of a disk, a service or another rank
 FAILURES = (*RESTARTABLE, ValueError)  # not of this program

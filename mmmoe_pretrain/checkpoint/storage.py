@@ -12,9 +12,9 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mmmoe_pretrain.checkpoint.names import DRAFT, GONE, MANIFEST, OLD
 
@@ -29,68 +29,14 @@ class StorageError(OSError, ValueError):
     """A disk, permission or service failed: what, where and the remedy."""
 
 
-class Storage(Protocol):
-    root: str
-    gap: int  # bytes; gaps up to this size are read, too, instead of reading twice
-
-    def draft(self, name: str) -> str:
-        """Where the folder ``name`` is written before ``publish``."""
-        ...
-
-    def make_folder(self, folder: str) -> None: ...
-
-    def write(self, path: str, chunks: Iterable[Any]) -> int:
-        """Write a file from buffers, durably; the bytes written."""
-        ...
-
-    def replace(self, path: str, data: bytes) -> None:
-        """Write a small file atomically."""
-        ...
-
-    def read(self, path: str, limit: int) -> bytes | None:
-        """A file of at most ``limit`` bytes, whole; None where there is none. ValueError where it is larger."""
-        ...
-
-    def reader(self, path: str) -> AbstractContextManager[ReadInto]:
-        """Reads ranges. ValueError where the file ends before the range."""
-        ...
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes by name of the files of a folder; empty where there is none."""
-        ...
-
-    def folders(self) -> list[str]:
-        """Names of the folders under the root."""
-        ...
-
-    def publish(self, name: str) -> None:
-        """Make a finished draft the folder ``name``, in place of an older one."""
-        ...
-
-    def put_back(self, name: str) -> None:
-        """Where ``publish`` was killed between taking the older folder ``name`` away and its end: undo it."""
-        ...
-
-    def remove_folder(self, name: str) -> None:
-        """Remove a folder, if it exists, such that a partial one never looks complete."""
-        ...
-
-
-def open_storage(root: str | Path) -> Storage:
-    """ValueError for a URL of a kind that is not known or whose package is not installed."""
-    text = os.fspath(root)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    return UrlStorage(text) if "://" in text else LocalStorage(text)
-
-
 class LocalStorage:
-    gap = 64 << 10
+    gap = 64 << 10  # bytes; gaps up to this size are read, too, instead of reading twice
 
     def __init__(self, root: str) -> None:
         self.root = root
 
     def draft(self, name: str) -> str:
+        """Where the folder ``name`` is written before ``publish``."""
         return name + DRAFT
 
     def make_folder(self, folder: str) -> None:
@@ -98,6 +44,7 @@ class LocalStorage:
             self._at(folder).mkdir(parents=True, exist_ok=True)
 
     def write(self, path: str, chunks: Iterable[Any]) -> int:
+        """Write a file from buffers, durably; the bytes written."""
         written = 0
         with self._explained("write", path), self._at(path).open("wb", buffering=BUFFERED) as file:
             for chunk in chunks:
@@ -107,12 +54,14 @@ class LocalStorage:
         return written
 
     def replace(self, path: str, data: bytes) -> None:
+        """Write a small file atomically."""
         self.write(path + DRAFT, [data])
         with self._explained("write", path):
             os.replace(self._at(path + DRAFT), self._at(path))
             _sync_folder(self._at(path).parent)
 
     def read(self, path: str, limit: int) -> bytes | None:
+        """A file of at most ``limit`` bytes, whole; None where there is none. ValueError where it is larger."""
         with self._explained("read", path):
             if not self._at(path).is_file():  # a pipe, say, would never end
                 return None
@@ -122,6 +71,7 @@ class LocalStorage:
 
     @contextmanager
     def reader(self, path: str) -> Iterator[ReadInto]:
+        """Reads ranges. ValueError where the file ends before the range."""
         with self._explained("read", path), self._at(path).open("rb", buffering=0) as file:
 
             def read_into(start: int, buffer: memoryview) -> None:
@@ -135,6 +85,7 @@ class LocalStorage:
             yield read_into
 
     def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes by name of the files of a folder; empty where there is none."""
         with self._explained("list", folder):
             try:
                 with os.scandir(self._at(folder)) as entries:
@@ -143,6 +94,7 @@ class LocalStorage:
                 return {}
 
     def folders(self) -> list[str]:
+        """Names of the folders under the root."""
         with self._explained("list", "."):
             try:
                 with os.scandir(self.root) as entries:
@@ -151,6 +103,7 @@ class LocalStorage:
                 return []
 
     def publish(self, name: str) -> None:
+        """Make a finished draft the folder ``name``, in place of an older one."""
         draft, final = self._at(self.draft(name)), self._at(name)
         with self._explained("rename the draft of", name):
             _sync_folder(draft)
@@ -174,12 +127,14 @@ class LocalStorage:
             raise
 
     def put_back(self, name: str) -> None:
+        """Where ``publish`` was killed between taking the older folder ``name`` away and its end: undo it."""
         with self._explained("rename", name + OLD):
             if not self._at(name).exists():
                 os.rename(self._at(name + OLD), self._at(name))
                 _sync_folder(Path(self.root))
 
     def remove_folder(self, name: str) -> None:
+        """Remove a folder, if it exists, such that a partial one never looks complete."""
         with self._explained("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             if name.endswith(DRAFT):
                 shutil.rmtree(self._at(name))
@@ -226,6 +181,8 @@ class LocalStorage:
 
 
 class UrlStorage:
+    """The same methods."""
+
     gap = 1 << 20
 
     def __init__(self, root: str) -> None:
@@ -325,6 +282,15 @@ class UrlStorage:
                 f"cannot {doing} {self.root}/{path}: {type(error).__name__}: {error}; check the credentials, "
                 f"the network and the service, or set checkpoint.folder to another place"
             ) from error
+
+
+Storage = LocalStorage | UrlStorage
+
+
+def open_storage(root: str | Path) -> Storage:
+    """ValueError for a URL of a kind that is not known or whose package is not installed."""
+    text = os.fspath(root).removeprefix("file://")
+    return UrlStorage(text) if "://" in text else LocalStorage(text)
 
 
 def _last(path: str) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmmoe_pretrain.checkpoint.exchange import agree, broadcast, exchange, on_first
-from mmmoe_pretrain.checkpoint.files import FileRecord, digest_of, read_box
+from mmmoe_pretrain.checkpoint.files import digest_of, read_box
 from mmmoe_pretrain.checkpoint.folders import (
     Retention,
     candidates,
@@ -30,16 +30,7 @@ from mmmoe_pretrain.checkpoint.folders import (
     read_meta,
     rewind,
 )
-from mmmoe_pretrain.checkpoint.index import (
-    MAX_INDEX,
-    Index,
-    StoredBox,
-    fill,
-    manifest_json,
-    parse_index,
-    parse_manifest,
-    tiles,
-)
+from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, StoredBox, fill, parse_index, tiles
 from mmmoe_pretrain.checkpoint.names import INDEX, Checkpoint
 from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
 from mmmoe_pretrain.checkpoint.state import (
@@ -54,35 +45,13 @@ from mmmoe_pretrain.checkpoint.state import (
     within,
 )
 from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
+from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
 from mmmoe_pretrain.parallel.placement import Box
 
 __all__ = [
     "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune",
-    "read_meta", "read_state", "rewind", "save", "verify", "write_state",
+    "read_meta", "read_state", "rewind", "verify", "write_state",
 ]  # fmt: skip
-
-
-def save(
-    root: str | Path,
-    step: int,
-    state: ShardedState,
-    meta: Mapping[str, Any],
-    group: ProcessGroup | None,
-    keep: Retention,
-    metric: float | None = None,
-) -> Checkpoint:
-    """Write the checkpoint of ``step`` from all ranks of ``group``, then delete those that ``keep`` does not keep.
-
-    Raises ValueError (a StorageError where the disk or service is the cause) on every rank; the checkpoints
-    before are then as they were.
-    """
-    storage = agree(group, lambda: open_storage(root))
-    on_first(group, lambda: clean(root))
-    plan = plan_save(state, group)
-    full_meta = meta if metric is None else {**meta, "metric": metric}
-    checkpoint = write_checkpoint(storage, step, plan, plan.views(state), full_meta, group)
-    on_first(group, lambda: prune(root, keep))
-    return checkpoint
 
 
 def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
@@ -90,27 +59,22 @@ def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
 
     Raises ValueError on every rank; it names the damaged files.
     """
-
-    def share(ranks: list[None]) -> list[list[FileRecord]]:
-        files = complete(open_storage(checkpoint.root), checkpoint).files
-        ordered = sorted(files.values(), key=lambda record: (-record.nbytes, record.name))
-        return [ordered[rank :: len(ranks)] for rank in range(len(ranks))]
+    files = from_rank_0(group, lambda: complete(open_storage(checkpoint.root), checkpoint)).files
+    ordered = sorted(files.values(), key=lambda record: (-record.nbytes, record.name))
+    mine = ordered if group is None else ordered[dist.get_rank(group) :: dist.get_world_size(group)]
 
     def damaged() -> list[str]:
         storage = open_storage(checkpoint.root)
-        paths = {record.name: f"{checkpoint.name}/{record.name}" for record in mine}
-        return [r.name for r in mine if digest_of(storage, paths[r.name], r.nbytes) != r.digest]
+        return [r.name for r in mine if digest_of(storage, f"{checkpoint.name}/{r.name}", r.nbytes) != r.digest]
 
-    def refuse(ranks: list[list[str]]) -> list[None]:
+    def refuse(ranks: list[list[str]]) -> None:
         bad = sorted(name for names in ranks for name in names)
         if bad:
             raise ValueError(
                 f"{checkpoint} is damaged: {', '.join(bad[:3])} ({len(bad)} files in all) are not as they were "
                 f"written; delete that folder to resume from the one before, or restore the files"
             )
-        return [None] * len(ranks)
 
-    mine = exchange(group, lambda: None, share)
     exchange(group, damaged, refuse)
 
 
@@ -141,7 +105,8 @@ def read_state(checkpoint: Checkpoint) -> WholeState:
 
 
 def write_state(root: str | Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> Checkpoint:
-    """``save`` of full tensors from one process; deletes none."""
+    """Write the checkpoint of ``step`` of full tensors, from one process; deletes none. Raises ValueError (a
+    StorageError where the disk or service is the cause); the checkpoints before are then as they were."""
     sharded = {key: ShardedTensor.whole(tensor) for key, tensor in state.items()}
     plan = plan_save(sharded, None)
     return write_checkpoint(open_storage(root), step, plan, plan.views(sharded), meta, None)
@@ -150,13 +115,12 @@ def write_state(root: str | Path, step: int, state: WholeState, meta: Mapping[st
 def _read(checkpoint: Checkpoint, state: ShardedState, group: ProcessGroup | None, exactly: bool) -> None:
     """Fill the pieces of ``state``. Rank 0 checks the requests of all ranks before anything is read."""
     storage = agree(group, lambda: open_storage(checkpoint.root))
-    index = _index(checkpoint, group)
-
-    def compare(ranks: list[dict[str, Shape]]) -> list[None]:
-        _refuse_other_model(checkpoint, index, ranks, exactly)
-        return [None] * len(ranks)
-
-    exchange(group, lambda: {key: tensor.shape for key, tensor in state.items()}, compare)
+    index = from_rank_0(group, lambda: _index(checkpoint))
+    exchange(
+        group,
+        lambda: {key: tensor.shape for key, tensor in state.items()},
+        lambda ranks: _refuse_other_model(checkpoint, index, ranks, exactly),
+    )
     agree(group, lambda: _fill(storage, checkpoint, index, state))
 
 
@@ -167,7 +131,7 @@ def _refuse_other_model(checkpoint: Checkpoint, index: Index, ranks: list[dict[s
         wanted[key].add(shape)
     problems = [f"lacks {key}" for key in sorted(wanted.keys() - index.keys())]
     if exactly:
-        problems += [f"has {key}, which this model has not" for key in sorted(index.keys() - wanted.keys())]
+        problems += [f"has {key}, which this model does not have" for key in sorted(index.keys() - wanted.keys())]
     for key in sorted(wanted.keys() & index.keys()):
         stored = index[key].shape
         others = sorted(wanted[key] - {stored})
@@ -205,23 +169,11 @@ def _fill(storage: Storage, checkpoint: Checkpoint, index: Index, state: Sharded
                     target.copy_(alike)
 
 
-def _index(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> Index:
-    """What a complete checkpoint holds, without holes. Only rank 0 reads the files, every rank parses."""
-
-    def manifest_bytes() -> bytes:
-        return manifest_json(complete(open_storage(checkpoint.root), checkpoint))
-
-    def index_bytes() -> bytes:
-        return read_file(open_storage(checkpoint.root), checkpoint, INDEX, MAX_INDEX)
-
-    files = parse_manifest(broadcast(group, manifest_bytes), str(checkpoint)).files
-    sizes, data = {name: record.nbytes for name, record in files.items()}, broadcast(group, index_bytes)
-    index = agree(group, lambda: parse_index(data, sizes, str(checkpoint)))
-    on_first(group, lambda: _refuse_holes(checkpoint, index))
-    return index
-
-
-def _refuse_holes(checkpoint: Checkpoint, index: Index) -> None:
+def _index(checkpoint: Checkpoint) -> Index:
+    """What a complete checkpoint holds. Raises ValueError where the boxes of a tensor do not make up the whole."""
+    storage = open_storage(checkpoint.root)
+    sizes = {name: record.nbytes for name, record in complete(storage, checkpoint).files.items()}
+    index = parse_index(read_file(storage, checkpoint, INDEX, MAX_INDEX), sizes, str(checkpoint))
     for key, tensor in index.items():
         boxes = {stored.box for stored in tensor.boxes}
         if len(boxes) != len(tensor.boxes) or not tiles(boxes, tensor.shape):
@@ -229,3 +181,4 @@ def _refuse_holes(checkpoint: Checkpoint, index: Index) -> None:
                 f"{checkpoint} is damaged: it holds {fill(boxes, tensor.shape)} of {key}; "
                 f"delete that folder to resume from the one before"
             )
+    return index

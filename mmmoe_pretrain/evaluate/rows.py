@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import root_of
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import text_of
 from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
@@ -104,7 +103,7 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
         raise ValueError(
             f"{run_dir} names no held-out shards; give --test FOLDER, or set evaluate.test in its config"
         )
-    checkpoint = store.find_latest(root_of(run_dir, config))
+    checkpoint = store.find_latest(config.checkpoints_of(run_dir))
     # Another tokenizer of the same size than the run's would give meaningless scores.
     fingerprint = store.read_meta(checkpoint).get("tokenizer_fingerprint") if checkpoint else None
     modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)

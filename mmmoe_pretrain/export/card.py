@@ -5,16 +5,20 @@ It contains only facts from the run's folder and its training shards. The rest i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import BadSampleError, read_row
+from mmmoe_pretrain.data.members import META
+from mmmoe_pretrain.data.shards import ShardFolder
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
-from mmmoe_pretrain.export.licences import NOT_STATED, DataFacts, data_facts
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.objectives import Objectives, build_objectives
 from mmmoe_pretrain.untrusted import parse_json, read_json
@@ -23,12 +27,23 @@ UNKNOWN_LICENSE = "unknown"
 TO_BE_FILLED_IN = "**To be filled in.**"
 METRICS, REPORT = "metrics.jsonl", "report.json"
 MOST_LICENCES, MOST_SOURCES = 20, 5
+MAX_ROWS = 10_000  # of a folder, spread evenly, whose JSON is read
+NOT_STATED = "not stated"
+LONGEST = 100  # characters of a licence or source
+
+
+@dataclass(frozen=True)
+class Licence:
+    name: str
+    rows: int
+    sources: tuple[str, ...]  # those that the rows name
 
 
 @dataclass(frozen=True)
 class Facts:
     """The content of a card. ``losses``: those logged last up to the exported step, and their step; ``report``: the
-    evaluation of that step, else None with the reason in ``no_report``."""
+    evaluation of that step, else None with the reason in ``no_report``. ``samples``: their number by training folder,
+    of those that can be read here; ``licences``: of ``rows`` of these samples, the most frequent first."""
 
     config: RunConfig
     described: dict[str, Any]  # config.json
@@ -36,20 +51,38 @@ class Facts:
     losses: tuple[int, dict[str, float | None]] | None
     report: dict[str, Any] | None
     no_report: str
-    data: DataFacts
+    samples: dict[str, int]
+    licences: tuple[Licence, ...]
+    rows: int
 
 
 def facts_of(run_dir: Path, config: RunConfig, described: dict[str, Any], license_id: str) -> Facts:
     """Reads the run's log and report and its training shards, where they are there."""
     report, why = _report(run_dir / REPORT, described["step"])
     losses = _losses(run_dir / METRICS, described["step"])
-    return Facts(config, described, license_id, losses, report, why, data_facts(config))
+    opened = ((source.path, _opened(source.path)) for source in config.data.train)
+    folders = {path: folder for path, folder in opened if folder is not None}
+    samples = {path: len(folder) for path, folder in folders.items()}
+    licences = _licences_of(row for folder in folders.values() for row in _rows(folder))
+    rows = sum(licence.rows for licence in licences)
+    return Facts(config, described, license_id, losses, report, why, samples, licences, rows)
 
 
 def page(facts: Facts) -> str:
     """The card as Markdown."""
-    parts = (_front_matter, _what_it_is, _architecture, _training, _licences, _results, _how_to_load, _limits)
-    return "\n".join(line for part in parts for line in (*part(facts), "")).rstrip() + "\n"
+    sections = {
+        "Architecture": _architecture(facts),
+        "Training": _training(facts),
+        "Licences of the training data": _licences(facts),
+        "Evaluation": _results(facts),
+        "How to load": _how_to_load(facts),
+    }
+    lines = [*_front_matter(facts), "", *_what_it_is(facts), ""]
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""]
+    for title in ("Intended use", "Limits", "Biases", "Consent of the people in the data"):
+        lines += [f"## {title}", "", TO_BE_FILLED_IN, ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _losses(path: Path, step: int) -> tuple[int, dict[str, float | None]] | None:
@@ -79,6 +112,36 @@ def _report(path: Path, step: int) -> tuple[dict[str, Any] | None, str]:
     if report.get("step") != step:
         return None, f"The run's evaluation is of step {report.get('step')}, not of these weights."
     return report, ""
+
+
+def _licences_of(rows: Iterable[dict[str, Any]]) -> tuple[Licence, ...]:
+    counts: Counter[str] = Counter()
+    sources: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        name = _text(row.get("licence")) or NOT_STATED
+        counts[name] += 1
+        sources[name] |= {_text(row.get("source"))} - {""}
+    return tuple(Licence(name, count, tuple(sorted(sources[name]))) for name, count in counts.most_common())
+
+
+def _opened(path: str) -> ShardFolder | None:
+    try:
+        return ShardFolder(path)
+    except ValueError:  # the shards are elsewhere, or damaged
+        return None
+
+
+def _rows(folder: ShardFolder) -> Iterator[dict[str, Any]]:
+    for i in np.linspace(0, len(folder) - 1, min(len(folder), MAX_ROWS)).astype(int).tolist():
+        try:
+            yield read_row(folder.read(i, only=(META,)))
+        except BadSampleError:
+            yield {}  # training skips such a sample
+
+
+def _text(value: object) -> str:
+    """One printable line of it."""
+    return " ".join(value.split())[:LONGEST] if isinstance(value, str) and value.isprintable() else ""
 
 
 def _objectives(config: RunConfig) -> Objectives:
@@ -123,8 +186,6 @@ def _what_it_is(facts: Facts) -> Iterator[str]:
 
 def _architecture(facts: Facts) -> Iterator[str]:
     model, described = facts.config.model, facts.described
-    yield "## Architecture"
-    yield ""
     shared = f", {model.kv_heads} of keys and values" if model.kv_heads < model.num_heads else ""
     yield f"- {model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_heads} heads{shared}"
     if representations := _objectives(facts.config).representations:
@@ -152,14 +213,12 @@ def _architecture(facts: Facts) -> Iterator[str]:
 
 def _training(facts: Facts) -> Iterator[str]:
     config = facts.config
-    yield "## Training"
-    yield ""
     yield (
         f"{facts.described['step']:,} of {config.train.steps:,} steps of {config.train.global_batch_size:,} samples, "
         f"seed {config.seed}, optimizer {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}."
     )
     yield ""
-    total, samples = sum(source.weight for source in config.data.train), facts.data.samples
+    total, samples = sum(source.weight for source in config.data.train), facts.samples
     yield from _table(("data", "its samples", "share of the mix"),
                       [(source.path, f"{samples[source.path]:,}" if source.path in samples else "-",
                         f"{source.weight / total:.1%}") for source in config.data.train])  # fmt: skip
@@ -172,24 +231,22 @@ def _training(facts: Facts) -> Iterator[str]:
 
 
 def _licences(facts: Facts) -> Iterator[str]:
-    data, shown = facts.data, facts.data.licences[:MOST_LICENCES]
-    yield "## Licences of the training data"
-    yield ""
-    absent = [source.path for source in facts.config.data.train if source.path not in data.samples]
+    shown = facts.licences[:MOST_LICENCES]
+    absent = [source.path for source in facts.config.data.train if source.path not in facts.samples]
     if absent:
         yield f"Without {', '.join(absent)}, which could not be read where this card was written: {TO_BE_FILLED_IN}"
         yield ""
-    if not data.licences:
+    if not facts.licences:
         return
-    total = sum(data.samples.values())
-    spread = "" if data.read == total else f", spread evenly over {total:,}"
-    yield f"As {data.read:,} samples say in their JSON{spread}:"
+    total = sum(facts.samples.values())
+    spread = "" if facts.rows == total else f", spread evenly over {total:,}"
+    yield f"As {facts.rows:,} samples say in their JSON{spread}:"
     yield ""
     yield from _table(("licence", "samples", "sources"),
                       [(licence.name, f"{licence.rows:,}", _some(licence.sources)) for licence in shown])  # fmt: skip
-    if len(shown) < len(data.licences):
-        yield f"\nand {len(data.licences) - len(shown)} more."
-    if any(licence.name == NOT_STATED for licence in data.licences):
+    if len(shown) < len(facts.licences):
+        yield f"\nand {len(facts.licences) - len(shown)} more."
+    if any(licence.name == NOT_STATED for licence in facts.licences):
         yield f"\nOf the samples that state none: {TO_BE_FILLED_IN}"
 
 
@@ -199,8 +256,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _results(facts: Facts) -> Iterator[str]:
-    yield "## Evaluation"
-    yield ""
     if facts.report is None:
         yield facts.no_report
         return
@@ -217,8 +272,6 @@ def _results(facts: Facts) -> Iterator[str]:
 
 
 def _how_to_load(facts: Facts) -> Iterator[str]:
-    yield "## How to load"
-    yield ""
     tokenizer = f", `{TOKENIZER}` is for sentencepiece" if facts.described["tokenizer"] else ""
     yield f"`{INDEX}` says which file holds each tensor, `{CONFIG}` the settings{tokenizer}."
     yield ""
@@ -232,14 +285,6 @@ def _how_to_load(facts: Facts) -> Iterator[str]:
     yield "```"
     yield ""
     yield "With MMMoE: `mmmoe import FOLDER --out runs/NAME`, then `mmmoe train` or `mmmoe evaluate` on the run."
-
-
-def _limits(facts: Facts) -> Iterator[str]:
-    for title in ("Intended use", "Limits", "Biases", "Consent of the people in the data"):
-        yield f"## {title}"
-        yield ""
-        yield TO_BE_FILLED_IN
-        yield ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,17 +26,25 @@ from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
 from mmmoe_pretrain.checkpoint.model import TOKENIZER
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.config.upgrade import upgraded
+from mmmoe_pretrain.config.upgrade import OLD_MODALITIES, OLD_TASKS, upgraded
 from mmmoe_pretrain.engines.base import Progress
-from mmmoe_pretrain.export import layout, version_1
+from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.paths import VARIABLE, make_folder
+from mmmoe_pretrain.paths import VARIABLE, new_folder
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
 OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes from an untrusted file
+# Until version 0.12 of MMMoE, exports of format version 1 had three fixed modalities and two tasks, and what is one
+# tensor for each of them now was a row of one tensor.
+VERSION_1 = 1
+ROWS = {  # the ends of names without their last part -> what that part was stored as, and whose rows they are
+    "modality_embedding": (".weight", OLD_MODALITIES),
+    "router.task_embedding": ("", OLD_TASKS),
+    "router.bias": ("", OLD_MODALITIES),
+}
 ALLOWED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -51,10 +58,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
         raise ValueError(f"{out} exists; choose another --out, or remove it")
     described = _described(folder)
     places = _places(folder)
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    make_folder(draft)
-    try:
+    with new_folder(out) as draft:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
         _copy_tokenizer(folder, described, config, draft / TOKENIZER)
         _plausible(config, _headers(folder, places))
@@ -63,11 +67,8 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
         store.write_state(str(draft / "checkpoints"), 0, state, _meta(config, described))
-        os.replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with fresh moments",
-            f"train on with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
+            f"train it with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 
 
 def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Modalities]:
@@ -95,10 +96,10 @@ def _described(folder: Path) -> dict[str, Any]:
     value = _json(folder / layout.CONFIG)
     if value.get("model_type") != layout.FORMAT:
         raise ValueError(f"{folder / layout.CONFIG} is of model_type {brief(value.get('model_type'))}, not mmmoe")
-    if value.get("format_version") not in (version_1.VERSION, layout.VERSION):
+    if value.get("format_version") not in (VERSION_1, layout.VERSION):
         raise ValueError(
             f"{folder} has format_version {brief(value.get('format_version'))}, and MMMoE {__version__} reads "
-            f"{version_1.VERSION} and {layout.VERSION}; export it again with this version"
+            f"{VERSION_1} and {layout.VERSION}; export it again with this version"
         )
     wanted = {"step": int, "vocab_size": int, "tokenizer": str, "tokenizer_fingerprint": str, "config": dict}
     for key, kind in wanted.items():
@@ -201,8 +202,8 @@ def _read(
 ) -> Iterator[tuple[Weight, Tensor]]:
     """Every weight in fp32, checked; the files are mapped, not copied, where they hold fp32."""
     stored: dict[str, tuple[str, int | None]] = {weight.name: (weight.name, None) for weight in weights}
-    if version == version_1.VERSION:
-        stored = {name: version_1.stored_as(name) for name in stored}
+    if version == VERSION_1:
+        stored = {name: stored_as(name) for name in stored}
     names = {name for name, _ in stored.values()}
     _same_names(set(places) if version == layout.VERSION else set(places) & names, names, layout.INDEX)
     for file in sorted(set(places.values())):
@@ -211,6 +212,17 @@ def _read(
                 name, row = stored[weight.name]
                 if places[name] == file:
                     yield weight, _tensor(opened, weight, name, row, file)
+
+
+def stored_as(name: str) -> tuple[str, int | None]:
+    """The tensor of such an export that holds the weight ``name``, and its row in it (None: all of it)."""
+    head, _, last = name.rpartition(".")
+    for ending, (stored, rows) in ROWS.items():
+        if head.endswith(ending):
+            return head + stored, rows.index(last) if last in rows else 0  # one bias for all is a single row
+    for task in OLD_TASKS:
+        name = name.replace(f"tasks.{task}.", f"{task}.", 1)
+    return name, None
 
 
 @contextmanager

@@ -6,10 +6,7 @@ One file's tensors are in memory at a time. Everything is written under ``NAME.t
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +15,13 @@ from safetensors.torch import save_file
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import EXAMPLE, read_config, refuse_old, root_of, with_vocabulary_of
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.checkpoint.model import SavedRun, open_run
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import copy_tokenizer
-from mmmoe_pretrain.paths import make_folder
+from mmmoe_pretrain.paths import new_folder
 
 PLACES = ("data", "evaluate", "checkpoint")  # sections with paths
-
-
-@dataclass(frozen=True)
-class Source:
-    """One checkpoint of a run."""
-
-    run_dir: Path
-    config: RunConfig
-    checkpoint: store.Checkpoint
-    meta: dict[str, Any]
 
 
 def export_run(
@@ -56,54 +42,32 @@ def export_run(
     """
     if dtype not in layout.DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(layout.DTYPES)}")
-    _check_out(out, overwrite)
-    source = open_checkpoint(run_dir, step, overrides)
-    weights = layout.weights_of(source.config, dtype)
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    make_folder(draft)
-    try:
-        _copy_tokenizer(source, draft / layout.TOKENIZER)
-        files = layout.in_files(weights, file_bytes)
-        for name, held in files.items():
-            _write_file(source.checkpoint, held, draft / name)
-        _write_json(draft / layout.INDEX, _index(files))
-        described = describe(source, weights, dtype)
-        _write_json(draft / layout.CONFIG, described)
-        facts = card.facts_of(run_dir, source.config, described, license_id)
-        (draft / layout.CARD).write_text(card.page(facts), encoding="utf-8")
-        _take_place(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    size = sum(weight.bytes for weight in weights)
-    return [f"wrote {out}: step {source.checkpoint.step}, {len(weights)} tensors in {len(files)} "
-            f"file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB"]  # fmt: skip
-
-
-def open_checkpoint(run_dir: Path, step: int | None, overrides: Sequence[str] = ()) -> Source:
-    """The newest checkpoint of a run, or that of ``step``, its hashes checked; ``overrides``: of places alone."""
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in PLACES:
             raise ValueError(
                 f"{override}: an export has the settings of its training; what can be given is in {', '.join(PLACES)}"
             )
-    config = read_config(run_dir, overrides)
-    root = root_of(run_dir, config)
-    checkpoint = store.find_latest(root)
-    if checkpoint is None:
-        raise ValueError(f"no finished checkpoint in {root}; {EXAMPLE}")
-    if step is not None:
-        there = {candidate.step: candidate for candidate in store.checkpoints(root)}
-        if step not in there:
-            raise ValueError(f"no finished checkpoint of step {step} in {root}; there are {sorted(there)}")
-        checkpoint = there[step]
-    store.verify(checkpoint)
-    meta = store.read_meta(checkpoint)
-    refuse_old(checkpoint, meta)
-    return Source(run_dir, with_vocabulary_of(checkpoint, meta, config), checkpoint, meta)
+    _check_out(out, overwrite)
+    source = open_run(run_dir, overrides, step)
+    weights = layout.weights_of(source.config, dtype)
+    with new_folder(out, replace=overwrite) as draft:
+        fingerprint = source.meta["tokenizer_fingerprint"]
+        if fingerprint:  # empty where no modality reads text
+            copy_tokenizer(source.config.data.tokenizer or "", draft / layout.TOKENIZER, fingerprint)
+        files = layout.in_files(weights, file_bytes)
+        for name, held in files.items():
+            _write_file(source.checkpoint, held, draft / name)
+        _write_json(draft / layout.INDEX, _index(files))
+        described = _describe(source, weights, dtype)
+        _write_json(draft / layout.CONFIG, described)
+        facts = card.facts_of(run_dir, source.config, described, license_id)
+        (draft / layout.CARD).write_text(card.page(facts), encoding="utf-8")
+    size = sum(weight.bytes for weight in weights)
+    return [f"wrote {out}: step {source.checkpoint.step}, {len(weights)} tensors in {len(files)} "
+            f"file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB"]  # fmt: skip
 
 
-def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
+def _describe(source: SavedRun, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
     """The values of config.json."""
     total, active = layout.parameter_counts(source.config, list(weights))
     return {
@@ -120,12 +84,6 @@ def describe(source: Source, weights: Sequence[Weight], dtype: str) -> dict[str,
     }
 
 
-def _copy_tokenizer(source: Source, to: Path) -> None:
-    fingerprint = source.meta["tokenizer_fingerprint"]
-    if fingerprint:  # empty where no modality reads text
-        copy_tokenizer(source.config.data.tokenizer or "", to, fingerprint)
-
-
 def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
@@ -133,18 +91,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists; choose another --out, or replace an earlier export with --overwrite")
     if not (out / layout.INDEX).is_file():
         raise ValueError(f"{out} is not an export (it has no {layout.INDEX}) and is not replaced; change --out")
-
-
-def _take_place(draft: Path, out: Path) -> None:
-    """The draft becomes ``out``. An earlier one is moved aside first: a folder cannot replace a full one."""
-    if out.exists():
-        aside = out.with_name(out.name + ".old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(out, aside)
-        os.replace(draft, out)
-        shutil.rmtree(aside)
-    else:
-        os.replace(draft, out)
 
 
 def _write_file(checkpoint: store.Checkpoint, weights: Sequence[Weight], path: Path) -> None:

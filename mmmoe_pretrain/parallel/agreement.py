@@ -1,12 +1,14 @@
-"""Small values that are equal on all ranks of a group: from rank 0, of any rank, or summed.
+"""Small values and errors that ranks share: from rank 0, of any rank, gathered, or summed.
 
-Every function is collective and takes a group on the host (gloo); a group of None is one process. Tensors of the
-model go through ``collectives.py``.
+Every function is collective and takes a group on the host (gloo); a group of None is one process. An error on one
+rank is raised on all, so that no rank waits for the others. Tensors of the model go through ``collectives.py``.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,29 +17,85 @@ import torch.distributed as dist
 from mmmoe_pretrain.parallel.groups import Group
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error that a rank can send to the others."""
+
+    kind: type[Exception]
+    message: str
 
 
 def from_rank_0(group: Group, action: Callable[[], T]) -> T:
     """The result of ``action()`` on rank 0, on every rank. For what is read from disks and the environment, which
     may look different to each rank.
 
-    A ValueError or OSError of ``action`` is raised on every rank: as the same class where this package defines it,
-    else as ValueError.
+    An error of ``action`` is raised on every rank: a ValueError or OSError as the same class where this package
+    defines it, else as ValueError; any other as RuntimeError.
     """
-    answer: list[Any] = [None, None]  # the result, or the class and message of the error
-    error: Exception | None = None
-    if group is None or dist.get_rank(group) == 0:
-        try:
-            answer[0] = action()
-        except (ValueError, OSError) as caught:
-            own = (kind for kind in type(caught).__mro__ if kind.__module__.startswith("mmmoe_pretrain."))
-            error, answer[1] = caught, (next(own, ValueError), str(caught))
+    mine, answer = _attempt(group, action) if group is None or dist.get_rank(group) == 0 else (None, None)
+    return _receive(group, answer, mine)
+
+
+def exchange(group: Group, action: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
+    """``combine(results)`` of rank 0, on every rank, where ``results`` are those of ``action()`` on all ranks in rank
+    order. Errors as in ``from_rank_0``; of several ranks' the first one's."""
+    if group is None:
+        return from_rank_0(None, lambda: combine([action()]))
+    mine, result = _attempt(group, action)
+    results: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    _meet(group)
+    dist.gather_object(result, results, group=group, group_dst=0)
+    answer = None
+    if results is not None:
+        answer = next((failure for failure in results if isinstance(failure, _Failure)), None)
+        if answer is None:
+            mine, answer = _attempt(group, lambda: combine(results))
+    return _receive(group, answer, mine)
+
+
+def agree(group: Group, action: Callable[[], T]) -> T:
+    """``action()`` on every rank, each of which keeps its own result. Errors as in ``exchange``."""
+    kept: list[T] = []
+    exchange(group, lambda: kept.append(action()), lambda ranks: None)
+    return kept[0]
+
+
+def _attempt(group: Group, action: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    """The error of ``action``, if it has one, and its result or _Failure."""
+    try:
+        return None, action()
+    except (ValueError, OSError) as error:
+        own = (kind for kind in type(error).__mro__ if kind.__module__.startswith("mmmoe_pretrain."))
+        return error, _Failure(next(own, ValueError), str(error))
+    except Exception as error:
+        if group is None:
+            raise
+        return error, _Failure(RuntimeError, f"rank {dist.get_rank(group)}: {type(error).__name__}: {error}")
+
+
+def _receive(group: Group, answer: Any, mine: Exception | None) -> Any:
+    """Rank 0's ``answer``, or its error from that of this rank."""
     if group is not None:
-        dist.broadcast_object_list(answer, group=group, group_src=0)
-    if answer[1] is not None:
-        kind, message = answer[1]
-        raise kind(message) from error
-    return answer[0]
+        received = [answer]
+        _meet(group)
+        dist.broadcast_object_list(received, group=group, group_src=0)
+        answer = received[0]
+    if isinstance(answer, _Failure):
+        raise answer.kind(answer.message) from mine
+    return answer
+
+
+def _meet(group: dist.ProcessGroup) -> None:
+    """Wait until every rank is here. Long waits use Python's sleep: a thread of a save that wakes inside torch while
+    its process ends, because a peer died, turns the exit status into an abort (up to Python 3.13)."""
+    arrived, pause = dist.barrier(group=group, async_op=True), 1e-4
+    while not arrived.is_completed():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    arrived.wait()
 
 
 def number_from_rank_0(group: Group, number: float) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from mmmoe_pretrain.config import MoEConfig
 from mmmoe_pretrain.moe.router import DORMANT
-from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
+from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, stays_exact
 from mmmoe_pretrain.surgery.parameters import (
     STACKED,
     Layer,
@@ -45,16 +45,13 @@ def add(
     state, changes, did, exact = dict(source.state), {}, [], True
     for layer in chosen_layers(source.config, layers):
         _check_router(layer)
-        reason = capacity_reason(layer.moe)
-        if reason:
-            refuse_inexact(f"block {layer.index}: {reason}", lossy)
-            exact = False
+        exact &= stays_exact(layer, capacity_reason(layer.moe), lossy)
         parents = _parents(source, layer, count, copy_from)
         state = _with_experts(state, layer, parents, noise)
         changes[layer.index] = {"num_experts": layer.moe.num_experts + count, "wake_steps": wake_steps}
         did.append(
             f"block {layer.index}: experts {_span(layer.moe, count)} are copies of {', '.join(map(str, parents))} "
-            f"with noise {noise:g}, asleep; they wake over {wake_steps} optimizer steps"
+            f"with noise {noise:g}, dormant; the dormancy falls to 0 over {wake_steps} optimizer steps"
         )
     return Result(with_layers(source.config, changes), state, tuple(did), exact)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from mmmoe_pretrain.paths import given
 
 if TYPE_CHECKING:
-    from mmmoe_pretrain.surgery.operation import Outcome
+    from mmmoe_pretrain.surgery.operation import Result, Source
 
 experts = typer.Typer(no_args_is_help=True, help="Change the experts of a trained model; the result is a new run.")
 
@@ -37,11 +38,9 @@ def upcycle(
     every: Annotated[int | None, typer.Option(min=1, help="Every how many blocks; default: moe.every.")] = None,
 ) -> None:
     """Turn a dense run into a sparse one, whose experts copy its feed-forward layers; outputs stay equal."""
-    from mmmoe_pretrain.surgery.operation import operate
     from mmmoe_pretrain.surgery.upcycle import upcycle as make
 
-    _tell(operate(run, out, overrides or [], "upcycle",
-                  lambda source: make(source, num_experts, experts_per_token, noise, every)))  # fmt: skip
+    _write(run, out, overrides, "upcycle", lambda source: make(source, num_experts, experts_per_token, noise, every))
 
 
 @experts.command()
@@ -53,10 +52,9 @@ def split(
     lossy: Lossy = False,
 ) -> None:
     """Divide every expert into finer ones, of which a token chooses as many times more; outputs stay equal."""
-    from mmmoe_pretrain.surgery.operation import operate
     from mmmoe_pretrain.surgery.split import split as make
 
-    _tell(operate(run, out, overrides or [], "split", lambda source: make(source, factor, lossy)))
+    _write(run, out, overrides, "split", lambda source: make(source, factor, lossy))
 
 
 @experts.command()
@@ -73,11 +71,10 @@ def add(
 ) -> None:
     """Add experts that are dormant at first; outputs stay equal."""
     from mmmoe_pretrain.surgery.add import add as make
-    from mmmoe_pretrain.surgery.operation import operate
 
     layers = tuple(layer or ())
-    _tell(operate(run, out, overrides or [], "add",
-                  lambda source: make(source, count, copy_from, layers, noise, wake_steps, lossy)))  # fmt: skip
+    _write(run, out, overrides, "add",
+           lambda source: make(source, count, copy_from, layers, noise, wake_steps, lossy))  # fmt: skip
 
 
 @experts.command()
@@ -94,13 +91,12 @@ def prune(
     lossy: Lossy = False,
 ) -> None:
     """Remove experts; outputs stay equal if no token chose them; otherwise --lossy is needed."""
-    from mmmoe_pretrain.surgery.operation import operate
     from mmmoe_pretrain.surgery.prune import prune as make
 
     if bool(chosen) == unused:
         raise ValueError("name the experts to remove: either --experts 3,5 or --unused")
     numbers, layers, limit = _numbers(chosen), tuple(layer or ()), below if unused else None
-    _tell(operate(run, out, overrides or [], "prune", lambda source: make(source, numbers, limit, layers, lossy)))
+    _write(run, out, overrides, "prune", lambda source: make(source, numbers, limit, layers, lossy))
 
 
 @experts.command()
@@ -114,13 +110,12 @@ def merge(
 ) -> None:
     """Make one expert of two; outputs stay equal if one of them was not in use; otherwise --lossy is needed."""
     from mmmoe_pretrain.surgery.merge import merge as make
-    from mmmoe_pretrain.surgery.operation import operate
 
     numbers = _numbers(chosen)
     if len(numbers) != 2:
         raise ValueError(f"--experts {chosen}: name two, e.g. 3,5")
     pair = numbers[0], numbers[1]
-    _tell(operate(run, out, overrides or [], "merge", lambda source: make(source, layer, pair, lossy)))
+    _write(run, out, overrides, "merge", lambda source: make(source, layer, pair, lossy))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -131,6 +126,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _tell(outcome: Outcome) -> None:
-    for line in outcome.lines:
+def _write(run: Path, out: Path, overrides: list[str] | None, command: str, make: Callable[[Source], Result]) -> None:
+    from mmmoe_pretrain.surgery.operation import operate
+
+    for line in operate(run, out, overrides or [], command, make):
         print(line)

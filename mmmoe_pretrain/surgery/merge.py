@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
+from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, stays_exact
 from mmmoe_pretrain.surgery.parameters import STACKED, Layer, Parameter, State, group_changes, select_experts
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
@@ -25,8 +25,7 @@ def merge(source: Source, layer_index: int, experts: tuple[int, int], lossy: boo
     layer = chosen_layers(source.config, (layer_index,))[0]
     first, second = experts
     _check(layer, first, second)
-    if capacity_reason(layer.moe):
-        refuse_inexact(f"block {layer.index}: {capacity_reason(layer.moe)}", lossy)
+    stays_exact(layer, capacity_reason(layer.moe), lossy)
     used = _shares(source, layer, first, second)
     kept = [e for e in range(layer.moe.num_experts) if e != second]
     state = select_experts(_merged(source.state, layer, first, second, used), layer, kept)
@@ -65,9 +64,9 @@ def _check(layer: Layer, first: int, second: int) -> None:
 def _shares(source: Source, layer: Layer, first: int, second: int) -> tuple[float, float]:
     """How much each is used, of the two together; 0 for a dormant one."""
     dormancy = source.state.get(f"{layer.prefix}router.dormancy")
-    awake = [float(dormancy is None or dormancy.value[e] == 0) for e in (first, second)]
-    used = [source.usage.share[layer.index][e] * a for e, a in zip((first, second), awake, strict=True)]
-    for weights in (used, awake):
+    active = [float(dormancy is None or dormancy.value[e] == 0) for e in (first, second)]
+    used = [source.usage.share[layer.index][e] * a for e, a in zip((first, second), active, strict=True)]
+    for weights in (used, active):
         if sum(weights) > 0:
             return weights[0] / sum(weights), weights[1] / sum(weights)
     return 0.5, 0.5

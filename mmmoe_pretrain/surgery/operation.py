@@ -6,8 +6,6 @@ The new run is written under ``NAME.tmp`` and renamed only if the comparison suc
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +15,12 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, read_config, root_of, with_tokenizer
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, open_run, read_config, with_tokenizer
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.paths import make_folder
-from mmmoe_pretrain.surgery.parameters import State, by_key, by_parameter
+from mmmoe_pretrain.paths import new_folder
+from mmmoe_pretrain.surgery.parameters import Layer, State, by_key, by_parameter
 from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
 from mmmoe_pretrain.surgery.settings import check_spread, named
 
@@ -66,18 +64,11 @@ class Result:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """``lines``: what was done and how it compares, for people."""
-
-    largest_difference: float
-    lines: tuple[str, ...]
-
-
 def operate(
     run_dir: Path, out: Path, overrides: Sequence[str], command: str, make: Callable[[Source], Result]
-) -> Outcome:
-    """Write the run ``out`` that ``make`` turns the newest checkpoint of ``run_dir`` into.
+) -> list[str]:
+    """Write the run ``out`` that ``make`` turns the newest checkpoint of ``run_dir`` into; returns what was done and
+    how it compares, for people.
 
     Raises ValueError where ``out`` exists, and if the function should be the same but is not: then nothing is
     written. ``run_dir`` never changes.
@@ -88,46 +79,39 @@ def operate(
     result = make(source)
     config = named(result.config, out)
     check_spread(config)
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    make_folder(draft)
-    try:
+    with new_folder(out) as draft:
         tokenizer = config.data.tokenizer
         if tokenizer is not None and Path(tokenizer).is_file():
             copy_tokenizer(tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
             config = with_tokenizer(config, out / TOKENIZER)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
-        store.write_state(root_of(draft, config), source.step, by_key(result.state), meta)
+        store.write_state(config.checkpoints_of(draft), source.step, by_key(result.state), meta)
         run_config.dump(config, draft / CONFIG)
         largest, probe = _compare(source, result, draft)
-        lines = (*result.did, _summary(result, largest, probe, command))
+        lines = [*result.did, _summary(result, largest, probe, command)]
         record = {
-            "command": command, "source": str(run_dir), "step": source.step, "did": list(lines),
+            "command": command, "source": str(run_dir), "step": source.step, "did": lines,
             "largest_difference": largest,
         }  # fmt: skip
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    stands = f"it stands at step {source.step} of {config.train.steps}"
-    wrote = f"wrote {out}; resume with: mmmoe train {out / CONFIG} ({stands})"
-    return Outcome(largest, (*lines, wrote))
+    reached = f"it is at step {source.step} of {config.train.steps}"
+    return [*lines, f"wrote {out}; resume with: mmmoe train {out / CONFIG} ({reached})"]
 
 
 def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     """The newest checkpoint of a run, whole in this process's memory."""
-    model, trained, step = load_model(run_dir)
-    checkpoint = store.find_latest(root_of(run_dir, trained))
-    assert checkpoint is not None  # load_model found it
-    config = read_config(run_dir, overrides).with_vocabulary(trained.model.vocab_size)
-    state = by_parameter(store.read_state(checkpoint))
-    return Source(run_dir, config, model, step, store.read_meta(checkpoint), state)
+    run = open_run(run_dir)
+    config = read_config(run_dir, overrides).with_vocabulary(run.config.model.vocab_size)
+    state = by_parameter(store.read_state(run.checkpoint))
+    return Source(run_dir, config, run.model(), run.checkpoint.step, run.meta, state)
 
 
-def refuse_inexact(reason: str, lossy: bool) -> None:
-    """A change of the function needs --lossy."""
-    if not lossy:
-        raise ValueError(f"{reason}; pass --lossy to allow it")
+def stays_exact(layer: Layer, reason: str, lossy: bool) -> bool:
+    """Whether the function stays the same; ``reason`` says why it does not, else it is empty. Raises ValueError for a
+    change without ``lossy``."""
+    if reason and not lossy:
+        raise ValueError(f"block {layer.index}: {reason}; pass --lossy to allow it")
+    return not reason
 
 
 def capacity_reason(moe: MoEConfig) -> str:

@@ -72,7 +72,7 @@ def fresh(value: Tensor, optimizer: Iterable[str] = ()) -> Parameter:
 
 
 def clear_means(parameter: Parameter, rows: slice) -> None:
-    """Nothing has pulled these rows yet: averages of their gradient become zero, in place."""
+    """Averages of the gradient of these rows become zero, in place: the rows are new."""
     for name, kept in parameter.optimizer.items():
         if GRADIENT_POWER[name] == 1:
             kept[rows] = 0
@@ -119,7 +119,7 @@ class Layer:
 
     @property
     def free(self) -> range:
-        """The indices of the experts without computation, which stand behind the others."""
+        """The indices of the experts without computation, which follow the others."""
         return range(self.moe.num_experts, self.moe.router_outputs)
 
 
@@ -138,7 +138,7 @@ def change_stacks(state: State, layer: Layer, change: Callable[..., Tensor]) -> 
 
 def select_experts(state: State, layer: Layer, experts: Iterable[int]) -> State:
     """The layer with the experts of these indices alone, in this order; an index may come again. Those
-    of one stack must stand together. Experts without computation stay."""
+    of one stack must be adjacent. Experts without computation stay."""
     wanted = list(experts)
     rows = torch.tensor([*wanted, *layer.free])
     state = change_rows(state, layer, lambda tensor, axis: tensor.index_select(axis, rows))

@@ -70,7 +70,7 @@ def largest_difference(old: MMMoE, new: MMMoE, batch: Batch) -> float:
 
 @dataclass(frozen=True)
 class Usage:
-    """Share of each layer's assignments that each expert has (identity and null experts stand last), and
+    """Share of each layer's assignments that each expert has (identity and null experts last), and
     where that is known from."""
 
     share: dict[int, np.ndarray]

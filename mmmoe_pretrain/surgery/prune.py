@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, refuse_inexact
+from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, stays_exact
 from mmmoe_pretrain.surgery.parameters import Layer, group_changes, select_experts
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
 
@@ -31,10 +31,8 @@ def prune(
         share = source.usage.share[layer.index]
         lost = float(share[removed].sum())
         numbers = f"experts {', '.join(map(str, removed))}, {lost:.2%} of the assignments ({source.usage.origin})"
-        if lost > 0:
-            refuse_inexact(f"block {layer.index}: removing {numbers} changes the function", lossy)
-        if capacity_reason(layer.moe):
-            refuse_inexact(f"block {layer.index}: {capacity_reason(layer.moe)}", lossy)
+        stays_exact(layer, f"removing {numbers} changes the function" if lost > 0 else "", lossy)
+        stays_exact(layer, capacity_reason(layer.moe), lossy)
         state = select_experts(state, layer, kept)
         changes[layer.index] = group_changes(layer, kept)
         did.append(f"block {layer.index}: removed {numbers}; {len(kept)} experts are left")

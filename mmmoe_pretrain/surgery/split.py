@@ -2,8 +2,8 @@
 
 Why it is exact. An expert is a sum over its hidden units, so its parts sum to it. Their router rows are
 copies, so their logits are equal, and above or below those of any other family as the old expert's was:
-the m K largest logits are the families of the K largest. (Two families of exactly equal logits can be
-torn apart; the old model's choice between them was arbitrary too.)
+the m K largest logits are the families of the K largest. (Of two families with exactly equal logits
+parts of both may be chosen; the old model's choice between them was arbitrary too.)
 The weight of a part: with softmax p, m copies share what one had, p / m; with weights divided by
 their sum, w / m; with bare sigmoid scores, s. What is missing goes into ``down``.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.surgery.operation import Result, Source, refuse_inexact
+from mmmoe_pretrain.surgery.operation import Result, Source, stays_exact
 from mmmoe_pretrain.surgery.parameters import Layer, State, change_rows, each, scaled
 from mmmoe_pretrain.surgery.settings import moe_layers, with_layers
 
@@ -32,10 +32,7 @@ def split(source: Source, factor: int, lossy: bool) -> Result:
         raise ValueError("this run is dense; convert it with mmmoe experts upcycle")
     state, changes, exact = dict(source.state), {}, True
     for layer in layers:
-        reason = _reason(layer.moe, factor)
-        if reason:
-            refuse_inexact(f"block {layer.index}: {reason}", lossy)
-            exact = False
+        exact &= stays_exact(layer, _reason(layer.moe, factor), lossy)
         changes[layer.index] = _changes(layer.moe, factor)
         state = _split_layer(state, layer, factor)
     config = with_layers(_more_thresholds(source.config, factor), changes)
@@ -60,7 +57,7 @@ def _reason(moe: MoEConfig, factor: int) -> str:
     top_k, limit = moe.experts_per_token, moe.groups_per_token
     if moe.router not in EXACT_ROUTERS:
         return (
-            f"router {moe.router} tears the parts of an expert apart (its noise or hash differs between them); "
+            f"router {moe.router} separates the parts of an expert (its noise or hash differs between them); "
             f"this is exact for {', '.join(EXACT_ROUTERS)}"
         )
     if moe.capacity_factor is not None and moe.router != "expert_choice":

@@ -19,7 +19,7 @@ OPERATIONS = (
     "shutil.rmtree",
     "mmmoe_pretrain.checkpoint.store.verify",
     "mmmoe_pretrain.checkpoint.store.load",
-    "mmmoe_pretrain.checkpoint.save_plan.write_rank_file",
+    "mmmoe_pretrain.checkpoint.save_plan.write_tensors",
     "mmmoe_pretrain.checkpoint.save_plan.commit",
     "mmmoe_pretrain.checkpoint.save_plan.point_to",
 )

@@ -1,15 +1,16 @@
 """What every rank trained on, step by step, over all starts of a run.
 
-A rank appends a line once a step is done and before it can be saved. A step that was done again after a
-restart counts as done by the last start that did it: that is the history that the final weights come from.
+A rank appends a line once a step is done and before it can be saved. Of a step that was done again after a restart
+the last line counts: that is the history that the final weights come from.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmmoe_pretrain.engines.megatron import MegatronEngine
 History = dict[int, Counter[int]]  # step (the first is 1) -> samples by id, over all ranks
 
 
-def keep_ledger(folder: Path, start: int, rank: int, on_step: Callable[[int], None]) -> None:
+def keep_ledger(folder: Path, rank: int, on_step: Callable[[int], None]) -> None:
     """In a rank's process, before it trains: write down the samples of every step that its engine does, and call
     ``on_step`` with how many it has done."""
     path = folder / f"ledger_{rank}.jsonl"
@@ -33,7 +34,7 @@ def keep_ledger(folder: Path, start: int, rank: int, on_step: Callable[[int], No
             samples = [int(group) for batch in microbatches for group in batch.group_ids]
             result = step(engine, microbatches, rate)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"start": start, "step": engine.steps_done, "samples": samples}) + "\n")
+                file.write(json.dumps({"step": engine.steps_done, "samples": samples}) + "\n")
             done += 1
             on_step(done)
             return result
@@ -44,15 +45,12 @@ def keep_ledger(folder: Path, start: int, rank: int, on_step: Callable[[int], No
 
 
 def history(folder: Path) -> History:
-    """The samples of each step in the last start that did it."""
-    last: dict[int, int] = {}
-    lines = list(_lines(folder))
-    for line in lines:
-        last[line["step"]] = max(last.get(line["step"], 0), line["start"])
-    steps: History = {step: Counter() for step in last}
-    for line in lines:
-        if line["start"] == last[line["step"]]:
-            steps[line["step"]].update(line["samples"])
+    """The samples of each step, as each rank did it last."""
+    steps: History = defaultdict(Counter)
+    for path in sorted(folder.glob("ledger_*.jsonl")):
+        last = {line["step"]: line["samples"] for line in _lines(path)}
+        for step, samples in last.items():
+            steps[step].update(samples)
     return steps
 
 
@@ -66,10 +64,7 @@ def compare(found: History, wanted: History) -> tuple[int, int]:
     return lost, repeated
 
 
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.glob("ledger_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:  # the rank was killed while it wrote; nothing of this step can have been saved
-                continue
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the rank was killed while it wrote; nothing of this step can have been saved
+            yield json.loads(line)

@@ -2,10 +2,9 @@
 
 python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0
 
-A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all
-of them again, and they go on by themselves from the newest checkpoint. The last line is one JSON object:
-kills, lost and repeated samples, partial checkpoints that were loaded, whether all logged losses are
-those of the undisturbed run.
+A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all of them
+again, and they resume from the newest checkpoint. The last line is one JSON object: kills, lost and repeated samples,
+partial checkpoints that were loaded, and whether all logged losses equal those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report
     write_shards(folder / "train", things(48))
     write_tokenizer(folder / "tokens.model")
     calm, disturbed = (config_of(folder, name, steps) for name in ("calm", "disturbed"))
-    assert start(calm, ranks, 1, None) == "done"
+    assert start(calm, ranks, None) == "done"
     report, rng = Report(), random.Random(seed)
     while True:
         report.starts += 1
@@ -64,7 +63,7 @@ def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report
         if report.kills < kills:
             left = steps - steps_saved(disturbed)
             kill = Kill.draw(rng, ranks, max(1, left // (kills - report.kills)), left)
-        end = start(disturbed, ranks, report.starts, kill)
+        end = start(disturbed, ranks, kill)
         report.kills += end == "killed"
         report.partial_accepted += count_partial(disturbed)
         print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(disturbed)}", flush=True)
@@ -97,29 +96,26 @@ def ledger_of(config: RunConfig) -> Path:
     return config.run_dir.with_name(f"{config.name}.ledger")
 
 
-def start(config: RunConfig, ranks: int, number: int, kill: Kill | None) -> str:
+def start(config: RunConfig, ranks: int, kill: Kill | None) -> str:
     """One start of all ranks: "done", "killed" (by ``kill``), or an AssertionError for any other end."""
     context = multiprocessing.get_context("fork")
     folder = ledger_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [
-        context.Process(target=run_rank, args=(config, rank, ranks, port, folder, number, kill))
-        for rank in range(ranks)
+        context.Process(target=run_rank, args=(config, rank, ranks, port, folder, kill)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
     try:
-        return supervise(processes, folder, number, kill)
+        return supervise(processes, folder, kill)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def run_rank(
-    config: RunConfig, rank: int, ranks: int, port: int, folder: Path, number: int, kill: Kill | None
-) -> None:
+def run_rank(config: RunConfig, rank: int, ranks: int, port: int, folder: Path, kill: Kill | None) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
@@ -127,11 +123,11 @@ def run_rank(
     os.dup2(out, 1)
     os.dup2(out, 2)
     armed = kill.arm() if kill is not None and kill.victim == rank else lambda done: None
-    ledger.keep_ledger(folder, number, rank, armed)
+    ledger.keep_ledger(folder, rank, armed)
     train(config)
 
 
-def supervise(processes: list[Any], folder: Path, number: int, kill: Kill | None) -> str:
+def supervise(processes: list[Any], folder: Path, kill: Kill | None) -> str:
     deadline = time.monotonic() + SECONDS_A_START
     while True:
         codes = [process.exitcode for process in processes]
@@ -145,8 +141,8 @@ def supervise(processes: list[Any], folder: Path, number: int, kill: Kill | None
             processes[kill.victim].join(timeout=1.0)
             if processes[kill.victim].exitcode == -signal.SIGKILL:
                 continue
-        assert not failed, f"start {number}: ranks ended with {codes}: {tail(folder, failed[0])}"
-        assert time.monotonic() < deadline, f"start {number} hangs: {codes}; {tail(folder, 0)}"
+        assert not failed, f"ranks ended with {codes}: {tail(folder, failed[0])}"
+        assert time.monotonic() < deadline, f"ranks hang: {codes}; {tail(folder, 0)}"
         time.sleep(0.02)
 
 

@@ -1,12 +1,35 @@
-"""A small state by hand, cut over ranks; and damage done to checkpoints."""
+"""A small state by hand, cut over ranks; saving in one call; and damage done to checkpoints."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
+from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
+from mmmoe_pretrain.checkpoint.storage import open_storage
+from mmmoe_pretrain.parallel.agreement import agree, from_rank_0
+
+
+def save(
+    root: str | Path,
+    step: int,
+    state: ShardedState | None = None,
+    meta: dict[str, Any] | None = None,
+    group: Any = None,
+    keep: store.Retention = store.Retention(last=9),  # noqa: B008 (frozen)
+) -> store.Checkpoint:
+    """What the Saver does in its thread, but errors are raised. Collective."""
+    storage = agree(group, lambda: open_storage(root))
+    from_rank_0(group, lambda: store.clean(root))
+    state = small_state() if state is None else state
+    plan = plan_save(state, group)
+    checkpoint = write_checkpoint(storage, step, plan, plan.views(state), meta or {}, group)
+    from_rank_0(group, lambda: store.prune(root, keep))
+    return checkpoint
 
 
 def rewrite(path: Path, data: bytes) -> None:

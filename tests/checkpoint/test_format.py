@@ -17,15 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.files import DTYPES, Entry, digest_of, header_of, read_box, write_tensors
-from mmmoe_pretrain.checkpoint.save_plan import plan_save
 from mmmoe_pretrain.checkpoint.state import ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import LocalStorage, ReadInto
 from mmmoe_pretrain.parallel.placement import Box
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.checkpoint.support import numbers, small_state
+from tests.checkpoint.support import numbers, save, small_state
 from tests.distributed import run_ranks
-
-KEEP = store.Retention(last=2)
 
 
 def of_every_dtype() -> dict[str, torch.Tensor]:
@@ -95,7 +92,7 @@ def test_any_box_is_read_alone_whatever_the_gap(
 
 def save_four(root: Path) -> None:
     with process_group(timeout_minutes=0.5):
-        store.save(root, 7, small_state(dist.get_rank(), 4), {"seed": 1}, dist.group.WORLD, KEEP, metric=0.5)
+        save(root, 7, small_state(dist.get_rank(), 4), {"seed": 1}, dist.group.WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +123,7 @@ def test_the_boxes_of_four_ranks_stand_where_the_index_says(saved: Path) -> None
         (expected,) = small_state()[key].pieces.values()
         assert torch.equal(whole, expected), key
     assert seen == 4 * 6 + 1  # the bias, which all ranks have, once
-    assert json.loads((saved / "meta.json").read_text()) == {"seed": 1, "step": 7, "metric": 0.5}
+    assert json.loads((saved / "meta.json").read_text()) == {"seed": 1, "step": 7}
 
 
 def test_a_folder_of_version_1_written_by_hand_is_a_checkpoint(tmp_path: Path) -> None:
@@ -174,21 +171,14 @@ def test_a_rank_reads_little_more_than_what_it_asks_for(saved: Path, monkeypatch
     monkeypatch.setattr(LocalStorage, "reader", counting)
     checkpoint = store.find_latest(saved.parent)
     assert checkpoint is not None
-    store.load_weights(checkpoint, {"rows": torch.zeros(8, 6)})
-    assert sum(read) == 4 * 48
+    rows = torch.zeros(8, 6)
+    store.load_weights(checkpoint, {"rows": rows})
+    assert torch.equal(rows, numbers((8, 6))) and sum(read) == 4 * 48
+    with pytest.raises(ValueError, match=r"is of another model: it lacks model/unheard_of \(1 such"):
+        store.load_weights(checkpoint, {"unheard_of": torch.zeros(1)})
 
 
-def test_a_plan_is_the_same_every_time_and_stages_only_what_is_written() -> None:
-    state = small_state()
-    plan, again = plan_save(state, None), plan_save(state, None)
-    assert plan == again
-    views = plan.views(state)
-    assert [tuple(v.shape) for v in views] == [entry.shape for entry in plan.entries]
-    assert plan.nbytes == sum(v.nbytes for v in views)
-    assert views[0].data_ptr() in {piece.data_ptr() for tensor in state.values() for piece in tensor.pieces.values()}
-
-
-def test_no_dtype_that_files_cannot_hold_is_promised(tmp_path: Path) -> None:
+def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path: Path) -> None:
     odd = {"model/z": ShardedTensor.whole(torch.zeros(5, dtype=torch.complex64))}
     with pytest.raises(ValueError, match=r"hold model/z as torch\.complex64"):
-        store.save(tmp_path, 1, odd, {}, None, KEEP)
+        save(tmp_path, 1, odd)

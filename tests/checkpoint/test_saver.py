@@ -19,7 +19,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mmmoe_pretrain.checkpoint import save_plan, store
 from mmmoe_pretrain.checkpoint.folders import Retention
@@ -27,35 +26,13 @@ from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport, Staging
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import LocalStorage, StorageError
 from mmmoe_pretrain.parallel.runtime import process_group
+from tests.checkpoint.support import assert_same, small_state
 from tests.distributed import run_ranks
 
 KEEP = Retention(last=2, every=0, best=0)
 RANKS = 2
 META: dict[str, Any] = {"vocab_size": 48}
-ROWS, COLUMNS = 6, 5
-Factory = Callable[[float], Tensor]
-
-
-def state_of(rank: int, ranks: int, value: float) -> ShardedState:
-    """Rows of a matrix cut over the ranks, with moments; a vector that every rank holds; one rank's counter.
-
-    Every number is at least ``value`` and less than ``value + 1``, or ``value`` itself in the counter.
-    """
-    rows = ROWS // ranks
-    numbers = value + torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) / 64  # exact in fp32
-    strided = torch.empty(COLUMNS, rows).T.copy_(numbers[rank * rows : (rank + 1) * rows])
-    assert not strided.is_contiguous()
-    counter = torch.tensor([int(value)] * 3, dtype=torch.int64)
-    return {
-        "model/matrix": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided}),
-        "optimizer/matrix/exp_avg": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided + 0.25}),
-        "optimizer/matrix/exp_avg_sq": ShardedTensor((ROWS, COLUMNS), {(rank * rows, 0): strided + 0.5}),
-        "model/vector": ShardedTensor((3,), {(0,): torch.full((3,), value, dtype=torch.bfloat16)}),
-        "model/counter": ShardedTensor((3,), {(0,): counter} if rank == ranks - 1 else {}),
-    }
-
-
-LOGICAL_BYTES = 3 * ROWS * COLUMNS * 4 + 3 * 2 + 3 * 8
+LOGICAL_BYTES = (3 * 48 + 3 * 48 + 5) * 4  # of small_state
 
 
 def train(state: ShardedState) -> None:
@@ -66,14 +43,9 @@ def train(state: ShardedState) -> None:
 
 
 def saved_value(path: str | Path, value: float) -> None:
-    """Assert that the checkpoint holds ``state_of`` of ``value``, bit for bit."""
+    """Assert that the checkpoint holds ``small_state`` of ``value``, bit for bit."""
     checkpoint = next(c for c in store.checkpoints(Path(path).parent) if c.name == Path(path).name)
-    found, expected = store.read_state(checkpoint), state_of(0, 1, value)
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        (whole,) = tensor.pieces.values()
-        assert found[key].dtype == whole.dtype, key
-        assert torch.equal(found[key], whole), (key, found[key], whole)
+    assert_same(store.load(checkpoint, small_state(), None), small_state(add=value))
 
 
 @contextlib.contextmanager
@@ -110,24 +82,26 @@ def ended(saver: Saver) -> list[SaveReport]:
     return saver.poll()
 
 
-def two_ranks(root: Path) -> dict[str, list[SaveReport]]:
-    """Several stories in one process group: the reports of this rank."""
+def two_ranks(root: Path) -> dict[str, Any]:
+    """Several cases in one process group: what this rank reports of each."""
     with ranks_group() as (rank, group):
-        state = state_of(rank, RANKS, 1.0)
+        state = small_state(rank, RANKS, 1.0)
         return {
             "moment": the_moment(Saver(root / "moment", group, KEEP), state),
-            "retention": retention(Saver(root / "retention", group, KEEP), state),
+            "retention": retention(Saver(root / "retention", group, Retention(last=1, best=1)), state),
             "failure": failure(Saver(root / "failure", group, KEEP), rank),
             "layout": layout(Saver(root / "layout", group, KEEP), rank),
+            "deletion": deletion(Saver(root / "deletion", group, KEEP, asynchronous=False), state),
         }
 
 
 def the_moment(saver: Saver, state: ShardedState) -> list[SaveReport]:
-    """Training changes the state before a byte is written."""
-    changed = threading.Event()
+    """Training changes the state and the progress before a byte is written."""
+    changed, meta = threading.Event(), {"progress": {"steps": 1}}
     with writing(lambda path: None if changed.wait(20) else no_space(path)):
-        saver.save(1, state, META)
+        saver.save(1, state, meta)
         train(state)
+        meta["progress"]["steps"] = 2
         assert saver.poll() == []  # still in flight
         changed.set()
         return ended(saver)
@@ -141,28 +115,41 @@ def retention(saver: Saver, state: ShardedState) -> list[SaveReport]:
 
 def failure(saver: Saver, rank: int) -> list[SaveReport]:
     """The disk of rank 1 is full at the second of three saves."""
-    saver.save(1, state_of(rank, RANKS, 1.0), META)
+    saver.save(1, small_state(rank, RANKS, 1.0), META)
     saver.wait()
     with writing(no_space) if rank == 1 else contextlib.nullcontext():
-        saver.save(2, state_of(rank, RANKS, 2.0), META)
+        saver.save(2, small_state(rank, RANKS, 2.0), META)
         saver.wait()
-    saver.save(3, state_of(rank, RANKS, 3.0), META)  # the same layout in other memory, as after a rollback
+    saver.save(3, small_state(rank, RANKS, 3.0), META)  # the same layout in other memory, as after a rollback
     saver.close()
     return saver.poll()
 
 
 def layout(saver: Saver, rank: int) -> list[SaveReport]:
     """At the second of three saves one rank lacks a piece that no other rank has."""
-    saver.save(1, state_of(rank, RANKS, 1.0), META)
-    state = state_of(rank, RANKS, 2.0)
+    saver.save(1, small_state(rank, RANKS, 1.0), META)
+    state = small_state(rank, RANKS, 2.0)
     if rank == 1:
-        state |= {key: ShardedTensor((ROWS, COLUMNS), {}) for key in state if "/matrix" in key}
+        state |= {key: ShardedTensor((8, 6), {}) for key in state if "/rows" in key}
     saver.save(2, state, META)
-    saver.save(3, state_of(rank, RANKS, 3.0), META)
+    saver.save(3, small_state(rank, RANKS, 3.0), META)
     return ended(saver)
 
 
-Stories = tuple[Path, list[dict[str, list[SaveReport]]]]
+def deletion(saver: Saver, state: ShardedState) -> tuple[float, float]:
+    """When rank 0 had deleted, which takes it long, and when this rank's save was over."""
+    deleted = [0.0]
+
+    def slow(*args: object) -> None:
+        time.sleep(0.5)
+        deleted[0] = time.monotonic()
+
+    with mock.patch.object(store, "prune", slow):
+        saver.save(1, state, META)
+    return deleted[0], time.monotonic()
+
+
+Stories = tuple[Path, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -184,23 +171,25 @@ def test_a_checkpoint_holds_the_state_of_the_moment_of_the_save(stories: Stories
     for (report,) in reports_of(stories, "moment"):
         assert report.error is None and report.warning is None
         saved_value(report.path, 1.0)
+    (checkpoint,) = store.checkpoints(stories[0] / "moment")
+    assert store.read_meta(checkpoint) == {"progress": {"steps": 1}, "step": 1}
 
 
 def test_what_every_rank_holds_is_written_by_one(stories: Stories) -> None:
     reports = reports_of(stories, "moment")
     assert sum(report.bytes for (report,) in reports) == LOGICAL_BYTES
-    assert all(report.bytes >= 3 * ROWS * COLUMNS * 4 // RANKS for (report,) in reports)
+    assert all(report.bytes >= 3 * 96 * 4 // RANKS for (report,) in reports)
 
 
 def test_retention_follows_each_save(stories: Stories) -> None:
-    assert kept(stories[0] / "retention") == [4, 5]
+    assert kept(stories[0] / "retention") == [2, 5]  # the best by its metric and the last
     assert [(r.step, r.error, r.warning) for r in reports_of(stories, "retention")[0]] == [
         (step, None, None) for step in (2, 3, 4, 5)
     ]
     saved_value(stories[0] / "retention" / "step_00000005", 2.0)  # trained by a step since the first story
 
 
-def test_where_one_rank_fails_nobody_commits_and_every_rank_says_why(stories: Stories) -> None:
+def test_if_one_rank_fails_no_rank_commits_and_every_rank_reports_why(stories: Stories) -> None:
     root = stories[0] / "failure"
     for reports in reports_of(stories, "failure"):
         assert [report.step for report in reports] == [1, 2, 3]
@@ -218,14 +207,14 @@ def test_a_layout_that_changes_on_one_rank_is_planned_anew_on_all(stories: Stori
     for reports in reports_of(stories, "layout"):
         errors = [report.error for report in reports]
         assert errors[0] is None and errors[2] is None
-        assert "of model/matrix" in str(errors[1])
+        assert "of model/rows" in str(errors[1])
         assert not reports[1].restartable  # the next start would hold the same pieces
     assert kept(stories[0] / "layout") == [1, 3]
     saved_value(stories[0] / "layout" / "step_00000003", 3.0)
 
 
 def test_a_save_waits_for_the_one_before_and_says_how_long(tmp_path: Path) -> None:
-    saver, state, at_once = Saver(tmp_path, None, KEEP), state_of(0, 1, 1.0), threading.Lock()
+    saver, state, at_once = Saver(tmp_path, None, KEEP), small_state(add=1.0), threading.Lock()
 
     def slow(path: str) -> None:
         assert at_once.acquire(blocking=False), "two saves in flight"
@@ -241,46 +230,30 @@ def test_a_save_waits_for_the_one_before_and_says_how_long(tmp_path: Path) -> No
     assert kept(tmp_path) == [1, 2]
 
 
-def test_a_synchronous_save_is_there_when_it_returns(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, None, KEEP, asynchronous=False)
-    saver.save(1, state_of(0, 1, 1.0), META, metric=0.5)
-    (report,) = saver.poll()
-    assert report.seconds_blocked >= report.seconds_writing > 0
-    saved_value(report.path, 1.0)
-    assert store.read_meta(store.checkpoints(tmp_path)[0])["metric"] == 0.5
-
-
-def test_meta_is_taken_at_the_moment_of_the_save(tmp_path: Path) -> None:
-    saver, meta, changed = Saver(tmp_path, None, KEEP), {"progress": {"steps": 1}}, threading.Event()
-    with writing(lambda path: None if changed.wait(20) else no_space(path)):
-        saver.save(1, state_of(0, 1, 1.0), meta)
-        meta["progress"]["steps"] = 2
-        changed.set()
-        saver.wait()
-    assert store.read_meta(store.checkpoints(tmp_path)[0])["progress"] == {"steps": 1}
-
-
-def test_drafts_of_a_killed_run_are_removed_by_the_first_save(tmp_path: Path) -> None:
+def test_a_synchronous_save_is_there_when_it_returns_and_drafts_of_a_killed_run_are_not(tmp_path: Path) -> None:
     draft = tmp_path / "step_00000007.tmp"
     draft.mkdir()
     (draft / "rank_00000.safetensors").write_bytes(b"half")
     saver = Saver(tmp_path, None, KEEP, asynchronous=False)
-    saver.save(1, state_of(0, 1, 1.0), META)
-    assert saver.poll()[0].error is None and not draft.exists()
+    saver.save(1, small_state(add=1.0), META, metric=0.5)
+    (report,) = saver.poll()
+    assert report.seconds_blocked >= report.seconds_writing > 0 and not draft.exists()
+    saved_value(report.path, 1.0)
+    assert store.read_meta(store.checkpoints(tmp_path)[0])["metric"] == 0.5
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_the_thread_did_not_expect_is_raised_by_the_next_call(tmp_path: Path) -> None:
+def test_an_unexpected_error_of_the_thread_is_raised_by_the_next_call(tmp_path: Path) -> None:
     saver = Saver(tmp_path, None, KEEP)
 
     def broken(path: str) -> None:
         raise KeyError("a mistake in the program")
 
     with writing(broken):
-        saver.save(1, state_of(0, 1, 1.0), META)
+        saver.save(1, small_state(add=1.0), META)
         with pytest.raises(KeyError, match="a mistake"):
             saver.wait()
-    saver.save(2, state_of(0, 1, 2.0), META)
+    saver.save(2, small_state(add=2.0), META)
     assert [report.step for report in ended(saver)] == [2]
 
 
@@ -294,14 +267,14 @@ def test_host_memory_is_allocated_once_and_given_back(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("mmmoe_pretrain.checkpoint.saver.Staging", Counted)
     saver = Saver(tmp_path, None, KEEP)
-    saver.prepare(state_of(0, 1, 1.0))
-    assert made == [5]
+    saver.prepare(small_state(add=1.0))
+    assert made == [7]
     for step in (1, 2):
-        saver.save(step, state_of(0, 1, float(step)), META)
-    larger = state_of(0, 1, 3.0)
+        saver.save(step, small_state(add=float(step)), META)
+    larger = small_state(add=3.0)
     larger["model/more"] = ShardedTensor((2,), {(0,): torch.ones(2)})
     saver.save(3, larger, META)
-    assert made == [5, 6]
+    assert made == [7, 8]
     saver.close()
     assert [report.error for report in saver.poll()] == [None] * 3
 
@@ -317,10 +290,10 @@ def peer_leaves(root: Path) -> list[SaveReport]:
     with ranks_group() as (rank, group):
         saver = Saver(root, group, KEEP)
         if rank == 0:
-            saver.save(1, state_of(rank, RANKS, 1.0), META)
+            saver.save(1, small_state(rank, RANKS, 1.0), META)
             return ended(saver)
         with mock.patch("mmmoe_pretrain.checkpoint.saver.write_checkpoint", endless):
-            saver.save(1, state_of(rank, RANKS, 1.0), META)
+            saver.save(1, small_state(rank, RANKS, 1.0), META)
             entered.wait()
             return []
 
@@ -333,22 +306,8 @@ def test_a_rank_that_dies_during_a_save_is_reported_at_once(tmp_path: Path) -> N
     assert store.checkpoints(tmp_path) == []
 
 
-def deleting_takes_long(root: Path) -> tuple[float, float]:
-    """When rank 0 had deleted, and when this rank's save was over."""
-    deleted = [0.0]
-
-    def slow(*args: object) -> None:
-        time.sleep(0.5)
-        deleted[0] = time.monotonic()
-
-    with ranks_group() as (rank, group), mock.patch.object(store, "prune", slow):
-        saver = Saver(root, group, KEEP, asynchronous=False)
-        saver.save(1, state_of(rank, RANKS, 1.0), META)
-        return deleted[0], time.monotonic()
-
-
-def test_no_rank_trains_on_from_a_synchronous_save_while_rank_0_deletes(tmp_path: Path) -> None:
-    (deleted, _), (_, over) = run_ranks(RANKS, deleting_takes_long, tmp_path)
+def test_no_rank_trains_on_from_a_synchronous_save_while_rank_0_deletes(stories: Stories) -> None:
+    (deleted, _), (_, over) = (rank["deletion"] for rank in stories[1])
     assert over > deleted > 0
 
 
@@ -363,11 +322,11 @@ def test_a_save_that_latest_does_not_name_has_failed_and_the_next_makes_it_count
         def failing(self: LocalStorage, path: str, data: bytes, left: list[int] = [left]) -> None:  # noqa: B006
             left[0] -= 1
             if left[0] >= 0:
-                raise StorageError("a moment of weakness")
+                raise StorageError("injected")
             replace(self, path, data)
 
         monkeypatch.setattr(LocalStorage, "replace", failing)
-        saver.save(step, state_of(0, 1, float(step)), META)
+        saver.save(step, small_state(add=float(step)), META)
         (report,) = saver.poll()
         newest = store.find_latest(tmp_path)
         if step != 3:
@@ -410,7 +369,7 @@ raise SystemExit(3)
 """
 
 
-def test_a_thread_that_waits_for_a_peer_holds_up_no_exit(tmp_path: Path) -> None:
+def test_a_thread_that_waits_for_a_peer_does_not_delay_the_exit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
     found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=60)
     output = found.stdout.split()

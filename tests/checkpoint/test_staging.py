@@ -26,7 +26,7 @@ def test_staged_copies_keep_type_and_shape_whatever_the_order() -> None:
     assert not any(bool(copied.any()) for copied in copies)
 
 
-def test_neighbours_stand_side_by_side() -> None:
+def test_small_tensors_are_adjacent_in_memory() -> None:
     tensors = [torch.rand(3), torch.rand(2, 2), torch.ones(3, dtype=torch.bfloat16)]
     first, second, third = Staging(tensors).fill(tensors)
     assert second.data_ptr() == first.data_ptr() + 12 and third.data_ptr() == second.data_ptr() + 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,17 @@ def write_run(config: RunConfig, modalities: Modalities, steps: tuple[int, ...])
 
 
 def random_state(config: RunConfig, seed: int) -> State:
-    """Normal weights (std 0.3), moments that are not zero; router biases of mean zero, as training keeps them."""
+    """Normal weights (std 0.3), optimizer state that is not zero; router biases of mean zero, as training keeps
+    them."""
     torch.manual_seed(seed)
     model = PretrainingModel(config)
     state: State = {}
     for name, parameter in model.named_parameters():
         shape = parameter.shape
         state[model_key(name)] = 0.3 * torch.randn(shape)
-        state[optimizer_key(name, "exp_avg")] = torch.randn(shape)
-        state[optimizer_key(name, "exp_avg_sq")] = torch.rand(shape)
+        for kept in config.optimizer.state:
+            state[optimizer_key(name, kept)] = torch.rand(shape) if kept == "exp_avg_sq" else torch.randn(shape)
     for name, buffer in persistent_buffers(model).items():
         noise = torch.rand(buffer.shape)
         state[model_key(name)] = noise - noise.mean(-1, keepdim=True)
     return state
-
-
-def copied(folder: Path, to: Path) -> Path:
-    """A copy of an export, to be damaged."""
-    shutil.copytree(folder, to)
-    return to

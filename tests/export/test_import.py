@@ -1,4 +1,4 @@
-"""An export is somebody else's file: what is wrong with it is said, and nothing is left behind or run."""
+"""Exports are not trusted: errors name what is wrong, and nothing is written or run."""
 
 import json
 import pickle
@@ -18,12 +18,11 @@ from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.cli import app
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export import layout, read
-from mmmoe_pretrain.export.read import import_run, load_export
-from mmmoe_pretrain.export.version_1 import stored_as
+from mmmoe_pretrain.export.read import import_run, load_export, stored_as
 from mmmoe_pretrain.export.write import export_run
 from mmmoe_pretrain.modalities import Tokenizer
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from tests.export.support import copied, make_run
+from tests.export.support import make_run
 from tests.frozen import baseline
 
 UP = "mmmoe.trunk.blocks.1.ffn.experts.up"
@@ -110,12 +109,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_wrong_with_an_export_is_said(
+def test_a_damaged_export_is_refused_with_the_reason(
     name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     damage, message = DAMAGES[name]
-    folder = copied(exported, tmp_path / "copy")
+    folder = shutil.copytree(exported, tmp_path / "copy")
     damage(folder)
     with pytest.raises(ValueError, match=message):
         import_run(folder, tmp_path / "out")
@@ -160,19 +159,18 @@ def test_rows_of_version_1_are_found_by_the_names_of_then() -> None:
     assert stored_as(f"{router}weight") == (f"{router}weight", None)
 
 
-def test_a_huge_config_is_not_read(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_config_is_not_read_and_a_run_not_written_over(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="exists"):
+        import_run(exported, tmp_path)
     monkeypatch.setattr(read, "MAX_JSON", 100)
     with pytest.raises(ValueError, match="at most 100 are read"):
         import_run(exported, tmp_path / "out")
 
 
-def test_a_run_is_never_written_over(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exists"):
-        import_run(exported, tmp_path)
-
-
-def test_what_belongs_to_somebody_else_s_machine_is_not_taken_over(exported: Path, tmp_path: Path) -> None:
-    folder = copied(exported, tmp_path / "copy")
+def test_settings_of_another_machine_are_not_imported(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "copy")
     foreign = {
         "parallel": {"engine": "deepspeed", "deepspeed": {"nebula": {"persistent_storage_path": "/theirs"}},
                      "tensor_parallel_size": 8},

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.state import ShardedState, WholeState
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
+from tests.checkpoint.support import save
 from tests.distributed import run_ranks
 from tests.layouts.cases import GLOBAL, LAYOUTS, LEARNING_RATE, SGD, Case
 from tests.layouts.matrix import LOSS, chunks
@@ -123,7 +123,7 @@ def save_all(cases: Sequence[Case], root: Path) -> list[dict[str, float]]:
             for number in range(STEPS_SAVED):
                 engine.step(microbatches_of(engine, number), LEARNING_RATE)
             meta = {"progress": engine.progress().to_json()}
-            store.save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, all_ranks(), Retention(1, 0, 0))
+            save(root_of(root, case), STEPS_SAVED, engine.export_state(), meta, all_ranks())
             found.append(next_losses(engine))
             destroy_groups()
     return found

@@ -14,7 +14,8 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.surgery.operation import Result, Source
-from mmmoe_pretrain.surgery.parameters import Parameter, State
+from mmmoe_pretrain.surgery.parameters import State, by_parameter
+from tests.export.support import random_state
 from tests.support import random_batch, tiny_config
 
 MODEL = {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8}
@@ -24,19 +25,13 @@ BLOCK = "mmmoe.trunk.blocks.1.ffn."  # the first of two MoE layers
 
 
 def random_source(root: Path, moe: dict[str, Any], **sections: Any) -> Source:
-    """Normal weights (std 0.3) and random moments, as if read from a run under ``root``."""
+    """Random weights and optimizer state, as if read from a run under ``root``; biases of bias balancing are 0."""
     values = {"num_experts": 4, "expert_hidden_size": 8, **moe}
     config = tiny_config(root, moe=values, model=MODEL, **sections)
-    torch.manual_seed(0)
-    model = PretrainingModel(config)
-    state: State = {}
-    for key, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-        kept = {name: torch.rand(parameter.shape) if name == "exp_avg_sq" else torch.randn(parameter.shape)
-                for name in config.optimizer.state}  # fmt: skip
-        state[key] = Parameter(parameter.detach().clone(), kept)
-    for key, buffer in persistent_buffers(model).items():
-        state[key] = Parameter(buffer.clone())
+    state = by_parameter(random_state(config, seed=0))
+    for name, parameter in state.items():
+        if ".router.bias." in name:
+            parameter.value.zero_()
     return source_of(root, config, state)
 
 

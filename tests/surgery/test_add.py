@@ -143,7 +143,7 @@ def test_dormancy_falls_over_wake_steps_and_then_experts_get_tokens(tmp_path: Pa
         ({"capacity_factor": 1.5}, "capacity_factor 1.5 leaves each expert room .*; pass --lossy"),
     ],
 )
-def test_what_cannot_grow_says_why(tmp_path: Path, moe: dict[str, Any], error: str) -> None:
+def test_a_layer_that_cannot_grow_is_refused_with_the_reason(tmp_path: Path, moe: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         run_add(random_source(tmp_path, moe))
 

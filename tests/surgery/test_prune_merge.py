@@ -1,4 +1,4 @@
-"""Experts taken out and put together: exact only where one of them took no part."""
+"""Pruned and merged experts: exact only where one of them is not used."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def assert_equal_states(a: State, b: State) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_an_expert_that_nothing_chooses_goes_without_a_trace(tmp_path: Path) -> None:
+def test_pruning_an_unused_expert_changes_nothing(tmp_path: Path) -> None:
     source = with_idle_expert(tmp_path, 2, expert_biases=True, router_bias=True)
     result = prune(source, (), 0.0, (), lossy=False)
     assert result.exact
@@ -72,7 +72,7 @@ def test_the_comparison_sees_an_unused_probability_that_was_part_of_the_sum(tmp_
     assert difference(source, result) > TOLERANCE  # so that it is refused
 
 
-def test_what_add_brought_prune_takes_away(tmp_path: Path) -> None:
+def test_pruning_added_experts_restores_the_state(tmp_path: Path) -> None:
     source = random_source(tmp_path, {"identity_experts": 1})
     result = prune(grown(source), (4,), None, (), lossy=False)
     kept = {name: p for name, p in result.state.items() if not name.endswith("dormancy")}
@@ -91,7 +91,7 @@ def test_usage_is_read_from_the_log_up_to_the_checkpoint(tmp_path: Path) -> None
     assert difference(source, result) > 1e-3
 
 
-def test_a_log_of_another_number_of_experts_is_not_believed(tmp_path: Path) -> None:
+def test_a_log_of_another_number_of_experts_is_not_used(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
     write_log(source, [0.5, 0.5, 0.0, 0.0])
     assert "noise" in grown(source).usage.origin
@@ -108,7 +108,7 @@ def test_a_log_of_another_number_of_experts_is_not_believed(tmp_path: Path) -> N
         ({"router": "group_limited", "node_groups": 2}, (0,), r"\[1, 2\] would be left"),
     ],
 )
-def test_a_mixture_must_stay_possible(
+def test_pruning_that_leaves_no_valid_layer_is_refused(
     tmp_path: Path, moe: dict[str, Any], experts: tuple[int, ...], error: str
 ) -> None:
     with pytest.raises(ValueError, match=error):
@@ -172,7 +172,7 @@ def test_unlike_experts_become_their_mean_by_use_with_the_moments_of_both(tmp_pa
         ({"router": "hash"}, (0, 1), "pass --lossy"),
     ],
 )
-def test_a_pair_must_be_one_that_can_merge(
+def test_a_pair_that_cannot_merge_is_refused(
     tmp_path: Path, moe: dict[str, Any], experts: tuple[int, int], error: str
 ) -> None:
     with pytest.raises(ValueError, match=error):

@@ -16,7 +16,6 @@ from tests.surgery.support import (
     batch_for,
     gradients,
     model_of,
-    moments,
     random_source,
 )
 
@@ -78,37 +77,25 @@ def test_biases_of_the_choice_keep_choosing_the_same(tmp_path: Path, router: str
 
 
 @pytest.mark.parametrize(
-    "case", ["softmax", "top 1", "sigmoid top 1", "gelu", "biases", "biases, sigmoid, not renormalised"]
+    "case", ["softmax", "top 1", "sigmoid top 1", "gelu", "biases", "biases, sigmoid, not renormalised", "sgd"]
 )
-def test_moments_are_transformed_as_gradients_are(tmp_path: Path, case: str) -> None:
-    """With the gradient in place of ``exp_avg`` and its square in place of ``exp_avg_sq``, splitting gives
+def test_optimizer_state_is_transformed_as_gradients_are(tmp_path: Path, case: str) -> None:
+    """With the gradient in place of averages of it and its square in place of ``exp_avg_sq``, splitting gives
     the gradients of the split model. The two copies of a router row together get the row's."""
-    source = random_source(tmp_path, CASES[case])
+    source = random_source(tmp_path, CASES.get(case, {}), optimizer={"kind": "sgd" if case == "sgd" else "adamw"})
     batch = batch_for(source.config)
     for name, gradient in gradients(source.model, batch).items():
-        first, second = moments(source.state, name)
-        first.copy_(gradient)
-        second.copy_(gradient.square())
+        for kept, tensor in source.state[name].optimizer.items():
+            tensor.copy_(gradient.square() if kept == "exp_avg_sq" else gradient)
     result = split(source, 2, lossy=False)
     wanted = gradients(model_of(result.config, result.state), batch)
     for name in [name for name in result.state if name.startswith(BLOCK + "experts.")]:
-        first, second = moments(result.state, name)
-        torch.testing.assert_close(first, wanted[name], rtol=1e-4, atol=1e-4)  # fp32 sums over tokens
-        torch.testing.assert_close(second, wanted[name].square(), rtol=2e-4, atol=2e-4)
-    router = moments(result.state, BLOCK + "router.weight")[0].view(4, 2, -1).sum(1)
-    torch.testing.assert_close(router, wanted[BLOCK + "router.weight"].view(4, 2, -1).sum(1), rtol=1e-4, atol=1e-4)
-
-
-def test_the_momentum_of_sgd_is_transformed_as_the_gradient_is(tmp_path: Path) -> None:
-    source = random_source(tmp_path, CASES["softmax"], optimizer={"kind": "sgd"})
-    batch = batch_for(source.config)
-    for name, gradient in gradients(source.model, batch).items():
-        source.state[name].optimizer["momentum_buffer"].copy_(gradient)
-    result = split(source, 2, lossy=False)
-    wanted = gradients(model_of(result.config, result.state), batch)
-    for name in [name for name in result.state if name.startswith(BLOCK + "experts.")]:
-        found = result.state[name].optimizer["momentum_buffer"]
-        torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-4)  # fp32 sums over tokens
+        for kept, tensor in result.state[name].optimizer.items():
+            expected = wanted[name].square() if kept == "exp_avg_sq" else wanted[name]
+            torch.testing.assert_close(tensor, expected, rtol=2e-4, atol=2e-4)  # fp32 sums over tokens
+    mean = result.state[BLOCK + "router.weight"].optimizer["momentum_buffer" if case == "sgd" else "exp_avg"]
+    row = wanted[BLOCK + "router.weight"].view(4, 2, -1).sum(1)
+    torch.testing.assert_close(mean.view(4, 2, -1).sum(1), row, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_of_unlike_sizes_stay_so(tmp_path: Path) -> None:
@@ -130,7 +117,7 @@ def test_the_demand_for_several_experts_grows_with_their_number(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("moe", "reason"),
     [
-        ({"router": "noisy_top_k"}, "router noisy_top_k tears the parts"),
+        ({"router": "noisy_top_k"}, "router noisy_top_k separates the parts"),
         ({"router": "hash"}, "this is exact for softmax_top_k, sigmoid_top_k"),
         ({"router_weight_on_input": True}, "an activation is not linear"),
         ({"capacity_factor": 1.25}, "may drop different tokens"),
@@ -148,7 +135,7 @@ def test_what_would_change_the_function_needs_lossy(tmp_path: Path, moe: dict[st
     model_of(result.config, result.state)
 
 
-def test_parts_must_be_whole(tmp_path: Path) -> None:
+def test_a_factor_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
     with pytest.raises(ValueError, match="--factor 3 does not divide the 8 hidden units"):
         split(source, 3, lossy=False)

@@ -83,6 +83,8 @@ def test_another_period_takes_the_widths_that_the_blocks_were_trained_with(tmp_p
     result = upcycle(source, 4, 2, noise=0.0, every=1)  # blocks 0 and 2 had width 16, blocks 1 and 3 had 8
     assert_same_function(source, result)
     assert [result.config.moe.for_layer(i).expert_hidden_size for i in range(4)] == [16, 8, 16, 8]
+    run_config.dump(result.config, tmp_path / "config.yaml")
+    assert run_config.load(tmp_path / "config.yaml") == result.config
     with pytest.raises(ValueError, match=r"under --every 4 block 1 stays dense .* trained with 8; use --every 2"):
         upcycle(source, 4, 2, noise=0.0, every=4)
 
@@ -98,6 +100,7 @@ def test_another_period_takes_the_widths_that_the_blocks_were_trained_with(tmp_p
         (2, {"router_weight_on_input": True}, "moe.router_weight_on_input=false"),
         (2, {"router": "hash"}, "moe.router=softmax_top_k"),
         (2, {"null_experts": 1}, "moe.null_experts=0"),
+        (2, {"num_experts": 4, "experts_per_token": 2}, "mmmoe experts add"),  # sparse already
     ],
 )
 def test_what_would_not_begin_as_the_dense_model_is_refused(
@@ -106,15 +109,3 @@ def test_what_would_not_begin_as_the_dense_model_is_refused(
     source = random_source(tmp_path, {**DENSE, **settings})
     with pytest.raises(ValueError, match=remedy):
         upcycle(source, 4, top_k, noise=0.0, every=None)
-
-
-def test_a_sparse_run_is_not_upcycled_again(tmp_path: Path) -> None:
-    source = random_source(tmp_path, {})
-    with pytest.raises(ValueError, match="mmmoe experts add"):
-        upcycle(source, 4, 2, noise=0.0, every=None)
-
-
-def test_the_new_config_reads_back(tmp_path: Path) -> None:
-    result = upcycle(random_source(tmp_path, DENSE), 4, 2, noise=0.0, every=1)
-    run_config.dump(result.config, tmp_path / "config.yaml")
-    assert run_config.load(tmp_path / "config.yaml") == result.config
