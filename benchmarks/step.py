@@ -48,7 +48,7 @@ from benchmarks.stepping.peers import (
     DeepSpeedLayer,
     MegatronLayer,
     PeerLayer,
-    replace_mixtures,
+    replace_moe_layers,
 )
 from benchmarks.stepping.workload import SIZES, VOCAB_SIZE, Size, random_batch, step_config, valid_tokens
 from launch.compare import dense_overrides
@@ -103,7 +103,7 @@ def build(name: str, config: RunConfig, groups: Groups, device: torch.device) ->
     model = PretrainingModel(config, groups)
     layers: dict[str, type[PeerLayer]] = {DEEPSPEED: DeepSpeedLayer, MEGATRON: MegatronLayer}
     if name in layers:
-        replace_mixtures(model, layers[name])
+        replace_moe_layers(model, layers[name])
     if name == DEEPSPEED:
         return model, DeepSpeedEngine(model, config)
     return model, MegatronEngine([model], config, device)
@@ -229,26 +229,26 @@ def beside_dense(path: Path, quick: bool) -> dict[str, object]:
     """One rank, at several microbatch sizes: compute (forward, backward, optimizer), not data loading."""
     sizes, repeats = ([16], 3) if quick else ([16, 64, 128], 9)
     torch.set_num_threads(1)
-    mixture = run_config.load(path).with_vocabulary(VOCAB_SIZE)
+    moe = run_config.load(path).with_vocabulary(VOCAB_SIZE)
     configs = {
-        "mixture": mixture,
-        "dense": run_config.load(path, dense_overrides(mixture)).with_vocabulary(VOCAB_SIZE),
+        "moe": moe,
+        "dense": run_config.load(path, dense_overrides(moe)).with_vocabulary(VOCAB_SIZE),
     }
-    print(f"{'samples':>8}{'tokens':>8}{'mixture tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
+    print(f"{'samples':>8}{'tokens':>8}{'MoE tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:
-        groups = build_groups(resolve_degrees(mixture.parallel, mixture.moe.num_experts, dist.get_world_size()))
+        groups = build_groups(resolve_degrees(moe.parallel, moe.moe.num_experts, dist.get_world_size()))
         engines = {name: build_engine(config, groups, device) for name, config in configs.items()}
         for size in sizes:
-            batch = random_batch(mixture, size, seed=size)
+            batch = random_batch(moe, size, seed=size)
             times: dict[str, list[float]] = {name: [] for name in engines}
             for _ in range(repeats + 1):  # the first warms up
                 for name, engine in engines.items():
                     times[name].append(seconds_of_step(engine, batch))
             median = {name: statistics.median(values[1:]) for name, values in times.items()}
             tokens = valid_tokens(batch)
-            ratios.append(median["dense"] / median["mixture"])
-            print(f"{size:>8}{tokens:>8}{tokens / median['mixture']:>16,.0f}{tokens / median['dense']:>14,.0f}"
+            ratios.append(median["dense"] / median["moe"])
+            print(f"{size:>8}{tokens:>8}{tokens / median['moe']:>16,.0f}{tokens / median['dense']:>14,.0f}"
                   f"{ratios[-1]:>8.2f}")  # fmt: skip
     return {"vs_dense": geometric_mean(ratios), "device": device.type}
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADLINE = ("image_to_text_r1", "image_to_text_r10", "text_to_image_r10", "speech_to_text_r1",
             "speech_to_text_r10", "text_to_speech_r10", "image_to_speech_r10", "speech_to_image_r10",
             "image_to_text_zero_shot", "image_to_text_zero_shot_balanced", "captions_perplexity")  # fmt: skip
-MODELS = ("mixture", "dense")
+MODELS = ("moe", "dense")
 
 
 def dense_overrides(config: RunConfig) -> list[str]:
@@ -94,7 +94,7 @@ def markdown(record: dict[str, Any]) -> str:
         "| metric | chance | majority | dense | MoE | n |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     dense = {row["metric"]: row for row in record["dense"]["results"]}
-    for row in record["mixture"]["results"]:
+    for row in record["moe"]["results"]:
         if row["metric"] in HEADLINE:
             other = dense[row["metric"]]
             cells = [_show(row["chance"], row), _show(row["majority"], row),

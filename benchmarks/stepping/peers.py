@@ -123,7 +123,7 @@ def take_weights(theirs: Tensor, ours: Tensor) -> None:
     theirs.copy_(ours)
 
 
-def replace_mixtures(model: PretrainingModel, layer: type[PeerLayer]) -> None:
+def replace_moe_layers(model: PretrainingModel, layer: type[PeerLayer]) -> None:
     """Put ``layer`` where the model's blocks have our MoE layer, all before an engine takes the model."""
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.ffn, MoELayer):

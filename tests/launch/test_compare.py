@@ -36,7 +36,7 @@ def test_seeds_are_summed_up_as_mean_and_sample_deviation() -> None:
 
 
 def test_the_page_shows_both_models_beside_chance() -> None:
-    sides = {name: {"test": [], "results": summarise([report(v)])} for name, v in (("mixture", 0.3), ("dense", 0.2))}
+    sides = {name: {"test": [], "results": summarise([report(v)])} for name, v in (("moe", 0.3), ("dense", 0.2))}
     page = markdown({"date": "2026-01-01", "config": "c.yaml", "steps": 1, "seeds": [1], "ranks": 2, **sides})
     assert "| image_to_text_r10 | 5.0% | - | 20.0% ± 0.0% | 30.0% ± 0.0% | 173 |" in page
 
