@@ -65,7 +65,7 @@ def run(work: Path, out: Path) -> None:
         raise ValueError(f"{licences} is missing; --out is tests/assets/mini of the source tree")
     prompts, _ = asterisk.fetch_prompts(work, asterisk.LANGUAGES)
     catalogue = emoji.fetch_catalogue(work, ("en",))
-    styles = {style: style.pictures(work) for style in STYLES if style.name in ("noto", "fluent")}
+    styles = {style: style.images(work) for style in STYLES if style.name in ("noto", "fluent")}
     files, rows = build_rows(prompts, catalogue, styles)
     write_manifest(work / "manifest.jsonl", sorted(rows, key=lambda row: row.key))
     content = sorted({**files, licences.name: licences.read_bytes()}.items())

@@ -68,7 +68,7 @@ def run(folder: Path) -> bool:
         console.print(f"... and {len(problems) - _SHOWN} more")
     for note in seen.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    summary = f"{len(problems)} problems in" if problems else "all is well in"
+    summary = f"{len(problems)} problems in" if problems else "no problems in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
     samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"
     console.print(f"{summary} {samples} under {folder}{content}", highlight=False, soft_wrap=True)

@@ -64,8 +64,8 @@ def write_shards(
 
 
 def png_of(row: dict[str, Any]) -> bytes:
-    """An image in the row's colour; rows of one ``picture`` have the same image."""
-    rng = np.random.default_rng(zlib.crc32(row.get("picture", row["key"]).encode()))
+    """An image in the row's colour; rows with one ``image_of`` have the same image."""
+    rng = np.random.default_rng(zlib.crc32(row.get("image_of", row["key"]).encode()))
     pixels = np.clip(np.array(row["colour"]) + rng.integers(-20, 20, (16, 16, 3)), 0, 255)
     out = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")

@@ -35,16 +35,14 @@ class Style:
     licence: str
     attribution: str
 
-    def pictures(self, work: Path) -> dict[str, Path]:
+    def images(self, work: Path) -> dict[str, Path]:
         """Code points -> file, fetched into ``work``."""
         folder = fetch_npm(self.package, self.version, work) / self.folder
         found = {
             code_points(path.stem): path for path in sorted(folder.glob("*")) if path.suffix in (".png", ".webp")
         }
         if not found:
-            raise ValueError(
-                f"{self.package}@{self.version} has no pictures in {self.folder}; its layout has changed"
-            )
+            raise ValueError(f"{self.package}@{self.version} has no images in {self.folder}; its layout has changed")
         return found
 
     @property
@@ -86,16 +84,16 @@ class Emoji:
 def build(out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str, int]]:
     """Fetch all styles into ``out``; names in ``languages`` (none: English)."""
     catalogue = fetch_catalogue(out, tuple(languages) or ("en",))
-    pictures = {style: style.pictures(out) for style in STYLES}
-    groups = group_emoji(catalogue, pictures.values())
+    images = {style: style.images(out) for style in STYLES}
+    groups = group_emoji(catalogue, images.values())
     rows: list[Row] = []
     notes: Counter[str] = Counter()
-    for style, files in pictures.items():
+    for style, files in images.items():
         for code, path in sorted(files.items()):
             if code in catalogue:
                 rows += emoji_rows(catalogue[code], style, path.relative_to(out).as_posix(), groups[code])
             else:
-                notes[f"{style.name} pictures without a name (skin tones, retired)"] += 1
+                notes[f"{style.name} images without a name (skin tones, retired)"] += 1
     return rows, dict(notes)
 
 
@@ -118,14 +116,14 @@ def fetch_catalogue(work: Path, languages: Sequence[str]) -> dict[str, Emoji]:
     return {code: Emoji(code, labels[group_of[code]], by_language) for code, by_language in names.items()}
 
 
-def group_emoji(catalogue: dict[str, Emoji], pictures: Iterable[dict[str, Path]]) -> dict[str, str]:
+def group_emoji(catalogue: dict[str, Emoji], images: Iterable[dict[str, Path]]) -> dict[str, str]:
     """The group of each emoji: its family, and all that share an image or a name with it."""
     tokens = {
         code: [f"family:{emoji.family}"]
         + [f"{language}:{normalise_text(name)}" for language, name in emoji.names.items()]
         for code, emoji in catalogue.items()
     }
-    for files in pictures:
+    for files in images:
         for code in files.keys() & tokens.keys():
             tokens[code].append(file_token(files[code]))
     return {code: f"emoji-{group}" for code, group in group_items(tokens).items()}

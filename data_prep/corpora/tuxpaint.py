@@ -1,4 +1,4 @@
-"""Tux Paint's stamps: images of real things, their names in many languages, speech and sounds.
+"""Tux Paint's stamps: images of real things, their names in many languages, speech and sound effects.
 
 Subsets: ``named`` (image, English text), ``spoken`` (image, text and the same words spoken),
 ``translated`` (image and text of a language without speech), ``effect`` (image, English text, the
@@ -35,7 +35,7 @@ class Stamp:
     image: Path
     texts: dict[str, str]  # language -> text
     speech: dict[str, Path]  # language -> the text, spoken
-    sounds: dict[str, Path]  # language, or "" -> NAME.ogg, NAME_<lang>.ogg
+    effects: dict[str, Path]  # language, or "" -> NAME.ogg, NAME_<lang>.ogg
 
     @property
     def label(self) -> str:
@@ -131,18 +131,18 @@ def _rows_of_stamp(stamp: Stamp, out: Path, shared: dict[str, Any], languages: S
     if stamp.name.startswith(_NAMES_SPOKEN):
         rows += [
             row("pronounced", language or "en", path, "speech")
-            for language, path in sorted(stamp.sounds.items())
+            for language, path in sorted(stamp.effects.items())
             if (language or "en") in stamp.texts
         ]
-    elif "" in stamp.sounds:
-        rows.append(row("effect", "en", stamp.sounds[""], "effect"))
+    elif "" in stamp.effects:
+        rows.append(row("effect", "en", stamp.effects[""], "effect"))
     return rows
 
 
 def _read_stamp(root: Path, folder: Path, stem: str, files: set[str]) -> Stamp:
     texts = parse_texts((folder / f"{stem}.txt").read_text(encoding="utf-8", errors="replace"))
     speech: dict[str, Path] = {}
-    sounds: dict[str, Path] = {}
+    effects: dict[str, Path] = {}
     for name in sorted(files):
         if not name.startswith(stem) or not name.endswith((".ogg", ".wav")):
             continue
@@ -151,9 +151,9 @@ def _read_stamp(root: Path, folder: Path, stem: str, files: set[str]) -> Stamp:
             language = slug(rest.removeprefix("_desc").removeprefix("_")) or "en"
             speech.setdefault(language, folder / name)
         elif rest == "" or rest[0] == "_":
-            sounds.setdefault(slug(rest.removeprefix("_")), folder / name)
-    sounds = {language: path for language, path in sounds.items() if language in ("", *texts)}
-    return Stamp((folder / stem).relative_to(root).as_posix(), folder / f"{stem}.png", texts, speech, sounds)
+            effects.setdefault(slug(rest.removeprefix("_")), folder / name)
+    effects = {language: path for language, path in effects.items() if language in ("", *texts)}
+    return Stamp((folder / stem).relative_to(root).as_posix(), folder / f"{stem}.png", texts, speech, effects)
 
 
 def _identity(stamp: Stamp, languages: Iterable[str]) -> list[str]:
@@ -161,7 +161,7 @@ def _identity(stamp: Stamp, languages: Iterable[str]) -> list[str]:
 
     The translations count because stamps with two English names often share one in another language.
     """
-    files = [stamp.image, *stamp.speech.values(), *stamp.sounds.values()]
+    files = [stamp.image, *stamp.speech.values(), *stamp.effects.values()]
     texts = [
         f"{language}:{normalise_text(stamp.texts[language])}" for language in languages if language in stamp.texts
     ]

@@ -79,7 +79,7 @@ def find_latest(root: str | Path) -> Checkpoint | None:
 
 
 def candidates(root: str | Path) -> list[Checkpoint]:
-    """On one rank, while nobody writes: the checkpoints that a run may resume from, oldest first. They are the
+    """On one rank, while nothing writes: the checkpoints that a run may resume from, oldest first. They are the
     complete ones, but none later than ``find_latest`` gives.
 
     A later one is left by a rollback that was killed before it deleted it (``rewind``), or by a save that was killed
@@ -153,7 +153,7 @@ def rewind(checkpoint: Checkpoint) -> None:
 
 
 def put_back(root: str | Path) -> list[Checkpoint]:
-    """On one rank, while nobody writes: restore checkpoints that were moved aside for a newer one of the same step
+    """On one rank, while nothing writes: restore checkpoints that were moved aside for a newer one of the same step
     when a kill interrupted the save. Where folders cannot be exchanged they may be the only ones."""
     storage = open_storage(root)
     folders = storage.folders()

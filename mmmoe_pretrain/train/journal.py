@@ -108,9 +108,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _open(path: Path) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = _lacks_end(path)
+    incomplete = _lacks_end(path)
     file = path.open("ab", buffering=0)
-    if torn:  # by a crash
+    if incomplete:  # by a crash
         file.write(b"\n")
     return file
 

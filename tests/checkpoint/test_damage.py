@@ -57,7 +57,7 @@ TEARS: dict[str, Callable[[Path], object]] = {
     "truncated": truncate,
     "a file is missing": lambda folder: (folder / "rank_00000.safetensors").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "torn manifest": lambda folder: (folder / "manifest.json").write_bytes(
+    "truncated manifest": lambda folder: (folder / "manifest.json").write_bytes(
         (folder / "manifest.json").read_bytes()[:-9]
     ),
     "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
@@ -76,14 +76,14 @@ TEARS: dict[str, Callable[[Path], object]] = {
 def test_an_incomplete_checkpoint_is_skipped_and_refused(
     root: Path, tear: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    torn = newest(root)
+    truncated = newest(root)
     tear(root / "step_00000002")
     assert newest(root).step == 1
     assert [c.step for c in store.checkpoints(root)] == [1]
     assert "'step_00000002', which is not complete; the newest complete one is step_00000001" in caplog.text
     for use in (store.verify, store.read_state):
         with pytest.raises(ValueError, match="step_00000002"):
-            use(torn)
+            use(truncated)
 
 
 @pytest.mark.parametrize(

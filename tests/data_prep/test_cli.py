@@ -21,7 +21,7 @@ def test_shard_verify_inspect_and_tokenizer_work_together(make_manifest, tmp_pat
     manifest, out = make_manifest(9), tmp_path / "shards"
     assert run(monkeypatch, "shard", manifest.parent, "--out", out, "--workers", 1, "--filter", "subset=odd") == 0
     assert run(monkeypatch, "verify", out) == 0
-    assert "all is well in 5 samples of 2 shards" in capsys.readouterr().out.replace("\n", " ")
+    assert "no problems in 5 samples of 2 shards" in capsys.readouterr().out.replace("\n", " ")
     assert run(monkeypatch, "inspect", out) == 0
     assert run(monkeypatch, "inspect", manifest) == 0
     assert run(monkeypatch, "tokenizer", manifest, "--out", tmp_path / "t.model", "--vocab-size", 310) == 0

@@ -12,11 +12,11 @@ from data_prep import corpora
 from data_prep.corpora import asterisk, emoji, gcide, tuxpaint
 
 
-def stamp(root: Path, name: str, text: str, *sounds: str, picture: str = ".png") -> None:
+def stamp(root: Path, name: str, text: str, *sounds: str, image: str = ".png") -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".txt").write_text(text, encoding="utf-8")
-    path.with_name(path.name + picture).write_bytes(name.encode())
+    path.with_name(path.name + image).write_bytes(name.encode())
     for sound in sounds:
         path.with_name(path.name + sound).write_bytes(f"{name}{sound}".encode())
 
@@ -38,7 +38,7 @@ def stamps(tmp_path: Path) -> Path:
     stamp(root, "animals/bull", "A bull.\nfr.utf8=Une vache.\n")
     stamp(root, "symbols/math/7", "Seven.\nde.utf8=Sieben.\n", ".ogg", "_de.ogg", "_xx.ogg")
     stamp(root, "town/doppler_honk", "A car.\n")
-    stamp(root, "town/house", "A house.\n", picture=".svg")
+    stamp(root, "town/house", "A house.\n", image=".svg")
     return root
 
 

@@ -22,7 +22,7 @@ from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
-from tests.engines.test_skipped_steps import SpoiltGradient, difference, held, same, step
+from tests.engines.test_skipped_steps import InfiniteGradient, difference, held, same, step
 from tests.layouts.cases import config_of
 
 deepspeed_engine.prepare()  # before the first fork
@@ -60,7 +60,7 @@ def train_save_and_resume(root: Path, precision: str) -> dict[str, Any]:
 
         engine = build(root, device, "nvme", precision)
         files = [path.stat().st_size for path in (root / "nvme" / "tiny").rglob("*.swp")]
-        gradient = SpoiltGradient(engine)
+        gradient = InfiniteGradient(engine)
         found = [step(engine, 0), step(engine, 1)]
         before, gradient.on = held(engine), True
         skipped = step(engine, 7).skipped

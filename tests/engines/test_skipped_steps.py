@@ -78,15 +78,15 @@ MORE_CASES = {
 }
 
 
-def step(engine: Engine, number: int, spoil: bool = False) -> StepResult:
-    """``spoil``: the last microbatch has a number that is none, on the data-parallel rank 0."""
+def step(engine: Engine, number: int, bad: bool = False) -> StepResult:
+    """``bad``: the last microbatch has a NaN, on the data-parallel rank 0."""
     batches = microbatches_of(engine, number)
-    if spoil and engine.groups.data_rank == 0:
-        batches[-1] = _spoilt(batches[-1])
+    if bad and engine.groups.data_rank == 0:
+        batches[-1] = _with_nan(batches[-1])
     return engine.step(batches, LEARNING_RATE)
 
 
-def _spoilt(batch: Batch) -> Batch:
+def _with_nan(batch: Batch) -> Batch:
     log_mel = batch.inputs["audio"]["log_mel"].clone()
     log_mel.view(-1)[0] = torch.nan
     audio = {**batch.inputs["audio"], "log_mel": log_mel}
@@ -107,7 +107,7 @@ def difference(a: dict[str, list[np.ndarray]], b: dict[str, list[np.ndarray]]) -
     return max(float(np.abs(x - y).max(initial=0.0)) for key in a for x, y in zip(a[key], b[key], strict=True))
 
 
-class SpoiltGradient:
+class InfiniteGradient:
     """While it is on, the gradient of this rank's last matrix of experts is not a number, if it is the last rank."""
 
     def __init__(self, engine: Engine) -> None:
@@ -117,17 +117,17 @@ class SpoiltGradient:
             experts[-1].register_hook(lambda grad: grad * torch.inf if self.on else grad)
 
 
-def spoil_a_batch_and_a_gradient(cases: list[Case]) -> list[dict[str, Any]]:
-    """Steps 0, a spoilt batch, a spoilt gradient, 1; and 1 again from the state before it, which no bad step
+def a_bad_batch_and_a_bad_gradient(cases: list[Case]) -> list[dict[str, Any]]:
+    """Steps 0, a batch with NaN, an infinite gradient, 1; and 1 again from the state before it, which no bad step
     precedes."""
     found = []
     with process_group(timeout_minutes=1) as device:
         for case in cases:
             engine = build(case, device)
-            gradient = SpoiltGradient(engine)
+            gradient = InfiniteGradient(engine)
             good = [step(engine, 0)]
             before = held(engine)
-            bad = [step(engine, 7, spoil=True)]
+            bad = [step(engine, 7, bad=True)]
             untouched = same(before, held(engine))
             gradient.on = True
             bad.append(step(engine, 7))
@@ -159,11 +159,11 @@ def spoil_a_batch_and_a_gradient(cases: list[Case]) -> list[dict[str, Any]]:
 def test_a_bad_step_is_left_out_on_every_rank(cases: list[Case]) -> None:
     """Nothing at all has changed after it, and the step after it is that of a run without it: of the same state given
     anew, and in fp32 of one process."""
-    for rank in run_ranks(cases[0].ranks, spoil_a_batch_and_a_gradient, cases, timeout=170):
+    for rank in run_ranks(cases[0].ranks, a_bad_batch_and_a_bad_gradient, cases, timeout=170):
         for case, found in zip(cases, rank, strict=True):
-            (skipped, spoilt_loss, norm), (skipped_too, loss, spoilt_norm) = found["bad"]
-            assert skipped and np.isnan(spoilt_loss) and not np.isfinite(norm), case.name
-            assert skipped_too and np.isfinite(loss) and not np.isfinite(spoilt_norm), case.name
+            (skipped, nan_loss, norm), (skipped_too, loss, infinite_norm) = found["bad"]
+            assert skipped and np.isnan(nan_loss) and not np.isfinite(norm), case.name
+            assert skipped_too and np.isfinite(loss) and not np.isfinite(infinite_norm), case.name
             assert found["untouched"], case.name
             assert (found["progress"].steps, found["progress"].updates) == (3, 1), case.name
             scales = [1024.0, 512.0, 256.0] if case.precision == "fp16" else [1.0] * 3

@@ -29,7 +29,7 @@ def spoken(numbers: range) -> list[dict[str, Any]]:
     """Things, each seen once, named and spoken in two languages."""
     return [
         {**row, "key": f"{language}-{i}", "language": language, "label": "warm" if i < 2 else "cold",
-         "name": f"{row['name']} {language}", "picture": row["key"], "hertz": row["hertz"] * pitch}
+         "name": f"{row['name']} {language}", "image_of": row["key"], "hertz": row["hertz"] * pitch}
         for i, row in enumerate(things(12)) if i in numbers
         for language, pitch in (("en", 1.0), ("fr", 1.1))
     ]  # fmt: skip
@@ -229,7 +229,7 @@ def test_views_pooled_together_and_documents_are_scored_by_their_names(
         texts = []  # of the last split, which is scored
         for i in numbers:
             en, fr = spoken(range(i, i + 1))
-            left, right = (png_of({**en, "picture": f"{side} {i}"}) for side in ("left", "right"))
+            left, right = (png_of({**en, "image_of": f"{side} {i}"}) for side in ("left", "right"))
             meta = json.dumps({"label": en["label"]}).encode()
             samples[f"thing-{i}"] = {"left.png": left, "right.png": right, "txt": f"thing {i}".encode(), "json": meta}
             parts = json.dumps({"parts": [{"text": en["name"]}, {"member": "left.png"}, {"text": fr["name"]}]})

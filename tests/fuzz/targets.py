@@ -77,7 +77,7 @@ def of_folder(
     refusals: tuple[type[Exception], ...] = (ValueError,),
 ) -> Target:
     """A folder as ``write`` makes it, of which a file of the pattern ``files`` is damaged. ``read`` gets the path of
-    that file; it returns None where all is well."""
+    that file; it returns None where nothing is wrong."""
 
     def prepare(place: Workplace) -> None:
         (place.folder / "whole").mkdir()

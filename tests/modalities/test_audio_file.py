@@ -61,7 +61,7 @@ def without_index(data: bytes) -> bytes:
 @pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (22_050, 2), (44_100, 1)])  # MPEG 2.5, 2 and 1
 def test_an_mp3_of_variable_rate_without_its_index_is_read_to_the_end(rate: int, channels: int) -> None:
     whole = encoded("MP3", 4, rate, channels, bitrate_mode="VARIABLE", compression_level=0.5)
-    assert len(read(whole)) == 4 * rate  # with its index all is well
+    assert len(read(whole)) == 4 * rate  # with its index nothing is wrong
     bare = without_index(whole)
     assert soundfile.info(io.BytesIO(bare)).frames < 2 * rate  # what libsndfile makes of it: less than half
     found, expected = read(bare), through_a_pipe(bare)
