@@ -63,7 +63,7 @@ def crashes(number: int, place: Workplace) -> tuple[str, str]:
 
 
 def test_the_runner_sees_every_fault_and_runs_the_cases_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.fuzz.run.CPU_SECONDS", 0.5)
+    monkeypatch.setattr("tests.fuzz.run.CPU_SECONDS", 3.0)  # 700 MB of pages take a third of a second or more
     numbers = {Random(f"broken:0:{number}").random(): number for number in range(10)}
     target = Target("broken", lambda rng, place: numbers[rng.random()], crashes, ("damaged.txt",), lambda place: None)
     found = list(run_cases(target, 0, range(10)))
