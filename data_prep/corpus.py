@@ -17,7 +17,7 @@ def run(name: str, out: Path, languages: Sequence[str] = ()) -> None:
     rows, notes = corpora.build(name)(out, languages)
     path = out / "manifest.jsonl"
     write_manifest(path, rows)
-    console = Console()
+    console = Console(markup=False)
     console.print(_table(f"{name}: {path}", rows))
     for what, count in notes.items():
         console.print(f"skipped: {count} {what}", highlight=False)

@@ -66,11 +66,11 @@ def run(path: Path) -> None:
             table.add_row(*kind, *totals[kind].cells())
             whole += totals[kind]
         table.add_row(split, "", "", "all", *whole.cells(), style="bold", end_section=True)
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 110)  # whole names in a log, too
     console.print(table)
     if left_out:
-        console.print(f"not read: {left_out}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"not read: {left_out}", highlight=False, soft_wrap=True)
 
 
 def measure(path: Path) -> tuple[dict[Kind, Measure], str]:

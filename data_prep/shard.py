@@ -98,7 +98,7 @@ def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions
     for split, entries in report.shards.items():
         samples, size = (sum(entry[name] for entry in entries) for name in ("nsamples", "filesize"))
         table.add_row(split, f"{len(entries):,}", f"{samples:,}", f"{size:,}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     if report.kept:
         console.print(f"kept {report.kept:,} shards that an earlier run had finished")

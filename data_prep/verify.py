@@ -61,13 +61,13 @@ def run(folder: Path) -> bool:
     """The command: print every problem; whether there was none."""
     seen = Seen()
     problems = list(verify_folder(folder, seen))
-    console = Console()
+    console = Console(markup=False)
     for problem in problems[:_SHOWN]:
-        console.print(problem, highlight=False, markup=False, soft_wrap=True)
+        console.print(problem, highlight=False, soft_wrap=True)
     if len(problems) > _SHOWN:
         console.print(f"... and {len(problems) - _SHOWN} more")
     for note in seen.notes():
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True)
     summary = f"{len(problems)} problems in" if problems else "no problems in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
     samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"

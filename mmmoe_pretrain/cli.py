@@ -101,8 +101,8 @@ def upgrade(
 
     if file.is_dir():
         raise ValueError(
-            f"{file} is a run, and its checkpoints have one tensor for all modalities instead of one for each; "
-            f"resume it with the version that began it, or upgrade a copy of {file / 'config.yaml'} and train again"
+            f"{file} is a folder; give a YAML file. Checkpoints of earlier versions cannot be upgraded: resume such "
+            f"a run with the version that began it, or upgrade a copy of its config.yaml and train again"
         )
     if not file.is_file():
         raise ValueError(f"no config at {file}")

@@ -49,10 +49,11 @@ class Kinds:
         module, _, name = target.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # another package's module may raise anything
             raise ValueError(
-                f"{self.what} {kind} cannot be loaded from {target} ({error}); fix or uninstall its package"
-            ) from None
+                f"{self.what} {kind} cannot be loaded from {target} ({type(error).__name__}: {error}); fix or "
+                f"uninstall its package"
+            ) from error
 
     def settings(self, values: Any) -> BaseModel:
         """``values`` as an instance of the ``Settings`` of their kind."""
@@ -60,12 +61,14 @@ class Kinds:
             return values
         if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
             raise ValueError(
-                f"it has no kind; give one of {', '.join(self.names)}, e.g. {{kind: {self.names[0]}}}. A config made "
-                f"before there were kinds is rewritten by mmmoe config upgrade FILE"
+                f"it has no kind; give one of {', '.join(self.names)}, e.g. {{kind: {self.names[0]}}}. A config of "
+                f"an earlier version, in which no entry has a kind, is rewritten by mmmoe config upgrade FILE"
             )
-        model: type[BaseModel] | None = getattr(self.load(values["kind"]), "Settings", None)
-        if model is None:
-            raise ValueError(f"{self.what} {values['kind']} has no class Settings; fix or uninstall its package")
+        model = getattr(self.load(values["kind"]), "Settings", None)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise ValueError(
+                f"{self.what} {values['kind']} has no class Settings of pydantic's; fix or uninstall its package"
+            )
         return model.model_validate(values)
 
 

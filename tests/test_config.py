@@ -234,6 +234,20 @@ def test_config_upgrade_rewrites_a_file_once_and_keeps_the_old_one(tmp_path: Pat
         upgrade(path)
     with pytest.raises(ValueError, match=r"no config at .*absent"):
         upgrade(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match="is a folder; give a YAML file"):
+        upgrade(tmp_path)
+
+
+def test_config_upgrade_drops_no_name_that_it_does_not_know() -> None:
+    for section, name in (("modalities", "imgae"), ("objectives", "contrastiv")):
+        with pytest.raises(ValueError, match=f"{section} has {name} without a kind; earlier versions had"):
+            upgraded({section: {name: {}}})
+
+
+def test_a_run_without_text_has_no_vocabulary() -> None:
+    config = run_config.parse(yaml.safe_load(NEW_DEMO))
+    with pytest.raises(ValueError, match=r"no modality reads text, but model.vocab_size is 5; set it to 0"):
+        config.with_vocabulary(5).with_vocabulary(0)
 
 
 @pytest.mark.parametrize("old", [{"modalities": ["image"]}, {"modalities": {"image": 32}}, {"evaluate": "x"},

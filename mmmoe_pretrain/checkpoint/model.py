@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint.state import persistent_buffers
-from mmmoe_pretrain.checkpoint.store import Checkpoint, checkpoints, find_latest, load_weights, read_meta, verify
+from mmmoe_pretrain.checkpoint.state import WholeState, persistent_buffers
+from mmmoe_pretrain.checkpoint.store import (
+    Checkpoint,
+    checkpoints,
+    find_latest,
+    load_weights,
+    read_meta,
+    verify,
+    write_state,
+)
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
@@ -82,6 +90,15 @@ def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, Run
     """The model of ``open_run``, its config and its step."""
     run = open_run(run_dir, overrides)
     return run.model(), run.config, run.checkpoint.step
+
+
+def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> None:
+    """Write the first checkpoint of the new run in ``folder`` to where training with ``config`` reads it. Raises
+    ValueError where another run has its checkpoints there."""
+    root = config.checkpoints_of(folder)
+    if find_latest(root) is not None:
+        raise ValueError(f"{root} has the checkpoints of another run; choose another name by --out, or remove them")
+    write_state(root, step, state, meta)
 
 
 def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:

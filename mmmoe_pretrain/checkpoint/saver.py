@@ -64,7 +64,7 @@ class Saver:
         self, root: str | Path, group: ProcessGroup | None, retention: Retention, asynchronous: bool = True
     ) -> None:
         self._root = root
-        self._storage = open_storage(root)
+        self._storage = agree(group, lambda: open_storage(root))
         self._group = group
         self._first = group is None or dist.get_rank(group) == 0
         self._retention = retention

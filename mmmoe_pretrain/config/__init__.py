@@ -296,6 +296,8 @@ class RunConfig(_Model):
     def with_vocabulary(self, vocab_size: int) -> RunConfig:
         """The config with ``vocab_size`` of its tokenizer, 0 where no modality reads text. Raises ValueError where it
         has another."""
+        if self.model.vocab_size and not vocab_size:
+            raise ValueError(f"no modality reads text, but model.vocab_size is {self.model.vocab_size}; set it to 0")
         if self.model.vocab_size not in (0, vocab_size):
             raise ValueError(
                 f"the tokenizer {self.data.tokenizer} has vocabulary size {vocab_size}, and model.vocab_size is "

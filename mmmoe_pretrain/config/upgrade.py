@@ -35,6 +35,12 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         return values
     new = copy.deepcopy(values)
     data, evaluate, old = (_section(new, name) for name in ("data", "evaluate", "modalities"))
+    for section, known in (("modalities", OLD_MODALITIES), ("objectives", OLD_TASKS)):
+        if unknown := _section(new, section).keys() - set(known):
+            raise ValueError(
+                f"{section} has {', '.join(map(str, sorted(unknown, key=str)))} without a kind; earlier versions had "
+                f"{', '.join(known)}. Correct the name, or give the entry a kind"
+            )
     modalities = {name: {"kind": name, **_section(old, name)} for name in OLD_MODALITIES}
     modalities["image"] = {**modalities["image"], **PIXELS}
     for key, (name, setting) in MOVED.items():

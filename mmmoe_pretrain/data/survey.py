@@ -108,7 +108,8 @@ def _in_json(folder: ShardFolder, extensions: tuple[str, ...], most: int | None)
         raw = folder.read(i, only=(META,))
         try:
             row = read_row(raw)
-            of_sample, in_parts = held_by(raw, row, folder.modalities)
+            any_kind = folder.modalities is default_modalities()  # of a tool, which knows no run's settings
+            of_sample, in_parts = held_by(raw, row, folder.modalities, any_kind)
         except BadSampleError:
             continue
         held |= of_sample

@@ -93,7 +93,7 @@ def print_table(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=f"{report.run}, step {report.step}: held-out rows", title_justify="left", box=SIMPLE_HEAD)
     hidden = {"candidates"} if console.width >= 100 else {"candidates", "95%"}  # report.md has them all
     columns = {name: cell for name, cell in _columns(report.results).items() if name not in hidden}

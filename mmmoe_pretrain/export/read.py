@@ -21,9 +21,8 @@ from torch import Tensor
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
-from mmmoe_pretrain.checkpoint.model import TOKENIZER
+from mmmoe_pretrain.checkpoint.model import TOKENIZER, write_first
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.upgrade import OLD_MODALITIES, OLD_TASKS, upgraded
@@ -61,12 +60,14 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     with new_folder(out) as draft:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
         _copy_tokenizer(folder, described, config, draft / TOKENIZER)
+        if config.data.tokenizer not in (None, str(out / TOKENIZER)):  # of an override
+            Tokenizer(config.data.tokenizer, expected_fingerprint=described["tokenizer_fingerprint"])
         _plausible(config, _headers(folder, places))
         weights = layout.weights_of(config)
         state: WholeState = {}
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
-        store.write_state(str(draft / "checkpoints"), 0, state, _meta(config, described))
+        write_first(config, draft, 0, state, _meta(config, described))
     return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with fresh moments",
             f"train it with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 

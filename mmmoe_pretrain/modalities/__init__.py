@@ -6,6 +6,7 @@ Owns which file of a sample is read as which modality.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ __all__ = [
     "BadSampleError", "Modalities", "Modality", "ModalitySettings", "Tokenizer", "build_modalities", "copy_tokenizer",
     "default_modalities", "format_of",
 ]  # fmt: skip
+
+
+log = logging.getLogger(__name__)
 
 
 class Modalities(dict[str, Modality]):
@@ -138,4 +142,14 @@ def format_of(extension: str) -> str | None:
     """The kind that reads files whose extension ends in this format; None where none does. Kinds of other packages
     are loaded only for formats that no built-in kind reads."""
     ending = extension.rpartition(".")[2]
-    return next((kind for kind in kinds.MODALITIES.names if ending in kinds.MODALITIES.load(kind).formats), None)
+    return next((kind for kind in kinds.MODALITIES.names if ending in _formats(kind)), None)
+
+
+@functools.cache
+def _formats(kind: str) -> tuple[str, ...]:
+    """Those of a kind; none of one that cannot be loaded, which a run may not use at all."""
+    try:
+        return tuple(kinds.MODALITIES.load(kind).formats)
+    except (ValueError, AttributeError) as error:
+        log.warning("the formats of modality kind %s are not known: %s", kind, error)
+        return ()

@@ -15,7 +15,7 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, open_run, read_config, with_tokenizer
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, open_run, read_config, with_tokenizer, write_first
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
@@ -85,7 +85,7 @@ def operate(
             copy_tokenizer(tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
             config = with_tokenizer(config, out / TOKENIZER)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
-        store.write_state(config.checkpoints_of(draft), source.step, by_key(result.state), meta)
+        write_first(config, draft, source.step, by_key(result.state), meta)
         run_config.dump(config, draft / CONFIG)
         largest, probe = _compare(source, result, draft)
         lines = [*result.did, _summary(result, largest, probe, command)]

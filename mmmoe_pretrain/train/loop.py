@@ -26,7 +26,7 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.objectives import objectives_of
-from mmmoe_pretrain.parallel.agreement import BackgroundSum, from_rank_0, number_from_rank_0
+from mmmoe_pretrain.parallel.agreement import BackgroundSum, agree, from_rank_0, number_from_rank_0
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -54,13 +54,14 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
     """
     torch.set_num_threads(config.train.threads_per_rank)
     with stop_on_signals() as stop, process_group(config.parallel.timeout_minutes) as device:
-        modalities = build_modalities(config.modalities, config.data.tokenizer)
-        config = config.with_vocabulary(modalities.vocab_size)
-        layout = resolve_layout(config, dist.get_world_size())
-        microbatch_size(config, layout.data)
         finished = False
         try:
             host = build_host_groups(config.parallel.timeout_minutes)
+            # Files may be missing on one machine alone.
+            modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
+            config = config.with_vocabulary(modalities.vocab_size)
+            layout = resolve_layout(config, dist.get_world_size())
+            microbatch_size(config, layout.data)
             with (
                 RunLock(config.run_dir) as lock,
                 Watchdog(config.run_dir, host.control, config.hang_seconds) as watchdog,
@@ -69,8 +70,9 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 groups = build_groups(layout, config.parallel.timeout_minutes)
                 engine = build_engine(config, groups, device)
                 main = dist.get_rank() == 0
-                with Loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size) as loader:
-                    _survey(config, loader, main)
+                rank, size = groups.data_rank, groups.data_size
+                with agree(host.storage, lambda: Loader(config, modalities, dp_rank=rank, dp_size=size)) as loader:
+                    agree(host.storage, lambda: _survey(config, loader, main))
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:
                         context = RunContext(config, layout, groups, host, modalities, engine, journal, main)
@@ -339,7 +341,10 @@ class Trainer:
         self.samples = restored.samples
 
     def _open_metrics(self) -> None:
-        """The log from this step on; records of later steps are dropped."""
+        """The log from this step on, on rank 0; records of later steps are dropped. Collective."""
+        agree(self.context.host.storage, self._open_metrics_here)
+
+    def _open_metrics_here(self) -> None:
         if self.context.main:
             if self.metrics is not None:
                 self.metrics.close()

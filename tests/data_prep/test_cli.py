@@ -18,7 +18,7 @@ def run(monkeypatch, *args: object) -> int:
 
 
 def test_shard_verify_inspect_and_tokenizer_work_together(make_manifest, tmp_path: Path, monkeypatch, capsys):
-    manifest, out = make_manifest(9), tmp_path / "shards"
+    manifest, out = make_manifest(9), tmp_path / "shards[/x]"  # not markup
     assert run(monkeypatch, "shard", manifest.parent, "--out", out, "--workers", 1, "--filter", "subset=odd") == 0
     assert run(monkeypatch, "verify", out) == 0
     assert "no problems in 5 samples of 2 shards" in capsys.readouterr().out.replace("\n", " ")

@@ -31,7 +31,7 @@ LAYER = {
 def report(dense: dict[str, float] | None = None) -> Report:
     routing = {"layers": [LAYER], "figure": "routing.png"}
     return Report(
-        "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, dense), routing, ["few clips"]
+        "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, dense), routing, ["few clips [fr]"]
     )
 
 
@@ -41,7 +41,7 @@ def report(dense: dict[str, float] | None = None) -> Report:
         (None, ["| metric | value | 95% | chance | majority | n | candidates |",
                 "| image_to_text_r1 | 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | 173 | 173 |",
                 "| captions_perplexity | 12.3 | [11.0, 13.9] | 4,096 | 321.0 | 2,048 | - |",
-                "- few clips",
+                "- few clips [fr]",
                 "layer 1: specialisation 50% (0.50 of 1.00 bits; untrained 10%), 1 dead expert of 2",
                 "| 1 | text | 10 | 1.6 of 2 | 0.80 | 25.0% | 1: 80%, 0: 20% | 1 |"]),
         ({"image_to_text_r1": 0.07}, ["| chance | majority | dense | n |", "| 0.6% | 1.2% | 7.0% | 173 |",
@@ -60,7 +60,7 @@ def test_the_page_has_the_values_beside_their_baselines(
     assert raw["results"][0]["interval"] == [0.05, 0.13]
     print_table(report(dense))
     shown = capsys.readouterr().out
-    assert "8.1%" in shown and "few clips" in shown
+    assert "8.1%" in shown and "few clips [fr]" in shown
     assert ("7.0%" in shown) == (dense is not None)
 
 

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint import store
+from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.cli import app
 from mmmoe_pretrain.config import RunConfig
@@ -24,6 +24,7 @@ from mmmoe_pretrain.modalities import Tokenizer
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.export.support import make_run
 from tests.frozen import baseline
+from tests.support import write_tokenizer
 
 UP = "mmmoe.trunk.blocks.1.ffn.experts.up"
 
@@ -184,6 +185,19 @@ def test_settings_of_another_machine_are_not_imported(exported: Path, tmp_path: 
     for section in ("parallel", "faults"):
         assert getattr(config, section) == plain[section].get_default(call_default_factory=True), section
     assert (config.checkpoint.folder, config.checkpoint.every) == (None, 9)
+
+
+def test_a_run_is_imported_to_where_its_overrides_say(exported: Path, tmp_path: Path) -> None:
+    folder = f"checkpoint.folder={tmp_path / 'elsewhere'}"
+    import_run(exported, tmp_path / "out", [folder])
+    assert store.find_latest(run_config.load(tmp_path / "out" / "config.yaml").checkpoint_root) is not None
+    assert load_model(tmp_path / "out")[2] == 0
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="has the checkpoints of another run; choose another name by --out"):
+        import_run(exported, tmp_path / "out", [folder])
+    other = write_tokenizer(tmp_path / "other.model", backwards=True)
+    with pytest.raises(ValueError, match=f"{other} has fingerprint"):
+        import_run(exported, tmp_path / "out", [f"data.tokenizer={other}"])
 
 
 def test_the_commands_are_there(exported: Path, tmp_path: Path) -> None:

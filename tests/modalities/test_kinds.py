@@ -113,6 +113,7 @@ def test_a_package_that_cannot_be_loaded_stops_only_what_names_its_kind(monkeypa
         "audio",
         "text",
     ]
+    assert format_of("left.never_seen") is None  # a warning, and no error
     with pytest.raises(ValueError, match="modality kind broken cannot be loaded from no_such_package:Broken"):
         tiny_config(Path("unused"), modalities={"clouds": {"kind": "broken"}})
 

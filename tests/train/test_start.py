@@ -19,7 +19,7 @@ import xxhash
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.train import lock, start
+from mmmoe_pretrain.train import lock, loop, start
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -151,6 +151,22 @@ def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path,
         assert message.startswith("ValueError: no sample of data.train serves an objective"), message
         assert "contrastive image-text needs image and text. The 16 samples hold: image+audio 16" in message
     assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize("place", ["build_modalities", "Loader", "survey", "MetricsLog"])
+def test_what_fails_on_one_rank_alone_is_told_by_all(tmp_path: Path, tiny_data: Path, place: str) -> None:
+    """E.g. a file that is missing on one machine."""
+
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no such file on this machine")
+
+    def fails(rank: int) -> None:
+        if int(os.environ["RANK"]) == rank:
+            setattr(loop, place, missing)
+
+    rank = 0 if place == "MetricsLog" else 1  # only rank 0 has a log
+    for message in run_ranks(2, outcome, config_in(tmp_path, tiny_data), partial(fails, rank)):
+        assert message == "ValueError: no such file on this machine"
 
 
 def stays(path: Path, loader: Any) -> None:
