@@ -115,7 +115,7 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
     if outside := files_outside(rows, root):
         log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
     for (name, kind), count in _unread_files(rows).items():
-        log.warning("field %s names files in %d rows and is not read; call it %s", name, count, kind)
+        log.warning("field %s names files in %d rows and is ignored; rename it to %s", name, count, kind)
     report = Report(len(rows), options.max_bad_fraction)
     with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
         for split in SPLITS:

@@ -161,7 +161,7 @@ def _codes(text: str) -> str:
 def _explain(message: str, vocab_size: int) -> str:
     too_high = re.search(r"too high \((\d+)\).*?<= (\d+)", message)
     if too_high:
-        return f"--vocab-size {vocab_size} is more than these texts can fill; the largest that works is {too_high[2]}"
+        return f"--vocab-size {vocab_size} is too large for these texts; the largest that works is {too_high[2]}"
     too_low = re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message)
     if too_low:
         return f"--vocab-size {vocab_size} is too small for these texts' characters; use {too_low[2]} or more"

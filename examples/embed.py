@@ -9,6 +9,8 @@ from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.export.read import load_export
 
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
 folder, image, *texts = sys.argv[1:]
 model, config, modalities = load_export(Path(folder))
 content = [("image", Path(image).read_bytes()), *(("text", text.encode()) for text in texts)]

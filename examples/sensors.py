@@ -1,7 +1,7 @@
 """Shards of a smart watch's accelerometer and gyroscope with a sentence on what its wearer does.
 
     python examples/sensors.py --out data/sensors                 real: BasicMotions, out of sktime's wheel
-    python examples/sensors.py --out data/sensors --synthetic     made up: for a machine without a network
+    python examples/sensors.py --out data/sensors --synthetic     generated: for a machine without a network
 
 BasicMotions (UEA archive): four students, four activities, ten seconds at 10 Hz, six channels; 40 recordings to
 train on and 40 to test. Writes OUT/{train,test}/00000.tar and OUT/manifest.jsonl, for training a tokenizer.
@@ -51,7 +51,7 @@ def parse(text: str) -> list[Recording]:
 
 
 def synthetic() -> dict[str, list[Recording]]:
-    """Sine waves whose pace and strength go with the activity."""
+    """Sine waves whose frequency and amplitude depend on the activity."""
     rng = np.random.default_rng(0)
 
     def one(label: str) -> np.ndarray:

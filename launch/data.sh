@@ -15,14 +15,14 @@ shard() {
 
 mkdir -p data/corpora data/demo
 
-make_once "Make the small built-in corpus" data/corpora/mini/manifest.jsonl \
+make_once "Unpack the small corpus of the repository" data/corpora/mini/manifest.jsonl \
   mmmoe-data corpus mini --out data/corpora/mini
-make_once "Shard it" data/demo/mini shard mini mini --image-size 96 --audio-rate 16000
+make_once "Shard the small corpus" data/demo/mini shard mini mini --image-size 96 --audio-rate 16000
 
 config=configs/demo.yaml
 manifests=(data/corpora/mini/manifest.jsonl)
 # In a condition, so that its failure does not end the script.
-if make_once "Fetch the Tux Paint corpus (images, words and voices; 161 MB)" data/corpora/tuxpaint/manifest.jsonl \
+if make_once "Fetch the Tux Paint corpus (images, names and speech; 161 MB)" data/corpora/tuxpaint/manifest.jsonl \
   mmmoe-data corpus tuxpaint --out data/corpora/tuxpaint; then
   manifests+=(data/corpora/tuxpaint/manifest.jsonl)
   make_once "Shard the named stamps" data/demo/tuxpaint-named \
@@ -36,5 +36,5 @@ else
 fi
 
 tokenizer=$(setting tokenizer "$config")
-make_once "Learn a tokenizer" "$tokenizer" \
+make_once "Train a tokenizer" "$tokenizer" \
   mmmoe-data tokenizer "${manifests[@]}" --vocab-size 1024 --out "$tokenizer"

@@ -21,7 +21,7 @@ step "Evaluate" mmmoe evaluate "$run" --dense-results docs/results.json
 echo
 echo "The demo took $SECONDS s. See:"
 find "$run" -maxdepth 1 -type f \( -name '*.md' -o -name '*.png' \) | sort | sed 's/^/  /'
-echo "  tensorboard --logdir $run/tensorboard"
+echo "  .venv/bin/tensorboard --logdir $run/tensorboard"
 if [[ $config == configs/demo_mini.yaml ]]; then
   cat <<'END'
 

@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Pretrain multimodal mixture-of-experts transformers.",
 )
 app.add_typer(experts, name="experts")
-configs = typer.Typer(no_args_is_help=True, help="Work on configs.")
+configs = typer.Typer(no_args_is_help=True, help="Upgrade configs of earlier versions.")
 app.add_typer(configs, name="config")
 app.command("export")(export)
 app.command("import")(import_)
@@ -65,7 +65,7 @@ def evaluate(
     test: Test = None,
     out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN.")] = None,
     dense_results: Annotated[
-        Path | None, typer.Option(callback=given, help="A recorded run without experts, shown beside the scores.")
+        Path | None, typer.Option(callback=given, help="Recorded results of a dense model, shown next to the scores.")
     ] = None,
 ) -> None:
     """Score a trained model on held-out data and report its routing."""

@@ -266,7 +266,7 @@ class RunConfig(_Model):
         causal = [name for name, its in self.objectives.items() if its.on and kinds.OBJECTIVES.load(its.kind).causal]
         if "expert_choice" in routers and causal:
             raise ValueError(
-                f"moe.router expert_choice routes earlier tokens depending on later ones, and the segments of "
+                f"moe.router expert_choice lets later tokens affect the routing of earlier ones, and the segments of "
                 f"objectives.{causal[0]} are causal; set objectives.{causal[0]}.weight: 0, or choose softmax_top_k"
             )
         return self

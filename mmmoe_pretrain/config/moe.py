@@ -105,7 +105,7 @@ class MoEConfig(StrictModel):
     activation: Literal["swiglu", "gelu", "clamped_swiglu"] = "swiglu"
     expert_biases: bool = False  # on both products of the routed experts (GPT-OSS)
     expert_groups: tuple[ExpertGroupConfig, ...] = ()  # empty: every expert serves every modality
-    shared_expert_hidden_size: int = Field(0, ge=0)  # of the expert that every token visits; 0 is none
+    shared_expert_hidden_size: int = Field(0, ge=0)  # of the expert that is applied to every token; 0 is none
     shared_expert_gate: bool = False  # its output times sigmoid(w x) (Qwen2-MoE)
     identity_experts: int = Field(0, ge=0)  # return the token itself (MoE++, arXiv 2410.07348)
     null_experts: int = Field(0, ge=0)  # return nothing

@@ -175,8 +175,8 @@ def modality_section(layers: Sequence[dict[str, Any]], figure: str | None) -> li
         "if all modalities use the experts equally, 100% if the expert determines the modality. Untrained is the "
         "same model before its first step, on the same rows: not 0%, since the modalities have different embeddings. "
         "Experts used is the exponential of the entropy of a modality's shares; entropy that of the router's "
-        "distribution for a token; dropped is the share of assignments for which an expert had no room; an expert is "
-        "dead below 1% of an even share in every modality."
+        "distribution for a token; dropped is the share of assignments for which the expert was over capacity; an "
+        "expert is dead below 1% of an even share in every modality."
     )
     title = "Which experts serve which modality"
     shown = [f"![{title}]({figure})", ""] if figure else []

@@ -62,7 +62,7 @@ def summarise_layer(stats: RoutingStats, untrained: RoutingStats) -> dict[str, A
 
 def summarise_tasks(counts_MXE: np.ndarray, names: StreamNames) -> dict[str, dict[str, float]]:
     """``specialisation_by_task``: specialisation over each task's tokens alone, where at least two
-    modalities have some. ``task_specialisation``: by modality, how much the expert says about the task: the
+    modalities have some. ``task_specialisation``: by modality, how much of the task the expert determines: the
     mutual information of task and expert over the bits that name a task, where two tasks have tokens."""
     by_task = {task: specialisation(counts_MXE[:, x]) for x, task in enumerate(names.tasks)}
     by_modality = {name: specialisation(counts_MXE[m]) for m, name in enumerate(names.modalities)}

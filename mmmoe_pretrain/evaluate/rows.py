@@ -53,7 +53,9 @@ class LeakFilter:
         """Notes for readers of the scores."""
         notes = []
         if self.dropped:
-            notes.append(f"{len(self.dropped)} held-out rows are skipped: their texts are also trained on")
+            notes.append(
+                f"{len(self.dropped)} held-out rows are not scored: their texts are also in the training data"
+            )
         if self.absent:
             notes.append(f"held-out texts are not compared with those of {self.absent[0]}: it is missing")
         return notes

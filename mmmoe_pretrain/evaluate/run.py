@@ -98,7 +98,7 @@ def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarra
     if absent:
         return {}, [f"no majority for perplexity: the training shards {absent[0]} are missing"]
     counts, samples = count_train_targets(rows.config, rows.modalities)
-    return counts, [f"the majority of perplexity is the token frequencies in {samples:,} training samples"]
+    return counts, [f"the perplexity baseline (column majority) is a unigram model of {samples:,} training samples"]
 
 
 def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, dense_results: Path | None) -> list[str]:
@@ -107,7 +107,7 @@ def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, den
         notes.append(f"{data.damaged} held-out samples could not be decoded and are not scored")
     notes += [
         f"class names were trained as {name} (modalities.{name}.label_probability): zero-shot is over unseen items, "
-        f"not over unseen classes; its classes are those of the held-out items"
+        f"not over unseen classes; the candidates are the classes of the held-out items"
         for name, modality in rows.modalities.items()
         if modality.label_probability > 0
     ]

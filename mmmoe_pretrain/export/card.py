@@ -172,8 +172,8 @@ def _what_it_is(facts: Facts) -> Iterator[str]:
     kind = "dense transformer" if config.moe.dense else "mixture-of-experts transformer"
     yield (
         f"A {kind} over {_listed(_modalities(config))} tokens in one stream, pretrained with MMMoE "
-        f"{facts.described['mmmoe_version']}: {counts['total']:,} parameters, of which a token meets "
-        f"{counts['active']:,}. These are the weights of step {facts.described['step']:,}."
+        f"{facts.described['mmmoe_version']}: {counts['total']:,} parameters, {counts['active']:,} active "
+        f"per token. These are the weights of step {facts.described['step']:,}."
     )
     yield ""
     objectives = _objectives(config)
@@ -240,7 +240,7 @@ def _licences(facts: Facts) -> Iterator[str]:
         return
     total = sum(facts.samples.values())
     spread = "" if facts.rows == total else f", spread evenly over {total:,}"
-    yield f"As {facts.rows:,} samples say in their JSON{spread}:"
+    yield f"From the JSON of {facts.rows:,} samples{spread}:"
     yield ""
     yield from _table(("licence", "samples", "sources"),
                       [(licence.name, f"{licence.rows:,}", _some(licence.sources)) for licence in shown])  # fmt: skip
@@ -272,7 +272,7 @@ def _results(facts: Facts) -> Iterator[str]:
 
 
 def _how_to_load(facts: Facts) -> Iterator[str]:
-    tokenizer = f", `{TOKENIZER}` is for sentencepiece" if facts.described["tokenizer"] else ""
+    tokenizer = f", `{TOKENIZER}` is a sentencepiece model" if facts.described["tokenizer"] else ""
     yield f"`{INDEX}` says which file holds each tensor, `{CONFIG}` the settings{tokenizer}."
     yield ""
     yield "```python"

@@ -12,7 +12,7 @@ from mmmoe_pretrain.paths import given
 
 def export(
     run: Annotated[
-        Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it is not touched.")
+        Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo; it is not changed.")
     ],
     out: Annotated[Path, typer.Option("--out", callback=given, help="The folder to write.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")] = None,
@@ -33,13 +33,13 @@ def export(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(callback=given, help="What mmmoe export wrote; it is not touched.")],
+    folder: Annotated[Path, typer.Argument(callback=given, help="What mmmoe export wrote; it is not changed.")],
     out: Annotated[
         Path, typer.Option("--out", callback=given, help="The folder of the new run; its name becomes the run's.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the new run.")] = None,
 ) -> None:
-    """Make a run of an export: its weights at step 0, to train or to evaluate."""
+    """Create a run from an export: its weights at step 0, to train or to evaluate."""
     from mmmoe_pretrain.export.read import import_run
 
     for line in import_run(folder, out, overrides or []):

@@ -68,7 +68,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
         write_first(config, draft, 0, state, _meta(config, described))
-    return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with fresh moments",
+    return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with moments of zero",
             f"train it with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 
 

@@ -35,9 +35,11 @@ def upcycle(
     overrides: Overrides = None,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token; 2 or more.")] = 2,
     noise: Noise = 0.0,
-    every: Annotated[int | None, typer.Option(min=1, help="Every how many blocks; default: moe.every.")] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="An MoE layer in every N-th block; default: moe.every.")
+    ] = None,
 ) -> None:
-    """Turn a dense run into a sparse one, whose experts copy its feed-forward layers; outputs stay equal."""
+    """Make an MoE run from a dense run: each expert copies the feed-forward layer; outputs stay equal."""
     from mmmoe_pretrain.surgery.upcycle import upcycle as make
 
     _write(run, out, overrides, "upcycle", lambda source: make(source, num_experts, experts_per_token, noise, every))
@@ -51,7 +53,7 @@ def split(
     overrides: Overrides = None,
     lossy: Lossy = False,
 ) -> None:
-    """Divide every expert into finer ones, of which a token chooses as many times more; outputs stay equal."""
+    """Split each expert into N smaller ones and multiply top-k by N; outputs stay equal."""
     from mmmoe_pretrain.surgery.split import split as make
 
     _write(run, out, overrides, "split", lambda source: make(source, factor, lossy))
@@ -108,7 +110,7 @@ def merge(
     overrides: Overrides = None,
     lossy: Lossy = False,
 ) -> None:
-    """Make one expert of two; outputs stay equal if one of them was not in use; otherwise --lossy is needed."""
+    """Merge two experts; outputs stay equal if one of them was not in use; otherwise --lossy is needed."""
     from mmmoe_pretrain.surgery.merge import merge as make
 
     numbers = _numbers(chosen)

@@ -31,7 +31,7 @@ def merge(source: Source, layer_index: int, experts: tuple[int, int], lossy: boo
     state = select_experts(_merged(source.state, layer, first, second, used), layer, kept)
     config = with_layers(source.config, {layer.index: group_changes(layer, kept)})
     did = (
-        f"block {layer.index}: experts {first} and {second} are one, with weights {used[0]:.3f} and {used[1]:.3f} by "
+        f"block {layer.index}: experts {first} and {second} were merged, weighted {used[0]:.3f} and {used[1]:.3f} by "
         f"their use ({source.usage.origin}); {len(kept)} experts are left",
     )
     return Result(config, state, did, exact=not lossy, on_data=True, why_not=WHY_NOT)

@@ -95,6 +95,8 @@ def operate(
         }  # fmt: skip
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     reached = f"it is at step {source.step} of {config.train.steps}"
+    if source.step >= config.train.steps:
+        reached += "; add train.steps=N to train further"
     return [*lines, f"wrote {out}; resume with: mmmoe train {out / CONFIG} ({reached})"]
 
 
@@ -143,7 +145,7 @@ WITHOUT_REASON = (
 def _summary(result: Result, largest: float, probe: str, command: str) -> str:
     numbers = f"largest difference of features and likelihoods {largest:.2g} on {probe}"
     if not result.exact:
-        changed = "changed as announced" if largest > TOLERANCE else "hardly changed"
+        changed = "changed, as --lossy allows" if largest > TOLERANCE else "hardly changed"
         return f"the function {changed}: {numbers}"
     if largest > TOLERANCE:
         raise ValueError(

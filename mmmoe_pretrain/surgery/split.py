@@ -41,7 +41,7 @@ def split(source: Source, factor: int, lossy: bool) -> Result:
         f"blocks {', '.join(str(layer.index) for layer in layers)}: every expert became {factor} with 1/{factor} of "
         f"its hidden units (block {layers[0].index}: {first.num_experts} experts, {first.experts_per_token} a token, "
         f"became {factor * first.num_experts}, {factor * first.experts_per_token} a token)",
-        f"z and local entropy see {factor} equal logits for one and rise by constants; balance does not change",
+        f"each old logit now appears {factor} times: z loss and local entropy rise by a constant, balance does not",
     )
     return Result(config, state, did, exact)
 

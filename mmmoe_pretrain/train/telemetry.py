@@ -40,7 +40,7 @@ class LayerRouting:
     counts_MXE: np.ndarray  # assignments, before any drop
     probability_MXE: np.ndarray
     entropy_MX: np.ndarray  # nats
-    dropped_MX: np.ndarray  # assignments for which an expert had no room
+    dropped_MX: np.ndarray  # assignments for which the expert was over capacity
     coactivation_MEE: np.ndarray  # tokens that both experts served
 
     @property
@@ -75,7 +75,7 @@ class LayerRouting:
 
     @property
     def dropped_M(self) -> np.ndarray:
-        """Share of the modality's assignments for which an expert had no room."""
+        """Share of the modality's assignments for which the expert was over capacity."""
         return _over(self.dropped_MX.sum(1), self.counts_MXE.sum((1, 2)))
 
     @property

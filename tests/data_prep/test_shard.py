@@ -260,7 +260,7 @@ def test_a_field_that_names_files_and_is_not_read_is_reported(make_manifest, tmp
     rows[0] = replace(rows[0], image=None, extra=extra)
     shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", SMALL)
     message = [record.getMessage() for record in caplog.records]
-    assert message == ["field image_path names files in 1 rows and is not read; call it image"]
+    assert message == ["field image_path names files in 1 rows and is ignored; rename it to image"]
 
 
 def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):

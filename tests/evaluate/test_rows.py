@@ -29,7 +29,7 @@ def test_texts_are_compared_by_their_words_alone(tmp_path: Path) -> None:
     assert leaks.dropped == {SampleMeta("a").identity}
     document = dataclasses.replace(sample("d", known), document=True)
     assert leaks.clean(document), "it begins with the words of a caption, and is another text"
-    assert leaks.notes() == ["1 held-out rows are skipped: their texts are also trained on"]
+    assert leaks.notes() == ["1 held-out rows are not scored: their texts are also in the training data"]
 
 
 def test_missing_training_shards_are_named(tmp_path: Path) -> None:

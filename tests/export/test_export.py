@@ -171,7 +171,7 @@ def test_the_card_counts_licences_as_the_samples_state_them(tmp_path: Path, tiny
             "tokenizer": str(tiny_data / "tokens.model")}  # fmt: skip
     facts = facts_of(tmp_path, tiny_config(tmp_path, data=data), {"step": 1}, "apache-2.0")
     lines = "\n".join([*_training(facts), *_licences(facts)]).splitlines()
-    for line in (f"| {tmp_path / 'shards'} | 5 | 25.0% |", "| gone | - | 75.0% |", "As 5 samples say in their JSON:",
+    for line in (f"| {tmp_path / 'shards'} | 5 | 25.0% |", "| gone | - | 75.0% |", "From the JSON of 5 samples:",
                  "| MIT | 2 | a, b |", "| CC-BY-4.0 | 1 |  |", "| not stated | 2 |  |",
                  "Of the samples that state none: **To be filled in.**"):  # fmt: skip
         assert line in lines, line

@@ -102,7 +102,7 @@ def coactivation(pairs: Sequence[tuple[int, np.ndarray]], path: Path) -> bool:
         ax.set_xticks(ax.get_yticks())
     label_axes(axes, "tokens of expert", "are served by this one too")
     colour_bar(figure, colours, axes, "share of the partners of the row's expert", largest)
-    figure.suptitle("Which experts work together", color=INK, fontsize=12)
+    figure.suptitle("Which experts are chosen together", color=INK, fontsize=12)
     figure.savefig(path, facecolor="white")
     return True
 
@@ -161,10 +161,10 @@ def change_over_steps(history: Sequence[LayerHistory], path: Path) -> None:
             ax.plot(steps, 100 * change[:, m], color=colour(m), linewidth=0.8, alpha=0.35)
             ax.plot(steps, 100 * smoothed(change[:, m]), color=colour(m), linewidth=2, label=modality)
         ax.set_ylim(0, 105 * top or 1)
-        _style_percent(ax, f"layer {layer.layer}: change since the log before")
+        _style_percent(ax, f"layer {layer.layer}: change since the previous record")
     axes.flat[1].legend(frameon=False, fontsize=8.5, handlelength=1.2)
     label_axes(axes, "", "step")
-    figure.suptitle("How routing settled in training", color=INK, fontsize=12)
+    figure.suptitle("How routing changed in training", color=INK, fontsize=12)
     figure.savefig(path, facecolor="white")
 
 

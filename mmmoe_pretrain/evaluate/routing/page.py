@@ -29,7 +29,7 @@ def index(report: dict[str, Any], together: bool, training: Sequence[str]) -> st
     lines += [*layer_lines(layers), "", *modality_section(layers, "load.png"), ""]
     lines += [
         "A column of the figure is a modality and shows where its tokens go: an expert that is bright in one column "
-        "and dark in the others is a specialist.",
+        "and dark in the others is specialised on that modality.",
         "",
     ]
     lines += _task_section(layers)
@@ -59,7 +59,7 @@ def layer_page(
         lines += [f"Experts without computation: {free}.", ""]
     for modality, names in sheets.items():
         if names:
-            lines += [f"Tokens of {modality}. The frame marks the token in its item.", ""]
+            lines += [f"Tokens of {modality}; the frame marks the token in its item.", ""]
             lines += [f"![Top-activating tokens of {modality}]({name})\n" for name in names]
     for expert, by_modality in enumerate(found):
         lines += _expert_section(layer, expert, by_modality, modalities)
@@ -85,14 +85,14 @@ def _task_section(layers: Sequence[dict[str, Any]]) -> list[str]:
         for layer in layers
     ]
     legend = (
-        "Left: specialisation over the tokens of one task alone. Right: how much the expert says about the task of a "
-        "token of that modality (mutual information of task and expert; 0% if all tasks use the experts equally)."
+        "Left: specialisation over the tokens of one task alone. Right: how much of a token's task its expert "
+        "determines, by modality (mutual information of task and expert; 0% if all tasks use the experts equally)."
     )
     return ["## Which experts serve which task", "", *table(columns, rows), "", legend, ""]
 
 
 def _together_section(layers: Sequence[dict[str, Any]], together: bool) -> list[str]:
-    lines = ["## Which experts work together", ""]
+    lines = ["## Which experts are chosen together", ""]
     if not together:
         return [*lines, "Every token has one expert, so there are no pairs.", ""]
     rows = [
@@ -104,7 +104,7 @@ def _together_section(layers: Sequence[dict[str, Any]], together: bool) -> list[
         "A row of the figure is an expert; its colours show the other experts of its tokens. "
         "The table has the pairs that serve the most tokens, as shares of the modality's tokens."
     )
-    lines += ["![Which experts work together](coactivation.png)", ""]
+    lines += ["![Which experts are chosen together](coactivation.png)", ""]
     return [*lines, *table(("layer", "modality", "strongest pairs"), rows), "", legend, ""]
 
 
