@@ -21,7 +21,8 @@ from typing import Any
 from data_prep import card
 from data_prep.manifest import SPLITS
 from data_prep.shard_files import BadSample, hash_file
-from mmmoe_pretrain.data.shards import index_path
+from mmmoe_pretrain.data.indexing import NAME as INDEX
+from mmmoe_pretrain.data.listing import LIST
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"
@@ -35,7 +36,6 @@ class Finished:
 
     split: str
     entry: dict[str, Any] = field(default_factory=dict)  # of shards.json
-    index: str = ""  # the digest of its index
     end: int = 0  # it ends before this row of its split
     inputs: str = ""  # the digest of what its rows were made from
     members: list[str] = field(default_factory=list)  # the suffixes in any of its samples
@@ -106,7 +106,7 @@ class Building:
                 break
             kept.append(line)
             start = line.end
-        names = {name for number in range(len(kept)) for name in (f"{number:05d}.tar", f"{number:05d}.index.json")}
+        names = {f"{number:05d}.tar" for number in range(len(kept))}
         for path in folder.iterdir():
             if path.name not in names:
                 path.unlink()
@@ -152,17 +152,14 @@ def _read(path: Path) -> list[Finished]:
 
 
 def _is_unchanged(path: Path, line: Finished) -> bool:
-    index = index_path(path)
     return (
-        path.is_file() and index.is_file()
-        and path.stat().st_size == line.entry["filesize"] and hash_file(path) == line.entry["xxh3_128"]
-        and hash_file(index) == line.index
-    )  # fmt: skip
+        path.is_file() and path.stat().st_size == line.entry["filesize"] and hash_file(path) == line.entry["xxh3_128"]
+    )
 
 
 def _foreign_files(folder: Path) -> list[Path]:
     def is_ours(path: Path) -> bool:
-        suffixes = (".tar", ".index.json", ".tmp", "shards.json")
+        suffixes = (".tar", ".index.json", ".tmp", LIST, INDEX)  # .index.json: of earlier versions
         return path.name.endswith(suffixes) or (path.name == card.NAME and card.is_ours(path))
 
     return [path for path in sorted(folder.glob("*")) if not is_ours(path)]

@@ -95,8 +95,28 @@ def tokenizer(
 
 
 @app.command()
+def index(
+    specs: Annotated[
+        list[str],
+        typer.Argument(callback=given, help="Configs, or sources as in data.train: folders, tars, URLs, lists."),
+    ],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read the headers of local shards.")] = 2,
+    lengths: Annotated[
+        bool,
+        typer.Option("--lengths", help="Of a config: also decode every sample of data.train once for its tokens."),
+    ] = False,
+) -> None:
+    """Index shards, so that training opens them at once; shards that are indexed are not read again."""
+    from data_prep import index as work
+
+    work.run(specs, workers, lengths)
+
+
+@app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(callback=given, help="Shards: a folder of splits, or one split.")],
+    folder: Annotated[
+        str, typer.Argument(callback=given, help="Shards: a folder of splits, a split, a tar or a URL.")
+    ],
 ) -> None:
     """Check hashes, indices and samples of shards; exits 1 where something is wrong."""
     from data_prep import verify as work
@@ -106,11 +126,24 @@ def verify(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(callback=given, help="Shards or a manifest.")]) -> None:
+def inspect(path: Annotated[str, typer.Argument(callback=given, help="Shards or a manifest.")]) -> None:
     """Count rows, hours and bytes by split, subset, language and modality."""
     from data_prep import inspect as work
 
     work.run(path)
+
+
+@app.command()
+def preview(
+    config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for mmmoe train.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that are read.")] = 512,
+    data_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks whose tokens are compared.")] = 8,
+) -> None:
+    """Show what a run would read, without training: shares, epochs, tokens, padding, seconds of decoding."""
+    from data_prep import preview as work
+
+    work.run(config, tuple(overrides or ()), samples, data_parallel_size)
 
 
 @app.command(hidden=True)

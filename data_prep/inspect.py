@@ -1,4 +1,4 @@
-"""``mmmoe-data inspect``: the contents of a manifest or a folder of shards, as a table.
+"""``mmmoe-data inspect``: the contents of a manifest or of shards, as a table.
 
 Counts rows, hours of audio and bytes by split, subset, language and modalities, and the files that are not read.
 """
@@ -16,14 +16,17 @@ from rich.table import Table
 
 from data_prep.manifest import SPLITS, manifest_path, read_manifest, split_called
 from data_prep.media import audio_seconds
-from data_prep.verify import split_folders
+from data_prep.verify import split_specs
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, read_row
-from mmmoe_pretrain.data.shards import OpenShards, RawSample, ShardFolder
+from mmmoe_pretrain.data.members import RawSample
+from mmmoe_pretrain.data.source import Indexed, open_indexed
+from mmmoe_pretrain.data.storage import Files
 from mmmoe_pretrain.data.survey import held_by, in_order, survey
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import Modalities, format_of
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_bytes
+from mmmoe_pretrain.urls import redacted
 
 DAMAGED = "(damaged)"  # in the place of modalities: a sample that training skips
 
@@ -56,10 +59,10 @@ class Measure:
         return f"{self.rows:,}", f"{self.seconds / 3600:.3f}" if self.seconds else "", f"{self.bytes:,}"
 
 
-def run(path: Path) -> None:
+def run(path: str) -> None:
     """The command: measure, and print a line a kind and a line a split."""
     totals, left_out = measure(path)
-    table = Table(*Kind._fields, "rows", "hours", "bytes", title=str(path), title_justify="left")
+    table = Table(*Kind._fields, "rows", "hours", "bytes", title=redacted(path), title_justify="left")
     for split in sorted({kind.split for kind in totals}, key=lambda split: (split not in SPLITS, split)):
         whole = Measure()
         for kind in sorted(kind for kind in totals if kind.split == split):
@@ -73,13 +76,14 @@ def run(path: Path) -> None:
         console.print(f"not read: {left_out}", highlight=False, soft_wrap=True)
 
 
-def measure(path: Path) -> tuple[dict[Kind, Measure], str]:
+def measure(path: str | Path) -> tuple[dict[Kind, Measure], str]:
     """The sums by kind, of a manifest or of shards; and the extensions that are not read, with their numbers."""
-    if path.is_file() or (path / "manifest.jsonl").is_file():
-        return _totals(_of_manifest(path)), ""
-    files = OpenShards()
-    folders = [ShardFolder(folder, files) for folder in split_folders(path)]
-    return _totals(_of_shards(folders)), survey(folders).left_out()
+    place = Path(path)
+    if (place.is_file() and place.suffix not in (".tar", ".json")) or (place / "manifest.jsonl").is_file():
+        return _totals(_of_manifest(place)), ""
+    files = Files()
+    sources = [open_indexed(spec, files) for spec in split_specs(str(path))]
+    return _totals(_of_shards(sources)), survey(sources).left_out()
 
 
 def _totals(lines: Iterable[tuple[Kind, Measure]]) -> dict[Kind, Measure]:
@@ -101,9 +105,9 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
         yield Kind(row.split, row.subset, row.language, content), Measure(1, seconds, size)
 
 
-def _of_shards(folders: Iterable[ShardFolder]) -> Iterator[tuple[Kind, Measure]]:
-    for shards in folders:
-        name = shards.folder.name
+def _of_shards(sources: Iterable[Indexed]) -> Iterator[tuple[Kind, Measure]]:
+    for shards in sources:
+        name = Path(shards.spec).name
         split = split_called(name) if split_called(name) in SPLITS else "train"
         for i in track(range(len(shards)), f"reading {name}", len(shards), "samples"):
             yield _of_sample(shards.read(i), shards.modalities, split)

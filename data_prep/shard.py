@@ -40,9 +40,9 @@ from data_prep.manifest import (
 )
 from data_prep.media import DECODED, member
 from data_prep.pool import map_in_order
-from data_prep.shard_files import BadSample, EncodedSample, hash_file, write_shard, write_shard_list
+from data_prep.shard_files import BadSample, EncodedSample, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
-from mmmoe_pretrain.data.shards import index_path
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import Progress
@@ -91,12 +91,13 @@ class Report:
 
 
 def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions) -> None:
-    """The command: read, filter, write, and print a summary."""
+    """The command: read, filter, write, index, and print a summary."""
     path = manifest_path(manifest)
     report = shard_manifest(filter_rows(read_manifest(path), filters), path.parent, out, options)
     table = Table("split", "shards", "samples", "bytes")
     for split, entries in report.shards.items():
         samples, size = (sum(entry[name] for entry in entries) for name in ("nsamples", "filesize"))
+        open_indexed(out / split)
         table.add_row(split, f"{len(entries):,}", f"{samples:,}", f"{size:,}")
     console = Console(highlight=False, markup=False)
     console.print(table)
@@ -170,9 +171,8 @@ class _Split:
                 path = folder / f"{len(entries):05d}.tar"
                 entry = write_shard(path, itertools.chain((first,), itertools.islice(samples, per_shard - 1)))
                 line = dataclasses.replace(
-                    self.pending, entry=entry, index=hash_file(index_path(path)), end=self.end,
-                    inputs=self.inputs(start, self.end),
-                )  # fmt: skip
+                    self.pending, entry=entry, end=self.end, inputs=self.inputs(start, self.end)
+                )
                 building.add(line)
                 self.report.add(line)
                 entries.append(entry)

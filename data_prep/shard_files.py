@@ -1,7 +1,6 @@
-"""One shard: a tar whose bytes depend on its samples alone, and its index.
+"""One shard: a tar whose bytes depend on its samples alone; and the list of a folder's shards.
 
-Writes ``NNNNN.tar``, ``NNNNN.index.json`` and ``shards.json`` (docs/data_format.md), independent of manifests and
-media.
+Writes ``NNNNN.tar`` and ``shards.json`` (docs/data_format.md), independent of manifests and media.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mmmoe_pretrain.data.shards import LISTING, index_path
+from mmmoe_pretrain.data.listing import LIST
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +36,23 @@ class BadSample(NamedTuple):
 
 
 def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:
-    """Write a shard and its index; returns its line of ``shards.json``."""
-    partial = path.with_name(path.name + ".tmp")
-    entries = []
+    """Write a shard; returns its line of ``shards.json``."""
+    partial, count = path.with_name(path.name + ".tmp"), 0
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for sample in samples:
-                members = {name: add_file(tar, f"{sample.key}.{name}", data) for name, data in sample.members.items()}
-                entries.append({"key": sample.key, "members": members})
+                for name, data in sample.members.items():
+                    add_file(tar, f"{sample.key}.{name}", data)
+                count += 1
         file.flush()
         os.fsync(file.fileno())
     size, digest = partial.stat().st_size, hash_file(partial)
-    write_json(index_path(path), {"version": 1, "bytes": size, "xxh3_128": digest, "samples": entries})
     partial.replace(path)
-    return {"url": path.name, "nsamples": len(entries), "filesize": size, "xxh3_128": digest}
+    return {"url": path.name, "nsamples": count, "filesize": size, "xxh3_128": digest}
 
 
 def write_shard_list(folder: Path, entries: list[dict[str, Any]]) -> None:
-    write_json(folder / LISTING, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": entries})
+    write_json(folder / LIST, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": entries})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -68,10 +66,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
-    """Append a file whose header depends on its name and size alone; its offset and size."""
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file whose header depends on its name and size alone."""
     info = tarfile.TarInfo(name)  # mtime, uid and gid are 0
     info.size, info.mode = len(data), 0o644
-    offset = tar.offset + len(info.tobuf(tar.format, tar.encoding or "utf-8", tar.errors))
     tar.addfile(info, io.BytesIO(data))
-    return [offset, len(data)]

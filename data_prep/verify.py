@@ -1,8 +1,8 @@
 """``mmmoe-data verify``: checks shards against their indices and lists, and that they can be trained on.
 
 Checks hashes, sizes, offsets and headers, that every sample has content and its own JSON, and that no group is in two
-splits. Shards made by other tools have neither lists nor indices: that is a note, not a problem. Every byte is read
-once, and nothing is decoded.
+splits. Shards made by other tools have no list, and new ones no index: that is a note, not a problem. Every byte is
+read, and nothing is decoded.
 """
 
 from __future__ import annotations
@@ -12,27 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from rich.console import Console
 
 from data_prep.manifest import SPLITS, split_called
 from data_prep.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
-from mmmoe_pretrain.data.members import META, names
-from mmmoe_pretrain.data.shards import (
-    LISTING,
-    IndexedSample,
-    OpenShards,
-    check_sample,
-    index_path,
+from mmmoe_pretrain.data.index import DamagedIndex, Index
+from mmmoe_pretrain.data.indexing import home_of, label, places
+from mmmoe_pretrain.data.listing import (
+    LIST,
+    Listing,
+    Shard,
+    is_remote,
+    left_out,
+    list_shards,
     listed_shard,
-    read_listing,
-    read_sample,
-    shards_left_out,
-    walk,
-)
+    read_list,
+)  # fmt: skip
+from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.rows import read_rows
+from mmmoe_pretrain.data.storage import Files
 from mmmoe_pretrain.data.survey import Survey, held_by
 from mmmoe_pretrain.progress import track
-from mmmoe_pretrain.untrusted import brief, read_json
+from mmmoe_pretrain.untrusted import brief
+from mmmoe_pretrain.urls import redacted
 
 _SHOWN = 50
 
@@ -42,7 +46,7 @@ class Seen:
     """What was found so far, over all splits."""
 
     shards: int = 0
-    unindexed: int = 0  # shards
+    unindexed: list[str] = field(default_factory=list)  # sources without an index
     unlisted: list[str] = field(default_factory=list)  # folders without shards.json
     survey: Survey = field(default_factory=Survey)
     split_of_group: dict[str, str] = field(default_factory=dict)
@@ -52,12 +56,12 @@ class Seen:
         if self.survey.unread:
             yield f"not read: {self.survey.left_out()}"
         if self.unlisted:
-            yield f"no {LISTING} in {names(self.unlisted)}: the *.tar are read in the order of their names"
+            yield f"no {LIST} in {names(self.unlisted)}: the *.tar are read in the order of their names"
         if self.unindexed:
-            yield f"no index beside {self.unindexed:,} shards: their headers are read at each start"
+            yield f"no index of {names(self.unindexed)}: it is made on first use, or by mmmoe-data index"
 
 
-def run(folder: Path) -> bool:
+def run(folder: str) -> bool:
     """The command: print every problem; whether there was none."""
     seen = Seen()
     problems = list(verify_folder(folder, seen))
@@ -71,136 +75,159 @@ def run(folder: Path) -> bool:
     summary = f"{len(problems)} problems in" if problems else "no problems in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
     samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"
-    console.print(f"{summary} {samples} under {folder}{content}", highlight=False, soft_wrap=True)
+    console.print(f"{summary} {samples} under {redacted(folder)}{content}", highlight=False, soft_wrap=True)
     return not problems
 
 
-def split_folders(folder: Path) -> list[Path]:
-    """The folders with shards: ``folder`` itself, and those in it unless ``shards.json`` says what is read."""
+def split_specs(spec: str) -> list[str]:
+    """The sources in ``spec``: itself, or of a local folder those in it, too, unless ``shards.json`` says what is
+    read."""
+    folder = Path(spec)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        return [spec]
     inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_split_order)
-    candidates = [folder] if (folder / LISTING).is_file() else [folder, *inside]
-    found = [path for path in candidates if (path / LISTING).is_file() or any(path.glob("*.tar"))]
+    candidates = [folder] if (folder / LIST).is_file() else [folder, *inside]
+    found = [str(path) for path in candidates if (path / LIST).is_file() or any(path.glob("*.tar"))]
     if not found:
         raise ValueError(f"{folder} holds no shards; `mmmoe-data shard MANIFEST --out {folder}` writes some")
     return found
 
 
-def verify_folder(folder: Path, seen: Seen) -> Iterator[str]:
-    """Every problem under ``folder``, one line each."""
-    for leftover in sorted(folder.rglob("*.tmp")):
+def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
+    """Every problem of the shards that ``spec`` names, one line each."""
+    files = Files()
+    for leftover in sorted(Path(spec).rglob("*.tmp")):
         yield f"{leftover}: left behind by a run that was killed"
-    for split in split_folders(folder):
-        listed: dict[Path, dict[str, Any]] = {}
-        if (split / LISTING).exists():
-            yield from _verify_list(split / LISTING, listed)
+    for split in split_specs(str(spec)):
+        listed: dict[str, dict[str, Any]] = {}
+        if not Path(split).is_dir():
+            listing = list_shards(split, files)
         else:
-            seen.unlisted.append(str(split))
-        shards = sorted({*split.glob("*.tar"), *listed})
-        seen.survey.unread.update(shards_left_out(split, shards))
-        for shard in track(shards, f"verifying {split.name}", len(shards), "shards"):
-            seen.shards += 1
-            try:
-                for problem in _verify_shard(shard, listed.get(shard), seen):
-                    yield problem if str(shard) in problem else f"{shard}: {problem}"
-            except OSError as error:
-                yield f"{shard}: cannot be read ({error.strerror})"
+            if (Path(split) / LIST).exists():
+                yield from _verify_list(str(Path(split) / LIST), listed, files)
+            else:
+                seen.unlisted.append(split)
+            urls = sorted({*map(str, Path(split).glob("*.tar")), *listed})
+            beside = left_out(split, (path.name for path in Path(split).iterdir()), urls)
+            listing = Listing(split, tuple(map(Shard, urls)), beside)
+        seen.survey.unread.update(listing.left_out)
+        yield from _verify_shards(listing, listed, seen, files)
+
+
+def _verify_shards(listing: Listing, listed: dict[str, dict[str, Any]], seen: Seen, files: Files) -> Iterator[str]:
+    home, is_listed = home_of(listing), (Path(listing.spec) / LIST).exists()
+    index: Index | None = None
+    try:
+        path = next((path for path in places(listing, home) if path.exists()), None)
+        index = None if path is None else Index(path)
+    except DamagedIndex as error:
+        yield str(error)
+    if index is None:
+        seen.unindexed.append(redacted(listing.spec))
+    number_of = {name: number for number, name in enumerate(index.names if index else ())}
+    name = Path(listing.spec).name
+    for shard in track(listing.shards, f"verifying {name}", len(listing.shards), "shards"):
+        seen.shards += 1
+        url = redacted(shard.url)
+        check = _Shard(shard.url, listed.get(shard.url), index, number_of.get(label(shard.url, home)), files)
+        try:
+            if is_listed and shard.url not in listed:
+                yield f"{url}: not named in {LIST}"
+            for problem in check.problems(seen):
+                yield problem if url in problem else f"{url}: {problem}"
+        except OSError as error:
+            yield f"{url}: cannot be read ({error.strerror or error})"
 
 
 def _split_order(folder: Path) -> tuple[int, str]:
     return SPLITS.index(folder.name) if folder.name in SPLITS else len(SPLITS), folder.name
 
 
-def _verify_list(listing: Path, listed: dict[Path, dict[str, Any]]) -> Iterator[str]:
+def _verify_list(url: str, listed: dict[str, dict[str, Any]], files: Files) -> Iterator[str]:
     """Problems of ``shards.json`` itself; its shards and their entries go into ``listed``."""
     try:
-        entries = read_listing(listing)
+        entries = read_list(url, files)
     except ValueError as error:
         yield str(error)
         return
     for entry in entries:
         try:
-            listed[listed_shard(listing, entry)] = entry
+            listed[listed_shard(url, entry).url] = entry
         except ValueError as error:
             yield str(error)
 
 
-def _verify_shard(shard: Path, entry: dict[str, Any] | None, seen: Seen) -> Iterator[str]:
-    if not shard.is_file():
-        yield "is not a plain file"
-        return
-    size, digest = shard.stat().st_size, hash_file(shard)
-    index, index_name = _read_index(shard), index_path(shard).name
-    if entry is not None:
-        yield from _differences(size, digest, entry.get("filesize"), entry.get("xxh3_128"), LISTING)
-    elif (shard.parent / LISTING).exists():
-        yield f"not named in {LISTING}"
-    if index is not None:
-        yield from _differences(size, digest, index.get("bytes"), index.get("xxh3_128"), index_name)
-    elif index_path(shard).exists():
-        yield f"{index_name} is broken"
-    elif entry is not None and "xxh3_128" in entry:  # mmmoe-data wrote one
-        yield f"{index_name} is missing"
-    else:
-        seen.unindexed += 1
-    try:
-        walked = walk(shard)
-    except ValueError as error:
-        yield str(error)
-        return
-    if index is not None and index.get("samples") != [_entry(sample) for sample in walked]:
-        yield f"{index_name} does not describe the members that are in the tar"
-    if entry is not None and entry.get("nsamples", len(walked)) != len(walked):
-        yield f"has {len(walked)} samples, {LISTING} says {brief(entry.get('nsamples'))}"
-    if not walked:
-        yield "holds no sample"
-    files = OpenShards(1)
-    for sample in walked:
+@dataclass(slots=True)
+class _Shard:
+    """A shard, its entry in ``shards.json``, and its number in the index of its source, if there are any."""
+
+    url: str
+    entry: dict[str, Any] | None
+    index: Index | None
+    number: int | None
+    files: Files
+
+    def problems(self, seen: Seen) -> Iterator[str]:
+        size, digest = self.files.stat(self.url).size, _digest(self.url, self.files)
+        if self.entry is not None:
+            yield from _differences(size, digest, self.entry.get("filesize"), self.entry.get("xxh3_128"))
         try:
-            check_sample(sample, shard)
-            yield from _verify_sample(sample, files.descriptor(shard), shard, seen, index is not None)
+            rows = read_rows(self.url, self.files.settings)[1]
         except ValueError as error:
             yield str(error)
-        except BadSampleError as error:
-            seen.survey.add(tuple(sample.members))
-            yield f"sample {sample.key}: {error}"
+            return
+        if self.index is not None and self.number is not None:
+            try:
+                if not self.index.holds(self.number, rows):
+                    yield f"{self.index.path} does not describe the members that are in the tar; remove it"
+            except DamagedIndex as error:
+                yield str(error)
+        if self.entry is not None and self.entry.get("nsamples", len(rows)) != len(rows):
+            yield f"has {len(rows)} samples, {LIST} says {brief(self.entry.get('nsamples'))}"
+        is_ours = self.entry is not None and "xxh3_128" in self.entry
+        for key, members in rows.samples():
+            try:
+                yield from self._sample(key, members, seen, is_ours)
+            except ValueError as error:
+                yield str(error)
+            except BadSampleError as error:
+                seen.survey.add(tuple(members))
+                yield f"sample {key}: {error}"
+
+    def _sample(self, key: str, members: dict[str, tuple[int, int]], seen: Seen, is_ours: bool) -> Iterator[str]:
+        known = seen.survey.known
+        chosen = known.members_read(tuple(members))
+        wanted = {META, CLASS, *(chosen[name] for name in chosen if known[name].default_field)} & members.keys()
+        data = {name: self.files.read(self.url, *members[name]) for name in wanted}
+        raw = RawSample(key, data, self.url, tuple(name for name in members if name not in wanted))
+        row = read_row(raw)
+        held, named = held_by(raw, row, known, any_kind=True)
+        seen.survey.add(tuple(members), 1, held, named)
+        if not held:
+            *most, last = known
+            yield f"sample {key} has no {', '.join(most)} or {last} (its files: {names(members)})"
+        if is_ours and row.get("key", key) != key:  # in shards of other tools it may be the key of anything
+            yield f"sample {key} has the json of {brief(row['key'])}"
+        group, split = row.get("group"), row.get("split") or Path(self.url).parent.name
+        if isinstance(group, str) and group and isinstance(split, str):
+            split = split_called(split)
+            first = seen.split_of_group.setdefault(group, split)
+            if first != split:
+                yield f"sample {key} of group {group} is in {split}, another of its group in {first}"
 
 
-def _entry(sample: IndexedSample) -> dict[str, Any]:
-    return {"key": sample.key, "members": {name: list(place) for name, place in sample.members.items()}}
+def _digest(url: str, files: Files) -> str:
+    if not is_remote(url):
+        return hash_file(Path(url))
+    digest = xxhash.xxh3_128()
+    with files.stream(url) as stream:
+        while data := stream.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
-def _differences(size: int, digest: str, said_size: Any, said_digest: Any, where: str) -> Iterator[str]:
+def _differences(size: int, digest: str, said_size: Any, said_digest: Any) -> Iterator[str]:
     if said_size is not None and size != said_size:
-        yield f"has {size} bytes, {where} says {brief(said_size)}"
+        yield f"has {size} bytes, {LIST} says {brief(said_size)}"
     elif said_digest is not None and digest != said_digest:
-        yield f"xxh3_128 is {digest}, {where} says {brief(said_digest)}"
-
-
-def _verify_sample(sample: IndexedSample, descriptor: int, shard: Path, seen: Seen, is_ours: bool) -> Iterator[str]:
-    key, known = sample.key, seen.survey.known
-    chosen = known.members_read(tuple(sample.members))
-    texts = {chosen[name] for name in chosen if known[name].default_field}
-    raw = read_sample(sample, descriptor, shard, only={META, *texts})
-    row = read_row(raw)
-    held, named = held_by(raw, row, known, any_kind=True)
-    seen.survey.add(tuple(sample.members), 1, held, named)
-    if not held:
-        *most, last = known
-        yield f"sample {key} has no {', '.join(most)} or {last} (its files: {names(sample.members)})"
-    if is_ours and row.get("key", key) != key:  # in shards of other tools it may be the key of anything
-        yield f"sample {key} has the json of {brief(row['key'])}"
-    group, split = row.get("group"), row.get("split") or shard.parent.name
-    if isinstance(group, str) and group and isinstance(split, str):
-        split = split_called(split)
-        first = seen.split_of_group.setdefault(group, split)
-        if first != split:
-            yield f"sample {key} of group {group} is in {split}, another of its group in {first}"
-
-
-def _read_index(shard: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(index_path(shard))
-    except (ValueError, FileNotFoundError):
-        return None
+        yield f"xxh3_128 is {digest}, {LIST} says {brief(said_digest)}"

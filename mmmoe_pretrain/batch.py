@@ -177,14 +177,23 @@ class Batch:
         return int(self.task_ids.shape[0])
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on ``device``."""
-        return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with every tensor on ``device``. To a GPU from pinned memory: a copy from other memory would
+        wait for all work that the device has been given."""
+        if device.type != "cuda":
+            return map_leaves(self, Tensor, lambda tensor: tensor.to(device))
+        return map_leaves(self, Tensor, lambda tensor: _pinned(tensor).to(device, non_blocking=True))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 def map_leaves(value: Any, kind: type, function: Any) -> Any:
     """Apply ``function`` to every ``kind`` in ``value``, through tuples, dicts and dataclasses."""
     if isinstance(value, kind):
         return function(value)
+    if isinstance(value, SampleMeta):  # holds none, and there are many
+        return value
     if type(value) is tuple:
         return tuple(map_leaves(item, kind, function) for item in value)
     if type(value) is dict:

@@ -14,20 +14,30 @@ VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
 
 def expand(path: str) -> str:
-    """The path with ``~``, ``~user``, ``$VAR`` and ``${VAR}`` filled in; URLs (``s3://...``) stay as they are.
+    """The path, or each of ``a::b``, with ``~``, ``~user``, ``$VAR`` and ``${VAR}`` filled in; URLs (``s3://...``)
+    and commands (``pipe:...``) stay as they are.
 
     Expanding the result changes nothing, so a saved config can be read again. Raises ValueError that names a
     variable that is not set, or an unknown user.
     """
+    if path.startswith("pipe:") or "::pipe:" in path:
+        return path  # a shell fills it in
+    if "::" in path:
+        return "::".join(map(expand, path.split("::")))
     if "://" in path:
         return path
-    full = os.path.expanduser(VARIABLE.sub(_value, path))
+    full = os.path.expanduser(expand_variables(path))
     if full.startswith("~"):
         raise ValueError(f"{path}: no such user; a folder whose name begins with ~ is ./{full}")
     left = VARIABLE.search(full)
     if left:
         raise ValueError(f"{path}: a value that is filled in holds {left[0]}; write that path out")
     return full
+
+
+def expand_variables(text: str) -> str:
+    """The text with ``$VAR`` and ``${VAR}`` filled in. Raises ValueError that names a variable that is not set."""
+    return VARIABLE.sub(_value, text)
 
 
 def given(value: Any) -> Any:

@@ -12,6 +12,12 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 from tests.support import things, write_shards, write_tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indices that do not lie beside their shards stay away from the user's own."""
+    os.environ["MMMOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train`` shards of things that can be learned, and ``tokens.model``."""

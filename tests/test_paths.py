@@ -37,6 +37,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("~", "/h"), ("~/a", "/h/a"), ("$DISK/a", "/disk/a"), ("a/${DISK}b", "a//diskb"), ("$HOME", "/h"),
         ("a~b/~", "a~b/~"), ("./~", "./~"), ("cost$/5$5", "cost$/5$5"), ("", ""),
         ("s3://bucket/~/$NOPE", "s3://bucket/~/$NOPE"), ("file:///$NOPE", "file:///$NOPE"),
+        ("~/a::s3://b/$NOPE::~", "/h/a::s3://b/$NOPE::/h"), ("pipe:cat ~/$1", "pipe:cat ~/$1"),
     ],
 )  # fmt: skip
 def test_a_path_is_expanded_as_by_a_shell_and_a_url_is_not(path: str, expected: str) -> None:

@@ -7,8 +7,10 @@ import time
 import pytest
 
 from mmmoe_pretrain import progress
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.rows import read_rows
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.progress import Progress, track
+from tests.support import write_tar
 
 
 @pytest.fixture
@@ -47,20 +49,21 @@ def test_lines_come_after_two_seconds_on_stderr_alone(monkeypatch, capsys):
     assert "slow: 1 of 2 items, " in err and err.count("\n") >= 3
 
 
-def test_the_first_rank_tells_how_far_the_opening_of_shards_is(monkeypatch, capsys, tmp_path):
-    def slow(path):
+def test_the_first_rank_tells_how_far_the_indexing_of_shards_is(monkeypatch, capsys, tmp_path):
+    def slow(url, settings):
         time.sleep(0.06)
-        return []
+        return read_rows(url, settings)
 
     for name in "ab":
-        (tmp_path / f"{name}.tar").touch()
-    monkeypatch.setattr("mmmoe_pretrain.data.shards.read_index", slow)
+        write_tar(tmp_path / f"{name}.tar", [("a.txt", b"")])
+    monkeypatch.setattr("mmmoe_pretrain.data.indexing.read_rows", slow)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        ShardFolder(tmp_path)
-        message = f"opening {tmp_path}: 1 of 2 shards, " in capsys.readouterr().err
+        (tmp_path / "shards.index").unlink(missing_ok=True)
+        open_indexed(tmp_path)
+        message = f"indexing {tmp_path}: 1 of 2 shards, " in capsys.readouterr().err
         assert message == (rank == "0")
 
 

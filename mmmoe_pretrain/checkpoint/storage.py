@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain.checkpoint.names import DRAFT, GONE, MANIFEST, OLD
+from mmmoe_pretrain.urls import StorageError, is_url, local_path, redacted
 
 BLOCK = 16 << 20  # bytes read at once
 BUFFERED = 1 << 20  # bytes; small tensors are written together
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 ReadInto = Callable[[int, memoryview], None]  # fill the buffer from a place in the file
-
-
-class StorageError(OSError, ValueError):
-    """A disk, permission or service failed: what, where and the remedy."""
 
 
 class LocalStorage:
@@ -192,10 +189,12 @@ class UrlStorage:
         try:
             self._files, self._base = fsspec.url_to_fs(self.root)
         except ImportError as error:
-            raise ValueError(f"{root} cannot be opened: {error}; install that package on every node") from error
+            raise ValueError(
+                f"{redacted(root)} cannot be opened: {error}; install that package on every node"
+            ) from error
         except ValueError as error:
             known = ", ".join(sorted(fsspec.available_protocols()))
-            raise ValueError(f"{root} cannot be opened: {error}; fsspec knows {known}") from error
+            raise ValueError(f"{redacted(root)} cannot be opened: {error}; fsspec knows {known}") from error
 
     def draft(self, name: str) -> str:
         return name
@@ -222,7 +221,7 @@ class UrlStorage:
                 data = self._files.cat_file(self._at(path), start=0, end=limit + 1)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
-        return _bounded(data, limit, f"{self.root}/{path}")
+        return _bounded(data, limit, redacted(f"{self.root}/{path}"))
 
     @contextmanager
     def reader(self, path: str) -> Iterator[ReadInto]:
@@ -232,7 +231,7 @@ class UrlStorage:
                 with self._explained("read", path):
                     data = self._files.cat_file(self._at(path), start=start + done, end=start + done + len(part))
                 if len(data) != len(part):
-                    raise ValueError(_ends_early(f"{self.root}/{path}", start + done + len(data)))
+                    raise ValueError(_ends_early(redacted(f"{self.root}/{path}"), start + done + len(data)))
                 part[:] = data
 
         yield read_into
@@ -279,8 +278,8 @@ class UrlStorage:
             raise
         except Exception as error:  # each client library has its own errors
             raise StorageError(
-                f"cannot {doing} {self.root}/{path}: {type(error).__name__}: {error}; check the credentials, "
-                f"the network and the service, or set checkpoint.folder to another place"
+                f"cannot {doing} {redacted(f'{self.root}/{path}: {type(error).__name__}: {error}')}; check the "
+                f"credentials, the network and the service, or set checkpoint.folder to another place"
             ) from error
 
 
@@ -289,8 +288,8 @@ Storage = LocalStorage | UrlStorage
 
 def open_storage(root: str | Path) -> Storage:
     """ValueError for a URL of a kind that is not known or whose package is not installed."""
-    text = os.fspath(root).removeprefix("file://")
-    return UrlStorage(text) if "://" in text else LocalStorage(text)
+    text = local_path(os.fspath(root))
+    return UrlStorage(text) if is_url(text) else LocalStorage(text)
 
 
 def _last(path: str) -> str:

@@ -7,6 +7,7 @@ and combinations that cannot work. What depends on the number of ranks is checke
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +17,25 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, PathText, StreamNames, check_pair, explain
+from mmmoe_pretrain.config.base import (
+    ModalitySettings,
+    ObjectiveSettings,
+    PathText,
+    Schedule,
+    SourceText,
+    StreamNames,
+    check_pair,
+    check_schedule,
+    explain,
+    value_at,
+)
 from mmmoe_pretrain.config.base import StrictModel as _Model
 from mmmoe_pretrain.config.engines import EngineName
 from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
 from mmmoe_pretrain.config.optimizer import OptimizerConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
+from mmmoe_pretrain.urls import redacted, secret_option
 
 __all__ = [
     "CheckpointConfig", "FaultsConfig", "MoEConfig", "OptimizerConfig", "RoutingLossConfig", "RunConfig", "dump",
@@ -31,6 +44,8 @@ __all__ = [
 
 
 HANG_SHARE = 0.8  # of parallel.timeout_minutes
+WAIT_SHARE = 0.4  # of the hang limit, for one item of a data worker
+READ_SHARE = 0.75  # of that, for one read with its retries, whose error is clearer than that of a hung worker
 LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -40,20 +55,92 @@ AnyObjective = Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(kind
 
 
 class SourceConfig(_Model):
-    """A folder of shards and its share of the training mix."""
+    """A source of samples and its share of the training mix.
 
-    path: PathText
-    weight: float = Field(1.0, gt=0)
+    ``path``: a folder of shards, a tar, a URL of either (``s3://bucket/train``), braces (``data-{000..099}.tar``),
+    several of these (``a::b``), a list (``shards.json``), or a split of a folder of Energon's (``DIR#val``).
+
+    ``weight``: of the mix, or a schedule over steps such as ``[[0, 1.0], [10000, 0.1]]``. ``epochs``: after so many
+    its share goes to the other sources; None: without end. ``split_by``: samples of each set of modalities
+    (``modalities``; by their files), or with each value of a field of their JSON (``language``), are a part of their
+    own, drawn by (size of the part)^(1 / ``temperature``).
+    """
+
+    path: SourceText
+    weight: float | Schedule = 1.0
+    epochs: int | None = Field(None, ge=1)
+    split_by: str | None = Field(None, min_length=1)
+    temperature: float = Field(1.0, gt=0)  # of the parts
+    stream_window: int = Field(16, ge=1)  # of pipe: samples of a sub-lane that are permuted, and kept in memory
+
+    @model_validator(mode="after")
+    def _weights(self) -> SourceConfig:
+        check_schedule(self.schedule, "weight")
+        if not any(weight > 0 for _, weight in self.schedule):
+            raise ValueError(f"data.train: {self.path} has weight 0; leave it out, or give it a weight above 0")
+        if self.temperature != 1.0 and self.split_by is None:
+            raise ValueError(
+                f"data.train: temperature {self.temperature:g} of {self.path} is that of its parts; add split_by: "
+                f"modalities or a field, or set data.temperature for all sources"
+            )
+        return self
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.weight if isinstance(self.weight, tuple) else ((0, float(self.weight)),)
+
+    def mean_weight(self, steps: int) -> float:
+        """Over the first ``steps`` steps."""
+        return sum(value_at(self.schedule, (i + 0.5) * steps / 64) for i in range(64)) / 64
+
+
+class CacheConfig(_Model):
+    """Blocks of remote shards on a disk of each node, shared by its ranks and workers."""
+
+    folder: PathText
+    size_gb: float = Field(100.0, gt=0)  # those that were not used for longest make room
+    block_mb: int = Field(8, ge=1, le=1024)  # of a request
+
+    @model_validator(mode="after")
+    def _some_blocks(self) -> CacheConfig:
+        if self.size_gb * 1000 < 4 * self.block_mb:
+            raise ValueError(
+                f"data.cache.size_gb {self.size_gb:g} has no room for four blocks of data.cache.block_mb "
+                f"{self.block_mb}; raise it to {0.004 * self.block_mb:g} or more, or lower block_mb"
+            )
+        return self
 
 
 class DataConfig(_Model):
     train: tuple[SourceConfig, ...] = Field(min_length=1)
+    weigh_by: Literal["samples", "tokens"] = "samples"  # what weights are shares of
+    temperature: float | None = Field(None, gt=0)  # T: a source's weight is times its size^(1/T); None: no sizes
+    shuffle_window: int = Field(1 << 18, ge=1)  # samples, over all lanes; smaller sources are permuted as a whole
+    shuffle_chunk: int = Field(64, ge=1)  # consecutive samples of a shard that stay together
+    lanes: int | None = Field(None, ge=1)  # parallel reads of a source; None: train.global_batch_size, at most 1024
+    level_tokens: bool = True  # data-parallel ranks exchange samples of a microbatch until their tokens are level
     tokenizer: PathText | None = None  # of every modality that reads text
     max_tokens_per_document: int | None = Field(None, ge=1)  # longer ones lose their last items; None: any length
     num_workers: int = Field(1, ge=0)
-    prefetch: int = Field(4, ge=1)  # prefetched microbatches per worker
+    prefetch: int = Field(4, ge=1)  # microbatches that a rank reads ahead; at least those of a step
+    prefetch_bytes: int = Field(1 << 30, ge=0)  # of what is ready, above which a rank begins no further microbatches
     worker_timeout: float = Field(0.0, ge=0)  # seconds until a silent worker is replaced; 0: 0.4 of the hang limit
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of the samples read; past it the run ends
+    storage_options: dict[str, dict[str, Any]] = Field({})  # of fsspec, by protocol (s3) or by the beginning of a URL
+    request_timeout: float = Field(20.0, gt=0)  # seconds until a request for remote bytes is given up and made again
+    read_timeout: float = Field(0.0, ge=0)  # seconds of a read with its retries; 0: 0.3 of the hang limit
+    read_retries: int = Field(10, ge=0)  # further requests of a read, with growing random pauses
+    cache: CacheConfig | None = None  # of remote shards; None: memory alone
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> DataConfig:
+        if name := secret_option(self.storage_options):
+            raise ValueError(
+                f"data.storage_options.{name} would be saved with the run, and may be a secret; set it in the "
+                f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say), or name a profile: "
+                f"{{s3: {{profile: NAME}}}}"
+            )
+        return self
 
 
 class ModelConfig(_Model):
@@ -171,7 +258,7 @@ class EvaluateConfig(_Model):
     field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
     """
 
-    test: tuple[PathText, ...] = ()
+    test: tuple[SourceText, ...] = ()
     prompt: str = "{}"  # {} is the name of the class
     rows: dict[str, dict[str, tuple[str, ...]]] = Field({})
     by: dict[str, str] = Field({})
@@ -181,6 +268,11 @@ class EvaluateConfig(_Model):
 
     @model_validator(mode="after")
     def _prompt(self) -> EvaluateConfig:
+        if commands := [path for path in self.test if path.startswith("pipe:") or "::pipe:" in path]:
+            raise ValueError(
+                f"evaluate.test names the output of a command ({commands[0].split()[0]} ...), and held-out samples "
+                f"are read by number; name shards by a path or URL"
+            )
         around = self.prompt.replace("{}", "", 1)
         if "{}" not in self.prompt or "{" in around or "}" in around:
             raise ValueError(f"evaluate.prompt {self.prompt!r} must hold {{}} once; e.g. 'an image of {{}}'")
@@ -288,6 +380,25 @@ class RunConfig(_Model):
         errors are less clear."""
         return 60.0 * (self.faults.hang_minutes or HANG_SHARE * self.parallel.timeout_minutes)
 
+    @model_validator(mode="after")
+    def _reads_end_before_their_worker(self) -> RunConfig:
+        if self.data.read_timeout > self._wait_seconds:
+            raise ValueError(
+                f"data.read_timeout {self.data.read_timeout:g} exceeds the {self._wait_seconds:g} seconds after "
+                f"which a data worker counts as hung; lower it, or raise data.worker_timeout, faults.hang_minutes "
+                f"and parallel.timeout_minutes"
+            )
+        return self
+
+    @property
+    def _wait_seconds(self) -> float:
+        return min(self.data.worker_timeout or math.inf, WAIT_SHARE * self.hang_seconds)
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds that one read of the training data may take, with all its retries."""
+        return self.data.read_timeout or READ_SHARE * self._wait_seconds
+
     @property
     def stream_names(self) -> StreamNames:
         """Names of the modalities and the objectives with a weight; their order defines their ids."""
@@ -338,7 +449,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections; see configs/demo.yaml")
     for override in overrides:
         _apply_override(raw, override)
-    return parse(raw, where=" ".join([str(path), *(["with", *map(brief, overrides)] if overrides else [])]))
+    return parse(
+        raw,
+        where=" ".join(
+            [str(path), *(["with", *(brief(redacted(override)) for override in overrides)] if overrides else [])]
+        ),
+    )
 
 
 def parse(raw: dict[str, Any], where: str = "config") -> RunConfig:

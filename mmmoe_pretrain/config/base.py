@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.paths import expand
 from mmmoe_pretrain.untrusted import brief
+from mmmoe_pretrain.urls import command_has_secret, has_secret, is_url, redacted, redacted_command
 
 
 class StrictModel(BaseModel):
@@ -61,14 +62,43 @@ def _message(item: Any, location: tuple[str | int, ...], placed: bool) -> str:
         return f"{name}: {message}" if placed or location[:1] in UNPLACED else message
     null = item["type"] == "string_type" and item["input"] is None
     hint = "; YAML reads ~ alone as null, so write $HOME" if null else ""
-    return f"{name}: {message} (got {brief(item['input'])}{hint})"
+    value = redacted(item["input"]) if isinstance(item["input"], str) else item["input"]
+    got = "" if "storage_options" in location else f" (got {redacted(brief(value))}{hint})"
+    return f"{name}: {message}{got}"
 
 
 def _expanded(path: str) -> str:
     try:
-        return expand(path)
+        full = expand(path)
     except ValueError as error:
-        raise PydanticCustomError("path", "{why}", {"why": str(error)}) from None
+        raise PydanticCustomError("path", "{why}", {"why": redacted(error)}) from None
+    if has_secret(full):
+        why = f"{redacted(full)} holds a secret, which would be saved with the run; set it in the environment instead"
+        raise PydanticCustomError("path", "{why}", {"why": why})
+    return full
+
+
+def _source(path: str) -> str:
+    """A path is filled in; of a URL, which may be signed, variables are filled in where it is read, and of a command
+    (``pipe:``) by its shell."""
+    if "pipe:" in path and command_has_secret(path):
+        why = (
+            f"{redacted_command(path)} holds a secret, which would be saved with the run; set an environment "
+            f"variable to it and write $NAME in the command"
+        )
+        raise PydanticCustomError("path", "{why}", {"why": why})
+    if has_secret(path):
+        why = (
+            f"{redacted(path)} holds a secret, which would be saved with the run; set an environment variable to the "
+            f"URL and write its name instead: ${{SHARDS_URL}}"
+        )
+        raise PydanticCustomError("path", "{why}", {"why": why})
+    if path.startswith("pipe:") or "::pipe:" in path:
+        return path
+    try:
+        return "::".join(part if is_url(part) or is_url(expand(part)) else expand(part) for part in path.split("::"))
+    except ValueError as error:
+        raise PydanticCustomError("path", "{why}", {"why": redacted(error)}) from None
 
 
 def _extension(name: str) -> str:
@@ -77,6 +107,7 @@ def _extension(name: str) -> str:
 
 
 Extension = Annotated[str, AfterValidator(_extension)]
+SourceText = Annotated[str, AfterValidator(_source)]  # a path or URL of shards
 PathText = Annotated[str, AfterValidator(_expanded)]  # of any section: ~ and $VAR are filled in
 
 
@@ -90,6 +121,25 @@ class StreamNames:
 
 ONE_STREAM = StreamNames(("tokens",), ("task",))  # of a layer that is used by itself
 Schedule = tuple[tuple[int, float], ...]  # (step, weight), rising in steps; straight lines between
+
+
+def check_schedule(schedule: Schedule, name: str) -> None:
+    """Raises ValueError unless its steps rise from 0 on and no weight is negative."""
+    steps = [step for step, _ in schedule]
+    rising = all(before < after for before, after in pairwise(steps))
+    if not steps or steps[0] < 0 or not rising or any(weight < 0 for _, weight in schedule):
+        raise ValueError(
+            f"{name} {schedule[0][1] if steps == [0] else schedule} must be a number from 0 on, or "
+            f"[[step, {name}], ...] with rising steps; e.g. [[0, 0.0], [1000, 0.25]]"
+        )
+
+
+def value_at(schedule: Schedule, step: float) -> float:
+    """The value at a step (the first is 0)."""
+    for (first, low), (last, high) in pairwise(schedule):
+        if first <= step < last:
+            return low + (high - low) * (step - first) / (last - first)
+    return schedule[0][1] if step < schedule[0][0] else schedule[-1][1]
 
 
 def sides_of(pair: str) -> tuple[str, str]:
@@ -109,7 +159,8 @@ def check_pair(pair: str, names: Iterable[str], where: str) -> None:
 class ModalitySettings(StrictModel):
     """The settings of every modality. A kind adds its own.
 
-    ``members``: the extensions of the files that are read as this modality, such as ``left.png``. Empty: every file
+    ``members``: the extensions of the files that are read as this modality, such as ``left.png``; of those that a
+    sample has, the first one is read. Empty: every file
     in a format of the kind, and where several modalities have the kind, those named after the modality (``left.*``).
     ``field``: the field of a sample's JSON that is read where it has no such file.
     """
@@ -137,13 +188,7 @@ class ObjectiveSettings(StrictModel):
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
-        steps = [step for step, _ in self.schedule]
-        rising = all(before < after for before, after in pairwise(steps))
-        if not steps or steps[0] < 0 or not rising or any(weight < 0 for _, weight in self.schedule):
-            raise ValueError(
-                f"weight {self.weight} must be a number from 0 on, or [[step, weight], ...] with rising steps; e.g. "
-                f"[[0, 0.0], [1000, 0.25]]"
-            )
+        check_schedule(self.schedule, "weight")
         return self
 
     @property
@@ -157,10 +202,7 @@ class ObjectiveSettings(StrictModel):
 
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step (the first is 0)."""
-        for (first, low), (last, high) in pairwise(self.schedule):
-            if first <= step < last:
-                return low + (high - low) * (step - first) / (last - first)
-        return self.schedule[0][1] if step < self.schedule[0][0] else self.schedule[-1][1]
+        return value_at(self.schedule, step)
 
     def check_names(
         self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]

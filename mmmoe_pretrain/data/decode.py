@@ -9,14 +9,13 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
 from mmmoe_pretrain.batch import META_FIELDS, Item, Sample, SampleMeta
-from mmmoe_pretrain.data.members import META, names
-from mmmoe_pretrain.data.shards import RawSample
+from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.limits import MAX_META_BYTES, has_lone_surrogate, use_aliases
 from mmmoe_pretrain.modalities import BadSampleError, Modalities, format_of
 from mmmoe_pretrain.untrusted import brief, parse_json
@@ -46,9 +45,23 @@ class Draws:
     position: int  # of the sample in the run's global order
 
     def generator(self, purpose: str) -> np.random.Generator:
-        """A generator that no other purpose uses."""
+        """A generator that no other purpose uses. It is made when it is first asked: most purposes draw nothing."""
+        return cast(np.random.Generator, _Lazy(self, purpose))
+
+    def make(self, purpose: str) -> np.random.Generator:
+        """The generator itself."""
         words = (self.seed & (1 << 64) - 1, self.position, xxhash.xxh3_64_intdigest(purpose.encode()))
         return np.random.default_rng(words)
+
+
+class _Lazy:
+    def __init__(self, draws: Draws, purpose: str) -> None:
+        self._draws, self._purpose = draws, purpose
+
+    def __getattr__(self, name: str) -> Any:
+        if "_made" not in self.__dict__:
+            self._made = self._draws.make(self._purpose)
+        return getattr(self._made, name)
 
 
 def decode(
@@ -197,8 +210,18 @@ def read_row(raw: RawSample) -> dict[str, Any]:
     return row
 
 
+def class_of(raw: RawSample) -> str:
+    """The class in the member ``cls`` of a sample; empty where it has none. BadSampleError if it is no text."""
+    data = raw.members.get(CLASS, b"")
+    try:
+        return data.decode().strip() if len(data) <= MAX_TAG else ""
+    except UnicodeDecodeError:
+        raise BadSampleError(f"{CLASS} is not a class in UTF-8") from None
+
+
 def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
     known = {name: row[name] for name in META_FIELDS if isinstance(row.get(name), str)}
+    known["label"] = known.get("label") or class_of(raw)
     tags = {
         name: value
         for name, value in row.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from mmmoe_pretrain.data.budget import BadBudget
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
+from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.storage import Files, read_settings
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 
@@ -23,7 +25,7 @@ def iterate_eval(
     batch_size: int,
     keep: Callable[[Sample], bool] | None = None,
 ) -> Iterator[tuple[Batch, list[Sample]]]:
-    """Every sample of the folders ``paths`` once, in order, in batches of at most ``batch_size``, as ``eval_samples``
+    """Every sample of the sources ``paths`` once, in order, in batches of at most ``batch_size``, as ``eval_samples``
     reads them."""
     settings = eval_settings(config, modalities)
     for samples, positions in eval_samples(paths, config, modalities, batch_size, keep):
@@ -43,19 +45,19 @@ def eval_samples(
     skipped.
     """
     budget, most = BadBudget(config.data.max_bad_fraction), config.data.max_tokens_per_document
-    files = OpenShards()
-    folders = [ShardFolder(path, files, modalities) for path in paths]
-    where = [(folder, i) for folder in folders for i in range(len(folder))]
-    with Progress("held-out samples", len(where), "samples") as progress:
-        for start in range(0, len(where), batch_size):
-            raws = (folder.read(i) for folder, i in where[start : start + batch_size])
-            decoded = [decode(raw, modalities, most=most) for raw in raws]
+    files, start = Files(read_settings(config)), 0
+    sources = [open_indexed(path, files, modalities) for path in paths]
+    raws = (source.read(i) for source in sources for i in range(len(source)))
+    with Progress("held-out samples", sum(map(len, sources)), "samples") as progress:
+        while batch := list(itertools.islice(raws, batch_size)):
+            decoded = [decode(raw, modalities, most=most) for raw in batch]
             bad = tuple(item for item in decoded if isinstance(item, BadSample))
             budget.add(LoadStats(len(decoded), bad))
             budget.check(budget.bad, budget.read)
             samples = [sample for sample in map(keep_slot, decoded) if keep is None or keep(sample)]
             if samples:
                 yield samples, range(start, start + len(samples))
+            start += len(decoded)
             progress.advance(len(decoded))
 
 

@@ -1,8 +1,6 @@
 """Training microbatches by number, so that any layout, worker count and restart reads the same.
 
-The global order is divided into microbatches here. Rank r of dp ranks takes of microbatch a of
-batch b the global positions ``[(b * A + a) * dp * B + r * B, + B)``, with A microbatches a batch and
-B samples each; the cursor says which batch a step trains on.
+``assign.py`` says which samples a rank reads of which microbatch; the cursor says which batch a step trains on.
 """
 
 from __future__ import annotations
@@ -10,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,26 +18,36 @@ import torch
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import stream_state
+from mmmoe_pretrain.data.assign import Assignment, Estimates, Share, estimate_all, needs_estimates
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.order import MixOrder
+from mmmoe_pretrain.data.members import RawSample
+from mmmoe_pretrain.data.order import Places
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.shards import OpenShards, ShardFolder
+from mmmoe_pretrain.data.source import Indexed, open_source
+from mmmoe_pretrain.data.storage import Files, read_settings
+from mmmoe_pretrain.data.stream import LaneState, Stream
 from mmmoe_pretrain.data.workers import ReadAhead, Workers
 from mmmoe_pretrain.modalities import Modalities
 
 SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging
 
+LaneOf = tuple[int, int, LaneState]  # source, sub-lane and state of the window, of a sample of a stream
+
 
 @dataclass(frozen=True)
 class LoadStats:
-    """What reading some samples took. ``wait_seconds``: how long the training loop stood still."""
+    """What reading some samples took. ``wait_seconds``: how long the training loop stood still. ``seconds``: of
+    all workers together, by stage: read, decode, pack, transfer (through shared memory and to other ranks)."""
 
     samples: int = 0
     bad: tuple[BadSample, ...] = ()
     cut: Counter[str] = field(default_factory=Counter)  # values that were too long, by modality
     wait_seconds: float = 0.0
     worker_restarts: int = 0  # of workers that died or hung
+    lanes: tuple[LaneOf, ...] = ()  # of each sample of a stream
+    seconds: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: LoadStats) -> LoadStats:
         return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -57,59 +67,104 @@ class StepData(NamedTuple):
         return [meta.key for microbatch in self.microbatches for meta in microbatch.metas]
 
 
+class Made(NamedTuple):
+    """A sample on its way from the worker that decoded it to the one that packs it."""
+
+    item: Sample | BadSample
+    cut: Counter[str]
+    read_seconds: float
+    decode_seconds: float
+    lane: LaneOf | None
+
+
 class MicrobatchDataset:
     """Item n is microbatch ``n = batch * num_microbatches + a`` of one data-parallel rank."""
 
-    def __init__(self, config: RunConfig, modalities: Modalities, *, dp_rank: int = 0, dp_size: int = 1) -> None:
-        self.batch_size = microbatch_size(config, dp_size)
+    def __init__(
+        self,
+        config: RunConfig,
+        modalities: Modalities,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        estimates: Estimates | None = None,
+    ) -> None:
         self._most = document_tokens(config, modalities)
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._dp_rank = dp_rank
         self._seed = config.seed
         self._modalities, self._prompt = modalities, config.evaluate.prompt
-        self._settings = PackSettings.from_config(config, modalities)
-        files = OpenShards()
-        self.folders = [ShardFolder(source.path, files, modalities) for source in config.data.train]
-        self._order = MixOrder(
-            [len(folder) for folder in self.folders], [source.weight for source in config.data.train], config.seed
-        )
-
-    def __getitem__(self, number: int) -> tuple[Batch, LoadStats]:
-        positions = self.positions(number)
-        raws = (folder.read(index) for folder, index in self._places(positions))
-        cut_before = Counter(self._modalities.cut)
-        decoded = [
-            decode(raw, self._modalities, Draws(self._seed, position), self._prompt, self._most)
-            for raw, position in zip(raws, positions.tolist(), strict=True)
-        ]
-        bad = tuple(item for item in decoded if isinstance(item, BadSample))
-        stats = LoadStats(len(decoded), bad, Counter(self._modalities.cut) - cut_before)
-        return pack([keep_slot(item) for item in decoded], self._settings, positions), stats
+        self.settings = PackSettings.from_config(config, modalities)
+        self.sources = open_sources(config, modalities, Files(read_settings(config)))
+        self.assignment = Assignment(config, self.sources, modalities, dp_size, estimates)
+        streams = ((part.source, self.sources[part.source], part.sizes) for part in self.assignment.blend.parts)
+        self.streams = {
+            source: (stream, int(lanes)) for source, stream, lanes in streams if isinstance(stream, Stream)
+        }
 
     def positions(self, number: int) -> np.ndarray:
-        """Global positions of microbatch ``number``, int64 [batch_size]."""
-        start = (number * self._dp_size + self._dp_rank) * self.batch_size
-        return np.arange(start, start + self.batch_size)
+        """Global positions of microbatch ``number``, int64 [n]."""
+        return self._share(number).positions
 
-    def keys(self, number: int) -> list[str]:
-        """The keys of microbatch ``number``, without reading it."""
-        return [folder.key(index) for folder, index in self._places(self.positions(number))]
+    def samples(self, number: int, which: Sequence[int]) -> Iterator[Made]:
+        """Samples ``which`` of microbatch ``number``, read and decoded one after the other."""
+        share = self._share(number)
+        for i in which:
+            began, cut_before = time.perf_counter(), Counter(self._modalities.cut)
+            raw, lane = self._read(share.places, i)
+            read = time.perf_counter()
+            draws = Draws(self._seed, int(share.positions[i]))
+            item = decode(raw, self._modalities, draws, self._prompt, self._most)
+            cut = Counter(self._modalities.cut) - cut_before
+            yield Made(item, cut, read - began, time.perf_counter() - read, lane)
 
-    def _places(self, positions: np.ndarray) -> list[tuple[ShardFolder, int]]:
-        draws = self._order.at(positions)
-        pairs = zip(draws.source.tolist(), draws.index.tolist(), strict=True)
-        return [(self.folders[source], index) for source, index in pairs]
+    def pack(self, number: int, made: Sequence[Made]) -> tuple[Batch, LoadStats]:
+        """Microbatch ``number``, of all its samples in order."""
+        began = time.perf_counter()
+        batch = pack([keep_slot(sample.item) for sample in made], self.settings, self.positions(number))
+        seconds = {
+            "read": sum(sample.read_seconds for sample in made),
+            "decode": sum(sample.decode_seconds for sample in made),
+            "pack": time.perf_counter() - began,
+        }
+        bad = tuple(sample.item for sample in made if isinstance(sample.item, BadSample))
+        cut = sum((sample.cut for sample in made), Counter[str]())
+        lanes = tuple(sample.lane for sample in made if sample.lane is not None)
+        return batch, LoadStats(len(made), bad, cut, lanes=lanes, seconds=Counter(seconds))
+
+    def key(self, number: int, sample: int) -> str:
+        """The key of a sample of microbatch ``number``, without reading it; of a stream, its place."""
+        places = self._share(number).places
+        source = self.sources[int(places.source[sample])]
+        if isinstance(source, Indexed):
+            return source.key(int(places.index[sample]))
+        return f"{places.number[sample]} of sub-lane {places.sub_lane[sample]} of source {places.source[sample]}"
+
+    def pin(self, number: int, sample: int) -> int | None:
+        """Of a stream: all samples of a sub-lane are read in order by one worker."""
+        if not self.streams:
+            return None
+        places = self._share(number).places
+        source = int(places.source[sample])
+        return int(places.sub_lane[sample]) + source if source in self.streams else None
+
+    def _share(self, number: int) -> Share:
+        return self.assignment.of_rank(number, self._dp_rank)
+
+    def _read(self, places: Places, i: int) -> tuple[RawSample, LaneOf | None]:
+        number = int(places.source[i])
+        source = self.sources[number]
+        if isinstance(source, Indexed):
+            return source.read(int(places.index[i])), None
+        lane = int(places.sub_lane[i])
+        raw, state = source.read(lane, int(places.number[i]))
+        return raw, (number, lane, state)
 
 
-def microbatch_size(config: RunConfig, dp_size: int) -> int:
-    """Samples of a microbatch on one rank. Raises ValueError where the global batch does not divide."""
-    total, parts = config.train.global_batch_size, config.train.num_microbatches * dp_size
-    if total % parts:
-        near = max(1, round(total / parts)) * parts
-        raise ValueError(
-            f"train.global_batch_size {total} does not divide into train.num_microbatches "
-            f"{config.train.num_microbatches} x {dp_size} data-parallel ranks; use e.g. {near}"
-        )
-    return total // parts
+def open_sources(config: RunConfig, modalities: Modalities, files: Files) -> list[Indexed | Stream]:
+    """The sources of data.train."""
+    return [
+        open_source(source.path, files, modalities, config.seed, source.stream_window) for source in config.data.train
+    ]
 
 
 def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
@@ -129,13 +184,22 @@ def keep_slot(item: Sample | BadSample) -> Sample:
     return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))
 
 
+def estimates_of(config: RunConfig, modalities: Modalities, dp_size: int) -> Estimates | None:
+    """The estimates of data.train's lengths; None where the assignment of samples does not depend on them."""
+    if not needs_estimates(config, dp_size):
+        return None
+    with closing(Files(read_settings(config))) as files:
+        return estimate_all(config, open_sources(config, modalities, files), modalities)
+
+
 class Loader:
     """Iterates over the ``StepData`` of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given),
     whose batches ``cursor`` chooses (by default all, in order).
 
-    It has no state to save: a step and a cursor make an equal one, so the first step of a resumed run equals the same
-    step of an uninterrupted one. The worker processes start with the first step, and end with the last one, with
-    ``close`` (also by ``with``), and with this process.
+    Of indexed sources it has no state to save: a step and a cursor make an equal one, so the first step of a resumed
+    run equals the same step of an uninterrupted one. Of streams it has ``stream_states``. The worker
+    processes start with the first step, and end with the last one, with ``close`` (also by ``with``), and with this
+    process.
     """
 
     def __init__(
@@ -148,15 +212,24 @@ class Loader:
         start_step: int = 0,
         stop_step: int | None = None,
         cursor: Cursor | None = None,
+        estimates: Estimates | None = None,
     ) -> None:
-        dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size)
+        dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, estimates=estimates)
         self._dataset, self._count = dataset, config.train.num_microbatches
+        self._train, self._dp_size = config.train, dp_size
         self._step, self._stop = start_step, config.train.steps if stop_step is None else stop_step
         self._cursor = cursor or Cursor()
         self._items: list[tuple[Batch, LoadStats]] = []  # of the next step
+        stream_state.start(
+            dataset.streams,
+            {},
+            dataset.assignment.blend,
+            self._cursor.batch(start_step) * self._train.global_batch_size,
+        )
         workers = Workers(
             config.data.num_workers,
-            config.data.prefetch,
+            max(config.data.prefetch, self._count),
+            config.data.prefetch_bytes,
             config.data.worker_timeout or config.hang_seconds,  # ``patience`` has less
             config.faults.max_worker_restarts,
             together=self._count,
@@ -165,22 +238,58 @@ class Loader:
         self._reader = ReadAhead(_Microbatches(dataset, self._cursor, self._count), self._numbers(), workers)
 
     @property
-    def folders(self) -> list[ShardFolder]:
-        """Of the sources of data.train."""
-        return self._dataset.folders
+    def sources(self) -> list[Indexed | Stream]:
+        """Those of data.train."""
+        return self._dataset.sources
+
+    @property
+    def digest(self) -> str:
+        """Of the order of the samples, which must be that of all ranks."""
+        return self._dataset.assignment.blend.digest
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the blend and the streams."""
+        dataset, train = self._dataset, self._train
+        blend = dataset.assignment.blend
+        batch, parts = train.global_batch_size, train.num_microbatches
+        shared = (
+            stream_state.sharing(blend, source, lanes, batch, parts, self._dp_size)
+            for source, (_, lanes) in dataset.streams.items()
+        )
+        return [*blend.notes, *filter(None, shared)]
+
+    @property
+    def stream_states(self) -> stream_state.Table:
+        """How far this rank has read the streams, up to the last step that it was given."""
+        return stream_state.table(stream for stream, _ in self._dataset.streams.values())
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> StepData:
+        data = self.load()
+        self.deliver(data)
+        return data
+
+    def deliver(self, data: StepData) -> None:
+        """Step ``data`` is trained on next: ``stream_states`` includes it."""
+        for source, lane, state in data.stats.lanes:
+            self._dataset.streams[source][0].delivered(lane, state)
+
+    def load(self) -> StepData:
+        """The data of the next step; ``deliver`` it, before it is trained on."""
         began, restarts = time.perf_counter(), self._reader.restarts
+        transferred = self._reader.transfer_seconds
         while len(self._items) < self._count:  # kept, should a signal's handler raise in between
-            self._items.append(_to_tensors(next(self._reader)))
+            self._items.append(to_tensors(next(self._reader)))
         items, self._items = self._items, []
+        read = sum((stats for _, stats in items), LoadStats())
         stats = dataclasses.replace(
-            sum((stats for _, stats in items), LoadStats()),
+            read,
             wait_seconds=time.perf_counter() - began,
             worker_restarts=self._reader.restarts - restarts,
+            seconds=read.seconds + Counter({"transfer": self._reader.transfer_seconds - transferred}),
         )
         step = self._step
         self._step += 1
@@ -192,14 +301,25 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def seek(self, step: int, cursor: Cursor) -> None:
-        """Continue at ``step`` with ``cursor``, e.g. after a rollback: what was read ahead is dropped."""
+    def seek(self, step: int, cursor: Cursor, streams: stream_state.Table | None = None) -> list[str]:
+        """Continue at ``step`` with ``cursor``, e.g. after a rollback: what was read ahead is dropped. Streams are
+        read on from the states of a checkpoint. Warnings."""
         self._step, self._cursor, self._items = step, cursor, []
+        blend = self._dataset.assignment.blend
+        position = cursor.batch(step) * self._train.global_batch_size
+        notes = stream_state.start(self._dataset.streams, streams or {}, blend, position)
         self._reader.seek(_Microbatches(self._dataset, cursor, self._count), self._numbers())
+        return notes
+
+    def is_ready(self) -> bool:
+        """Whether the next step's data is there, so that ``next`` waits for no worker."""
+        return self._step < self._stop and self._reader.is_ready(self._count - len(self._items))
 
     def close(self) -> None:
         """End the worker processes at once; nothing comes after it."""
         self._reader.close()
+        for stream, _ in self._dataset.streams.values():
+            stream.close()
 
     @property
     def worker_pids(self) -> list[int]:
@@ -212,28 +332,39 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Microbatches:
-    """The microbatches of all steps one after the other: number k is the ``k % count``-th of step ``k // count``."""
+    """The microbatches of all steps one after the other: number k is the ``k % parts``-th of step ``k // parts``."""
 
     dataset: MicrobatchDataset
     cursor: Cursor
-    count: int
+    parts: int  # microbatches a step
 
-    def read(self, k: int) -> Any:
-        return _to_arrays(self.dataset[self._number(k)])
+    def count(self, k: int) -> int:
+        return len(self.dataset.positions(self._number(k)))
 
-    def describe(self, k: int) -> str:
+    def pin(self, k: int, sample: int) -> int | None:
+        return self.dataset.pin(self._number(k), sample)
+
+    def samples(self, k: int, which: Sequence[int]) -> Iterator[Made]:
+        return self.dataset.samples(self._number(k), which)
+
+    def pack(self, k: int, samples: list[Made]) -> Any:
+        return to_arrays(self.dataset.pack(self._number(k), samples))
+
+    def describe(self, k: int, sample: int | None) -> str:
         number = self._number(k)
-        return f"batch {number // self.count}, samples {', '.join(self.dataset.keys(number))[:400]}"
+        what = "the packing of its samples" if sample is None else f"sample {self.dataset.key(number, sample)}"
+        return f"batch {number // self.parts}, {what}"
 
     def _number(self, k: int) -> int:
-        step, part = divmod(k, self.count)
-        return self.cursor.batch(step) * self.count + part
+        step, part = divmod(k, self.parts)
+        return self.cursor.batch(step) * self.parts + part
 
 
-def _to_arrays(item: object) -> object:
-    """Tensors as arrays, which cross a pipe faster."""
+def to_arrays(item: object) -> Any:
+    """Tensors as arrays, which cross processes without torch."""
     return map_leaves(item, torch.Tensor, torch.Tensor.numpy)
 
 
-def _to_tensors(item: Any) -> Any:
+def to_tensors(item: object) -> Any:
+    """The inverse of ``to_arrays``; the memory is shared."""
     return map_leaves(item, np.ndarray, torch.from_numpy)

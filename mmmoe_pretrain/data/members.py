@@ -10,11 +10,28 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from mmmoe_pretrain.modalities import format_of
+from mmmoe_pretrain.modalities import Modalities, format_of
 
 META = "json"  # the extension of a sample's JSON
+CLASS = "cls"  # of its class, which is the label where the JSON has none
 MAX_VIEWS = 8  # files of one format in a sample; more of them are samples whose keys hold dots
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as bytes, by the extension of each member that is read."""
+
+    key: str
+    members: dict[str, bytes]
+    shard: str = ""
+    unread: tuple[str, ...] = ()  # extensions of the other members
+
+
+def is_leftover(name: str) -> bool:
+    """Whether an operating system left a file, which is of no sample: ``.DS_Store``, ``._a.png``, ``__MACOSX/a``."""
+    return name.rpartition("/")[2].startswith(".") or name.startswith("__MACOSX/") or "/__MACOSX/" in name
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -37,6 +54,15 @@ def dotted_key(extensions: tuple[str, ...]) -> tuple[str, ...]:
         if META not in extensions and (len(numbers) > 1 or len(found) > MAX_VIEWS):
             return tuple(found)
     return ()
+
+
+def members_to_read(extensions: tuple[str, ...], modalities: Modalities) -> frozenset[str]:
+    """Those of a sample's ``extensions`` that are read. Where there is a JSON, which may name them as the parts of a
+    document, all files in a format of some modality are."""
+    chosen = {*modalities.members_read(extensions).values(), META, CLASS}
+    if META in extensions:
+        chosen |= {e for e in extensions if modalities.can_read(e)}
+    return frozenset(chosen)
 
 
 def last_part(extension: str) -> str:

@@ -1,113 +1,159 @@
-"""The sample at each global position: a pure function of (seed, position).
+"""The sample at each global position: a pure function of (seed, position), with locality.
 
-Mixes the sources by weight and permutes each source in each epoch. Has no state, so resuming costs the same at every
-position and no layout can change the order.
+Has no state, so that resuming costs the same at every position and no layout can change the order.
 
-Mixing: positions come in blocks of P, where source s has exactly c_s places (sum c_s = P). A seeded
-permutation of the block assigns the places, and the place's rank within its source counts that
-source's draws. Permutations are Feistel networks with cycle walking (Black and Rogaway 2002):
-bijections of [0, size) in constant memory.
+Position p is row ``p // L`` of lane ``p % L``; ``mix.py`` chooses its source and counts the source's samples in the
+lane: the k-th one has the virtual position ``v = k * L + lane`` in the source, whose epoch is ``v // N`` and whose
+place in it ``i = v % N``. In each epoch
+
+1. shards are cut into chunks of consecutive samples, and the chunks are permuted;
+2. that sequence is cut into L contiguous ranges, one a lane, whose lengths differ by at most 1;
+3. each range is cut into windows of ``window // L`` samples, which are permuted.
+
+So every sample comes once an epoch, a lane reads few shards at a time, and at any time the L lanes together draw
+from about ``window`` samples of chunks from all over the source. A source of at most ``window`` samples is permuted
+as a whole.
+
+Legend: N samples of a source, L lanes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import gcd
 
 import numpy as np
 
-ROUNDS = 6
-MAX_BLOCK = 4096  # weights finer than this are rounded
-_MASK64 = (1 << 64) - 1
+from mmmoe_pretrain.data.mix import Mix, Stage
+from mmmoe_pretrain.data.permute import fold, permute
+
+__all__ = ["Order", "Places", "SourceOrder", "fold", "permute", "sub_lanes"]
+MOST_CHUNKS = 1 << 22  # of a source, 16 bytes each and 12 more an epoch: larger sources have longer chunks
+EPOCHS_KEPT = 2  # whose permutation of chunks stays in memory
+NONE = -1
 
 
 @dataclass(frozen=True)
 class Places:
-    """For each position: the source, the epoch of that source, and the index within it; int64 [n]."""
+    """For each position, int64 [n]: the source; of an indexed one the epoch and the index of the sample; of a stream
+    the sub-lane and the number of the sample in it. What does not apply is -1."""
 
     source: np.ndarray
     epoch: np.ndarray
     index: np.ndarray
+    sub_lane: np.ndarray
+    number: np.ndarray
 
 
-class MixOrder:
-    """The order of the training samples over sources of ``sizes`` mixed by ``weights``."""
+class Order:
+    """The order of the training samples over ``sources`` as ``stages`` mix them.
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        if not sizes or min(sizes) < 1:
-            raise ValueError(
-                f"every source needs at least one sample, but the sizes are {list(sizes)}; "
-                f"leave empty sources out of data.train"
-            )
-        self.seed = seed
-        self._sizes = np.asarray(sizes, dtype=np.int64)
-        self._counts = np.asarray(block_counts(weights), dtype=np.int64)
-        self._ends = np.cumsum(self._counts)
+    A source is the sizes of its shards in order, or of one that is only read on its number of sub-lanes
+    (``sub_lanes``). ``chunk``: the most consecutive samples of a shard that stay together.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[np.ndarray | int],
+        stages: Sequence[Stage],
+        seed: int,
+        *,
+        lanes: int,
+        window: int,
+        chunk: int,
+    ) -> None:
+        self.lanes, self._window = lanes, window
+        groups = [source if isinstance(source, int) else lanes for source in sources]
+        self._mix = Mix(stages, lanes, groups, seed)
+        self._groups = np.asarray(groups)
+        self._sources = {
+            number: SourceOrder(sizes, lanes, window, chunk, key=(seed + 1, number))
+            for number, sizes in enumerate(sources)
+            if not isinstance(sizes, int)
+        }
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of every lane until all sources have ended; None where one is endless."""
+        return self._mix.rows
 
     def at(self, positions: np.ndarray) -> Places:
         """The samples at global ``positions`` [n], which may be in any order and repeat."""
-        positions = np.asarray(positions, dtype=np.int64)
-        block, offset = np.divmod(positions, self._ends[-1])
-        place = permute(offset, np.full_like(offset, self._ends[-1]), fold(self.seed, block))
-        source = np.searchsorted(self._ends, place, side="right")
-        count = self._counts[source]
-        ordinal = block * count + place - (self._ends[source] - count)
-        epoch, index = np.divmod(ordinal, self._sizes[source])
-        key = fold(self.seed + 1, source, epoch)
-        return Places(source, epoch, permute(index, self._sizes[source], key))
+        row, lane = np.divmod(np.asarray(positions, dtype=np.int64), self.lanes)
+        draws = self._mix.at(lane, row)
+        epoch, index, sub_lane, number = (np.full(len(row), NONE, dtype=np.int64) for _ in range(4))
+        for s in np.unique(draws.source).tolist():
+            here = np.flatnonzero(draws.source == s)
+            if s in self._sources:
+                v = draws.ordinal[here] * self.lanes + lane[here]
+                epoch[here], index[here] = self._sources[s].at(v)
+            else:
+                sub_lane[here] = lane[here] * self._groups[s] // self.lanes
+                number[here] = draws.in_group[here]
+        return Places(draws.source, epoch, index, sub_lane, number)
 
 
-def block_counts(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a block: the smallest exact ones, rounded where P would exceed MAX_BLOCK."""
-    shares = [Fraction(weight).limit_denominator(MAX_BLOCK) for weight in weights]
-    total = sum(shares)
-    if min(shares) <= 0:
-        raise ValueError(
-            f"the weights {list(weights)} differ too much: the smallest would get no sample; "
-            f"raise it above {float(total) / MAX_BLOCK:.2g} or leave its source out"
-        )
-    exact = [share / total for share in shares]
-    block = 1
-    for share in exact:
-        block = block * share.denominator // gcd(block, share.denominator)
-    block = min(block, MAX_BLOCK)
-    return [max(1, round(share * block)) for share in exact]
+def sub_lanes(lanes: int, shards: int) -> int:
+    """The lanes in which a stream of so many shards is read: the most that divide ``lanes`` evenly."""
+    return max(count for count in range(1, min(lanes, shards) + 1) if lanes % count == 0)
 
 
-def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The image of each ``index`` [n] under a permutation of [0, size) chosen by ``key``."""
-    size = size.astype(np.uint64)
-    bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
-    half = (bits + np.uint64(1)) // np.uint64(2)
-    out = _feistel(index.astype(np.uint64), half, key)
-    outside = np.flatnonzero(out >= size)
-    while outside.size:  # each walk stays on its own cycle, so the result is again one-to-one
-        out[outside] = _feistel(out[outside], half[outside], key[outside])
-        outside = outside[out[outside] >= size[outside]]
-    return out.astype(np.int64)
+class SourceOrder:
+    """The epochs of one indexed source whose shards have ``sizes`` samples. ``key``: integers that the permutations
+    depend on."""
+
+    def __init__(self, sizes: np.ndarray, lanes: int, window: int, chunk: int, key: tuple[int, int]) -> None:
+        sizes = np.asarray(sizes, dtype=np.int64)
+        self.samples = int(sizes.sum())
+        if self.samples < 1:
+            raise ValueError("every source needs at least one sample; leave empty sources out of data.train")
+        self._lanes, self._seed, self._source = lanes, key[0], key[1]
+        self._whole, self._window = self.samples <= window, max(1, window // lanes)
+        if not self._whole:
+            self._start, self._length = chunks(sizes, max(chunk, -(-self.samples // MOST_CHUNKS)))
+        self._chunks_of = functools.lru_cache(maxsize=EPOCHS_KEPT)(self._permuted_chunks)
+
+    def at(self, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs [n] and indices [n] at the virtual positions ``v`` [n]."""
+        epoch, i = np.divmod(v, self.samples)
+        if self._whole:
+            key = fold(self._seed, np.full_like(epoch, self._source), epoch)
+            return epoch, permute(i, np.full_like(i, self.samples), key)
+        place = self._in_window(epoch, i)
+        index = np.empty_like(i)
+        for e in np.unique(epoch).tolist():
+            here = np.flatnonzero(epoch == e)
+            order, end = self._chunks_of(e)
+            n = np.searchsorted(end, place[here], side="right")
+            index[here] = self._start[order[n]] + place[here] - (end[n] - self._length[order[n]])
+        return epoch, index
+
+    def _in_window(self, epoch: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """The place in the sequence of the epoch's chunks: lane j's range, permuted within its windows."""
+        share, extra = divmod(self.samples, self._lanes)
+        k, j = np.divmod(i, self._lanes)
+        first = j * share + np.minimum(j, extra)
+        length = share + (j < extra)
+        windows = -(-length // self._window)  # of lengths that differ by at most 1
+        w = ((k + 1) * windows - 1) // length
+        begin, end = w * length // windows, (w + 1) * length // windows
+        key = fold(self._seed, np.full_like(epoch, self._source), epoch, j, w)
+        return first + begin + permute(k - begin, end - begin, key)
+
+    def _permuted_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of an epoch in order, and where each ends in its sequence."""
+        count = len(self._start)
+        key = fold(self._seed, *(np.full(count, value) for value in (self._source, epoch)))
+        order = permute(np.arange(count), np.full(count, count), key).astype(np.uint32)
+        return order, np.cumsum(self._length[order])
 
 
-def fold(seed: int, *values: np.ndarray) -> np.ndarray:
-    """uint64 [n]: a hash of the seed and each row of ``values`` (integers >= 0)."""
-    key = mix64(np.full(values[0].shape, seed & _MASK64, dtype=np.uint64))
-    for value in values:
-        key = mix64(key ^ value.astype(np.uint64))
-    return key
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on uint64 [n]."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for step in range(ROUNDS):
-        left, right = right, left ^ (mix64(right ^ mix64(key + np.uint64(step))) & mask)
-    return (left << half) | right
+def chunks(sizes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the chunks that shards of ``sizes`` samples are cut into: at most ``most`` samples each,
+    of lengths in a shard that differ by at most 1."""
+    counts = -(-sizes // most)
+    shard = np.repeat(np.arange(len(sizes)), counts)
+    n = np.arange(len(shard)) - (np.cumsum(counts) - counts)[shard]
+    begin, end = n * sizes[shard] // counts[shard], (n + 1) * sizes[shard] // counts[shard]
+    return (np.cumsum(sizes) - sizes)[shard] + begin, end - begin

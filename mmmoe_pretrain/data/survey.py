@@ -1,23 +1,22 @@
-"""What folders of shards hold, counted from their indices: what is read and what is not. Shared by ``mmmoe train``,
+"""What sources hold, counted from their indices: what is read and what is not. Shared by ``mmmoe train``,
 which fails if no objective of its config can use the data, and by ``mmmoe-data``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from mmmoe_pretrain.data.decode import PARTS, BadSampleError, contents, document, read_row
-from mmmoe_pretrain.data.members import META, names
-from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.data.decode import PARTS, BadSampleError, class_of, contents, document, read_row
+from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.source import Indexed
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities, default_modalities
 
 LOOKED_AT = 32  # samples of each kind whose JSON is searched for content
+LOOKED_AT_ALL = 4096  # of all kinds, of which a corpus of documents may have very many
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Survey:
     samples: int = 0
     modalities: Counter[tuple[str, ...]] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    kinds: set[tuple[str, ...]] = field(default_factory=set)  # modalities of members and JSON that samples hold
 
     def add(
         self, extensions: tuple[str, ...], count: int = 1, in_json: Iterable[str] = (), in_parts: Iterable[str] = ()
@@ -36,7 +36,7 @@ class Survey:
         """``count`` samples whose members have these ``extensions``. ``in_json``: modalities that their JSON has;
         ``in_parts``: extensions that it names as the parts of a document."""
         chosen = self.known.members_read(extensions)
-        read = {META, *chosen.values(), *in_parts}
+        read = {META, CLASS, *chosen.values(), *in_parts}
         self.samples += count
         self.modalities[in_order({*chosen, *in_json}, self.known)] += count
         self.unread.update({e: count for e in extensions if e not in read})
@@ -50,24 +50,23 @@ class Survey:
         return names(f"{extension or 'no extension'} ({n:,})" for extension, n in self.unread.most_common())
 
 
-def survey(folders: Sequence[ShardFolder]) -> Survey:
+def survey(folders: Sequence[Indexed]) -> Survey:
     """The counts of all samples. The content of the JSONs of a kind of sample is estimated from a few of them."""
     found = Survey(folders[0].modalities) if folders else Survey()
     for folder in folders:
-        for extensions, count in folder.contents.items():
-            found.add(extensions, count, *_in_json(folder, extensions, LOOKED_AT))
+        contents = folder.contents
+        for extensions, count in contents.items():
+            held, named = _in_json(folder, extensions, _looked_at(len(contents)))
+            found.add(extensions, count, held, named)
+            found.kinds.add((*folder.modalities.members_read(extensions), *held))
         found.unread.update(folder.shards_left_out)
     return found
 
 
-def refuse_useless(folders: Sequence[ShardFolder], found: Survey, needs: Mapping[str, set[str]]) -> list[str]:
+def refuse_useless(folders: Sequence[Indexed], found: Survey, needs: Mapping[str, set[str]]) -> list[str]:
     """The entries of ``needs`` (the modalities that an objective requires, by its description in errors) that no
     sample satisfies. Raises ValueError if no sample satisfies any, after searching every JSON."""
-    kinds = set(found.modalities)
-    for most in (LOOKED_AT, None):
-        if not _served(needs, kinds):
-            kinds |= set(_kinds_with_json(folders, most))
-    served = _served(needs, kinds)
+    served = _served(needs, found.kinds) or _served(needs, _kinds_with_json(folders))
     if not served:
         asked = "; ".join(f"{name} needs {' and '.join(sorted(wanted))}" for name, wanted in needs.items())
         unread = f"; not read: {found.left_out()}" if found.unread else ""
@@ -83,29 +82,34 @@ def _served(needs: Mapping[str, set[str]], kinds: Iterable[tuple[str, ...]]) -> 
     return {name for name, wanted in needs.items() if any(wanted <= set(kind) for kind in kinds)}
 
 
-def _kinds_with_json(folders: Sequence[ShardFolder], most: int | None) -> Iterator[tuple[str, ...]]:
-    """The modalities of kinds of samples, with those that the JSON of some has; a label may be used as a text."""
-    for folder in folders:
-        for extensions in folder.contents:
-            yield (*folder.modalities.members_read(extensions), *_in_json(folder, extensions, most)[0])
+def _looked_at(kinds: int) -> int:
+    return max(1, min(LOOKED_AT, LOOKED_AT_ALL // kinds))
 
 
-def _in_json(folder: ShardFolder, extensions: tuple[str, ...], most: int | None) -> tuple[set[str], set[str]]:
+def _kinds_with_json(folders: Sequence[Indexed]) -> list[tuple[str, ...]]:
+    """The modalities of kinds of samples, with those that the JSON of any has; a label may be used as a text."""
+    return [
+        (*folder.modalities.members_read(extensions), *_in_json(folder, extensions, None)[0])
+        for folder in folders
+        for extensions in folder.contents
+    ]
+
+
+def _in_json(folder: Indexed, extensions: tuple[str, ...], most: int | None) -> tuple[set[str], set[str]]:
     """The modalities that the JSONs of samples with these ``extensions`` hold, and the extensions that they name as
     the parts of documents, of at most ``most`` samples."""
     chosen = folder.modalities.members_read(extensions)
     absent = {name for name in folder.modalities if name not in chosen and folder.modalities.field(name)}
     others = {e for e in extensions if e not in chosen.values() and folder.modalities.can_read(e)}
     held, named = set[str](), set[str]()
+    by_label = {name for name, modality in folder.modalities.items() if modality.label_probability}
     if META not in extensions:
-        return held, named
-    places = folder.with_contents(extensions)
-    if most is not None:
-        places = places[np.unique(np.linspace(0, len(places) - 1, most).astype(int))]
-    for i in places.tolist():
+        return (by_label if CLASS in extensions else held), named
+    every = folder.each_with(extensions) if most is None else folder.with_contents(extensions, most).tolist()
+    for i in every:
         if absent <= held and (others <= named or most is None):
             break
-        raw = folder.read(i, only=(META,))
+        raw = folder.read(i, only=(META, CLASS))
         try:
             row = read_row(raw)
             any_kind = folder.modalities is default_modalities()  # of a tool, which knows no run's settings
@@ -114,8 +118,8 @@ def _in_json(folder: ShardFolder, extensions: tuple[str, ...], most: int | None)
             continue
         held |= of_sample
         named |= in_parts
-        if row.get("label") and PARTS not in row:
-            held |= {name for name, modality in folder.modalities.items() if modality.label_probability}
+        if (row.get("label") or class_of(raw)) and PARTS not in row:
+            held |= by_label
     return held, named
 
 

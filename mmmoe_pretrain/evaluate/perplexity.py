@@ -14,7 +14,8 @@ from mmmoe_pretrain.batch import IGNORE
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.evaluation import eval_settings
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.storage import Files, read_settings
 from mmmoe_pretrain.evaluate.retrieval import Z95
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import track
@@ -54,11 +55,11 @@ def count_train_targets(
         modalities = _of_targets_alone(modalities)
     settings = eval_settings(config, modalities)
     counts = {task: np.zeros(modalities.vocab_size, dtype=np.int64) for task in settings.objectives.predicting}
-    total_weight = sum(source.weight for source in config.data.train)
-    read = 0
-    for source in config.data.train:
-        folder = ShardFolder(source.path, modalities=modalities)
-        wanted = min(len(folder), max(1, round(limit * source.weight / total_weight)))
+    weights = [source.mean_weight(config.train.steps) for source in config.data.train]
+    read, files = 0, Files(read_settings(config))
+    for source, weight in zip(config.data.train, weights, strict=True):
+        folder = open_indexed(source.path, files, modalities)
+        wanted = min(len(folder), max(1, round(limit * weight / sum(weights))))
         places = np.linspace(0, len(folder) - 1, wanted).astype(int).tolist()
         for i in track(places, f"counting the tokens of {source.path}", wanted, "samples"):
             sample = decode(folder.read(i), modalities, most=most)

@@ -16,7 +16,9 @@ from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import text_of
 from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.listing import is_stream
+from mmmoe_pretrain.data.source import NoShards, open_indexed
+from mmmoe_pretrain.data.storage import Files, read_settings
 from mmmoe_pretrain.evaluate.features import collect_routing, first_text
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
@@ -33,14 +35,16 @@ class LeakFilter:
     """Decides whether a held-out sample is clean, and counts those that are not. Documents, whose texts are parts
     of a whole, are not compared."""
 
-    def __init__(self, folders: Sequence[str], modalities: Modalities) -> None:
+    def __init__(self, folders: Sequence[str], modalities: Modalities, files: Files | None = None) -> None:
         """``folders`` of training shards; none of them: every sample is clean."""
         self.dropped: set[str] = set()
-        self.absent = [path for path in folders if not Path(path).is_dir()]
+        self.absent: list[str] = []
         self._texts: set[str] = set()
         for path in folders:
-            if path not in self.absent:
-                self._texts |= _texts(path, modalities)
+            try:
+                self._texts |= set() if is_stream(path) else _texts(path, modalities, files)
+            except NoShards:
+                self.absent.append(path)
 
     def clean(self, sample: Sample) -> bool:
         """True unless the sample's text is in the training shards."""
@@ -61,8 +65,8 @@ class LeakFilter:
         return notes
 
 
-def _texts(path: str, modalities: Modalities) -> set[str]:
-    folder = ShardFolder(path, modalities=modalities)
+def _texts(path: str, modalities: Modalities, files: Files | None) -> set[str]:
+    folder = open_indexed(path, files, modalities)
     count = min(len(folder), MAX_TEXTS)
     places = track(range(count), f"reading the texts of {path}", count, "samples")
     return {_words(text_of(folder.read(i), modalities)) for i in places} - {""}
@@ -111,7 +115,7 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
     modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
     keep = config.evaluate.keep_seen_texts or _trained_on(paths, config)
     compared = [] if keep else [source.path for source in config.data.train]
-    return HeldOutRows(paths, config, modalities, LeakFilter(compared, modalities))
+    return HeldOutRows(paths, config, modalities, LeakFilter(compared, modalities, Files(read_settings(config))))
 
 
 def untrained_routing(rows: HeldOutRows) -> tuple[RoutingStats, ...]:

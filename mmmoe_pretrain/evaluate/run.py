@@ -14,6 +14,7 @@ import numpy as np
 
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.data.evaluation import text_batches
+from mmmoe_pretrain.data.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import report, routing_report, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
@@ -94,7 +95,7 @@ def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarra
     """Token counts of training targets by task, if there are targets to score and shards to count."""
     if not any(predicted.targets_V.any() for predicted in data.predicted.values()):
         return {}, []
-    absent = [source.path for source in rows.config.data.train if not Path(source.path).is_dir()]
+    absent = [source.path for source in rows.config.data.train if is_stream(source.path) or is_absent(source.path)]
     if absent:
         return {}, [f"no majority for perplexity: the training shards {absent[0]} are missing"]
     counts, samples = count_train_targets(rows.config, rows.modalities)

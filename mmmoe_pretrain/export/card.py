@@ -17,7 +17,8 @@ import yaml
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.members import META
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import Indexed, open_indexed
+from mmmoe_pretrain.data.storage import Files, read_settings
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.objectives import Objectives, build_objectives
@@ -60,7 +61,8 @@ def facts_of(run_dir: Path, config: RunConfig, described: dict[str, Any], licens
     """Reads the run's log and report and its training shards, where they are there."""
     report, why = _report(run_dir / REPORT, described["step"])
     losses = _losses(run_dir / METRICS, described["step"])
-    opened = ((source.path, _opened(source.path)) for source in config.data.train)
+    files = Files(read_settings(config))
+    opened = ((source.path, _opened(source.path, files)) for source in config.data.train)
     folders = {path: folder for path, folder in opened if folder is not None}
     samples = {path: len(folder) for path, folder in folders.items()}
     licences = _licences_of(row for folder in folders.values() for row in _rows(folder))
@@ -124,14 +126,14 @@ def _licences_of(rows: Iterable[dict[str, Any]]) -> tuple[Licence, ...]:
     return tuple(Licence(name, count, tuple(sorted(sources[name]))) for name, count in counts.most_common())
 
 
-def _opened(path: str) -> ShardFolder | None:
+def _opened(path: str, files: Files) -> Indexed | None:
     try:
-        return ShardFolder(path)
+        return open_indexed(path, files)
     except ValueError:  # the shards are elsewhere, or damaged
         return None
 
 
-def _rows(folder: ShardFolder) -> Iterator[dict[str, Any]]:
+def _rows(folder: Indexed) -> Iterator[dict[str, Any]]:
     for i in np.linspace(0, len(folder) - 1, min(len(folder), MAX_ROWS)).astype(int).tolist():
         try:
             yield read_row(folder.read(i, only=(META,)))
@@ -218,10 +220,12 @@ def _training(facts: Facts) -> Iterator[str]:
         f"seed {config.seed}, optimizer {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}."
     )
     yield ""
-    total, samples = sum(source.weight for source in config.data.train), facts.samples
+    shares = [source.mean_weight(config.train.steps) for source in config.data.train]
+    samples = facts.samples
     yield from _table(("data", "its samples", "share of the mix"),
                       [(source.path, f"{samples[source.path]:,}" if source.path in samples else "-",
-                        f"{source.weight / total:.1%}") for source in config.data.train])  # fmt: skip
+                        f"{share / sum(shares):.1%}")
+                       for source, share in zip(config.data.train, shares, strict=True)])  # fmt: skip
     if facts.losses is not None:
         step, losses = facts.losses
         yield ""

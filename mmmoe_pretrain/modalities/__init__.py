@@ -56,6 +56,11 @@ class Modalities(dict[str, Modality]):
         return {name: modality.cut for name, modality in self.items()}
 
     @property
+    def decoders(self) -> dict[str, str]:
+        """The packages that decode files, with their versions, by modality."""
+        return {name: modality.decoder for name, modality in self.items() if modality.decoder}
+
+    @property
     def predictable(self) -> tuple[str, ...]:
         """The modalities whose tokens can be predicted."""
         return tuple(name for name, modality in self.items() if modality.predictable)
@@ -88,7 +93,8 @@ class Modalities(dict[str, Modality]):
 
     def members_read(self, extensions: tuple[str, ...]) -> Mapping[str, str]:
         """Modality -> the extension that is read for it, of a sample that has these ``extensions``: of several the
-        one with the fewest dots, then the one in its kind's preferred format, then the first by name."""
+        first in its ``members``, then the one with the fewest dots, then the one in its kind's preferred format, then
+        the first by name."""
         if extensions not in self._read:  # of a few kinds of samples
             by_name: dict[str, list[str]] = defaultdict(list)
             for extension in extensions:
@@ -101,10 +107,21 @@ class Modalities(dict[str, Modality]):
             }
         return self._read[extensions]
 
-    def _preference(self, name: str, extension: str) -> tuple[int, int, str]:
-        formats = self[name].formats
+    def tied(self, extensions: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+        """A modality, and those of ``extensions`` that it could be read from equally well, so that only the alphabet
+        decides; None where there is none."""
+        for name, chosen in self.members_read(extensions).items():
+            best = self._preference(name, chosen)[:3]
+            tied = [e for e in extensions if self.read_as(e) == name and self._preference(name, e)[:3] == best]
+            if len(tied) > 1:
+                return name, tuple(sorted(tied))
+        return None
+
+    def _preference(self, name: str, extension: str) -> tuple[int, int, int, str]:
+        formats, members = self[name].formats, self[name].settings.members
         ending = extension.rpartition(".")[2]
-        return extension.count("."), formats.index(ending) if ending in formats else len(formats), extension
+        place = members.index(extension) if extension in members else len(members)
+        return place, extension.count("."), formats.index(ending) if ending in formats else len(formats), extension
 
 
 def build_modalities(

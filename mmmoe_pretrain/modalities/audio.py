@@ -24,13 +24,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
+from mmmoe_pretrain.modalities.audio_file import decoders, open_audio, read_mono
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
-FMIN = 30.0  # Hz
+FLOOR = 1e-10  # of the energy in a band
 FLOOR_DECADES = 7.0  # below the clip's loudest band everything counts as silence
 LOG_STD = 1.5  # typical standard deviation of log10 mel energy in a clip
 TRIM_DECIBELS = 50.0  # below the clip's peak, at its ends
@@ -42,19 +42,38 @@ NUM_WARPS = 9
 TILT = 0.3  # of LOG_STD, over the whole band
 TIME_MASK = 0.15  # of the frames
 FREQUENCY_MASK = 0.15  # of the bands
+BLOCK = 64  # frames that are analysed at once: small arrays stay in the cache, and need no new pages of memory
+QUALITIES = {"quick": "QQ", "low": "LQ", "medium": "MQ", "high": "HQ", "very_high": "VHQ"}  # soxr's names
 KERNEL, RESIDUAL_KERNEL = 5, 3  # of the convolutional stem
 
 
 class AudioSettings(ModalitySettings):
-    """The log-mel spectrogram, and the frames of a token (``patch``)."""
+    """The log-mel spectrogram, and the frames of a token (``patch``).
 
-    not_of_the_model = ("augment",)
+    Bands lie between ``fmin`` and ``fmax`` Hz (none: half of the sample rate), on the ``mel_scale`` of HTK, or of
+    Slaney with triangles of equal area, as librosa and Whisper have it. ``resampling``: soxr's quality.
+
+    ``normalization`` of log10 energies: per_clip (its peak at 1, less its mean), global (less ``mean``, by ``std``,
+    which are those of a data set), or none. ``trim``: without silence at both ends. ``crop``: what is taken of a clip
+    of more than ``max_seconds``, its start or, in training, a random part.
+    """
+
+    not_of_the_model = ("augment", "crop")
 
     kind: Literal["audio"] = "audio"
     sample_rate: int = Field(16_000, ge=4_000)  # Hz
+    resampling: Literal["quick", "low", "medium", "high", "very_high"] = "medium"
     n_fft: int = Field(512, ge=16)
     hop_length: int = Field(160, ge=1)  # samples between two frames
     n_mels: int = Field(64, ge=8)
+    fmin: float = Field(30.0, ge=0)
+    fmax: float | None = Field(None, gt=0)
+    mel_scale: Literal["htk", "slaney"] = "htk"
+    normalization: Literal["per_clip", "global", "none"] = "per_clip"
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+    trim: bool = True
+    crop: Literal["start", "random"] = "start"
     max_seconds: float = Field(4.0, gt=0)
     patch: int = Field(8, ge=1)
     stem: Literal["linear", "conv"] = "conv"
@@ -63,10 +82,31 @@ class AudioSettings(ModalitySettings):
     augment: bool = True
 
     @property
+    def highest(self) -> float:
+        """Hz."""
+        return self.sample_rate / 2 if self.fmax is None else self.fmax
+
+    @property
     def max_frames(self) -> int:
         """Frames of the longest clip, a multiple of ``patch``."""
         frames = 1 + int(self.max_seconds * self.sample_rate) // self.hop_length
         return -(-frames // self.patch) * self.patch
+
+    @property
+    def gap(self) -> int:
+        """Tokens between two clips of a microbatch, as far as a layer of the convolutional stem sees."""
+        return -(-(KERNEL // 2) // self.patch) if self.stem == "conv" else 0
+
+    @model_validator(mode="after")
+    def _band(self) -> Self:
+        if not self.fmin < self.highest <= self.sample_rate / 2:
+            raise ValueError(
+                f"fmin {self.fmin:g} to fmax {self.highest:g} Hz is no band below half of sample_rate "
+                f"{self.sample_rate}; lower them, or raise sample_rate"
+            )
+        if self.normalization != "global" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError(f"mean and std need normalization: global, and it is {self.normalization}")
+        return self
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
@@ -92,16 +132,21 @@ class Audio(Modality):
     def _filters(self) -> list[np.ndarray]:
         return [mel_filters(self.settings, warp) for warp in np.linspace(1 - WARP, 1 + WARP, NUM_WARPS)]
 
+    @property
+    def decoder(self) -> str:
+        """See ``Modality.decoder``."""
+        return decoders()
+
     def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """See ``Modality.decode``."""
         with quarantine("audio"):
-            wave, rate = _read(data, self.settings.max_seconds)
+            wave, rate = self._read(data, rng)
         if not self.settings.augment:
             rng = None
-        wave = self._level(wave, rate)
+        wave = self._prepared(wave, rate)
         tempo = 1.0 if rng is None else 1 + TEMPO * (2 * rng.random() - 1)
         warp = NUM_WARPS // 2 if rng is None else int(rng.integers(NUM_WARPS))
-        mel = self._log_mel(wave, tempo, self._filters[warp])
+        mel = self._normalized(self._log_mel(wave, tempo, self._filters[warp]))
         mel = mel if rng is None else _spec_augment(mel, rng)  # which draws in fp64
         return _pad_frames(mel, self.settings.patch).astype(np.float32, copy=False)
 
@@ -113,14 +158,16 @@ class Audio(Modality):
         return int(self.settings.max_frames // self.settings.patch)
 
     def collate(self, values: Sequence[np.ndarray]) -> Collated:
-        """Clips padded with their own silence to the longest one, in whole tokens."""
+        """Clips one after the other, in whole tokens, with a gap between two: short clips cost what they hold."""
+        patch, gap = self.settings.patch, self.settings.gap
         frames = np.asarray([value.shape[1] for value in values], dtype=np.int64)
-        rows = -(-int(frames.max(initial=1)) // self.settings.patch)
-        log_mel = np.zeros((len(values), self.settings.n_mels, rows * self.settings.patch), dtype=np.float32)
-        for row, value in zip(log_mel, values, strict=True):
-            row[:, : value.shape[1]] = value
-            row[:, value.shape[1] :] = value.min()
-        return Collated({"log_mel": log_mel, "frames_valid": frames}, np.arange(len(values)) * rows)
+        tokens = -(-frames // patch) + gap
+        starts = np.cumsum(tokens) - tokens
+        total = max(1, int(tokens.sum()) - gap) * patch
+        log_mel = np.zeros((min(1, len(values)), self.settings.n_mels, total), dtype=np.float32)
+        for start, value in zip((starts * patch).tolist(), values, strict=True):
+            log_mel[0, :, start : start + value.shape[1]] = value
+        return Collated({"log_mel": log_mel, "frames_valid": frames}, starts)
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return AudioEmbedder(self.settings, hidden_size)
@@ -150,15 +197,32 @@ class Audio(Modality):
         frames = self.settings.patch * int(rng.integers(1, self.max_tokens + 1))
         return rng.normal(size=(self.settings.n_mels, frames)).astype(np.float32)
 
-    def _level(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """At the configured rate, with a peak of 1 (loudness does not matter), without silent ends."""
-        peak = float(np.abs(wave).max(initial=0))
+    def _read(self, data: bytes, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
+        """Mono float32 and its rate; of a longer clip no more than can be needed."""
+        settings = self.settings
+        try:
+            with open_audio(data) as file:
+                wanted, start = int(settings.max_seconds * file.samplerate), 0
+                if rng is not None and settings.crop == "random" and file.frames > wanted:
+                    start = int(rng.integers(file.frames - wanted + 1))
+                # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
+                return read_mono(file, 2 * wanted, start), file.samplerate
+        except ValueError as error:
+            raise BadSampleError(str(error)) from None
+
+    def _prepared(self, wave: np.ndarray, rate: int) -> np.ndarray:
+        """At the configured rate, without silent ends, and with a peak of 1 where loudness does not matter."""
+        settings = self.settings
+        peak = max(float(wave.max(initial=0)), -float(wave.min(initial=0)))
         if not np.isfinite(peak):
             raise BadSampleError("audio holds NaN or infinite samples")
-        wave = wave / peak if peak > 0 else wave  # before soxr, where loud floats would overflow
-        if rate != self.settings.sample_rate:
-            wave = soxr.resample(wave, rate, self.settings.sample_rate, quality="MQ")
-        return _trim(wave, self.settings.sample_rate)
+        if peak > 0:
+            wave = wave / peak  # before soxr, where loud floats would overflow
+        if rate != settings.sample_rate:
+            wave = soxr.resample(wave, rate, settings.sample_rate, quality=QUALITIES[settings.resampling])
+        if settings.trim:
+            wave = _trim(wave, settings.sample_rate)
+        return wave if settings.normalization == "per_clip" or not peak else wave * np.float32(peak)
 
     def _log_mel(self, wave: np.ndarray, tempo: float, filters: np.ndarray) -> np.ndarray:
         settings = self.settings
@@ -169,49 +233,65 @@ class Audio(Modality):
             self.cut += 1
         starts = (np.arange(frames) * hop).astype(np.int64)
         half = settings.n_fft // 2
-        wave = np.pad(wave, (half, settings.n_fft + half))
-        windows = sliding_window_view(wave, settings.n_fft)[starts]
-        windows *= self._window
-        spectrum = np.fft.rfft(windows)
-        power = np.square(spectrum.real) + np.square(spectrum.imag)
-        mel = np.log10(np.maximum(filters @ power.T, 1e-10, dtype=np.float32))
-        np.maximum(mel, mel.max() - FLOOR_DECADES, out=mel)
-        return (mel - mel.mean()) / LOG_STD
+        windows = sliding_window_view(np.pad(wave, (half, settings.n_fft + half)), settings.n_fft)
+        mel = np.empty((settings.n_mels, frames), dtype=np.float32)
+        for first in range(0, frames, BLOCK):
+            spectrum = np.fft.rfft(windows[starts[first : first + BLOCK]] * self._window)
+            power = np.square(spectrum.real) + np.square(spectrum.imag)
+            mel[:, first : first + BLOCK] = filters @ power.T
+        return np.log10(np.maximum(mel, np.float32(FLOOR)))
+
+    def _normalized(self, mel: np.ndarray) -> np.ndarray:
+        if self.settings.normalization == "per_clip":
+            mel = np.maximum(mel, mel.max() - np.float32(FLOOR_DECADES))
+            return (mel - mel.mean()) / np.float32(LOG_STD)
+        return (mel - np.float32(self.settings.mean)) / np.float32(self.settings.std)
 
 
 def mel_filters(config: AudioSettings, warp: float = 1.0) -> np.ndarray:
-    """Triangles [n_mels, n_fft // 2 + 1] on the HTK mel scale, all bands moved up by ``warp``."""
-    top = config.sample_rate / 2
-    points = 700 * (10 ** (np.linspace(_mel(FMIN), _mel(top), config.n_mels + 2) / 2595) - 1)
+    """Triangles [n_mels, n_fft // 2 + 1] on the mel scale, all bands moved up by ``warp``."""
+    top = config.highest
+    to_mel, to_hertz = SCALES[config.mel_scale]
+    points = to_hertz(np.linspace(to_mel(np.array(config.fmin)), to_mel(np.array(top)), config.n_mels + 2))
     points = np.minimum(points * warp, top)
-    bins = np.linspace(0, top, config.n_fft // 2 + 1)
+    bins = np.linspace(0, config.sample_rate / 2, config.n_fft // 2 + 1)
     left, centre, right = points[:-2, None], points[1:-1, None], points[2:, None]
     rising = (bins - left) / np.maximum(centre - left, 1e-6)
     falling = (right - bins) / np.maximum(right - centre, 1e-6)
-    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    filters = np.maximum(0, np.minimum(rising, falling))
+    if config.mel_scale == "slaney":
+        filters *= 2 / np.maximum(right - left, 1e-6)
+    return filters.astype(np.float32)
 
 
-def _mel(hertz: float) -> float:
-    return 2595 * float(np.log10(1 + hertz / 700))
+def _htk(hertz: np.ndarray) -> np.ndarray:
+    return 2595 * np.log10(1 + hertz / 700)
 
 
-def _read(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Mono float32 and its rate; of a longer clip no more than can be needed."""
-    try:
-        with open_audio(data) as file:
-            # Twice the longest clip leaves room for silence that is trimmed and for a fast tempo.
-            return read_mono(file, int(2 * max_seconds * file.samplerate)), file.samplerate
-    except ValueError as error:
-        raise BadSampleError(str(error)) from None
+def _htk_hertz(mel: np.ndarray) -> np.ndarray:
+    return 700 * (10 ** (mel / 2595) - 1)
+
+
+def _slaney(hertz: np.ndarray) -> np.ndarray:
+    """Linear up to 1000 Hz (15 mel), from there on 27 mel for a factor of 6.4 (Auditory Toolbox, 1998)."""
+    return np.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4))
+
+
+def _slaney_hertz(mel: np.ndarray) -> np.ndarray:
+    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+SCALES = {"htk": (_htk, _htk_hertz), "slaney": (_slaney, _slaney_hertz)}
 
 
 def _trim(wave: np.ndarray, rate: int) -> np.ndarray:
     """Without the silence at both ends, except for a margin."""
-    loud = np.flatnonzero(np.abs(wave) > 10 ** (-TRIM_DECIBELS / 20))
-    if not loud.size:
+    loud = np.abs(wave) > 10 ** (-TRIM_DECIBELS / 20)
+    first, last = int(loud.argmax()) if loud.size else 0, len(loud) - int(loud[::-1].argmax()) if loud.size else 0
+    if not loud.size or not loud[first]:
         return wave
     margin = int(TRIM_MARGIN * rate)
-    return wave[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin + 1]
+    return wave[max(0, first - margin) : last + margin]
 
 
 def _spec_augment(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -234,10 +314,10 @@ def _pad_frames(mel: np.ndarray, multiple: int) -> np.ndarray:
 
 
 class AudioEmbedder(nn.Module):
-    """Log-mel [n, n_mels, F] and valid frames [n] -> [n * F / patch, D].
+    """Log-mel [1, n_mels, F] of n clips as ``collate`` lays them out, and their frames [n] -> [F / patch, D].
 
-    Frames past the valid ones are zeroed before and after every layer with a receptive field of several frames, so
-    a clip's tokens do not depend on how far its batch pads it.
+    Frames that are not of a clip are zeroed before and after every layer with a receptive field of several frames,
+    and such a field is no wider than the gap between two clips: a clip's tokens do not depend on the others.
     """
 
     def __init__(self, config: AudioSettings, hidden_size: int) -> None:
@@ -255,16 +335,30 @@ class AudioEmbedder(nn.Module):
 
     def forward(self, log_mel: Tensor, frames_valid: Tensor) -> Tensor:
         assert log_mel.shape[2] % self.config.patch == 0, (log_mel.shape, self.config.patch)
-        x, valid = _mask(log_mel.to(self.project.weight.dtype), frames_valid), frames_valid
+        within, valid = _places(frames_valid, log_mel.shape[2], self.config)
+        x = _mask(log_mel.to(self.project.weight.dtype), valid)
         for layer in self.layers:
             x = layer(x)
             if isinstance(layer, _Halve):
-                valid = (valid + layer.stride - 1) // layer.stride
+                valid = valid[:: layer.stride]
             x = _mask(x, valid)
-        tokens = self.project(x).transpose(1, 2)  # [n, F / patch, D]
+        tokens = self.project(x).transpose(1, 2)  # [1, F / patch, D]
         if self.positions is not None:
-            tokens = tokens + self.positions[: tokens.shape[1]]
+            place = within[:: self.config.patch] // self.config.patch
+            tokens = tokens + self.positions[place.clamp(max=len(self.positions) - 1)]  # of gaps: any
         return tokens.flatten(0, 1)
+
+
+def _places(frames: Tensor, total: int, config: AudioSettings) -> tuple[Tensor, Tensor]:
+    """Of each of ``total`` frames: its number in its clip, and whether it is one of the clip's ``frames`` [n]."""
+    frame = torch.arange(total, device=frames.device)
+    if not len(frames):
+        return frame, frame < 0
+    taken = ((frames + config.patch - 1) // config.patch + config.gap) * config.patch
+    start = taken.cumsum(0) - taken
+    clip = torch.searchsorted(start, frame, right=True) - 1
+    within = frame - start[clip]
+    return within, within < frames[clip]
 
 
 class _Halve(nn.Module):
@@ -304,6 +398,5 @@ def _conv_layers(config: AudioSettings, hidden_size: int) -> list[nn.Module]:
 
 
 def _mask(x: Tensor, valid: Tensor) -> Tensor:
-    """``x`` [n, C, F] with zeros in the frames from ``valid`` [n] on."""
-    past_end = torch.arange(x.shape[2], device=x.device) >= valid[:, None]
-    return x.masked_fill(past_end[:, None], 0)
+    """``x`` [n, C, F] with zeros in the frames that are not ``valid`` [F]."""
+    return x.masked_fill(~valid, 0)

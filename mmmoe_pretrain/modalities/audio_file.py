@@ -10,6 +10,7 @@ Formats: RIFF WAVE (Microsoft, 1991), FLAC (RFC 9639), Ogg (RFC 3533), MPEG audi
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from collections.abc import Iterator
@@ -56,18 +57,33 @@ def open_audio(data: bytes) -> soundfile.SoundFile:
     return file
 
 
-def read_mono(file: soundfile.SoundFile, most: int | None = None) -> NDArray[np.float32]:
-    """All samples or the first ``most``, by one read: between two, soundfile seeks, which MP3s do inexactly."""
+def read_mono(file: soundfile.SoundFile, most: int | None = None, start: int = 0) -> NDArray[np.float32]:
+    """All samples from ``start`` on, or the first ``most`` of them. An MP3 is read from its beginning by one read:
+    seeking in one is inexact, and soundfile seeks between two reads."""
     import soundfile
 
-    wanted = file.frames if most is None else min(most, file.frames)
+    left = file.frames - start
+    wanted = left if most is None else min(most, left)
+    skipped = start if file.format == "MP3" else 0
     try:
-        wave = file.read(wanted, dtype="float32", always_2d=True)
+        if start and not skipped:
+            file.seek(start)
+        wave = file.read(skipped + wanted, dtype="float32", always_2d=True)[skipped:]
     except soundfile.LibsndfileError as error:
         raise ValueError(f"audio cannot be decoded: {error.error_string}") from None
     if not len(wave) or len(wave) < wanted - (_MP3_MISSING if file.format == "MP3" else 0):
-        raise ValueError(f"audio ends after {len(wave)} of the {file.frames} samples that its header states")
+        raise ValueError(f"audio ends after {start + len(wave)} of the {file.frames} samples that its header states")
     return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
+
+
+def decoders() -> str:
+    """What decodes and resamples audio here, for the log."""
+    import soundfile
+    import soxr
+
+    return (
+        f"soundfile {soundfile.__version__} (libsndfile {soundfile.__libsndfile_version__}), soxr {soxr.__version__}"
+    )
 
 
 def with_true_length(data: bytes) -> bytes:
@@ -119,7 +135,7 @@ def _chunks(data: bytes, at: int, end: int) -> Iterator[int]:
             return
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         at += 8 + size + size % 2
-    raise ValueError("audio has too many chunks")
+    raise ValueError(f"audio has more than {_MAX_PARTS} chunks; write it again")
 
 
 def _flac(data: bytes) -> bytes:
@@ -177,16 +193,22 @@ def _flac_frame(header: bytes) -> tuple[int, int] | None:
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
     """A cyclic redundancy check; 0 for bytes that end with their own checksum."""
+    table = _crc_table(bits, polynomial)
+    value, mask = 0, (1 << bits) - 1
+    for byte in data:
+        value = (value << 8 & mask) ^ table[(value >> bits - 8) ^ byte]
+    return value
+
+
+@functools.cache
+def _crc_table(bits: int, polynomial: int) -> tuple[int, ...]:
     table = []
     for byte in range(256):
         value = byte << bits - 8
         for _ in range(8):
             value = value << 1 ^ (polynomial | 1 << bits if value >> bits - 1 else 0)
         table.append(value)
-    value, mask = 0, (1 << bits) - 1
-    for byte in data:
-        value = (value << 8 & mask) ^ table[(value >> bits - 8) ^ byte]
-    return value
+    return tuple(table)
 
 
 def _check_ogg(data: bytes) -> None:
@@ -208,7 +230,7 @@ def _check_ogg(data: bytes) -> None:
         at = data.find(b"OggS", end)
         if at < 0:
             return
-    raise ValueError("audio has too many Ogg pages")
+    raise ValueError(f"audio has more than {_MAX_PARTS} Ogg pages: longer than the limits allow; cut it")
 
 
 def _mp3(data: bytes) -> bytes:
@@ -249,7 +271,9 @@ def _mp3_frames(data: bytes) -> Iterator[int]:
             at = data.find(b"\xff", at + 1)
             if at < 0:
                 return
-    raise ValueError("audio has too many MP3 frames, or too much that is none between them")
+    raise ValueError(
+        f"audio has more than {_MAX_PARTS} MP3 frames, or bytes between them: longer than the limits allow; cut it"
+    )
 
 
 def _mp3_length(header: bytes, like: bytes = b"") -> int:

@@ -74,6 +74,11 @@ class Modality(abc.ABC):
         self._tokenizer = tokenizer
         self.cut = 0
 
+    @property
+    def decoder(self) -> str:
+        """The packages that decode it and their versions, for the log."""
+        return ""
+
     @abc.abstractmethod
     def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """The value of a file's bytes, augmented for training if a generator is given; None if it is empty.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -43,6 +44,17 @@ class TextSettings(ModalitySettings):
             )
 
 
+@functools.lru_cache(maxsize=16)  # a loader asks for the text of a sample up to three times
+def _text_of(data: bytes) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
+    try:
+        text = data.decode("utf-8-sig")  # editors of Windows begin files with a byte order mark
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"text is not UTF-8: {error}") from error
+    return text.strip() if has_text(text) else ""
+
+
 class Text(Modality):
     """A value is int64 ids [n] with its marks: begin, at most ``max_tokens`` pieces, end."""
 
@@ -72,13 +84,7 @@ class Text(Modality):
         return np.concatenate([[marks.bos_id], ids[: self.settings.max_tokens], [marks.eos_id]])
 
     def raw(self, data: bytes) -> str:
-        if len(data) > MAX_TEXT_BYTES:
-            raise BadSampleError(f"text of {len(data)} bytes exceeds the limit of {MAX_TEXT_BYTES}")
-        try:
-            text = data.decode("utf-8-sig")  # editors of Windows begin files with a byte order mark
-        except UnicodeDecodeError as error:
-            raise BadSampleError(f"text is not UTF-8: {error}") from error
-        return text.strip() if has_text(text) else ""
+        return _text_of(data)
 
     def num_tokens(self, value: np.ndarray) -> int:
         return len(value)

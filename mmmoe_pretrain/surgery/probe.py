@@ -5,6 +5,7 @@ The batch is of noise, or of held-out samples where the run's shards are on this
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
 from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.data.source import NoShards
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.untrusted import brief, parse_json
@@ -45,7 +47,7 @@ def held_out_batch(config: RunConfig) -> tuple[Batch, str] | None:
         return None
     modalities = build_modalities(config.modalities, tokenizer)
     for paths in (config.evaluate.test, tuple(source.path for source in config.data.train)):
-        if paths and all(Path(path).is_dir() for path in paths):
+        with contextlib.suppress(NoShards, StopIteration):
             batch, _ = next(iterate_eval(paths, config, modalities, 4 * SAMPLES))
             return batch, f"{len(batch.metas)} samples of {paths[0]}"
     return None

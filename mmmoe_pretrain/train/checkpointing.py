@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mmmoe_pretrain import __version__, exit_codes
@@ -16,6 +16,7 @@ from mmmoe_pretrain.checkpoint.model import TOKENIZER, refuse_old
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
 from mmmoe_pretrain.checkpoint.storage import StorageError
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import stream_state
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.modalities import Modalities
@@ -50,6 +51,15 @@ class RunContext:
         return log if self.main else silent
 
 
+@dataclass(frozen=True)
+class DataState:
+    """What of the data has been read: the batches that are skipped, the counts, and how far each stream is."""
+
+    cursor: Cursor = field(default_factory=Cursor)
+    samples: SampleCounts = field(default_factory=SampleCounts)
+    streams: stream_state.Table = field(default_factory=dict)
+
+
 class CheckpointManager:
     """The saves of a run. All ranks call the same methods in the same order."""
 
@@ -67,9 +77,9 @@ class CheckpointManager:
         self._last: SaveReport | None = None
         self.failures = 0  # failed saves in a row
 
-    def save(self, step: int, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> None:
+    def save(self, step: int, data: DataState, losses: dict[str, float]) -> None:
         """Start to save ``step``; training may continue when this returns."""
-        state, meta = self._context.engine.export_state(), _meta(self._context, cursor, samples, losses)
+        state, meta = self._context.engine.export_state(), _meta(self._context, data, losses)
         self._saver.save(step, state, meta, self._metric(step, losses))
         self._started = step
 
@@ -80,12 +90,12 @@ class CheckpointManager:
         weight = self._context.engine.models[0].objectives.weights(step - 1).get(name, 1.0)
         return losses[name] / weight if weight and name in losses else None
 
-    def save_and_wait(self, step: int, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> None:
+    def save_and_wait(self, step: int, data: DataState, losses: dict[str, float]) -> None:
         """``step`` is saved when this returns. Raises ValueError on every rank where it cannot be, Restartable
         where a disk or a peer failed; earlier checkpoints remain."""
         self.wait()
         if self._started != step or (self._last is not None and self._last.error is not None):
-            self.save(step, cursor, samples, losses)
+            self.save(step, data, losses)
             self.wait()
         if self._last is not None and self._last.error is not None:
             kind = exit_codes.Restartable if self._last.restartable else ValueError
@@ -141,7 +151,7 @@ class CheckpointManager:
             journal.write("cleaning_failed", step=report.step, error=report.warning)
 
 
-def _meta(context: RunContext, cursor: Cursor, samples: SampleCounts, losses: dict[str, float]) -> dict[str, Any]:
+def _meta(context: RunContext, data: DataState, losses: dict[str, float]) -> dict[str, Any]:
     """Plain values saved beside the tensors of a checkpoint. Every random number of a run is a function of its seed,
     the step and the sample's position, so no generator's state is among them."""
     return {
@@ -150,8 +160,9 @@ def _meta(context: RunContext, cursor: Cursor, samples: SampleCounts, losses: di
         "tokenizer_fingerprint": context.modalities.fingerprint,
         "seed": context.config.seed,
         "progress": context.engine.progress().to_json(),
-        "skipped_batches": cursor.to_json(),
-        "samples": samples.to_json(),
+        "skipped_batches": data.cursor.to_json(),
+        "samples": data.samples.to_json(),
+        "streams": stream_state.to_json(data.streams),
         "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
         "layout": dataclasses.asdict(context.layout),  # for information: a run may resume under any other
         "config": context.config.model_dump(mode="json"),
@@ -162,8 +173,7 @@ def _meta(context: RunContext, cursor: Cursor, samples: SampleCounts, losses: di
 class Restored:
     checkpoint: store.Checkpoint
     step: int  # steps done
-    cursor: Cursor  # as saved
-    samples: SampleCounts  # read by then
+    data: DataState  # as saved
 
 
 def restore(context: RunContext, candidates: Sequence[store.Checkpoint]) -> Restored:
@@ -212,7 +222,11 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
             context.log.warning("%s", jump)
     state = store.load(checkpoint, context.engine.export_state(), context.host.storage)
     context.engine.import_state(state, progress)
-    return Restored(checkpoint, progress.steps, Cursor.from_json(meta.get("skipped_batches", [])), samples)
+    cursor, streams = (
+        Cursor.from_json(meta.get("skipped_batches", [])),
+        stream_state.from_json(meta.get("streams", {})),
+    )
+    return Restored(checkpoint, progress.steps, DataState(cursor, samples, streams))
 
 
 def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:

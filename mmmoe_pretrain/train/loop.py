@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,19 +18,26 @@ import torch.distributed as dist
 from mmmoe_pretrain import __version__, exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import stream_state
+from mmmoe_pretrain.data.assign import Estimates, microbatch_size
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.loader import Loader, StepData, microbatch_size
+from mmmoe_pretrain.data.listing import is_absent, is_stream
+from mmmoe_pretrain.data.loader import Loader, StepData, estimates_of
+from mmmoe_pretrain.data.replica import ReplicaLoader
+from mmmoe_pretrain.data.source import Indexed
 from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.modalities import build_modalities
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.objectives import objectives_of
-from mmmoe_pretrain.parallel.agreement import BackgroundSum, agree, from_rank_0, number_from_rank_0
+from mmmoe_pretrain.parallel.agreement import BackgroundSum, agree, exchange, from_rank_0, number_from_rank_0
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
+from mmmoe_pretrain.parallel.replica import ReplicaChannel, build_replica_channel
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import start
-from mmmoe_pretrain.train.checkpointing import CheckpointManager, Restored, RunContext, restore
+from mmmoe_pretrain.train.checkpointing import CheckpointManager, DataState, Restored, RunContext, restore
 from mmmoe_pretrain.train.console import Console
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.learning import ObjectiveMonitor
@@ -70,8 +76,14 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 groups = build_groups(layout, config.parallel.timeout_minutes)
                 engine = build_engine(config, groups, device)
                 main = dist.get_rank() == 0
-                rank, size = groups.data_rank, groups.data_size
-                with agree(host.storage, lambda: Loader(config, modalities, dp_rank=rank, dp_size=size)) as loader:
+                for name, decoder in modalities.decoders.items() if main else ():
+                    log.info("%s is decoded by %s", name, decoder)
+                channel = build_replica_channel(groups, host.control)
+                estimates = from_rank_0(host.storage, lambda: estimates_of(config, modalities, groups.data_size))
+                with agree(
+                    host.storage, lambda: _open_loader(config, modalities, groups, channel, estimates)
+                ) as loader:
+                    exchange(host.storage, lambda: loader.digest, _refuse_different_data)
                     agree(host.storage, lambda: _survey(config, loader, main))
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:
@@ -85,26 +97,58 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
     return code
 
 
-def _survey(config: RunConfig, loader: Loader, main: bool) -> None:
-    """Log what data.train holds and what is not read. Raises ValueError where no objective can use any of it."""
-    found = survey(loader.folders)
-    unserved = refuse_useless(loader.folders, found, objectives_of(config).needs())
+def _refuse_different_data(digests: Sequence[str | None]) -> None:
+    """Of all ranks, on rank 0; None of those that do not read."""
+    others = [rank for rank, digest in enumerate(digests) if digest not in (None, digests[0])]
+    if others:
+        raise ValueError(
+            f"the shards of data.train are not the same on all machines: rank {others[0]} sees others than rank 0, "
+            f"and samples would be lost and repeated; copy the same files to each, or name a folder that all share"
+        )
+
+
+def _open_loader(
+    config: RunConfig,
+    modalities: Modalities,
+    groups: Groups,
+    channel: ReplicaChannel | None,
+    estimates: Estimates | None,
+) -> Loader | ReplicaLoader:
+    def open_here() -> Loader:
+        return Loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size, estimates=estimates)
+
+    return open_here() if channel is None else ReplicaLoader(channel, open_here, 0, config.train.steps)
+
+
+def _survey(config: RunConfig, loader: Loader | ReplicaLoader, main: bool) -> None:
+    """Log what data.train holds and what is not read. Raises ValueError where no objective can use any of it; what
+    streams hold is known once they are read. For rank 0 alone."""
     if not main:
         return
+    indexed = [source for source in loader.sources if isinstance(source, Indexed)]
+    found = survey(indexed)
+    streams = len(loader.sources) - len(indexed)
+    unserved = [] if streams else refuse_useless(indexed, found, objectives_of(config).needs())
+    if streams:
+        log.info("data.train: %d of %d sources are only read on", streams, len(loader.sources))
     log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
+    for note in loader.notes:
+        log.warning("%s", note)
     if found.unread:
         log.warning("files of data.train that are not read: %s; docs/data_format.md has the rule", found.left_out())
     if unserved:
         log.warning("no sample of data.train serves these objectives: %s", ", ".join(unserved))
     for path in config.evaluate.test:
-        if not Path(path).is_dir():
-            log.warning("evaluate.test: there is no folder %s, which mmmoe evaluate will need", path)
+        if is_absent(path):
+            log.warning("evaluate.test: there is no %s, which mmmoe evaluate will need", path)
 
 
 class Trainer:
     """One rank's part of a run: ``load`` once, then ``train``."""
 
-    def __init__(self, context: RunContext, loader: Loader, stop: StopRequest, watchdog: Watchdog) -> None:
+    def __init__(
+        self, context: RunContext, loader: Loader | ReplicaLoader, stop: StopRequest, watchdog: Watchdog
+    ) -> None:
         self.context, self.loader, self.stop, self.watchdog = context, loader, stop, watchdog
         self.config, self.settings = context.config, context.config.train
         self.console = Console(self.settings.steps, enabled=context.main)
@@ -112,6 +156,8 @@ class Trainer:
         self.status_sum = BackgroundSum(context.host.control)
         self.budget = BadBudget(self.config.data.max_bad_fraction)
         self.samples = SampleCounts()
+        self.streams: stream_state.Table = {}  # as the checkpoint has them from which this start or rollback resumed
+        self.has_streams = any(is_stream(source.path) for source in self.config.data.train)
         self.faults = FaultDetector(self.config)
         self.objectives = ObjectiveMonitor(self.config)
         self.skipped = SkippedBatches()
@@ -137,10 +183,10 @@ class Trainer:
         else:
             journal.write("started", step=0, ranks=dist.get_world_size(), version=__version__)
         from_rank_0(context.host.storage, lambda: start.write_config(self.config, context.modalities.fingerprint))
-        self.loader.seek(self.step, self.skipped.cursor)
+        self._seek()
         if not found:
             self.watchdog.beat(0, "save")
-            self.checkpoints.save_and_wait(0, self.skipped.cursor, self.samples, {})
+            self.checkpoints.save_and_wait(0, self._data_state(), {})
 
     def train(self) -> int:
         """Train until all steps are done or a stop is requested; the exit code."""
@@ -197,18 +243,17 @@ class Trainer:
         return result, rate
 
     def _status(self, data: StepData) -> dict[str, float]:
-        """Numbers of this rank; their sums over all ranks are exchanged in every step. Samples are counted by one of
-        the tensor and pipeline ranks that read them, failed saves by rank 0; the others report 0."""
-        stats, groups = data.stats, self.context.groups
+        """Numbers of this rank; their sums over all ranks are exchanged in every step. Samples are counted by the
+        rank of a replica that reads them, failed saves by rank 0; the others report 0."""
+        stats = data.stats
         self.budget.add(stats)
-        counts = groups.tensor_rank == 0 and groups.pipeline_rank == 0
         return {
             "stop requests": self.stop.requested,
             "failed saves": self.checkpoints.failures if self.context.main else 0,  # in a row
             "worker restarts": stats.worker_restarts,  # since the step before
-            "read": stats.samples if counts else 0,
-            "bad": len(stats.bad) if counts else 0,
-            **{f"cut {name}": stats.cut[name] if counts else 0 for name in self.context.modalities},
+            "read": stats.samples,
+            "bad": len(stats.bad),
+            **{f"cut {name}": stats.cut[name] for name in self.context.modalities},
         }
 
     def _act_on(self, status: dict[str, int]) -> None:
@@ -283,7 +328,7 @@ class Trainer:
             return
         self.watchdog.beat(self.step, "save")
         save = self.checkpoints.save_and_wait if last or stops else self.checkpoints.save
-        save(self.step, self.skipped.cursor, self.samples, result.losses)
+        save(self.step, self._data_state(), result.losses)
         self.save_due = False
 
     def _stopped(self) -> int:
@@ -318,7 +363,7 @@ class Trainer:
             "rollback", step=failed_at, to_step=self.step, reason=bad_steps.reason, skipped_batches=list(window),
             rollbacks=skipped.rollbacks,
         )  # fmt: skip
-        self.loader.seek(self.step, skipped.cursor)
+        self._seek()
         self.faults.reset()
         self.checkpoints.after_rollback()
         self.save_due = False
@@ -337,8 +382,20 @@ class Trainer:
     def _take_over(self, restored: Restored) -> None:
         self.step = restored.step
         self.console.set_step(self.step)
-        self.skipped.add(restored.cursor)
-        self.samples = restored.samples
+        self.skipped.add(restored.data.cursor)
+        self.samples = restored.data.samples
+        self.streams = restored.data.streams
+
+    def _seek(self) -> None:
+        for warning in self.loader.seek(self.step, self.skipped.cursor, self.streams):
+            self.context.log.warning("%s", warning)
+
+    def _data_state(self) -> DataState:
+        """Collective where there are streams: each rank knows how far it has read them."""
+        states: stream_state.Table = {}
+        if self.has_streams:
+            states = exchange(self.context.host.control, lambda: self.loader.stream_states, stream_state.merged)
+        return DataState(self.skipped.cursor, self.samples, states)
 
     def _open_metrics(self) -> None:
         """The log from this step on, on rank 0; records of later steps are dropped. Collective."""

@@ -78,6 +78,7 @@ class StepRecord:
     samples: SampleCounts = field(default_factory=SampleCounts)  # since the start of the run
     routing: tuple[LayerRouting, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # by loss: the targets or samples that it is the mean of
+    loading_seconds: dict[str, float] = field(default_factory=dict)  # of all workers of rank 0, by stage
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,12 +103,14 @@ class Recorder:
         self._began = time.perf_counter()
         self._tokens = 0
         self._data_seconds = 0.0
+        self._loading_seconds = Counter[str]()
 
     def add(self, result: StepResult, stats: LoadStats) -> None:
         """Count a step."""
         self.steps += 1
         self._tokens += result.tokens
         self._data_seconds += stats.wait_seconds
+        self._loading_seconds += stats.seconds
 
     def record(self, step: int, result: StepResult, learning_rate: float, samples: SampleCounts) -> StepRecord:
         """The record of ``step`` (the first is 1), equal on every rank; begins a new interval. Collective."""
@@ -121,6 +124,7 @@ class Recorder:
             tokens=self._tokens,
             seconds=now - self._began,
             data_seconds=self._data_seconds,
+            loading_seconds=dict(self._loading_seconds),
             samples=samples,
             routing=gather_stages(gather_routing(result.routing, self._group), self._pipeline),
         )
@@ -229,6 +233,7 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "tokens": record.tokens,
         "seconds": number(record.seconds),
         "data_seconds": number(record.data_seconds),
+        "loading_seconds": {stage: number(seconds) for stage, seconds in record.loading_seconds.items()},
         "bad_samples": record.samples.bad,
         "cut": record.samples.cut,
         "routing": [layer_json(layer) for layer in record.routing],

@@ -33,6 +33,7 @@ from tests.distributed import free_port
 from tests.support import things, tiny_config, write_shards, write_tokenizer
 
 SECONDS_A_START = 120.0  # after which ranks that neither train nor end count as a hang
+STREAMED = 8  # shards that are read by commands
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -50,11 +51,15 @@ class Report:
         return self.loss_equal and not (self.lost or self.repeated or self.partial_accepted)
 
 
-def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report:
-    """Train a run undisturbed and a run that is killed ``kills`` times; compare."""
-    write_shards(folder / "train", things(48))
+def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int, streams: bool = False) -> Report:
+    """Train a run undisturbed and a run that is killed ``kills`` times; compare. ``streams``: half of the samples
+    come from commands."""
+    rows = things(48)
+    write_shards(folder / "train", rows)
+    for shard in range(STREAMED):
+        write_shards(folder / f"streamed-{shard}", rows[shard::STREAMED])
     write_tokenizer(folder / "tokens.model")
-    calm, disturbed = (config_of(folder, name, steps) for name in ("calm", "disturbed"))
+    calm, disturbed = (config_of(folder, name, steps, streams) for name in ("calm", "disturbed"))
     assert start(calm, ranks, None) == "done"
     report, rng = Report(), random.Random(seed)
     while True:
@@ -69,19 +74,24 @@ def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int) -> Report
         print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(disturbed)}", flush=True)
         if end == "done":
             break
+    for config in (calm, disturbed) if streams else ():
+        assert all(lane[0] > 0 for lanes in states_saved(config).values() for lane in lanes), states_saved(config)
     found, wanted = (ledger.history(ledger_of(config)) for config in (disturbed, calm))
     report.lost, report.repeated = ledger.compare(found, wanted)
     report.loss_equal = logged(disturbed) == logged(calm) and len(logged(calm)) == steps
     return report
 
 
-def config_of(folder: Path, name: str, steps: int) -> RunConfig:
+def config_of(folder: Path, name: str, steps: int, streams: bool = False) -> RunConfig:
     """Two ranks of experts beside data-parallel replicas; saves often, logs every step."""
+    sources = [str(folder / "train")]
+    if streams:
+        sources.append(f"pipe:cat {folder}/streamed-{{0..{STREAMED - 1}}}/00000.tar")
     return tiny_config(
         folder,
         name=name,
         data={
-            "train": [{"path": str(folder / "train")}],
+            "train": [{"path": source, "stream_window": 2} for source in sources],
             "tokenizer": str(folder / "tokens.model"),
             "num_workers": 1,
         },
@@ -162,6 +172,15 @@ def steps_saved(config: RunConfig) -> int:
     return 0 if latest is None else latest.step
 
 
+def states_saved(config: RunConfig) -> dict[str, list[list[int]]]:
+    """Of the streams, in the last checkpoint."""
+    latest = store.find_latest(config.checkpoint_root)
+    assert latest is not None
+    states = store.read_meta(latest)["streams"]
+    assert states
+    return states
+
+
 def count_partial(config: RunConfig) -> int:
     """Checkpoints that pass for complete and are not what was written."""
     partial = 0
@@ -190,9 +209,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streams", action="store_true", help="half of the samples come from commands (pipe:)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed)
+        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed, args.streams)
     print(json.dumps(vars(report)))
     return 0 if report.passed and report.kills >= args.kills else 1
 

@@ -10,10 +10,13 @@ from tests.chaos.run import chaos
 
 
 @pytest.mark.timeout(240)
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path: Path) -> None:
-    report = chaos(tmp_path, kills=8, steps=24, ranks=2, seed=1)
+@pytest.mark.parametrize(("streams", "kills", "steps"), [(False, 8, 24), (True, 3, 9)])
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    tmp_path: Path, streams: bool, kills: int, steps: int
+) -> None:
+    report = chaos(tmp_path, kills, steps, ranks=2, seed=1, streams=streams)
     assert report.passed, report
-    assert report.kills >= 4, report  # on a slow machine the clock may come too late for some
+    assert report.kills >= kills // 2, report  # on a slow machine the clock may come too late for some
 
 
 def test_the_ledger_sees_lost_and_repeated_samples(tmp_path: Path) -> None:

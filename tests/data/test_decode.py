@@ -11,7 +11,8 @@ import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.data.members import RawSample
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import tiny_config, tiny_values
@@ -35,7 +36,7 @@ def modalities(tiny_data: Path) -> Modalities:
 
 @pytest.fixture(scope="module")
 def raw(tiny_data: Path) -> RawSample:
-    return ShardFolder(tiny_data / "train").read(5)
+    return open_indexed(tiny_data / "train").read(5)
 
 
 def changed(raw: RawSample, **members: bytes) -> RawSample:
@@ -50,6 +51,15 @@ def good(item: Sample | BadSample) -> Sample:
 def texts(sample: Sample, modalities: Modalities) -> list[str]:
     """The texts of the ids."""
     return [modalities.tokenizer.decode(item.value) for item in sample.items if item.modality == "text"]
+
+
+def test_the_class_of_a_cls_member_is_the_label_where_the_json_has_none(
+    raw: RawSample, modalities: Modalities
+) -> None:
+    sample = changed(raw, cls=b"281\n", json=b"{}")
+    assert good(decode(sample, modalities)).meta.label == "281"
+    assert good(decode(changed(sample, json=b'{"label": "cat"}'), modalities)).meta.label == "cat"
+    assert "cls is not a class in UTF-8" in str(decode(changed(sample, cls=b"\xff"), modalities))
 
 
 def test_a_whole_sample_carries_everything(raw: RawSample, modalities: Modalities) -> None:

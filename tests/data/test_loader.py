@@ -13,9 +13,10 @@ import torch
 
 from mmmoe_pretrain.batch import AttentionBlocks, Batch, Targets
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.assign import microbatch_size
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
-from mmmoe_pretrain.data.loader import Loader, StepData, microbatch_size
+from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 
@@ -63,19 +64,27 @@ def batches(steps: Iterable[StepData]) -> list[tuple[int, list[Batch]]]:
     return [(data.step, data.microbatches) for data in steps]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "size, workers, level", [(2, 3, False), (4, 1, False), (8, 1, False), (2, 1, True), (4, 0, True)]
+)
 def test_the_global_batch_is_the_same_at_every_data_parallel_size(
-    config: RunConfig, modalities: Modalities, size: int
+    tiny_data: Path, modalities: Modalities, size: int, workers: int, level: bool
 ) -> None:
+    config = config_with(tiny_data, {"level_tokens": level})
     one = batches(Loader(config, modalities, stop_step=2))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": workers})})
     ranks = [batches(Loader(config, modalities, dp_rank=r, dp_size=size, stop_step=2)) for r in range(size)]
     for step in range(2):
         for a in range(config.train.num_microbatches):
             parts = [rank[step][1][a] for rank in ranks]
             whole = one[step][1][a]
-            assert [meta for part in parts for meta in part.metas] == list(whole.metas)
-            pixels = [part.inputs["image"]["pixels"] for part in (*parts, whole)]
-            assert torch.equal(torch.cat(pixels[:-1]), pixels[-1])
+            places = [[whole.metas.index(meta) for meta in part.metas] for part in parts]
+            assert all(mine == sorted(mine) for mine in places)
+            everywhere = [place for mine in places for place in mine]
+            assert sorted(everywhere) == list(range(len(whole.metas)))
+            assert level or everywhere == sorted(everywhere)
+            pixels = torch.cat([part.inputs["image"]["pixels"] for part in parts])
+            assert torch.equal(pixels, whole.inputs["image"]["pixels"][everywhere])
             assert sum(int(part.valid.sum()) for part in parts) == int(whole.valid.sum())
             assert sum(len(part.targets["captioning"]) for part in parts) == len(whole.targets["captioning"]) > 0
 

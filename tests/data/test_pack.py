@@ -77,11 +77,11 @@ def test_the_stream_is_laid_out_as_documented(batch: Batch) -> None:
 
 def test_rows_point_at_their_embeddings_whose_inputs_are_stacked_and_padded(batch: Batch) -> None:
     assert batch.source["image"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]  # the fused prefix is a's again
-    assert batch.source["audio"].tolist() == [0, 1, 2, 3]  # both clips are padded to 4 frames, 2 tokens
+    assert batch.source["audio"].tolist() == [0, 1, 3, 4]  # clips of 2 tokens, with a token between them
     assert batch.inputs["text"]["ids"].tolist() == [1, 5, 6, 2, 1, 7, 2]  # the fused text is a's again
     assert batch.source["text"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
     assert batch.inputs["image"]["pixels"][:, 0, 0, 0].tolist() == [ord("a"), ord("d")]
-    assert batch.inputs["audio"]["log_mel"].shape == (2, 8, 4)
+    assert batch.inputs["audio"]["log_mel"].shape == (1, 8, 10)
     assert batch.inputs["audio"]["frames_valid"].tolist() == [3, 4]
     assert batch.inputs["text"]["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import Indexed, open_indexed
 from mmmoe_pretrain.data.survey import refuse_useless, survey
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.objectives import build_objectives
@@ -17,14 +17,14 @@ from tests.support import objectives, tiny_config, tiny_values, write_tar
 CAPTION, LABEL = json.dumps({"caption": "red"}).encode(), json.dumps({"label": "red"}).encode()
 
 
-def folders(root: Path, *kinds: dict[str, bytes], modalities: Modalities | None = None) -> list[ShardFolder]:
+def folders(root: Path, *kinds: dict[str, bytes], modalities: Modalities | None = None) -> list[Indexed]:
     members = [(f"k{i}.{name}", data) for i, kind in enumerate(kinds) for name, data in kind.items()]
     root.mkdir(exist_ok=True)
     write_tar(root / "x.tar", members)
-    return [ShardFolder(root, modalities=modalities)]
+    return [open_indexed(root, modalities=modalities)]
 
 
-def refused(found: list[ShardFolder], root: Path, pairs: dict[str, float], **sections: Any) -> list[str]:
+def refused(found: list[Indexed], root: Path, pairs: dict[str, float], **sections: Any) -> list[str]:
     config = tiny_config(root, **{"objectives": objectives({"pairs": pairs}, None), **sections})
     modalities = build_modalities(config.modalities, decoding=False)
     needs = build_objectives(config.objectives, modalities, config.representations).needs()
@@ -36,9 +36,9 @@ def test_samples_are_counted_by_modality_and_files_left_out_by_extension(tmp_pat
     found = survey(folders(tmp_path, *kinds, {"npy": b"", "cls": b""}))
     assert found.samples == 4
     assert found.modalities == {("image", "text"): 3, (): 1}
-    assert found.unread == {"cls": 2, "right.png": 1, "npy": 1}
+    assert found.unread == {"right.png": 1, "npy": 1}  # cls holds the class
     assert found.content() == "image+text 3, nothing 1"
-    assert found.left_out().startswith("cls (2), ")
+    assert found.left_out() == "right.png (1), npy (1)"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import logging
@@ -13,40 +12,70 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from mmmoe_pretrain.data.loader import Loader, MicrobatchDataset
+from mmmoe_pretrain.data.dispatch import CREDIT
+from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
 from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
 from tests.data.test_loader import assert_same, batches, built, config_with
 
 pytestmark = pytest.mark.timeout(60)
-LARGE = 300_000  # bytes of an item: more than a pipe holds, so that a worker mostly stands inside a message
+LARGE = 100_000  # numbers of an item
+SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Item k is LARGE bytes drawn from seed k; ``fault(k)`` runs before, in the worker."""
+    """Item k is drawn from seed k, in SAMPLES equal pieces; ``fault(k, sample)`` runs before, in the worker."""
 
-    fault: Callable[[int], object] = lambda k: None
+    fault: Callable[[int, int], object] = lambda k, sample: None
+    pinned: bool = False
 
-    def read(self, k: int) -> bytes:
-        self.fault(k)
-        return np.random.default_rng(k).bytes(LARGE)
+    def count(self, k: int) -> int:
+        return SAMPLES
 
-    def describe(self, k: int) -> str:
-        return f"block {k}"
+    def pin(self, k: int, sample: int) -> int | None:
+        return sample if self.pinned else None
+
+    def samples(self, k: int, which: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+        for sample in which:
+            self.fault(k, sample)
+            yield np.random.default_rng((k, sample)).integers(0, 99, LARGE // SAMPLES), os.getpid()
+
+    def pack(self, k: int, samples: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, list[int]]:
+        return np.concatenate([values for values, _ in samples]), [pid for _, pid in samples]
+
+    def describe(self, k: int, sample: int | None) -> str:
+        return f"sample {sample} of block {k}"
+
+
+class Items:
+    """A ``ReadAhead`` of blocks, compared by content."""
+
+    def __init__(self, source: Blocks, numbers: range, workers: Workers) -> None:
+        self.reader = ReadAhead(source, numbers, workers)
+
+    def __iter__(self) -> Items:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self.reader)[0].tobytes()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
 
 
 def plain(numbers: range) -> list[bytes]:
-    return [Blocks().read(k) for k in numbers]
+    blocks = Blocks()
+    return [blocks.pack(k, list(blocks.samples(k, range(SAMPLES))))[0].tobytes() for k in numbers]
 
 
 def is_running(pid: int) -> bool:
@@ -59,7 +88,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("count, prefetch", [(0, 1), (1, 1), (1, 5), (3, 2), (7, 1)])
 def test_items_come_in_order_and_the_workers_end_with_the_last(count: int, prefetch: int) -> None:
-    items = ReadAhead(Blocks(), range(3, 15, 2), Workers(count, prefetch))
+    items = Items(Blocks(), range(3, 15, 2), Workers(count, prefetch))
     first = next(items)
     pids = items.pids
     assert len(pids) == count
@@ -68,20 +97,86 @@ def test_items_come_in_order_and_the_workers_end_with_the_last(count: int, prefe
     assert items.restarts == 0
 
 
-def test_no_more_than_prefetch_items_are_made_ahead(tmp_path: Path) -> None:
-    items = ReadAhead(Blocks(lambda k: (tmp_path / str(k)).touch()), range(100), Workers(2, prefetch=3))
+def test_no_more_than_the_given_number_of_items_are_made_ahead(tmp_path: Path) -> None:
+    items = Items(Blocks(lambda k, s: (tmp_path / f"{k}-{s}").touch()), range(100), Workers(2, ahead=3))
     next(items)
-    while len(list(tmp_path.iterdir())) < 7:  # the one delivered, and three of each worker
+    while len(list(tmp_path.iterdir())) < 4 * SAMPLES:  # of the one delivered, and of three
         time.sleep(0.01)
     time.sleep(0.2)
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 4 * SAMPLES
     items.close()
+
+
+def test_a_slow_sample_delays_none_of_those_behind_it(tmp_path: Path) -> None:
+    def fault(k: int, sample: int) -> None:
+        if (k, sample) == (1, 0):
+            while not (tmp_path / "go").exists():
+                time.sleep(0.01)
+        (tmp_path / f"{k}-{sample}").touch()
+
+    items = Items(Blocks(fault), range(9), Workers(2, ahead=4))
+    got = [next(items)]
+    deadline = time.monotonic() + 20
+    while len(made := {path.name for path in tmp_path.iterdir()}) < 5 * SAMPLES - CREDIT * 3:
+        assert time.monotonic() < deadline, made  # a task has 3 samples at most, since there are two workers
+        time.sleep(0.01)
+    assert "1-0" not in made
+    (tmp_path / "go").touch()
+    assert got + list(items) == plain(range(9))
+
+
+def test_pinned_samples_are_made_by_one_worker_each_in_order(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def fault(k: int, sample: int) -> None:
+        with log.open("a") as file:
+            file.write(f"{sample} {k} {os.getpid()}\n")
+
+    list(Items(Blocks(fault, pinned=True), range(6), Workers(2, ahead=4)))
+    lines = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+    for sample in range(SAMPLES):
+        assert [k for s, k, _ in lines if s == sample] == list(range(6))
+        assert len({pid for s, _, pid in lines if s == sample}) == 1
+    assert len({pid for *_, pid in lines}) == 2
+
+
+def test_what_was_delivered_is_freed_with_its_last_view_and_outlives_the_workers() -> None:
+    def held() -> tuple[int, int]:
+        shared = sum("mmmoe data" in line for line in Path("/proc/self/maps").read_text().splitlines())
+        return len(os.listdir("/proc/self/fd")), shared
+
+    before = held()
+    reader = ReadAhead(Blocks(), range(60), Workers(2, ahead=2))
+    first, _ = next(reader)
+    for number, (values, _) in enumerate(reader):
+        del values
+        if number > 10:
+            assert held()[1] <= 2  # ``first`` and the latest
+            assert held()[0] <= before[0] + 20  # of 60
+            memory = (
+                os.stat(f"/proc/self/fd/{reader._running[0].arenas[1]}").st_blocks * 512 if reader._running else 0
+            )
+            assert memory < 6 * 9 * LARGE  # of 60 items of 8 * LARGE bytes
+    assert held()[1] == 1
+    assert first.tobytes() == plain(range(1))[0]
+    del first
+    assert held() == before
+
+
+def test_little_is_read_ahead_of_items_that_fill_the_bytes_allowed(tmp_path: Path) -> None:
+    items = Items(
+        Blocks(lambda k, s: (tmp_path / f"{k}-{s}").touch()), range(40), Workers(1, ahead=30, ahead_bytes=10 * LARGE)
+    )
+    got = [next(items)]
+    time.sleep(0.5)
+    assert len(list(tmp_path.iterdir())) < 5 * SAMPLES  # an item has 8 * LARGE bytes, a sample a fifth
+    assert got + list(items) == plain(range(40))
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_killing_workers_at_any_moment_changes_no_item(seed: int) -> None:
     chance = random.Random(seed)
-    items = ReadAhead(Blocks(), range(60), Workers(3, 2, max_restarts=99))
+    items = Items(Blocks(), range(60), Workers(3, 2, max_restarts=99))
     got = []
     for _ in range(60):
         got.append(next(items))
@@ -112,32 +207,32 @@ def test_a_loader_whose_workers_are_killed_reads_the_same_batches(
 
 
 class _Deadly(MicrobatchDataset):
-    def __getitem__(self, number: int) -> Any:
-        if number == 3:
-            faulthandler.disable()  # pytest's: it would report this one
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return super().__getitem__(number)
+    def samples(self, number: int, which: Sequence[int]) -> Iterator[Made]:
+        for sample in which:
+            if (number, sample) == (3, 5):
+                faulthandler.disable()  # pytest's: it would report this one
+                os.kill(os.getpid(), signal.SIGSEGV)
+            yield from super().samples(number, [sample])
 
 
-def test_samples_that_kill_every_worker_end_the_run_and_are_named(
+def test_a_sample_that_kills_every_worker_ends_the_run_and_is_named(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_with(tiny_data, {"num_workers": 2}, faults={"max_worker_restarts": 2})
     modalities = built(config)
-    expected = list(Loader(config_with(tiny_data), modalities, stop_step=2))[1].microbatches[1]
+    expected = list(Loader(config_with(tiny_data), modalities, stop_step=2))[1].microbatches[1].metas[5].key
     monkeypatch.setattr("mmmoe_pretrain.data.loader.MicrobatchDataset", _Deadly)
     loader = Loader(config, modalities, stop_step=9)
-    with pytest.raises(
-        WorkerDied, match=r"died \(SIGSEGV\) at batch 1, samples thing-.*; 3 died on this rank"
-    ) as error:
+    with pytest.raises(WorkerDied, match=rf"died \(SIGSEGV\) at batch 1, sample {expected}; 3 died on this rank"):
         list(loader)  # whether or not what was read before had been taken
-    assert all(meta.key in str(error.value) for meta in expected.metas)
     assert loader.worker_pids == []
 
 
 def test_without_restarts_the_first_death_ends_the_run() -> None:
-    items = ReadAhead(Blocks(lambda k: os._exit(3) if k == 4 else None), range(9), Workers(2, 1, max_restarts=0))
-    with pytest.raises(WorkerDied, match=r"died \(exit code 3\) at block 4; 1 died"):
+    items = Items(
+        Blocks(lambda k, s: os._exit(3) if (k, s) == (4, 2) else None), range(9), Workers(2, 1, max_restarts=0)
+    )
+    with pytest.raises(WorkerDied, match=r"died \(exit code 3\) at sample 2 of block 4; 1 died"):
         list(items)
     assert list(items) == []
 
@@ -148,7 +243,7 @@ def test_without_restarts_the_first_death_ends_the_run() -> None:
 def test_workers_that_hang_are_replaced_within_their_timeout_or_the_patience_for_a_step(
     workers: Workers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    items = ReadAhead(Blocks(), range(8), workers)
+    items = Items(Blocks(), range(8), workers)
     got = [next(items) for _ in range(2)]
     pids = items.pids
     for pid in pids:
@@ -159,17 +254,19 @@ def test_workers_that_hang_are_replaced_within_their_timeout_or_the_patience_for
     assert time.monotonic() - began < 3.0
     assert got + list(items) == plain(range(8))
     assert items.restarts >= 1  # the pipe of the other may have held an item
-    assert re.search("hung, (1|1.5|0.75) s without an item", caplog.text)
+    assert re.search("hung, (1|1.5|0.75) s without an answer", caplog.text)
     assert not any(is_running(pid) for pid in pids)
 
 
 def test_workers_that_hang_again_and_again_end_the_run_within_its_patience() -> None:
-    items = ReadAhead(
-        Blocks(lambda k: time.sleep(99 * (k == 1))), range(9), Workers(1, 1, timeout=99, max_restarts=2, patience=2.0)
+    items = Items(
+        Blocks(lambda k, s: time.sleep(99 * (k == 1))),
+        range(9),
+        Workers(1, 1, timeout=99, max_restarts=2, patience=2.0),
     )
     next(items)
     began = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"hung, 0\.\d+ s without an item, .*; 3 died on this rank"):
+    with pytest.raises(WorkerDied, match=r"hung, 0\.\d+ s without an answer, .*; 3 died on this rank"):
         next(items)
     assert 1.0 < time.monotonic() - began < 2.0  # half of 2 s, then a quarter and an eighth
 
@@ -223,7 +320,7 @@ def _raise(error: Exception) -> None:
 def test_what_a_worker_raises_ends_the_run_with_its_reason(
     raised: Exception, kind: type[Exception], message: str
 ) -> None:
-    items = ReadAhead(Blocks(lambda k: _raise(raised) if k == 5 else None), range(20), Workers(3, 4))
+    items = Items(Blocks(lambda k, s: _raise(raised) if k == 5 else None), range(20), Workers(3, 4))
     assert [next(items) for _ in range(5)] == plain(range(5))
     pids = items.pids
     with pytest.raises(kind, match=message):
@@ -236,28 +333,22 @@ class _Warned(Exception):
     pass
 
 
-def test_a_signal_in_the_middle_of_a_message_loses_no_item() -> None:
-    items = ReadAhead(Blocks(), range(6), Workers(1, 1))
+def test_a_signal_while_an_item_is_awaited_loses_none() -> None:
+    items = Items(Blocks(lambda k, s: time.sleep(0.3 * (k == 1))), range(6), Workers(1, 1))
     got = [next(items)]
-    (pid,) = items.pids
-    time.sleep(0.3)  # the next message has filled the pipe
-    os.kill(pid, signal.SIGSTOP)
-    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
-        time.sleep(0.01)
-    previous = signal.signal(signal.SIGALRM, lambda *_: _raise(_Warned()))
+    previous = signal.signal(signal.SIGUSR2, lambda *_: _raise(_Warned()))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR2)).start()
         with pytest.raises(_Warned):
             next(items)
     finally:
-        signal.signal(signal.SIGALRM, previous)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
+        signal.signal(signal.SIGUSR2, previous)
     assert [*got, *items] == plain(range(6))
+    assert items.restarts == 0
 
 
 def test_workers_outlive_the_warning_that_a_cluster_sends_to_every_process() -> None:
-    items = ReadAhead(Blocks(), range(30), Workers(2, 1, max_restarts=0))
+    items = Items(Blocks(), range(30), Workers(2, 1, max_restarts=0))
     got = [next(items), next(items)]
     for pid in items.pids:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -287,9 +378,9 @@ def test_an_abandoned_loader_leaves_no_process(tiny_data: Path, end: str) -> Non
     assert time.monotonic() - began < 5  # a kill and a wait for it: milliseconds
 
 
-def start_endless() -> ReadAhead[bytes]:
+def start_endless() -> Items:
     """Three workers that have delivered an item, one of them busy for long, the others in a message."""
-    items = ReadAhead(Blocks(lambda k: time.sleep(99 * (k == 3))), range(10**9), Workers(3, 2))
+    items = Items(Blocks(lambda k, s: time.sleep(99 * (k == 3))), range(10**9), Workers(3, 2))
     next(items)
     return items
 

@@ -26,7 +26,12 @@ def test_shard_verify_inspect_and_tokenizer_work_together(make_manifest, tmp_pat
     assert run(monkeypatch, "inspect", manifest) == 0
     assert run(monkeypatch, "tokenizer", manifest, "--out", tmp_path / "t.model", "--vocab-size", 310) == 0
     assert (tmp_path / "t.model").is_file()
-    (out / "train/00000.index.json").unlink()
+    assert run(monkeypatch, "index", out / "train", f"{out}/test::{out}/train", "--workers", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(", ")[0] for line in lines[-2:]] == [
+        f"{out}/train: 3 samples in 1 shards", f"{out}/test::{out}/train: 5 samples in 2 shards"
+    ]  # fmt: skip
+    (out / "train/shards.index").write_bytes(b"")
     assert run(monkeypatch, "verify", out) == 1
 
 

@@ -22,7 +22,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data import decode as decoding
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import Loader, StepData
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import Indexed, open_indexed
 from mmmoe_pretrain.data.survey import survey
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.run import evaluate
@@ -54,10 +54,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shard(folder: Path, *rows: Row) -> ShardFolder:
+def shard(folder: Path, *rows: Row) -> Indexed:
     write_manifest(folder / "manifest.jsonl", rows)
     shard_manifest(read_manifest(folder), folder, folder / "out", OPTIONS)
-    return ShardFolder(folder / "out/train")
+    return open_indexed(folder / "out/train")
 
 
 def test_a_document_comes_back_in_its_order(folder: Path, tiny_data: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_document_comes_back_in_its_order(folder: Path, tiny_data: Path) -> No
     assert names == {"a.1.png", "a.3.png", "a.4.wav", "a.5.txt", "a.json"}
     assert (written["label"], written["parts"][2]) == ("tale", {"text": "blue number 2", "loss": False})
     assert [part.get("member") for part in written["parts"]] == [None, "1.png", None, "3.png", "4.wav", "5.txt"]
-    shards = ShardFolder(folder / "out/train", modalities=modalities)
+    shards = open_indexed(folder / "out/train", modalities=modalities)
     samples = {shards.key(i): decode(shards.read(i), modalities) for i in range(len(shards))}
     found, alone = samples["a"], samples["t"]
     assert isinstance(found, Sample) and isinstance(alone, Sample)
@@ -93,7 +93,7 @@ def test_a_document_may_hold_files_of_any_kind_and_say_which_modality_they_are(f
     parts = [{"image": "red.png", "modality": "far"}, {"series": "series.csv"},
              {"file": "blue.png", "modality": "near"}]  # fmt: skip
     shard(folder, Row("a", parts=parts))
-    found = decode(ShardFolder(folder / "out/train", modalities=modalities).read(0), modalities)
+    found = decode(open_indexed(folder / "out/train", modalities=modalities).read(0), modalities)
     assert isinstance(found, Sample), found
     assert [item.modality for item in found.items] == ["far", "heart", "near"]
     seen = Seen()
@@ -241,7 +241,7 @@ def test_documents_from_elsewhere_that_cannot_be_read_are_skipped_with_their_key
     monkeypatch.setattr(decoding, "MAX_PARTS", 8)
     write_tar(tmp_path / "0.tar", [("a.0.txt", b"red"), ("a.json", json.dumps({"parts": parts}).encode())])
     modalities = modalities_of(tiny_data)
-    found = decode(ShardFolder(tmp_path, modalities=modalities).read(0), modalities)
+    found = decode(open_indexed(tmp_path, modalities=modalities).read(0), modalities)
     assert isinstance(found, BadSample)
     assert found.key == "a"
     assert reason in found.reason

@@ -48,24 +48,19 @@ def members(shard: Path) -> dict[str, bytes]:
         return {name: tar.extractfile(name).read() for name in tar.getnames()}
 
 
-def test_every_sample_is_written_once_and_the_indices_point_at_the_members(make_manifest, tmp_path):
+def test_every_sample_is_written_once_and_the_lists_name_every_shard(make_manifest, tmp_path):
     run(make_manifest(9), tmp_path / "out")  # 6 train, 3 test
     shards = ["test/00000", "train/00000", "train/00001"]
     assert contents(tmp_path / "out").keys() == {
         "README.md", "skipped.jsonl", *(f"{split}/{name}" for split in ("train", "test")
                                         for name in ("README.md", "shards.json")),
-        *(f"{place}{suffix}" for place in shards for suffix in (".tar", ".index.json")),
+        *(f"{place}.tar" for place in shards),
     }  # fmt: skip
     keys = []
     for place in shards:
         data = (tmp_path / f"out/{place}.tar").read_bytes()
-        index = json.loads((tmp_path / f"out/{place}.index.json").read_text())
         digest = xxhash.xxh3_128_hexdigest(data)
-        assert (index["version"], index["bytes"], index["xxh3_128"]) == (1, len(data), digest)
-        pointed = {f"{sample['key']}.{suffix}": data[offset : offset + size] for sample in index["samples"]
-                   for suffix, (offset, size) in sample["members"].items()}  # fmt: skip
         found = members(tmp_path / f"out/{place}.tar")
-        assert pointed == found
         assert [name.split(".")[1] for name in list(found)[:4]] == ["png", "flac", "txt", "json"]
         keys += [name.split(".")[0] for name in list(found)[::4]]
         listing = json.loads((tmp_path / f"out/{place}.tar").with_name("shards.json").read_text())

@@ -11,9 +11,9 @@ import soundfile
 from data_prep.inspect import Kind, measure
 from data_prep.manifest import read_manifest
 from data_prep.shard import ShardOptions, shard_manifest
-from data_prep.shard_files import EncodedSample, hash_file, write_shard
+from data_prep.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
 from data_prep.verify import Seen, verify_folder
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.data.survey import survey
 from tests.support import write_tar
 
@@ -39,7 +39,12 @@ def test_fresh_shards_are_well_and_inspect_counts_the_same_in_them_and_in_their_
     seen = Seen()
     assert list(verify_folder(shards, seen)) == []
     assert (seen.survey.samples, seen.shards) == (6, 2)
-    assert list(seen.notes()) == []
+    [note] = seen.notes()
+    assert note.startswith("no index of ")
+    for split in ("train", "test"):
+        open_indexed(shards / split)
+    seen = Seen()
+    assert [*verify_folder(shards, seen), *seen.notes()] == []
     of_manifest, of_shards = measure(shards.parent / "corpus")[0], measure(shards)[0]
     assert of_manifest.keys() == of_shards.keys()
     kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
@@ -57,11 +62,11 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
     assert list(verify_folder(tmp_path, seen)) == []
     assert (seen.survey.samples, seen.shards) == (9, 3)
     notes = "\n".join(seen.notes())
-    assert notes.startswith("not read: right.jpg (6), cls (6)\n")
+    assert notes.startswith("not read: right.jpg (6)\n")
     assert "no shards.json in" in notes
-    assert "no index beside 3 shards" in notes
+    assert f"no index of {tmp_path}: it is made on first use" in notes
     totals, left_out = measure(tmp_path)
-    assert left_out == "right.jpg (6), cls (6)"
+    assert left_out == "right.jpg (6)"
     assert {kind.modalities: total.rows for kind, total in totals.items()} == {"image": 8, "image+text": 1}
 
 
@@ -105,16 +110,19 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
         ("train", "image+text"): 1, ("val", "image+text"): 1, ("train", "(damaged)"): 1,
     }  # fmt: skip
     assert sorted(left_out.split(", ")) == ["*.tar (1)", "*.tar.gz (1)"]
-    folders = [ShardFolder(tmp_path / name) for name in ("train", "validation", "more")]
+    folders = [open_indexed(tmp_path / name) for name in ("train", "validation", "more")]
     assert [len(folder) for folder in folders] == [1, 1, 1]
     assert survey(folders).left_out() == left_out
 
 
 def test_the_json_of_another_sample_is_a_problem_of_shards_that_were_written_here(tmp_path):
-    write_shard(tmp_path / "0.tar", [EncodedSample("a", {"png": b"", "json": b'{"key": "a"}'})])
-    assert problems(tmp_path) == []
-    write_shard(tmp_path / "0.tar", [EncodedSample("a", {"png": b"", "json": b'{"key": "b"}'})])
-    [found] = problems(tmp_path)
+    def written(key):
+        sample = EncodedSample("a", {"png": b"", "json": json.dumps({"key": key}).encode()})
+        write_shard_list(tmp_path, [write_shard(tmp_path / "0.tar", [sample])])
+        return problems(tmp_path)
+
+    assert written("a") == []
+    [found] = written("b")
     assert "sample a has the json of 'b'" in found
 
 
@@ -130,12 +138,10 @@ def test_every_format_of_audio_that_is_sharded_is_known(make_manifest, name):
 def test_a_flipped_byte_is_found(shards):
     path = shards / "train/00000.tar"
     data = bytearray(path.read_bytes())
-    offset, _ = json.loads((shards / "train/00000.index.json").read_text())["samples"][1]["members"]["wav"]
-    data[offset + 100] ^= 1
+    data[data.index(b"fLaC" if b"fLaC" in data else b"RIFF") + 100] ^= 1
     path.write_bytes(data)
-    found = problems(shards)
-    assert len(found) == 2  # the list and the index both know the hash
-    assert all("00000.tar: xxh3_128 is" in problem for problem in found)
+    [found] = problems(shards)
+    assert "00000.tar: xxh3_128 is" in found
 
 
 def test_a_truncated_tar_and_an_index_of_another_shard_are_found(shards):
@@ -143,10 +149,15 @@ def test_a_truncated_tar_and_an_index_of_another_shard_are_found(shards):
     data = path.read_bytes()
     for keep in (0.5, 0.97):
         path.write_bytes(data[: int(len(data) * keep)])
-        assert any("bytes, 00000.index.json says" in problem for problem in problems(shards))
+        assert any("bytes, shards.json says" in problem for problem in problems(shards))
     path.write_bytes(data)
-    path.with_suffix(".index.json").write_text((shards / "test/00000.index.json").read_text())
-    assert any("does not describe the members" in problem for problem in problems(shards))
+    open_indexed(shards / "test")
+    (shards / "train/shards.index").write_bytes((shards / "test/shards.index").read_bytes())
+    [found] = problems(shards)
+    assert "shards.index does not describe the members" in found
+    (shards / "train/shards.index").write_bytes(b"x")
+    [found] = problems(shards)
+    assert "train/shards.index is too short; remove it" in found
 
 
 def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):

@@ -20,7 +20,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.checkpoint.state import model_key, split_key
 from mmmoe_pretrain.data.evaluation import iterate_eval
-from mmmoe_pretrain.data.shards import ShardFolder
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.card import _licences, _training, facts_of
 from mmmoe_pretrain.export.layout import Weight, in_files, parameter_counts, weights_of
@@ -133,7 +133,8 @@ def test_config_and_card_describe_the_run(made: Made, exported: Path) -> None:
                  "block 1: 4 experts of hidden size 8, 2 a token", "no evaluation", "To be filled in",
                  "- loss contrastive/image-audio (kind contrastive), weight 0.5",
                  "- loss captioning (kind next_token), weight 0.5",
-                 "- image (kind image), at most 4 tokens: aspect square, size 16", "48 pieces"):  # fmt: skip
+                 "- image (kind image), at most 4 tokens: aspect square, fit letterbox, size 16",
+                     "48 pieces"):  # fmt: skip
         assert fact in card, fact
     assert "99" not in card  # a later step's loss
 
@@ -192,7 +193,7 @@ def test_the_example_compares_an_image_and_texts_as_the_run_s_own_model_does(
     batch, samples = next(iterate_eval([tiny_data / "train"], config, modalities, 3))
     with torch.inference_mode():
         features = model(batch)[0].features
-    (tmp_path / "picture.png").write_bytes(ShardFolder(tiny_data / "train").read(0).members["png"])
+    (tmp_path / "picture.png").write_bytes(open_indexed(tiny_data / "train").read(0).members["png"])
     texts = [item.raw for sample in samples for item in sample.items if item.modality == "text"]
     assert len(set(texts)) == 3
     monkeypatch.setattr(sys, "argv", ["embed.py", str(exported), str(tmp_path / "picture.png"), *texts])

@@ -24,7 +24,8 @@ from launch import compare
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
-from mmmoe_pretrain.data.shards import RawSample, ShardFolder
+from mmmoe_pretrain.data.members import RawSample
+from mmmoe_pretrain.data.source import open_indexed
 from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing import history
 from mmmoe_pretrain.modalities import Modalities, Tokenizer
@@ -69,17 +70,36 @@ def write_tars(folder: Path) -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """With all sidecars, by ``mmmoe-data shard``'s own writer."""
+    """With its list and index, by ``mmmoe-data shard``'s own writer."""
     entries = []
     for number, (key, members) in enumerate(inputs.samples()):
         meta = {**json.loads(members.get("json", b"{}")), "key": key, "group": "", "split": "train"}
         members = {**members, "json": json.dumps(meta).encode()}
         entries.append(write_shard(folder / f"{number:05d}.tar", [EncodedSample(key, members)]))
     write_shard_list(folder, entries)
+    open_indexed(folder)
+
+
+def write_energon(folder: Path) -> None:
+    """As ``energon prepare`` leaves it, of which Python is never imported."""
+    write_shards(folder)
+    for name in ("shards.json", "shards.index"):
+        (folder / name).unlink()
+    shards = sorted(path.name for path in folder.glob("*.tar"))
+    (folder / ".nv-meta").mkdir()
+    (folder / ".nv-meta/.info.json").write_text(json.dumps({"shard_counts": dict.fromkeys(shards, 1)}))
+    parts = "".join(f"  - {name}\n" for name in shards)
+    (folder / ".nv-meta/split.yaml").write_text(f"exclude: []\nsplit_parts:\n  train:\n{parts}  val: []\n")
+
+
+def read_energon(path: Path) -> None:
+    source = open_indexed(path.parent.parent)
+    for i in range(len(source)):
+        source.read(i)
 
 
 def read_shards(folder: Path, modalities: Modalities) -> list[RawSample]:
-    shards = ShardFolder(folder, modalities=modalities)
+    shards = open_indexed(folder, modalities=modalities)
     return [shards.read(i) for i in range(len(shards))]
 
 

@@ -21,8 +21,8 @@ from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
 from mmmoe_pretrain.data.loader import keep_slot
+from mmmoe_pretrain.data.members import RawSample
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.shards import RawSample
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.fuzz import folders, inputs
 from tests.fuzz.mutate import damage, damage_file, damage_json, damage_yaml, payload
@@ -195,7 +195,7 @@ def use_override(override: str, place: Workplace) -> Outcome:
     return "accepted", ""
 
 
-SIDECARS = ("index.json", "shards.json", ".tar")
+SIDECARS = ("shards.index", "shards.json", ".tar")
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -207,7 +207,8 @@ TARGETS: dict[str, Target] = {
         Target("member", make_meta, decode_members, ("key",)),
         of_folder("media", folders.write_media, "file*", folders.read_media, ("file",)),
         of_shards("shard", folders.write_tars, "*/00000.tar", ("00000.tar",)),
-        of_shards("index", folders.write_shards, "*.json", SIDECARS),
+        of_shards("index", folders.write_shards, "shards.*", SIDECARS),
+        of_folder("energon", folders.write_energon, ".nv-meta/*", folders.read_energon, (".nv-meta", "changed")),
         of_folder("verify", folders.write_shards, "*", folders.verify, (), ()),
         of_folder("inspect", folders.write_shards, "*", folders.inspect, (*SIDECARS, "changed")),
         of_folder("manifest", folders.write_manifest, "manifest.jsonl", folders.read_manifest_of,

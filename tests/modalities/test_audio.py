@@ -36,7 +36,7 @@ def decode(data: bytes, rng: np.random.Generator | None = None, audio: Audio | N
 
 def band_of(hertz: float) -> int:
     """The mel band whose centre is nearest: n_mels + 2 points evenly spaced on the HTK scale."""
-    mel = [2595 * np.log10(1 + f / 700) for f in (audio_module.FMIN, hertz, RATE / 2)]
+    mel = [2595 * np.log10(1 + f / 700) for f in (CONFIG.fmin, hertz, RATE / 2)]
     return round((mel[1] - mel[0]) / (mel[2] - mel[0]) * (CONFIG.n_mels + 1)) - 1
 
 
@@ -48,7 +48,7 @@ def test_a_pure_tone_peaks_in_its_band(hertz: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "OPUS"])
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "OPUS", "MP3"])
 def test_rate_and_format_do_not_change_what_is_heard(rate: int, form: str) -> None:
     if form == "OPUS" and rate not in (8_000, 48_000):
         pytest.skip("Opus has its own rates")
@@ -66,6 +66,46 @@ def test_stereo_is_mixed_and_loudness_does_not_matter() -> None:
     expected = decode(encoded(wave, subtype="FLOAT"))
     for data in (quiet, stereo):
         np.testing.assert_allclose(decode(data), expected, atol=1e-3)
+
+
+def test_the_spectrogram_is_that_of_every_frame_by_itself() -> None:
+    """2 s are 201 frames: several blocks. In fp64, of the definition."""
+    audio = Audio("audio", AudioSettings(normalization="none", trim=False, patch=1))
+    wave = 0.3 * np.random.default_rng(0).normal(size=2 * RATE).clip(-3, 3)
+    found = decode(encoded(wave, subtype="FLOAT"), audio=audio)
+    padded = np.pad(wave.astype(np.float32).astype(float), 256)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
+    frames = np.stack([padded[160 * i : 160 * i + 512] * window for i in range(201)])
+    energy = np.abs(np.fft.rfft(frames)) ** 2 @ audio_module.mel_filters(AudioSettings()).astype(float).T
+    np.testing.assert_allclose(found, np.log10(np.maximum(energy, 1e-10)).T, atol=2e-3)
+
+
+def test_normalization_is_by_clip_by_data_set_or_none() -> None:
+    loud, quiet = (encoded(tone(500) * gain, subtype="FLOAT") for gain in (1.0, 0.1))
+    none, scaled = (
+        Audio("audio", AudioSettings(**settings))
+        for settings in ({"normalization": "none"}, {"normalization": "global", "mean": -2.0, "std": 4.0})
+    )
+    first, second = decode(loud, audio=none), decode(quiet, audio=none)
+    peak = np.unravel_index(first.argmax(), first.shape)
+    assert first[peak] - second[peak] == pytest.approx(2, abs=1e-3)  # a tenth of the amplitude, two decades of energy
+    np.testing.assert_allclose(decode(loud, audio=scaled), (first + 2) / 4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("MP3", None)])
+def test_a_random_part_of_a_long_clip_is_read_where_it_is(form: str, subtype: str | None) -> None:
+    """A clip whose pitch rises from second to second: the peak's band says where a part begins."""
+    wave = np.concatenate([tone(200 + 150 * second, 1.0) for second in range(20)])
+    data = encoded(wave, form=form, subtype=subtype)
+    audio = Audio("audio", CONFIG.model_copy(update={"crop": "random", "augment": False}))
+    decoded = [decode(data, np.random.default_rng(seed), audio) for seed in range(40)]
+    begins = [float(mel[:, 10].argmax()) for mel in decoded]
+    assert min(begins) <= band_of(200 + 150 * 3) and max(begins) >= band_of(200 + 150 * 15)
+    assert len(set(begins)) > 8
+    for mel in decoded:
+        assert mel.shape == (40, 104)  # all of the second that follows
+    start = decode(data, audio=audio)  # without a generator
+    assert abs(int(start[:, 10].argmax()) - band_of(200)) <= 1
 
 
 def test_frames_are_a_multiple_of_the_patch_and_end_in_silence() -> None:
@@ -144,16 +184,24 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_padding_never_changes_a_valid_token(config: AudioSettings) -> None:
+def test_a_clip_beside_others_has_the_tokens_that_it_has_alone(config: AudioSettings) -> None:
     torch.manual_seed(0)
-    embedder = AudioEmbedder(config, 12)
-    clip = torch.randn(1, 40, 3 * config.patch)
-    alone = embedder(clip, torch.tensor([3 * config.patch]))
-    padded = torch.full((2, 40, 7 * config.patch), 1e3)
-    padded[0, :, : 3 * config.patch] = clip[0]
-    rows = embedder(padded, torch.tensor([3 * config.patch, 7 * config.patch]))
-    assert rows.shape == (2 * 7, 12)
-    torch.testing.assert_close(rows[:3], alone, atol=1e-5, rtol=1e-5)
+    audio, embedder = Audio("audio", config), AudioEmbedder(config, 12)
+    rng = np.random.default_rng(0)
+    clips = [rng.normal(size=(40, n * config.patch)).astype(np.float32) for n in (3, 7, 1)]
+    clips[1] += 1e3
+
+    def embed(values: list[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+        collated = audio.collate(values)
+        rows = embedder(**{name: torch.from_numpy(array) for name, array in collated.arrays.items()})
+        assert rows.shape == (collated.arrays["log_mel"].shape[2] // config.patch, 12)
+        return rows, collated.starts.tolist()
+
+    rows, starts = embed(clips)
+    for clip, start in zip(clips, starts, strict=True):
+        (alone, (first,)), length = embed([clip]), clip.shape[1] // config.patch
+        torch.testing.assert_close(rows[start : start + length], alone[first : first + length], atol=1e-4, rtol=1e-4)
+    assert len(rows) == 3 + 7 + 1 + 2 * config.gap
 
 
 def test_frames_that_fill_a_token_in_part_do_not_read_padding() -> None:
@@ -163,6 +211,31 @@ def test_frames_that_fill_a_token_in_part_do_not_read_padding() -> None:
     junk[:, :, 11:] = 1e3
     valid = torch.tensor([11])
     torch.testing.assert_close(embedder(clip, valid), embedder(junk, valid))
+
+
+def test_slaney_s_filters_are_on_its_scale_and_of_equal_area() -> None:
+    """Bands of 200 / 3 Hz up to 1000 Hz, then each 6.4 ** (1 / 27) above the one before: centres at 1 to 42 mel."""
+    config = AudioSettings(
+        mel_scale="slaney", fmin=0, fmax=1000 * 6.4 ** (28 / 27), n_mels=42, n_fft=4096, sample_rate=16_000
+    )
+    filters = audio_module.mel_filters(config)
+    hertz = np.arange(2049) * 16_000 / 4096
+    expected = [mel * 200 / 3 if mel <= 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in range(1, 43)]
+    np.testing.assert_allclose(hertz[filters.argmax(axis=1)], expected, atol=4)
+    np.testing.assert_allclose(filters.sum(axis=1) * 16_000 / 4096, 1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"fmin": 9000}, "fmin 9000 to fmax 8000 Hz is no band"),
+        ({"fmax": 9000}, "to fmax 9000 Hz is no band below half of sample_rate 16000"),
+        ({"mean": -4.0}, "mean and std need normalization: global"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        AudioSettings(**settings)
 
 
 def test_filters_cover_the_band_without_a_gap() -> None:

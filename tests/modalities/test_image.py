@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from data_prep import media
 from mmmoe_pretrain import limits
-from mmmoe_pretrain.modalities import BadSampleError
+from mmmoe_pretrain.modalities import BadSampleError, image_file
 from mmmoe_pretrain.modalities.image import Image as ImageModality
-from mmmoe_pretrain.modalities.image import ImageEmbedder, ImageSettings
+from mmmoe_pretrain.modalities.image import ImageEmbedder
+from mmmoe_pretrain.modalities.image_settings import ImageSettings
+from mmmoe_pretrain.modalities.image_view import View, random_view, render
 
 SIZE = 16
 IMAGES = ImageModality("image", ImageSettings(size=SIZE))
@@ -82,20 +86,155 @@ def test_a_wide_picture_stands_between_white_bars() -> None:
     assert (pixels[1:, 5:11] == 0).all()
 
 
-def test_exif_orientation_is_applied() -> None:
-    upright = Image.new("RGB", (SIZE, SIZE), WHITE)
-    upright.paste(RED, (0, 0, SIZE, SIZE // 2))  # the top half
+# How an upright image is stored, by its EXIF orientation.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,  # to be turned clockwise
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_exif_orientation_is_applied_at_any_scale(orientation: int, form: str) -> None:
+    """Of 131 x 77 pixels a JPEG decodes 33 x 20 at a quarter, of which 32.75 x 19.25 are the image's."""
+    upright = Image.new("RGB", (131, 77), (0, 90, 200))
+    upright.paste(RED, (0, 0, 60, 30))
+    upright.paste((20, 200, 0), (90, 40, 131, 77))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying: to be turned by 90 degrees clockwise
-    lying = upright.transpose(Image.Transpose.ROTATE_90)
-    pixels = decode(encoded(lying, exif=exif))
-    assert (pixels[1, :6] < 50).all()
-    assert (pixels[1, 10:] > 200).all()
+    exif[0x0112] = orientation
+    data = encoded(upright.transpose(STORED[orientation]), form, exif=exif, quality=95, subsampling=0)
+    pixels = decode(data).astype(int)
+    assert np.abs(pixels - decode(encoded(upright))).max() < 20
+    seen = [decode(content, np.random.default_rng(3)).astype(int) for content in (data, encoded(upright))]
+    assert np.abs(seen[0] - seen[1]).mean() < 12  # of the wrong side it is 50; the edge is one of 16 rows
 
 
-@pytest.mark.parametrize("size", [(1, 1), (500, 1), (1, 500), (900, 700)])
-def test_odd_sizes_decode(size: tuple[int, int]) -> None:
-    assert decode(encoded(flat("RGB", RED, size))).shape == (3, SIZE, SIZE)
+def photograph(**options: object) -> bytes:
+    """A photograph of 512 x 600 pixels that comes with matplotlib, re-encoded with ``options``."""
+    with get_sample_data("grace_hopper.jpg") as file, Image.open(file) as image:
+        return encoded(image.convert("RGB"), "JPEG", **{"quality": 95, **options})
+
+
+@pytest.mark.parametrize("size", [48, 64, 104, 224])  # at an eighth, a quarter, a quarter, and half of the scale
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "subsampling": 0}])
+def test_a_jpeg_decoded_at_a_smaller_scale_is_close_to_a_full_decode(size: int, options: dict[str, object]) -> None:
+    data = photograph(**options)
+    pixels = decode(data, images=ImageModality("image", ImageSettings(size=size, fit="stretch"))).astype(int)
+    full = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    difference = np.abs(pixels - np.asarray(full).transpose(2, 0, 1))
+    assert difference.mean() < 2.5  # the bound of image.MARGIN, on photographs
+    assert difference.max() < 45
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 1}, {"restart_marker_rows": 1}])
+def test_pixels_are_the_same_with_and_without_simplejpeg(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    pytest.importorskip("simplejpeg")
+    data = photograph(**options)
+    broken = bytearray(data)
+    broken[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    images = [ImageModality("image", ImageSettings(size=size)) for size in (48, 104, 224, 512)]
+
+    def pixels() -> list[np.ndarray]:
+        return [decode(content, images=size) for size in images for content in (data, bytes(broken))]
+
+    with_it = pixels()
+    monkeypatch.setattr(image_file, "_simplejpeg", lambda: None)
+    for found, expected in zip(with_it, pixels(), strict=True):  # of torch's resize and Pillow's
+        np.testing.assert_allclose(found.astype(int), expected, atol=2)
+
+
+def _decode_in_a_fork(data: bytes, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for size in (64, 224):
+        images = ImageModality("image", ImageSettings(size=size))
+        for rng in (None, np.random.default_rng(0)):
+            decode(data, rng, images)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_worker_decodes_after_its_parent_used_torch_s_threads(threads: int) -> None:
+    """OpenMP's threads do not survive a fork; what waits for them would hang."""
+    data, before = photograph(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.ones(1500, 1500) @ torch.ones(1500, 1500)
+        decode(data, images=ImageModality("image", ImageSettings(size=64)))
+        workers = [
+            multiprocessing.get_context("fork").Process(target=_decode_in_a_fork, args=(data, threads))
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(30)
+            codes = worker.exitcode
+            worker.kill()
+            assert codes == 0, "None: it hung"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_adobe_jpeg_of_inverted_colours_is_read() -> None:
+    """Pillow writes CMYK inverted and marked by Adobe's APP14, whose last byte says how the colours are coded."""
+    data = encoded(flat("CMYK", (255, 0, 127, 0)), "JPEG", quality=100)
+    np.testing.assert_allclose(decode(data)[:, 3, 3], (0, 255, 128), atol=2)
+    marker = data.index(b"Adobe") + 11
+    assert data[marker] == 0
+    # Its bytes 0, 255, 128, 255 as YCCK (Adobe TN 5116): Y 0, Cb 255 and Cr 128 are the red, green and blue 0, 0 and
+    # 1.772 * 127 = 225 of the inverse of the inverse of cyan, magenta and yellow.
+    ycck = data[:marker] + b"\2" + data[marker + 1 :]
+    np.testing.assert_allclose(decode(ycck)[:, 3, 3], (255, 255, 255 - 225), atol=4)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_read(form: str) -> None:
+    frames = [flat("RGB", (0, 0, 255)) for _ in range(5)]
+    data = encoded(flat("RGB", RED), form, save_all=True, append_images=frames, duration=9)
+    np.testing.assert_allclose(decode(data)[:, 3, 3], RED, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "row"),
+    [  # of the middle row of 4 pixels: a wide image of red, green, blue thirds
+        ("letterbox", (90, 30), "rgb"),
+        ("stretch", (90, 30), "rgb"),
+        ("crop", (90, 30), "ggg"),
+        ("crop", (30, 90), "rgb"),
+    ],
+)
+def test_the_image_fits_as_the_settings_say(fit: str, size: tuple[int, int], row: str) -> None:
+    colours = {"r": RED, "g": (0, 255, 0), "b": (0, 0, 255)}
+    image = Image.new("RGB", size)
+    for place, colour in enumerate(colours.values()):
+        image.paste(colour, (place * size[0] // 3, 0, (place + 1) * size[0] // 3, size[1]))
+    settings = ImageSettings(size=24, fit=fit, background=(9, 8, 7))  # type: ignore[arg-type]
+    pixels = decode(encoded(image), images=ImageModality("image", settings))
+    np.testing.assert_allclose(pixels[:, 12, [3, 12, 20]].T, [colours[letter] for letter in row], atol=3)
+    is_bar = (pixels[:, [0, 7, 16, 23], 12].T == (9, 8, 7)).all()
+    assert is_bar == (fit == "letterbox")
+    assert decode(encoded(flat("RGBA", (0, 0, 0, 0))), images=ImageModality("image", settings))[:, 5, 5].tolist() == [
+        9, 8, 7,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 1), (1, 65_535), (900, 700)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("fit", ["letterbox", "crop", "stretch"])
+def test_odd_sizes_decode(size: tuple[int, int], form: str, fit: str) -> None:
+    if form == "JPEG" and max(size) > 65_500:
+        size = (1, 65_500)  # libjpeg's limit
+    images = ImageModality("image", ImageSettings(size=SIZE, fit=fit, crop_scale=(0.01, 1)))  # type: ignore[arg-type]
+    data = encoded(flat("RGB", RED, size), form)
+    for rng in (None, np.random.default_rng(0)):
+        pixels = decode(data, rng, images)
+        assert pixels.shape == (3, SIZE, SIZE) and pixels.dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -180,6 +319,58 @@ def test_augmentation_is_a_function_of_the_generator() -> None:
     assert (first != decode(data)).any()
 
 
+NOTHING: dict = {
+    "crop_scale": (1, 1),
+    "crop_ratio": (1, 1),
+    "rotation": 0,
+    "flip": False,
+    "brightness": 0,
+    "contrast": 0,
+}
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_augmentation_without_strength_changes_nothing(fit: str) -> None:
+    data = photograph()
+    images = ImageModality("image", ImageSettings(size=64, fit=fit, **NOTHING))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(decode(data, np.random.default_rng(0), images), decode(data, images=images))
+
+
+@pytest.mark.parametrize("side", [40, 100, 700])  # of an image that is enlarged, sampled, and shrunk
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_rotated_view_shows_what_rotating_cropping_and_resizing_one_by_one_show(side: int, mirrored: bool) -> None:
+    with get_sample_data("grace_hopper.jpg") as file:
+        image = Image.open(file).convert("RGB").resize((side, side * 3 // 4), Image.Resampling.LANCZOS)
+    view = View((64, 64), image.size, 0.1 * side, -0.1 * side, 0.8 * side, 0.85 * side, 11.0, mirrored)
+    content = (0.0, 0.0, *map(float, image.size))
+    shown = render(image_file.Decoded(image, content), view, Image.Resampling.BICUBIC, (10, 200, 30))
+    found = shown.transpose(1, 2, 0).astype(int)
+    # On a large canvas, so that rotating about its centre is exact and nothing is lost at the corners.
+    canvas = Image.new("RGB", (800, 800), (10, 200, 30))
+    canvas.paste(image.resize((400, 300), Image.Resampling.BICUBIC), (200, 250))
+    scale = 400 / side
+    box = (200 + 40, 250 - 40, 200 + 40 + view.width * scale, 250 - 40 + view.height * scale)
+    expected = canvas.rotate(11.0, Image.Resampling.BICUBIC, fillcolor=(10, 200, 30))
+    expected = expected.resize((64, 64), Image.Resampling.BICUBIC, box=box)
+    if mirrored:
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.abs(found - np.asarray(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("of", [(300, 200), (50, 900)])
+def test_a_random_resized_crop_is_inside_of_the_image_with_its_shape(of: tuple[int, int]) -> None:
+    settings = ImageSettings(fit="crop", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), rotation=0)
+    rng, areas = np.random.default_rng(0), []
+    for _ in range(200):
+        view, _ = random_view(of, (48, 48), "crop", settings, rng)
+        assert view.left >= -1e-6 and view.left + view.width <= of[0] + 1e-6
+        assert view.top >= -1e-6 and view.top + view.height <= of[1] + 1e-6
+        assert 3 / 4 - 1e-6 <= view.width / view.height <= 4 / 3 + 1e-6
+        areas.append(view.width * view.height / (of[0] * of[1]))
+    assert 0.02 < min(areas) < 0.15 and max(areas) <= 1.0
+    assert max(areas) > 0.7 or of == (50, 900)  # of which no such shape has more than a fourteenth
+
+
 def test_without_flip_no_picture_is_mirrored() -> None:
     image = Image.new("RGB", (SIZE, SIZE), WHITE)
     image.paste((0, 0, 0), (0, 0, SIZE // 2, SIZE))  # the left half is dark
@@ -192,6 +383,39 @@ def test_without_flip_no_picture_is_mirrored() -> None:
 
     assert mirrored(False) == 0
     assert 15 < mirrored(True) < 45  # half of 60, within four standard deviations
+
+
+@pytest.mark.parametrize("stem", [{"stem": "linear"}, {"stem": "linear", "aspect": "native"}])
+def test_pixels_are_normalized_by_channel(stem: dict) -> None:
+    torch.manual_seed(0)
+    clip = ImageModality("image", ImageSettings(size=16, mean="clip", std="clip", **stem))
+    half = ImageModality("image", ImageSettings(size=16, **stem))
+    one, other = clip.embedder(12, 0), half.embedder(12, 0)
+    other.load_state_dict(one.state_dict())
+    value = np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    # The pixels that half's normalization takes to where clip's takes ``value``.
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    same = (((value / 255 - mean[:, None, None]) / std[:, None, None]) * 0.5 + 0.5) * 255
+    arrays = [its.collate([value]).arrays for its in (clip, half)]
+    inputs = [{name: torch.from_numpy(array) for name, array in found.items()} for found in arrays]
+    name = "patches" if "aspect" in stem else "pixels"
+    shaped = same.reshape(3, 2, 8, 2, 8).transpose(1, 3, 0, 2, 4).reshape(4, -1) if "aspect" in stem else same[None]
+    inputs[1][name] = torch.from_numpy(shaped).float()
+    torch.testing.assert_close(one(**inputs[0]), other(**inputs[1]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"mean": "imagenett"}, "'imagenett' is not half, imagenet, clip, a number or three numbers"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale 0.5 to 1.5"),
+        ({"crop_ratio": (2, 1)}, "crop_ratio 2.0 to 1.0"),
+        ({"fit": "crop", "aspect": "native", "stem": "linear"}, "aspect native shows whole images"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ImageSettings(**settings)
 
 
 def test_a_linear_stem_reads_its_own_patch_alone() -> None:

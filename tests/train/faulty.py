@@ -23,6 +23,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader, StepData
+from mmmoe_pretrain.data.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.train.journal import read_events
@@ -73,8 +74,8 @@ def saved(config: RunConfig) -> list[int]:
 
 def on_data(change: Callable[[Loader, StepData], StepData]) -> None:
     """Apply ``change`` to every step's data before the run gets it."""
-    plain = Loader.__next__
-    Loader.__next__ = lambda loader: change(loader, plain(loader))  # type: ignore[method-assign]
+    for kind in (Loader, ReplicaLoader):
+        kind.__next__ = lambda loader, plain=kind.__next__: change(loader, plain(loader))  # type: ignore
 
 
 def keep_batches(path: Path) -> None:

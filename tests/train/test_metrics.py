@@ -61,6 +61,7 @@ def record(step: int, total: float = 3.0, routing: bool = True) -> StepRecord:
         tokens=4000,
         seconds=2.0,
         data_seconds=0.5,
+        loading_seconds={"decode": 3.0},
         samples=SampleCounts(bad=1),
         routing=(layer_routing(),) if routing else (),
     )
@@ -83,6 +84,7 @@ def test_a_record_becomes_one_json_line_with_modalities_by_name(tmp_path: Path) 
     assert line["step"] == 10
     assert line["losses"] == {"total": 3.0, "contrastive/image-text": 2.5, "aux/global_entropy/image": 0.5}
     assert (line["tokens"], line["seconds"], line["data_seconds"], line["bad_samples"]) == (4000, 2.0, 0.5, 1)
+    assert line["loading_seconds"] == {"decode": 3.0}
     (layer,) = line["routing"]
     assert (layer["layer"], layer["tokens"]) == (1, {"image": 300.0, "audio": 0.0, "text": 100.0})
     assert layer["assignments"] == {"image": 600.0, "audio": 0.0, "text": 200.0}

@@ -1,96 +1,88 @@
-"""Shards open by their index or by their headers, and a damaged one is refused by name."""
+"""Samples are read by number from shards as people make them, and a damaged shard is refused by name."""
 
 from __future__ import annotations
 
 import bz2
 import gzip
-import json
+import io
 import lzma
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
+from mmmoe_pretrain.data.decode import class_of
 from mmmoe_pretrain.data.members import split_name
 from mmmoe_pretrain.data.pack import _group_ids
-from mmmoe_pretrain.data.shards import OpenShards, ShardFolder, read_index
-from mmmoe_pretrain.modalities import default_modalities
-from tests.support import write_tar
+from mmmoe_pretrain.data.rows import read_rows
+from mmmoe_pretrain.data.source import Indexed, open_indexed
+from mmmoe_pretrain.modalities import build_modalities, default_modalities
+from tests.support import tiny_config, tiny_values, write_tar
 
 TWO = [("a.png", b"PNG"), ("a.txt", b"red"), ("b.flac", b"F" * 700), ("b.json", b"{}"), ("b.cls", b"7")]
 
 
-def sidecar(path: Path, **changes: object) -> None:
-    """An index as mmmoe-data writes it, from tarfile's own offsets."""
-    samples: dict[str, dict[str, list[int]]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            samples.setdefault(key, {})[extension] = [member.offset_data, member.size]
-    index = {
-        "version": 1,
-        "bytes": path.stat().st_size,
-        "samples": [{"key": key, "members": members} for key, members in samples.items()],
-        **changes,
-    }
-    path.with_suffix(".index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("indexed", [True, False])
-def test_samples_are_read_by_position(tmp_path: Path, indexed: bool) -> None:
-    for name, members in (("00000.tar", TWO), ("00001.tar", [("c.txt", b"")])):
-        path = write_tar(tmp_path / name, members)
-        if indexed:
-            sidecar(path)
-    folder = ShardFolder(tmp_path)
-    assert [folder.key(i) for i in range(len(folder))] == ["a", "b", "c"]
-    assert folder.read(2).members == {"txt": b""}
-    assert folder.read(0).members == {"png": b"PNG", "txt": b"red"}
-    assert folder.read(1).members == {"flac": b"F" * 700, "json": b"{}"}  # the unknown .cls is ignored
+def test_samples_are_read_by_number(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", TWO)
+    write_tar(tmp_path / "00001.tar", [("c.txt", b"")])
+    for _ in ("by the headers", "by the index"):
+        source = open_indexed(tmp_path)
+        assert [source.key(i) for i in range(len(source))] == ["a", "b", "c"]
+        assert source.shard_sizes.tolist() == [2, 1]
+        assert source.read(2).members == {"txt": b""}
+        assert source.read(0).members == {"png": b"PNG", "txt": b"red"}
+        assert source.read(1).members == {"flac": b"F" * 700, "json": b"{}", "cls": b"7"}
+        assert source.sizes_of(np.asarray([2, 1, 0, 1]), "audio").tolist() == [0, 700, 0, 700]
+        assert source.sizes_of(np.asarray([2, 1, 0]), "text").tolist() == [0, 0, 3]
 
 
 def test_folders_long_names_and_other_alphabets_are_part_of_the_key(tmp_path: Path) -> None:
     long = "ein-größerer-fisch-" + "x" * 150  # needs a PAX header
     write_tar(tmp_path / "x.tar", [("./one/a.PNG", b"1"), ("two/a.png", b"2"), (f"{long}.txt", b"fish")])
-    folder = ShardFolder(tmp_path)
+    folder = open_indexed(tmp_path)
     assert [folder.key(i) for i in range(3)] == ["one/a", "two/a", long]
     assert [folder.read(i).members for i in (0, 2)] == [{"png": b"1"}, {"txt": b"fish"}]
 
 
-def test_the_listing_decides_which_shards_and_in_which_order(tmp_path: Path) -> None:
-    for name in "abc":
-        write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", b"")])
-    listing = {"shardlist": [{"url": "c.tar"}, {"url": "a.tar"}]}
-    (tmp_path / "shards.json").write_text(json.dumps(listing))
-    folder = ShardFolder(tmp_path)
-    assert [folder.key(i) for i in range(len(folder))] == ["c", "a"]
+def test_foreign_tars_load_as_people_make_them(tmp_path: Path) -> None:
+    names = ["._pile.v2", "__MACOSX/pile.v2/._a.JPEG", ".DS_Store", "pile.v2/._a.JPEG"]  # what macOS leaves
+    members = [("pile.v2/a.JPEG", b"J"), ("pile.v2/a.caption.txt", b"red"), ("pile.v2/a.CLS", b"7\n")]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=format) as tar:
+            for name, content in [("./", b""), ("./pile.v2/", b""), *((name, b"junk") for name in names), *members]:
+                info = tarfile.TarInfo(f"./{name}" if format == tarfile.GNU_FORMAT else name)
+                info.size, info.type = len(content), tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+                info.mtime = 1.5  # pax needs a record for it
+                tar.addfile(info, io.BytesIO(content))
+        (tmp_path / "shards.index").unlink(missing_ok=True)
+        [raw] = list(map(open_indexed(tmp_path).read, range(1)))
+        assert (raw.key, raw.members) == ("pile.v2/a", {"jpeg": b"J", "caption.txt": b"red", "cls": b"7\n"})
+        assert class_of(raw) == "7"
 
 
-def test_many_shards_of_many_folders_take_few_descriptors(tmp_path: Path) -> None:
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
+def test_only_the_alphabet_decides_and_is_refused_with_the_setting(tmp_path: Path) -> None:
+    def opened(members: tuple[str, ...] = ()) -> Indexed:
+        settings = tiny_values(tmp_path)["modalities"]
+        settings["image"]["members"] = members
+        config = tiny_config(tmp_path, modalities=settings)
+        return open_indexed(tmp_path / "s", modalities=build_modalities(config.modalities, decoding=False))
 
-    before, files, folders = descriptors(), OpenShards(3), []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        for i in range(4):
-            write_tar(tmp_path / name / f"{i}.tar", [(f"k{i}.txt", f"{name}{i}".encode())])
-        folders.append(ShardFolder(tmp_path / name, files))
-    for i in (0, 1, 2, 3, 0, 2):
-        for name, folder in zip("ab", folders, strict=True):
-            assert folder.read(i).members == {"txt": f"{name}{i}".encode()}
-            assert descriptors() - before <= 3
-    del folders, folder, files
-    assert descriptors() == before
-
-
-def test_the_pool_leaves_the_process_most_of_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for soft, limit in ((1024, 256), (1 << 20, 256), (256, 64), (-1, 256)):
-        monkeypatch.setattr("resource.getrlimit", lambda _, soft=soft: (soft, soft))
-        assert OpenShards().limit == limit
+    pair = [("a.png", b""), ("a.seg.png", b""), ("b.left.png", b"L"), ("b.right.png", b"R")]
+    write_tar(tmp_path / "s/x.tar", pair)
+    with pytest.raises(
+        ValueError, match=r"'b' of .*x\.tar has left\.png, right\.png, .*modalities\.image\.members: \["
+    ):
+        opened()
+    assert opened(("right.png",)).read(1).members == {"right.png": b"R"}
+    assert opened(("png", "right.png", "left.png")).read(1).members == {"right.png": b"R"}, "the first that is there"
+    (tmp_path / "s/shards.index").unlink()
+    parts = b'{"parts": [{"member": "1.png"}, {"member": "0.png"}]}'  # a document names what is read
+    write_tar(tmp_path / "s/x.tar", [("b.0.png", b"0"), ("b.1.png", b"1"), ("b.json", parts)])
+    assert opened().read(0).members.keys() == {"0.png", "1.png", "json"}
 
 
 @pytest.mark.parametrize(
@@ -127,35 +119,31 @@ def test_one_member_a_modality_is_read_by_a_rule(extensions: str, read: dict[str
 def test_members_that_are_not_read_are_counted_and_not_fetched(tmp_path: Path) -> None:
     members = [(f"{key}.{name}", name.encode()) for key in "ab" for name in ("right.png", "left.png", "cls")]
     write_tar(tmp_path / "x.tar", [*members, ("c.txt", b"red")])
-    folder = ShardFolder(tmp_path)
+    folder = open_indexed(tmp_path)
     assert folder.contents == {("right.png", "left.png", "cls"): 2, ("txt",): 1}
     assert folder.with_contents(("right.png", "left.png", "cls")).tolist() == [0, 1]
     raw = folder.read(1)
-    assert (raw.members, raw.unread) == ({"left.png": b"left.png"}, ("right.png", "cls"))
+    assert (raw.members, raw.unread) == ({"left.png": b"left.png", "cls": b"cls"}, ("right.png",))
 
 
-@pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("names", [
     ["v1.0000.jpg", "v1.0000.txt", "v1.0001.jpg", "v1.0001.txt"], [f"photo.{letter}.jpg" for letter in "abcdefghi"],
 ])  # fmt: skip
-def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[str], indexed: bool) -> None:
-    path = write_tar(tmp_path / "x.tar", [("good.jpg", b""), *((name, b"") for name in names)])
-    if indexed:
-        sidecar(path)
+def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[str]) -> None:
+    write_tar(tmp_path / "x.tar", [("good.jpg", b""), *((name, b"") for name in names)])
     key = names[0].partition(".")[0]
     with pytest.raises(ValueError, match=rf"x\.tar .*the key '{key}', .*{names[0][len(key) + 1 :]}, .*without dots"):
-        ShardFolder(tmp_path)
+        open_indexed(tmp_path)
     write_tar(tmp_path / "x.tar", [(name.replace(".", "_", 1), b"") for name in names])
-    (tmp_path / "x.index.json").unlink(missing_ok=True)
-    assert len(ShardFolder(tmp_path)) == len({name.rpartition(".")[0] for name in names})
+    assert len(open_indexed(tmp_path)) == len({name.rpartition(".")[0] for name in names})
 
 
 def test_an_absent_folder_and_one_without_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
-        ShardFolder(tmp_path / "absent")
+        open_indexed(tmp_path / "absent")
     (tmp_path / "00000.tar.gz").touch()
     with pytest.raises(ValueError, match=r"holds no \*\.tar \(but 00000\.tar\.gz\)"):
-        ShardFolder(tmp_path)
+        open_indexed(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +164,7 @@ def test_a_shard_without_samples_or_with_wrong_names_is_refused(
 ) -> None:
     write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
     with pytest.raises(ValueError, match=rf"x\.tar .*{message}"):
-        ShardFolder(tmp_path)
+        open_indexed(tmp_path)
 
 
 # A member is a header of 512 bytes and its content in blocks of 512: 1024, 2048, 3584, ...
@@ -195,61 +183,24 @@ def test_a_truncated_compressed_or_joined_shard_is_refused(
     tmp_path: Path, change: Callable[[bytes], bytes], message: str
 ) -> None:
     path = write_tar(tmp_path / "x.tar", [("BZh.txt", b"red"), *TWO])  # begins like bzip2, and is none
-    assert len(read_index(path)) == 3
+    assert len(read_rows(str(path))[1]) == 3
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"x\.tar .*{message}"):
-        read_index(path)
-
-
-def test_the_index_and_the_listing_notice_a_truncated_shard(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", TWO)
-    sidecar(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x\.tar has 10239 bytes, but its index says 10240"):
-        ShardFolder(tmp_path)
-    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": "x.tar", "filesize": 99}]}))
-    with pytest.raises(ValueError, match=r"x\.tar has 10239 bytes, but shards\.json says 99"):
-        ShardFolder(tmp_path)
+        open_indexed(tmp_path)
 
 
 def test_a_shard_that_shrinks_during_the_run_ends_it(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", TWO)
-    folder = ShardFolder(tmp_path)
+    folder = open_indexed(tmp_path)
     path.write_bytes(path.read_bytes()[:2600])
-    with pytest.raises(ValueError, match="changed during the run"):
+    with pytest.raises(ValueError, match=r"x\.tar was changed while it was read"):
         folder.read(1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"version": 2}, "has version 2, and 1 is read.*remove it"),
-        ({"samples": [{"key": "a", "members": {"png": [0, 99999]}}]}, "puts sample 'a' outside of.*remove it"),
-        ({"samples": [{"key": "a", "members": {"png": [-5, 2]}}]}, "puts sample 'a' outside of.*remove it"),
-        ({"samples": [{"members": {}}]}, "is not a shard index.*remove it"),
-        ({"samples": [{"key": "a", "members": {"png": [1]}}]}, "is not a shard index.*remove it"),
-        ({"samples": 3}, "is not a shard index.*remove it"),
-        ("{", "is not JSON.*remove it"),
-        ("[]", "holds list.*remove it"),
-        ({"samples": 2 * [{"key": "a", "members": {"png": [512, 3]}}]}, "holds key 'a' twice"),
-    ],
-)
-def test_a_broken_index_is_refused_with_the_remedy(
-    tmp_path: Path, changes: dict[str, object] | str, message: str
-) -> None:
-    path = write_tar(tmp_path / "x.tar", TWO)
-    if isinstance(changes, str):
-        (tmp_path / "x.index.json").write_text(changes)
-    else:
-        sidecar(path, **changes)
-    with pytest.raises(ValueError, match=rf"x\.index\.json {message}"):
-        read_index(path)
 
 
 def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
     for shard in ("x", "y"):
         write_tar(tmp_path / f"{shard}.tar", [("same.txt", shard.encode())])
-    folder = ShardFolder(tmp_path)
+    folder = open_indexed(tmp_path)
     raws = [folder.read(i) for i in range(2)]
     assert [(raw.key, raw.members["txt"]) for raw in raws] == [("same", b"x"), ("same", b"y")]
     metas = [SampleMeta(raw.key, shard=raw.shard) for raw in (*raws, raws[0])]
@@ -263,12 +214,5 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
         info = tarfile.TarInfo("a.txt")
         info.type, info.linkname = kind, "b.txt"
         tar.addfile(info)
-    with pytest.raises(ValueError, match="a link, a device"):
-        ShardFolder(tmp_path)
-
-
-@pytest.mark.parametrize("url", ["http://host/x.tar", "/x.tar", "../x.tar", ""])
-def test_a_listing_that_leaves_the_folder_is_refused(tmp_path: Path, url: str) -> None:
-    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
-    with pytest.raises(ValueError, match="not a file under"):
-        ShardFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"holds 'a\.txt', a (symbolic link|hard link|device|pipe);"):
+        open_indexed(tmp_path)

@@ -1,0 +1,62 @@
+"""``mmmoe-data index``: the index of each source, made or completed before training; of the sources of a run's config
+also the field that they are split by and, with ``--lengths``, the tokens of their samples."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+
+from data_prep.pool import map_in_order
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.data.fields import MODALITIES, measure_field, read_field
+from mmmoe_pretrain.data.index import Rows
+from mmmoe_pretrain.data.lengths import lengths_path, measure_lengths, open_lengths
+from mmmoe_pretrain.data.listing import is_remote, is_stream
+from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.storage import Files, Stat, read_settings
+from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.urls import redacted
+
+
+def run(specs: Sequence[str], workers: int, lengths: bool) -> None:
+    """The command: a line a source. A config names the sources of its data.train and evaluate.test."""
+    for spec in specs:
+        if not spec.endswith((".yaml", ".yml")):
+            if lengths:
+                raise ValueError(f"--lengths measures tokens, and {redacted(spec)} names no tokenizer; name a config")
+            _index(spec, Files(), workers)
+            continue
+        config = run_config.load(spec)
+        files = Files(read_settings(config))
+        modalities = build_modalities(config.modalities, config.data.tokenizer) if lengths else None
+        for source in config.data.train:
+            if not is_stream(source.path):
+                field = None if source.split_by == MODALITIES else source.split_by
+                _index(source.path, files, workers, modalities, field)
+        for path in config.evaluate.test:
+            _index(path, files, workers)
+
+
+def _index(
+    spec: str, files: Files, workers: int, modalities: Modalities | None = None, field: str | None = None
+) -> None:
+    """With ``modalities`` also the lengths of the samples, with a ``field`` its values, where they are not known."""
+    walk = None if is_remote(spec) else functools.partial(_walk, workers=workers)
+    source = open_indexed(spec, files, modalities, walk=walk, ask=True)
+    line = f"{redacted(spec)}: {len(source):,} samples in {len(source.shard_sizes):,} shards, {source.index_path}"
+    Console(markup=False).print(line, highlight=False, soft_wrap=True)
+    if modalities is not None:
+        path = lengths_path(source, modalities)
+        if open_lengths(path, source, modalities) is None:
+            measure_lengths(source, modalities, path)
+    if field is not None and read_field(source, field) is None:
+        measure_field(source, field)
+
+
+def _walk(
+    function: Callable[[str], tuple[Stat, Rows]], urls: Iterable[str], workers: int
+) -> Iterator[tuple[Stat, Rows]]:
+    todo = list(urls)
+    return map_in_order(function, todo, min(workers, len(todo)))

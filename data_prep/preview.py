@@ -1,0 +1,171 @@
+"""``mmmoe-data preview``: what a run would read, without training it.
+
+Reads microbatches spread evenly over the run's steps (its first ones where a source is a stream), exactly as training
+reads them, and reports shares by source, modality and language, the epochs of each source, tokens and padding, how
+level the ranks are, and the seconds of reading and decoding, from which follow the workers that a step time needs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import Batch, Sample
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.assign import Assignment
+from mmmoe_pretrain.data.decode import BadSample
+from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
+from mmmoe_pretrain.data.pack import origins
+from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.progress import track
+
+KEYS_NAMED = 5
+DRAWS = 20_000  # positions of the run whose sources are looked up for its epochs
+
+
+@dataclass
+class Share:
+    """Of a source, a modality or a language."""
+
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Preview:
+    """Sums over the microbatches that were read."""
+
+    sources: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    modalities: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    languages: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    epochs: dict[str, float] = field(default_factory=dict)  # of each source, over the whole run
+    tokens: list[int] = field(default_factory=list)  # of each global microbatch
+    rows: int = 0  # of their streams, padding included
+    longest: list[float] = field(default_factory=list)  # tokens of the longest rank over the mean
+    samples: int = 0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    cut: Counter[str] = field(default_factory=Counter)
+    bad: list[BadSample] = field(default_factory=list)
+
+
+def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel_size: int) -> None:
+    """The command: read at least ``samples`` samples and print what they are. ``data_parallel_size``: of the ranks
+    that are compared."""
+    config = run_config.load(config_path, list(overrides))
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    found = preview(config, modalities, samples, data_parallel_size)
+    _print(found, config, data_parallel_size)
+
+
+def preview(config: RunConfig, modalities: Modalities, samples: int, data_parallel_size: int) -> Preview:
+    """What microbatches with together ``samples`` samples or more, spread over the run, hold."""
+    dataset = MicrobatchDataset(config, modalities)
+    ranks = Assignment(config, dataset.sources, modalities, data_parallel_size)
+    found = Preview()
+    parts = config.train.num_microbatches
+    each = config.train.global_batch_size // parts
+    whole = config.train.steps * parts
+    count = min(whole, -(-samples // each))
+    last = count if dataset.streams else whole
+    numbers = np.unique(np.linspace(0, last - 1, count).astype(int)).tolist()
+    _count_epochs(found, config, dataset)
+    for number in track(numbers, "reading microbatches", len(numbers), "microbatches"):
+        made = list(dataset.samples(number, range(each)))
+        batch, stats = dataset.pack(number, made)
+        found.pack_seconds += stats.seconds["pack"]
+        tokens = _add(found, config, dataset, number, made, batch)
+        mine = [ranks.of_rank(number, r).positions - number * each for r in range(data_parallel_size)]
+        held = [int(tokens[rows].sum()) for rows in mine]
+        found.longest.append(max(held) / max(1e-9, sum(held) / len(held)))
+    return found
+
+
+def _count_epochs(found: Preview, config: RunConfig, dataset: MicrobatchDataset) -> None:
+    whole = config.train.steps * config.train.global_batch_size
+    positions = np.unique(np.linspace(0, whole - 1, min(whole, DRAWS)).astype(int))
+    drawn = np.bincount(dataset.assignment.blend.at(positions).source, minlength=len(dataset.sources))
+    for its, source, share in zip(config.data.train, dataset.sources, drawn / len(positions), strict=True):
+        found.epochs[its.path] = share * whole / len(source) if hasattr(source, "__len__") else float("nan")
+
+
+def _add(
+    found: Preview, config: RunConfig, dataset: MicrobatchDataset, number: int, made: Sequence[Made], batch: Batch
+) -> np.ndarray:
+    """Count a microbatch; the tokens of its samples [n]."""
+    share = dataset.assignment.of_rank(number, 0)
+    samples = [keep_slot(sample.item) for sample in made]
+    tokens = np.bincount(origins(samples, dataset.settings, share.positions).sample_n, minlength=len(made))
+    for sample, source, count in zip(made, share.places.source.tolist(), tokens.tolist(), strict=True):
+        groups = [found.sources[config.data.train[source].path]]
+        if isinstance(sample.item, Sample):
+            groups.append(found.languages[sample.item.meta.language or "(none)"])
+            for name in {item.modality for item in sample.item.items}:
+                found.modalities[name].samples += 1
+        else:
+            found.bad.append(sample.item)
+        for group in groups:
+            group.samples += 1
+            group.tokens += count
+        found.cut += sample.cut
+        found.read_seconds += sample.read_seconds
+        found.decode_seconds += sample.decode_seconds
+    for m, name in enumerate(config.modalities):
+        found.modalities[name].tokens += int((batch.modality_ids[batch.valid] == m).sum())
+    found.samples += len(made)
+    found.tokens.append(int(batch.valid.sum()))
+    found.rows += len(batch.valid)
+    return tokens
+
+
+def _print(found: Preview, config: RunConfig, ranks: int) -> None:
+    console = Console(markup=False)
+    console.width = max(console.width, 110)  # whole names in a log, too
+    total = max(1, sum(found.tokens))
+    for title, groups in (("source", found.sources), ("modality", found.modalities), ("language", found.languages)):
+        columns = [
+            title,
+            "samples",
+            "tokens",
+            "tokens a sample",
+            *(["epochs in the run"] if title == "source" else []),
+        ]
+        table = Table(*columns)
+        for name, share in sorted(groups.items(), key=lambda pair: -pair[1].tokens):
+            cells = [name, f"{share.samples / found.samples:.1%}", f"{share.tokens / total:.1%}",
+                     f"{share.tokens / max(1, share.samples):.1f}"]  # fmt: skip
+            table.add_row(*cells, *([f"{found.epochs[name]:.2f}"] if title == "source" else []))
+        console.print(table)
+    for line in _lines(found, config, ranks):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _lines(found: Preview, config: RunConfig, ranks: int) -> list[str]:
+    mean = sum(found.tokens) / len(found.tokens)
+    read, decode, pack = (
+        seconds / found.samples for seconds in (found.read_seconds, found.decode_seconds, found.pack_seconds)
+    )
+    per_sample, batch_size = read + decode + pack, config.train.global_batch_size
+    lines = [
+        f"{found.samples:,} samples of {len(found.tokens)} microbatches were read",
+        f"tokens of a global microbatch: mean {mean:,.0f}, longest {max(found.tokens):,}; of a step: "
+        f"{mean * config.train.num_microbatches:,.0f}; padding {1 - sum(found.tokens) / found.rows:.1%}",
+        f"tokens of the longest of {ranks} data-parallel ranks over the mean rank: {np.mean(found.longest):.3f}",
+        f"a sample takes {1e3 * read:.2f} ms to read, {1e3 * decode:.2f} to decode and {1e3 * pack:.2f} to pack",
+        f"one worker loads {1 / per_sample:,.0f} samples a second; a step of {batch_size} samples takes "
+        f"{batch_size * per_sample:.2f} worker-seconds",
+    ]
+    if found.cut:
+        lines.append("too long, cut: " + ", ".join(f"{name} {count:,}" for name, count in found.cut.items()))
+    if found.bad:
+        named = "; ".join(map(str, found.bad[:KEYS_NAMED]))
+        lines.append(f"bad samples: {len(found.bad):,} ({len(found.bad) / found.samples:.2%}): {named}")
+    return lines

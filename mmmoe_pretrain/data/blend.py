@@ -1,0 +1,304 @@
+"""The blend of a run: the sources of data.train and their parts, mixed by weights, temperature, schedules and epochs.
+
+The shares are constant over stages (``mix.Stage``), so that the order stays a pure function of the position: a
+schedule's straight lines are cut into PIECES steps, and a source with a number of epochs ends one.
+
+A *part* is what is drawn from by one share: a source, or its samples with one set of modalities or one value of a
+field (``split_by``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import xxhash
+
+from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
+from mmmoe_pretrain.config.base import value_at
+from mmmoe_pretrain.data.fields import MODALITIES, FieldSource, field_path, read_field
+from mmmoe_pretrain.data.mix import Stage, block_counts, longest_block
+from mmmoe_pretrain.data.order import Order, Places, sub_lanes
+from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.urls import redacted
+
+MOST_LANES = 1024  # unless data.lanes says more
+MOST_SUB_LANES = 64  # of a stream, unless data.lanes is given: a reader keeps one pipe open for each of its lanes
+PIECES = 32  # at most, of a schedule's line between two of its steps
+ROWS_OF_PIECE = 32  # at least: fewer could not hold small shares
+
+MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples, or of those of them
+
+
+@runtime_checkable
+class IndexedSource(FieldSource, Protocol):
+    """What is asked of ``source.Indexed``."""
+
+    modalities: Modalities
+
+    @property
+    def shard_sizes(self) -> np.ndarray: ...
+    @property
+    def contents(self) -> dict[tuple[str, ...], int]: ...
+    def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray: ...
+
+
+class StreamSource(Protocol):
+    """What is asked of ``stream.Stream``."""
+
+    num_shards: int
+
+
+AnySource = IndexedSource | StreamSource
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of source number ``source``: ``sizes`` of them in its shards (of a stream the number of sub-lanes),
+    ``indices`` in the source (None: all, in order). ``share``: of the source's weight."""
+
+    source: int
+    sizes: np.ndarray | int
+    indices: np.ndarray | None = None
+    share: float = 1.0
+
+    @property
+    def samples(self) -> int | None:
+        """None of a stream, whose samples are not known before they are read."""
+        return None if isinstance(self.sizes, int) else int(self.sizes.sum())
+
+
+class Blend:
+    """The training samples of a run by global position. ``notes``: what a user should know about it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Sequence[AnySource],
+        mean_tokens: MeanTokens | None = None,
+    ) -> None:
+        data, batch = config.data, config.train.global_batch_size
+        self._batch = batch
+        self.lanes = data.lanes or most_dividing(batch, MOST_LANES)
+        self.parts = parts_of(data, sources, self.lanes)
+        plan = _plan(config, shares_at(data, self.parts, mean_tokens), self.lanes)
+        stages = build_stages(plan, [_end(data, part, self.lanes) for part in self.parts], self.lanes)
+        self._order = Order(
+            [part.sizes for part in self.parts],
+            stages,
+            config.seed,
+            lanes=self.lanes,
+            window=data.shuffle_window,
+            chunk=data.shuffle_chunk,
+        )
+        self.stages = stages
+        self.notes = list(_notes(config, self.parts))
+        if self.steps is not None and config.train.steps > self.steps:
+            raise ValueError(
+                f"data.train ends after {self.steps} steps of {batch} samples, by the epochs of its sources, and "
+                f"train.steps is {config.train.steps}; lower it, or raise or leave out the epochs of a source"
+            )
+
+    @property
+    def steps(self) -> int | None:
+        """Whole global batches until all sources have ended; None where one is endless."""
+        return None if self._order.rows is None else self._order.rows * self.lanes // self._batch
+
+    @property
+    def digest(self) -> str:
+        """What the order depends on, for a comparison of ranks: their files may differ."""
+        found = xxhash.xxh3_64(repr(self.stages).encode())
+        for part in self.parts:
+            found.update(repr((part.source, part.samples, part.sizes if part.samples is None else None)).encode())
+            for array in (part.sizes, part.indices):
+                if isinstance(array, np.ndarray):
+                    found.update(array.tobytes())
+        return found.hexdigest()
+
+    def at(self, positions: np.ndarray) -> Places:
+        """The samples at global ``positions`` [n]: source by its number in data.train, index in it."""
+        places = self._order.at(positions)
+        part, index = places.source, places.index.copy()
+        for number in np.unique(part).tolist():
+            if (indices := self.parts[number].indices) is not None:
+                here = part == number
+                index[here] = indices[index[here]]
+        source = np.asarray([its.source for its in self.parts])[part]
+        return dataclasses.replace(places, source=source, index=index)
+
+
+def most_dividing(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
+
+
+def parts_of(data: DataConfig, sources: Sequence[AnySource], lanes: int) -> list[Part]:
+    """The parts of all sources, in their order. Raises ValueError for what a stream cannot have."""
+    found: list[Part] = []
+    for number, (source, settings) in enumerate(zip(sources, data.train, strict=True)):
+        if isinstance(source, IndexedSource):
+            whole = Part(number, np.asarray(source.shard_sizes, dtype=np.int64))
+            found += [whole] if settings.split_by is None else _split(number, source, settings)
+            continue
+        if settings.epochs is not None or settings.split_by or data.temperature or data.weigh_by == "tokens":
+            raise ValueError(
+                f"data.train: {settings.path} is only read on, so that its size is not known before; epochs, "
+                f"split_by, data.temperature and weigh_by: tokens need an index: name the tars, or leave these out"
+            )
+        shards = source.num_shards if data.lanes else min(source.num_shards, MOST_SUB_LANES)
+        found.append(Part(number, sub_lanes(lanes, shards)))
+    return found
+
+
+def _split(number: int, source: IndexedSource, settings: SourceConfig) -> list[Part]:
+    """A part for each set of modalities or value of a field, the largest first."""
+    dtype = np.uint32 if len(source) < 1 << 32 else np.int64
+    if settings.split_by == MODALITIES:
+        held = _by_modalities(source)
+    else:
+        held = _by_field(source, str(settings.split_by), settings.path)
+    ends = np.cumsum(source.shard_sizes)
+    total = sum(len(indices) ** (1 / settings.temperature) for indices in held.values())
+    return [
+        Part(
+            number,
+            np.diff(np.searchsorted(indices, ends), prepend=0),
+            indices.astype(dtype),
+            len(indices) ** (1 / settings.temperature) / total,
+        )
+        for _, indices in sorted(held.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def _by_modalities(source: IndexedSource) -> dict[str, np.ndarray]:
+    kinds: dict[str, list[np.ndarray]] = defaultdict(list)
+    for extensions in source.contents:
+        kind = "+".join(source.modalities.members_read(extensions))
+        kinds[kind].append(source.with_contents(extensions))
+    return {kind: np.sort(np.concatenate(found)) for kind, found in kinds.items()}
+
+
+def _by_field(source: IndexedSource, field: str, path: str) -> dict[str, np.ndarray]:
+    known = read_field(source, field)
+    if known is None:
+        raise ValueError(
+            f"data.train: the values of split_by {field} of {redacted(path)} are not known at "
+            f"{field_path(source, field)}; run mmmoe-data index with this config first, or use split_by: modalities"
+        )
+    values, ids = known
+    ends = np.cumsum(np.bincount(ids, minlength=len(values)))[:-1]
+    held = zip(values, np.split(np.argsort(ids, kind="stable"), ends), strict=True)
+    return {value: indices for value, indices in held if len(indices)}
+
+
+def shares_at(
+    data: DataConfig, parts: Sequence[Part], mean_tokens: MeanTokens | None
+) -> Callable[[float], list[float]]:
+    """The weight of each part, by samples, at a step. ``mean_tokens``: needed for weigh_by: tokens."""
+    factors = []
+    by_tokens = data.weigh_by == "tokens"
+    sizes: dict[int, float] = defaultdict(float)  # of sources, in samples or tokens
+    for part in parts:
+        mean = mean_tokens(part.source, part.indices) if by_tokens and mean_tokens else 1.0
+        sizes[part.source] += (part.samples or 0) * mean
+        factors.append(part.share / max(mean, 1e-9))
+    if data.temperature is not None:
+        factors = [f * sizes[part.source] ** (1 / data.temperature) for f, part in zip(factors, parts, strict=True)]
+
+    def weights(step: float) -> list[float]:
+        own = [value_at(data.train[part.source].schedule, step) for part in parts]
+        return [weight * factor for weight, factor in zip(own, factors, strict=True)]
+
+    return weights
+
+
+Plan = list[tuple[int, list[float]]]  # (first row, the weight of each part from there on)
+
+
+def _plan(config: RunConfig, weights: Callable[[float], list[float]], lanes: int) -> Plan:
+    """Constant weights over intervals of rows, in place of the schedules' lines. The steps are those of the batches'
+    numbers, so that skipped batches count."""
+
+    def rows(steps: float) -> int:
+        return ceil(steps * config.train.global_batch_size / lanes)
+
+    knots = sorted({0, *(step for source in config.data.train for step, _ in source.schedule)})
+    plan: Plan = []
+    for first, last in zip(knots, [*knots[1:], None], strict=True):
+        if last is None or weights(first) == weights(last - 1e-6):
+            pieces = [(float(first), float(first))]
+        else:
+            count = min(PIECES, max(1, rows(last - first) // ROWS_OF_PIECE))
+            edges = np.linspace(first, last, 1 + count).tolist()
+            pieces = [(edge, (edge + after) / 2) for edge, after in pairwise(edges)]
+        plan += [(rows(edge), weights(at)) for edge, at in pieces]
+    return plan
+
+
+def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Stage]:
+    """The stages of ``plan``. ``ends``: of each part, how many samples a lane has; None: no end.
+
+    A stage ends with the block that its successor's first row falls into.
+    """
+    left, row, stages = list(ends), 0, list[Stage]()
+    for (_, weights), after in zip(plan, [*(first for first, _ in plan[1:]), None], strict=True):
+        while after is None or row < after:
+            live = [0.0 if end == 0 else weight for weight, end in zip(weights, left, strict=True)]
+            if not any(live):
+                if stages and (after is None or not any(left)):
+                    return stages
+                raise ValueError(
+                    f"data.train: from sample {row * lanes:,} on every source has weight 0 or has had its epochs; "
+                    f"give one a weight there, or more epochs"
+                )
+            counts = _counts(live, lanes, None if after is None else after - row)
+            fitting = [end // count for end, count in zip(left, counts, strict=True) if count and end is not None]
+            wanted = None if after is None else -(-(after - row) // sum(counts))
+            blocks = min((number for number in (wanted, *fitting) if number is not None), default=None)
+            if blocks == 0:  # a part ends within the block: what it has left comes in one block of its own
+                counts = tuple(c if end is None else min(c, end) for c, end in zip(counts, left, strict=True))
+                blocks = 1
+            stages.append(Stage(counts, blocks))
+            if blocks is None:
+                return stages
+            row += blocks * sum(counts)
+            left = [end if end is None else end - blocks * c for end, c in zip(left, counts, strict=True)]
+    return stages
+
+
+def _counts(weights: Sequence[float], lanes: int, rows: int | None) -> tuple[int, ...]:
+    """Places of a block, of at most ``rows`` rows. Without such a limit a source that would get none is refused."""
+    longest = longest_block(lanes)
+    counts = block_counts(weights, longest if rows is None else max(1, min(longest, rows)))
+    if rows is None and any(weight > 0 and not count for weight, count in zip(weights, counts, strict=True)):
+        raise ValueError(
+            f"the weights of data.train, {[float(f'{w:.3g}') for w in weights]}, differ too much: the smallest would "
+            f"get less than one sample in {longest}; raise it, or leave its source out"
+        )
+    return counts
+
+
+def _end(data: DataConfig, part: Part, lanes: int) -> int | None:
+    """Samples of each lane until the part has had its epochs: where they do not divide, fewer than ``lanes`` come
+    once more."""
+    epochs = data.train[part.source].epochs
+    return None if epochs is None or part.samples is None else -(-part.samples * epochs // lanes)
+
+
+def _notes(config: RunConfig, parts: Sequence[Part]) -> list[str]:
+    batch = config.train.global_batch_size
+    if any(part.samples is None for part in parts):
+        return []
+    total = sum(part.samples or 0 for part in parts)
+    if total >= batch:
+        return []
+    return [
+        f"train.global_batch_size {batch} exceeds the {total} samples of data.train, so that a batch holds samples "
+        f"more than once; lower it, or add data"
+    ]

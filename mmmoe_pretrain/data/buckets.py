@@ -1,0 +1,210 @@
+"""Files of buckets and of every other URL that fsspec knows; S3 by obstore where that is possible.
+
+obstore's threads do not survive a fork (a child of a process that has used it waits forever), while fsspec starts new
+ones. So obstore is used in data workers alone, which never fork, and the rank uses fsspec.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from mmmoe_pretrain.data.retry import Later, TransientError
+from mmmoe_pretrain.data.stores import UNKNOWN, Stat, check_same
+from mmmoe_pretrain.urls import MissingError, StorageError, protocol, redacted
+
+CHUNK = 8 << 20
+VERSIONS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5", "generation", "version_id")
+TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+LASTING = (ImportError, TypeError, ValueError, NotImplementedError, AttributeError)  # a retry changes nothing
+
+T = TypeVar("T")
+
+
+class FsspecFiles:
+    """A store (``stores.Store``) of one protocol of fsspec."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self._name, self._options = name, dict(options)
+        self._files: Any = None
+
+    def stat(self, url: str, seconds: float) -> Stat:
+        info = self._call(url, lambda files, path: files.info(path), seconds)
+        if info.get("type") == "directory":
+            raise StorageError(f"cannot read {redacted(url)}: it is a folder, not a file; correct the URL")
+        version = next((str(info[key]) for key in (*VERSIONS, *TIMES) if info.get(key)), "")
+        if info.get("size") is None:
+            return Stat(UNKNOWN, version, ranges=False)
+        return Stat(int(info["size"]), version)
+
+    def get(self, url: str, start: int, size: int, expected: Stat, seconds: float) -> bytes:
+        data = self._call(url, lambda files, path: files.cat_file(path, start=start, end=start + size), seconds)
+        check_same(url, expected, self.stat(url, seconds))  # after it: the same now means the same while it was read
+        if len(data) != size:
+            raise TransientError(f"a short body: {len(data)} bytes of {size}")
+        return data
+
+    def list(self, url: str, seconds: float) -> list[str]:
+        def names(files: Any, path: str) -> list[str]:
+            files.invalidate_cache()  # what other machines wrote
+            inside = (entry for entry in files.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/"))
+            return sorted(
+                entry["name"].rstrip("/").rpartition("/")[2] + "/" * (entry["type"] == "directory")
+                for entry in inside
+            )
+
+        return self._call(url, names, seconds)
+
+    def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
+        file = self._call(url, lambda files, path: files.open(path, "rb"), seconds)
+        while data := self._timed(url, lambda: file.read(CHUNK), seconds):
+            if len(data) > offset:
+                yield data[offset:]
+            offset = max(0, offset - len(data))
+
+    def close(self) -> None:
+        self._files = None
+
+    def _call(self, url: str, call: Callable[[Any, str], Any], seconds: float) -> Any:
+        def work() -> Any:
+            if self._files is None:
+                import fsspec
+
+                own = {"skip_instance_cache": True, "use_listings_cache": False}
+                self._files = fsspec.filesystem(self._name, **{**own, **self._options})
+            return call(self._files, self._files._strip_protocol(url))
+
+        return self._timed(url, work, seconds)
+
+    def _timed(self, url: str, work: Callable[[], Any], seconds: float) -> Any:
+        try:
+            import fsspec  # here: local runs need not import it
+
+            if self._files is None:  # not in the thread: a fork during an import in a thread would leave it locked
+                fsspec.get_filesystem_class(self._name)
+            return Later(work).result(seconds)
+        except (StorageError, TransientError):
+            raise
+        except FileNotFoundError:
+            raise MissingError(f"cannot read {redacted(url)}: it does not exist; correct the URL") from None
+        except (IsADirectoryError, NotADirectoryError):
+            raise StorageError(f"cannot read {redacted(url)}: it is a folder, not a file; correct the URL") from None
+        except PermissionError as error:
+            raise no_permission(url, error) from None
+        except Exception as error:  # noqa: BLE001 - each client library has its own errors
+            cause = redacted(f"{type(error).__name__}: {error}")
+            if "credential" in cause.lower():
+                raise no_permission(url, error) from None
+            if isinstance(error, LASTING):
+                raise StorageError(
+                    f"cannot read {redacted(url)}: {cause}; install the package of {self._name}:// on every node, "
+                    f"or correct the URL and data.storage_options"
+                ) from None
+            raise TransientError(cause) from None
+
+
+class ObstoreFiles:
+    """A store (``stores.Store``) of S3 by obstore."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = s3_settings(options)
+        self._buckets: dict[str, Any] = {}
+
+    def stat(self, url: str, seconds: float) -> Stat:
+        import obstore
+
+        meta = self._call(url, seconds, obstore.head)
+        return Stat(meta["size"], meta["e_tag"] or "")
+
+    def get(self, url: str, start: int, size: int, expected: Stat, seconds: float) -> bytes:
+        import obstore
+
+        def work(bucket: Any, key: str) -> tuple[Any, bytes]:
+            result = obstore.get(bucket, key, options={"range": (start, start + size)})
+            return result.meta, bytes(result.bytes())
+
+        meta, data = self._call(url, seconds, work)
+        check_same(url, expected, Stat(meta["size"], meta["e_tag"] or ""))
+        if len(data) != size:
+            raise TransientError(f"a short body: {len(data)} bytes of {size}")
+        return data
+
+    def list(self, url: str, seconds: float) -> list[str]:
+        import obstore
+
+        def work(bucket: Any, key: str) -> list[str]:
+            found = obstore.list_with_delimiter(bucket, key.rstrip("/") or None)
+            files = [entry["path"].rpartition("/")[2] for entry in found["objects"]]
+            folders = [folder.rstrip("/").rpartition("/")[2] + "/" for folder in found["common_prefixes"]]
+            if not files and not folders:
+                raise FileNotFoundError
+            return sorted(files + folders)
+
+        return self._call(url, seconds, work)
+
+    def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
+        expected = self.stat(url, seconds)
+        while offset < expected.size:
+            data = self.get(url, offset, min(CHUNK, expected.size - offset), expected, seconds)
+            yield data
+            offset += len(data)
+
+    def close(self) -> None:
+        self._buckets.clear()
+
+    def _call(self, url: str, seconds: float, work: Callable[[Any, str], T]) -> T:
+        from obstore.store import S3Store
+
+        bucket, _, key = url.partition("://")[2].partition("/")
+        if bucket not in self._buckets:
+            plain = str(self._options.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", ""))).startswith("http://")
+            self._buckets[bucket] = S3Store(
+                bucket,
+                **self._options,
+                client_options={"allow_http": plain, "timeout": f"{2 * seconds:.0f}s"},  # longer than we wait
+                retry_config={"max_retries": 0},
+            )
+        try:
+            return Later(lambda: work(self._buckets[bucket], key)).result(seconds)
+        except TransientError:
+            raise
+        except FileNotFoundError:
+            raise MissingError(f"cannot read {redacted(url)}: it does not exist; correct the URL") from None
+        except Exception as error:  # noqa: BLE001 - obstore's have no base class but this
+            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise no_permission(url, error) from None
+            raise TransientError(redacted(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")) from None
+
+
+def no_permission(url: str, error: BaseException) -> StorageError:
+    return StorageError(
+        f"cannot read {redacted(url)}: no permission ({redacted(error)}); set the credentials of "
+        f"{protocol(url)}:// in the environment, or a profile in data.storage_options"
+    )
+
+
+def s3_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """obstore's names of s3fs's options."""
+    given = {**options, **options.get("client_kwargs", {})}
+    names = {"endpoint_url": "endpoint", "region_name": "region", "anon": "skip_signature"}
+    return {names[name]: value for name, value in given.items() if name in names}
+
+
+def obstore_reads(name: str, options: Mapping[str, Any]) -> bool:
+    """obstore is installed, all that it needs is at hand, and no fork can come after its use here."""
+    client = options.get("client_kwargs", {})
+    known = {*options} <= {"endpoint_url", "anon", "client_kwargs"} and {*client} <= {"endpoint_url", "region_name"}
+    anonymous = bool(options.get("anon"))
+    signed = "AWS_ACCESS_KEY_ID" in os.environ and "AWS_PROFILE" not in os.environ
+    placed = "region_name" in client or bool({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys())
+    return (
+        name in ("s3", "s3a")
+        and multiprocessing.current_process().daemon  # a data worker: it may have no children
+        and known
+        and (anonymous or signed)
+        and placed
+        and importlib.util.find_spec("obstore") is not None
+    )

@@ -1,0 +1,78 @@
+"""The values of a field of the JSONs of an indexed source, such as its languages, in a file beside the index.
+
+``mmmoe-data index CONFIG`` makes it where a source of the config has ``split_by`` with the field: reading every JSON
+at each start would take too long. The file is NumPy's ``.npz``: ``values`` (texts) and ``ids`` uint16 [N].
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from mmmoe_pretrain.data.decode import BadSampleError, read_row
+from mmmoe_pretrain.data.members import META, RawSample
+from mmmoe_pretrain.progress import Progress
+
+MOST_VALUES = 4096
+MODALITIES = "modalities"  # the value of split_by that is not a field
+
+
+class FieldSource(Protocol):
+    """What is asked of ``source.Indexed``."""
+
+    def __len__(self) -> int: ...
+    @property
+    def index_path(self) -> Path: ...
+    def read(self, i: int, only: Iterable[str] | None = None) -> RawSample: ...
+
+
+def field_path(source: FieldSource, field: str) -> Path:
+    """Where the values of ``field`` are."""
+    path = source.index_path
+    return path.with_name(f"{path.name}-{xxhash.xxh3_64_hexdigest(field.encode())}.field.npz")
+
+
+def measure_field(source: FieldSource, field: str) -> Path:
+    """Read every JSON of ``source``, and write the values of ``field``; a sample without a text there has the value
+    "". Raises ValueError where there are more than MOST_VALUES."""
+    path, ids = field_path(source, field), dict[str, int]()
+    found = np.zeros(len(source), dtype=np.uint16)
+    with Progress(f"reading {field}", len(source), "samples") as progress:
+        for i in range(len(source)):
+            try:
+                value = read_row(source.read(i, only=(META,))).get(field)
+            except BadSampleError:
+                value = None
+            found[i] = ids.setdefault(value if isinstance(value, str) else "", len(ids))
+            if len(ids) > MOST_VALUES:
+                raise ValueError(
+                    f"the field {field} has more than {MOST_VALUES} values, and each would be a part of the source; "
+                    f"split by a field with fewer"
+                )
+            progress.advance()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
+    try:
+        np.savez(part, values=np.asarray(list(ids)), ids=found)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def read_field(source: FieldSource, field: str) -> tuple[list[str], np.ndarray] | None:
+    """The values of ``field``, and of each sample the number of its value; None where no file of a source of this
+    size has them."""
+    try:
+        with np.load(field_path(source, field), allow_pickle=False) as file:
+            values, ids = [str(value) for value in file["values"]], np.asarray(file["ids"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+    if ids.shape != (len(source),) or ids.dtype != np.uint16 or int(ids.max(initial=0)) >= len(values):
+        return None
+    return values, ids

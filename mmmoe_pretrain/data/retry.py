@@ -1,0 +1,89 @@
+"""Retries of one read: exponential backoff with full jitter, bounded in number and in time.
+
+Full jitter as in AWS Architecture Blog, "Exponential Backoff and Jitter" (2015): a thousand ranks whose bucket failed
+at the same moment do not ask again at the same moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from mmmoe_pretrain.urls import StorageError, redacted
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+REPORTED = 3  # attempts that fail before it is logged
+
+
+class TransientError(Exception):
+    """A request failed in a way that may pass: timeout, reset, 429, 5xx, short body. ``wait``: seconds that the
+    server asks for."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Retries:
+    """The limits of one read."""
+
+    request_seconds: float = 20.0  # of a request without an answer
+    read_seconds: float = 90.0  # of a read with all its requests and pauses
+    count: int = 10  # further requests after the first
+    first_pause: float = 0.1
+    longest_pause: float = 10.0
+
+    def run(self, call: Callable[[float], T], doing: str) -> T:
+        """``call(seconds)`` until it returns; it may take so many seconds. ``doing``: e.g. ``read s3://b/a.tar``.
+
+        Raises StorageError where the limits are reached, with the last cause.
+        """
+        began, attempt = time.monotonic(), 0
+        while True:
+            left = self.read_seconds - (time.monotonic() - began)
+            try:
+                return call(max(0.001, min(self.request_seconds, left)))
+            except TransientError as error:
+                attempt += 1
+                longest = min(self.longest_pause, self.first_pause * 2 ** (attempt - 1))
+                pause = max(error.wait, random.SystemRandom().uniform(0, longest))  # forks share random's state
+                elapsed = time.monotonic() - began
+                if attempt > self.count or elapsed + pause >= self.read_seconds:
+                    raise StorageError(
+                        f"cannot {redacted(doing)}: {redacted(error)} ({attempt} requests in {elapsed:.0f} s). Check "
+                        f"the service and the network; raise data.read_timeout and data.read_retries for long outages"
+                    ) from None
+                if attempt == REPORTED:
+                    logger.warning("cannot %s yet: %s; trying again", redacted(doing), redacted(error))
+                time.sleep(pause)
+
+
+class Later(Generic[T]):
+    """The result of a call in a daemon thread: one that never returns holds nobody up."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(call,), daemon=True).start()
+
+    def _work(self, call: Callable[[], T]) -> None:
+        try:
+            self._done.put((call(), None))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            self._done.put((None, error))
+
+    def result(self, seconds: float) -> T:
+        try:
+            value, error = self._done.get(timeout=seconds)
+        except queue.Empty:
+            raise TransientError(f"no answer in {seconds:.3g} s") from None
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]

@@ -1,0 +1,136 @@
+"""What a checkpoint holds of a run's streams: for each sub-lane four integers (``LaneState``), whatever was read.
+
+A rank knows how far the sub-lanes that it reads have come (``Stream.delivered``); a save gathers the ranks' states. A
+resumed run reads each sub-lane on from there, at any layout and number of workers. The numbers of a batch's samples
+follow from its positions alone, so a state needs no list of what its window has served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mmmoe_pretrain.data.order import Places
+from mmmoe_pretrain.data.stream import LaneState, Stream
+
+Table = dict[str, list[LaneState]]  # identity of a stream -> the states of its sub-lanes
+MAX_NUMBER = 1 << 56
+SEARCHED = 1 << 22  # positions in which a sub-lane has a sample
+
+
+class Positions(Protocol):
+    """The order of a run's samples."""
+
+    @property
+    def lanes(self) -> int: ...
+    def at(self, positions: np.ndarray) -> Places: ...
+
+
+def table(streams: Iterable[Stream]) -> Table:
+    """The states that this process knows."""
+    return {stream.identity: stream.states for stream in streams}
+
+
+def merged(tables: Sequence[Table]) -> Table:
+    """Of the tables of all ranks, some of which may read nothing: the latest state of each sub-lane."""
+    found: Table = {}
+    for states in tables:
+        for identity, lanes in states.items():
+            known = found.setdefault(identity, lanes)
+            found[identity] = [max(pair) for pair in zip(known, lanes, strict=True)]
+    return found
+
+
+def to_json(states: Table) -> dict[str, list[list[int]]]:
+    """``{identity: [[number, epoch, shard, sample], ...]}``."""
+    return {
+        identity: [[lane.number, lane.epoch, lane.shard, lane.sample] for lane in lanes]
+        for identity, lanes in states.items()
+    }
+
+
+def from_json(value: object) -> Table:
+    """The inverse of ``to_json``. Raises ValueError for anything else."""
+    if not isinstance(value, Mapping):
+        raise _damaged(value)
+    found: Table = {}
+    for identity, lanes in value.items():
+        if not isinstance(identity, str) or not isinstance(lanes, list) or not all(map(_is_state, lanes)):
+            raise _damaged(lanes)
+        found[identity] = [LaneState(*lane) for lane in lanes]
+    return found
+
+
+def start(streams: Mapping[int, tuple[Stream, int]], saved: Table, order: Positions, position: int) -> list[str]:
+    """Read streams (by source: and the number of sub-lanes that ``order`` has for it) on from ``saved``, for batches
+    from the global ``position`` on; warnings.
+
+    A stream that is not among them, since its shards, sub-lanes, window or the seed changed, is read from its first
+    epoch on, at the numbers that the order asks for next.
+    """
+    warnings = []
+    for source, (stream, lanes) in streams.items():
+        states = saved.get(stream.identity, [])
+        if len(states) != lanes:
+            numbers = first_numbers(order, source, lanes, position) if position else [0] * lanes
+            states = [LaneState(number) for number in numbers]
+            if position:
+                warnings.append(
+                    f"data.train: the checkpoint does not know the stream {stream.identity} in {lanes} sub-lanes: it "
+                    f"is read from its first epoch on, so that samples may be repeated"
+                )
+        stream.start(states)
+    return warnings
+
+
+def first_numbers(order: Positions, source: int, lanes: int, position: int) -> list[int]:
+    """Of each sub-lane of a stream the number of its first sample from the global ``position`` on; 0 where none is
+    near: the sub-lane is then read up to it."""
+    found = np.full(lanes, -1, dtype=np.int64)
+    step = 64 * order.lanes
+    for first in range(position, position + max(SEARCHED, step), step):
+        places = order.at(np.arange(first, first + step))
+        here = places.source == source
+        lane, number = places.sub_lane[here], places.number[here]
+        new, at = np.unique(lane, return_index=True)  # the first of each, as numbers rise with the position
+        unknown = found[new] < 0
+        found[new[unknown]] = number[at[unknown]]
+        if (found >= 0).all():
+            break
+    return np.maximum(found, 0).tolist()
+
+
+def sharing(order: Positions, source: int, lanes: int, global_batch: int, microbatches: int, ranks: int) -> str:
+    """A note where several of the data-parallel ranks read one sub-lane, each of them all of it; else empty."""
+    positions = np.arange(global_batch)
+    places = order.at(positions)
+    here = places.source == source
+    microbatch = global_batch // microbatches
+    rank = (positions % microbatch) * ranks // microbatch
+    pairs = np.unique(np.stack([places.sub_lane[here], rank[here]]), axis=1)
+    shared = int((np.bincount(pairs[0], minlength=lanes) > 1).sum())
+    if not shared:
+        return ""
+    return (
+        f"data.train: {shared} of the {lanes} sub-lanes of source {source} are read by several ranks, each of which "
+        f"reads all of them: that is exact, and slower. Each rank has sub-lanes of its own if their number is a "
+        f"multiple of {microbatches * ranks} (train.num_microbatches x ranks): set data.lanes to "
+        f"train.global_batch_size, and name at least so many shards"
+    )
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in value)
+    )
+
+
+def _damaged(value: object) -> ValueError:
+    return ValueError(
+        f"the state of a stream must be a list of [number, epoch, shard, sample], not {str(value)[:80]}; the "
+        f"checkpoint is damaged or was edited: use another one"
+    )

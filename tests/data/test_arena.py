@@ -1,0 +1,66 @@
+"""Values in shared memory: what is written is what is read, and memory is used again or given back."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmmoe_pretrain.data.arena import ALIGNMENT, Arena, dump, load, mapped, write
+
+MB = 1 << 20
+
+
+def memory(arena: Arena) -> int:
+    return os.fstat(arena.descriptor).st_blocks * 512
+
+
+@pytest.mark.parametrize("value", [
+    None, ("a", 3), np.arange(7), np.zeros((0, 4), np.float32), [np.ones(n, np.uint8) for n in range(1500)],
+    {"x": np.arange(12).reshape(3, 4).T, "flags": np.array([True, False]), "text": np.array(["ü", "b"])},
+], ids=["none", "plain", "array", "empty", "more arrays than one call writes", "mixed"])  # fmt: skip
+def test_a_value_is_read_as_it_was_written(value: Any) -> None:
+    arena = Arena(MB)
+    for slot in (arena.take(), arena.take()):
+        length = write(arena.descriptor, slot, value)
+        assert length == sum(map(len, dump(value)))
+        found = load(memoryview(mapped(arena.descriptor, slot, length)))
+        np.testing.assert_equal(found, value)
+    arena.close()
+
+
+def test_arrays_are_aligned_views_that_may_be_written() -> None:
+    arena = Arena(MB)
+    slot = arena.take()
+    length = write(arena.descriptor, slot, [np.arange(5), np.arange(6.0)])
+    for array in load(memoryview(mapped(arena.descriptor, slot, length))):
+        assert array.ctypes.data % ALIGNMENT == 0
+        array[0] = 9
+    assert load(memoryview(mapped(arena.descriptor, slot, length)))[1][0] == 9.0
+    arena.close()
+
+
+def test_slots_are_used_again_and_memory_beyond_the_limit_is_given_back() -> None:
+    arena, value = Arena(5 * MB), np.ones(MB, np.uint8)
+
+    def fill() -> int:
+        slot = arena.take()
+        arena.written(slot, write(arena.descriptor, slot, value))
+        return slot
+
+    slots = [fill() for _ in range(10)]
+    assert arena.used >= 10 * MB
+    lent = load(arena.lend(slots.pop()))
+    for slot in slots:
+        arena.give_back(slot)
+    assert arena.used == 0
+    assert memory(arena) < 6 * MB  # of ten
+    assert sorted(arena.take() for _ in range(9)) == sorted(slots)
+    assert lent.sum() == MB
+    del lent
+    gc.collect()
+    assert arena.take() == 9  # the lent one, with its last view
+    arena.close()

@@ -1,0 +1,216 @@
+"""The blend of a run: weights by sample and token, schedules, temperature, parts, epochs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.blend import Blend, build_stages
+from mmmoe_pretrain.data.fields import field_path, measure_field, read_field
+from mmmoe_pretrain.data.members import RawSample
+from mmmoe_pretrain.data.mix import Stage
+from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.modalities import Modalities, default_modalities
+from tests.support import things, tiny_config, tiny_values, write_shards
+
+BATCH = 16
+
+
+@dataclass
+class Shards:
+    """An indexed source of ``sizes`` samples, of which ``kinds`` give the extensions of one after the other."""
+
+    sizes: tuple[int, ...]
+    kinds: tuple[tuple[str, ...], ...] = (("png", "txt"),)
+    modalities: Modalities = field(default_factory=default_modalities)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def index_path(self) -> Path:
+        return Path("nowhere")
+
+    def read(self, i: int, only: Iterable[str] | None = None) -> RawSample:
+        raise AssertionError
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        return np.asarray(self.sizes)
+
+    @property
+    def contents(self) -> dict[tuple[str, ...], int]:
+        return {kind: len(self.with_contents(kind)) for kind in self.kinds}
+
+    def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray:
+        return np.arange(self.kinds.index(extensions), len(self), len(self.kinds))
+
+
+@dataclass
+class Pipe:
+    num_shards: int
+
+
+def config_of(*sources: dict[str, Any], steps: int = 20, **data: Any) -> RunConfig:
+    root = Path("nowhere")
+    train = [{"path": f"source-{n}", **source} for n, source in enumerate(sources)]
+    values = tiny_values(root)
+    return tiny_config(
+        root,
+        data={**values["data"], "train": train, **data},
+        train={**values["train"], "global_batch_size": BATCH, "steps": steps},
+    )
+
+
+def drawn(blend: Blend, steps: int, first: int = 0) -> Counter[int]:
+    places = blend.at(np.arange(first * BATCH, (first + steps) * BATCH))
+    return Counter(places.source.tolist())
+
+
+def test_weights_are_shares_of_the_samples_or_of_the_tokens() -> None:
+    sources = [Shards((50, 50)), Shards((30,))]
+    config = config_of({"weight": 3}, {"weight": 1})
+    assert drawn(Blend(config, sources), steps=16) == {0: 192, 1: 64}
+    # samples of 30 and of 10 tokens: equal shares of tokens are a sample to three
+    by_tokens = Blend(config_of({}, {}, weigh_by="tokens"), sources, lambda source, _: (30.0, 10.0)[source])
+    assert drawn(by_tokens, steps=16) == {0: 64, 1: 192}
+
+
+def test_temperature_flattens_the_shares_of_sizes() -> None:
+    sources = [Shards((160,)), Shards((10,))]
+    assert drawn(Blend(config_of({}, {}, temperature=1.0), sources), steps=17) == {0: 256, 1: 16}
+    assert drawn(Blend(config_of({}, {}, temperature=2.0), sources), steps=5) == {0: 64, 1: 16}
+    assert drawn(Blend(config_of({}, {"weight": 4}, temperature=2.0), sources), steps=2) == {0: 16, 1: 16}
+
+
+def test_a_schedule_moves_the_shares_in_steps_along_its_lines() -> None:
+    config = config_of({"weight": [[0, 1.0], [256, 0.0]]}, {"weight": [[0, 0.0], [256, 1.0]]}, steps=500)
+    blend = Blend(config, [Shards((50,)), Shards((50,))])
+    shares = [drawn(blend, 32, first)[1] / (32 * BATCH) for first in range(0, 256, 32)]
+    assert shares == [(2 * n + 1) / 16 for n in range(8)]  # of the line at the middle of 32 steps: 1/16, 3/16, ...
+    assert drawn(blend, 20, first=256) == {1: 20 * BATCH}
+
+
+def test_parts_by_modalities_have_shares_of_their_own_and_every_sample_once_an_epoch() -> None:
+    kinds = (("png", "txt"), ("txt",), ("jpg", "txt"), ("png", "txt", "json"))  # a quarter is text alone
+    source = Shards((448, 448), kinds)
+    blend = Blend(config_of({"split_by": "modalities", "temperature": 1e9}), [source])
+    places = blend.at(np.arange(600))
+    alone = places.index % 4 == 1
+    assert abs(alone.sum() - 300) <= BATCH  # half of the samples; a block of 2 in each of 16 lanes
+    natural = Blend(config_of({"split_by": "modalities"}), [source]).at(np.arange(896))
+    assert sorted(natural.index.tolist()) == list(range(896))  # 14 blocks of 3 + 1 in 16 lanes
+
+
+def test_after_its_epochs_the_share_of_a_source_goes_to_the_others() -> None:
+    # 64 samples, twice: 128 of the first 256
+    blend = Blend(config_of({"epochs": 2}, {}), [Shards((64,)), Shards((1000,))])
+    assert blend.steps is None
+    places = blend.at(np.arange(40 * BATCH))
+    mine = places.index[places.source == 0]
+    assert Counter(mine.tolist()) == dict.fromkeys(range(64), 2)
+    assert np.flatnonzero(places.source == 0).max() < 256
+
+
+def test_a_run_beyond_the_end_of_its_data_is_refused_with_the_steps_there_are() -> None:
+    sources = [Shards((60,)), Shards((37,))]
+    # 60 and 37 samples over 16 lanes: 4 + 3 rows, of which the last of each repeats a few
+    blend = Blend(config_of({"epochs": 1}, {"epochs": 1}, steps=7), sources)
+    assert blend.steps == 7
+    places = blend.at(np.arange(7 * BATCH))
+    for source, size in enumerate((60, 37)):
+        assert set(places.index[(places.source == source) & (places.epoch == 0)].tolist()) == set(range(size))
+    with pytest.raises(ValueError, match=r"ends after 7 steps of 16 samples, .* train.steps is 8"):
+        Blend(config_of({"epochs": 1}, {"epochs": 1}, steps=8), sources)
+
+
+@given(
+    weights=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any), min_size=1, max_size=4),
+    ends=st.lists(st.none() | st.integers(1, 50), min_size=3, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_stages_never_give_a_part_more_than_it_has(weights: list[list[int]], ends: list[int | None]) -> None:
+    plan = [(25 * n, [float(weight) for weight in its]) for n, its in enumerate(weights)]
+    try:
+        stages = build_stages(plan, ends, lanes=4)
+    except ValueError as error:
+        assert "every source has weight 0" in str(error)
+        return
+    assert all(stage.blocks for stage in stages[:-1])
+    for part, end in enumerate(ends):
+        given = sum((stage.blocks or 0) * stage.counts[part] for stage in stages)
+        if end is not None:
+            assert given <= end
+            assert stages[-1].blocks is not None or stages[-1].counts[part] == 0
+            assert given == end or not weights[-1][part]  # one with a weight to the end is used up
+
+
+def test_a_last_part_of_a_block_comes_in_a_block_of_its_own() -> None:
+    assert build_stages([(0, [2.0, 1.0])], [5, None], lanes=1) == [Stage((2, 1), 2), Stage((1, 1), 1), Stage((0, 1))]
+
+
+def test_streams_keep_their_weights_and_refuse_what_needs_a_size() -> None:
+    sources = [Shards((50,)), Pipe(num_shards=9)]
+    blend = Blend(config_of({"weight": 1}, {"weight": 3}), sources)
+    places = blend.at(np.arange(8 * BATCH))
+    streamed = places.source == 1
+    assert streamed.sum() == 96
+    assert set(places.sub_lane[streamed].tolist()) == set(range(8))  # the most that divide 16 lanes
+    for data in ({"temperature": 2.0}, {"weigh_by": "tokens"}):
+        with pytest.raises(ValueError, match="source-1 is only read on"):
+            Blend(config_of({}, {}, **data), sources, lambda *_: 1.0)
+    with pytest.raises(ValueError, match="source-1 is only read on"):
+        Blend(config_of({}, {"epochs": 2}), sources)
+
+
+def test_lanes_are_those_of_a_batch_and_data_smaller_than_a_batch_is_noted() -> None:
+    assert Blend(config_of({}), [Shards((500,))]).lanes == BATCH
+    assert Blend(config_of({}, lanes=4), [Shards((500,))]).lanes == 4
+    assert Blend(config_of({}), [Shards((500,))]).notes == []
+    (note,) = Blend(config_of({}), [Shards((10,))]).notes
+    assert "global_batch_size 16 exceeds the 10 samples" in note
+
+
+@pytest.mark.parametrize("source, message", [
+    ({"weight": 0}, "source-0 has weight 0"),
+    ({"weight": [[5, 1.0], [2, 0.5]]}, "rising steps"),
+    ({"weight": -1}, "from 0 on"),
+    ({"temperature": 2}, "split_by: modalities"),
+])  # fmt: skip
+def test_settings_without_a_meaning_are_refused(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(source)
+
+
+def test_a_weight_that_would_never_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="differ too much"):
+        Blend(config_of({}, {"weight": 1e-9}), [Shards((9,)), Shards((9,))])
+
+
+def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(tmp_path: Path) -> None:
+    rows = [{**row, "language": "de" if i % 4 == 0 else "en"} for i, row in enumerate(things(64))]
+    folder = open_indexed(write_shards(tmp_path / "train", rows))
+    config = config_of({"path": str(tmp_path / "train"), "split_by": "language", "temperature": 1e9})
+    with pytest.raises(ValueError, match="run mmmoe-data index with this config first"):
+        Blend(config, [folder])
+    measure_field(folder, "language")
+    blend = Blend(config, [folder])
+    places = blend.at(np.arange(32))
+    assert int((places.index % 4 == 0).sum()) == 16  # half of them, though only a quarter is German
+    assert blend.digest == Blend(config, [folder]).digest
+    field_path(folder, "language").write_bytes(b"damaged")
+    assert read_field(folder, "language") is None
+
+
+def test_ranks_with_other_shards_have_another_digest() -> None:
+    digests = [Blend(config_of({}), [Shards(sizes)]).digest for sizes in ((50, 50), (50, 51), (100,))]
+    assert len(set(digests)) == 3

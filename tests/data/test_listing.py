@@ -1,0 +1,116 @@
+"""What a path in a config may name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmmoe_pretrain.data.listing import is_absent, list_shards
+from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.storage import Files
+from tests.support import write_tar
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Folders ``d`` and ``e`` of shards."""
+    for name in ("d/0", "d/1", "d/2", "e/0"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name.replace('/', '')}.txt", b"")])
+    return tmp_path
+
+
+def keys(spec: str) -> list[str]:
+    source = open_indexed(spec)
+    return [source.key(i) for i in range(len(source))]
+
+
+def energon(folder: Path, split: object, counts: dict[str, int]) -> None:
+    (folder / ".nv-meta").mkdir()
+    (folder / ".nv-meta/.info.json").write_text(json.dumps({"shard_counts": counts}))
+    (folder / ".nv-meta/split.yaml").write_text(json.dumps(split))  # JSON is YAML
+    (folder / ".nv-meta/dataset.py").write_text("raise SystemExit('it was imported')")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("{}/d", "d0 d1 d2"),
+        ("file://{}/d/", "d0 d1 d2"),
+        ("{}/d/1.tar", "d1"),
+        ("{}/d/{{2..0}}.tar", "d2 d1 d0"),
+        ("{}/{{e,d}}/0.tar", "e0 d0"),
+        ("{}/e::{}/d/2.tar", "e0 d2"),
+        ("{}/list.json", "e0 d1"),
+        ("{}/d#held", "d1 d0"),
+    ],
+)
+def test_a_spec_names_shards_in_order(data: Path, spec: str, expected: str) -> None:
+    (data / "list.json").write_text(json.dumps({"shardlist": [{"url": "e/0.tar"}, {"url": "d/1.tar"}]}))
+    if "#" in spec:
+        energon(data / "d", {"split_parts": {"train": ["{0..2}.tar"], "held": ["1.tar", "0.tar"]}},
+                {"0.tar": 1, "1.tar": 1, "2.tar": 1})  # fmt: skip
+    spec = spec.format(*[data] * spec.count("{}"))
+    assert not is_absent(spec)
+    assert keys(spec) == expected.split()
+    assert keys(spec) == expected.split(), "by its index"
+
+
+def test_a_list_decides_and_what_it_leaves_out_is_counted(data: Path) -> None:
+    (data / "d/shards.json").write_text(json.dumps({"shardlist": [{"url": "2.tar"}, {"url": "0.tar"}]}))
+    (data / "d/3.tar.gz").touch()
+    assert keys(str(data / "d")) == ["d2", "d0"]
+    assert list_shards(str(data / "d"), Files()).left_out == {"*.tar": 1, "*.tar.gz": 1}
+
+
+def test_energon_metadata_is_read_as_data_and_its_train_split_by_default(data: Path) -> None:
+    split = {"split_parts": {"train": ["{0..2}.tar"], "val": []}, "exclude": ["1.tar"]}
+    energon(data / "d", split, {"0.tar": 1, "1.tar": 1, "2.tar": 1})
+    assert keys(str(data / "d")) == ["d0", "d2"]
+    with pytest.raises(ValueError, match=r"no shards in split 'val'; its splits are train: name one as .*/d#NAME"):
+        keys(f"{data}/d#val")
+    (data / "d/.nv-meta/split.yaml").write_text(json.dumps({**split, "exclude": ["1.tar/000"]}))
+    with pytest.raises(ValueError, match=r"excludes '1\.tar/000', which is no shard"):
+        keys(str(data / "d"))
+
+
+@pytest.mark.parametrize("url", [
+    "/x.tar", "../x.tar", "", "file:///etc/passwd", "pipe:cat x.tar", "pipe:cat /x.tar |", "s3://b/x.tar::pipe:x",
+    "simplecache::s3://b/x.tar", 3,
+])  # fmt: skip
+def test_a_list_names_files_below_it_or_urls_and_never_commands(data: Path, url: object) -> None:
+    (data / "d/shards.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
+    with pytest.raises(ValueError, match=r"shards\.json names .*not a file under .*nor a URL"):
+        list_shards(str(data / "d"), Files())
+
+
+def test_a_list_may_name_urls_and_lie_at_one(data: Path) -> None:
+    urls = ["https://host/x.tar?token=secret", "s3://bucket/y.tar"]
+    (data / "d/shards.json").write_text(json.dumps({"shardlist": [{"url": url} for url in (*urls, "0.tar")]}))
+    shards = list_shards(str(data / "d"), Files()).shards
+    assert [shard.url for shard in shards] == [*urls, f"{data}/d/0.tar"]
+
+
+def test_a_local_file_that_is_absent_is_known_without_opening_it(data: Path) -> None:
+    specs = [f"{data}/absent", f"{data}/d::{data}/absent", f"{data}/absent#val", f"{data}/d/{{0..9}}.tar", "s3://b/x"]
+    assert list(map(is_absent, [*specs, "pipe:cat absent"])) == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{}", r"holds no \*\.tar, but folders with shards: d, e; name one, e\.g\. .*/d$"),
+        ("{}/absent", "no folder of shards at .*absent"),
+        ("{}/d/9.tar", r"there is no shard .*9\.tar"),
+        ("{}/d::{}/d/0.tar", r"names shard .*0\.tar more than once"),
+        ("{}/d/{{0..1000}}.tar", "names more than 1,000 shards"),
+        ("pipe:cat {}/d/0.tar", "^pipe:cat: the output of a command .* for training alone"),
+    ],
+)
+def test_a_spec_that_cannot_be_read_says_why(
+    data: Path, spec: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmmoe_pretrain.data.listing.MAX_SHARDS", 1000)
+    with pytest.raises(ValueError, match=message):
+        open_indexed(spec.format(*[data] * spec.count("{}")))
