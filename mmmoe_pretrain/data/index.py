@@ -133,10 +133,6 @@ class Index:
         start = int(block.key_end[row - 1]) if row else 0
         return str(block.keys[start : int(block.key_end[row])], "utf-8", "replace")
 
-    def kind_of(self, i: int) -> int:
-        shard, row = self.shard_of(i)
-        return int(self.block(shard).kind[row])
-
     def places(self, i: int) -> tuple[int, int, list[tuple[int, int]]]:
         """The shard of sample ``i``, the number of its kind, and (offset, size) of its members."""
         shard, row = self.shard_of(i)

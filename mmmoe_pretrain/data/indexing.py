@@ -98,8 +98,13 @@ def places(listing: Listing, home: str) -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """``$MMMOE_CACHE``, or ``~/.cache/mmmoe``."""
-    return Path(os.environ.get("MMMOE_CACHE") or Path("~/.cache/mmmoe").expanduser())
+    """``$MMMOE_CACHE``, or ``~/.cache/mmmoe``; without a home, a folder of the user for temporary files."""
+    if named := os.environ.get("MMMOE_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "mmmoe"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"mmmoe-{os.getuid()}"
 
 
 def label(url: str, home: str) -> str:
@@ -272,9 +277,10 @@ def _locked(path: Path, what: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-            os.close(descriptor)  # its holder removed it meanwhile
+            with contextlib.suppress(FileNotFoundError):  # its holder removes it
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            os.close(descriptor)
             continue
         except BlockingIOError:
             changed = os.fstat(descriptor).st_mtime_ns

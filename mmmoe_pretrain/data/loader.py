@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import RunConfig
@@ -244,8 +245,11 @@ class Loader:
 
     @property
     def digest(self) -> str:
-        """Of the order of the samples, which must be that of all ranks."""
-        return self._dataset.assignment.blend.digest
+        """Of the order of the samples and the sizes of their shards, which must be those of all ranks."""
+        found = xxhash.xxh3_64(self._dataset.assignment.blend.digest.encode())
+        for source in self.sources:
+            found.update(source.identity.encode() if isinstance(source, Stream) else source.shard_bytes.tobytes())
+        return found.hexdigest()
 
     @property
     def notes(self) -> list[str]:

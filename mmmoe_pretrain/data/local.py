@@ -40,7 +40,7 @@ class LocalFiles:
         room = soft // SHARE_OF_DESCRIPTORS if soft != resource.RLIM_INFINITY else MAX_OPEN
         self.limit = max(1, limit or min(MAX_OPEN, room))
         # A file is closed when it is neither here nor in use. The least recently used stands first.
-        self._open: OrderedDict[str, tuple[io.FileIO, Stat]] = OrderedDict()
+        self._open: OrderedDict[str, io.FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
     def stat(self, url: str, seconds: float) -> Stat:
@@ -50,11 +50,11 @@ class LocalFiles:
     def get(self, url: str, start: int, size: int, expected: Stat, seconds: float) -> bytes:
         try:
             with explained("read", url):
-                file, found = self._file(url)
-                check_same(url, expected, found)
+                file = self._file(url)
                 data = os.pread(file.fileno(), size, start)
                 while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), start + len(data))):
                     data += more  # one pread gives at most 2 GiB
+                check_same(url, expected, _plain(os.fstat(file.fileno()), url))  # it may be overwritten in place
         except TransientError:  # a stale handle of a network disk stays stale: open it again
             with self._lock:
                 self._open.pop(url, None)
@@ -78,19 +78,19 @@ class LocalFiles:
         with self._lock:
             self._open.clear()
 
-    def _file(self, url: str) -> tuple[io.FileIO, Stat]:
+    def _file(self, url: str) -> io.FileIO:
         with self._lock:
             if url in self._open:
                 self._open.move_to_end(url)
                 return self._open[url]
         # O_NONBLOCK: opening a FIFO would wait for a writer
         file = io.FileIO(os.open(local_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        opened = file, _plain(os.fstat(file.fileno()), url)
+        _plain(os.fstat(file.fileno()), url)
         with self._lock:
             while len(self._open) >= self.limit:
                 self._open.popitem(last=False)
-            self._open[url] = opened
-        return opened
+            self._open[url] = file
+        return file
 
 
 def _plain(status: os.stat_result, url: str) -> Stat:

@@ -98,6 +98,11 @@ class Indexed:
         return np.diff(self._index.first)
 
     @property
+    def shard_bytes(self) -> np.ndarray:
+        """The bytes of each shard, int64 [S]."""
+        return self._index.bytes
+
+    @property
     def contents(self) -> Counter[tuple[str, ...]]:
         """How many samples have members of which extensions, read or not."""
         counts = zip(self._index.kinds, self._index.counts.tolist(), strict=True)

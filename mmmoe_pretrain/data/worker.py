@@ -192,7 +192,7 @@ def _pack_and_pass_on(
     makes: queue.SimpleQueue[tuple[int, Make] | None],
 ) -> None:  # fmt: skip
     """A thread that receives tasks. It packs, which must not wait for a slow sample; the main thread makes."""
-    while message := own.recv(_MAX_MESSAGE):
+    while message := _received(own):
         number, task = pickle.loads(message)
         if isinstance(task, Make):
             makes.put((number, task))
@@ -201,6 +201,14 @@ def _pack_and_pass_on(
         _answer(own, number, partial(_pack, source, task, arenas))
         _PACKS.pack_into(at, _AT.size, _NONE)
     makes.put(None)
+
+
+def _received(own: socket.socket) -> bytes:
+    """The next message; empty where the rank has ended."""
+    try:
+        return own.recv(_MAX_MESSAGE)
+    except ConnectionError:
+        return b""
 
 
 def _answer(own: socket.socket, number: int, work: Callable[[], Done]) -> None:

@@ -51,13 +51,18 @@ class RunContext:
         return log if self.main else silent
 
 
+ORDER_OF_DATA = ("train", "lanes", "shuffle_window", "shuffle_chunk", "temperature", "weigh_by")  # of data
+
+
 @dataclass(frozen=True)
 class DataState:
-    """What of the data has been read: the batches that are skipped, the counts, and how far each stream is."""
+    """What of the data has been read: the batches that are skipped, the counts, and how far each stream is.
+    ``digest``: of the shards (``Loader.digest``), empty where it was not saved."""
 
     cursor: Cursor = field(default_factory=Cursor)
     samples: SampleCounts = field(default_factory=SampleCounts)
     streams: stream_state.Table = field(default_factory=dict)
+    digest: str = ""
 
 
 class CheckpointManager:
@@ -163,6 +168,7 @@ def _meta(context: RunContext, data: DataState, losses: dict[str, float]) -> dic
         "skipped_batches": data.cursor.to_json(),
         "samples": data.samples.to_json(),
         "streams": stream_state.to_json(data.streams),
+        "data_digest": data.digest,
         "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
         "layout": dataclasses.asdict(context.layout),  # for information: a run may resume under any other
         "config": context.config.model_dump(mode="json"),
@@ -226,7 +232,8 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
         Cursor.from_json(meta.get("skipped_batches", [])),
         stream_state.from_json(meta.get("streams", {})),
     )
-    return Restored(checkpoint, progress.steps, DataState(cursor, samples, streams))
+    data = DataState(cursor, samples, streams, str(meta.get("data_digest", "")))
+    return Restored(checkpoint, progress.steps, data)
 
 
 def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:
@@ -235,5 +242,5 @@ def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": values["seed"],
         "train": {"global_batch_size": train["global_batch_size"]},
-        "data": {"train": data.get("train")},
+        "data": {name: data.get(name) for name in ORDER_OF_DATA},
     }

@@ -157,6 +157,7 @@ class Trainer:
         self.budget = BadBudget(self.config.data.max_bad_fraction)
         self.samples = SampleCounts()
         self.streams: stream_state.Table = {}  # as the checkpoint has them from which this start or rollback resumed
+        self.digest = loader.digest or ""
         self.has_streams = any(is_stream(source.path) for source in self.config.data.train)
         self.faults = FaultDetector(self.config)
         self.objectives = ObjectiveMonitor(self.config)
@@ -385,6 +386,11 @@ class Trainer:
         self.skipped.add(restored.data.cursor)
         self.samples = restored.data.samples
         self.streams = restored.data.streams
+        if self.digest and restored.data.digest not in ("", self.digest):
+            self.context.log.warning(
+                "the shards of data.train are not those that %s was trained on: the order of the data changes; "
+                "samples may be repeated or never read", restored.checkpoint,
+            )  # fmt: skip
 
     def _seek(self) -> None:
         for warning in self.loader.seek(self.step, self.skipped.cursor, self.streams):
@@ -395,7 +401,7 @@ class Trainer:
         states: stream_state.Table = {}
         if self.has_streams:
             states = exchange(self.context.host.control, lambda: self.loader.stream_states, stream_state.merged)
-        return DataState(self.skipped.cursor, self.samples, states)
+        return DataState(self.skipped.cursor, self.samples, states, self.digest)
 
     def _open_metrics(self) -> None:
         """The log from this step on, on rank 0; records of later steps are dropped. Collective."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -156,6 +157,28 @@ def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypat
         pytest.raises(ValueError, match=r"another process indexes .* has finished no shard .*; end it"),
     ):
         open_indexed(tmp_path)
+
+
+def test_a_lock_that_its_holder_removes_at_that_moment_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fstat, calls = tmp_path / "lock", os.fstat, []
+
+    def removed_meanwhile(descriptor: int) -> os.stat_result:
+        if not calls:
+            path.unlink()
+        calls.append(descriptor)
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", removed_meanwhile)
+    with indexing.alone(path, "indexes it"):
+        assert len(calls) == 2
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MMMOE_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert indexing.cache_folder() == Path(tempfile.gettempdir()) / f"mmmoe-{os.getuid()}"
 
 
 def test_remote_shards_are_indexed_once_and_their_versions_hold(tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_an_epoch_covers_the_shards_once_and_draws_none_of_the_models_random_num
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_ranks_whose_shards_have_as_many_samples_of_other_sizes_have_another_digest(
+    tiny_data: Path, tmp_path: Path, modalities: Modalities
+) -> None:
+    digests = []
+    for name, lacking in (("a", ()), ("b", ()), ("c", ("audio",))):
+        write_shards(tmp_path / name / "train", things(16), lacking)
+        config = config_with(tmp_path / name, {"tokenizer": str(tiny_data / "tokens.model")})
+        digests.append(Loader(config, modalities).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(config: RunConfig) -> None:
     assert microbatch_size(config, 2) == 4  # 16 over 2 microbatches and 2 ranks
     with pytest.raises(ValueError, match=r"16 does not divide into train.num_microbatches 2 x 3 .* use e.g. 18"):

@@ -85,18 +85,23 @@ def test_a_moved_run_resumes_in_its_new_place_with_its_own_tokenizer(
     """Four steps of a cosine from 3e-3 to 1e-5 that eight steps stretch: step 5 has half of it, 0.0015."""
     tokens = str(shutil.copy(tiny_data / "tokens.model", tmp_path / "tokens.model"))
     optimizer = {"learning_rate": 3e-3, "warmup_steps": 0}
-    config = config_in(tmp_path, tiny_data, data={"tokenizer": tokens}, train={"steps": 4}, optimizer=optimizer)
+    shard = shutil.copytree(tiny_data / "train", tmp_path / "train") / "00000.tar"
+    data = {"tokenizer": tokens, "train": [{"path": str(tmp_path / "train")}]}
+    config = config_in(tmp_path, tiny_data, data=data, train={"steps": 4}, optimizer=optimizer)
     assert run_ranks(1, trained, config) == [[]]
     moved = tmp_path / "else" / "renamed"
     moved.parent.mkdir()
     shutil.move(config.run_dir, moved)
     Path(tokens).rename(tmp_path / "lost.model")
+    shutil.copy(shard, tmp_path / "train" / "00001.tar")
 
-    again = config_to_train(moved / "config.yaml", ["train.steps=8", "seed=7"])
+    again = config_to_train(moved / "config.yaml", ["train.steps=8", "seed=7", "data.lanes=1"])
     assert (again.run_dir, again.data.tokenizer) == (moved, str(moved / TOKENIZER))
-    ((order, rate),) = run_ranks(1, trained, again)
+    ((lanes, order, rate, shards),) = run_ranks(1, trained, again)
+    assert "data.lanes was None and is 1: the order of the data changes" in lanes
     assert f"seed was {config.seed} and is 7: the order of the data changes" in order
     assert "the learning rate of step 5 is 0.0015" in rate
+    assert "the shards of data.train are not those that" in shards
     assert steps_of(again) == list(range(1, 9))
     assert not config.run_dir.exists()
 
