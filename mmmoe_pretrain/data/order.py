@@ -31,6 +31,7 @@ from mmmoe_pretrain.data.permute import fold, permute
 __all__ = ["Order", "Places", "SourceOrder", "fold", "permute", "sub_lanes"]
 MOST_CHUNKS = 1 << 22  # of a source, 16 bytes each and 12 more an epoch: larger sources have longer chunks
 EPOCHS_KEPT = 2  # whose permutation of chunks stays in memory
+AT_ONCE = 1 << 14  # chunks that are permuted at a time
 NONE = -1
 
 
@@ -144,8 +145,11 @@ class SourceOrder:
     def _permuted_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks of an epoch in order, and where each ends in its sequence."""
         count = len(self._start)
-        key = fold(self._seed, *(np.full(count, value) for value in (self._source, epoch)))
-        order = permute(np.arange(count), np.full(count, count), key).astype(np.uint32)
+        order = np.empty(count, dtype=np.uint32)
+        for first in range(0, count, AT_ONCE):  # a whole source would take hundreds of MB for a moment
+            some = np.arange(first, min(first + AT_ONCE, count))
+            key = fold(self._seed, *(np.full(len(some), value) for value in (self._source, epoch)))
+            order[some] = permute(some, np.full(len(some), count), key)
         return order, np.cumsum(self._length[order])
 
 

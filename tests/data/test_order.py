@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,6 +115,15 @@ def test_positions_are_cheap_far_from_the_start() -> None:
     epoch, index = order.at(np.arange(5 * 10**9, 5 * 10**9 + 64))
     assert (epoch == 50).all()
     assert len(np.unique(index // 10_000)) > 40  # of 64 lanes
+
+
+def test_an_epoch_of_many_chunks_takes_little_memory_beyond_its_order() -> None:
+    source = SourceOrder(np.full(1 << 18, 2), lanes=64, window=1 << 16, chunk=1, key=(1, 0))
+    tracemalloc.start()
+    source.at(np.arange(64))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 * (1 << 19)  # of each chunk 12 bytes are kept: 4 of the order and 8 of the ends
 
 
 def test_hashes_of_neighbours_are_unrelated() -> None:

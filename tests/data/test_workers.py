@@ -97,6 +97,21 @@ def test_items_come_in_order_and_the_workers_end_with_the_last(count: int, prefe
     assert items.restarts == 0
 
 
+def test_what_the_first_item_needs_is_computed_once_before_the_workers_are_forked() -> None:
+    known: list[int] = []
+
+    class Remembering(Blocks):
+        def count(self, k: int) -> int:
+            known.append(k)
+            return super().count(k)
+
+        def samples(self, k: int, which: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+            assert known, "the worker was forked before"
+            return super().samples(k, which)
+
+    assert list(Items(Remembering(), range(3), Workers(1))) == plain(range(3))
+
+
 def test_no_more_than_the_given_number_of_items_are_made_ahead(tmp_path: Path) -> None:
     items = Items(Blocks(lambda k, s: (tmp_path / f"{k}-{s}").touch()), range(100), Workers(2, ahead=3))
     next(items)

@@ -164,7 +164,7 @@ def test_what_fails_on_one_rank_alone_is_told_by_all(tmp_path: Path, tiny_data: 
         if int(os.environ["RANK"]) == rank:
             setattr(loop, place, missing)
 
-    rank = 0 if place == "MetricsLog" else 1  # only rank 0 has a log
+    rank = 0 if place in ("survey", "MetricsLog") else 1  # only rank 0 counts the samples and has a log
     for message in run_ranks(2, outcome, config_in(tmp_path, tiny_data), partial(fails, rank)):
         assert message == "ValueError: no such file on this machine"
 
