@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 
 from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
 from mmmoe_pretrain.config.base import value_at
-from mmmoe_pretrain.data.fields import MODALITIES, FieldSource, field_path, read_field
+from mmmoe_pretrain.data.fields import MODALITIES, field_path, read_field
 from mmmoe_pretrain.data.mix import Stage, block_counts, longest_block
 from mmmoe_pretrain.data.order import Order, Places, sub_lanes
-from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.data.source import Indexed
+from mmmoe_pretrain.data.stream import Stream
 from mmmoe_pretrain.urls import redacted
 
 MOST_LANES = 1024  # unless data.lanes says more
@@ -34,28 +34,6 @@ PIECES = 32  # at most, of a schedule's line between two of its steps
 ROWS_OF_PIECE = 32  # at least: fewer could not hold small shares
 
 MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples, or of those of them
-
-
-@runtime_checkable
-class IndexedSource(FieldSource, Protocol):
-    """What is asked of ``source.Indexed``."""
-
-    modalities: Modalities
-
-    @property
-    def shard_sizes(self) -> np.ndarray: ...
-    @property
-    def contents(self) -> dict[tuple[str, ...], int]: ...
-    def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray: ...
-
-
-class StreamSource(Protocol):
-    """What is asked of ``stream.Stream``."""
-
-    num_shards: int
-
-
-AnySource = IndexedSource | StreamSource
 
 
 @dataclass(frozen=True)
@@ -80,7 +58,7 @@ class Blend:
     def __init__(
         self,
         config: RunConfig,
-        sources: Sequence[AnySource],
+        sources: Sequence[Indexed | Stream],
         mean_tokens: MeanTokens | None = None,
     ) -> None:
         data, batch = config.data, config.train.global_batch_size
@@ -138,11 +116,11 @@ def most_dividing(number: int, most: int) -> int:
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
-def parts_of(data: DataConfig, sources: Sequence[AnySource], lanes: int) -> list[Part]:
+def parts_of(data: DataConfig, sources: Sequence[Indexed | Stream], lanes: int) -> list[Part]:
     """The parts of all sources, in their order. Raises ValueError for what a stream cannot have."""
     found: list[Part] = []
     for number, (source, settings) in enumerate(zip(sources, data.train, strict=True)):
-        if isinstance(source, IndexedSource):
+        if not isinstance(source, Stream):
             whole = Part(number, np.asarray(source.shard_sizes, dtype=np.int64))
             found += [whole] if settings.split_by is None else _split(number, source, settings)
             continue
@@ -156,7 +134,7 @@ def parts_of(data: DataConfig, sources: Sequence[AnySource], lanes: int) -> list
     return found
 
 
-def _split(number: int, source: IndexedSource, settings: SourceConfig) -> list[Part]:
+def _split(number: int, source: Indexed, settings: SourceConfig) -> list[Part]:
     """A part for each set of modalities or value of a field, the largest first."""
     dtype = np.uint32 if len(source) < 1 << 32 else np.int64
     if settings.split_by == MODALITIES:
@@ -176,7 +154,7 @@ def _split(number: int, source: IndexedSource, settings: SourceConfig) -> list[P
     ]
 
 
-def _by_modalities(source: IndexedSource) -> dict[str, np.ndarray]:
+def _by_modalities(source: Indexed) -> dict[str, np.ndarray]:
     kinds: dict[str, list[np.ndarray]] = defaultdict(list)
     for extensions in source.contents:
         kind = "+".join(source.modalities.members_read(extensions))
@@ -184,7 +162,7 @@ def _by_modalities(source: IndexedSource) -> dict[str, np.ndarray]:
     return {kind: np.sort(np.concatenate(found)) for kind, found in kinds.items()}
 
 
-def _by_field(source: IndexedSource, field: str, path: str) -> dict[str, np.ndarray]:
+def _by_field(source: Indexed, field: str, path: str) -> dict[str, np.ndarray]:
     known = read_field(source, field)
     if known is None:
         raise ValueError(

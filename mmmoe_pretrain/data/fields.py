@@ -8,37 +8,27 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import xxhash
 
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
-from mmmoe_pretrain.data.members import META, RawSample
+from mmmoe_pretrain.data.members import META
+from mmmoe_pretrain.data.source import Indexed
 from mmmoe_pretrain.progress import Progress
 
 MOST_VALUES = 4096
 MODALITIES = "modalities"  # the value of split_by that is not a field
 
 
-class FieldSource(Protocol):
-    """What is asked of ``source.Indexed``."""
-
-    def __len__(self) -> int: ...
-    @property
-    def index_path(self) -> Path: ...
-    def read(self, i: int, only: Iterable[str] | None = None) -> RawSample: ...
-
-
-def field_path(source: FieldSource, field: str) -> Path:
+def field_path(source: Indexed, field: str) -> Path:
     """Where the values of ``field`` are."""
     path = source.index_path
     return path.with_name(f"{path.name}-{xxhash.xxh3_64_hexdigest(field.encode())}.field.npz")
 
 
-def measure_field(source: FieldSource, field: str) -> Path:
+def measure_field(source: Indexed, field: str) -> Path:
     """Read every JSON of ``source``, and write the values of ``field``; a sample without a text there has the value
     "". Raises ValueError where there are more than MOST_VALUES."""
     path, ids = field_path(source, field), dict[str, int]()
@@ -65,7 +55,7 @@ def measure_field(source: FieldSource, field: str) -> Path:
     return path
 
 
-def read_field(source: FieldSource, field: str) -> tuple[list[str], np.ndarray] | None:
+def read_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray] | None:
     """The values of ``field``, and of each sample the number of its value; None where no file of a source of this
     size has them."""
     try:

@@ -33,7 +33,7 @@ REDIRECTED, PASSING = {301, 302, 303, 307, 308}, {408, 425, 429, 500, 502, 503, 
 _RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _LINK = re.compile(r"""href\s*=\s*["']([^"'?#]+)["']""", re.IGNORECASE)
 # What a broken connection or a garbled answer raises; a bad certificate is no such thing.
-BROKEN = (http.client.HTTPException, ConnectionError, TimeoutError, OSError)
+BROKEN = (http.client.HTTPException, OSError)
 
 Address = tuple[str, str]  # protocol and host:port
 

@@ -17,15 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import xxhash
 
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.data.decode import decode
-from mmmoe_pretrain.data.members import RawSample
 from mmmoe_pretrain.data.pack import PackSettings, origins
+from mmmoe_pretrain.data.source import Indexed
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 
@@ -33,21 +32,6 @@ PROBED = 32  # samples of each kind that are read for an estimate
 MOST_KINDS = 16
 MEAN_OF = 4096  # samples that a mean is taken over
 CHECKED = 4096  # entries of a file of lengths that its digest covers
-
-
-class SizedSource(Protocol):
-    """What is asked of ``source.Indexed``."""
-
-    modalities: Modalities
-
-    def __len__(self) -> int: ...
-    @property
-    def index_path(self) -> Path: ...
-    @property
-    def contents(self) -> dict[tuple[str, ...], int]: ...
-    def with_contents(self, extensions: tuple[str, ...], most: int | None = None) -> np.ndarray: ...
-    def read(self, i: int) -> RawSample: ...
-    def sizes_of(self, indices: np.ndarray, modality: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ class Estimate:
 class Lengths:
     """What the samples of one source will take in the stream."""
 
-    def __init__(self, source: SizedSource, estimate: Estimate, exact: np.ndarray | None = None) -> None:
+    def __init__(self, source: Indexed, estimate: Estimate, exact: np.ndarray | None = None) -> None:
         self._source, self._estimate, self._exact = source, estimate, exact
 
     def by_modality(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +117,7 @@ class Lengths:
 
 
 def estimate(
-    source: SizedSource, settings: PackSettings, prompt: str, most: int | None, exact: np.ndarray | None = None
+    source: Indexed, settings: PackSettings, prompt: str, most: int | None, exact: np.ndarray | None = None
 ) -> Estimate:
     """An estimate from at most PROBED samples of each kind. ``most``: tokens of a document."""
     modalities = settings.modalities
@@ -183,7 +167,7 @@ def fit(sizes: Sequence[int], tokens: Sequence[int], most: int) -> Line:
     return Line(float((y - slope * x) / n), float(slope), float(min(1, *tokens)), float(max(most, *tokens)))
 
 
-def measure_lengths(source: SizedSource, modalities: Modalities, path: Path) -> None:
+def measure_lengths(source: Indexed, modalities: Modalities, path: Path) -> None:
     """Decode every sample of ``source``, and write its tokens by modality to ``path``: uint32 [N, M], NumPy's format.
     A bad sample has none. Processes that read the old file meanwhile keep it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +186,7 @@ def measure_lengths(source: SizedSource, modalities: Modalities, path: Path) -> 
         part.unlink(missing_ok=True)
 
 
-def open_lengths(path: Path, source: SizedSource, modalities: Modalities) -> np.ndarray | None:
+def open_lengths(path: Path, source: Indexed, modalities: Modalities) -> np.ndarray | None:
     """The memory-mapped lengths at ``path``; None where there are none of a source of this size."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -212,7 +196,7 @@ def open_lengths(path: Path, source: SizedSource, modalities: Modalities) -> np.
     return found if whole else None
 
 
-def lengths_path(source: SizedSource, modalities: Modalities) -> Path:
+def lengths_path(source: Indexed, modalities: Modalities) -> Path:
     """Where the lengths of ``source`` are: beside its index. The name has a fingerprint of the tokenizer and of the
     modalities' settings."""
     settings = {name: modality.settings.of_the_model() for name, modality in modalities.items()}
@@ -226,7 +210,7 @@ def digest(exact: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(f"{exact.shape}".encode() + np.ascontiguousarray(exact[some]).tobytes())
 
 
-def _probed(source: SizedSource) -> Iterator[int]:
+def _probed(source: Indexed) -> Iterator[int]:
     kinds = sorted(source.contents.items(), key=lambda item: (-item[1], item[0]))
     for extensions, _ in kinds[:MOST_KINDS]:
         yield from source.with_contents(extensions, PROBED).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from hypothesis import strategies as st
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.blend import Blend, build_stages
 from mmmoe_pretrain.data.fields import field_path, measure_field, read_field
-from mmmoe_pretrain.data.members import RawSample
 from mmmoe_pretrain.data.mix import Stage
 from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.stream import Stream
 from mmmoe_pretrain.modalities import Modalities, default_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 
@@ -37,13 +37,6 @@ class Shards:
         return sum(self.sizes)
 
     @property
-    def index_path(self) -> Path:
-        return Path("nowhere")
-
-    def read(self, i: int, only: Iterable[str] | None = None) -> RawSample:
-        raise AssertionError
-
-    @property
     def shard_sizes(self) -> np.ndarray:
         return np.asarray(self.sizes)
 
@@ -53,11 +46,6 @@ class Shards:
 
     def with_contents(self, extensions: tuple[str, ...]) -> np.ndarray:
         return np.arange(self.kinds.index(extensions), len(self), len(self.kinds))
-
-
-@dataclass
-class Pipe:
-    num_shards: int
 
 
 def config_of(*sources: dict[str, Any], steps: int = 20, **data: Any) -> RunConfig:
@@ -159,7 +147,7 @@ def test_a_last_part_of_a_block_comes_in_a_block_of_its_own() -> None:
 
 
 def test_streams_keep_their_weights_and_refuse_what_needs_a_size() -> None:
-    sources = [Shards((50,)), Pipe(num_shards=9)]
+    sources = [Shards((50,)), Stream([f"pipe:cat {n}.tar" for n in range(9)], Files(), default_modalities())]
     blend = Blend(config_of({"weight": 1}, {"weight": 3}), sources)
     places = blend.at(np.arange(8 * BATCH))
     streamed = places.source == 1

@@ -11,7 +11,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -121,14 +120,6 @@ def run(
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path) -> dict[int, str]:
     return run(shards, range(STEPS), 1, 1)[0]
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 1), (4, 3), (8, 1)])
-def test_ranks_and_workers_do_not_change_which_sample_is_at_a_position(
-    shards: Path, undisturbed: dict[int, str], ranks: int, workers: int
-) -> None:
-    assert run(shards, range(STEPS), ranks, workers)[0] == undisturbed
-    assert len(undisturbed) == STEPS * BATCH // 2
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
@@ -331,13 +322,6 @@ def test_no_process_of_a_command_outlives_its_reader(shards: Path, end: str) -> 
 )  # fmt: skip
 def test_commands_are_shown_without_secrets(text: str, wanted: str) -> None:
     assert redacted_command(text) == wanted
-
-
-def test_numbers_of_a_sub_lane_rise_with_the_position() -> None:
-    places = order_of(8).at(np.arange(50 * BATCH))
-    for lane in range(4):
-        numbers = places.number[places.sub_lane == lane].tolist()
-        assert numbers[0] == 0 and all(after == before + 1 for before, after in pairwise(numbers))
 
 
 def test_a_config_refuses_a_command_that_holds_a_secret_and_keeps_the_name_of_a_variable() -> None:
