@@ -176,7 +176,7 @@ def test_a_server_without_ranges_is_read_as_a_stream_through_its_faults(served: 
     assert files.read_all(f"{served.url}/a.tar", len(CONTENT)) == CONTENT
 
 
-def test_an_empty_file_and_an_absent_index_page_are_no_riddle(served: HttpServer) -> None:
+def test_an_empty_file_and_an_absent_index_page_are_named(served: HttpServer) -> None:
     files = Files(ReadSettings(QUICK))
     assert files.stat(f"{served.url}/empty.tar").size == 0
     assert files.list(served.url) == ["a.tar", "bucket/", "empty.tar"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import signal
@@ -28,7 +27,7 @@ from mmmoe_pretrain.urls import redacted_command
 from tests.support import write_tar
 
 SIZES = (7, 4, 5, 9, 3, 6)  # samples of the shards
-BATCH, STEPS = 16, 12
+BATCH = 16
 FILES = Files(ReadSettings(Retries(request_seconds=5.0, read_seconds=30.0, count=2, first_pause=0.01)))
 HASTY = Files(ReadSettings(Retries(request_seconds=0.3, read_seconds=30.0, count=2, first_pause=0.01)))
 
@@ -88,54 +87,6 @@ def test_a_window_of_one_sample_keeps_the_order_of_the_shards(shards: Path) -> N
 def order_of(lanes: int) -> Order:
     """Half of the samples come from a stream of six shards, half from an indexed source."""
     return Order([4, np.asarray([50])], [Stage((1, 1))], 3, lanes=lanes, window=64, chunk=8)
-
-
-def run(
-    folder: Path, steps: range, ranks: int, workers: int, saved: stream_state.Table | None = None
-) -> tuple[dict[int, str], stream_state.Table]:
-    """The key at each position of the stream in these steps, read by ``workers`` processes' worth of streams on each
-    rank, and the state after them."""
-    order, found, tables = order_of(8), {}, []
-    for rank in range(ranks):
-        streams = [open_six(folder, 4) for _ in range(workers)]
-        known = open_six(folder, 4)
-        for stream in (known, *streams):
-            stream_state.start({0: (stream, 4)}, saved or {}, order, 0 if saved is None else steps[0] * BATCH)
-        for step in steps:
-            share = BATCH // ranks
-            positions = np.arange(share) + step * BATCH + rank * share
-            places = order.at(positions)
-            for position, lane, number in zip(positions, places.sub_lane, places.number, strict=True):
-                if lane >= 0:
-                    raw, state = streams[lane % workers].read(lane, number)
-                    assert raw.members == {"txt": f"text of {raw.key}".encode()}
-                    found[int(position)] = raw.key
-                    known.delivered(lane, state)
-        tables.append(stream_state.table([known]))
-        for stream in streams:
-            stream.close()
-    return found, stream_state.merged(tables)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards: Path) -> dict[int, str]:
-    return run(shards, range(STEPS), 1, 1)[0]
-
-
-@pytest.mark.parametrize("stop", range(1, STEPS))
-def test_a_run_that_resumes_at_another_size_reads_on_exactly(
-    shards: Path, undisturbed: dict[int, str], stop: int
-) -> None:
-    sizes = [(1, 1), (2, 3), (4, 1), (8, 1)]
-    (ranks, workers), (ranks_after, workers_after) = sizes[stop % 4], sizes[(stop + 1 + stop // 4) % 4]
-    before, states = run(shards, range(stop), ranks, workers)
-    saved = json.dumps(stream_state.to_json(states))
-    assert all(len(lane) == 4 for lanes in json.loads(saved).values() for lane in lanes)
-    after, _ = run(shards, range(stop, STEPS), ranks_after, workers_after, stream_state.from_json(json.loads(saved)))
-    assert before | after == undisturbed and not before.keys() & after.keys()
-    (lanes,) = states.values()
-    comes_next = stream_state.first_numbers(order_of(8), 0, 4, stop * BATCH)
-    assert all(0 <= number - lane.number <= 4 for number, lane in zip(comes_next, lanes, strict=True))
 
 
 def test_a_state_skips_what_came_before_without_reading_the_shards_again(shards: Path, tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ def test_a_loader_that_resumes_at_another_size_reads_streams_on(
     saved = stream_state.from_json(stream_state.to_json(states))
     second, _ = read(config, modalities, range(stop, STEPS), *after, saved)
     assert first | second == undisturbed
+    (lanes,) = states.values()
+    comes_next = stream_state.first_numbers(Loader(config, modalities)._dataset.assignment.blend, 1, 4, stop * 16)
+    assert all(0 <= number - lane.number <= 3 for number, lane in zip(comes_next, lanes, strict=True)), "a window"
 
 
 def test_a_loader_whose_worker_is_killed_reads_streams_on(
