@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -173,6 +174,19 @@ def test_a_lock_that_its_holder_removes_at_that_moment_is_taken_anew(
     monkeypatch.setattr(os, "fstat", removed_meanwhile)
     with indexing.alone(path, "indexes it"):
         assert len(calls) == 2
+
+
+def test_the_disk_is_asked_about_many_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, *"abcdefgh")
+    open_indexed(tmp_path)
+    together, stat = threading.Barrier(8, timeout=10), Files.stat
+
+    def waiting(files: Files, url: str) -> object:
+        together.wait()
+        return stat(files, url)
+
+    monkeypatch.setattr(Files, "stat", waiting)
+    assert len(open_indexed(tmp_path)) == 24
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
