@@ -189,14 +189,6 @@ def test_a_truncated_compressed_or_joined_shard_is_refused(
         open_indexed(tmp_path)
 
 
-def test_a_shard_that_shrinks_during_the_run_ends_it(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", TWO)
-    folder = open_indexed(tmp_path)
-    path.write_bytes(path.read_bytes()[:2600])
-    with pytest.raises(ValueError, match=r"x\.tar was changed while it was read"):
-        folder.read(1)
-
-
 def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
     for shard in ("x", "y"):
         write_tar(tmp_path / f"{shard}.tar", [("same.txt", shard.encode())])

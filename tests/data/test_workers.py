@@ -24,6 +24,7 @@ import pytest
 
 from mmmoe_pretrain.data.dispatch import CREDIT
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
+from mmmoe_pretrain.data.worker import _received
 from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
 from tests.data.test_loader import assert_same, batches, built, config_with
 
@@ -398,6 +399,14 @@ def start_endless() -> Items:
     items = Items(Blocks(lambda k, s: time.sleep(99 * (k == 3))), range(10**9), Workers(3, 2))
     next(items)
     return items
+
+
+def test_a_worker_takes_the_reset_by_a_killed_rank_for_its_end() -> None:
+    rank, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker.send(b"an answer that is never read")
+    rank.close()
+    with worker:
+        assert _received(worker) == b""
 
 
 @pytest.mark.parametrize("end", [
