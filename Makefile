@@ -33,9 +33,10 @@ parity: $(STAMP) ## Train every layout against one process (15 minutes on 2 core
 reshard: $(STAMP) ## Save under each layout and engine, resume under every other (10 minutes)
 	@$(BIN)/python -W ignore -m tests.layouts.reshard
 
-chaos: $(STAMP) ## Kill ranks of a run 50 times, of one with streams 10 times; compare with undisturbed ones (12 minutes)
+chaos: $(STAMP) ## Kill ranks of a run 50 times, with streams and with remote shards 10 times each; compare (15 minutes)
 	@$(BIN)/python -W ignore -m tests.chaos.run
 	@$(BIN)/python -W ignore -m tests.chaos.run --streams --kills 10 --steps 40
+	@$(BIN)/python -W ignore -m tests.chaos.run --remote --kills 10 --steps 40
 
 fuzz: $(STAMP) ## Feed 20,000 damaged files to all readers of files (10 minutes)
 	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from mmmoe_pretrain.exit_codes import Restartable
 from mmmoe_pretrain.paths import VARIABLE, expand_variables
 
 HIDDEN = "***"
@@ -41,6 +42,10 @@ class StorageError(OSError, ValueError):
 
 class MissingError(StorageError):
     """There is no such file or folder."""
+
+
+class UnavailableError(StorageError, Restartable):
+    """A service did not answer for as long as was waited: it may later."""
 
 
 def is_url(path: str) -> bool:

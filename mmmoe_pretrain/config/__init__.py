@@ -129,7 +129,7 @@ class DataConfig(_Model):
     storage_options: dict[str, dict[str, Any]] = Field({})  # of fsspec, by protocol (s3) or by the beginning of a URL
     request_timeout: float = Field(20.0, gt=0)  # seconds until a request for remote bytes is given up and made again
     read_timeout: float = Field(0.0, ge=0)  # seconds of a read with its retries; 0: 0.3 of the hang limit
-    read_retries: int = Field(10, ge=0)  # further requests of a read, with growing random pauses
+    read_retries: int = Field(100, ge=0)  # further requests of a read, with random pauses of up to 10 s
     cache: CacheConfig | None = None  # of remote shards; None: memory alone
 
     @model_validator(mode="after")

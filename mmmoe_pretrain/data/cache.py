@@ -93,6 +93,8 @@ class BlockCache:
                     while view:
                         view = view[file.write(view) :]
             draft.replace(path)
+        except FileNotFoundError:  # somebody removed the folder meanwhile; the next block makes it anew
+            return
         except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ from mmmoe_pretrain.data.loader import Loader, LoadStats, StepData, to_arrays, t
 from mmmoe_pretrain.data.source import Indexed
 from mmmoe_pretrain.data.stream import Stream
 from mmmoe_pretrain.data.workers import WorkerDied
+from mmmoe_pretrain.exit_codes import Restartable
 
-_KINDS: dict[str, type[Exception]] = {
+_KINDS: dict[str, type[Exception]] = {  # the first that fits counts
+    "Restartable": Restartable,
     "ValueError": ValueError,
     "WorkerDied": WorkerDied,
     "RuntimeError": RuntimeError,
@@ -127,7 +129,7 @@ class ReplicaLoader:
             self._data = self._loader.load()
         except Exception as error:  # noqa: BLE001  # raised by ``_finish``, on every rank
             self._error = error
-            kind = type(error).__name__ if type(error) in _KINDS.values() else "RuntimeError"
+            kind = next((name for name, its in _KINDS.items() if isinstance(error, its)), "RuntimeError")
             self._channel.post(dump((kind, str(error))))
             return
         began = time.perf_counter()

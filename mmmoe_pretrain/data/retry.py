@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from mmmoe_pretrain.urls import StorageError, redacted
+from mmmoe_pretrain.urls import UnavailableError, redacted
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+LAST_SHARE = 0.05  # of the time: with less left, nothing is tried again
 REPORTED = 3  # attempts that fail before it is logged
 
 
@@ -37,14 +38,14 @@ class Retries:
 
     request_seconds: float = 20.0  # of a request without an answer
     read_seconds: float = 90.0  # of a read with all its requests and pauses
-    count: int = 10  # further requests after the first
+    count: int = 100  # further requests after the first
     first_pause: float = 0.1
     longest_pause: float = 10.0
 
     def run(self, call: Callable[[float], T], doing: str) -> T:
         """``call(seconds)`` until it returns; it may take so many seconds. ``doing``: e.g. ``read s3://b/a.tar``.
 
-        Raises StorageError where the limits are reached, with the last cause.
+        Raises UnavailableError where the limits are reached, with the last cause.
         """
         began, attempt = time.monotonic(), 0
         while True:
@@ -56,14 +57,15 @@ class Retries:
                 longest = min(self.longest_pause, self.first_pause * 2 ** (attempt - 1))
                 pause = max(error.wait, random.SystemRandom().uniform(0, longest))  # forks share random's state
                 elapsed = time.monotonic() - began
-                if attempt > self.count or elapsed + pause >= self.read_seconds:
-                    raise StorageError(
+                left = self.read_seconds - elapsed
+                if attempt > self.count or left < LAST_SHARE * self.read_seconds:
+                    raise UnavailableError(
                         f"cannot {redacted(doing)}: {redacted(error)} ({attempt} requests in {elapsed:.0f} s). Check "
                         f"the service and the network; raise data.read_timeout and data.read_retries for long outages"
                     ) from None
                 if attempt == REPORTED:
                     logger.warning("cannot %s yet: %s; trying again", redacted(doing), redacted(error))
-                time.sleep(pause)
+                time.sleep(min(pause, left / 2))  # the time is used to its end
 
 
 class Later(Generic[T]):

@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from mmmoe_pretrain.data import arena
+from mmmoe_pretrain.exit_codes import Restartable
 
 _AT = struct.Struct("<qq")  # the item and the sample that a worker makes, shared with it
 _PACKS = struct.Struct("<q")  # behind it: the item that it packs
@@ -90,10 +91,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """``value_error``: what a user can mend; else a traceback."""
+    """``kind``: ValueError (what a user can mend), Restartable, or RuntimeError, whose ``text`` is a traceback."""
 
     text: str
-    value_error: bool
+    kind: type[Exception]
 
 
 class Worker:
@@ -216,9 +217,10 @@ def _answer(own: socket.socket, number: int, work: Callable[[], Done]) -> None:
     try:
         answer = work()
     except ValueError as error:  # what a user can fix
-        answer = Failed(str(error)[-_MAX_TEXT:], True)
+        kind = Restartable if isinstance(error, Restartable) else ValueError
+        answer = Failed(str(error)[-_MAX_TEXT:], kind)
     except Exception:  # noqa: BLE001  # told to the rank, which ends with it
-        answer = Failed(traceback.format_exc()[-_MAX_TEXT:], False)
+        answer = Failed(traceback.format_exc()[-_MAX_TEXT:], RuntimeError)
     with contextlib.suppress(OSError):  # the rank has ended
         own.send(pickle.dumps((number, answer), pickle.HIGHEST_PROTOCOL))
 

@@ -44,7 +44,7 @@ class WorkerDied(RuntimeError):
 class ReadAhead(Generic[T]):
     """The items of ``source`` at ``numbers``, in this order.
 
-    What ``source`` raises ends the iteration: a ValueError as such, else a RuntimeError. The
+    What ``source`` raises ends the iteration: a ValueError or Restartable as such, else a RuntimeError. The
     workers start with the first item and end with the last one, with ``close``, with this object,
     or within a second of this process, however it ends. They are forked by the thread that iterates.
     """
@@ -111,7 +111,8 @@ class ReadAhead(Generic[T]):
             raise
         if isinstance(found, Failed):
             self.close()
-            raise ValueError(found.text) if found.value_error else RuntimeError(f"a data worker failed: {found.text}")
+            failed = "a data worker failed: " if found.kind is RuntimeError else ""
+            raise found.kind(f"{failed}{found.text}")
         item, seconds = found
         self.transfer_seconds += seconds
         return item

@@ -69,21 +69,23 @@ class Kill:
         return on_step
 
     def _deadly(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        calls = 0
+        calls, rank = 0, os.getpid()
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == self.call and not self.after:
-                die()
+                die(rank)
             result = function(*args, **kwargs)
             if calls == self.call:
-                die()
+                die(rank)
             return result
 
         return wrapper
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(rank: int | None = None) -> None:
+    """Kill the rank, and this process: it may be a data worker of the rank."""
+    for pid in filter(None, (rank, os.getpid())):
+        os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Kill ranks of a run at random until it ends, and compare it with an uninterrupted one: `make chaos`.
 
-python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0
+python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0 [--streams | --remote]
 
 A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all of them
 again, and they resume from the newest checkpoint. The last line is one JSON object: kills, lost and repeated samples,
@@ -14,10 +14,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.train.loop import train
 from tests.chaos import ledger
 from tests.chaos.kills import Kill
+from tests.data.servers import every, http_server
 from tests.distributed import free_port
 from tests.support import things, tiny_config, write_shards, write_tokenizer
 
 SECONDS_A_START = 120.0  # after which ranks that neither train nor end count as a hang
-STREAMED = 8  # shards that are read by commands
+SHARDS = 8  # that are read by commands, or from a server
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -51,30 +54,24 @@ class Report:
         return self.loss_equal and not (self.lost or self.repeated or self.partial_accepted)
 
 
-def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int, streams: bool = False) -> Report:
-    """Train a run undisturbed and a run that is killed ``kills`` times; compare. ``streams``: half of the samples
-    come from commands."""
+def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int, shards: str = "local") -> Report:
+    """Train a run undisturbed and a run that is killed ``kills`` times; compare. ``shards``: "local"; "streams": half
+    of the samples come from commands; "remote": all come from an HTTP server of which one request in ten fails,
+    through a cache that is lost before every second start."""
     rows = things(48)
     write_shards(folder / "train", rows)
-    for shard in range(STREAMED):
-        write_shards(folder / f"streamed-{shard}", rows[shard::STREAMED])
+    for shard in range(SHARDS):
+        write_shards(folder / f"shard-{shard}", rows[shard::SHARDS])
     write_tokenizer(folder / "tokens.model")
-    calm, disturbed = (config_of(folder, name, steps, streams) for name in ("calm", "disturbed"))
-    assert start(calm, ranks, None) == "done"
-    report, rng = Report(), random.Random(seed)
-    while True:
-        report.starts += 1
-        kill = None
-        if report.kills < kills:
-            left = steps - steps_saved(disturbed)
-            kill = Kill.draw(rng, ranks, max(1, left // (kills - report.kills)), left)
-        end = start(disturbed, ranks, kill)
-        report.kills += end == "killed"
-        report.partial_accepted += count_partial(disturbed)
-        print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(disturbed)}", flush=True)
-        if end == "done":
-            break
-    for config in (calm, disturbed) if streams else ():
+    with http_server(folder) if shards == "remote" else nullcontext() as server:
+        url = ""
+        if server is not None:
+            server.faults, url = every(10, "error", "reset", "short"), server.url
+        calm, disturbed = (config_of(folder, name, steps, shards, url) for name in ("calm", "disturbed"))
+        assert start(calm, ranks, None) == "done"
+        report = kill_until_done(disturbed, kills, ranks, seed)
+        assert server is None or {*server.failed} == {"error", "reset", "short"}, server.failed
+    for config in (calm, disturbed) if shards == "streams" else ():
         assert all(lane[0] > 0 for lanes in states_saved(config).values() for lane in lanes), states_saved(config)
     found, wanted = (ledger.history(ledger_of(config)) for config in (disturbed, calm))
     report.lost, report.repeated = ledger.compare(found, wanted)
@@ -82,11 +79,31 @@ def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int, streams: 
     return report
 
 
-def config_of(folder: Path, name: str, steps: int, streams: bool = False) -> RunConfig:
+def kill_until_done(config: RunConfig, kills: int, ranks: int, seed: int) -> Report:
+    report, rng, steps = Report(), random.Random(seed), config.train.steps
+    while True:
+        report.starts += 1
+        kill = None
+        if report.kills < kills:
+            left = steps - steps_saved(config)
+            kill = Kill.draw(rng, ranks, max(1, left // (kills - report.kills)), left)
+        if config.data.cache and report.starts % 2:
+            shutil.rmtree(config.data.cache.folder, ignore_errors=True)
+        end = start(config, ranks, kill)
+        report.kills += end == "killed"
+        report.partial_accepted += count_partial(config)
+        print(f"start {report.starts}: {end}, {kill}; saved {steps_saved(config)}", flush=True)
+        if end == "done":
+            return report
+
+
+def config_of(folder: Path, name: str, steps: int, shards: str, url: str) -> RunConfig:
     """Two ranks of experts beside data-parallel replicas; saves often, logs every step."""
     sources = [str(folder / "train")]
-    if streams:
-        sources.append(f"pipe:cat {folder}/streamed-{{0..{STREAMED - 1}}}/00000.tar")
+    if shards == "streams":
+        sources.append(f"pipe:cat {folder}/shard-{{0..{SHARDS - 1}}}/00000.tar")
+    if shards == "remote":
+        sources = [f"{url}/shard-{{0..{SHARDS - 1}}}/00000.tar"]
     return tiny_config(
         folder,
         name=name,
@@ -94,6 +111,7 @@ def config_of(folder: Path, name: str, steps: int, streams: bool = False) -> Run
             "train": [{"path": source, "stream_window": 2} for source in sources],
             "tokenizer": str(folder / "tokens.model"),
             "num_workers": 1,
+            "cache": {"folder": str(folder / f"{name}.cache"), "block_mb": 1} if shards == "remote" else None,
         },
         parallel={"expert_parallel_size": 2, "timeout_minutes": 1},
         train={"steps": steps, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1},
@@ -127,7 +145,8 @@ def start(config: RunConfig, ranks: int, kill: Kill | None) -> str:
 
 def run_rank(config: RunConfig, rank: int, ranks: int, port: int, folder: Path, kill: Kill | None) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      MMMOE_CACHE=str(config.run_dir.with_name("indices")))  # fmt: skip
     torch.set_num_threads(1)
     out = os.open(folder / f"output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -209,10 +228,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--streams", action="store_true", help="half of the samples come from commands (pipe:)")
+    group = parser.add_mutually_exclusive_group()
+    for shards, text in (("streams", "half of the samples come from commands (pipe:)"),
+                         ("remote", "the shards lie behind a server of which one request in ten fails")):  # fmt: skip
+        group.add_argument(
+            f"--{shards}", action="store_const", dest="shards", const=shards, default="local", help=text
+        )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed, args.streams)
+        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed, args.shards)
     print(json.dumps(vars(report)))
     return 0 if report.passed and report.kills >= args.kills else 1
 

@@ -10,11 +10,11 @@ from tests.chaos.run import chaos
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("streams", "kills", "steps"), [(False, 8, 24), (True, 3, 9)])
+@pytest.mark.parametrize(("shards", "kills", "steps"), [("local", 8, 24), ("streams", 3, 9), ("remote", 2, 6)])
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
-    tmp_path: Path, streams: bool, kills: int, steps: int
+    tmp_path: Path, shards: str, kills: int, steps: int
 ) -> None:
-    report = chaos(tmp_path, kills, steps, ranks=2, seed=1, streams=streams)
+    report = chaos(tmp_path, kills, steps, ranks=2, seed=1, shards=shards)
     assert report.passed, report
     assert report.kills >= kills // 2, report  # on a slow machine the clock may come too late for some
 

@@ -185,7 +185,9 @@ def s3_server(bucket: str = "bucket") -> Iterator[str]:
 
 
 def upload(endpoint: str, path: Path, key: str, bucket: str = "bucket") -> None:
-    """Put a file into moto's bucket."""
+    """Put a file into moto's bucket, for everyone to read: curl has no credentials."""
     import boto3
 
-    boto3.client("s3", endpoint_url=endpoint).put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    boto3.client("s3", endpoint_url=endpoint).put_object(
+        Bucket=bucket, Key=key, Body=path.read_bytes(), ACL="public-read"
+    )

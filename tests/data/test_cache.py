@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -110,6 +111,24 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(
     (line,) = caplog.messages
     assert "No space left on device" in line and "data.cache.size_gb" in line and str(tmp_path / "cache") in line
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.parent.name == "drafts"]
+
+
+def test_a_cache_that_is_removed_while_a_block_is_written_is_made_anew(
+    tmp_path: Path, served: HttpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, url, reserve = cached(tmp_path), f"{served.url}/a.tar", BlockCache._reserve
+
+    def remove(cache: BlockCache, size: int) -> None:
+        reserve(cache, size)
+        shutil.rmtree(cache.folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockCache, "_reserve", remove)
+        assert files.read(url, 0, 10) == CONTENT[:10]
+    assert not blocks(tmp_path)
+    assert files.read(url, 0, 10) == CONTENT[:10]
+    assert len(blocks(tmp_path)) == 1
+    assert not caplog.messages
 
 
 def hold(folder: Path, ready: str) -> None:

@@ -18,6 +18,7 @@ from mmmoe_pretrain.data.blocks import NEAR
 from mmmoe_pretrain.data.retry import Retries
 from mmmoe_pretrain.data.storage import CacheSettings, Files, MissingError, ReadSettings, StorageError
 from mmmoe_pretrain.data.worker import _close_sockets
+from mmmoe_pretrain.urls import UnavailableError
 from tests.data.servers import HttpServer, every, http_server, never, s3_server, upload
 
 CONTENT = random.Random(7).randbytes(700_001)
@@ -167,6 +168,19 @@ def test_a_server_that_keeps_failing_is_one_clear_line_in_time(
         files.read(f"{served.url}/a.tar", 5, 5)
     assert time.monotonic() - began < 3
     assert "\n" not in str(caught.value)
+
+
+def test_an_outage_that_ends_before_the_limit_of_a_read_is_waited_for(served: HttpServer) -> None:
+    """Refused requests take no time, so that the pauses alone must reach the limit."""
+    files, url = Files(ReadSettings(Retries(1.0, 2.0, first_pause=0.5, longest_pause=0.5))), f"{served.url}/a.tar"
+    files.stat(url)
+    began = time.monotonic()
+    served.faults = lambda number, path, wanted: "error" if time.monotonic() < began + 1.5 else None
+    assert files.read(url, 5, 5) == CONTENT[5:10]
+    served.faults, began = every(1, "error"), time.monotonic()
+    with pytest.raises(UnavailableError):  # a launcher starts the run again
+        files.read(url, 600_000, 5)
+    assert 1.85 < time.monotonic() - began < 2.5
 
 
 def test_a_server_without_ranges_is_read_as_a_stream_through_its_faults(served: HttpServer) -> None:

@@ -26,6 +26,8 @@ from mmmoe_pretrain.data.dispatch import CREDIT
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
 from mmmoe_pretrain.data.worker import _received
 from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
+from mmmoe_pretrain.exit_codes import Restartable
+from mmmoe_pretrain.urls import UnavailableError
 from tests.data.test_loader import assert_same, batches, built, config_with
 
 pytestmark = pytest.mark.timeout(60)
@@ -331,6 +333,7 @@ def _raise(error: Exception) -> None:
 
 @pytest.mark.parametrize("raised, kind, message", [
     (ValueError("shard x was changed; restore it"), ValueError, "^shard x was changed; restore it$"),
+    (UnavailableError("no answer"), Restartable, "^no answer$"),
     (KeyError("bug"), RuntimeError, r"a data worker failed: Traceback(.|\n)*KeyError: 'bug'"),
 ])  # fmt: skip
 def test_what_a_worker_raises_ends_the_run_with_its_reason(
