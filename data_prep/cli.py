@@ -98,7 +98,9 @@ def tokenizer(
 def index(
     specs: Annotated[
         list[str],
-        typer.Argument(callback=given, help="Configs, or sources as in data.train: folders, tars, URLs, lists."),
+        typer.Argument(
+            callback=given, help="Configs with key=value, or sources as in data.train: folders, tars, URLs."
+        ),
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read the headers of local shards.")] = 2,
     lengths: Annotated[

@@ -4,7 +4,9 @@ also the field that they are split by and, with ``--lengths``, the tokens of the
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -19,16 +21,20 @@ from mmmoe_pretrain.data.storage import Files, Stat, read_settings
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.urls import redacted
 
+_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")  # of a config, as for mmmoe train
+
 
 def run(specs: Sequence[str], workers: int, lengths: bool) -> None:
-    """The command: a line a source. A config names the sources of its data.train and evaluate.test."""
-    for spec in specs:
+    """The command: a line a source. A config names the sources of its data.train and evaluate.test; ``key=value``
+    overrides settings of the configs."""
+    overrides = [spec for spec in specs if _OVERRIDE.match(spec) and not Path(spec).exists()]
+    for spec in (spec for spec in specs if spec not in overrides):
         if not spec.endswith((".yaml", ".yml")):
             if lengths:
                 raise ValueError(f"--lengths measures tokens, and {redacted(spec)} names no tokenizer; name a config")
             _index(spec, Files(), workers)
             continue
-        config = run_config.load(spec)
+        config = run_config.load(spec, overrides)
         files = Files(read_settings(config))
         modalities = build_modalities(config.modalities, config.data.tokenizer) if lengths else None
         for source in config.data.train:

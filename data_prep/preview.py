@@ -19,6 +19,7 @@ from rich.table import Table
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import stream_state
 from mmmoe_pretrain.data.assign import Assignment
 from mmmoe_pretrain.data.decode import BadSample
 from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
@@ -69,6 +70,17 @@ def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel
 def preview(config: RunConfig, modalities: Modalities, samples: int, data_parallel_size: int) -> Preview:
     """What microbatches with together ``samples`` samples or more, spread over the run, hold."""
     dataset = MicrobatchDataset(config, modalities)
+    stream_state.start(dataset.streams, {}, dataset.assignment.blend, 0)
+    try:
+        return _read(dataset, config, modalities, samples, data_parallel_size)
+    finally:
+        for stream, _ in dataset.streams.values():
+            stream.close()
+
+
+def _read(
+    dataset: MicrobatchDataset, config: RunConfig, modalities: Modalities, samples: int, data_parallel_size: int
+) -> Preview:
     ranks = Assignment(config, dataset.sources, modalities, data_parallel_size)
     found = Preview()
     parts = config.train.num_microbatches

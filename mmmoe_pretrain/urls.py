@@ -127,6 +127,11 @@ def redacted_command(text: str) -> str:
     return plain if len(plain) <= MAX_COMMAND else f"{plain[:MAX_COMMAND]}..."
 
 
+def shown(text: str) -> str:
+    """A setting for a message, whether it is a URL or a command."""
+    return redacted_command(text) if "pipe:" in text else redacted(text)
+
+
 def command_has_secret(text: str) -> bool:
     """``text`` is a command that holds a password or token itself, so that it must not be saved."""
     return has_secret(text) or any(pattern.search(text) for pattern in (_HEADER, _ARGUMENT, _ASSIGNMENT))

@@ -73,6 +73,7 @@ def test_a_config_keeps_the_names_of_secrets_and_refuses_the_secrets(
         assert run_config.load(tmp_path / "config.yaml").data.train[0].path == path
     for key, value in (
         ("train", [{"path": "https://h/a.tar?sig=ab12"}]),
+        ("train", [{"path": "pipe:curl -u me:ab12 https://h/a.tar"}]),
         ("tokenizer", "$SHARDS_URL"),
         ("storage_options", {"s3": {"secret": "ab12"}}),
         ("storage_options", {"s3": "ab12"}),
@@ -80,3 +81,7 @@ def test_a_config_keeps_the_names_of_secrets_and_refuses_the_secrets(
         with pytest.raises(ValueError, match=f"data.{key}") as caught:
             run_config.parse({**raw, "data": {**raw["data"], key: value}})
         assert "ab12" not in str(caught.value)
+    (tmp_path / "run.yaml").write_text("name: x")
+    with pytest.raises(ValueError, match=r"run\.yaml with") as caught:
+        run_config.load(tmp_path / "run.yaml", ["data.train=[{path: 'pipe:curl -u me:ab12 https://h/a.tar'}]"])
+    assert "ab12" not in str(caught.value)

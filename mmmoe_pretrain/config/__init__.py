@@ -35,7 +35,7 @@ from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
 from mmmoe_pretrain.config.optimizer import OptimizerConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
-from mmmoe_pretrain.urls import redacted, secret_option
+from mmmoe_pretrain.urls import secret_option, shown
 
 __all__ = [
     "CheckpointConfig", "FaultsConfig", "MoEConfig", "OptimizerConfig", "RoutingLossConfig", "RunConfig", "dump",
@@ -452,7 +452,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     return parse(
         raw,
         where=" ".join(
-            [str(path), *(["with", *(brief(redacted(override)) for override in overrides)] if overrides else [])]
+            [str(path), *(["with", *(brief(shown(override)) for override in overrides)] if overrides else [])]
         ),
     )
 

@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.paths import expand
 from mmmoe_pretrain.untrusted import brief
-from mmmoe_pretrain.urls import command_has_secret, has_secret, is_url, redacted, redacted_command
+from mmmoe_pretrain.urls import command_has_secret, has_secret, is_url, redacted, redacted_command, shown
 
 
 class StrictModel(BaseModel):
@@ -62,8 +62,8 @@ def _message(item: Any, location: tuple[str | int, ...], placed: bool) -> str:
         return f"{name}: {message}" if placed or location[:1] in UNPLACED else message
     null = item["type"] == "string_type" and item["input"] is None
     hint = "; YAML reads ~ alone as null, so write $HOME" if null else ""
-    value = redacted(item["input"]) if isinstance(item["input"], str) else item["input"]
-    got = "" if "storage_options" in location else f" (got {redacted(brief(value))}{hint})"
+    value = shown(item["input"]) if isinstance(item["input"], str) else item["input"]
+    got = "" if "storage_options" in location else f" (got {shown(brief(value))}{hint})"
     return f"{name}: {message}{got}"
 
 

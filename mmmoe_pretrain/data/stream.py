@@ -9,6 +9,8 @@ A sub-lane of a process keeps one window in memory, and one shard open.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import random
 import time
@@ -25,13 +27,15 @@ from mmmoe_pretrain.data.listing import expanded, list_shards
 from mmmoe_pretrain.data.members import RawSample
 from mmmoe_pretrain.data.order import fold, permute
 from mmmoe_pretrain.data.pipes import PIPE
-from mmmoe_pretrain.data.retry import Retries, TransientError
+from mmmoe_pretrain.data.retry import REPORTED, Retries, TransientError
 from mmmoe_pretrain.data.storage import Files, StorageError
 from mmmoe_pretrain.data.tar_stream import BadShard, ShardSamples
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.urls import redacted_command
 
+logger = logging.getLogger(__name__)
 WINDOW = 16  # samples
+FIRST_ATTEMPTS = 10  # after the first one, of a sub-lane that has not given a sample yet
 
 
 @dataclass(frozen=True, order=True)
@@ -188,7 +192,7 @@ class _Lane:
         """The sample at ``place``, None where its shard has ended. What may pass is tried again."""
         if self._epoch != place.epoch:
             self._epoch, self._shards = place.epoch, self._stream.shards_of(self._lane, place.epoch)
-        url, attempts = self._shards[place.shard], _Attempts(self._stream.files.settings.retries)
+        url, attempts = self._shards[place.shard], self._attempts(self._shards[place.shard])
         while True:
             try:
                 sample = self._opened(url, place).next(keep)
@@ -198,7 +202,7 @@ class _Lane:
                 raise
             except (TransientError, ValueError, EOFError, OSError, zlib.error, LZMAError) as error:
                 self.close()
-                if not (url.startswith(PIPE) and attempts.pause()):
+                if not (url.startswith(PIPE) and attempts.pause(error)):
                     raise StorageError(
                         f"shard {redacted_command(url)} cannot be read beyond sample {place.sample}: {error} "
                         f"({attempts.failed or 1} attempts); try its command in a shell, and repair the shard or "
@@ -209,6 +213,12 @@ class _Lane:
         else:
             self._last = place, sample.key
         return sample
+
+    def _attempts(self, url: str) -> _Attempts:
+        """Fewer before the first sample: a command that has never worked is a wrong one as a rule."""
+        limits = self._stream.files.settings.retries
+        count = limits.count if self._last is not None else min(limits.count, FIRST_ATTEMPTS)
+        return _Attempts(dataclasses.replace(limits, count=count), redacted_command(url))
 
     def _opened(self, url: str, place: LaneState) -> ShardSamples:
         """The shard, read up to ``place``."""
@@ -232,11 +242,11 @@ class _Attempts:
     """Failed attempts to read one sample, and the pauses after them. Reading on to the sample again may take longer
     than the time limit, so of each attempt no more than the wait for a byte counts."""
 
-    def __init__(self, limits: Retries) -> None:
-        self.failed = 0
+    def __init__(self, limits: Retries, url: str) -> None:
+        self.failed, self._url = 0, url
         self._limits, self._seconds, self._began = limits, 0.0, time.monotonic()
 
-    def pause(self) -> bool:
+    def pause(self, error: Exception) -> bool:
         """Wait before the next attempt; False where the limits are reached."""
         limits = self._limits
         self.failed += 1
@@ -245,6 +255,8 @@ class _Attempts:
         self._seconds += min(time.monotonic() - self._began, limits.request_seconds) + pause
         if self.failed > limits.count or self._seconds >= limits.read_seconds:
             return False
+        if self.failed == REPORTED:
+            logger.warning("shard %s cannot be read yet: %s; trying again", self._url, error)
         time.sleep(pause)
         self._began = time.monotonic()
         return True

@@ -130,8 +130,11 @@ def _survey(config: RunConfig, loader: Loader | ReplicaLoader, main: bool) -> No
     streams = len(loader.sources) - len(indexed)
     unserved = [] if streams else refuse_useless(indexed, found, objectives_of(config).needs())
     if streams:
-        log.info("data.train: %d of %d sources are only read on", streams, len(loader.sources))
-    log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
+        log.info(
+            "data.train: %d of %d sources are streams, whose samples are not known", streams, len(loader.sources)
+        )
+    if indexed:
+        log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
     for note in loader.notes:
         log.warning("%s", note)
     if found.unread:

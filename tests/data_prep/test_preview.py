@@ -1,0 +1,38 @@
+"""What ``mmmoe-data preview`` and ``index`` say of a run, of shards and of streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import index, preview
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.modalities import build_modalities
+from tests.support import things, tiny_config, tiny_values, write_shards
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_preview_counts_what_a_run_reads(tmp_path: Path, tiny_data: Path, stream: bool) -> None:
+    rows = things(16)
+    for part in range(2):
+        write_shards(tmp_path / f"{part}", rows[part::2], lacking=("audio",) if part else ())
+    second = f"pipe:cat {tmp_path}/1/00000.tar" if stream else str(tmp_path / "1")
+    train = [{"path": str(tmp_path / "0"), "weight": 3}, {"path": second, "weight": 1}]
+    data = {**tiny_values(tiny_data)["data"], "train": train}
+    config = tiny_config(tiny_data, data=data, train={"steps": 8, "global_batch_size": 8, "num_microbatches": 1})
+    found = preview.preview(config, build_modalities(config.modalities, config.data.tokenizer), 64, 2)
+    assert found.samples == 64 and len(found.tokens) == 8
+    assert {path: share.samples for path, share in found.sources.items()} == {str(tmp_path / "0"): 48, second: 16}
+    assert {name: share.samples for name, share in found.modalities.items()} == {"image": 64, "text": 64, "audio": 48}
+    assert found.epochs[str(tmp_path / "0")] == pytest.approx(48 / 8)
+    assert sum(share.tokens for share in found.sources.values()) == sum(found.tokens)
+
+
+def test_an_index_of_a_config_takes_overrides(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "other", things(4))
+    run_config.dump(tiny_config(tiny_data), tmp_path / "run.yaml")
+    index.run([str(tmp_path / "run.yaml"), f"data.train=[{{path: {tmp_path / 'other'}}}]"], 1, lengths=False)
+    assert "other: 4 samples in 1 shards" in capsys.readouterr().out.replace("\n", "")
