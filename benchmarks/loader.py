@@ -200,9 +200,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     repeats = 2 if options.quick else options.repeats
-    counts = (
-        {"photo": 64, "small": 128, "audio": 64} if options.quick else {"photo": 210, "small": 256, "audio": 256}
-    )
+    counts = {"photo": 64, "small": 128, "audio": 64} if options.quick else {"photo": 210, "small": 256, "audio": 256}
     work = options.work.resolve()
     shards.make(work, counts)
     folders = {kind: work / f"{kind}_{count}" for kind, count in counts.items()}

@@ -59,6 +59,11 @@ class Assignment:
         self.blend = Blend(config, sources, lambda source, indices: self._known(source).mean(indices))
         self._ranks = functools.lru_cache(maxsize=KEPT)(self._assign)
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a microbatch on one rank."""
+        return self._each
+
     def of_rank(self, number: int, rank: int) -> Share:
         """What ``rank`` reads of microbatch ``number``."""
         positions, places = self._ranks(number)

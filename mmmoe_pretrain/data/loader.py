@@ -343,7 +343,7 @@ class _Microbatches:
     parts: int  # microbatches a step
 
     def count(self, k: int) -> int:
-        return len(self.dataset.positions(self._number(k)))
+        return self.dataset.assignment.batch_size
 
     def pin(self, k: int, sample: int) -> int | None:
         return self.dataset.pin(self._number(k), sample)

@@ -119,7 +119,7 @@ class ReadAhead(Generic[T]):
 
     def _start(self) -> None:
         settings = self._settings
-        self._source.count(self._numbers[self._done])  # before the forks, which share what it computes
+        self._source.describe(self._numbers[self._done], 0)  # before the forks, which share what it computes
         dispatcher = Dispatcher(
             self._source, self._numbers, self._done, settings.count, settings.ahead, settings.ahead_bytes
         )

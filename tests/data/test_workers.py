@@ -104,9 +104,9 @@ def test_what_the_first_item_needs_is_computed_once_before_the_workers_are_forke
     known: list[int] = []
 
     class Remembering(Blocks):
-        def count(self, k: int) -> int:
+        def describe(self, k: int, sample: int | None) -> str:
             known.append(k)
-            return super().count(k)
+            return super().describe(k, sample)
 
         def samples(self, k: int, which: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
             assert known, "the worker was forked before"
