@@ -76,11 +76,11 @@ class Contender:
 
 
 def start(name: str, kind: str, python: str, folder: Path, tokenizer: Path, workers: int) -> Contender:
-    script = "ours" if name == "ours" else "peers"
+    script = "ours" if name in ("ours", "same_decoder") else "peers"
     arguments = [str(folder), kind, str(tokenizer), str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [python, str(ROOT / f"benchmarks/loading/{script}.py"), *([name] if script == "peers" else []), *arguments],
+        [python, str(ROOT / f"benchmarks/loading/{script}.py"), name, *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment,
     )  # fmt: skip
     assert process.stdout

@@ -1,4 +1,4 @@
-"""The loader of this project in the protocol of peers.py: run as a script.
+"""The loader of this project, and webdataset with its decoders, in the protocol of peers.py: run as a script.
 
 The same work as the others: images whose shorter side is 224, the centre; the same tokens; the same log-mel
 spectrogram; no augmentation. A line ``SECONDS BATCHES`` consumes at a pace, for the stall.
@@ -16,7 +16,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.loading.peers import BATCH, HOP, MELS, N_FFT, RATE, SIDE, cpu_seconds
+from benchmarks.loading.peers import (
+    BATCH,
+    HOP,
+    MELS,
+    N_FFT,
+    RATE,
+    SIDE,
+    Decoder,
+    cpu_seconds,
+    serve,
+    webdataset_batches,
+)  # fmt: skip
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader
@@ -64,8 +75,17 @@ def timed(loader: Loader, count: int, pace: float = 0.0) -> dict[str, Any]:
     return {"samples": count * BATCH, "seconds": seconds, "cpu": cpu, "wait": wait, "stages": stages}
 
 
+def decoder(kind: str, tokenizer: str) -> Decoder:
+    """That of the loader, for webdataset."""
+    modalities = modalities_of(kind, tokenizer)
+    first, text = modalities["audio" if kind == "audio" else "image"], modalities["text"]
+    return lambda data, line: (torch.from_numpy(first.decode(data)), torch.from_numpy(text.decode(line.encode())))
+
+
 def main() -> None:
-    folder, kind, tokenizer, workers = sys.argv[1:]
+    name, folder, kind, tokenizer, workers = sys.argv[1:]
+    if name == "same_decoder":
+        serve(webdataset_batches(Path(folder), kind, tokenizer, int(workers), decoder(kind, tokenizer)))
     torch.set_num_threads(1)
     config = config_of(Path(folder), kind, tokenizer, int(workers))
     answers = os.fdopen(os.dup(1), "w")

@@ -26,6 +26,7 @@ from PIL import Image
 BATCH, SIDE = 64, 224
 RATE, N_FFT, HOP, MELS = 16_000, 512, 160, 64
 TICKS = os.sysconf("SC_CLK_TCK")
+Decoder = Callable[[bytes, str], tuple[torch.Tensor, torch.Tensor]]  # (content, text) -> its tensors
 
 
 def cpu_seconds(root: int | None = None) -> float:
@@ -108,16 +109,19 @@ def collated(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Te
     return torch.stack(first), ids
 
 
-def decoder(kind: str, tokenizer: str) -> Callable[[bytes, str], tuple[torch.Tensor, torch.Tensor]]:
+def decoder(kind: str, tokenizer: str) -> Decoder:
     """(content, text) -> its tensors."""
     tokens, first = Tokens(tokenizer), LogMel() if kind == "audio" else image_of
     return lambda data, text: (first(data), tokens(text))
 
 
-def webdataset_batches(shards: Path, kind: str, tokenizer: str, workers: int) -> Iterator[Any]:
+def webdataset_batches(
+    shards: Path, kind: str, tokenizer: str, workers: int, of: Decoder | None = None
+) -> Iterator[Any]:
+    """``of``: another decoder than that of its users."""
     import webdataset
 
-    of = decoder(kind, tokenizer)
+    of = of or decoder(kind, tokenizer)
     member = "flac" if kind == "audio" else "jpg"
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     dataset = (
@@ -126,27 +130,6 @@ def webdataset_batches(shards: Path, kind: str, tokenizer: str, workers: int) ->
         .shuffle(500)
         .to_tuple(member, "txt")
         .map(lambda pair: of(pair[0], pair[1].decode()))
-        .batched(BATCH, collation_fn=collated)
-    )
-    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
-
-
-def same_decoder_batches(shards: Path, kind: str, tokenizer: str, workers: int) -> Iterator[Any]:
-    """webdataset with the decoders of this project, which must be installed."""
-    import webdataset
-
-    from benchmarks.loading.ours import modalities_of
-
-    modalities = modalities_of(kind, tokenizer)
-    name, member = ("audio", "flac") if kind == "audio" else ("image", "jpg")
-    first, text = modalities[name], modalities["text"]
-    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
-    dataset = (
-        webdataset.WebDataset(urls, shardshuffle=len(urls), workersplitter=None, empty_check=False)
-        .repeat()
-        .shuffle(500)
-        .to_tuple(member, "txt")
-        .map(lambda pair: (torch.from_numpy(first.decode(pair[0])), torch.from_numpy(text.decode(pair[1]))))
         .batched(BATCH, collation_fn=collated)
     )
     return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
@@ -252,26 +235,29 @@ def _rows_of_tar(path: str) -> Iterator[dict[str, Any]]:
 
 LOADERS: dict[str, Callable[[Path, str, str, int], Iterator[Any]]] = {
     "webdataset": webdataset_batches,
-    "same_decoder": same_decoder_batches,
     "energon": energon_batches,
     "litdata": litdata_batches,
 }
+
+
+def serve(batches: Iterator[Any]) -> None:
+    """Measure as asked by the lines of the standard input."""
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    next(batches)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(timed(batches, int(line))), file=answers, flush=True)
+    os._exit(0)  # a peer's workers are not waited for
 
 
 def main() -> None:
     name, folder, kind, tokenizer, workers = sys.argv[1:]
     if name == "make_litdata":
         make_litdata(Path(folder), Path(kind))
-        return
-    torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    batches = LOADERS[name](Path(folder), kind, tokenizer, int(workers))
-    next(batches)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(timed(batches, int(line))), file=answers, flush=True)
-    os._exit(0)  # a peer's workers are not waited for
+    else:
+        serve(LOADERS[name](Path(folder), kind, tokenizer, int(workers)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from mmmoe_pretrain.data.retry import Later, TransientError
-from mmmoe_pretrain.data.stores import UNKNOWN, Stat, check_same
+from mmmoe_pretrain.data.stores import UNKNOWN, Stat, by_ranges, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, protocol, redacted
 
 CHUNK = 8 << 20
@@ -146,11 +146,7 @@ class ObstoreFiles:
         return self._call(url, seconds, work)
 
     def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
-        expected = self.stat(url, seconds)
-        while offset < expected.size:
-            data = self.get(url, offset, min(CHUNK, expected.size - offset), expected, seconds)
-            yield data
-            offset += len(data)
+        return by_ranges(self, url, offset, CHUNK, seconds)
 
     def close(self) -> None:
         self._buckets.clear()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mmmoe_pretrain.data.retry import TransientError
-from mmmoe_pretrain.data.stores import Stat, changed, check_same
+from mmmoe_pretrain.data.stores import Stat, by_ranges, changed, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, local_path
 
 MAX_OPEN = 256
@@ -68,11 +68,7 @@ class LocalFiles:
             return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
 
     def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
-        expected = self.stat(url, seconds)
-        while offset < expected.size:
-            data = self.get(url, offset, min(CHUNK, expected.size - offset), expected, seconds)
-            yield data
-            offset += len(data)
+        return by_ranges(self, url, offset, CHUNK, seconds)
 
     def close(self) -> None:
         with self._lock:

@@ -48,6 +48,15 @@ class Store(Protocol):
         """Give up descriptors and connections."""
 
 
+def by_ranges(store: Store, url: str, offset: int, size: int, seconds: float) -> Iterator[bytes]:
+    """``Store.chunks`` of a store that answers ranges: ``size`` bytes at a time."""
+    expected = store.stat(url, seconds)
+    while offset < expected.size:
+        data = store.get(url, offset, min(size, expected.size - offset), expected, seconds)
+        yield data
+        offset += len(data)
+
+
 def check_same(url: str, expected: Stat, found: Stat) -> None:
     """Raise the error that says what is different, if anything is."""
     if found.version != expected.version or len({found.size, expected.size} - {UNKNOWN}) > 1:
