@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.data.index import Index, Rows, Writer
-from mmmoe_pretrain.data.indexing import CHECKED_AT_ONCE
-from mmmoe_pretrain.data.rows import read_rows
+from mmmoe_pretrain.data.sources.index import Index, Rows, Writer
+from mmmoe_pretrain.data.sources.indexing import CHECKED_AT_ONCE
+from mmmoe_pretrain.data.sources.rows import read_rows
 
 KIND = ("jpg", "txt", "json")
 LOOKED_UP = 20_000

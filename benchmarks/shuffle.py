@@ -30,8 +30,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
-from mmmoe_pretrain.data.mix import Stage
-from mmmoe_pretrain.data.order import Order
+from mmmoe_pretrain.data.order.mix import Stage
+from mmmoe_pretrain.data.order.positions import Order
 
 SHARD = 10_000
 RANKS = 8

@@ -21,8 +21,8 @@ from typing import Any
 from data_prep import card
 from data_prep.manifest import SPLITS
 from data_prep.shard_files import BadSample, hash_file
-from mmmoe_pretrain.data.indexing import NAME as INDEX
-from mmmoe_pretrain.data.listing import LIST
+from mmmoe_pretrain.data.sources.indexing import NAME as INDEX
+from mmmoe_pretrain.data.sources.listing import LIST
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"

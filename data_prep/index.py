@@ -12,12 +12,12 @@ from rich.console import Console
 
 from data_prep.pool import map_in_order
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.data.fields import MODALITIES, measure_field, read_field
-from mmmoe_pretrain.data.index import Rows
-from mmmoe_pretrain.data.lengths import lengths_path, measure_lengths, open_lengths
-from mmmoe_pretrain.data.listing import is_remote, is_stream
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.storage import Files, Stat, read_settings
+from mmmoe_pretrain.data.order.fields import MODALITIES, measure_field, read_field
+from mmmoe_pretrain.data.order.lengths import lengths_path, measure_lengths, open_lengths
+from mmmoe_pretrain.data.sources.index import Rows
+from mmmoe_pretrain.data.sources.listing import is_remote, is_stream
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.storage.files import Files, Stat, read_settings
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.urls import redacted
 

@@ -18,10 +18,10 @@ from data_prep.manifest import SPLITS, manifest_path, read_manifest, split_calle
 from data_prep.media import audio_seconds
 from data_prep.verify import split_specs
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, read_row
-from mmmoe_pretrain.data.members import RawSample
-from mmmoe_pretrain.data.source import Indexed, open_indexed
-from mmmoe_pretrain.data.storage import Files
-from mmmoe_pretrain.data.survey import held_by, in_order, survey
+from mmmoe_pretrain.data.sources.members import RawSample
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.survey import held_by, in_order, survey
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import Modalities, format_of
 from mmmoe_pretrain.progress import track

@@ -19,11 +19,11 @@ from rich.table import Table
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
-from mmmoe_pretrain.data.assign import Assignment
 from mmmoe_pretrain.data.decode import BadSample
 from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
+from mmmoe_pretrain.data.order.assign import Assignment
 from mmmoe_pretrain.data.pack import origins
+from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.progress import track
 

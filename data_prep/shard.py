@@ -42,7 +42,7 @@ from data_prep.media import DECODED, member
 from data_prep.pool import map_in_order
 from data_prep.shard_files import BadSample, EncodedSample, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import Progress

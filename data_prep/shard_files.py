@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mmmoe_pretrain.data.listing import LIST
+from mmmoe_pretrain.data.sources.listing import LIST
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from rich.console import Console
 from data_prep.manifest import SPLITS, split_called
 from data_prep.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
-from mmmoe_pretrain.data.index import DamagedIndex, Index
-from mmmoe_pretrain.data.indexing import home_of, label, places
-from mmmoe_pretrain.data.listing import (
+from mmmoe_pretrain.data.sources.index import DamagedIndex, Index
+from mmmoe_pretrain.data.sources.indexing import home_of, label, places
+from mmmoe_pretrain.data.sources.listing import (
     LIST,
     Listing,
     Shard,
@@ -30,10 +30,10 @@ from mmmoe_pretrain.data.listing import (
     listed_shard,
     read_list,
 )  # fmt: skip
-from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
-from mmmoe_pretrain.data.rows import read_rows
-from mmmoe_pretrain.data.storage import Files
-from mmmoe_pretrain.data.survey import Survey, held_by
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data.sources.survey import Survey, held_by
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import redacted

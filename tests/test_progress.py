@@ -7,8 +7,8 @@ import time
 import pytest
 
 from mmmoe_pretrain import progress
-from mmmoe_pretrain.data.rows import read_rows
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.progress import Progress, track
 from tests.support import write_tar
 
@@ -56,7 +56,7 @@ def test_the_first_rank_tells_how_far_the_indexing_of_shards_is(monkeypatch, cap
 
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", [("a.txt", b"")])
-    monkeypatch.setattr("mmmoe_pretrain.data.indexing.read_rows", slow)
+    monkeypatch.setattr("mmmoe_pretrain.data.sources.indexing.read_rows", slow)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     for rank in "01":

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from mmmoe_pretrain.batch import META_FIELDS, Item, Sample, SampleMeta
-from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.limits import MAX_META_BYTES, has_lone_surrogate, use_aliases
 from mmmoe_pretrain.modalities import BadSampleError, Modalities, format_of
 from mmmoe_pretrain.untrusted import brief, parse_json

@@ -12,8 +12,8 @@ from mmmoe_pretrain.data.budget import BadBudget
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import LoadStats, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.storage import Files, read_settings
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 

@@ -19,17 +19,17 @@ import xxhash
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
-from mmmoe_pretrain.data.assign import Assignment, Estimates, Share, estimate_all, needs_estimates
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.members import RawSample
-from mmmoe_pretrain.data.order import Places
+from mmmoe_pretrain.data.order.assign import Assignment, Estimates, Share, estimate_all, needs_estimates
+from mmmoe_pretrain.data.order.positions import Places
 from mmmoe_pretrain.data.pack import PackSettings, pack
-from mmmoe_pretrain.data.source import Indexed, open_source
-from mmmoe_pretrain.data.storage import Files, read_settings
-from mmmoe_pretrain.data.stream import LaneState, Stream
-from mmmoe_pretrain.data.workers import ReadAhead, Workers
+from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.members import RawSample
+from mmmoe_pretrain.data.sources.source import Indexed, open_source
+from mmmoe_pretrain.data.sources.stream import LaneState, Stream
+from mmmoe_pretrain.data.storage.files import Files, read_settings
+from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, Workers
 from mmmoe_pretrain.modalities import Modalities
 
 SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging

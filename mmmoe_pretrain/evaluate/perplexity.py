@@ -14,8 +14,8 @@ from mmmoe_pretrain.batch import IGNORE
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.evaluation import eval_settings
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.storage import Files, read_settings
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.evaluate.retrieval import Z95
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import track

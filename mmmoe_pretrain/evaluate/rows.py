@@ -16,9 +16,9 @@ from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import text_of
 from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
-from mmmoe_pretrain.data.listing import is_stream
-from mmmoe_pretrain.data.source import NoShards, open_indexed
-from mmmoe_pretrain.data.storage import Files, read_settings
+from mmmoe_pretrain.data.sources.listing import is_stream
+from mmmoe_pretrain.data.sources.source import NoShards, open_indexed
+from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.evaluate.features import collect_routing, first_text
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.data.listing import is_absent, is_stream
+from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import report, routing_report, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets

@@ -16,9 +16,9 @@ import yaml
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
-from mmmoe_pretrain.data.members import META
-from mmmoe_pretrain.data.source import Indexed, open_indexed
-from mmmoe_pretrain.data.storage import Files, read_settings
+from mmmoe_pretrain.data.sources.members import META
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.export.layout import CONFIG, INDEX, TOKENIZER, sparse_blocks
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.objectives import Objectives, build_objectives

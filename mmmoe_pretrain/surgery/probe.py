@@ -17,7 +17,7 @@ from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
 from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.data.source import NoShards
+from mmmoe_pretrain.data.sources.source import NoShards
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.untrusted import brief, parse_json

@@ -16,8 +16,8 @@ from mmmoe_pretrain.checkpoint.model import TOKENIZER, refuse_old
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
 from mmmoe_pretrain.checkpoint.storage import StorageError
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
 from mmmoe_pretrain.data.cursor import Cursor
+from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.parallel.agreement import from_rank_0

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from mmmoe_pretrain import __version__, exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
-from mmmoe_pretrain.data.assign import Estimates, microbatch_size
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.listing import is_absent, is_stream
 from mmmoe_pretrain.data.loader import Loader, StepData, estimates_of
-from mmmoe_pretrain.data.replica import ReplicaLoader
-from mmmoe_pretrain.data.source import Indexed
-from mmmoe_pretrain.data.survey import refuse_useless, survey
+from mmmoe_pretrain.data.order.assign import Estimates, microbatch_size
+from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
+from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.data.sources.survey import refuse_useless, survey
+from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.modalities import Modalities, build_modalities

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data.arena import ALIGNMENT, Arena, dump, load, mapped, write
+from mmmoe_pretrain.data.workers.arena import ALIGNMENT, Arena, dump, load, mapped, write
 
 MB = 1 << 20
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.blend import Blend, build_stages
-from mmmoe_pretrain.data.fields import field_path, measure_field, read_field
-from mmmoe_pretrain.data.mix import Stage
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.storage import Files
-from mmmoe_pretrain.data.stream import Stream
+from mmmoe_pretrain.data.order.blend import Blend, build_stages
+from mmmoe_pretrain.data.order.fields import field_path, measure_field, read_field
+from mmmoe_pretrain.data.order.mix import Stage
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.sources.stream import Stream
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.modalities import Modalities, default_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 

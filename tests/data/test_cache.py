@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.data.cache import BlockCache, CacheSettings
-from mmmoe_pretrain.data.retry import Retries
-from mmmoe_pretrain.data.storage import Files, ReadSettings
+from mmmoe_pretrain.data.storage.cache import BlockCache, CacheSettings
+from mmmoe_pretrain.data.storage.files import Files, ReadSettings
+from mmmoe_pretrain.data.storage.retry import Retries
 from tests.data.servers import HttpServer, http_server
 
 BLOCK = 10_000
@@ -143,7 +143,7 @@ def hold(folder: Path, ready: str) -> None:
 def test_a_process_that_ends_or_stops_with_every_lock_blocks_nobody(
     killed: bool, tmp_path: Path, served: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmmoe_pretrain.data.cache.TOTAL_SECONDS", 0.2)
+    monkeypatch.setattr("mmmoe_pretrain.data.storage.cache.TOTAL_SECONDS", 0.2)
     folder = tmp_path / "cache" / "blocks-v1"
     (folder / "locks").mkdir(parents=True)
     holder = multiprocessing.Process(target=hold, args=(folder, str(tmp_path / "ready")), daemon=True)

@@ -11,8 +11,8 @@ import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.members import RawSample
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.members import RawSample
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import tiny_config, tiny_values

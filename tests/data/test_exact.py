@@ -18,9 +18,9 @@ import xxhash
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import Loader, estimates_of
+from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.data.servers import every, http_server, s3_server, upload
 from tests.support import things, tiny_config, tiny_values, write_shards, write_tokenizer

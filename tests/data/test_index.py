@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data import indexing
-from mmmoe_pretrain.data.index import DamagedIndex, Index, Rows, Writer
-from mmmoe_pretrain.data.source import NoShards, open_indexed
-from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.sources import indexing
+from mmmoe_pretrain.data.sources.index import DamagedIndex, Index, Rows, Writer
+from mmmoe_pretrain.data.sources.source import NoShards, open_indexed
+from mmmoe_pretrain.data.storage.files import Files
 from tests.data.servers import http_server
 from tests.support import write_tar
 
@@ -113,7 +113,7 @@ def test_an_index_written_to_deceive_is_refused(tmp_path: Path, changes: dict[st
 
 
 def test_many_shards_keep_little_of_the_index_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmmoe_pretrain.data.index.RESIDENT_BYTES", 300)
+    monkeypatch.setattr("mmmoe_pretrain.data.sources.index.RESIDENT_BYTES", 300)
     with Writer(tmp_path / "i") as writer:
         for shard in range(8):
             writer.add(f"{shard}", "", 4096, rows(keys=b"ab" if shard % 2 else b"cd"))

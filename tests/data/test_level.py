@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mmmoe_pretrain.data.level import level
+from mmmoe_pretrain.data.order.level import level
 
 
 @given(ranks=st.integers(1, 9), each=st.integers(1, 9), data=st.data())

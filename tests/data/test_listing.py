@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.data.listing import is_absent, list_shards
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.sources.listing import is_absent, list_shards
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.storage.files import Files
 from tests.support import write_tar
 
 
@@ -111,6 +111,6 @@ def test_a_local_file_that_is_absent_is_known_without_opening_it(data: Path) -> 
 def test_a_spec_that_cannot_be_read_says_why(
     data: Path, spec: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmmoe_pretrain.data.listing.MAX_SHARDS", 1000)
+    monkeypatch.setattr("mmmoe_pretrain.data.sources.listing.MAX_SHARDS", 1000)
     with pytest.raises(ValueError, match=message):
         open_indexed(spec.format(*[data] * spec.count("{}")))

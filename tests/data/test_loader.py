@@ -13,10 +13,10 @@ import torch
 
 from mmmoe_pretrain.batch import AttentionBlocks, Batch, Targets
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.assign import microbatch_size
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
 from mmmoe_pretrain.data.loader import Loader, StepData
+from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data.mix import Mix, Stage, block_counts
+from mmmoe_pretrain.data.order.mix import Mix, Stage, block_counts
 
 
 def test_shares_hold_in_every_block_of_every_lane_and_ordinals_rise() -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmoe_pretrain.data.mix import Stage
-from mmmoe_pretrain.data.order import NONE, Order, SourceOrder, chunks, sub_lanes
-from mmmoe_pretrain.data.permute import fold, permute
+from mmmoe_pretrain.data.order.mix import Stage
+from mmmoe_pretrain.data.order.permute import fold, permute
+from mmmoe_pretrain.data.order.positions import NONE, Order, SourceOrder, chunks, sub_lanes
 
 ALONE = [Stage((1,))]
 

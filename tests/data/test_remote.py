@@ -14,10 +14,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mmmoe_pretrain.data.blocks import NEAR
-from mmmoe_pretrain.data.retry import Retries
-from mmmoe_pretrain.data.storage import CacheSettings, Files, MissingError, ReadSettings, StorageError
-from mmmoe_pretrain.data.worker import _close_sockets
+from mmmoe_pretrain.data.storage.blocks import NEAR
+from mmmoe_pretrain.data.storage.files import CacheSettings, Files, MissingError, ReadSettings, StorageError
+from mmmoe_pretrain.data.storage.retry import Retries
+from mmmoe_pretrain.data.workers.worker import _close_sockets
 from mmmoe_pretrain.urls import UnavailableError
 from tests.data.servers import HttpServer, every, http_server, never, s3_server, upload
 

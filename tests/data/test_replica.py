@@ -15,7 +15,7 @@ import pytest
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
-from mmmoe_pretrain.data.replica import ReplicaLoader
+from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_host_groups
 from mmmoe_pretrain.parallel.replica import build_replica_channel

@@ -16,10 +16,10 @@ import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
 from mmmoe_pretrain.data.decode import class_of
-from mmmoe_pretrain.data.members import split_name
 from mmmoe_pretrain.data.pack import _group_ids
-from mmmoe_pretrain.data.rows import read_rows
-from mmmoe_pretrain.data.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.members import split_name
+from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.modalities import build_modalities, default_modalities
 from tests.support import tiny_config, tiny_values, write_tar
 

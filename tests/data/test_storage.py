@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.data.storage import Files, MissingError, ReadSettings, StorageError
+from mmmoe_pretrain.data.storage.files import Files, MissingError, ReadSettings, StorageError
 
 CONTENT = bytes(range(256)) * 40
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.config import SourceConfig
-from mmmoe_pretrain.data import stream_state
-from mmmoe_pretrain.data.mix import Stage
-from mmmoe_pretrain.data.order import Order
-from mmmoe_pretrain.data.retry import Retries
-from mmmoe_pretrain.data.storage import Files, ReadSettings
-from mmmoe_pretrain.data.stream import LaneState, Stream, open_stream
+from mmmoe_pretrain.data.order.mix import Stage
+from mmmoe_pretrain.data.order.positions import Order
+from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.stream import LaneState, Stream, open_stream
+from mmmoe_pretrain.data.storage.files import Files, ReadSettings
+from mmmoe_pretrain.data.storage.retry import Retries
 from mmmoe_pretrain.modalities import default_modalities
 from mmmoe_pretrain.urls import redacted_command
 from tests.support import write_tar

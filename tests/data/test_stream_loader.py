@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data import stream_state
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import Loader
-from mmmoe_pretrain.data.replica import ReplicaLoader
+from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mmmoe_pretrain.data.source import Indexed, open_indexed
-from mmmoe_pretrain.data.survey import refuse_useless, survey
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.survey import refuse_useless, survey
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.objectives import build_objectives
 from tests.support import objectives, tiny_config, tiny_values, write_tar

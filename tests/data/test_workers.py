@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data.dispatch import CREDIT
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
-from mmmoe_pretrain.data.worker import _received
-from mmmoe_pretrain.data.workers import ReadAhead, WorkerDied, Workers
+from mmmoe_pretrain.data.workers.dispatch import CREDIT
+from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, WorkerDied, Workers
+from mmmoe_pretrain.data.workers.worker import _received
 from mmmoe_pretrain.exit_codes import Restartable
 from mmmoe_pretrain.urls import UnavailableError
 from tests.data.test_loader import assert_same, batches, built, config_with
@@ -163,6 +163,7 @@ def test_what_was_delivered_is_freed_with_its_last_view_and_outlives_the_workers
         shared = sum("mmmoe data" in line for line in Path("/proc/self/maps").read_text().splitlines())
         return len(os.listdir("/proc/self/fd")), shared
 
+    gc.collect()  # descriptors of other tests
     before = held()
     reader = ReadAhead(Blocks(), range(60), Workers(2, ahead=2))
     first, _ = next(reader)

@@ -22,8 +22,8 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data import decode as decoding
 from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import Loader, StepData
-from mmmoe_pretrain.data.source import Indexed, open_indexed
-from mmmoe_pretrain.data.survey import survey
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.survey import survey
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.run import evaluate
 from mmmoe_pretrain.modalities import Modalities, build_modalities

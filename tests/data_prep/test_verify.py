@@ -13,8 +13,8 @@ from data_prep.manifest import read_manifest
 from data_prep.shard import ShardOptions, shard_manifest
 from data_prep.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
 from data_prep.verify import Seen, verify_folder
-from mmmoe_pretrain.data.source import open_indexed
-from mmmoe_pretrain.data.survey import survey
+from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.sources.survey import survey
 from tests.support import write_tar
 
 

@@ -20,7 +20,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.checkpoint.state import model_key, split_key
 from mmmoe_pretrain.data.evaluation import iterate_eval
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.card import _licences, _training, facts_of
 from mmmoe_pretrain.export.layout import Weight, in_files, parameter_counts, weights_of

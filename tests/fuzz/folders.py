@@ -24,8 +24,8 @@ from launch import compare
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
-from mmmoe_pretrain.data.members import RawSample
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.members import RawSample
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing import history
 from mmmoe_pretrain.modalities import Modalities, Tokenizer

@@ -21,8 +21,8 @@ from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
 from mmmoe_pretrain.data.loader import keep_slot
-from mmmoe_pretrain.data.members import RawSample
 from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.fuzz import folders, inputs
 from tests.fuzz.mutate import damage, damage_file, damage_json, damage_yaml, payload

@@ -25,7 +25,7 @@ from data_prep.shard import ShardOptions, shard_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.data.source import open_indexed
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
 from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
 from mmmoe_pretrain.modalities.image import Image as ImageModality
@@ -49,8 +49,8 @@ ENDS = ("torch.load", "jit.load", "hub.load", "np.load", "numpy.load", "read_pic
         ".listen", ".bind", "start_http_server", "start_server", "TCPStore")  # fmt: skip
 YAML = ("yaml.safe_load", "yaml.safe_dump", "yaml.SafeLoader")
 ALLOWED = {
-    "mmmoe_pretrain/data/worker.py": "pickle",  # between processes of one run that forked each other; no file
-    "mmmoe_pretrain/data/arena.py": "pickle",  # in their memory, and between the ranks of a job
+    "mmmoe_pretrain/data/workers/worker.py": "pickle",  # between processes of one run that forked each other; no file
+    "mmmoe_pretrain/data/workers/arena.py": "pickle",  # in their memory, and between the ranks of a job
     "mmmoe_pretrain/train/heartbeats.py": "dist.TCPStore",  # between the ranks of a job, as torchrun's own
 }
 

@@ -12,7 +12,7 @@ import xxhash
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import ModalitySettings
-from mmmoe_pretrain.data.members import dotted_key
+from mmmoe_pretrain.data.sources.members import dotted_key
 from mmmoe_pretrain.modalities import Modality, build_modalities, default_modalities, format_of
 from tests.support import tiny_config
 

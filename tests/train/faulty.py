@@ -23,7 +23,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import saver, store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import Loader, StepData
-from mmmoe_pretrain.data.replica import ReplicaLoader
+from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine
 from mmmoe_pretrain.train.journal import read_events

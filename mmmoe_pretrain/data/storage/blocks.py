@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmmoe_pretrain.data.cache import BlockCache
-from mmmoe_pretrain.data.retry import Later, TransientError
-from mmmoe_pretrain.data.stores import Stat
+from mmmoe_pretrain.data.storage.cache import BlockCache
+from mmmoe_pretrain.data.storage.retry import Later, TransientError
+from mmmoe_pretrain.data.storage.stores import Stat
 from mmmoe_pretrain.urls import StorageError, redacted
 
 GAP = 1 << 20  # bytes; a read that begins at most so far after the end of the last one reads on

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-from mmmoe_pretrain.data import stream_state
-from mmmoe_pretrain.data.arena import dump, load
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import Loader, LoadStats, StepData, to_arrays, to_tensors
-from mmmoe_pretrain.data.source import Indexed
-from mmmoe_pretrain.data.stream import Stream
-from mmmoe_pretrain.data.workers import WorkerDied
+from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.data.sources.stream import Stream
+from mmmoe_pretrain.data.workers.arena import dump, load
+from mmmoe_pretrain.data.workers.read_ahead import WorkerDied
 from mmmoe_pretrain.exit_codes import Restartable
 
 _KINDS: dict[str, type[Exception]] = {  # the first that fits counts

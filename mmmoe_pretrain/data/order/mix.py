@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmmoe_pretrain.data.permute import fold
+from mmmoe_pretrain.data.order.permute import fold
 
 MAX_TABLE = 1 << 22  # places of all lanes in a block
 MAX_BLOCK = 4096  # weights finer than this are rounded

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.blocks import CachedBlocks, Windows
-from mmmoe_pretrain.data.buckets import FsspecFiles, ObstoreFiles, obstore_reads
-from mmmoe_pretrain.data.cache import BlockCache, CacheSettings
-from mmmoe_pretrain.data.http import HttpFiles
-from mmmoe_pretrain.data.local import LocalFiles
-from mmmoe_pretrain.data.retry import Retries, TransientError
-from mmmoe_pretrain.data.stores import ChangedError, OutsideError, Stat, Store
+from mmmoe_pretrain.data.storage.blocks import CachedBlocks, Windows
+from mmmoe_pretrain.data.storage.buckets import FsspecFiles, ObstoreFiles, obstore_reads
+from mmmoe_pretrain.data.storage.cache import BlockCache, CacheSettings
+from mmmoe_pretrain.data.storage.http import HttpFiles
+from mmmoe_pretrain.data.storage.local import LocalFiles
+from mmmoe_pretrain.data.storage.retry import Retries, TransientError
+from mmmoe_pretrain.data.storage.stores import ChangedError, OutsideError, Stat, Store
 from mmmoe_pretrain.urls import MissingError, StorageError, filled_in, options_filled_in, protocol, redacted
 
 __all__ = ["CacheSettings", "Files", "MissingError", "ReadSettings", "Stat", "StorageError", "read_settings"]

@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmmoe_pretrain.data.retry import TransientError
-from mmmoe_pretrain.data.stores import Stat, by_ranges, changed, check_same
+from mmmoe_pretrain.data.storage.retry import TransientError
+from mmmoe_pretrain.data.storage.stores import Stat, by_ranges, changed, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, local_path
 
 MAX_OPEN = 256

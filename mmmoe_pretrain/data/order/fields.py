@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
-from mmmoe_pretrain.data.members import META
-from mmmoe_pretrain.data.source import Indexed
+from mmmoe_pretrain.data.sources.members import META
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.progress import Progress
 
 MOST_VALUES = 4096

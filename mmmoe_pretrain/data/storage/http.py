@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from mmmoe_pretrain.data.retry import TransientError
-from mmmoe_pretrain.data.stores import UNKNOWN, Stat, changed, check_same
+from mmmoe_pretrain.data.storage.retry import TransientError
+from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, changed, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, redacted
 
 CHUNK = 1 << 18

@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mmmoe_pretrain.data import tar
-from mmmoe_pretrain.data.members import CLASS, META, RawSample, is_leftover, members_to_read, names, split_name
-from mmmoe_pretrain.data.pipes import CHUNK, open_once
-from mmmoe_pretrain.data.rows import check_kind, double_key
-from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.sources import tar
+from mmmoe_pretrain.data.sources.members import (
+    CLASS,
+    META,
+    RawSample,
+    is_leftover,
+    members_to_read,
+    names,
+    split_name,
+)
+from mmmoe_pretrain.data.sources.pipes import CHUNK, open_once
+from mmmoe_pretrain.data.sources.rows import check_kind, double_key
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import Modalities, format_of
 from mmmoe_pretrain.untrusted import brief

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, class_of, contents, document, read_row
-from mmmoe_pretrain.data.members import CLASS, META, RawSample, names
-from mmmoe_pretrain.data.source import Indexed
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities, default_modalities
 

@@ -19,8 +19,8 @@ import subprocess
 import tempfile
 from typing import BinaryIO, cast
 
-from mmmoe_pretrain.data.retry import TransientError
-from mmmoe_pretrain.data.storage import Files, StorageError
+from mmmoe_pretrain.data.storage.files import Files, StorageError
+from mmmoe_pretrain.data.storage.retry import TransientError
 from mmmoe_pretrain.urls import redacted_command
 
 PIPE = "pipe:"

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmmoe_pretrain.data import arena
-from mmmoe_pretrain.data.arena import Arena
-from mmmoe_pretrain.data.worker import Done, Failed, Make, Pack, Source, Worker
+from mmmoe_pretrain.data.workers import arena
+from mmmoe_pretrain.data.workers.arena import Arena
+from mmmoe_pretrain.data.workers.worker import Done, Failed, Make, Pack, Source, Worker
 
 CREDIT = 2  # tasks of samples that a worker has, and of packing: the next one is there when it ends one
 TASK_SECONDS = 0.01  # cheap samples go to a worker several at a time

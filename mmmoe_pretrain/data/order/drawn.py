@@ -10,7 +10,7 @@ import numpy as np
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import Draws
-from mmmoe_pretrain.data.lengths import Lengths
+from mmmoe_pretrain.data.order.lengths import Lengths
 from mmmoe_pretrain.data.pack import PackSettings, origins
 from mmmoe_pretrain.modalities import Modalities, Modality
 from mmmoe_pretrain.objectives import build_objectives

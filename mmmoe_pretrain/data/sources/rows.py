@@ -6,10 +6,10 @@ from array import array
 
 import numpy as np
 
-from mmmoe_pretrain.data import tar
-from mmmoe_pretrain.data.index import Kind, Rows
-from mmmoe_pretrain.data.members import META, dotted_key, is_leftover, names, split_name
-from mmmoe_pretrain.data.storage import Files, ReadSettings, Stat
+from mmmoe_pretrain.data.sources import tar
+from mmmoe_pretrain.data.sources.index import Kind, Rows
+from mmmoe_pretrain.data.sources.members import META, dotted_key, is_leftover, names, split_name
+from mmmoe_pretrain.data.storage.files import Files, ReadSettings, Stat
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.untrusted import brief

@@ -17,8 +17,8 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from mmmoe_pretrain.data.members import names
-from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.sources.members import names
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, parse_json, parse_yaml
 from mmmoe_pretrain.urls import filled_in, join, local_path, protocol, redacted

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmoe_pretrain.data.index import Index
-from mmmoe_pretrain.data.indexing import Walk, is_comparable, open_index, other_size
-from mmmoe_pretrain.data.listing import Listing, NoShards, is_remote, is_stream, list_shards
-from mmmoe_pretrain.data.members import META, RawSample, members_to_read, names
-from mmmoe_pretrain.data.storage import Files, MissingError, Stat
-from mmmoe_pretrain.data.stream import WINDOW, Stream, open_stream
+from mmmoe_pretrain.data.sources.index import Index
+from mmmoe_pretrain.data.sources.indexing import Walk, is_comparable, open_index, other_size
+from mmmoe_pretrain.data.sources.listing import Listing, NoShards, is_remote, is_stream, list_shards
+from mmmoe_pretrain.data.sources.members import META, RawSample, members_to_read, names
+from mmmoe_pretrain.data.sources.stream import WINDOW, Stream, open_stream
+from mmmoe_pretrain.data.storage.files import Files, MissingError, Stat
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import Modalities, default_modalities
 from mmmoe_pretrain.untrusted import parse_json

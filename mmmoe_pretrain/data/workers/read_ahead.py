@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from multiprocessing import util
 from typing import Generic, TypeVar
 
-from mmmoe_pretrain.data.dispatch import Dispatcher
-from mmmoe_pretrain.data.worker import KILL_SECONDS, Failed, Source, Worker
+from mmmoe_pretrain.data.workers.dispatch import Dispatcher
+from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Source, Worker
 
 logger = logging.getLogger(__name__)
 _AT_EXIT = 10  # before multiprocessing joins its children: it would wait for these workers forever

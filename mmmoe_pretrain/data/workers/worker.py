@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from mmmoe_pretrain.data import arena
+from mmmoe_pretrain.data.workers import arena
 from mmmoe_pretrain.exit_codes import Restartable
 
 _AT = struct.Struct("<qq")  # the item and the sample that a worker makes, shared with it

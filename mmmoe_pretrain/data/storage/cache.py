@@ -23,7 +23,7 @@ from pathlib import Path
 
 import xxhash
 
-from mmmoe_pretrain.data.stores import Stat
+from mmmoe_pretrain.data.storage.stores import Stat
 from mmmoe_pretrain.urls import has_secret, redacted
 
 logger = logging.getLogger(__name__)

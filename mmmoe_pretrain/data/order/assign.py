@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.blend import Blend
-from mmmoe_pretrain.data.drawn import DrawnRows
-from mmmoe_pretrain.data.lengths import Estimate, Lengths, digest, estimate, lengths_path, open_lengths
-from mmmoe_pretrain.data.level import level
-from mmmoe_pretrain.data.order import Places
+from mmmoe_pretrain.data.order.blend import Blend
+from mmmoe_pretrain.data.order.drawn import DrawnRows
+from mmmoe_pretrain.data.order.lengths import Estimate, Lengths, digest, estimate, lengths_path, open_lengths
+from mmmoe_pretrain.data.order.level import level
+from mmmoe_pretrain.data.order.positions import Places
 from mmmoe_pretrain.data.pack import PackSettings
 from mmmoe_pretrain.modalities import Modalities
 

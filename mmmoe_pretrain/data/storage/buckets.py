@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from mmmoe_pretrain.data.retry import Later, TransientError
-from mmmoe_pretrain.data.stores import UNKNOWN, Stat, by_ranges, check_same
+from mmmoe_pretrain.data.storage.retry import Later, TransientError
+from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, by_ranges, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, protocol, redacted
 
 CHUNK = 8 << 20

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmmoe_pretrain.data.mix import Mix, Stage
-from mmmoe_pretrain.data.permute import fold, permute
+from mmmoe_pretrain.data.order.mix import Mix, Stage
+from mmmoe_pretrain.data.order.permute import fold, permute
 
 __all__ = ["Order", "Places", "SourceOrder", "fold", "permute", "sub_lanes"]
 MOST_CHUNKS = 1 << 22  # of a source, 16 bytes each and 12 more an epoch: larger sources have longer chunks

@@ -21,11 +21,11 @@ import xxhash
 
 from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
 from mmmoe_pretrain.config.base import value_at
-from mmmoe_pretrain.data.fields import MODALITIES, field_path, read_field
-from mmmoe_pretrain.data.mix import Stage, block_counts, longest_block
-from mmmoe_pretrain.data.order import Order, Places, sub_lanes
-from mmmoe_pretrain.data.source import Indexed
-from mmmoe_pretrain.data.stream import Stream
+from mmmoe_pretrain.data.order.fields import MODALITIES, field_path, read_field
+from mmmoe_pretrain.data.order.mix import Stage, block_counts, longest_block
+from mmmoe_pretrain.data.order.positions import Order, Places, sub_lanes
+from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.data.sources.stream import Stream
 from mmmoe_pretrain.urls import redacted
 
 MOST_LANES = 1024  # unless data.lanes says more

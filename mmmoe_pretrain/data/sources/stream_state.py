@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mmmoe_pretrain.data.order import Places
-from mmmoe_pretrain.data.stream import LaneState, Stream
+from mmmoe_pretrain.data.order.positions import Places
+from mmmoe_pretrain.data.sources.stream import LaneState, Stream
 
 Table = dict[str, list[LaneState]]  # identity of a stream -> the states of its sub-lanes
 MAX_NUMBER = 1 << 56

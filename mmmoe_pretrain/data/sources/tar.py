@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mmmoe_pretrain.data.storage import Files
+from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_NAME_BYTES
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import redacted

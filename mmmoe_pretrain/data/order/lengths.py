@@ -24,7 +24,7 @@ import xxhash
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.data.decode import decode
 from mmmoe_pretrain.data.pack import PackSettings, origins
-from mmmoe_pretrain.data.source import Indexed
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mmmoe_pretrain.data.listing import expanded, list_shards
-from mmmoe_pretrain.data.members import RawSample
-from mmmoe_pretrain.data.order import fold, permute
-from mmmoe_pretrain.data.pipes import PIPE
-from mmmoe_pretrain.data.retry import REPORTED, Retries, TransientError
-from mmmoe_pretrain.data.storage import Files, StorageError
-from mmmoe_pretrain.data.tar_stream import BadShard, ShardSamples
+from mmmoe_pretrain.data.order.positions import fold, permute
+from mmmoe_pretrain.data.sources.listing import expanded, list_shards
+from mmmoe_pretrain.data.sources.members import RawSample
+from mmmoe_pretrain.data.sources.pipes import PIPE
+from mmmoe_pretrain.data.sources.tar_stream import BadShard, ShardSamples
+from mmmoe_pretrain.data.storage.files import Files, StorageError
+from mmmoe_pretrain.data.storage.retry import REPORTED, Retries, TransientError
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.urls import redacted_command
 

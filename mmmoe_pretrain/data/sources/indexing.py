@@ -24,10 +24,10 @@ from pathlib import Path
 
 import xxhash
 
-from mmmoe_pretrain.data.index import DamagedIndex, Index, Rows, Writer
-from mmmoe_pretrain.data.listing import Listing, is_remote, remote_folder
-from mmmoe_pretrain.data.rows import read_rows
-from mmmoe_pretrain.data.storage import Files, Stat, StorageError
+from mmmoe_pretrain.data.sources.index import DamagedIndex, Index, Rows, Writer
+from mmmoe_pretrain.data.sources.listing import Listing, is_remote, remote_folder
+from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data.storage.files import Files, Stat, StorageError
 from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.urls import filled_in, join, local_path, redacted
 

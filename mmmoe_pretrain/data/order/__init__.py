@@ -1,0 +1,1 @@
+"""Which sample stands at each global position, and which data-parallel rank serves it."""
