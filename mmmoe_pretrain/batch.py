@@ -192,9 +192,9 @@ def map_leaves(value: Any, kind: type, function: Any) -> Any:
     """Apply ``function`` to every ``kind`` in ``value``, through tuples, dicts and dataclasses."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, SampleMeta):  # holds none, and there are many
-        return value
     if type(value) is tuple:
+        if value and isinstance(value[0], SampleMeta | int):  # all are such, hold none, and there are many
+            return value
         return tuple(map_leaves(item, kind, function) for item in value)
     if type(value) is dict:
         return {name: map_leaves(item, kind, function) for name, item in value.items()}

@@ -140,13 +140,13 @@ class MicrobatchDataset:
             return source.key(int(places.index[sample]))
         return f"{places.number[sample]} of sub-lane {places.sub_lane[sample]} of source {places.source[sample]}"
 
-    def pin(self, number: int, sample: int) -> int | None:
-        """Of a stream: all samples of a sub-lane are read in order by one worker."""
+    def pins(self, number: int) -> list[int | None]:
+        """Of each sample: all of one sub-lane of a stream are read in order by one worker."""
         if not self.streams:
-            return None
+            return [None] * self.assignment.batch_size
         places = self._share(number).places
-        source = int(places.source[sample])
-        return int(places.sub_lane[sample]) + source if source in self.streams else None
+        lanes = zip(places.source.tolist(), places.sub_lane.tolist(), strict=True)
+        return [lane + source if source in self.streams else None for source, lane in lanes]
 
     def _share(self, number: int) -> Share:
         return self.assignment.of_rank(number, self._dp_rank)
@@ -345,8 +345,8 @@ class _Microbatches:
     def count(self, k: int) -> int:
         return self.dataset.assignment.batch_size
 
-    def pin(self, k: int, sample: int) -> int | None:
-        return self.dataset.pin(self._number(k), sample)
+    def pins(self, k: int) -> list[int | None]:
+        return self.dataset.pins(self._number(k))
 
     def samples(self, k: int, which: Sequence[int]) -> Iterator[Made]:
         return self.dataset.samples(self._number(k), which)

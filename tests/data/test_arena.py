@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data.workers.arena import ALIGNMENT, Arena, dump, load, mapped, write
+from mmmoe_pretrain.data.workers.arena import ALIGNMENT, Arena, Slots, dump, load
 
 MB = 1 << 20
 
@@ -25,30 +25,31 @@ def memory(arena: Arena) -> int:
 def test_a_value_is_read_as_it_was_written(value: Any) -> None:
     arena = Arena(MB)
     for slot in (arena.take(), arena.take()):
-        length = write(arena.descriptor, slot, value)
+        length = Slots(arena.descriptor).write(slot, value)
         assert length == sum(map(len, dump(value)))
-        found = load(memoryview(mapped(arena.descriptor, slot, length)))
+        found = Slots(arena.descriptor).load(slot, length)
         np.testing.assert_equal(found, value)
     arena.close()
 
 
 def test_arrays_are_aligned_views_that_may_be_written() -> None:
     arena = Arena(MB)
-    slot = arena.take()
-    length = write(arena.descriptor, slot, [np.arange(5), np.arange(6.0)])
-    for array in load(memoryview(mapped(arena.descriptor, slot, length))):
+    slot, slots = arena.take(), Slots(arena.descriptor)
+    length = slots.write(slot, [np.arange(5), np.arange(6.0)])
+    for array in slots.load(slot, length):
         assert array.ctypes.data % ALIGNMENT == 0
         array[0] = 9
-    assert load(memoryview(mapped(arena.descriptor, slot, length)))[1][0] == 9.0
+    assert slots.load(slot, length)[1][0] == 9.0
     arena.close()
 
 
 def test_slots_are_used_again_and_memory_beyond_the_limit_is_given_back() -> None:
     arena, value = Arena(5 * MB), np.ones(MB, np.uint8)
+    slots_of_worker = Slots(arena.descriptor)
 
     def fill() -> int:
         slot = arena.take()
-        arena.written(slot, write(arena.descriptor, slot, value))
+        arena.written(slot, slots_of_worker.write(slot, value))
         return slot
 
     slots = [fill() for _ in range(10)]
@@ -58,7 +59,8 @@ def test_slots_are_used_again_and_memory_beyond_the_limit_is_given_back() -> Non
         arena.give_back(slot)
     assert arena.used == 0
     assert memory(arena) < 6 * MB  # of ten
-    assert sorted(arena.take() for _ in range(9)) == sorted(slots)
+    assert sorted(fill() for _ in range(9)) == sorted(slots)
+    assert all((slots_of_worker.load(slot, MB + 512)[:] == 1).all() for slot in slots)  # pages given back come again
     assert lent.sum() == MB
     del lent
     gc.collect()

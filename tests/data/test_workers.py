@@ -45,8 +45,8 @@ class Blocks:
     def count(self, k: int) -> int:
         return SAMPLES
 
-    def pin(self, k: int, sample: int) -> int | None:
-        return sample if self.pinned else None
+    def pins(self, k: int) -> list[int | None]:
+        return [sample if self.pinned else None for sample in range(SAMPLES)]
 
     def samples(self, k: int, which: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
         for sample in which:

@@ -6,6 +6,7 @@ value, so that a slot takes the memory of what was written into it. The rank alo
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import pickle
@@ -13,12 +14,12 @@ import resource
 import struct
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 STRIDE = 1 << 36  # addresses, not memory
 ALIGNMENT = 64
-_IOV_MAX = 1024
+MAX_MAPS = 128  # that a process keeps of an arena: each takes a descriptor
+MIN_MAP_BITS = 16
 _COUNT = struct.Struct("<Q")
 
 
@@ -49,24 +50,30 @@ def load(data: memoryview) -> Any:
     return pickle.loads(parts[0], buffers=parts[1:])
 
 
-def write(descriptor: int, slot: int, value: object) -> int:
-    """Write ``value`` into a slot of the arena ``descriptor``; its length."""
-    at = start = slot * STRIDE
-    pieces = [piece for piece in dump(value) if len(piece)]
-    while pieces:
-        done = os.pwritev(descriptor, pieces[:_IOV_MAX], at)
-        at += done
-        pieces = _after(pieces, done)
-    return at - start
+class Slots:
+    """The slots of one arena, in a process that writes and reads them. Their maps are kept: the kernel takes longer
+    to map a value and to fault its pages in than to copy it."""
 
+    def __init__(self, descriptor: int) -> None:
+        self._mapped = functools.lru_cache(MAX_MAPS)(functools.partial(mapped, descriptor))
 
-def _after(pieces: Sequence[bytes | memoryview], done: int) -> list[bytes | memoryview]:
-    """What is left of ``pieces`` after their first ``done`` bytes."""
-    for number, piece in enumerate(pieces):
-        if done < len(piece):
-            return [memoryview(piece)[done:], *pieces[number + 1 :]]
-        done -= len(piece)
-    return []
+    def write(self, slot: int, value: object) -> int:
+        """Write ``value`` into ``slot``, which ``Arena.take`` gave; its length."""
+        pieces = dump(value)
+        length, at = sum(map(len, pieces)), 0
+        content = self._content(slot, length)
+        for piece in pieces:
+            content[at : at + len(piece)] = piece
+            at += len(piece)
+        return length
+
+    def load(self, slot: int, length: int) -> Any:
+        """The value in ``slot``; its arrays are valid until the slot is given back."""
+        return load(self._content(slot, length))
+
+    def _content(self, slot: int, length: int) -> memoryview:
+        size = 1 << max(MIN_MAP_BITS, (length - 1).bit_length())
+        return memoryview(self._mapped(slot, size))[:length]
 
 
 def mapped(descriptor: int, slot: int, length: int) -> mmap.mmap:
@@ -100,6 +107,7 @@ class Arena:
         if self._free:
             return self._free.pop()
         self._slots += 1
+        os.ftruncate(self.descriptor, self._slots * STRIDE)
         return self._slots - 1
 
     def written(self, slot: int, length: int) -> None:

@@ -1,6 +1,6 @@
 """Who makes what: cuts the items to be read ahead into tasks, gives them to the workers, and collects the results.
 
-A thread of the rank waits for answers and passes the next task on; each costs it some 50 microseconds. All state is
+A thread of the rank waits for answers and passes the next task on; each costs it some 200 microseconds. All state is
 behind one lock; the main thread forks workers and takes items.
 """
 
@@ -22,7 +22,7 @@ from mmmoe_pretrain.data.workers.arena import Arena
 from mmmoe_pretrain.data.workers.worker import Done, Failed, Make, Pack, Source, Worker
 
 CREDIT = 2  # tasks of samples that a worker has, and of packing: the next one is there when it ends one
-TASK_SECONDS = 0.01  # cheap samples go to a worker several at a time
+TASK_SECONDS = 0.05  # cheap samples go to a worker several at a time
 MAX_TASKS = 512  # of an item, so that the message that packs it stays small
 
 
@@ -171,18 +171,21 @@ class Dispatcher:
                     return
 
     def _receive(self, worker: Worker) -> None:
-        for number, answer in worker.receive():
-            task = worker.tasks.pop(number)
-            worker.since = time.monotonic()
-            item = self._items[task.item]
-            if isinstance(answer, Failed):
-                item.failed = item.failed or answer
-                self.changed.notify_all()
-                continue
-            item.transfer += answer.transfer
-            (self._take_packed if task.packs else self._take_part)(item, task, answer)
+        received = worker.receive()
         if worker.lost:
             self._take_back(worker)
+        if received is None:
+            return
+        number, answer = received
+        task = worker.tasks.pop(number)
+        worker.since = time.monotonic()
+        item = self._items[task.item]
+        if isinstance(answer, Failed):
+            item.failed = item.failed or answer
+            self.changed.notify_all()
+            return
+        item.transfer += answer.transfer
+        (self._take_packed if task.packs else self._take_part)(item, task, answer)
 
     def _take_part(self, item: _Item, task: _Task, answer: Done) -> None:
         self._samples.written(task.slot, answer.length)
@@ -252,8 +255,8 @@ class Dispatcher:
     def _plan(self, item: int) -> None:
         number = self._numbers[item]
         by_pin: dict[int | None, list[int]] = {}
-        for sample in range(self._source.count(number)):
-            by_pin.setdefault(self._source.pin(number, sample), []).append(sample)
+        for sample, pin in enumerate(self._source.pins(number)):
+            by_pin.setdefault(pin, []).append(sample)
         most = self._samples_a_task(sum(map(len, by_pin.values())))
         tasks = [
             _Task(item, part[0], part, pin)
@@ -270,4 +273,6 @@ class Dispatcher:
 
 
 def _cut(samples: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    return [tuple(samples[start : start + most]) for start in range(0, len(samples), most)]
+    """Parts of equal length, up to one, and of at most ``most``."""
+    each = -(-len(samples) // -(-len(samples) // most))
+    return [tuple(samples[start : start + each]) for start in range(0, len(samples), each)]

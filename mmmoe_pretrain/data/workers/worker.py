@@ -7,6 +7,7 @@ lock and no queue is shared, so that a worker that is killed affects no other. V
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import mmap
 import multiprocessing
@@ -27,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from mmmoe_pretrain.data.workers import arena
+from mmmoe_pretrain.data.workers.arena import Slots
 from mmmoe_pretrain.exit_codes import Restartable
 
 _AT = struct.Struct("<qq")  # the item and the sample that a worker makes, shared with it
@@ -54,8 +55,9 @@ class Source(Protocol[T_co]):
     def pack(self, k: int, samples: list[Any]) -> T_co:
         """Item ``k``, of all its samples."""
 
-    def pin(self, k: int, sample: int) -> int | None:
-        """None if any worker may make the sample. All samples of one number are made by one worker, in order."""
+    def pins(self, k: int) -> Sequence[int | None]:
+        """Of each sample of item ``k``: None if any worker may make it; those of one number are made by one worker,
+        in order."""
 
     def describe(self, k: int, sample: int | None) -> str:
         """A sample of item ``k``, or its packing, for an error."""
@@ -126,19 +128,20 @@ class Worker:
             return False
         return True
 
-    def receive(self) -> Iterator[tuple[int, Done | Failed]]:
-        """The answers that are there, with the numbers of their tasks; ``lost`` is set if the worker has ended."""
-        while not self.lost:
-            try:
-                message = self.socket.recv(_MAX_MESSAGE, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                message = b""
-            if message:
-                yield pickle.loads(message)
-            else:
-                self.lost = True
+    def receive(self) -> tuple[int, Done | Failed] | None:
+        """The next answer, with the number of its task; None where none is there. ``lost`` is set if the worker has
+        ended."""
+        try:
+            message = self.socket.recv(_MAX_MESSAGE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            message = b""
+        if not message:
+            self.lost = True
+            return None
+        number, *answer = pickle.loads(message)
+        return number, Failed(*answer) if isinstance(answer[0], str) else Done(*answer)
 
     @property
     def at(self) -> tuple[int, int | None] | None:
@@ -181,15 +184,16 @@ def _work(
     torch.set_num_threads(1)  # the threads of a forked OpenMP pool are not there
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     makes: queue.SimpleQueue[tuple[int, Make] | None] = queue.SimpleQueue()
-    threading.Thread(target=_pack_and_pass_on, args=(source, arenas, own, at, makes), daemon=True).start()
+    slots = Slots(arenas[0]), Slots(arenas[1])
+    threading.Thread(target=_pack_and_pass_on, args=(source, slots, own, at, makes), daemon=True).start()
     while (message := makes.get()) is not None:
         number, task = message
-        _answer(own, number, partial(_make, source, task, arenas[0], at))
+        _answer(own, number, partial(_make, source, task, slots[0], at))
         _AT.pack_into(at, 0, _NONE, _NONE)
 
 
 def _pack_and_pass_on(
-    source: Source[Any], arenas: tuple[int, int], own: socket.socket, at: mmap.mmap,
+    source: Source[Any], slots: tuple[Slots, Slots], own: socket.socket, at: mmap.mmap,
     makes: queue.SimpleQueue[tuple[int, Make] | None],
 ) -> None:  # fmt: skip
     """A thread that receives tasks. It packs, which must not wait for a slow sample; the main thread makes."""
@@ -199,7 +203,7 @@ def _pack_and_pass_on(
             makes.put((number, task))
             continue
         _PACKS.pack_into(at, _AT.size, task.number)
-        _answer(own, number, partial(_pack, source, task, arenas))
+        _answer(own, number, partial(_pack, source, task, slots))
         _PACKS.pack_into(at, _AT.size, _NONE)
     makes.put(None)
 
@@ -222,30 +226,30 @@ def _answer(own: socket.socket, number: int, work: Callable[[], Done]) -> None:
     except Exception:  # noqa: BLE001  # told to the rank, which ends with it
         answer = Failed(traceback.format_exc()[-_MAX_TEXT:], RuntimeError)
     with contextlib.suppress(OSError):  # the rank has ended
-        own.send(pickle.dumps((number, answer), pickle.HIGHEST_PROTOCOL))
+        own.send(pickle.dumps((number, *dataclasses.astuple(answer)), pickle.HIGHEST_PROTOCOL))  # names no class
 
 
-def _make(source: Source[Any], task: Make, descriptor: int, at: mmap.mmap) -> Done:
+def _make(source: Source[Any], task: Make, slots: Slots, at: mmap.mmap) -> Done:
     began = time.perf_counter()
     made, values = [], source.samples(task.number, task.samples)
     for sample in task.samples:
         _AT.pack_into(at, 0, task.number, sample)
         made.append(next(values))
     ended = time.perf_counter()
-    length = arena.write(descriptor, task.slot, made)
+    length = slots.write(task.slot, made)
     return Done(length, ended - began, time.perf_counter() - ended)
 
 
-def _pack(source: Source[Any], task: Pack, arenas: tuple[int, int]) -> Done:
+def _pack(source: Source[Any], task: Pack, slots: tuple[Slots, Slots]) -> Done:
     began = time.perf_counter()
     samples: dict[int, Any] = {}
     for which, slot, length in task.parts:
-        made = arena.load(memoryview(arena.mapped(arenas[0], slot, length)))
+        made = slots[0].load(slot, length)
         samples.update(zip(which, made, strict=True))
     loaded = time.perf_counter()
     packed = source.pack(task.number, [samples[sample] for sample in sorted(samples)])
     ended = time.perf_counter()
-    length = arena.write(arenas[1], task.slot, packed)
+    length = slots[1].write(task.slot, packed)
     return Done(length, ended - loaded, loaded - began + time.perf_counter() - ended)
 
 
