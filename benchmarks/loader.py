@@ -9,7 +9,7 @@ error.
 
 Prints a table and, as its last line, one JSON object. ``vs_NAME``: our samples a CPU-second over theirs, on
 photographs (higher is better). ``vs_webdataset_same_decoder``: over webdataset that calls our decoders.
-``vs_webdataset_small``, ``vs_webdataset_audio``: on the other shards. ``scaling_2``: samples a second of two workers
+``..._small``, ``..._audio``: on the other shards. ``scaling_2``: samples a second of two workers
 over one. ``stall``: share of its time that a consumer at 90% of the measured rate waits. ``stages``: shares of the
 workers' time. ``index_1m_seconds``, ``rss_per_million`` (MB): opening an index of a million samples. ``failed``:
 peers that could not be run.
@@ -214,7 +214,9 @@ def main() -> None:
 
     result = {
         "vs_webdataset": ratio(photo, "webdataset"),
-        "vs_webdataset_same_decoder": ratio(small, "same_decoder"),
+        "vs_webdataset_same_decoder": ratio(photo, "same_decoder"),
+        "vs_webdataset_same_decoder_small": ratio(small, "same_decoder"),
+        "vs_webdataset_same_decoder_audio": ratio(audio, "same_decoder"),
         "vs_webdataset_small": ratio(small, "webdataset"),
         "vs_webdataset_audio": ratio(audio, "webdataset"),
         "vs_energon": ratio(photo, "energon"),

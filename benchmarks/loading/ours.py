@@ -23,6 +23,7 @@ from benchmarks.loading.peers import (
     N_FFT,
     RATE,
     SIDE,
+    WARM_UP,
     Decoder,
     cpu_seconds,
     serve,
@@ -91,7 +92,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # messages are no answer
     with Loader(config, modalities_of(kind, tokenizer)) as loader:
-        next(loader)
+        for _ in range(WARM_UP):
+            next(loader)
         print("ready", file=answers, flush=True)
         for line in sys.stdin:
             *pace, count = line.split()

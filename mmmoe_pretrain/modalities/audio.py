@@ -21,6 +21,7 @@ import soxr
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,6 +128,7 @@ class Audio(Modality):
     def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)
         self._window = np.hanning(settings.n_fft + 1)[:-1].astype(np.float32)
+        _blas()  # before workers are forked: it asks the dynamic linker, whose lock a thread may hold at the fork
 
     @functools.cached_property
     def _filters(self) -> list[np.ndarray]:
@@ -235,10 +237,11 @@ class Audio(Modality):
         half = settings.n_fft // 2
         windows = sliding_window_view(np.pad(wave, (half, settings.n_fft + half)), settings.n_fft)
         mel = np.empty((settings.n_mels, frames), dtype=np.float32)
-        for first in range(0, frames, BLOCK):
-            spectrum = np.fft.rfft(windows[starts[first : first + BLOCK]] * self._window)
-            power = np.square(spectrum.real) + np.square(spectrum.imag)
-            mel[:, first : first + BLOCK] = filters @ power.T
+        with _blas().limit(limits=1, user_api="blas"):  # more threads would wait for one another on cores in use
+            for first in range(0, frames, BLOCK):
+                spectrum = np.fft.rfft(windows[starts[first : first + BLOCK]] * self._window)
+                power = np.square(spectrum.real) + np.square(spectrum.imag)
+                mel[:, first : first + BLOCK] = filters @ power.T
         return np.log10(np.maximum(mel, np.float32(FLOOR)))
 
     def _normalized(self, mel: np.ndarray) -> np.ndarray:
@@ -246,6 +249,12 @@ class Audio(Modality):
             mel = np.maximum(mel, mel.max() - np.float32(FLOOR_DECADES))
             return (mel - mel.mean()) / np.float32(LOG_STD)
         return (mel - np.float32(self.settings.mean)) / np.float32(self.settings.std)
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """The libraries by which numpy multiplies matrices."""
+    return ThreadpoolController()
 
 
 def mel_filters(config: AudioSettings, warp: float = 1.0) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.modalities import BadSampleError
@@ -78,6 +79,23 @@ def test_the_spectrogram_is_that_of_every_frame_by_itself() -> None:
     frames = np.stack([padded[160 * i : 160 * i + 512] * window for i in range(201)])
     energy = np.abs(np.fft.rfft(frames)) ** 2 @ audio_module.mel_filters(AudioSettings()).astype(float).T
     np.testing.assert_allclose(found, np.log10(np.maximum(energy, 1e-10)).T, atol=2e-3)
+
+
+def test_numpy_s_blas_has_one_thread_in_the_spectrogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data workers on cores in use would wait for the threads of one another: 50 ms a clip, and 3 with one thread."""
+
+    class Filters(np.ndarray):
+        def __matmul__(self, other: np.ndarray) -> np.ndarray:
+            threads.update(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+            return np.asarray(self) @ other
+
+    threads = set[int]()
+    made = audio_module.mel_filters
+    monkeypatch.setattr(audio_module, "mel_filters", lambda *given: made(*given).view(Filters))
+    with threadpool_limits(2, user_api="blas"):
+        decode(encoded(tone(440)))
+        assert threads == {1}
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {2}
 
 
 def test_normalization_is_by_clip_by_data_set_or_none() -> None:
