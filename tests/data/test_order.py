@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmoe_pretrain.data.order.mix import Stage
-from mmmoe_pretrain.data.order.permute import fold, permute
+from mmmoe_pretrain.data.order.permute import fold, half_bits, permute
 from mmmoe_pretrain.data.order.positions import NONE, Order, SourceOrder, chunks, sub_lanes
 
 ALONE = [Stage((1,))]
@@ -25,6 +25,13 @@ def order_of(sizes: list[int], lanes: int, window: int, chunk: int = 8, seed: in
 def test_a_permutation_visits_everything_once(size: int, key: int) -> None:
     image = permute(np.arange(size), np.full(size, size), np.full(size, key, dtype=np.uint64))
     assert sorted(image.tolist()) == list(range(size))
+
+
+def test_the_bits_of_an_index_are_enough_and_exact_at_every_size() -> None:
+    """In floating point log2(2^50 + 1) is 50, and the last index has 51 bits."""
+    sizes = [1, *(2**k + around for k in range(1, 53) for around in (-1, 0, 1))]
+    wanted = [(max(1, (size - 1).bit_length()) + 1) // 2 for size in sizes]
+    assert half_bits(np.asarray(sizes, dtype=np.uint64)).tolist() == wanted
 
 
 @given(

@@ -14,14 +14,20 @@ _MASK64 = (1 << 64) - 1
 def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The image of each ``index`` [n] under a permutation of [0, size) chosen by ``key``."""
     size = size.astype(np.uint64)
-    bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
-    half = (bits + np.uint64(1)) // np.uint64(2)
+    half = half_bits(size)
     out = _feistel(index.astype(np.uint64), half, key)
     outside = np.flatnonzero(out >= size)
     while outside.size:  # each walk stays on its own cycle, so the result is again one-to-one
         out[outside] = _feistel(out[outside], half[outside], key[outside])
         outside = outside[out[outside] >= size[outside]]
     return out.astype(np.int64)
+
+
+def half_bits(size: np.ndarray) -> np.ndarray:
+    """Half of the bits, rounded up, that a number below ``size`` (uint64 [n]) may have. The exponent of size - 1 is
+    its bit length: exactly up to 2^53, and never less beyond, since rounding passes no power of two downwards."""
+    bits = np.frexp((np.maximum(size, 2) - np.uint64(1)).astype(np.float64))[1]
+    return (bits.astype(np.uint64) + np.uint64(1)) // np.uint64(2)
 
 
 def fold(seed: int, *values: np.ndarray) -> np.ndarray:
