@@ -134,18 +134,23 @@ def text_of(raw: RawSample, modalities: Modalities) -> str:
         return ""
 
 
+def labels_drawn(held: set[str], modalities: Modalities, draws: Draws) -> Iterator[tuple[str, set[str]]]:
+    """Of a labelled sample that has something for the modalities ``held``: each modality that gets its class as a
+    text, and all that the sample has then."""
+    for name, modality in modalities.items():
+        share, beside = modality.label_probability, set(modality.label_with)
+        if share and beside <= held and draws.generator(f"{modalities.streams[name]}/label").random() < share:
+            held = (beside or held) | {name}
+            yield name, held
+
+
 def _label_as_text(
     content: dict[str, bytes], meta: SampleMeta, modalities: Modalities, draws: Draws, prompt: str
 ) -> tuple[dict[str, bytes], SampleMeta]:
-    for name, modality in modalities.items():
-        share, beside = modality.label_probability, modality.label_with
-        if not share or not set(beside) <= content.keys():
-            continue
-        if draws.generator(f"{modalities.streams[name]}/label").random() < share:
-            kept = {m: data for m, data in content.items() if m in beside or not beside}
-            content = {m: prompt.format(meta.label).encode() if m == name else kept[m]
-                       for m in modalities if m == name or m in kept}  # fmt: skip
-            meta = dataclasses.replace(meta, group=f"label {meta.label}")
+    for name, held in labels_drawn({*content}, modalities, draws):
+        content[name] = prompt.format(meta.label).encode()
+        content = {m: content[m] for m in modalities if m in held}
+        meta = dataclasses.replace(meta, group=f"label {meta.label}")
     return content, meta
 
 

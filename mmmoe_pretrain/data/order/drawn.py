@@ -9,7 +9,7 @@ import numpy as np
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import Draws
+from mmmoe_pretrain.data.decode import Draws, labels_drawn
 from mmmoe_pretrain.data.order.lengths import Lengths
 from mmmoe_pretrain.data.pack import PackSettings, origins
 from mmmoe_pretrain.modalities import Modalities, Modality
@@ -60,12 +60,7 @@ class DrawnRows:
     def _with_label(self, row: np.ndarray, tokens: int, position: int) -> np.ndarray:
         """The lengths of a sample that may have its class as a text, as ``decode`` draws it."""
         names = list(self._modalities)
-        for m, (name, modality) in enumerate(self._modalities.items()):
-            share, beside = modality.label_probability, modality.label_with
-            if not share or not set(beside) <= {names[k] for k in np.flatnonzero(row)}:
-                continue
-            if Draws(self._seed, position).generator(f"{self._modalities.streams[name]}/label").random() < share:
-                kept = np.asarray([other in beside or not beside for other in names])
-                row = np.where(kept, row, 0)
-                row[m] = tokens
+        held = {names[m] for m in np.flatnonzero(row)}
+        for name, kept in labels_drawn(held, self._modalities, Draws(self._seed, position)):
+            row = np.asarray([tokens if m == name else row[k] if m in kept else 0 for k, m in enumerate(names)])
         return row
