@@ -50,7 +50,7 @@ def _index(
 ) -> None:
     """With ``modalities`` also the lengths of the samples, with a ``field`` its values, where they are not known."""
     walk = None if is_remote(spec) else functools.partial(_walk, workers=workers)
-    source = open_indexed(spec, files, modalities, walk=walk, ask=True)
+    source = open_indexed(spec, files, modalities, walk=walk, ask="all")
     line = f"{redacted(spec)}: {len(source):,} samples in {len(source.shard_sizes):,} shards, {source.index_path}"
     Console(markup=False).print(line, highlight=False, soft_wrap=True)
     if modalities is not None:

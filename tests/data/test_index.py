@@ -125,6 +125,17 @@ def test_many_shards_keep_little_of_the_index_in_memory(tmp_path: Path, monkeypa
     assert [part.tolist() for part in index.with_kind(0, 4)] == [[0], [4], [8], [14]]
 
 
+def test_an_open_index_stays_readable_while_a_new_one_takes_its_place(tmp_path: Path) -> None:
+    write(tmp_path, "b")
+    before = open_indexed(tmp_path)
+    changed = before.index_path.stat().st_mtime_ns
+    open_indexed(tmp_path, ask="all")
+    assert before.index_path.stat().st_mtime_ns == changed, "an equal one is not written again"
+    write(tmp_path, "a")
+    assert len(open_indexed(tmp_path)) == 6
+    assert keys(before) == ["b0", "b1", "b2"]
+
+
 def _open(folder: str, queue: multiprocessing.Queue) -> None:
     queue.put(keys(open_indexed(folder)))
 
@@ -154,7 +165,7 @@ def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(indexing, "STALL_SECONDS", 0.1)
     write(tmp_path, "x")
     with (
-        indexing.alone(tmp_path / ".shards.index.lock", "indexes it"),
+        indexing.alone(tmp_path / "shards.index", "indexes it"),
         pytest.raises(ValueError, match=r"another process indexes .* has finished no shard .*; end it"),
     ):
         open_indexed(tmp_path)
@@ -163,7 +174,7 @@ def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypat
 def test_a_lock_that_its_holder_removes_at_that_moment_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, fstat, calls = tmp_path / "lock", os.fstat, []
+    path, fstat, calls = tmp_path / ".i.lock", os.fstat, []
 
     def removed_meanwhile(descriptor: int) -> os.stat_result:
         if not calls:
@@ -172,8 +183,26 @@ def test_a_lock_that_its_holder_removes_at_that_moment_is_taken_anew(
         return fstat(descriptor)
 
     monkeypatch.setattr(os, "fstat", removed_meanwhile)
-    with indexing.alone(path, "indexes it"):
+    with indexing.alone(tmp_path / "i", "indexes it"):
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_drafts_of_killed_processes_are_removed_where_nobody_else_can_be_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", no_locks)
+    write(tmp_path, "x")
+    drafts = [tmp_path / "shards.index.other-machine-7.tmp", tmp_path / "shards.index.here-8.tmp"]
+    others = [tmp_path / "other.index.here-8.tmp", tmp_path / "shards.index-1a2b.field.npz"]
+    for path in drafts + others:
+        path.write_bytes(b"half")
+    open_indexed(tmp_path)
+    assert [path.exists() for path in drafts + others] == [not locks, not locks, True, True]
 
 
 def test_the_disk_is_asked_about_many_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +245,7 @@ def test_remote_shards_are_indexed_once_and_their_versions_hold(tmp_path: Path) 
         server.requests.clear()
         assert len(open_indexed(url, Files())) == 9
         assert {path for path, _ in server.requests} == {"/d/", "/d/z.tar"}, "only the new shard is read"
-        assert open_indexed(url, Files(), ask=True).read(0).key == "x0", "as mmmoe-data index does"
+        assert open_indexed(url, Files(), ask="all").read(0).key == "x0", "as mmmoe-data index does"
         assert open_indexed(url, Files()).read(0).key == "x0"
         with pytest.raises(NoShards, match="absent"):
             open_indexed(f"{server.url}/absent.tar", Files())

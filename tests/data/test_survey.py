@@ -90,6 +90,25 @@ def test_the_modality_that_a_part_names_counts(tmp_path: Path) -> None:
     assert survey(found).modalities == {("right",): 1}
 
 
+def test_of_many_jsons_a_bounded_number_is_read_before_a_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmmoe_pretrain.data.sources.survey.LOOKED_AT_ALL", 2)
+    monkeypatch.setattr("mmmoe_pretrain.data.sources.survey.SEARCHED", 10)
+    reads, inner = [], Indexed.read
+
+    def read(source: Indexed, i: int, only: Any = None) -> Any:
+        reads.append(i)
+        return inner(source, i, only)
+
+    monkeypatch.setattr(Indexed, "read", read)
+    kinds = [{"png": b"", "json": b"{}"}] * 60 + [{f"{n}.png": b"", "json": b"{}"} for n in range(3)]
+    found = folders(tmp_path / "shards", *kinds)
+    with pytest.raises(ValueError, match="of each source 10 JSONs at most were searched"):
+        refused(found, tmp_path, {"image-text": 1.0})
+    assert 2 <= len(reads) <= 2 + 10
+
+
 def test_one_caption_among_many_jsons_is_found_before_a_run_is_refused(tmp_path: Path) -> None:
     kinds = [{"png": b"", "json": b"{}"}] * 50 + [{"png": b"", "json": CAPTION}] + [{"png": b"", "json": b"{}"}] * 50
     found = folders(tmp_path / "shards", *kinds)

@@ -15,6 +15,7 @@ by a process. At most ``RESIDENT_BYTES`` of the rows stay in memory.
 
 from __future__ import annotations
 
+import glob
 import json
 import mmap
 import os
@@ -253,12 +254,22 @@ class Index:
         return DamagedIndex(f"the index {self.path} {why}; remove it, and it is made again")
 
 
+def draft_of(path: Path) -> Path:
+    """Where this process writes what becomes ``path``."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+
+
+def drafts_of(path: Path) -> list[Path]:
+    """Those of all processes."""
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*-*.tmp"))
+
+
 class Writer:
     """Writes an index to ``path`` by a temporary file, which is renamed at the end of ``with``."""
 
     def __init__(self, path: Path, kinds: Sequence[Kind] = ()) -> None:
         """``kinds``: those of rows that are copied from another index."""
-        self._path, self._draft = path, path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+        self._path, self._draft = path, draft_of(path)
         self._kinds = {kind: number for number, kind in enumerate(kinds)}
         self._counts: dict[int, int] = {}
         self._firsts: dict[int, int] = {}

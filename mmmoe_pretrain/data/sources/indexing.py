@@ -21,10 +21,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
-from mmmoe_pretrain.data.sources.index import DamagedIndex, Index, Rows, Writer
+from mmmoe_pretrain.data.sources.index import DamagedIndex, Index, Rows, Writer, draft_of, drafts_of
 from mmmoe_pretrain.data.sources.listing import Listing, is_remote, remote_folder
 from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.storage.files import Files, Stat, StorageError
@@ -39,12 +40,13 @@ STALL_SECONDS = 1800.0  # without a shard indexed by the process that others wai
 _POLL_SECONDS = 0.2
 _LOCAL_VERSION = re.compile(r"\d+\+\d+")  # of ``local.py``
 
+Ask = Literal["all", "local", "none"]
 Walk = Callable[[Callable[[str], tuple[Stat, Rows]], Iterable[str]], Iterable[tuple[Stat, Rows]]]
 
 
-def open_index(listing: Listing, files: Files, walk: Walk | None = None, *, ask: bool = False) -> Index:
+def open_index(listing: Listing, files: Files, walk: Walk | None = None, *, ask: Ask = "local") -> Index:
     """The index of the shards of ``listing``; ``walk(function, urls)`` maps over shards in order, e.g. by processes.
-    ``ask``: also ask servers whether shards were replaced, which otherwise the first read of each finds.
+    ``ask``: which shards are asked whether they were replaced; of others the first read finds it.
 
     Raises ValueError where a shard is damaged, or has another size than its index or list says.
     """
@@ -61,9 +63,9 @@ def open_index(listing: Listing, files: Files, walk: Walk | None = None, *, ask:
     return _built(listing, labels, stats, files, walk)
 
 
-def _stats(listing: Listing, files: Files, ask: bool) -> list[Stat | None]:
+def _stats(listing: Listing, files: Files, ask: Ask) -> list[Stat | None]:
     urls = [shard.url for shard in listing.shards]
-    asked = [url for url in urls if ask or not is_remote(url)]
+    asked = [url for url in urls if ask == "all" or (ask == "local" and not is_remote(url))]
     parts = [asked[n::REQUESTS] for n in range(min(REQUESTS, len(asked)))]
     with ThreadPoolExecutor(REQUESTS) as pool:  # a network disk takes a millisecond for each, and many at a time
         answers = pool.map(lambda part: [(url, files.stat(url)) for url in part], parts)
@@ -177,7 +179,7 @@ def _built(listing: Listing, labels: list[str], stats: list[Stat | None], files:
     path = next((path for path in candidates if _can_write(path.parent)), candidates[-1])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path.with_name(f".{path.name}.lock"), f"indexes {redacted(listing.spec)}") as beat:
+        with alone(path, f"indexes {redacted(listing.spec)}") as beat:
             old, reused = _best(candidates, listing, labels, stats)
             if old is None and _fetched(remote_folder(listing.spec), files, path):
                 old, reused = _best(candidates, listing, labels, stats)
@@ -222,7 +224,7 @@ def _fetched(folder: str, files: Files, path: Path) -> bool:
     """Copy the index that lies beside remote shards, where one does."""
     if not folder:
         return False
-    draft = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    draft = draft_of(path)
     try:
         with files.stream(join(folder, NAME)) as stream, draft.open("wb") as out:
             shutil.copyfileobj(stream, out, 1 << 20)
@@ -264,17 +266,23 @@ def _by_threads(function: Callable[[str], tuple[Stat, Rows]], urls: Iterable[str
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Generator[Callable[[], None], None, None]:
-    """Hold the lock file ``path``, and wait for it where another process holds it. Gives a function to be called
-    while the work goes on. Raises ValueError where the other process makes no progress."""
-    descriptor = _locked(path, what)
+    """Write the file ``path`` alone: wait while another process holds its lock, and remove the drafts of those that
+    were killed. Gives a function to be called while the work goes on. Raises ValueError where the other process makes
+    no progress."""
+    lock = path.with_name(f".{path.name}.lock")
+    descriptor, locked = _locked(lock, what)
     try:
+        for draft in drafts_of(path) if locked else ():
+            draft.unlink(missing_ok=True)
         yield lambda: os.utime(descriptor)
     finally:
-        path.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _locked(path: Path, what: str) -> int:
+def _locked(path: Path, what: str) -> tuple[int, bool]:
+    """The open file ``path``, and whether it is locked: some file systems have no locks, and each process writes a
+    file of its own there."""
     began, last, told = time.monotonic(), 0, False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -282,7 +290,7 @@ def _locked(path: Path, what: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):  # its holder removes it
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
+                    return descriptor, True
             os.close(descriptor)
             continue
         except BlockingIOError:
@@ -290,7 +298,7 @@ def _locked(path: Path, what: str) -> int:
             os.close(descriptor)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                return descriptor  # a file system without locks: each process writes a file of its own
+                return descriptor, False
             raise
         if changed != last:
             began, last = time.monotonic(), changed

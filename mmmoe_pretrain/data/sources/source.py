@@ -8,13 +8,13 @@ parallel writers often use the same keys. ``decode.py`` decodes the bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from mmmoe_pretrain.data.sources.index import Index
-from mmmoe_pretrain.data.sources.indexing import Walk, is_comparable, open_index, other_size
+from mmmoe_pretrain.data.sources.indexing import Ask, Walk, is_comparable, open_index, other_size
 from mmmoe_pretrain.data.sources.listing import Listing, NoShards, is_remote, is_stream, list_shards
 from mmmoe_pretrain.data.sources.members import META, RawSample, members_to_read, names
 from mmmoe_pretrain.data.sources.stream import WINDOW, Stream, open_stream
@@ -31,13 +31,14 @@ LOOKED_AT = 64  # kinds of samples whose JSON is searched for parts, before seve
 
 
 def open_source(
-    spec: str | Path, files: Files, modalities: Modalities, seed: int = 0, window: int = WINDOW
-) -> Indexed | Stream:
+    spec: str | Path, files: Files, modalities: Modalities, seed: int = 0, window: int = WINDOW,
+    listing: Listing | None = None, ask: Ask = "local",
+) -> Indexed | Stream:  # fmt: skip
     """The source that ``spec`` names: ``Stream`` where it can only be read on, whose order within ``window`` samples
-    depends on ``seed``; else ``Indexed``."""
+    depends on ``seed``; else ``Indexed``. ``listing``, ``ask``: see ``open_indexed``."""
     if is_stream(str(spec)):
         return open_stream(spec, files, modalities, seed, window)
-    return open_indexed(spec, files, modalities)
+    return open_indexed(spec, files, modalities, listing=listing, ask=ask)
 
 
 def open_indexed(
@@ -46,10 +47,11 @@ def open_indexed(
     modalities: Modalities | None = None,
     *,
     walk: Walk | None = None,
-    ask: bool = False,
+    listing: Listing | None = None,
+    ask: Ask = "local",
 ) -> Indexed:
-    """The shards that ``spec`` names, indexed where they are not (``walk``, ``ask``: see ``open_index``). Raises
-    NoShards where nothing is there, ValueError where they cannot be used."""
+    """The shards that ``spec`` names, listed unless ``listing`` has them, and indexed where they are not (``walk``,
+    ``ask``: see ``open_index``). Raises NoShards where nothing is there, ValueError where they cannot be used."""
     if is_stream(str(spec)):
         raise ValueError(
             f"{str(spec).split()[0]}: the output of a command is read in its order, for training alone; name shards "
@@ -57,7 +59,7 @@ def open_indexed(
         )
     files = files or Files()
     try:
-        listing = list_shards(str(spec), files)
+        listing = listing or list_shards(str(spec), files)
         return Indexed(listing, open_index(listing, files, walk, ask=ask), files, modalities)
     except MissingError as error:
         raise NoShards(str(error)) from None
@@ -68,7 +70,7 @@ class Indexed:
 
     def __init__(self, listing: Listing, index: Index, files: Files, modalities: Modalities | None = None) -> None:
         """``modalities`` decide which members are read (default: one of each built-in kind, for tools)."""
-        self.spec, self.shards_left_out = listing.spec, listing.left_out
+        self.listing, self.spec, self.shards_left_out = listing, listing.spec, listing.left_out
         self.modalities = modalities or default_modalities()
         self._index, self._files = index, files
         self._urls = [shard.url for shard in listing.shards]
@@ -115,11 +117,6 @@ class Indexed:
         if most is None and self._index.counts[kind] == len(self):
             return np.arange(len(self))
         return np.concatenate(list(self._index.with_kind(kind, most)))
-
-    def each_with(self, extensions: tuple[str, ...]) -> Iterator[int]:
-        """The same, one after the other."""
-        for samples in self._index.with_kind(self._index.kinds.index(extensions)):
-            yield from samples.tolist()
 
     def sizes_of(self, indices: np.ndarray, modality: str) -> np.ndarray:
         """int64 [n]: of each sample the bytes of the member that is read as ``modality``; 0 where there is none."""

@@ -5,7 +5,7 @@ which fails if no objective of its config can use the data, and by ``mmmoe-data`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from mmmoe_pretrain.modalities import Modalities, default_modalities
 
 LOOKED_AT = 32  # samples of each kind whose JSON is searched for content
 LOOKED_AT_ALL = 4096  # of all kinds, of which a corpus of documents may have very many
+SEARCHED = (
+    16_384  # samples of a source whose JSON is searched before a run is refused: seconds, from a bucket minutes
+)
 
 
 @dataclass
@@ -54,9 +57,8 @@ def survey(folders: Sequence[Indexed]) -> Survey:
     """The counts of all samples. The content of the JSONs of a kind of sample is estimated from a few of them."""
     found = Survey(folders[0].modalities) if folders else Survey()
     for folder in folders:
-        contents = folder.contents
-        for extensions, count in contents.items():
-            held, named = _in_json(folder, extensions, _looked_at(len(contents)))
+        for extensions, count, most in _spread(folder, LOOKED_AT_ALL, LOOKED_AT):
+            held, named = _in_json(folder, extensions, most)
             found.add(extensions, count, held, named)
             found.kinds.add((*folder.modalities.members_read(extensions), *held))
         found.unread.update(folder.shards_left_out)
@@ -65,14 +67,15 @@ def survey(folders: Sequence[Indexed]) -> Survey:
 
 def refuse_useless(folders: Sequence[Indexed], found: Survey, needs: Mapping[str, set[str]]) -> list[str]:
     """The entries of ``needs`` (the modalities that an objective requires, by its description in errors) that no
-    sample satisfies. Raises ValueError if no sample satisfies any, after searching every JSON."""
+    sample satisfies. Raises ValueError if no sample satisfies any, after searching SEARCHED JSONs of each source."""
     served = _served(needs, found.kinds) or _served(needs, _kinds_with_json(folders))
     if not served:
         asked = "; ".join(f"{name} needs {' and '.join(sorted(wanted))}" for name, wanted in needs.items())
         unread = f"; not read: {found.left_out()}" if found.unread else ""
         raise ValueError(
-            f"no sample of data.train serves an objective, so there is nothing to learn. {asked}. The "
-            f"{found.samples:,} samples hold: {found.content()}{unread}. Correct data.train, the extensions of its "
+            f"no sample of data.train serves an objective, so there is nothing to learn (of each source {SEARCHED:,} "
+            f"JSONs at most were searched). {asked}. The {found.samples:,} samples hold: {found.content()}{unread}. "
+            f"Correct data.train, the extensions of its "
             f"files (docs/data_format.md) or the config's objectives"
         )
     return sorted(needs.keys() - served)
@@ -82,20 +85,25 @@ def _served(needs: Mapping[str, set[str]], kinds: Iterable[tuple[str, ...]]) -> 
     return {name for name, wanted in needs.items() if any(wanted <= set(kind) for kind in kinds)}
 
 
-def _looked_at(kinds: int) -> int:
-    return max(1, min(LOOKED_AT, LOOKED_AT_ALL // kinds))
+def _spread(folder: Indexed, total: int, each: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """The kinds of samples, the number of each, and of how many the JSON is read: ``each``, and at most about
+    ``total`` of all kinds, the most frequent ones first."""
+    contents = folder.contents
+    most = max(1, min(each, total // len(contents)))
+    for number, (extensions, count) in enumerate(contents.most_common()):
+        yield extensions, count, most if number < total else 0
 
 
 def _kinds_with_json(folders: Sequence[Indexed]) -> list[tuple[str, ...]]:
-    """The modalities of kinds of samples, with those that the JSON of any has; a label may be used as a text."""
+    """The modalities of kinds of samples, with those that some JSON has; a label may be used as a text."""
     return [
-        (*folder.modalities.members_read(extensions), *_in_json(folder, extensions, None)[0])
+        (*folder.modalities.members_read(extensions), *_in_json(folder, extensions, most)[0])
         for folder in folders
-        for extensions in folder.contents
+        for extensions, _, most in _spread(folder, SEARCHED, SEARCHED)
     ]
 
 
-def _in_json(folder: Indexed, extensions: tuple[str, ...], most: int | None) -> tuple[set[str], set[str]]:
+def _in_json(folder: Indexed, extensions: tuple[str, ...], most: int) -> tuple[set[str], set[str]]:
     """The modalities that the JSONs of samples with these ``extensions`` hold, and the extensions that they name as
     the parts of documents, of at most ``most`` samples."""
     chosen = folder.modalities.members_read(extensions)
@@ -105,9 +113,8 @@ def _in_json(folder: Indexed, extensions: tuple[str, ...], most: int | None) -> 
     by_label = {name for name, modality in folder.modalities.items() if modality.label_probability}
     if META not in extensions:
         return (by_label if CLASS in extensions else held), named
-    every = folder.each_with(extensions) if most is None else folder.with_contents(extensions, most).tolist()
-    for i in every:
-        if absent <= held and (others <= named or most is None):
+    for i in folder.with_contents(extensions, most).tolist() if most else ():
+        if absent <= held and others <= named:
             break
         raw = folder.read(i, only=(META, CLASS))
         try:
