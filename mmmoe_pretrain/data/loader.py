@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,12 +20,13 @@ from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.order.assign import Assignment, Estimates, Share, estimate_all, needs_estimates
+from mmmoe_pretrain.data.order.assign import Assignment, Share
 from mmmoe_pretrain.data.order.positions import Places
 from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.data.shared import Found, open_sources
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.members import RawSample
-from mmmoe_pretrain.data.sources.source import Indexed, open_source
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import LaneState, Stream
 from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, Workers
@@ -88,15 +88,16 @@ class MicrobatchDataset:
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
-        estimates: Estimates | None = None,
+        found: Found | None = None,
     ) -> None:
         self._most = document_tokens(config, modalities)
         self._dp_rank = dp_rank
         self._seed = config.seed
         self._modalities, self._prompt = modalities, config.evaluate.prompt
         self.settings = PackSettings.from_config(config, modalities)
-        self.sources = open_sources(config, modalities, Files(read_settings(config)))
-        self.assignment = Assignment(config, self.sources, modalities, dp_size, estimates)
+        files = Files(read_settings(config))
+        self.sources = open_sources(config, modalities, files, found, "local" if found is None else "none")
+        self.assignment = Assignment(config, self.sources, modalities, dp_size, found and found.estimates)
         streams = ((part.source, self.sources[part.source], part.sizes) for part in self.assignment.blend.parts)
         self.streams = {
             source: (stream, int(lanes)) for source, stream, lanes in streams if isinstance(stream, Stream)
@@ -161,13 +162,6 @@ class MicrobatchDataset:
         return raw, (number, lane, state)
 
 
-def open_sources(config: RunConfig, modalities: Modalities, files: Files) -> list[Indexed | Stream]:
-    """The sources of data.train."""
-    return [
-        open_source(source.path, files, modalities, config.seed, source.stream_window) for source in config.data.train
-    ]
-
-
 def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
     """The most that a document keeps. Raises ValueError where one item may take more."""
     most = config.data.max_tokens_per_document
@@ -183,14 +177,6 @@ def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
 def keep_slot(item: Sample | BadSample) -> Sample:
     """The sample, or an empty one in the place of a bad one."""
     return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))
-
-
-def estimates_of(config: RunConfig, modalities: Modalities, dp_size: int) -> Estimates | None:
-    """The estimates of data.train's lengths; None where the assignment of samples does not depend on them."""
-    if not needs_estimates(config, dp_size):
-        return None
-    with closing(Files(read_settings(config))) as files:
-        return estimate_all(config, open_sources(config, modalities, files), modalities)
 
 
 class Loader:
@@ -213,9 +199,9 @@ class Loader:
         start_step: int = 0,
         stop_step: int | None = None,
         cursor: Cursor | None = None,
-        estimates: Estimates | None = None,
+        found: Found | None = None,
     ) -> None:
-        dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, estimates=estimates)
+        dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, found=found)
         self._dataset, self._count = dataset, config.train.num_microbatches
         self._train, self._dp_size = config.train, dp_size
         self._step, self._stop = start_step, config.train.steps if stop_step is None else stop_step

@@ -19,22 +19,18 @@ from mmmoe_pretrain import __version__, exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.loader import Loader, StepData, estimates_of
-from mmmoe_pretrain.data.order.assign import Estimates, microbatch_size
+from mmmoe_pretrain.data.loader import Loader, StepData
+from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.data.sources import stream_state
-from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
-from mmmoe_pretrain.data.sources.source import Indexed
-from mmmoe_pretrain.data.sources.survey import refuse_useless, survey
+from mmmoe_pretrain.data.sources.listing import is_stream
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.modalities import Modalities, build_modalities
-from mmmoe_pretrain.objectives import objectives_of
+from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.parallel.agreement import BackgroundSum, agree, exchange, from_rank_0, number_from_rank_0
-from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
-from mmmoe_pretrain.parallel.replica import ReplicaChannel, build_replica_channel
+from mmmoe_pretrain.parallel.replica import build_replica_channel
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.checkpointing import CheckpointManager, DataState, Restored, RunContext, restore
@@ -43,6 +39,7 @@ from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.learning import ObjectiveMonitor
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.metrics import MetricsLog, Recorder, SampleCounts
+from mmmoe_pretrain.train.opening import check_data, open_data
 from mmmoe_pretrain.train.replicas import check_replicas
 from mmmoe_pretrain.train.rollback import BadSteps, FaultDetector, SkippedBatches, read_skipped_batches
 from mmmoe_pretrain.train.schedule import learning_rate
@@ -79,12 +76,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 for name, decoder in modalities.decoders.items() if main else ():
                     log.info("%s is decoded by %s", name, decoder)
                 channel = build_replica_channel(groups, host.control)
-                estimates = from_rank_0(host.storage, lambda: estimates_of(config, modalities, groups.data_size))
-                with agree(
-                    host.storage, lambda: _open_loader(config, modalities, groups, channel, estimates)
-                ) as loader:
-                    exchange(host.storage, lambda: loader.digest, _refuse_different_data)
-                    agree(host.storage, lambda: _survey(config, loader, main))
+                with open_data(config, modalities, groups, host, channel) as loader:
+                    check_data(config, host, loader, main)
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:
                         context = RunContext(config, layout, groups, host, modalities, engine, journal, main)
@@ -95,55 +88,6 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
         finally:
             destroy_groups(after_error=not finished)
     return code
-
-
-def _refuse_different_data(digests: Sequence[str | None]) -> None:
-    """Of all ranks, on rank 0; None of those that do not read."""
-    others = [rank for rank, digest in enumerate(digests) if digest not in (None, digests[0])]
-    if others:
-        raise ValueError(
-            f"the shards of data.train are not the same on all machines: rank {others[0]} sees others than rank 0, "
-            f"and samples would be lost and repeated; copy the same files to each, or name a folder that all share"
-        )
-
-
-def _open_loader(
-    config: RunConfig,
-    modalities: Modalities,
-    groups: Groups,
-    channel: ReplicaChannel | None,
-    estimates: Estimates | None,
-) -> Loader | ReplicaLoader:
-    def open_here() -> Loader:
-        return Loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size, estimates=estimates)
-
-    return open_here() if channel is None else ReplicaLoader(channel, open_here, 0, config.train.steps)
-
-
-def _survey(config: RunConfig, loader: Loader | ReplicaLoader, main: bool) -> None:
-    """Log what data.train holds and what is not read. Raises ValueError where no objective can use any of it; what
-    streams hold is known once they are read. For rank 0 alone."""
-    if not main:
-        return
-    indexed = [source for source in loader.sources if isinstance(source, Indexed)]
-    found = survey(indexed)
-    streams = len(loader.sources) - len(indexed)
-    unserved = [] if streams else refuse_useless(indexed, found, objectives_of(config).needs())
-    if streams:
-        log.info(
-            "data.train: %d of %d sources are streams, whose samples are not known", streams, len(loader.sources)
-        )
-    if indexed:
-        log.info("data.train: %s samples: %s", f"{found.samples:,}", found.content())
-    for note in loader.notes:
-        log.warning("%s", note)
-    if found.unread:
-        log.warning("files of data.train that are not read: %s; docs/data_format.md has the rule", found.left_out())
-    if unserved:
-        log.warning("no sample of data.train serves these objectives: %s", ", ".join(unserved))
-    for path in config.evaluate.test:
-        if is_absent(path):
-            log.warning("evaluate.test: there is no %s, which mmmoe evaluate will need", path)
 
 
 class Trainer:

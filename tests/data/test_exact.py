@@ -18,8 +18,9 @@ import xxhash
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data import shared
 from mmmoe_pretrain.data.cursor import Cursor
-from mmmoe_pretrain.data.loader import Loader, estimates_of
+from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.data.servers import every, http_server, s3_server, upload
@@ -125,11 +126,9 @@ def read(
 ) -> tuple[Read, stream_state.Table]:
     """What the ranks read in these steps, one rank after the other, and the state of the streams after them."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": workers})})
-    estimates, tables, found = estimates_of(config, modalities, ranks), [], Read()
+    opened, tables, found = shared.find(config, modalities, ranks), [], Read()
     for rank in range(ranks):
-        with Loader(
-            config, modalities, dp_rank=rank, dp_size=ranks, stop_step=steps.stop, estimates=estimates
-        ) as loader:
+        with Loader(config, modalities, dp_rank=rank, dp_size=ranks, stop_step=steps.stop, found=opened) as loader:
             assert loader.seek(steps.start, Cursor(), saved) == []
             for data in loader:
                 assert len(data.microbatches) == PARTS and data.stats.samples == BATCH // ranks

@@ -10,24 +10,10 @@ import pytest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.loader import Loader
-from mmmoe_pretrain.modalities import build_modalities
-from mmmoe_pretrain.train import loop
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import objectives, things, write_shards, write_tokenizer
 from tests.train.faulty import STEPS, config_in, copied, events, logged, steps_of
-
-
-def test_a_missing_folder_of_held_out_shards_is_reported_at_the_start(
-    tmp_path: Path, tiny_data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    here, missing = str(tiny_data / "train"), str(tmp_path / "missing")
-    config = config_in(tmp_path, tiny_data, evaluate={"test": [here, missing]})
-    with Loader(config, build_modalities(config.modalities, config.data.tokenizer)) as loader:
-        loop._survey(config, loader, main=True)
-    (message,) = [record.getMessage() for record in caplog.records if "evaluate.test" in record.getMessage()]
-    assert missing in message and here not in message
 
 
 def test_a_finished_run_stays_as_it_is_until_it_is_replaced_by_what_can_work(

@@ -1,0 +1,55 @@
+"""The sources of data.train on many ranks: rank 0 lists the shards and estimates lengths for all, and one rank of
+each other machine compares the files there with their index. A thousand ranks that each list a bucket, or ask a file
+system about 100,000 shards, wait for it for long, or are refused.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.order.assign import Estimates, estimate_all, needs_estimates
+from mmmoe_pretrain.data.sources.indexing import Ask
+from mmmoe_pretrain.data.sources.listing import Listing
+from mmmoe_pretrain.data.sources.source import Indexed, open_source
+from mmmoe_pretrain.data.sources.stream import Stream
+from mmmoe_pretrain.data.storage.files import Files, read_settings
+from mmmoe_pretrain.modalities import Modalities
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 finds, for all ranks. ``listings``: of each source; None of a stream. ``estimates``: None where
+    nothing depends on them."""
+
+    listings: tuple[Listing | None, ...]
+    estimates: Estimates | None = None
+
+
+def find(config: RunConfig, modalities: Modalities, dp_size: int) -> Found:
+    """For rank 0: lists the shards, and makes their index where it is missing."""
+    with closing(Files(read_settings(config))) as files:
+        sources = open_sources(config, modalities, files)
+        listings = (source.listing if isinstance(source, Indexed) else None for source in sources)
+        estimates = estimate_all(config, sources, modalities) if needs_estimates(config, dp_size) else None
+        return Found(tuple(listings), estimates)
+
+
+def look(config: RunConfig, modalities: Modalities, found: Found) -> None:
+    """For one rank of each other machine: compare local shards with their index, which is made where it is missing.
+    The other ranks of the machine can then open them without a look."""
+    with closing(Files(read_settings(config))) as files:
+        open_sources(config, modalities, files, found)
+
+
+def open_sources(
+    config: RunConfig, modalities: Modalities, files: Files, found: Found | None = None, ask: Ask = "local"
+) -> list[Indexed | Stream]:
+    """The sources of data.train. What ``found`` lists is not listed again, unless this machine has another path for
+    it (``$SCRATCH/train``). ``ask``: see ``open_index``."""
+    listings = {listing.spec: listing for listing in found.listings if listing} if found else {}
+    return [
+        open_source(its.path, files, modalities, config.seed, its.stream_window, listings.get(its.path), ask)
+        for its in config.data.train
+    ]
