@@ -247,7 +247,7 @@ class FaultsConfig(_Model):
     spike_action: Literal["warn", "rollback"] = "warn"
     replica_check_every: int = Field(0, ge=0)  # steps between comparisons of replicated weights; 0: never
     hang_minutes: float = Field(0.0, ge=0)  # without progress of a rank before the job ends; 0: 0.8 timeout_minutes
-    max_worker_restarts: int = Field(3, ge=0)  # of data workers that died, a rank
+    max_worker_restarts: int = Field(3, ge=0)  # of data workers that died, a rank, within an hour
 
 
 class EvaluateConfig(_Model):

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
+from mmmoe_pretrain.data.storage.stores import ChangedError
 from mmmoe_pretrain.data.workers.dispatch import CREDIT
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, WorkerDied, Workers
 from mmmoe_pretrain.data.workers.worker import _received
@@ -247,6 +248,20 @@ def test_a_sample_that_kills_every_worker_ends_the_run_and_is_named(
     assert loader.worker_pids == []
 
 
+def test_deaths_that_lie_further_apart_than_the_window_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    within = 0.5
+    monkeypatch.setattr("mmmoe_pretrain.data.workers.read_ahead.RESTARTS_WITHIN", within)
+    items = Items(Blocks(), range(12), Workers(1, 1, max_restarts=1))
+    got = []
+    for _ in range(3):
+        got.append(next(items))
+        os.kill(items.pids[0], signal.SIGKILL)
+        got += [next(items), next(items)]  # the second is not made before the death is seen
+        time.sleep(within)
+    assert items.restarts == 3
+    assert got + list(items) == plain(range(12))
+
+
 def test_without_restarts_the_first_death_ends_the_run() -> None:
     items = Items(
         Blocks(lambda k, s: os._exit(3) if (k, s) == (4, 2) else None), range(9), Workers(2, 1, max_restarts=0)
@@ -347,6 +362,17 @@ def test_what_a_worker_raises_ends_the_run_with_its_reason(
         next(items)
     assert items.restarts == 0
     assert not any(is_running(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("raised, passing", [(ChangedError("x was changed"), False), (UnavailableError("x"), True)])
+def test_a_replaced_shard_ends_the_run_for_good_with_and_without_workers(
+    raised: Exception, passing: bool, count: int
+) -> None:
+    items = Items(Blocks(lambda k, s: _raise(raised)), range(3), Workers(count))
+    with pytest.raises(ValueError, match=r"^x") as found:
+        next(items)
+    assert isinstance(found.value, Restartable | OSError) == passing, "by which the exit code is chosen"
 
 
 class _Warned(Exception):

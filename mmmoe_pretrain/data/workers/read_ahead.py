@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import util
 from typing import Generic, TypeVar
 
 from mmmoe_pretrain.data.workers.dispatch import Dispatcher
-from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Source, Worker
+from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Source, Worker, kind_of
 
 logger = logging.getLogger(__name__)
 _AT_EXIT = 10  # before multiprocessing joins its children: it would wait for these workers forever
+RESTARTS_WITHIN = 3600.0  # seconds: what kills one worker a day ends no run, and what kills each at once does
 _SHARE_AT_END = 0.05  # of the patience for a step, at which all busy workers count as hung
 
 T = TypeVar("T")
@@ -32,13 +34,13 @@ class Workers:
     ahead: int = 4  # items made ahead of the next one
     ahead_bytes: int = 1 << 30  # that what is ready may take before further items are begun
     timeout: float = 150.0  # seconds of waiting without an answer of a worker, after which it counts as hung
-    max_restarts: int = 3
+    max_restarts: int = 3  # within RESTARTS_WITHIN
     together: int = 1  # items that are awaited one after the other (a step's)
     patience: float = math.inf  # seconds that waiting for those may take in all, replacements included
 
 
 class WorkerDied(RuntimeError):
-    """Data workers died or hung more often than allowed."""
+    """Data workers died or hung more often than allowed within RESTARTS_WITHIN."""
 
 
 class ReadAhead(Generic[T]):
@@ -54,7 +56,8 @@ class ReadAhead(Generic[T]):
         self._done = 0  # items delivered: all that there is to resume from
         self._patience = workers.patience  # what is left of it
         self._running: list[Dispatcher] = []  # at most one
-        self.restarts = 0
+        self.restarts = 0  # in all
+        self._latest: deque[float] = deque()  # when those within RESTARTS_WITHIN were
         self.transfer_seconds = 0.0  # of all items, through shared memory
         util.Finalize(self, _end, (self._running,), exitpriority=_AT_EXIT)
 
@@ -96,8 +99,12 @@ class ReadAhead(Generic[T]):
         return [worker.process.pid for worker in workers if worker.process.pid]
 
     def _read_here(self, number: int) -> T:
-        samples = self._source.samples(number, range(self._source.count(number)))
-        return self._source.pack(number, list(samples))
+        try:
+            samples = self._source.samples(number, range(self._source.count(number)))
+            return self._source.pack(number, list(samples))
+        except ValueError as error:  # of the same kind, and so with the same exit code, as of a worker
+            self.close()
+            raise kind_of(error)(str(error)) from error
 
     def _receive(self) -> T:
         try:
@@ -176,17 +183,22 @@ class ReadAhead(Generic[T]):
         dispatcher.lose(worker)
         worker.end(seconds)
         self.restarts += 1
+        self._latest.append(now := time.monotonic())
+        while self._latest[0] < now - RESTARTS_WITHIN:
+            self._latest.popleft()
         what = f"a data worker {how} {'between two samples' if at is None else f'at {self._source.describe(*at)}'}"
-        if self.restarts > self._settings.max_restarts:
+        if len(self._latest) > self._settings.max_restarts:
             self.close()
             raise WorkerDied(
-                f"{what}; {self.restarts} died on this rank, and faults.max_worker_restarts is "
+                f"{what}; {len(self._latest)} died on this rank within an hour, and faults.max_worker_restarts is "
                 f"{self._settings.max_restarts}. Where they were killed, memory ran out as a rule: lower "
                 f"data.num_workers, data.prefetch or data.prefetch_bytes. Where they hung, the disk of data.train "
                 f"does not answer, or a sample takes longer than data.worker_timeout and faults.hang_minutes allow. "
                 f"Where it is the same sample each time, it crashes a decoder: leave it out. Then start the run again"
             )
-        logger.warning("%s; started again (%d of %d)", what, self.restarts, self._settings.max_restarts)
+        logger.warning(
+            "%s; started again (%d of %d within an hour)", what, len(self._latest), self._settings.max_restarts
+        )
         dispatcher.set_worker(slot, self._fork(dispatcher))
 
 

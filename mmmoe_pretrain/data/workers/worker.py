@@ -99,6 +99,11 @@ class Failed:
     kind: type[Exception]
 
 
+def kind_of(error: ValueError) -> type[ValueError]:
+    """As what an error of a source ends the run: Restartable, or what another start would find again."""
+    return Restartable if isinstance(error, Restartable) else ValueError
+
+
 class Worker:
     """A process, as the rank sees it."""
 
@@ -221,8 +226,7 @@ def _answer(own: socket.socket, number: int, work: Callable[[], Done]) -> None:
     try:
         answer = work()
     except ValueError as error:  # what a user can fix
-        kind = Restartable if isinstance(error, Restartable) else ValueError
-        answer = Failed(str(error)[-_MAX_TEXT:], kind)
+        answer = Failed(str(error)[-_MAX_TEXT:], kind_of(error))
     except Exception:  # noqa: BLE001  # told to the rank, which ends with it
         answer = Failed(traceback.format_exc()[-_MAX_TEXT:], RuntimeError)
     with contextlib.suppress(OSError):  # the rank has ended
