@@ -51,9 +51,7 @@ class Preview:
     rows: int = 0  # of their streams, padding included
     longest: list[float] = field(default_factory=list)  # tokens of the longest rank over the mean
     samples: int = 0
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    pack_seconds: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)  # by stage
     cut: Counter[str] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
 
@@ -93,7 +91,7 @@ def _read(
     for number in track(numbers, "reading microbatches", len(numbers), "microbatches"):
         made = list(dataset.samples(number, range(each)))
         batch, stats = dataset.pack(number, made)
-        found.pack_seconds += stats.seconds["pack"]
+        found.seconds += stats.seconds
         tokens = _add(found, config, dataset, number, made, batch)
         mine = [ranks.of_rank(number, r).positions - number * each for r in range(data_parallel_size)]
         held = [int(tokens[rows].sum()) for rows in mine]
@@ -128,8 +126,6 @@ def _add(
             group.samples += 1
             group.tokens += count
         found.cut += sample.cut
-        found.read_seconds += sample.read_seconds
-        found.decode_seconds += sample.decode_seconds
     for m, name in enumerate(config.modalities):
         found.modalities[name].tokens += int((batch.modality_ids[batch.valid] == m).sum())
     found.samples += len(made)
@@ -162,16 +158,14 @@ def _print(found: Preview, config: RunConfig, ranks: int) -> None:
 
 def _lines(found: Preview, config: RunConfig, ranks: int) -> list[str]:
     mean = sum(found.tokens) / len(found.tokens)
-    read, decode, pack = (
-        seconds / found.samples for seconds in (found.read_seconds, found.decode_seconds, found.pack_seconds)
-    )
-    per_sample, batch_size = read + decode + pack, config.train.global_batch_size
+    stages = ", ".join(f"{1e3 * seconds / found.samples:.2f} to {stage}" for stage, seconds in found.seconds.items())
+    per_sample, batch_size = found.seconds.total() / found.samples, config.train.global_batch_size
     lines = [
         f"{found.samples:,} samples of {len(found.tokens)} microbatches were read",
         f"tokens of a global microbatch: mean {mean:,.0f}, longest {max(found.tokens):,}; of a step: "
         f"{mean * config.train.num_microbatches:,.0f}; padding {1 - sum(found.tokens) / found.rows:.1%}",
         f"tokens of the longest of {ranks} data-parallel ranks over the mean rank: {np.mean(found.longest):.3f}",
-        f"a sample takes {1e3 * read:.2f} ms to read, {1e3 * decode:.2f} to decode and {1e3 * pack:.2f} to pack",
+        f"a sample takes, in ms, {stages}",
         f"one worker loads {1 / per_sample:,.0f} samples a second; a step of {batch_size} samples takes "
         f"{batch_size * per_sample:.2f} worker-seconds",
     ]

@@ -40,7 +40,8 @@ LaneOf = tuple[int, int, LaneState]  # source, sub-lane and state of the window,
 @dataclass(frozen=True)
 class LoadStats:
     """What reading some samples took. ``wait_seconds``: how long the training loop stood still. ``seconds``: of
-    all workers together, by stage: read, decode, pack, transfer (through shared memory and to other ranks)."""
+    all workers together, by stage: read, decode, transform (resize and crop, log-mel), pack, transfer (through shared
+    memory and to other ranks)."""
 
     samples: int = 0
     bad: tuple[BadSample, ...] = ()
@@ -75,6 +76,7 @@ class Made(NamedTuple):
     cut: Counter[str]
     read_seconds: float
     decode_seconds: float
+    transform_seconds: float
     lane: LaneOf | None
 
 
@@ -112,12 +114,14 @@ class MicrobatchDataset:
         share = self._share(number)
         for i in which:
             began, cut_before = time.perf_counter(), Counter(self._modalities.cut)
+            before = self._modalities.transform_seconds
             raw, lane = self._read(share.places, i)
             read = time.perf_counter()
             draws = Draws(self._seed, int(share.positions[i]))
             item = decode(raw, self._modalities, draws, self._prompt, self._most)
             cut = Counter(self._modalities.cut) - cut_before
-            yield Made(item, cut, read - began, time.perf_counter() - read, lane)
+            transform = self._modalities.transform_seconds - before
+            yield Made(item, cut, read - began, time.perf_counter() - read - transform, transform, lane)
 
     def pack(self, number: int, made: Sequence[Made]) -> tuple[Batch, LoadStats]:
         """Microbatch ``number``, of all its samples in order."""
@@ -126,6 +130,7 @@ class MicrobatchDataset:
         seconds = {
             "read": sum(sample.read_seconds for sample in made),
             "decode": sum(sample.decode_seconds for sample in made),
+            "transform": sum(sample.transform_seconds for sample in made),
             "pack": time.perf_counter() - began,
         }
         bad = tuple(sample.item for sample in made if isinstance(sample.item, BadSample))

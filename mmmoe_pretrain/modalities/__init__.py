@@ -56,6 +56,11 @@ class Modalities(dict[str, Modality]):
         return {name: modality.cut for name, modality in self.items()}
 
     @property
+    def transform_seconds(self) -> float:
+        """Of all values so far."""
+        return sum(modality.transform_seconds for modality in self.values())
+
+    @property
     def decoders(self) -> dict[str, str]:
         """The packages that decode files, with their versions, by modality."""
         return {name: modality.decoder for name, modality in self.items() if modality.decoder}

@@ -12,6 +12,7 @@ Masks follow SpecAugment (arXiv 1904.08779).
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -143,6 +144,7 @@ class Audio(Modality):
         """See ``Modality.decode``."""
         with quarantine("audio"):
             wave, rate = self._read(data, rng)
+        began = time.perf_counter()
         if not self.settings.augment:
             rng = None
         wave = self._prepared(wave, rate)
@@ -150,7 +152,9 @@ class Audio(Modality):
         warp = NUM_WARPS // 2 if rng is None else int(rng.integers(NUM_WARPS))
         mel = self._normalized(self._log_mel(wave, tempo, self._filters[warp]))
         mel = mel if rng is None else _spec_augment(mel, rng)  # which draws in fp64
-        return _pad_frames(mel, self.settings.patch).astype(np.float32, copy=False)
+        mel = _pad_frames(mel, self.settings.patch).astype(np.float32, copy=False)
+        self.transform_seconds += time.perf_counter() - began
+        return mel
 
     def num_tokens(self, value: np.ndarray) -> int:
         return int(-(-value.shape[1] // self.settings.patch))

@@ -58,7 +58,8 @@ def in_markdown(text: str) -> str:
 class Modality(abc.ABC):
     """One modality of a run: a kind under the user's ``name`` with its ``settings``.
 
-    ``cut`` counts the values that were longer than the settings allow.
+    ``cut`` counts the values that were longer than the settings allow. ``transform_seconds`` is the part of all calls
+    of ``decode`` that came after decoding (resize and crop, log-mel), where a kind measures it.
     """
 
     Settings: ClassVar[type[ModalitySettings]]
@@ -66,6 +67,7 @@ class Modality(abc.ABC):
     default_field: ClassVar[str | None] = None  # of a sample's JSON, where one modality has the kind
     needs_tokenizer: ClassVar[bool] = False
     predictable: ClassVar[bool] = False  # tokens are discrete: ``keys`` are their ids, and a head can predict them
+    transform_seconds: float = 0.0
     label_probability: float = 0.0  # that a labelled sample has its class as a value, in training
     label_with: tuple[str, ...] = ()  # the modalities that it has beside, then; empty: all
 

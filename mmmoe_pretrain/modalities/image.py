@@ -7,6 +7,7 @@ The convolutional stem follows "Early Convolutions Help Transformers See Better"
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,10 @@ class Image(Modality):
             else:
                 view, levels = random_view(reader.size, size, fit, settings, rng)
             decoded = reader.pixels(view.shrinks / MARGIN, settings.background)
-            return render(decoded, view, FILTERS[settings.interpolation], settings.background, levels)
+            began = time.perf_counter()
+            value = render(decoded, view, FILTERS[settings.interpolation], settings.background, levels)
+        self.transform_seconds += time.perf_counter() - began
+        return value
 
     @property
     def _native(self) -> bool:

@@ -172,12 +172,14 @@ def test_a_bad_sample_keeps_its_slot_and_is_counted(damaged: Path, modalities: M
             assert empty == [meta.key for meta in part.metas if meta.key == "thing-000"]
 
 
-def test_cut_texts_and_clips_are_counted(tiny_data: Path) -> None:
+def test_cut_texts_and_clips_and_the_seconds_of_each_stage_are_counted(tiny_data: Path) -> None:
     short = {"image": {"kind": "image", "size": 16}, "text": {"kind": "text", "max_tokens": 2},
              "audio": {"kind": "audio", "max_seconds": 0.2, "augment": False}}  # fmt: skip
     for workers in (0, 1):
         config = config_with(tiny_data, {"num_workers": workers}, modalities=short)
         stats = [data.stats for data in Loader(config, built(config), stop_step=3)]
+        stages = {"read", "decode", "transform", "pack", *(["transfer"] if workers else [])}
+        assert all(s.seconds.keys() == stages for s in stats)
         # every clip has 26 frames of 24, and no name has two pieces or fewer
         assert [s.cut for s in stats] == [{"audio": 16, "text": 16}] * 3
 
