@@ -165,6 +165,14 @@ def values(sample: Sample) -> dict[str, np.ndarray]:
     return {item.modality: item.value for item in sample.items}
 
 
+def test_resizing_and_log_mel_are_timed_apart_from_decoding(raw: RawSample, modalities: Modalities) -> None:
+    before = {name: its.transform_seconds for name, its in modalities.items()}
+    decode(raw, modalities)
+    taken = {name: its.transform_seconds - before[name] for name, its in modalities.items()}
+    assert taken["image"] > 0 and taken["audio"] > 0 and taken["text"] == 0
+    assert modalities.transform_seconds == pytest.approx(sum(before.values()) + sum(taken.values()))
+
+
 def test_perturbation_depends_on_seed_and_position_alone(raw: RawSample, modalities: Modalities) -> None:
     def perturbed(seed: int, position: int) -> dict[str, np.ndarray]:
         return values(good(decode(raw, modalities, Draws(seed, position))))
