@@ -19,7 +19,7 @@ import xxhash
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.train import lock, loop, start
+from mmmoe_pretrain.train import lock, loop, opening, start
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -162,7 +162,7 @@ def test_what_fails_on_one_rank_alone_is_told_by_all(tmp_path: Path, tiny_data: 
 
     def fails(rank: int) -> None:
         if int(os.environ["RANK"]) == rank:
-            setattr(loop, place, missing)
+            setattr(opening if place in ("Loader", "survey") else loop, place, missing)
 
     rank = 0 if place in ("survey", "MetricsLog") else 1  # only rank 0 counts the samples and has a log
     for message in run_ranks(2, outcome, config_in(tmp_path, tiny_data), partial(fails, rank)):
