@@ -11,8 +11,9 @@ Prints a table and, as its last line, one JSON object. ``vs_NAME``: our samples 
 photographs (higher is better). ``vs_webdataset_same_decoder``: over webdataset that calls our decoders.
 ``..._small``, ``..._audio``: on the other shards. ``scaling_2``: samples a second of two workers
 over one. ``stall``: share of its time that a consumer at 90% of the measured rate waits. ``stages``: shares of the
-workers' time. ``index_1m_seconds``, ``rss_per_million`` (MB): opening an index of a million samples. ``failed``:
-peers that could not be run.
+workers' time in read, decode (texts into tokens, too), transform (resize and crop), pack and transfer.
+``index_1m_seconds``, ``rss_per_million`` (MB): opening an index of a million samples. ``failed``: peers that could
+not be run.
 """
 
 from __future__ import annotations

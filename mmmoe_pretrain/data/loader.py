@@ -99,7 +99,7 @@ class MicrobatchDataset:
         self.settings = PackSettings.from_config(config, modalities)
         files = Files(read_settings(config))
         self.sources = open_sources(config, modalities, files, found, "local" if found is None else "none")
-        self.assignment = Assignment(config, self.sources, modalities, dp_size, found and found.estimates)
+        self.assignment = Assignment(config, self.sources, modalities, dp_size, found.estimates if found else None)
         streams = ((part.source, self.sources[part.source], part.sizes) for part in self.assignment.blend.parts)
         self.streams = {
             source: (stream, int(lanes)) for source, stream, lanes in streams if isinstance(stream, Stream)

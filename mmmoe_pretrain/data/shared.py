@@ -46,10 +46,13 @@ def look(config: RunConfig, modalities: Modalities, found: Found) -> None:
 def open_sources(
     config: RunConfig, modalities: Modalities, files: Files, found: Found | None = None, ask: Ask = "local"
 ) -> list[Indexed | Stream]:
-    """The sources of data.train. What ``found`` lists is not listed again, unless this machine has another path for
-    it (``$SCRATCH/train``). ``ask``: see ``open_index``."""
+    """The sources of data.train. What ``found`` lists is not listed again, and asked as ``ask`` says
+    (``open_index``), unless this rank has another path for it (``$SCRATCH/train``)."""
     listings = {listing.spec: listing for listing in found.listings if listing} if found else {}
     return [
-        open_source(its.path, files, modalities, config.seed, its.stream_window, listings.get(its.path), ask)
+        open_source(
+            its.path, files, modalities, config.seed, its.stream_window, known := listings.get(its.path),
+            ask if known else "local",
+        )
         for its in config.data.train
-    ]
+    ]  # fmt: skip

@@ -73,7 +73,8 @@ def test_one_rank_lists_the_shards_and_one_of_each_machine_looks_at_them(
         open_indexed(first)
         log = tmp_path / "log"
         found = opened(tiny_data, [first, str(tmp_path / "own/train") if where == "own" else first], stat, log)
-    asks = [] if where == "remote" else [f"{rank} asks {name}" for rank in (0, 2) for name in shards]
+    asking = {"local": [0, 2], "remote": [], "own": lists}[where]
+    asks = [f"{rank} asks {name}" for rank in asking for name in shards]
     assert sorted(log.read_text().splitlines()) == sorted([f"{rank} lists train" for rank in lists] + asks)
     keys = [key for rank in found for key in rank]
     assert len(keys) == len(set(keys)) == tiny_config(tiny_data).train.global_batch_size

@@ -17,9 +17,7 @@ from mmmoe_pretrain.modalities import Modalities, default_modalities
 
 LOOKED_AT = 32  # samples of each kind whose JSON is searched for content
 LOOKED_AT_ALL = 4096  # of all kinds, of which a corpus of documents may have very many
-SEARCHED = (
-    16_384  # samples of a source whose JSON is searched before a run is refused: seconds, from a bucket minutes
-)
+SEARCHED = 16_384  # of a source, before a run is refused: seconds, from a bucket minutes
 
 
 @dataclass
@@ -75,8 +73,7 @@ def refuse_useless(folders: Sequence[Indexed], found: Survey, needs: Mapping[str
         raise ValueError(
             f"no sample of data.train serves an objective, so there is nothing to learn (of each source {SEARCHED:,} "
             f"JSONs at most were searched). {asked}. The {found.samples:,} samples hold: {found.content()}{unread}. "
-            f"Correct data.train, the extensions of its "
-            f"files (docs/data_format.md) or the config's objectives"
+            f"Correct data.train, the extensions of its files (docs/data_format.md) or the config's objectives"
         )
     return sorted(needs.keys() - served)
 
