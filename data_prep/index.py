@@ -4,6 +4,7 @@ also the field that they are split by and, with ``--lengths``, the tokens of the
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.data.order.fields import MODALITIES, measure_field, read_field
 from mmmoe_pretrain.data.order.lengths import lengths_path, measure_lengths, open_lengths
 from mmmoe_pretrain.data.sources.index import Rows
-from mmmoe_pretrain.data.sources.listing import is_remote, is_stream
+from mmmoe_pretrain.data.sources.listing import is_remote, is_stream, without_ranges
+from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files, Stat, read_settings
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.urls import redacted
 
+log = logging.getLogger(__name__)
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")  # of a config, as for mmmoe train
 
 
@@ -51,8 +54,10 @@ def _index(
     """With ``modalities`` also the lengths of the samples, with a ``field`` its values, where they are not known."""
     walk = None if is_remote(spec) else functools.partial(_walk, workers=workers)
     source = open_indexed(spec, files, modalities, walk=walk, ask="all")
-    line = f"{redacted(spec)}: {len(source):,} samples in {len(source.shard_sizes):,} shards, {source.index_path}"
-    Console(markup=False).print(line, highlight=False, soft_wrap=True)
+    for note in without_ranges(source.urls, files):
+        log.warning("%s", note)
+    held = f"{counted(len(source), 'sample')} in {counted(len(source.shard_sizes), 'shard')}"
+    Console(markup=False).print(f"{redacted(spec)}: {held}, {source.index_path}", highlight=False, soft_wrap=True)
     if modalities is not None:
         path = lengths_path(source, modalities)
         if open_lengths(path, source, modalities) is None:

@@ -5,6 +5,7 @@ Counts rows, hours of audio and bytes by split, subset, language and modalities,
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data_prep.manifest import SPLITS, manifest_path, read_manifest, split_calle
 from data_prep.media import audio_seconds
 from data_prep.verify import split_specs
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, read_row
+from mmmoe_pretrain.data.sources.listing import is_compressed, without_ranges
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.sources.survey import held_by, in_order, survey
@@ -28,6 +30,8 @@ from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import read_bytes
 from mmmoe_pretrain.urls import redacted
 
+log = logging.getLogger(__name__)
+NO_SPLIT = "(none)"  # neither the folder nor the sample names one
 DAMAGED = "(damaged)"  # in the place of modalities: a sample that training skips
 
 
@@ -79,10 +83,13 @@ def run(path: str) -> None:
 def measure(path: str | Path) -> tuple[dict[Kind, Measure], str]:
     """The sums by kind, of a manifest or of shards; and the extensions that are not read, with their numbers."""
     place = Path(path)
-    if (place.is_file() and place.suffix not in (".tar", ".json")) or (place / "manifest.jsonl").is_file():
+    is_manifest = place.is_file() and place.suffix not in (".tar", ".json") and not is_compressed(place.name)
+    if is_manifest or (place / "manifest.jsonl").is_file():
         return _totals(_of_manifest(place)), ""
     files = Files()
     sources = [open_indexed(spec, files) for spec in split_specs(str(path))]
+    for note in without_ranges((url for source in sources for url in source.urls), files):
+        log.warning("%s", note)
     return _totals(_of_shards(sources)), survey(sources).left_out()
 
 
@@ -108,7 +115,7 @@ def _of_manifest(path: Path) -> Iterator[tuple[Kind, Measure]]:
 def _of_shards(sources: Iterable[Indexed]) -> Iterator[tuple[Kind, Measure]]:
     for shards in sources:
         name = Path(shards.spec).name
-        split = split_called(name) if split_called(name) in SPLITS else "train"
+        split = split_called(name) if split_called(name) in SPLITS else NO_SPLIT
         for i in track(range(len(shards)), f"reading {name}", len(shards), "samples"):
             yield _of_sample(shards.read(i), shards.modalities, split)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.documents import PARTS, Part, parts_of
+from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.limits import (
     FIELD_ALIASES,
     MAX_KEY_BYTES,
@@ -156,7 +157,7 @@ def read_manifest(path: Path) -> list[Row]:
         raise ValueError(f"{path} {problems[0]}")
     if problems:
         more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n  ".join([f"{path} has {len(problems):,} problems:", *problems[:_SHOWN], *more]))
+        raise ValueError("\n  ".join([f"{path} has {counted(len(problems), 'problem')}:", *problems[:_SHOWN], *more]))
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows

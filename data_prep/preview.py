@@ -7,6 +7,7 @@ level the ranks are, and the seconds of reading and decoding, from which follow 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
@@ -24,10 +25,13 @@ from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
 from mmmoe_pretrain.data.order.assign import Assignment
 from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.progress import track
 
+log = logging.getLogger(__name__)
 KEYS_NAMED = 5
+MOST_STEPS = 8  # whose shares are shown
 DRAWS = 20_000  # positions of the run whose sources are looked up for its epochs
 
 
@@ -41,12 +45,13 @@ class Share:
 
 @dataclass
 class Preview:
-    """Sums over the microbatches that were read."""
+    """Sums over the microbatches that were read. A source with ``split_by`` counts as its parts."""
 
     sources: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     modalities: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     languages: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     epochs: dict[str, float] = field(default_factory=dict)  # of each source, over the whole run
+    shares: dict[int, list[float]] = field(default_factory=dict)  # of each source in the samples of a step
     tokens: list[int] = field(default_factory=list)  # of each global microbatch
     rows: int = 0  # of their streams, padding included
     longest: list[float] = field(default_factory=list)  # tokens of the longest rank over the mean
@@ -68,6 +73,8 @@ def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel
 def preview(config: RunConfig, modalities: Modalities, samples: int, data_parallel_size: int) -> Preview:
     """What microbatches with together ``samples`` samples or more, spread over the run, hold."""
     dataset = MicrobatchDataset(config, modalities)
+    for note in dataset.notes():
+        log.warning("%s", note)
     stream_state.start(dataset.streams, {}, dataset.assignment.blend, 0)
     try:
         return _read(dataset, config, modalities, samples, data_parallel_size)
@@ -100,11 +107,27 @@ def _read(
 
 
 def _count_epochs(found: Preview, config: RunConfig, dataset: MicrobatchDataset) -> None:
-    whole = config.train.steps * config.train.global_batch_size
+    whole, blend = config.train.steps * config.train.global_batch_size, dataset.assignment.blend
     positions = np.unique(np.linspace(0, whole - 1, min(whole, DRAWS)).astype(int))
-    drawn = np.bincount(dataset.assignment.blend.at(positions).source, minlength=len(dataset.sources))
-    for its, source, share in zip(config.data.train, dataset.sources, drawn / len(positions), strict=True):
-        found.epochs[its.path] = share * whole / len(source) if hasattr(source, "__len__") else float("nan")
+    drawn = np.bincount(blend.part_of(positions), minlength=len(blend.parts))
+    for label, part, share in zip(_labels(config, dataset), blend.parts, drawn / len(positions), strict=True):
+        found.sources[label] = Share()  # of a part that is not drawn in what is read, too
+        found.epochs[label] = share * whole / part.samples if part.samples else float("nan")
+    found.shares = {step: blend.shares(step) for step in _steps(config)}
+
+
+def _labels(config: RunConfig, dataset: MicrobatchDataset) -> list[str]:
+    """The name of each part of the blend: its source's path, and what it is split by."""
+    named = [(config.data.train[part.source].path, part.name) for part in dataset.assignment.blend.parts]
+    return [path if name is None else f"{path} [{name or '(none)'}]" for path, name in named]
+
+
+def _steps(config: RunConfig) -> list[int]:
+    """Where the schedules of the weights change; the first step, one in the middle and the last one."""
+    last = config.train.steps - 1
+    knots = {step for source in config.data.train for step, _ in source.schedule if step < last}
+    ends = {0, last // 2, last}
+    return sorted(knots | ends if len(knots | ends) <= MOST_STEPS else ends)
 
 
 def _add(
@@ -114,8 +137,9 @@ def _add(
     share = dataset.assignment.of_rank(number, 0)
     samples = [keep_slot(sample.item) for sample in made]
     tokens = np.bincount(origins(samples, dataset.settings, share.positions).sample_n, minlength=len(made))
-    for sample, source, count in zip(made, share.places.source.tolist(), tokens.tolist(), strict=True):
-        groups = [found.sources[config.data.train[source].path]]
+    parts, labels = dataset.assignment.blend.part_of(share.positions), _labels(config, dataset)
+    for sample, part, count in zip(made, parts.tolist(), tokens.tolist(), strict=True):
+        groups = [found.sources[labels[part]]]
         if isinstance(sample.item, Sample):
             groups.append(found.languages[sample.item.meta.language or "(none)"])
             for name in {item.modality for item in sample.item.items}:
@@ -139,18 +163,20 @@ def _print(found: Preview, config: RunConfig, ranks: int) -> None:
     console.width = max(console.width, 110)  # whole names in a log, too
     total = max(1, sum(found.tokens))
     for title, groups in (("source", found.sources), ("modality", found.modalities), ("language", found.languages)):
-        columns = [
-            title,
-            "samples",
-            "tokens",
-            "tokens a sample",
-            *(["epochs in the run"] if title == "source" else []),
-        ]
-        table = Table(*columns)
+        table = Table(Column(title, overflow="fold"), "samples", "tokens", "tokens a sample")
+        if title == "source":
+            table.add_column("epochs in the run")
         for name, share in sorted(groups.items(), key=lambda pair: -pair[1].tokens):
             cells = [name, f"{share.samples / found.samples:.1%}", f"{share.tokens / total:.1%}",
                      f"{share.tokens / max(1, share.samples):.1f}"]  # fmt: skip
             table.add_row(*cells, *([f"{found.epochs[name]:.2f}"] if title == "source" else []))
+        console.print(table)
+    if len({tuple(shares) for shares in found.shares.values()}) > 1:
+        table = Table(
+            Column("share of the samples at step", overflow="fold"), *(f"{step:,}" for step in found.shares)
+        )
+        for name, shares in zip(found.epochs, zip(*found.shares.values(), strict=True), strict=True):
+            table.add_row(name, *(f"{share:.1%}" for share in shares))
         console.print(table)
     for line in _lines(found, config, ranks):
         console.print(line, highlight=False, soft_wrap=True)
@@ -161,12 +187,13 @@ def _lines(found: Preview, config: RunConfig, ranks: int) -> list[str]:
     stages = ", ".join(f"{1e3 * seconds / found.samples:.2f} to {stage}" for stage, seconds in found.seconds.items())
     per_sample, batch_size = found.seconds.total() / found.samples, config.train.global_batch_size
     lines = [
-        f"{found.samples:,} samples of {len(found.tokens)} microbatches were read",
+        f"read: {counted(found.samples, 'sample')} of {counted(len(found.tokens), 'microbatch', 'es')}",
         f"tokens of a global microbatch: mean {mean:,.0f}, longest {max(found.tokens):,}; of a step: "
         f"{mean * config.train.num_microbatches:,.0f}; padding {1 - sum(found.tokens) / found.rows:.1%}",
-        f"tokens of the longest of {ranks} data-parallel ranks over the mean rank: {np.mean(found.longest):.3f}",
+        f"tokens of the longest of {counted(ranks, 'data-parallel rank')} over the mean rank: "
+        f"{np.mean(found.longest):.3f}",
         f"a sample takes, in ms, {stages}",
-        f"one worker loads {1 / per_sample:,.0f} samples a second; a step of {batch_size} samples takes "
+        f"one worker loads {1 / per_sample:,.0f} samples a second; a step of {counted(batch_size, 'sample')} takes "
         f"{batch_size * per_sample:.2f} worker-seconds",
     ]
     if found.cut:

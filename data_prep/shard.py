@@ -42,6 +42,7 @@ from data_prep.media import DECODED, member
 from data_prep.pool import map_in_order
 from data_prep.shard_files import BadSample, EncodedSample, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.modalities import format_of
@@ -85,7 +86,7 @@ class Report:
         allowed = int(self.max_bad_fraction * self.total)
         if len(skipped) > allowed:
             raise ValueError(
-                f"{len(skipped)} of {self.total} samples cannot be used, and --max-bad-fraction "
+                f"{len(skipped)} of {counted(self.total, 'sample')} cannot be used, and --max-bad-fraction "
                 f"{self.max_bad_fraction:g} allows {allowed}; fix them, or raise it: {_worst(skipped)}"
             )
 
@@ -102,11 +103,11 @@ def run(manifest: Path, out: Path, filters: Sequence[str], options: ShardOptions
     console = Console(highlight=False, markup=False)
     console.print(table)
     if report.kept:
-        console.print(f"kept {report.kept:,} shards that an earlier run had finished")
+        console.print(f"kept {counted(report.kept, 'shard')} that an earlier run had finished")
     if report.skipped:
-        console.print(f"skipped {len(report.skipped)} broken samples, named in {out / SKIPPED}")
+        console.print(f"skipped {counted(len(report.skipped), 'broken sample')}, named in {out / SKIPPED}")
     if report.blank_texts:
-        console.print(f"skipped {report.blank_texts:,} blank texts of samples with an image or audio")
+        console.print(f"skipped {counted(report.blank_texts, 'blank text')} of samples with an image or audio")
 
 
 def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOptions) -> Report:
@@ -114,9 +115,11 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
     if not rows:
         raise ValueError("no rows to write; loosen --filter")
     if outside := files_outside(rows, root):
-        log.warning("%d files lie outside of %s, the manifest's folder, such as %s", len(outside), root, outside[0])
+        log.warning(
+            "%s outside of %s, the manifest's folder, such as %s", counted(len(outside), "file"), root, outside[0]
+        )
     for (name, kind), count in _unread_files(rows).items():
-        log.warning("field %s names files in %d rows and is ignored; rename it to %s", name, count, kind)
+        log.warning("field %s names files in %s and is ignored; rename it to %s", name, counted(count, "row"), kind)
     report = Report(len(rows), options.max_bad_fraction)
     with Building(out, options.overwrite) as building, Progress("sharding", len(rows), "samples") as progress:
         for split in SPLITS:
@@ -126,7 +129,7 @@ def shard_manifest(rows: Sequence[Row], root: Path, out: Path, options: ShardOpt
                 if entries := work.write(building):
                     report.shards[split] = entries
         if not report.shards:
-            raise ValueError(f"all {len(rows)} samples are broken: {_worst(report.skipped)}")
+            raise ValueError(f"every sample is broken: {_worst(report.skipped)}")
         report.check(report.skipped)
         _write_skipped(building.folder / SKIPPED, report.skipped)
         columns = report.members, field_types(rows)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import SPLITS, Row, read_manifest
+from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.progress import Progress
 
@@ -42,9 +43,9 @@ def run(
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} is not one of {', '.join(SPLITS)}")
     texts = texts_of(itertools.chain.from_iterable(map(read_manifest, manifests)), split)
-    with Progress(f"training on {len(texts):,} texts"):
+    with Progress(f"training on {counted(len(texts), 'text')}"):
         train_tokenizer(texts, out, vocab_size, model_type, casefold, normalization)
-    print(f"{out}: {vocab_size} pieces ({model_type}) from {len(texts)} texts of {split}")
+    print(f"{out}: {vocab_size} pieces ({model_type}) from {counted(len(texts), 'text')} of {split}")
 
 
 def texts_of(rows: Iterable[Row], split: str) -> list[str]:

@@ -7,6 +7,8 @@ read, and nothing is decoded.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +31,18 @@ from mmmoe_pretrain.data.sources.listing import (
     list_shards,
     listed_shard,
     read_list,
+    refuse_compressed,
+    without_ranges,
 )  # fmt: skip
-from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, counted, names
 from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief
-from mmmoe_pretrain.urls import redacted
+from mmmoe_pretrain.urls import StorageError, redacted
 
+log = logging.getLogger(__name__)
 _SHOWN = 50
 
 
@@ -72,9 +77,9 @@ def run(folder: str) -> bool:
         console.print(f"... and {len(problems) - _SHOWN} more")
     for note in seen.notes():
         console.print(note, highlight=False, soft_wrap=True)
-    summary = f"{len(problems)} problems in" if problems else "no problems in"
+    summary = f"{counted(len(problems), 'problem')} in" if problems else "no problems in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
-    samples = f"{seen.survey.samples:,} samples of {seen.shards:,} shards"
+    samples = f"{counted(seen.survey.samples, 'sample')} of {counted(seen.shards, 'shard')}"
     console.print(f"{summary} {samples} under {redacted(folder)}{content}", highlight=False, soft_wrap=True)
     return not problems
 
@@ -89,6 +94,8 @@ def split_specs(spec: str) -> list[str]:
     candidates = [folder] if (folder / LIST).is_file() else [folder, *inside]
     found = [str(path) for path in candidates if (path / LIST).is_file() or any(path.glob("*.tar"))]
     if not found:
+        for path in candidates:
+            refuse_compressed(str(path), *(inside.name for inside in path.iterdir()))
         raise ValueError(f"{folder} holds no shards; `mmmoe-data shard MANIFEST --out {folder}` writes some")
     return found
 
@@ -111,6 +118,9 @@ def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
             beside = left_out(split, (path.name for path in Path(split).iterdir()), urls)
             listing = Listing(split, tuple(map(Shard, urls)), beside)
         seen.survey.unread.update(listing.left_out)
+        with contextlib.suppress(StorageError):  # a problem of the shard, which follows
+            for note in without_ranges((shard.url for shard in listing.shards), files):
+                log.warning("%s", note)
         yield from _verify_shards(listing, listed, seen, files)
 
 
@@ -183,7 +193,7 @@ class _Shard:
             except DamagedIndex as error:
                 yield str(error)
         if self.entry is not None and self.entry.get("nsamples", len(rows)) != len(rows):
-            yield f"has {len(rows)} samples, {LIST} says {brief(self.entry.get('nsamples'))}"
+            yield f"has {counted(len(rows), 'sample')}, {LIST} says {brief(self.entry.get('nsamples'))}"
         is_ours = self.entry is not None and "xxh3_128" in self.entry
         for key, members in rows.samples():
             try:

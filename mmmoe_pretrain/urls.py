@@ -58,6 +58,11 @@ def protocol(url: str) -> str:
     return url.partition("://")[0].lower() if is_url(url) else "file"
 
 
+def server_of(url: str) -> str:
+    """``https://host:8000`` of a URL: the web server, or the bucket."""
+    return "/".join(url.split("/", 3)[:3])
+
+
 def local_path(url: str) -> str:
     """The path of ``file:///data/a.tar`` and of a path."""
     return url[len("file://") :] if protocol(url) == "file" and is_url(url) else url

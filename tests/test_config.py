@@ -38,6 +38,10 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"moe": {"losses": {"entropy": 1}}}, "unknown key 'moe.losses.entropy'"),
     ({"data": {"train": [{"path": "a", "wieght": 1}], "tokenizer": "t"}}, "did you mean weight?"),
     ({"data": {}}, "data.train: required, and missing"),
+    ({"data": {"train": 3}},
+     "data.train: must be a path, or a list of sources; e.g. data.train=DIR or 'data.train=[{path: DIR, weight: 2}]' "
+     "(got 3)"),
+    ({"data": {"train": ["a", 3]}}, "data.train: must be a path, or a list of sources"),
     ({"data": {"train": [{"path": "a"}], "tokenizer": "t", "read_timeout": 100}},
      "data.read_timeout 100 exceeds the 96 seconds after which a data worker counts as hung"),
     ({"data": {"train": [{"path": "a"}], "tokenizer": "t", "cache": {"folder": "c", "size_gb": 0.01}}},
@@ -107,6 +111,13 @@ def test_bad_values_are_refused_with_the_remedy(sections: dict[str, object], mes
     with pytest.raises(ValueError) as caught:
         parse(**sections)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("train", ["a", {"path": "a"}, ["a"], [{"path": "a"}]])
+def test_a_path_alone_is_a_source(train: object) -> None:
+    config = parse(data={"train": train, "tokenizer": "t"}, evaluate={"test": "b"})
+    assert [(source.path, source.weight) for source in config.data.train] == [("a", 1.0)]
+    assert config.evaluate.test == ("b",)
 
 
 def test_a_list_with_a_wrong_entry_is_not_called_too_short() -> None:

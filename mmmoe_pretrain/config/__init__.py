@@ -27,6 +27,8 @@ from mmmoe_pretrain.config.base import (
     check_pair,
     check_schedule,
     explain,
+    paths,
+    sources,
     value_at,
 )
 from mmmoe_pretrain.config.base import StrictModel as _Model
@@ -112,7 +114,7 @@ class CacheConfig(_Model):
 
 
 class DataConfig(_Model):
-    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(sources)] = Field(min_length=1)
     weigh_by: Literal["samples", "tokens"] = "samples"  # what weights are shares of
     temperature: float | None = Field(None, gt=0)  # T: a source's weight is times its size^(1/T); None: no sizes
     shuffle_window: int = Field(1 << 18, ge=1)  # samples, over all lanes; smaller sources are permuted as a whole
@@ -258,7 +260,7 @@ class EvaluateConfig(_Model):
     field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
     """
 
-    test: tuple[SourceText, ...] = ()
+    test: Annotated[tuple[SourceText, ...], BeforeValidator(paths)] = ()
     prompt: str = "{}"  # {} is the name of the class
     rows: dict[str, dict[str, tuple[str, ...]]] = Field({})
     by: dict[str, str] = Field({})

@@ -101,6 +101,22 @@ def _source(path: str) -> str:
         raise PydanticCustomError("path", "{why}", {"why": redacted(error)}) from None
 
 
+def sources(values: Any) -> Any:
+    """Of ``data.train``: a path alone is a source, and one source alone is a list of it."""
+    each = [values] if isinstance(values, str | dict) else values
+    if not isinstance(each, list | tuple) or not all(isinstance(item, str | dict | BaseModel) for item in each):
+        raise PydanticCustomError(
+            "sources",
+            "must be a path, or a list of sources; e.g. data.train=DIR or 'data.train=[{path: DIR, weight: 2}]'",
+        )
+    return [{"path": item} if isinstance(item, str) else item for item in each]
+
+
+def paths(values: Any) -> Any:
+    """A path alone is a list of it."""
+    return [values] if isinstance(values, str) else values
+
+
 def _extension(name: str) -> str:
     """As ``members.split_name`` gives those of files."""
     return name.lower().removeprefix(".")

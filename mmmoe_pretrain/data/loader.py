@@ -25,11 +25,12 @@ from mmmoe_pretrain.data.order.positions import Places
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.shared import Found, open_sources
 from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.listing import without_ranges
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import LaneState, Stream
 from mmmoe_pretrain.data.storage.files import Files, read_settings
-from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, Workers
+from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, Workers, more_than_cores
 from mmmoe_pretrain.modalities import Modalities
 
 SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging
@@ -97,13 +98,18 @@ class MicrobatchDataset:
         self._seed = config.seed
         self._modalities, self._prompt = modalities, config.evaluate.prompt
         self.settings = PackSettings.from_config(config, modalities)
-        files = Files(read_settings(config))
-        self.sources = open_sources(config, modalities, files, found, "local" if found is None else "none")
+        self._files = Files(read_settings(config))
+        self.sources = open_sources(config, modalities, self._files, found, "local" if found is None else "none")
         self.assignment = Assignment(config, self.sources, modalities, dp_size, found.estimates if found else None)
         streams = ((part.source, self.sources[part.source], part.sizes) for part in self.assignment.blend.parts)
         self.streams = {
             source: (stream, int(lanes)) for source, stream, lanes in streams if isinstance(stream, Stream)
         }
+
+    def notes(self) -> list[str]:
+        """What a user should know about the blend and the servers, which are asked."""
+        urls = (url for source in self.sources if isinstance(source, Indexed) for url in source.urls)
+        return [*self.assignment.blend.notes, *without_ranges(urls, self._files)]
 
     def positions(self, number: int) -> np.ndarray:
         """Global positions of microbatch ``number``, int64 [n]."""
@@ -208,7 +214,7 @@ class Loader:
     ) -> None:
         dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, found=found)
         self._dataset, self._count = dataset, config.train.num_microbatches
-        self._train, self._dp_size = config.train, dp_size
+        self._train, self._dp_size, self._num_workers = config.train, dp_size, config.data.num_workers
         self._step, self._stop = start_step, config.train.steps if stop_step is None else stop_step
         self._cursor = cursor or Cursor()
         self._items: list[tuple[Batch, LoadStats]] = []  # of the next step
@@ -244,7 +250,7 @@ class Loader:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the blend and the streams."""
+        """What a user should know about the blend, the servers, the streams and the workers."""
         dataset, train = self._dataset, self._train
         blend = dataset.assignment.blend
         batch, parts = train.global_batch_size, train.num_microbatches
@@ -252,7 +258,7 @@ class Loader:
             stream_state.sharing(blend, source, lanes, batch, parts, self._dp_size)
             for source, (_, lanes) in dataset.streams.items()
         )
-        return [*blend.notes, *filter(None, shared)]
+        return [*dataset.notes(), *filter(None, (more_than_cores(self._num_workers, self._dp_size), *shared))]
 
     @property
     def stream_states(self) -> stream_state.Table:

@@ -15,9 +15,10 @@ import pytest
 
 from mmmoe_pretrain.data.sources import indexing
 from mmmoe_pretrain.data.sources.index import DamagedIndex, Index, Rows, Writer
+from mmmoe_pretrain.data.sources.listing import without_ranges
 from mmmoe_pretrain.data.sources.source import NoShards, open_indexed
-from mmmoe_pretrain.data.storage.files import Files
-from tests.data.servers import http_server
+from mmmoe_pretrain.data.storage.files import CacheSettings, Files, ReadSettings
+from tests.data.servers import every, http_server
 from tests.support import write_tar
 
 
@@ -264,6 +265,28 @@ def test_an_index_that_was_uploaded_with_its_shards_is_used(tmp_path: Path, monk
         path.write_bytes(path.read_bytes() + bytes(512))
         with pytest.raises(ValueError, match=r"x\.tar has 10752 bytes, but its index says 10240"):
             open_indexed(f"{server.url}/d", Files()).read(0)
+
+
+def test_a_server_without_ranges_is_indexed_in_order_and_its_cost_is_said_once(tmp_path: Path) -> None:
+    write(tmp_path / "d", "x", "y")
+    with http_server(tmp_path) as server:
+        shards = [f"{server.url}/d/{name}.tar" for name in "xy"]
+        assert without_ranges(shards, Files()) == []
+        server.faults = every(1, "ignore_range")
+        server.requests.clear()
+        source = open_indexed("::".join(shards), Files())
+        bodies = [wanted for _, wanted in server.requests if wanted != "bytes=0-0"]
+        assert bodies == ["", ""], "all headers of a shard in one answer"
+        assert keys(source) == ["x0", "x1", "x2", "y0", "y1", "y2"]
+        [note] = without_ranges(shards, Files())
+        assert note.startswith(f"{server.url} does not answer range requests: each sample that is read transfers ")
+        assert "data.cache" in note and "pipe:curl" in note
+        cached = Files(ReadSettings(cache=CacheSettings(str(tmp_path / "cache"), 10**7, 1 << 20)))
+        assert without_ranges(shards, cached) == []
+        source = open_indexed("::".join(shards), cached)
+        server.requests.clear()
+        assert keys(source) == keys(source) == ["x0", "x1", "x2", "y0", "y1", "y2"]
+        assert len(server.requests) == 2, "the cache is a remedy: a shard is transferred once"
 
 
 def test_shards_in_a_folder_that_cannot_be_written_are_indexed_in_the_cache(

@@ -100,9 +100,19 @@ def test_a_local_file_that_is_absent_is_known_without_opening_it(data: Path) -> 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{}", r"holds no \*\.tar, but folders with shards: d, e; name one, e\.g\. .*/d$"),
+        ("{}", r"holds no \*\.tar, but folders with shards: d, e, packed; name one, e\.g\. .*/d$"),
         ("{}/absent", "no folder of shards at .*absent"),
         ("{}/d/9.tar", r"there is no shard .*9\.tar"),
+        (
+            "{}/packed",
+            r"^2 compressed shards, such as .*/packed/0\.tar\.gz, cannot be read .* unpack by gunzip, or "
+            r'train .* path: "pipe:cat .*/packed/0\.tar\.gz"$',
+        ),
+        (
+            "{}/packed/sub/2.tar.zst",
+            r'^compressed shard .*2\.tar\.zst .* by unzstd, .*"pipe:cat .*\.zst \| unzstd -c"$',
+        ),
+        ("https://host/0.tgz?key=secret", r"^compressed shard https://host/0\.tgz cannot be read"),
         ("{}/d::{}/d/0.tar", r"names shard .*0\.tar more than once"),
         ("{}/d/{{0..1000}}.tar", "names more than 1,000 shards"),
         ("pipe:cat {}/d/0.tar", "^pipe:cat: the output of a command .* for training alone"),
@@ -112,5 +122,8 @@ def test_a_spec_that_cannot_be_read_says_why(
     data: Path, spec: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmmoe_pretrain.data.sources.listing.MAX_SHARDS", 1000)
+    for name in ("0.tar.gz", "1.tgz", "sub/2.tar.zst"):
+        (data / "packed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / "packed" / name).touch()
     with pytest.raises(ValueError, match=message):
         open_indexed(spec.format(*[data] * spec.count("{}")))

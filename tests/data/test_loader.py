@@ -18,6 +18,7 @@ from mmmoe_pretrain.data.evaluation import iterate_eval, text_batches
 from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.modalities import Modalities, build_modalities
+from tests.data.servers import every, http_server
 from tests.support import things, tiny_config, tiny_values, write_shards
 
 
@@ -182,6 +183,38 @@ def test_cut_texts_and_clips_and_the_seconds_of_each_stage_are_counted(tiny_data
         assert all(s.seconds.keys() == stages for s in stats)
         # every clip has 26 frames of 24, and no name has two pieces or fewer
         assert [s.cut for s in stats] == [{"audio": 16, "text": 16}] * 3
+
+
+def test_the_notes_of_a_run_name_a_server_without_ranges_once(tiny_data: Path, modalities: Modalities) -> None:
+    with http_server(tiny_data) as server:
+        server.faults = every(1, "ignore_range")
+        config = config_with(tiny_data, {"train": [{"path": f"{server.url}/train/00000.tar"}] * 2})
+        with Loader(config, modalities) as loader:
+            assert sum("does not answer range requests" in note for note in loader.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "dp_size", "cores", "message"),
+    [
+        (2, 1, 2, None),
+        (50, 1, 2, "data.num_workers 50: the 50 data workers of this machine (1 of its ranks load) are more than its "
+         "cores (2), which loads no faster and takes memory; use 2"),
+        (4, 8, 16, None),  # 16 ranks on two machines, two a replica: four load here
+        (5, 8, 16, "the 20 data workers of this machine (4 of its ranks load) are more than its cores (16), "),
+    ],
+)  # fmt: skip
+def test_more_workers_than_cores_are_noted(
+    workers: int, dp_size: int, cores: int, message: str | None, tiny_data: Path, modalities: Modalities,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores))
+    for name, value in {"LOCAL_WORLD_SIZE": dp_size, "WORLD_SIZE": 2 * dp_size}.items() if dp_size > 1 else ():
+        monkeypatch.setenv(name, str(value))
+    config = config_with(tiny_data, {"num_workers": workers})
+    with Loader(config, modalities, dp_size=dp_size) as loader:
+        notes = [note for note in loader.notes if "num_workers" in note]
+    assert notes == [] if message is None else message in notes[0]
 
 
 def test_evaluation_reads_every_sample_once_in_order(tiny_data: Path, tmp_path: Path, modalities: Modalities) -> None:

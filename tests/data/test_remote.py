@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.blocks import NEAR
 from mmmoe_pretrain.data.storage.files import CacheSettings, Files, MissingError, ReadSettings, StorageError
 from mmmoe_pretrain.data.storage.retry import Retries
@@ -181,6 +183,38 @@ def test_an_outage_that_ends_before_the_limit_of_a_read_is_waited_for(served: Ht
     with pytest.raises(UnavailableError):  # a launcher starts the run again
         files.read(url, 600_000, 5)
     assert 1.85 < time.monotonic() - began < 2.5
+
+
+def test_a_wrong_port_or_host_is_said_soon_and_an_outage_of_a_running_job_is_waited_for(served: HttpServer) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens
+        port, settings = free.getsockname()[1], ReadSettings(Retries(1.0, 1.0, first_pause=0.01, longest_pause=0.05))
+        for url in (f"http://127.0.0.1:{port}/{{0..9}}.tar", f"http://127.0.0.1:{port}/d", "http://no.invalid/0.tar"):
+            with pytest.raises(UnavailableError, match=r"no connection .* \(5 requests .*Check its host and port"):
+                open_indexed(url, Files(settings))
+
+        def reads(files: Files, url: str) -> None:
+            with pytest.raises(UnavailableError, match=r"data\.read_timeout"):
+                files.read(url, 5, 5)
+
+        assert in_children(Files(settings), f"http://127.0.0.1:{port}/a.tar", reads) == [0], "in a data worker"
+    with http_server(served.folder) as server:
+        files, url = Files(settings), f"{server.url}/a.tar"
+        assert files.read(url, 600_000, 5) == CONTENT[600_000:600_005]
+        server.faults = every(1, "reset")  # of the kept connection, too
+    reads(files, url)
+
+
+def test_a_wrong_endpoint_of_s3_is_said_after_the_attempts_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options = {"endpoint_url": f"http://127.0.0.1:{free.getsockname()[1]}", "anon": True,
+                   "config_kwargs": {"retries": {"total_max_attempts": 1}}}  # fmt: skip
+        with pytest.raises(
+            UnavailableError, match=r"EndpointConnectionError.* check the host and port of endpoint_url"
+        ):
+            Files(ReadSettings(Retries(5.0, 9.0), {"s3": options})).stat("s3://bucket/a.tar")
 
 
 def test_a_server_without_ranges_is_read_as_a_stream_through_its_faults(served: HttpServer) -> None:

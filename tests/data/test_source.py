@@ -141,8 +141,8 @@ def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[st
 def test_an_absent_folder_and_one_without_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
         open_indexed(tmp_path / "absent")
-    (tmp_path / "00000.tar.gz").touch()
-    with pytest.raises(ValueError, match=r"holds no \*\.tar \(but 00000\.tar\.gz\)"):
+    (tmp_path / "00000.zip").touch()
+    with pytest.raises(ValueError, match=r"holds no \*\.tar \(but 00000\.zip\)"):
         open_indexed(tmp_path)
 
 

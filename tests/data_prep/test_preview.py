@@ -29,10 +29,38 @@ def test_a_preview_counts_what_a_run_reads(tmp_path: Path, tiny_data: Path, stre
     assert sum(share.tokens for share in found.sources.values()) == sum(found.tokens)
 
 
+def test_a_preview_has_a_row_for_each_part_and_the_shares_of_a_schedule(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # short paths, on one line
+    write_shards(tmp_path / "mixed/0", things(12))
+    write_shards(tmp_path / "more", things(6))
+    write_shards(tmp_path / "mixed/1", things(4), lacking=("audio",))
+    train = [
+        {"path": "mixed/{0,1}/00000.tar", "split_by": "modalities"},
+        {"path": "more", "weight": [[0, 0.0], [4, 0.0], [5, 1.0]]},
+    ]
+    data = {**tiny_values(tiny_data)["data"], "train": train, "lanes": 1}
+    config = tiny_config(tiny_data, data=data, train={"steps": 8, "global_batch_size": 8, "num_microbatches": 1})
+    run_config.dump(config, tmp_path / "run.yaml")
+    preview.run(tmp_path / "run.yaml", [], 64, 1)
+    rows = [
+        [cell.strip() for cell in line.split("\u2502")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if "mixed/" in line or "more " in line
+    ]
+    paths = [f"{train[0]['path']} [{held}]" for held in ("image+audio+text", "image+text")] + [train[1]["path"]]
+    assert sorted(row[0] for row in rows[:3]) == sorted(paths), "samples and tokens of each part"
+    # 12 and 4 samples of weight 1; the other has weight 0, from step 4 on (two blocks of 6 samples) 0.5, then 1
+    steps = [(12, 4, 0), (12, 4, 0), (12, 4, 8), (12, 4, 8), (12, 4, 16)]
+    shares = zip(*([f"{held / sum(step):.1%}" for held in step] for step in steps), strict=True)
+    assert rows[3:] == [[path, *its] for path, its in zip(paths, shares, strict=True)], "at steps 0, 3, 4, 5 and 7"
+
+
 def test_an_index_of_a_config_takes_overrides(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "other", things(4))
     run_config.dump(tiny_config(tiny_data), tmp_path / "run.yaml")
     index.run([str(tmp_path / "run.yaml"), f"data.train=[{{path: {tmp_path / 'other'}}}]"], 1, lengths=False)
-    assert "other: 4 samples in 1 shards" in capsys.readouterr().out.replace("\n", "")
+    assert "other: 4 samples in 1 shard," in capsys.readouterr().out.replace("\n", "")

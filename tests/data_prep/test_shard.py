@@ -229,7 +229,7 @@ def test_a_split_without_a_good_sample_is_not_written_and_nothing_at_all_is_refu
     report = shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", options)
     assert [*report.shards] == ["train"] and not (tmp_path / "out/test").exists()
     assert [bad.key for bad in report.skipped] == ["row-2"]
-    with pytest.raises(ValueError, match=r"all 1 samples are broken: row-2 \(absent\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"every sample is broken: row-2 \(absent\.png cannot be read"):
         shard_manifest(rows[2:], tmp_path / "corpus", tmp_path / "none", options)
     assert [path.name for path in (tmp_path / "none").iterdir()] == [BUILDING]
 
@@ -255,7 +255,7 @@ def test_a_field_that_names_files_and_is_not_read_is_reported(make_manifest, tmp
     rows[0] = replace(rows[0], image=None, extra=extra)
     shard_manifest(rows, tmp_path / "corpus", tmp_path / "out", SMALL)
     message = [record.getMessage() for record in caplog.records]
-    assert message == ["field image_path names files in 1 rows and is ignored; rename it to image"]
+    assert message == ["field image_path names files in 1 row and is ignored; rename it to image"]
 
 
 def test_two_runs_do_not_write_to_one_folder(make_manifest, tmp_path):

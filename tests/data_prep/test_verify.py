@@ -107,7 +107,7 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     assert seen.survey.left_out() == "*.tar.gz (1)"
     totals, left_out = measure(tmp_path)
     assert {(kind.split, kind.modalities): total.rows for kind, total in totals.items()} == {
-        ("train", "image+text"): 1, ("val", "image+text"): 1, ("train", "(damaged)"): 1,
+        ("train", "image+text"): 1, ("val", "image+text"): 1, ("(none)", "(damaged)"): 1,
     }  # fmt: skip
     assert sorted(left_out.split(", ")) == ["*.tar (1)", "*.tar.gz (1)"]
     folders = [open_indexed(tmp_path / name) for name in ("train", "validation", "more")]
@@ -186,6 +186,16 @@ def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_ver
 def test_a_group_in_two_splits_is_found(make_manifest):
     found = problems(write(make_manifest(6), group="same"))
     assert any("of group same is in test, another of its group in train" in problem for problem in found)
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "train/0.tgz", "train/0.tar.zst"])
+@pytest.mark.parametrize("read", [problems, measure])
+def test_compressed_shards_are_named_with_what_to_do(tmp_path, name, read):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"compressed shard {tmp_path / name} cannot be read .*; unpack by "):
+            read(path)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):

@@ -212,7 +212,7 @@ TARGETS: dict[str, Target] = {
         of_folder("verify", folders.write_shards, "*", folders.verify, (), ()),
         of_folder("inspect", folders.write_shards, "*", folders.inspect, (*SIDECARS, "changed")),
         of_folder("manifest", folders.write_manifest, "manifest.jsonl", folders.read_manifest_of,
-                  ("manifest.jsonl", "samples are broken: row")),
+                  ("manifest.jsonl", "every sample is broken: row")),
         of_folder("config", folders.write_config, "run.yaml", folders.read_config, ("run.yaml",)),
         Target("override", make_override, use_override, ("run.yaml", "override")),
         of_folder("tokenizer", folders.write_tokenizer, "*.model", folders.read_tokenizer, ("tokens.model",)),

@@ -39,12 +39,14 @@ MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples,
 @dataclass(frozen=True)
 class Part:
     """Samples of source number ``source``: ``sizes`` of them in its shards (of a stream the number of sub-lanes),
-    ``indices`` in the source (None: all, in order). ``share``: of the source's weight."""
+    ``indices`` in the source (None: all, in order). ``share``: of the source's weight. ``name``: the modalities or
+    the value of the field, where the source is split."""
 
     source: int
     sizes: np.ndarray | int
     indices: np.ndarray | None = None
     share: float = 1.0
+    name: str | None = None
 
     @property
     def samples(self) -> int | None:
@@ -87,6 +89,19 @@ class Blend:
     def steps(self) -> int | None:
         """Whole global batches until all sources have ended; None where one is endless."""
         return None if self._order.rows is None else self._order.rows * self.lanes // self._batch
+
+    def shares(self, step: int) -> list[float]:
+        """The share of each part in the samples of global batch ``step``."""
+        row, ends = step * self._batch // self.lanes, 0
+        for stage in self.stages:
+            ends += (stage.blocks or 0) * stage.block
+            if stage.blocks is None or row < ends:
+                break
+        return [count / stage.block for count in stage.counts]
+
+    def part_of(self, positions: np.ndarray) -> np.ndarray:
+        """The number of the part that each global position [n] draws from."""
+        return self._order.at(positions).source
 
     @property
     def digest(self) -> str:
@@ -149,8 +164,9 @@ def _split(number: int, source: Indexed, settings: SourceConfig) -> list[Part]:
             np.diff(np.searchsorted(indices, ends), prepend=0),
             indices.astype(dtype),
             len(indices) ** (1 / settings.temperature) / total,
+            name,
         )
-        for _, indices in sorted(held.items(), key=lambda item: (-len(item[1]), item[0]))
+        for name, indices in sorted(held.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
 
 

@@ -186,6 +186,10 @@ def _built(listing: Listing, labels: list[str], stats: list[Stat | None], files:
             if old is not None and reused == list(range(len(old.names))):
                 return old  # another process made it meanwhile
             todo = [shard.url for shard, number in zip(listing.shards, reused, strict=True) if number is None]
+            if todo and is_remote(todo[0]):
+                files.stat(
+                    todo[0]
+                )  # a wrong host or port ends here, and the servers of further shards are waited for
             chosen = walk or (_by_threads if any(map(is_remote, todo)) else map)
             walked = iter(chosen(functools.partial(read_rows, settings=files.settings), todo))
             with (

@@ -19,9 +19,10 @@ from braceexpand import braceexpand
 
 from mmmoe_pretrain.data.sources.members import names
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data.storage.http import MAX_SKIPPED
 from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, parse_json, parse_yaml
-from mmmoe_pretrain.urls import filled_in, join, local_path, protocol, redacted
+from mmmoe_pretrain.urls import filled_in, join, local_path, protocol, redacted, server_of
 
 LIST = "shards.json"
 ENERGON = ".nv-meta"
@@ -29,6 +30,8 @@ TRAIN = "train"
 MAX_LIST_BYTES = 64 << 20
 MAX_SHARDS = 1_000_000  # that braces may expand to
 _LIKE_A_SHARD = re.compile(r"\.(tar|tgz)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
+_UNPACKED_BY = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd", "lz4": "unlz4"}
+_PRINTED_BY = {"file": "cat {}", "http": "curl -sf {}", "https": "curl -sf {}", "s3": "aws s3 cp {} -"}
 _LISTED_URL = re.compile(r"^(https?|s3a?|gs|gcs|az|abfss?|adl|hf|oss|memory)://[^:]+(:\d+/)?[^:]*$", re.IGNORECASE)
 _BRACES = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
 
@@ -59,6 +62,22 @@ class Listing:
 def is_remote(url: str) -> bool:
     """Whether ``url`` is none of a local file."""
     return protocol(url) != "file"
+
+
+def without_ranges(urls: Iterable[str], files: Files) -> list[str]:
+    """A warning for each web server of shards that sends whole files instead of the ranges that are asked for. Each
+    is asked about one of its shards; none where the cache can hold them."""
+    asked = {server_of(url): url for url in urls if protocol(url) in ("http", "https")}
+    stats = {server: files.stat(url) for server, url in asked.items()}
+    most = 0 if files.settings.cache is None else MAX_SKIPPED
+    return [
+        f"{redacted(server)} does not answer range requests: each sample that is read transfers its shard up to the "
+        f"sample ({redacted(asked[server])} has {max(0, stat.size) / 1e6:,.1f} MB), and nothing beyond 64 MiB can be "
+        f"read. Use a server that answers them (nginx, a bucket), set data.cache, or train on the shards in their "
+        f'order: path: "pipe:curl -sf URL"'
+        for server, stat in stats.items()
+        if not stat.ranges and not (stat.version and 0 <= stat.size <= most)
+    ]
 
 
 def is_stream(spec: str) -> bool:
@@ -114,6 +133,8 @@ def expanded(part: str) -> Iterable[str]:
 def _shards_of(url: str, files: Files) -> tuple[list[Shard], Counter[str]]:
     local = None if is_remote(url) else Path(local_path(url))
     ending = _ending(url)
+    if is_compressed(url.partition("?")[0]) and (local is None or local.is_file()):
+        refuse_compressed(*url.partition("?")[0].rpartition("/")[::2])
     if ending == "json" and (local is None or local.is_file()):
         return _listed(url, files), Counter()
     if ending == "tar" and (local is None or not local.is_dir()):
@@ -142,6 +163,7 @@ def _of_folder(folder: str, split: str, files: Files) -> tuple[list[Shard], Coun
     else:
         shards = [Shard(join(folder, name)) for name in held if name.endswith(".tar")]
     if not shards:
+        refuse_compressed(folder, *held)
         raise ValueError(_why_none(folder, held, files))
     return shards, left_out(folder, held, (shard.url for shard in shards))
 
@@ -150,6 +172,26 @@ def left_out(folder: str, held: Iterable[str], urls: Iterable[str]) -> Counter[s
     """Of the names ``held`` by ``folder`` those that look like shards and are not among ``urls``, by their ending."""
     others = set(held) - {url.partition("?")[0].removeprefix(f"{folder.partition('?')[0]}/") for url in urls}
     return Counter(f"*{ending[0]}" for ending in map(_LIKE_A_SHARD.search, others) if ending)
+
+
+def refuse_compressed(folder: str, *held: str) -> None:
+    """Raise ValueError where files that ``folder`` holds are compressed shards."""
+    found = sorted(name for name in held if is_compressed(name))
+    if not found:
+        return
+    ending, place = _ending(found[0]), redacted(join(folder, found[0]) if folder else found[0])
+    command = _PRINTED_BY.get(protocol(place), "COMMAND {}").format(place)
+    pipe = f"{command} | {_UNPACKED_BY[ending]} -c" if ending in ("zst", "lz4") else command
+    count = f"{len(found):,} compressed shards, such as {place}," if len(found) > 1 else f"compressed shard {place}"
+    raise ValueError(
+        f"{count} cannot be read sample by sample, since no range of a compressed file can be unpacked by itself; "
+        f'unpack by {_UNPACKED_BY[ending]}, or train on them in their order: path: "pipe:{pipe}"'
+    )
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file looks like a compressed shard."""
+    return bool(_LIKE_A_SHARD.search(name)) and _ending(name) in _UNPACKED_BY
 
 
 def _why_none(folder: str, held: list[str], files: Files) -> str:
@@ -167,7 +209,9 @@ def _why_none(folder: str, held: list[str], files: Files) -> str:
 
 
 def _holds_shards(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / LIST).is_file() or next(folder.glob("*.tar"), None) is not None)
+    return folder.is_dir() and (
+        (folder / LIST).is_file() or any(_LIKE_A_SHARD.search(path.name) for path in folder.iterdir())
+    )
 
 
 def _ending(url: str) -> str:

@@ -70,6 +70,11 @@ def last_part(extension: str) -> str:
     return extension.rpartition(".")[2]
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{count:,} {noun}{ending * (count != 1)}"
+
+
 def names(extensions: Iterable[str], most: int = 8) -> str:
     """For a message: ``left.png, right.png``."""
     listed = list(extensions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 
 import numpy as np
@@ -19,7 +20,9 @@ from mmmoe_pretrain.urls import redacted
 def read_rows(url: str, settings: ReadSettings | None = None) -> tuple[Stat, Rows]:
     """The samples of the shard ``url`` by its headers, and what identifies the file. Raises ValueError that names the
     shard, and the key where dots belong to it."""
-    files = Files(settings or ReadSettings())
+    settings = settings or ReadSettings()  # of one of many shards: an outage is waited for
+    patient = dataclasses.replace(settings.retries, first_attempts=settings.retries.count + 1)
+    files = Files(dataclasses.replace(settings, retries=patient))
     try:
         stat, found = files.stat(url), _Samples(url)
         for member in tar.members(url, files):

@@ -73,10 +73,10 @@ class Indexed:
         self.listing, self.spec, self.shards_left_out = listing, listing.spec, listing.left_out
         self.modalities = modalities or default_modalities()
         self._index, self._files = index, files
-        self._urls = [shard.url for shard in listing.shards]
-        self._names = list(map(redacted, self._urls))  # what samples and errors say
+        self.urls = [shard.url for shard in listing.shards]
+        self._names = list(map(redacted, self.urls))  # what samples and errors say
         self._unknown: set[int] = set()  # shards of which this process knows no version yet
-        for shard, (url, size) in enumerate(zip(self._urls, index.bytes.tolist(), strict=True)):
+        for shard, (url, size) in enumerate(zip(self.urls, index.bytes.tolist(), strict=True)):
             if is_comparable(index.versions[shard], url):
                 files.expect(url, Stat(size, index.versions[shard]))
             else:
@@ -138,7 +138,7 @@ class Indexed:
         Raises ValueError where the shard was changed since it was indexed.
         """
         shard, kind, places = self._index.places(i)
-        url, extensions = self._urls[shard], self._index.kinds[kind]
+        url, extensions = self.urls[shard], self._index.kinds[kind]
         if shard in self._unknown:
             self._compare(shard)
         wanted = self._members_to_read(kind) if only is None else frozenset(only)
@@ -147,7 +147,7 @@ class Indexed:
         return RawSample(self.key(i), self._bytes(url, chosen), self._names[shard], unread)
 
     def _compare(self, shard: int) -> None:
-        url, size = self._urls[shard], int(self._index.bytes[shard])
+        url, size = self.urls[shard], int(self._index.bytes[shard])
         stat = self._files.stat(url)
         if stat.size != size:
             raise ValueError(other_size(url, stat.size, "its index", size, self._index.path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_NAME_BYTES
@@ -17,6 +18,7 @@ from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import redacted
 
 BLOCK = 512
+CHUNK = 1 << 20  # that is passed at a time
 MAX_RECORD_BYTES = 64 << 10  # of a header's extension
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 MAX_PADDING = 1 << 20  # bytes after the end mark that are searched for another tar
@@ -45,8 +47,29 @@ class _Next:
 
 def members(url: str, files: Files) -> Iterator[Member]:
     """The plain files of the tar ``url`` in order. Raises ValueError that names it if anything is invalid."""
-    end = files.stat(url).size
+    stat = files.stat(url)
+    if not stat.ranges:
+        return walk(reading_on(files.stream(url)), redacted(url), None if stat.size < 0 else stat.size)
+    end = stat.size
     return walk(lambda at, size: files.read(url, at, min(size, end - at)) if at < end else b"", redacted(url), end)
+
+
+def reading_on(stream: BinaryIO) -> Callable[[int, int], bytes]:
+    """``read`` for ``walk`` of what can only be read in order; what lies between is passed."""
+    here = 0
+
+    def read(at: int, size: int) -> bytes:
+        nonlocal here
+        while here < at:
+            passed = len(stream.read(min(CHUNK, at - here)))
+            if not passed:
+                return b""
+            here += passed
+        data = stream.read(size)
+        here += len(data)
+        return data
+
+    return read
 
 
 def walk(read: Callable[[int, int], bytes], url: str, end: int | None = None) -> Iterator[Member]:

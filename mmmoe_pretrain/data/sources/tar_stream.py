@@ -19,7 +19,7 @@ from mmmoe_pretrain.data.sources.members import (
     names,
     split_name,
 )
-from mmmoe_pretrain.data.sources.pipes import CHUNK, open_once
+from mmmoe_pretrain.data.sources.pipes import open_once
 from mmmoe_pretrain.data.sources.rows import check_kind, double_key
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
@@ -50,7 +50,7 @@ class ShardSamples:
         self.count = 0  # samples that ``next`` has given
         self._modalities = modalities
         self._stream, self._raw = open_once(url, files)
-        self._at, self._keep = 0, False
+        self._read, self._keep = tar.reading_on(self._stream), False
         self._seen: set[int] = set()
         self._kinds: set[tuple[str, ...]] = set()  # that were checked
         self._samples = self._grouped()
@@ -129,13 +129,3 @@ class ShardSamples:
                 f"sample {key!r} of {self.name} has {names(members)}, and one of them is read as {name}: name "
                 f"it, e.g. modalities.{name}.members: [{members[0]}]"
             )
-
-    def _read(self, at: int, size: int) -> bytes:
-        while self._at < at:
-            passed = len(self._stream.read(min(CHUNK, at - self._at)))
-            if not passed:
-                return b""
-            self._at += passed
-        data = self._stream.read(size)
-        self._at += len(data)
-        return data

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mmmoe_pretrain.data.storage.retry import Later, TransientError
 from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, by_ranges, check_same
-from mmmoe_pretrain.urls import MissingError, StorageError, protocol, redacted
+from mmmoe_pretrain.urls import MissingError, StorageError, UnavailableError, protocol, redacted
 
 CHUNK = 8 << 20
 VERSIONS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5", "generation", "version_id")
@@ -30,6 +30,7 @@ class FsspecFiles:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self._name, self._options = name, dict(options)
         self._files: Any = None
+        self._answered = False
 
     def stat(self, url: str, seconds: float) -> Stat:
         info = self._call(url, lambda files, path: files.info(path), seconds)
@@ -85,7 +86,9 @@ class FsspecFiles:
 
             if self._files is None:  # not in the thread: a fork during an import in a thread would leave it locked
                 fsspec.get_filesystem_class(self._name)
-            return Later(work).result(seconds)
+            result = Later(work).result(seconds)
+            self._answered = True
+            return result
         except (StorageError, TransientError):
             raise
         except FileNotFoundError:
@@ -102,6 +105,12 @@ class FsspecFiles:
                 raise StorageError(
                     f"cannot read {redacted(url)}: {cause}; install the package of {self._name}:// on every node, "
                     f"or correct the URL and data.storage_options"
+                ) from None
+            may_be_wrong = not self._answered and not multiprocessing.current_process().daemon  # see http.py
+            if type(error).__name__ == "EndpointConnectionError" and may_be_wrong:  # after several attempts of s3fs
+                raise UnavailableError(
+                    f"cannot read {redacted(url)}: {cause}; check the host and port of endpoint_url, and that the "
+                    f"server runs"
                 ) from None
             raise TransientError(cause) from None
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import html
 import http.client
+import multiprocessing
 import re
+import socket
 import ssl
 import time
 from collections import defaultdict
@@ -19,7 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from mmmoe_pretrain.data.storage.retry import TransientError
+from mmmoe_pretrain.data.storage.retry import TransientError, UnreachableError
 from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, changed, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, redacted
 
@@ -34,6 +36,7 @@ _RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _LINK = re.compile(r"""href\s*=\s*["']([^"'?#]+)["']""", re.IGNORECASE)
 # What a broken connection or a garbled answer raises; a bad certificate is no such thing.
 BROKEN = (http.client.HTTPException, OSError)
+REFUSED = (ConnectionRefusedError, socket.gaierror)  # by a wrong port or host, or while a server is down
 
 Address = tuple[str, str]  # protocol and host:port
 
@@ -44,6 +47,7 @@ class HttpFiles:
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         """``options``: ``headers`` of every request."""
         self.headers: Mapping[str, str] = (options or {}).get("headers", {})
+        self.answered: set[Address] = set()
         self._idle: dict[Address, list[http.client.HTTPConnection]] = defaultdict(list)
         self._tls = ssl.create_default_context()
 
@@ -134,6 +138,11 @@ class HttpFiles:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=seconds)
         return connection, False
+
+    def may_be_wrong(self, parts: SplitResult) -> bool:
+        """Whether nobody has reached the server of a URL: this process has not, and its run has not started."""
+        is_worker = multiprocessing.current_process().daemon
+        return (parts.scheme, parts.netloc) not in self.answered and not is_worker
 
     def give_back(self, parts: SplitResult, connection: http.client.HTTPConnection) -> None:
         self._idle[(parts.scheme, parts.netloc)].append(connection)
@@ -255,7 +264,9 @@ class _Answer:
                 headers = {**headers, **_login(proxy)}
             try:
                 connection.request("GET", target, headers={"User-Agent": "mmmoe", **headers})
-                return connection, connection.getresponse()
+                response = connection.getresponse()
+                self._files.answered.add((parts.scheme, parts.netloc))
+                return connection, response
             except ssl.SSLCertVerificationError as error:
                 raise StorageError(
                     f"cannot read {redacted(parts.geturl())}: {error.verify_message}; set SSL_CERT_FILE to the "
@@ -263,6 +274,8 @@ class _Answer:
                 ) from None
             except BROKEN as error:
                 connection.close()
+                if isinstance(error, REFUSED) and self._files.may_be_wrong(parts):
+                    raise UnreachableError(f"no connection ({_name(error)})") from None
                 if not used or isinstance(error, TimeoutError):
                     raise TransientError(f"no answer ({_name(error)})") from None
 

@@ -32,6 +32,10 @@ class TransientError(Exception):
         self.wait = wait
 
 
+class UnreachableError(TransientError):
+    """No connection to a server that has not answered this process before: its host or port may be wrong."""
+
+
 @dataclass(frozen=True)
 class Retries:
     """The limits of one read."""
@@ -41,6 +45,7 @@ class Retries:
     count: int = 100  # further requests after the first
     first_pause: float = 0.1
     longest_pause: float = 10.0
+    first_attempts: int = 5  # to connect to a server that has not answered before
 
     def run(self, call: Callable[[float], T], doing: str) -> T:
         """``call(seconds)`` until it returns; it may take so many seconds. ``doing``: e.g. ``read s3://b/a.tar``.
@@ -58,10 +63,16 @@ class Retries:
                 pause = max(error.wait, random.SystemRandom().uniform(0, longest))  # forks share random's state
                 elapsed = time.monotonic() - began
                 left = self.read_seconds - elapsed
-                if attempt > self.count or left < LAST_SHARE * self.read_seconds:
+                never_answered = isinstance(error, UnreachableError) and attempt >= self.first_attempts
+                if never_answered or attempt > self.count or left < LAST_SHARE * self.read_seconds:
+                    remedy = (
+                        "the service and the network; raise data.read_timeout and data.read_retries for long outages"
+                    )
+                    if never_answered:
+                        remedy = "its host and port, and that the server runs"
                     raise UnavailableError(
                         f"cannot {redacted(doing)}: {redacted(error)} ({attempt} requests in {elapsed:.0f} s). Check "
-                        f"the service and the network; raise data.read_timeout and data.read_retries for long outages"
+                        f"{remedy}"
                     ) from None
                 if attempt == REPORTED:
                     logger.warning("cannot %s yet: %s; trying again", redacted(doing), redacted(error))

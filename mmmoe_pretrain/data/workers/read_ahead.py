@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -37,6 +38,19 @@ class Workers:
     max_restarts: int = 3  # within RESTARTS_WITHIN
     together: int = 1  # items that are awaited one after the other (a step's)
     patience: float = math.inf  # seconds that waiting for those may take in all, replacements included
+
+
+def more_than_cores(count: int, dp_size: int) -> str | None:
+    """A warning where the workers of the ranks of this machine that load, ``count`` each, are more than its cores."""
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))  # of torchrun
+    ranks = max(1, local * dp_size // world)
+    cores = min(os.cpu_count() or 1, ranks * len(os.sched_getaffinity(0)))  # each rank may be bound to its own
+    if count * ranks <= cores:
+        return None
+    return (
+        f"data.num_workers {count}: the {count * ranks} data workers of this machine ({ranks} of its ranks load) are "
+        f"more than its cores ({cores}), which loads no faster and takes memory; use {max(1, cores // ranks)}"
+    )
 
 
 class WorkerDied(RuntimeError):
