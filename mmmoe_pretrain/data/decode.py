@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -134,12 +134,14 @@ def text_of(raw: RawSample, modalities: Modalities) -> str:
         return ""
 
 
-def labels_drawn(held: set[str], modalities: Modalities, draws: Draws) -> Iterator[tuple[str, set[str]]]:
+def labels_drawn(
+    held: set[str], modalities: Modalities, generator: Callable[[str], np.random.Generator]
+) -> Iterator[tuple[str, set[str]]]:
     """Of a labelled sample that has something for the modalities ``held``: each modality that gets its class as a
-    text, and all that the sample has then."""
+    text, and all that the sample has then. ``generator``: of its random numbers, by purpose."""
     for name, modality in modalities.items():
         share, beside = modality.label_probability, set(modality.label_with)
-        if share and beside <= held and draws.generator(f"{modalities.streams[name]}/label").random() < share:
+        if share and beside <= held and generator(f"{modalities.streams[name]}/label").random() < share:
             held = (beside or held) | {name}
             yield name, held
 
@@ -147,7 +149,7 @@ def labels_drawn(held: set[str], modalities: Modalities, draws: Draws) -> Iterat
 def _label_as_text(
     content: dict[str, bytes], meta: SampleMeta, modalities: Modalities, draws: Draws, prompt: str
 ) -> tuple[dict[str, bytes], SampleMeta]:
-    for name, held in labels_drawn({*content}, modalities, draws):
+    for name, held in labels_drawn({*content}, modalities, draws.generator):
         content[name] = prompt.format(meta.label).encode()
         content = {m: content[m] for m in modalities if m in held}
         meta = dataclasses.replace(meta, group=f"label {meta.label}")

@@ -10,28 +10,28 @@ import pytest
 from mmmoe_pretrain.data.order.mix import Mix, Stage, block_counts
 
 
-def test_shares_hold_in_every_block_of_every_lane_and_ordinals_rise() -> None:
+def test_shares_hold_in_every_block_of_every_lane_and_numbers_rise() -> None:
     lanes, rows = 3, 40
     mix = Mix([Stage((5, 3, 2))], lanes, [lanes] * 3, seed=3)
     lane, row = np.divmod(np.arange(lanes * rows), rows)
-    draws = mix.at(lane, row)
-    source = draws.source.reshape(lanes, rows)
+    drawn, number = mix.at(lane, row)
+    source = drawn.reshape(lanes, rows)
     for block in source.reshape(-1, 10):
         assert Counter(block.tolist()) == {0: 5, 1: 3, 2: 2}
     assert len({tuple(block) for block in source.reshape(-1, 10).tolist()}) > 8  # each in its own order
     for one in range(lanes):
         for s, count in enumerate((20, 12, 8)):
-            assert draws.ordinal[(lane == one) & (draws.source == s)].tolist() == list(range(count))
+            assert number[(lane == one) & (drawn == s)].tolist() == list(range(count))
 
 
-def test_ordinals_go_on_over_stages() -> None:
+def test_numbers_go_on_over_stages() -> None:
     # 2 blocks of 1:1, one block of source 1 alone, then source 0 alone
     mix = Mix([Stage((1, 1), 2), Stage((0, 3), 1), Stage((1, 0))], 2, [2, 2], seed=0)
     row = np.arange(12)
-    draws = mix.at(np.zeros_like(row), row)
-    assert sorted(draws.source[:2].tolist()) == sorted(draws.source[2:4].tolist()) == [0, 1]
-    assert draws.source[4:].tolist() == [1] * 3 + [0] * 5
-    assert draws.ordinal[4:].tolist() == [2, 3, 4, 2, 3, 4, 5, 6]
+    source, number = mix.at(np.zeros_like(row), row)
+    assert sorted(source[:2].tolist()) == sorted(source[2:4].tolist()) == [0, 1]
+    assert source[4:].tolist() == [1] * 3 + [0] * 5
+    assert number[4:].tolist() == [2, 3, 4, 2, 3, 4, 5, 6]
 
 
 def test_the_end_of_all_data_is_an_error() -> None:

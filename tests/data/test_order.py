@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmmoe_pretrain.data.order.blend import most_dividing
 from mmmoe_pretrain.data.order.mix import Stage
 from mmmoe_pretrain.data.order.permute import fold, half_bits, permute
-from mmmoe_pretrain.data.order.positions import NONE, Order, SourceOrder, chunks, sub_lanes
+from mmmoe_pretrain.data.order.positions import NONE, Order, SourceOrder, chunks
 
 ALONE = [Stage((1,))]
 
@@ -100,7 +101,7 @@ def test_chunks_tile_the_shards_evenly() -> None:
 
 @pytest.mark.parametrize("lanes, shards, expected", [(64, 1000, 64), (64, 63, 32), (96, 50, 48), (7, 5, 1)])
 def test_a_stream_has_lanes_that_divide_those_of_the_run(lanes: int, shards: int, expected: int) -> None:
-    assert sub_lanes(lanes, shards) == expected
+    assert most_dividing(lanes, shards) == expected
 
 
 def test_a_stream_in_a_blend_is_read_on_in_every_sub_lane() -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -169,6 +170,23 @@ def test_a_server_that_keeps_failing_is_one_clear_line_in_time(
     with pytest.raises(StorageError, match=message) as caught:
         files.read(f"{served.url}/a.tar", 5, 5)
     assert time.monotonic() - began < 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError("no\nway"), r"no permission \(PermissionError: no way\)"),
+        (ValueError("bad\noption"), "ValueError: bad option; install the package of memory://"),
+        (ConnectionError("gone\naway"), r"ConnectionError: gone away \(1 requests"),
+    ],
+)
+def test_an_error_of_a_client_library_is_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", Mock(side_effect=error))
+    with pytest.raises(StorageError, match=message) as caught:
+        Files(ReadSettings(Retries(1, 1, 0))).stat("memory://a.tar")
     assert "\n" not in str(caught.value)
 
 

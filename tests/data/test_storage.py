@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.data.storage.files import Files, MissingError, ReadSettings, StorageError
+from mmmoe_pretrain.data.storage import local
+from mmmoe_pretrain.data.storage.files import Files, MissingError, StorageError
 
 CONTENT = bytes(range(256)) * 40
 
@@ -28,12 +29,14 @@ def test_a_local_file_is_read_by_range_by_stream_and_whole(tmp_path: Path) -> No
     assert Files().list(str(tmp_path)) == ["a.tar", "folder/"]
 
 
-def test_many_files_take_few_descriptors(tmp_path: Path) -> None:
+def test_many_files_take_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MAX_OPEN", 3)
+
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
     gc.collect()  # of other tests
-    before, files = descriptors(), Files(ReadSettings(open_files=3))
+    before, files = descriptors(), Files()
     for i in range(6):
         (tmp_path / f"{i}").write_bytes(b"%d" % i)
     for i in (0, 1, 2, 3, 4, 5, 0, 2):
@@ -43,8 +46,9 @@ def test_many_files_take_few_descriptors(tmp_path: Path) -> None:
     assert descriptors() == before
 
 
-def test_threads_share_few_descriptors(tmp_path: Path) -> None:
-    files = Files(ReadSettings(open_files=1))
+def test_threads_share_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MAX_OPEN", 1)
+    files = Files()
     for i in range(5):
         (tmp_path / f"{i}").write_bytes(b"%d" % i * 100)
 
@@ -79,7 +83,7 @@ def test_what_is_no_whole_file_is_one_clear_line(tmp_path: Path, name: str, mess
 
 
 def test_a_file_that_changes_during_a_run_is_never_read_as_the_old_one(tmp_path: Path) -> None:
-    path, files = tmp_path / "a", Files(ReadSettings(open_files=1))
+    path, files = tmp_path / "a", Files()
     path.write_bytes(b"0123456789")
     assert files.read(str(path), 0, 2) == b"01"
     os.truncate(path, 5)

@@ -20,7 +20,7 @@ from mmmoe_pretrain.batch import IGNORE, Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.upgrade import upgraded
-from mmmoe_pretrain.data.order.positions import fold
+from mmmoe_pretrain.data.order.permute import fold
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.support import BEGIN, END, pack_settings

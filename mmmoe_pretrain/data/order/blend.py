@@ -9,10 +9,9 @@ field (``split_by``).
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
@@ -23,7 +22,7 @@ from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
 from mmmoe_pretrain.config.base import value_at
 from mmmoe_pretrain.data.order.fields import MODALITIES, field_path, read_field
 from mmmoe_pretrain.data.order.mix import Stage, block_counts, longest_block
-from mmmoe_pretrain.data.order.positions import Order, Places, sub_lanes
+from mmmoe_pretrain.data.order.positions import Order, Places
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import Stream
 from mmmoe_pretrain.urls import redacted
@@ -58,27 +57,17 @@ class Blend:
     """The training samples of a run by global position. ``notes``: what a user should know about it."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        sources: Sequence[Indexed | Stream],
-        mean_tokens: MeanTokens | None = None,
+        self, config: RunConfig, sources: Sequence[Indexed | Stream], mean_tokens: MeanTokens | None = None
     ) -> None:
         data, batch = config.data, config.train.global_batch_size
         self._batch = batch
         self.lanes = data.lanes or most_dividing(batch, MOST_LANES)
         self.parts = parts_of(data, sources, self.lanes)
         plan = _plan(config, shares_at(data, self.parts, mean_tokens), self.lanes)
-        stages = build_stages(plan, [_end(data, part, self.lanes) for part in self.parts], self.lanes)
-        self._order = Order(
-            [part.sizes for part in self.parts],
-            stages,
-            config.seed,
-            lanes=self.lanes,
-            window=data.shuffle_window,
-            chunk=data.shuffle_chunk,
-        )
-        self.stages = stages
-        self.notes = list(_notes(config, self.parts))
+        self.stages = build_stages(plan, [_end(data, part, self.lanes) for part in self.parts], self.lanes)
+        sizes, window, chunk = [part.sizes for part in self.parts], data.shuffle_window, data.shuffle_chunk
+        self._order = Order(sizes, self.stages, config.seed, lanes=self.lanes, window=window, chunk=chunk)
+        self.notes = _notes(batch, self.parts)
         if self.steps is not None and config.train.steps > self.steps:
             raise ValueError(
                 f"data.train ends after {self.steps} steps of {batch} samples, by the epochs of its sources, and "
@@ -117,13 +106,13 @@ class Blend:
     def at(self, positions: np.ndarray) -> Places:
         """The samples at global ``positions`` [n]: source by its number in data.train, index in it."""
         places = self._order.at(positions)
-        part, index = places.source, places.index.copy()
+        part, index = places.source, places.index
         for number in np.unique(part).tolist():
             if (indices := self.parts[number].indices) is not None:
                 here = part == number
                 index[here] = indices[index[here]]
         source = np.asarray([its.source for its in self.parts])[part]
-        return dataclasses.replace(places, source=source, index=index)
+        return replace(places, source=source, index=index)
 
 
 def most_dividing(number: int, most: int) -> int:
@@ -144,8 +133,8 @@ def parts_of(data: DataConfig, sources: Sequence[Indexed | Stream], lanes: int) 
                 f"data.train: {settings.path} is only read on, so that its size is not known before; epochs, "
                 f"split_by, data.temperature and weigh_by: tokens need an index: name the tars, or leave these out"
             )
-        shards = source.num_shards if data.lanes else min(source.num_shards, MOST_SUB_LANES)
-        found.append(Part(number, sub_lanes(lanes, shards)))
+        shards = len(source.shards) if data.lanes else min(len(source.shards), MOST_SUB_LANES)
+        found.append(Part(number, most_dividing(lanes, shards)))
     return found
 
 
@@ -204,12 +193,8 @@ def shares_at(
         factors.append(part.share / max(mean, 1e-9))
     if data.temperature is not None:
         factors = [f * sizes[part.source] ** (1 / data.temperature) for f, part in zip(factors, parts, strict=True)]
-
-    def weights(step: float) -> list[float]:
-        own = [value_at(data.train[part.source].schedule, step) for part in parts]
-        return [weight * factor for weight, factor in zip(own, factors, strict=True)]
-
-    return weights
+    schedules = [data.train[part.source].schedule for part in parts]
+    return lambda step: [value_at(its, step) * factor for its, factor in zip(schedules, factors, strict=True)]
 
 
 Plan = list[tuple[int, list[float]]]  # (first row, the weight of each part from there on)
@@ -285,12 +270,10 @@ def _end(data: DataConfig, part: Part, lanes: int) -> int | None:
     return None if epochs is None or part.samples is None else -(-part.samples * epochs // lanes)
 
 
-def _notes(config: RunConfig, parts: Sequence[Part]) -> list[str]:
-    batch = config.train.global_batch_size
-    if any(part.samples is None for part in parts):
-        return []
-    total = sum(part.samples or 0 for part in parts)
-    if total >= batch:
+def _notes(batch: int, parts: Sequence[Part]) -> list[str]:
+    sizes = [part.samples for part in parts]
+    total = sum(filter(None, sizes))
+    if None in sizes or total >= batch:
         return []
     return [
         f"train.global_batch_size {batch} exceeds the {total} samples of data.train, so that a batch holds samples "

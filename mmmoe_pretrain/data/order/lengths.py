@@ -2,7 +2,7 @@
 
 By the file of its exact lengths where ``mmmoe-data index CONFIG --lengths`` has measured them; else by the sizes of
 its files, with lines fitted to a few samples of the source. How often the objectives repeat each modality is counted
-on the same samples.
+on the same samples; where they draw (``fraction``, alternatives), ``DrawnRows`` asks them for a position's draws.
 
 One rank estimates, and all use its numbers (``Estimate``): decoders and linear algebra may differ in the last bit
 between processors, and ranks that disagreed would lose samples.
@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
-from mmmoe_pretrain.batch import Sample
-from mmmoe_pretrain.data.decode import decode
+from mmmoe_pretrain.batch import Item, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.decode import decode, labels_drawn
 from mmmoe_pretrain.data.pack import PackSettings, origins
 from mmmoe_pretrain.data.sources.source import Indexed
-from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.modalities import Modalities, Modality
 from mmmoe_pretrain.progress import Progress
 
 PROBED = 32  # samples of each kind that are read for an estimate
@@ -70,10 +72,19 @@ class Estimate:
 
 
 class Lengths:
-    """What the samples of one source will take in the stream."""
+    """What the samples of one source will take in the stream, by rank 0's ``estimate``."""
 
-    def __init__(self, source: Indexed, estimate: Estimate, exact: np.ndarray | None = None) -> None:
-        self._source, self._estimate, self._exact = source, estimate, exact
+    def __init__(self, source: Indexed, estimate: Estimate, name: str) -> None:
+        """Raises ValueError with the source's ``name`` where the lengths that rank 0 has used are not found here."""
+        self._source, self._estimate, self._exact = source, estimate, None
+        if estimate.measured:
+            path = lengths_path(source, source.modalities)
+            self._exact = open_lengths(path, source, source.modalities)
+            if self._exact is None or digest(self._exact) != estimate.measured:
+                raise ValueError(
+                    f"rank 0 has lengths of the samples of {name} that this rank does not find at {path}; put them "
+                    f"where all machines read them, remove them, or set data.level_tokens: false"
+                )
 
     def by_modality(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float64 [n, M]: the tokens that each sample is expected to have; int64 [n]: their patterns."""
@@ -116,9 +127,54 @@ class Lengths:
         return int(found.sum()) / len(some)
 
 
-def estimate(
-    source: Indexed, settings: PackSettings, prompt: str, most: int | None, exact: np.ndarray | None = None
-) -> Estimate:
+class _Counted:
+    """A modality whose values are lengths, int64 [1]."""
+
+    def __init__(self, modality: Modality) -> None:
+        self._modality = modality
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._modality, name)
+
+    def num_tokens(self, value: np.ndarray) -> int:
+        return int(value[0])
+
+    def keys(self, value: np.ndarray) -> np.ndarray:
+        return np.zeros(int(value[0]), dtype=np.int64)
+
+
+class DrawnRows:
+    """The rows of the stream with the random choices at each position: the objectives are asked for the segments of
+    samples that have lengths in place of contents."""
+
+    def __init__(self, config: RunConfig, modalities: Modalities) -> None:
+        counted = {name: cast(Modality, _Counted(modality)) for name, modality in modalities.items()}
+        self._settings = PackSettings.from_config(config, Modalities(counted))
+        self._modalities = modalities
+
+    def of(self, lengths: Lengths, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the rows of the samples ``indices`` of a source at global ``positions``."""
+        tokens, patterns = lengths.by_modality(indices)
+        counts = np.rint(tokens).astype(np.int64)
+        samples = []
+        for row, pattern, position in zip(counts, patterns.tolist(), positions.tolist(), strict=True):
+            fit = lengths.fit(pattern)
+            if fit.label_tokens:
+                row = self._with_label(row, fit.label_tokens, position)
+            items = (Item(name, row[m : m + 1]) for m, name in enumerate(self._modalities) if row[m])
+            samples.append(Sample(SampleMeta(""), tuple(items), document=fit.document))
+        return np.bincount(origins(samples, self._settings, positions).sample_n, minlength=len(samples))
+
+    def _with_label(self, row: np.ndarray, tokens: int, position: int) -> np.ndarray:
+        """The lengths of a sample that may have its class as a text, as ``decode`` draws it."""
+        names = list(self._modalities)
+        held = {names[m] for m in np.flatnonzero(row)}
+        for name, kept in labels_drawn(held, self._modalities, partial(self._settings.generator, position)):
+            row = np.asarray([tokens if m == name else row[k] if m in kept else 0 for k, m in enumerate(names)])
+        return row
+
+
+def estimate(source: Indexed, settings: PackSettings, prompt: str, most: int | None) -> Estimate:
     """An estimate from at most PROBED samples of each kind. ``most``: tokens of a document."""
     modalities = settings.modalities
     samples: list[Sample] = []
@@ -145,6 +201,7 @@ def estimate(
             label_tokens=sum(labels) // len(labels) if all(labels) else 0,
             drawn=any(labels) or bool((packed != again)[mine].any()),
         )
+    exact = open_lengths(lengths_path(source, modalities), source, modalities)
     return Estimate(fits, "" if exact is None else digest(exact))
 
 
@@ -218,10 +275,10 @@ def _probed(source: Indexed) -> Iterator[int]:
 
 def _tokens(sample: Sample, modalities: Modalities) -> list[int]:
     """Of all items, by modality."""
-    found: dict[str, int] = defaultdict(int)
+    found = dict.fromkeys(modalities, 0)
     for item in sample.items:
         found[item.modality] += modalities[item.modality].num_tokens(item.value)
-    return [found[name] for name in modalities]
+    return list(found.values())
 
 
 def _packed(samples: Sequence[Sample], settings: PackSettings, positions: np.ndarray) -> np.ndarray:

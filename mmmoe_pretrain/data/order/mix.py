@@ -36,76 +36,58 @@ class Stage:
         return sum(self.counts)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Of each position: the source, and the number of the sample in it; int64 [n].
-
-    ``ordinal``: sample ``ordinal`` of the lane from this source. ``in_group``: of the lane's group of the source.
-    """
-
-    source: np.ndarray
-    ordinal: np.ndarray
-    in_group: np.ndarray
-
-
 class Mix:
-    """The sources of ``lanes`` lanes over ``stages``. ``groups[s]``: into how many groups of neighbouring lanes the
-    lanes are cut for source s, for ``Draws.in_group``; it divides ``lanes``."""
+    """The sources of ``lanes`` lanes over ``stages``. The samples of source s are counted in ``groups[s]`` groups of
+    neighbouring lanes: a divisor of ``lanes``, or ``lanes`` where each lane has a count of its own."""
 
     def __init__(self, stages: Sequence[Stage], lanes: int, groups: Sequence[int], seed: int) -> None:
         self.lanes, self._seed = lanes, seed
-        self._stages, self._group_size = list(stages), [lanes // count for count in groups]
+        self._group_size = lanes // np.asarray(groups)
         blocks = np.asarray([stage.blocks or 0 for stage in stages], dtype=np.int64)
         self._counts = np.asarray([stage.counts for stage in stages], dtype=np.int64)
-        self._blocks = self._counts.sum(axis=1)  # rows of one
-        self._first = np.cumsum(blocks * self._blocks) - blocks * self._blocks
+        self._length = self._counts.sum(axis=1)  # rows of a block
+        ends = np.cumsum(blocks * self._length)
+        self._first = ends - blocks * self._length
         self._base = np.cumsum(blocks[:, None] * self._counts, axis=0) - blocks[:, None] * self._counts
-        last = stages[-1]
-        self.rows = None if last.blocks is None else int(self._first[-1]) + last.blocks * last.block
+        self.rows = None if stages[-1].blocks is None else int(ends[-1])
         self._table = functools.lru_cache(maxsize=TABLES_KEPT)(self._build)
 
-    def at(self, lane: np.ndarray, row: np.ndarray) -> Draws:
-        """The draws of rows [n] of lanes [n], in any order."""
+    def at(self, lane: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At rows [n] of lanes [n], in any order: the source, and the number of the sample in the lane's group of
+        that source; int64 [n]."""
         if self.rows is not None and row.size and int(row.max()) >= self.rows:
             raise ValueError(
                 f"the data ends after {self.rows * self.lanes:,} samples, by the epochs of data.train; lower "
                 f"train.steps, or give a source more epochs or no limit"
             )
         stage = np.searchsorted(self._first, row, side="right") - 1
-        block, offset = np.divmod(row - self._first[stage], self._blocks[stage])
-        source, within, in_group = (np.zeros(len(row), dtype=np.int64) for _ in range(3))
-        alone = np.count_nonzero(self._counts, axis=1) == 1
-        one = alone[stage]
-        source[one], within[one] = self._counts[stage[one]].argmax(axis=1), offset[one]
-        size = np.asarray(self._group_size)[source]
-        in_group[one] = (within * size + lane % size)[one]
-        for key in np.unique(np.stack([stage[~one], block[~one]]), axis=1).T.tolist():
-            here = np.flatnonzero((stage == key[0]) & (block == key[1]))
-            table = self._table(*key)
-            source[here], within[here], in_group[here] = (its[lane[here], offset[here]] for its in table)
+        block, offset = np.divmod(row - self._first[stage], self._length[stage])
+        source = self._counts.argmax(axis=1)[stage]  # where a stage has just one
+        size = self._group_size[source]
+        within = offset * size + lane % size
+        mixed = np.flatnonzero((np.count_nonzero(self._counts, axis=1) > 1)[stage])
+        for key in np.unique(np.stack([stage[mixed], block[mixed]]), axis=1).T.tolist():
+            here = mixed[(stage[mixed] == key[0]) & (block[mixed] == key[1])]
+            source[here], within[here] = (table[lane[here], offset[here]] for table in self._table(*key))
         before = self._base[stage, source] + block * self._counts[stage, source]
-        size = np.asarray(self._group_size)[source]
-        return Draws(source, before + within, before * size + in_group)
+        return source, before * self._group_size[source] + within
 
-    def _build(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each lane and row of a block, [L, P]: the source, and how many of its samples come before in the lane
-        and in the group."""
-        rows, first = int(self._blocks[stage]), int(self._first[stage])
-        lane = np.repeat(np.arange(self.lanes), rows)
-        row = np.tile(first + block * rows + np.arange(rows), self.lanes)
-        order = np.argsort(fold(self._seed, lane, row).reshape(self.lanes, rows), axis=1, kind="stable")
-        source = np.empty((self.lanes, rows), dtype=np.uint16)
+    def _build(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each lane and row of a block, [L, P]: the source, and how many of its samples come before in the block
+        in the lane's group."""
+        length = int(self._length[stage])
+        row = self._first[stage] + block * length + np.arange(length)
+        order = np.argsort(fold(self._seed, np.arange(self.lanes)[:, None], row), axis=1, kind="stable")
+        source = np.empty(order.shape, dtype=np.uint16)
         places = np.repeat(np.arange(self._counts.shape[1], dtype=np.uint16), self._counts[stage])
         np.put_along_axis(source, order, np.broadcast_to(places, order.shape), axis=1)
-        within, in_group = (np.zeros((self.lanes, rows), dtype=np.int32) for _ in range(2))
+        within = np.zeros(order.shape, dtype=np.int32)
         for s in np.flatnonzero(self._counts[stage]).tolist():
             mine = source == s
-            within[mine] = (np.cumsum(mine, axis=1) - 1)[mine]
-            size = self._group_size[s]
-            by_row = mine.reshape(-1, size, rows).transpose(0, 2, 1)  # [groups, P, lanes of a group]
+            by_row = mine.reshape(-1, self._group_size[s], length).transpose(0, 2, 1)  # [groups, P, lanes of a group]
             count = np.cumsum(by_row.reshape(len(by_row), -1), axis=1).reshape(by_row.shape) - 1
-            in_group[mine] = count.transpose(0, 2, 1).reshape(self.lanes, rows)[mine]
-        return source, within, in_group
+            within[mine] = count.transpose(0, 2, 1).reshape(order.shape)[mine]
+        return source, within
 
 
 def longest_block(lanes: int) -> int:

@@ -11,11 +11,11 @@ ROUNDS = 6
 _MASK64 = (1 << 64) - 1
 
 
-def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The image of each ``index`` [n] under a permutation of [0, size) chosen by ``key``."""
-    size = size.astype(np.uint64)
-    half = half_bits(size)
-    out = _feistel(index.astype(np.uint64), half, key)
+def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
+    """The image of each ``index`` [n] under a permutation of [0, size) chosen by ``key`` (uint64); both broadcast."""
+    size = np.asarray(size, dtype=np.uint64)
+    x, size, half, key = np.broadcast_arrays(index.astype(np.uint64), size, half_bits(size), key)
+    out = _feistel(x, half, key)
     outside = np.flatnonzero(out >= size)
     while outside.size:  # each walk stays on its own cycle, so the result is again one-to-one
         out[outside] = _feistel(out[outside], half[outside], key[outside])
@@ -30,11 +30,11 @@ def half_bits(size: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint64) + np.uint64(1)) // np.uint64(2)
 
 
-def fold(seed: int, *values: np.ndarray) -> np.ndarray:
-    """uint64 [n]: a hash of the seed and each row of ``values`` (integers >= 0)."""
-    key = mix64(np.full(values[0].shape, seed & _MASK64, dtype=np.uint64))
+def fold(seed: int, *values: np.ndarray | int) -> np.ndarray:
+    """A hash, uint64 [n], of the seed and ``values`` (integers >= 0), which broadcast."""
+    key = mix64(np.asarray([seed & _MASK64], dtype=np.uint64))
     for value in values:
-        key = mix64(key ^ value.astype(np.uint64))
+        key = mix64(key ^ np.asarray(value).astype(np.uint64))
     return key
 
 

@@ -1,14 +1,14 @@
 """The sample at each global position: a pure function of (seed, position), with locality.
 
-Has no state, so that resuming costs the same at every position and no layout can change the order.
+A sampler without state: resuming costs the same at every position, and no layout can change the order.
 
-Position p is row ``p // L`` of lane ``p % L``; ``mix.py`` chooses its source and counts the source's samples in the
-lane: the k-th one has the virtual position ``v = k * L + lane`` in the source, whose epoch is ``v // N`` and whose
-place in it ``i = v % N``. In each epoch
+Position p is row ``p // L`` of lane ``p % L``; ``mix.py`` chooses its source and numbers the source's samples in the
+lane: number k has the virtual position ``v = k * L + lane`` in the source, which is place ``i = v % N`` of epoch
+``v // N``. In each epoch
 
 1. shards are cut into chunks of consecutive samples, and the chunks are permuted;
 2. that sequence is cut into L contiguous ranges, one a lane, whose lengths differ by at most 1;
-3. each range is cut into windows of ``window // L`` samples, which are permuted.
+3. each range is cut into shuffle windows of ``window // L`` samples, which are permuted.
 
 So every sample comes once an epoch, a lane reads few shards at a time, and at any time the L lanes together draw
 from about ``window`` samples of chunks from all over the source. A source of at most ``window`` samples is permuted
@@ -28,7 +28,6 @@ import numpy as np
 from mmmoe_pretrain.data.order.mix import Mix, Stage
 from mmmoe_pretrain.data.order.permute import fold, permute
 
-__all__ = ["Order", "Places", "SourceOrder", "fold", "permute", "sub_lanes"]
 MOST_CHUNKS = 1 << 22  # of a source, 16 bytes each and 12 more an epoch: larger sources have longer chunks
 EPOCHS_KEPT = 2  # whose permutation of chunks stays in memory
 AT_ONCE = 1 << 14  # chunks that are permuted at a time
@@ -46,12 +45,15 @@ class Places:
     sub_lane: np.ndarray
     number: np.ndarray
 
+    def __getitem__(self, rows: np.ndarray) -> Places:
+        return Places(self.source[rows], self.epoch[rows], self.index[rows], self.sub_lane[rows], self.number[rows])
+
 
 class Order:
     """The order of the training samples over ``sources`` as ``stages`` mix them.
 
-    A source is the sizes of its shards in order, or of one that is only read on its number of sub-lanes
-    (``sub_lanes``). ``chunk``: the most consecutive samples of a shard that stay together.
+    A source is given by the sizes of its shards in order, a stream by its number of sub-lanes, which divides
+    ``lanes``. ``chunk``: the most consecutive samples of a shard that stay together.
     """
 
     def __init__(
@@ -67,37 +69,27 @@ class Order:
         self.lanes, self._window = lanes, window
         groups = [source if isinstance(source, int) else lanes for source in sources]
         self._mix = Mix(stages, lanes, groups, seed)
-        self._groups = np.asarray(groups)
+        self.rows = self._mix.rows  # of every lane until all sources have ended; None where one is endless
+        self._groups = groups
         self._sources = {
             number: SourceOrder(sizes, lanes, window, chunk, key=(seed + 1, number))
             for number, sizes in enumerate(sources)
             if not isinstance(sizes, int)
         }
 
-    @property
-    def rows(self) -> int | None:
-        """Rows of every lane until all sources have ended; None where one is endless."""
-        return self._mix.rows
-
     def at(self, positions: np.ndarray) -> Places:
         """The samples at global ``positions`` [n], which may be in any order and repeat."""
         row, lane = np.divmod(np.asarray(positions, dtype=np.int64), self.lanes)
-        draws = self._mix.at(lane, row)
-        epoch, index, sub_lane, number = (np.full(len(row), NONE, dtype=np.int64) for _ in range(4))
-        for s in np.unique(draws.source).tolist():
-            here = np.flatnonzero(draws.source == s)
+        source, number = self._mix.at(lane, row)
+        epoch, index, sub_lane = (np.full(len(row), NONE, dtype=np.int64) for _ in range(3))
+        for s in np.unique(source).tolist():
+            here = np.flatnonzero(source == s)
             if s in self._sources:
-                v = draws.ordinal[here] * self.lanes + lane[here]
-                epoch[here], index[here] = self._sources[s].at(v)
+                epoch[here], index[here] = self._sources[s].at(number[here] * self.lanes + lane[here])
+                number[here] = NONE
             else:
                 sub_lane[here] = lane[here] * self._groups[s] // self.lanes
-                number[here] = draws.in_group[here]
-        return Places(draws.source, epoch, index, sub_lane, number)
-
-
-def sub_lanes(lanes: int, shards: int) -> int:
-    """The lanes in which a stream of so many shards is read: the most that divide ``lanes`` evenly."""
-    return max(count for count in range(1, min(lanes, shards) + 1) if lanes % count == 0)
+        return Places(source, epoch, index, sub_lane, number)
 
 
 class SourceOrder:
@@ -119,8 +111,7 @@ class SourceOrder:
         """Epochs [n] and indices [n] at the virtual positions ``v`` [n]."""
         epoch, i = np.divmod(v, self.samples)
         if self._whole:
-            key = fold(self._seed, np.full_like(epoch, self._source), epoch)
-            return epoch, permute(i, np.full_like(i, self.samples), key)
+            return epoch, permute(i, self.samples, fold(self._seed, self._source, epoch))
         place = self._in_window(epoch, i)
         index = np.empty_like(i)
         for e in np.unique(epoch).tolist():
@@ -139,17 +130,16 @@ class SourceOrder:
         windows = -(-length // self._window)  # of lengths that differ by at most 1
         w = ((k + 1) * windows - 1) // length
         begin, end = w * length // windows, (w + 1) * length // windows
-        key = fold(self._seed, np.full_like(epoch, self._source), epoch, j, w)
+        key = fold(self._seed, self._source, epoch, j, w)
         return first + begin + permute(k - begin, end - begin, key)
 
     def _permuted_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks of an epoch in order, and where each ends in its sequence."""
         count = len(self._start)
-        order = np.empty(count, dtype=np.uint32)
+        order, key = np.empty(count, dtype=np.uint32), fold(self._seed, self._source, epoch)
         for first in range(0, count, AT_ONCE):  # a whole source would take hundreds of MB for a moment
             some = np.arange(first, min(first + AT_ONCE, count))
-            key = fold(self._seed, *(np.full(len(some), value) for value in (self._source, epoch)))
-            order[some] = permute(some, np.full(len(some), count), key)
+            order[some] = permute(some, count, key)
         return order, np.cumsum(self._length[order])
 
 

@@ -47,8 +47,9 @@ def dotted_key(extensions: tuple[str, ...]) -> tuple[str, ...]:
     several numbers, or very many names, before the same format. Empty where none do."""
     before: dict[str, list[str]] = defaultdict(list)
     for extension in extensions:
-        if last_part(extension) == META or format_of(extension):
-            before[last_part(extension)].append(extension)
+        ending = extension.rpartition(".")[2]
+        if ending == META or format_of(extension):
+            before[ending].append(extension)
     for found in before.values():
         numbers = [extension for extension in found if extension.rpartition(".")[0].rpartition(".")[2].isdigit()]
         if META not in extensions and (len(numbers) > 1 or len(found) > MAX_VIEWS):
@@ -63,11 +64,6 @@ def members_to_read(extensions: tuple[str, ...], modalities: Modalities) -> froz
     if META in extensions:
         chosen |= {e for e in extensions if modalities.can_read(e)}
     return frozenset(chosen)
-
-
-def last_part(extension: str) -> str:
-    """``png`` of ``left.png``."""
-    return extension.rpartition(".")[2]
 
 
 def counted(count: int, noun: str, ending: str = "s") -> str:

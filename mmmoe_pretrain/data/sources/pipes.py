@@ -17,7 +17,8 @@ import select
 import signal
 import subprocess
 import tempfile
-from typing import BinaryIO, cast
+from collections.abc import Callable
+from typing import Any, BinaryIO, cast
 
 from mmmoe_pretrain.data.storage.files import Files, StorageError
 from mmmoe_pretrain.data.storage.retry import TransientError
@@ -26,6 +27,7 @@ from mmmoe_pretrain.urls import redacted_command
 PIPE = "pipe:"
 CHUNK = 1 << 20
 MAX_STDERR = 4096  # bytes at its end that are searched for the last line
+OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 CLOSED_EARLY = (141, -13)  # SIGPIPE: the reader of a pipeline wanted no more
 NOT_A_COMMAND = (126, 127)  # of a shell: it cannot be run, is not found
 _KILL_SECONDS = 5.0  # a killed process may be stuck in the kernel, on a dead network disk: it is left there
@@ -55,13 +57,8 @@ def open_once(url: str, files: Files) -> tuple[BinaryIO, BinaryIO]:
     except BaseException:
         raw.close()
         raise
-    if first.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
-    if first.startswith(b"BZh"):
-        return cast(BinaryIO, bz2.BZ2File(raw)), raw
-    if first.startswith(b"\xfd7zXZ"):
-        return cast(BinaryIO, lzma.LZMAFile(raw)), raw
-    return raw, raw
+    opener = next((its for magic, its in OPENERS.items() if first.startswith(magic)), None)
+    return (opener(raw) if opener else raw), raw
 
 
 class _Output(io.RawIOBase):

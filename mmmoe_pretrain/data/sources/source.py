@@ -141,7 +141,9 @@ class Indexed:
         url, extensions = self.urls[shard], self._index.kinds[kind]
         if shard in self._unknown:
             self._compare(shard)
-        wanted = self._members_to_read(kind) if only is None else frozenset(only)
+        if only is None and kind not in self._read:
+            self._read[kind] = members_to_read(extensions, self.modalities)
+        wanted = self._read[kind] if only is None else frozenset(only)
         chosen = {e: place for e, place in zip(extensions, places, strict=True) if e in wanted}
         unread = tuple(extension for extension in extensions if extension not in wanted)
         return RawSample(self.key(i), self._bytes(url, chosen), self._names[shard], unread)
@@ -165,11 +167,6 @@ class Indexed:
             return {name: data[offset - start : offset - start + size] for name, (offset, size) in places.items()}
         return {name: self._files.read(url, offset, size) for name, (offset, size) in places.items()}
 
-    def _members_to_read(self, kind: int) -> frozenset[str]:
-        if kind not in self._read:
-            self._read[kind] = members_to_read(self._index.kinds[kind], self.modalities)
-        return self._read[kind]
-
     def _refuse_ties(self) -> None:
         """Raise ValueError where only the alphabet would decide which of two members is read; in a document, its JSON
         names what is read."""
@@ -187,13 +184,9 @@ class Indexed:
             raise ValueError(
                 f"sample {self.key(first)!r} of {self._names[self._index.shard_of(first)[0]]} has "
                 f"{names(members)}, and one of them is read as {name}: name it, e.g. modalities.{name}.members: "
-                f"[{members[0]}]"
-                f"{self._other_modality(name, members)}"
+                f"[{members[0]}], and give {members[1]} a modality of its own (kind: "
+                f"{self.modalities[name].settings.kind}) where both are to be read"
             )
-
-    def _other_modality(self, name: str, members: tuple[str, ...]) -> str:
-        kind = self.modalities[name].settings.kind
-        return f", and give {members[1]} a modality of its own (kind: {kind}) where both are to be read"
 
     def _is_document(self, i: int) -> bool:
         try:

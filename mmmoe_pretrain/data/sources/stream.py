@@ -9,27 +9,25 @@ A sub-lane of a process keeps one window in memory, and one shard open.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import random
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from mmmoe_pretrain.data.order.positions import fold, permute
+from mmmoe_pretrain.data.order.permute import fold, permute
 from mmmoe_pretrain.data.sources.listing import expanded, list_shards
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.pipes import PIPE
 from mmmoe_pretrain.data.sources.tar_stream import BadShard, ShardSamples
 from mmmoe_pretrain.data.storage.files import Files, StorageError
-from mmmoe_pretrain.data.storage.retry import REPORTED, Retries, TransientError
+from mmmoe_pretrain.data.storage.retry import REPORTED, TransientError
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.urls import redacted_command
 
@@ -38,8 +36,7 @@ WINDOW = 16  # samples
 FIRST_ATTEMPTS = 10  # after the first one, of a sub-lane that has not given a sample yet
 
 
-@dataclass(frozen=True, order=True)
-class LaneState:
+class LaneState(NamedTuple):
     """Where a window of a sub-lane begins: the ``number`` of its first sample (from 0 at the start of the run), and
     the epoch, the shard (its place among the sub-lane's shards of this epoch) and the sample of the shard."""
 
@@ -72,25 +69,11 @@ class Stream:
         self, shards: Sequence[str], files: Files, modalities: Modalities, seed: int = 0, window: int = WINDOW
     ) -> None:
         """``window``: samples that are permuted, each sub-lane's by itself."""
-        self.shards, self.files, self.modalities, self.seed, self.window = (
-            tuple(shards),
-            files,
-            modalities,
-            seed,
-            window,
-        )
-        self._states = [LaneState()]
+        self.shards, self.files, self.modalities = tuple(shards), files, modalities
+        self.seed, self.window = seed, window
+        self.states = [LaneState()]  # from where each sub-lane is read, as ``start`` and ``delivered`` set it
         self._readers: dict[int, _Lane] = {}
         self._pid = os.getpid()
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
-
-    @property
-    def lanes(self) -> int:
-        """Sub-lanes, as ``start`` set them."""
-        return len(self._states)
 
     @property
     def identity(self) -> str:
@@ -100,19 +83,14 @@ class Stream:
             digest.update(f"{url}\0".encode())
         return f"{redacted_command(self.shards[0])[:80]} {digest.hexdigest()}"
 
-    @property
-    def states(self) -> list[LaneState]:
-        """From where the sub-lanes are read, as ``start`` and ``delivered`` set it."""
-        return list(self._states)
-
     def start(self, states: Iterable[LaneState]) -> None:
         """Read each of as many sub-lanes on from its state."""
         self.close()
-        self._states = list(states)
+        self.states = list(states)
 
     def delivered(self, lane: int, state: LaneState) -> None:
         """A sample of the window at ``state`` was trained on: nothing before that window is read again."""
-        self._states[lane] = max(self._states[lane], state)
+        self.states[lane] = max(self.states[lane], state)
 
     def read(self, lane: int, number: int) -> tuple[RawSample, LaneState]:
         """Sample ``number`` of sub-lane ``lane``, and the state of its window, for ``delivered``.
@@ -125,8 +103,8 @@ class Stream:
         if reader is None or number < reader.start.number:
             if reader is not None:
                 reader.close()
-            assert number >= self._states[lane].number, (lane, number, self._states[lane])
-            reader = self._readers[lane] = _Lane(self, lane, self._states[lane])
+            assert number >= self.states[lane].number, (lane, number, self.states[lane])
+            reader = self._readers[lane] = _Lane(self, lane, self.states[lane])
         return reader.take(number), reader.start
 
     def close(self) -> None:
@@ -138,10 +116,8 @@ class Stream:
     def shards_of(self, lane: int, epoch: int) -> list[str]:
         """The shards that a sub-lane reads in an epoch, in order."""
         count = len(self.shards)
-        order = permute(
-            np.arange(count), np.full(count, count), fold(self.seed, np.full(count, epoch, dtype=np.int64))
-        )
-        return [self.shards[i] for i in order[lane :: self.lanes].tolist()]
+        order = permute(np.arange(count), count, fold(self.seed, epoch))
+        return [self.shards[i] for i in order[lane :: len(self.states)].tolist()]
 
 
 class _Lane:
@@ -171,7 +147,7 @@ class _Lane:
     def _advance(self, keep: bool) -> None:
         """Read the next window; without ``keep`` pass it."""
         self.start, self._window = self._next, []
-        _, epoch, shard, sample = self.start.number, self.start.epoch, self.start.shard, self.start.sample
+        number, epoch, shard, sample = self.start
         while len(self._window) < self._stream.window:
             found = self._read(LaneState(0, epoch, shard, sample), keep)
             if found is not None:
@@ -184,16 +160,19 @@ class _Lane:
                 if self._window:
                     break
         count = len(self._window)
-        self._next = LaneState(self.start.number + count, epoch, shard, sample)
-        key = fold(self._stream.seed, *(np.full(count, n, dtype=np.int64) for n in (self._lane, self.start.number)))
-        self._order = permute(np.arange(count), np.full(count, count), key).tolist()
+        self._next = LaneState(number + count, epoch, shard, sample)
+        key = fold(self._stream.seed, self._lane, number)
+        self._order = permute(np.arange(count), count, key).tolist()
 
     def _read(self, place: LaneState, keep: bool) -> RawSample | None:
         """The sample at ``place``, None where its shard has ended. What may pass is tried again."""
         if self._epoch != place.epoch:
             self._epoch, self._shards = place.epoch, self._stream.shards_of(self._lane, place.epoch)
-        url, attempts = self._shards[place.shard], self._attempts(self._shards[place.shard])
+        url, limits, failed, waited = self._shards[place.shard], self._stream.files.settings.retries, 0, 0.0
+        # A command that has never worked is a wrong one as a rule.
+        most = limits.count if self._last is not None else min(limits.count, FIRST_ATTEMPTS)
         while True:
+            began = time.monotonic()
             try:
                 sample = self._opened(url, place).next(keep)
                 break
@@ -202,23 +181,23 @@ class _Lane:
                 raise
             except (TransientError, ValueError, EOFError, OSError, zlib.error, LZMAError) as error:
                 self.close()
-                if not (url.startswith(PIPE) and attempts.pause(error)):
+                failed += 1
+                pause = limits.pause(failed)
+                # Reading on to the sample again may take long, so that no more than the wait for a byte counts.
+                waited += min(time.monotonic() - began, limits.request_seconds) + pause
+                if not url.startswith(PIPE) or failed > most or waited >= limits.read_seconds:
                     raise StorageError(
                         f"shard {redacted_command(url)} cannot be read beyond sample {place.sample}: {error} "
-                        f"({attempts.failed or 1} attempts); try its command in a shell, and repair the shard or "
-                        f"leave it out"
+                        f"({failed} attempts); try its command in a shell, and repair the shard or leave it out"
                     ) from None
+                if failed == REPORTED:
+                    logger.warning("shard %s cannot be read yet: %s; trying again", redacted_command(url), error)
+                time.sleep(pause)
         if sample is None:
             self.close()
         else:
             self._last = place, sample.key
         return sample
-
-    def _attempts(self, url: str) -> _Attempts:
-        """Fewer before the first sample: a command that has never worked is a wrong one as a rule."""
-        limits = self._stream.files.settings.retries
-        count = limits.count if self._last is not None else min(limits.count, FIRST_ATTEMPTS)
-        return _Attempts(dataclasses.replace(limits, count=count), redacted_command(url))
 
     def _opened(self, url: str, place: LaneState) -> ShardSamples:
         """The shard, read up to ``place``."""
@@ -236,27 +215,3 @@ class _Lane:
                     f"changed; restore it, and resume"
                 )
         return samples
-
-
-class _Attempts:
-    """Failed attempts to read one sample, and the pauses after them. Reading on to the sample again may take longer
-    than the time limit, so of each attempt no more than the wait for a byte counts."""
-
-    def __init__(self, limits: Retries, url: str) -> None:
-        self.failed, self._url = 0, url
-        self._limits, self._seconds, self._began = limits, 0.0, time.monotonic()
-
-    def pause(self, error: Exception) -> bool:
-        """Wait before the next attempt; False where the limits are reached."""
-        limits = self._limits
-        self.failed += 1
-        longest = min(limits.longest_pause, limits.first_pause * 2 ** (self.failed - 1))
-        pause = random.SystemRandom().uniform(0, longest)  # forked workers share random's state
-        self._seconds += min(time.monotonic() - self._began, limits.request_seconds) + pause
-        if self.failed > limits.count or self._seconds >= limits.read_seconds:
-            return False
-        if self.failed == REPORTED:
-            logger.warning("shard %s cannot be read yet: %s; trying again", self._url, error)
-        time.sleep(pause)
-        self._began = time.monotonic()
-        return True

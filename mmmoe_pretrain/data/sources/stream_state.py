@@ -8,11 +8,11 @@ follow from its positions alone, so a state needs no list of what its window has
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
-from mmmoe_pretrain.data.order.positions import Places
+from mmmoe_pretrain.data.order.blend import Blend
+from mmmoe_pretrain.data.order.positions import Order
 from mmmoe_pretrain.data.sources.stream import LaneState, Stream
 
 Table = dict[str, list[LaneState]]  # identity of a stream -> the states of its sub-lanes
@@ -20,17 +20,9 @@ MAX_NUMBER = 1 << 56
 SEARCHED = 1 << 22  # positions in which a sub-lane has a sample
 
 
-class Positions(Protocol):
-    """The order of a run's samples."""
-
-    @property
-    def lanes(self) -> int: ...
-    def at(self, positions: np.ndarray) -> Places: ...
-
-
 def table(streams: Iterable[Stream]) -> Table:
     """The states that this process knows."""
-    return {stream.identity: stream.states for stream in streams}
+    return {stream.identity: list(stream.states) for stream in streams}
 
 
 def merged(tables: Sequence[Table]) -> Table:
@@ -45,25 +37,20 @@ def merged(tables: Sequence[Table]) -> Table:
 
 def to_json(states: Table) -> dict[str, list[list[int]]]:
     """``{identity: [[number, epoch, shard, sample], ...]}``."""
-    return {
-        identity: [[lane.number, lane.epoch, lane.shard, lane.sample] for lane in lanes]
-        for identity, lanes in states.items()
-    }
+    return {identity: [list(lane) for lane in lanes] for identity, lanes in states.items()}
 
 
 def from_json(value: object) -> Table:
     """The inverse of ``to_json``. Raises ValueError for anything else."""
-    if not isinstance(value, Mapping):
-        raise _damaged(value)
-    found: Table = {}
-    for identity, lanes in value.items():
-        if not isinstance(identity, str) or not isinstance(lanes, list) or not all(map(_is_state, lanes)):
-            raise _damaged(lanes)
-        found[identity] = [LaneState(*lane) for lane in lanes]
-    return found
+    if isinstance(value, dict) and all(map(_are_states, value.values())):
+        return {identity: [LaneState(*lane) for lane in lanes] for identity, lanes in value.items()}
+    raise ValueError(
+        f"the states of streams must be lists of [number, epoch, shard, sample], not {str(value)[:80]}; the "
+        f"checkpoint is damaged or was edited: use another one"
+    )
 
 
-def start(streams: Mapping[int, tuple[Stream, int]], saved: Table, order: Positions, position: int) -> list[str]:
+def start(streams: Mapping[int, tuple[Stream, int]], saved: Table, order: Blend | Order, position: int) -> list[str]:
     """Read streams (by source: and the number of sub-lanes that ``order`` has for it) on from ``saved``, for batches
     from the global ``position`` on; warnings.
 
@@ -85,7 +72,7 @@ def start(streams: Mapping[int, tuple[Stream, int]], saved: Table, order: Positi
     return warnings
 
 
-def first_numbers(order: Positions, source: int, lanes: int, position: int) -> list[int]:
+def first_numbers(order: Blend | Order, source: int, lanes: int, position: int) -> list[int]:
     """Of each sub-lane of a stream the number of its first sample from the global ``position`` on; 0 where none is
     near: the sub-lane is then read up to it."""
     found = np.full(lanes, -1, dtype=np.int64)
@@ -102,7 +89,7 @@ def first_numbers(order: Positions, source: int, lanes: int, position: int) -> l
     return np.maximum(found, 0).tolist()
 
 
-def sharing(order: Positions, source: int, lanes: int, global_batch: int, microbatches: int, ranks: int) -> str:
+def sharing(order: Blend | Order, source: int, lanes: int, global_batch: int, microbatches: int, ranks: int) -> str:
     """A note where several of the data-parallel ranks read one sub-lane, each of them all of it; else empty."""
     positions = np.arange(global_batch)
     places = order.at(positions)
@@ -121,16 +108,8 @@ def sharing(order: Positions, source: int, lanes: int, global_batch: int, microb
     )
 
 
-def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in value)
-    )
-
-
-def _damaged(value: object) -> ValueError:
-    return ValueError(
-        f"the state of a stream must be a list of [number, epoch, shard, sample], not {str(value)[:80]}; the "
-        f"checkpoint is damaged or was edited: use another one"
+def _are_states(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(state, list) and len(state) == 4 and all(type(n) is int and 0 <= n <= MAX_NUMBER for n in state)
+        for state in value
     )

@@ -1,45 +1,22 @@
 """The samples of one shard, read on from its beginning: for shards that cannot be read by ranges.
 
-The rules are those of indexed shards (``tar.py``, ``members.py``). Files that no modality reads, and all files of a
+The rules are those of indexed shards (``tar.py``, ``rows.py``). Files that no modality reads, and all files of a
 sample that is skipped, pass without being kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from mmmoe_pretrain.data.sources import tar
-from mmmoe_pretrain.data.sources.members import (
-    CLASS,
-    META,
-    RawSample,
-    is_leftover,
-    members_to_read,
-    names,
-    split_name,
-)
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, members_to_read, names
 from mmmoe_pretrain.data.sources.pipes import open_once
-from mmmoe_pretrain.data.sources.rows import check_kind, double_key
+from mmmoe_pretrain.data.sources.rows import BadShard, check_kind, samples
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_MEMBER_BYTES
 from mmmoe_pretrain.modalities import Modalities, format_of
-from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import redacted_command
 
-MAX_KEYS_SEEN = 1 << 18  # of a shard, by hash; equal keys that lie further apart are not found
-
-
-class BadShard(ValueError):
-    """A shard holds what another try would find again."""
-
-
-@dataclass
-class _Sample:
-    key: str
-    keep: bool
-    extensions: list[str] = field(default_factory=list)
-    members: dict[str, bytes] = field(default_factory=dict)
+MAX_KEYS_SEEN = 1 << 18  # of a shard; equal keys that lie further apart are not found
 
 
 class ShardSamples:
@@ -51,9 +28,8 @@ class ShardSamples:
         self._modalities = modalities
         self._stream, self._raw = open_once(url, files)
         self._read, self._keep = tar.reading_on(self._stream), False
-        self._seen: set[int] = set()
-        self._kinds: set[tuple[str, ...]] = set()  # that were checked
-        self._samples = self._grouped()
+        self._wanted: dict[tuple[str, ...], frozenset[str]] = {}  # of a sample's extensions, those that are read
+        self._samples = self._read_on()
 
     def next(self, keep: bool = True) -> RawSample | None:
         """The next sample, None at the end; without ``keep`` it has no members.
@@ -70,58 +46,32 @@ class ShardSamples:
         self._stream.close()
         self._raw.close()
 
-    def _grouped(self) -> Iterator[RawSample]:
-        sample: _Sample | None = None
-        for member in tar.walk(self._read, self.name):
-            if is_leftover(member.name):
-                continue
-            key, extension = split_name(member.name)
-            if sample is None or key != sample.key:
-                if sample is not None:
-                    yield self._ended(sample)
-                sample = self._begun(key, extension)
-            elif extension in sample.extensions:
-                raise BadShard(str(double_key(key, self.name, extension)))
-            self._add(sample, extension, member)
-        if sample is None:
+    def _read_on(self) -> Iterator[RawSample]:
+        def is_known(extension: str) -> bool:
+            return self._is_read(extension) or format_of(extension) is not None
+
+        for key, members in samples(tar.walk(self._read, self.name), self.name, is_known, MAX_KEYS_SEEN):
+            data: dict[str, bytes | None] = {}
+            keep = self._keep
+            for extension, member in members:  # short data: the next header is not there
+                read = keep and self._is_read(extension)
+                data[extension] = self._read(member.offset, member.size) if read else None
+            extensions = tuple(data)
+            if extensions not in self._wanted:
+                self._check(extensions, key)
+                self._wanted[extensions] = members_to_read(extensions, self._modalities)
+            wanted = self._wanted[extensions]
+            held = {name: its for name, its in data.items() if name in wanted and its is not None}
+            yield RawSample(key, held, self.name, tuple(name for name in extensions if name not in wanted))
+        if not self._wanted:
             raise BadShard(f"shard {self.name} holds no sample; leave it out of data.train")
-        yield self._ended(sample)
 
-    def _begun(self, key: str, extension: str) -> _Sample:
-        if len(key.encode()) > MAX_KEY_BYTES:
-            raise BadShard(f"{self.name} holds key {brief(key)}, and a key has at most {MAX_KEY_BYTES} bytes")
-        if hash(key) in self._seen:
-            raise BadShard(str(double_key(key, self.name, extension)))
-        if len(self._seen) < MAX_KEYS_SEEN:
-            self._seen.add(hash(key))
-        return _Sample(key, self._keep)
-
-    def _add(self, sample: _Sample, extension: str, member: tar.Member) -> None:
-        known = extension in (META, CLASS) or format_of(extension) is not None
-        if member.size > MAX_MEMBER_BYTES and (known or self._modalities.can_read(extension)):
-            raise BadShard(
-                f"shard {self.name} holds a file of {member.size} bytes in sample {sample.key!r}, and samples are "
-                f"read whole; leave out what exceeds {MAX_MEMBER_BYTES} bytes"
-            )
-        sample.extensions.append(extension)
-        if sample.keep and (extension in (META, CLASS) or self._modalities.can_read(extension)):
-            sample.members[extension] = self._read(member.offset, member.size)  # short: the next header is not there
-
-    def _ended(self, sample: _Sample) -> RawSample:
-        extensions = tuple(sample.extensions)
-        if extensions not in self._kinds:
-            self._check(extensions, sample.key)
-            self._kinds.add(extensions)
-        wanted = members_to_read(extensions, self._modalities)
-        read = {extension: data for extension, data in sample.members.items() if extension in wanted}
-        return RawSample(sample.key, read, self.name, tuple(e for e in extensions if e not in wanted))
+    def _is_read(self, extension: str) -> bool:
+        return extension in (META, CLASS) or self._modalities.can_read(extension)
 
     def _check(self, extensions: tuple[str, ...], key: str) -> None:
         """Raise BadShard where dots belong to the key, or only the alphabet would decide which member is read."""
-        try:
-            check_kind(extensions, key, self.name)
-        except ValueError as error:
-            raise BadShard(str(error)) from None
+        check_kind(extensions, key, self.name)
         tied = None if META in extensions else self._modalities.tied(extensions)
         if tied is not None:
             name, members = tied

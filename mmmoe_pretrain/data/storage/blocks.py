@@ -1,8 +1,8 @@
-"""Fewer and larger requests to remote files than there are reads.
+"""Fewer and larger range requests to remote files than there are reads.
 
-``CachedBlocks``: whole blocks through the cache of the node. ``Windows``: without a cache, ever more ahead where a
-file is read on in order. ``Neighbours``: for other reads without a cache, exactly what is asked, or whole blocks
-where reads lie close together. Of what is read in order, the next part is fetched while one is used.
+``CachedBlocks``: whole blocks through the cache of the node. ``Windows``: without a cache, readahead that doubles
+where a file is read sequentially. ``Neighbours``: for random reads without a cache, exactly the range, or whole
+blocks where reads lie close together. Of what is read sequentially, the next part is prefetched. All buffers are LRU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmmoe_pretrain.data.storage.cache import BlockCache
 from mmmoe_pretrain.data.storage.retry import Later, TransientError
@@ -46,11 +46,11 @@ class _Window:
 
 
 class Windows:
-    """Reads of one process without a cache."""
+    """Reads of one process without a cache: sequential ones with readahead, others by ``Neighbours``."""
 
     def __init__(self, fetch: Fetch, seconds: float) -> None:
         self._fetch, self._seconds, self._neighbours = fetch, seconds, Neighbours(fetch)
-        self._windows: OrderedDict[str, _Window] = OrderedDict()  # the least recently used first
+        self._windows = OrderedDict[str, _Window]()
         self._lock, self._held, self._filled = threading.Lock(), 0, 0
 
     def read(self, url: str, offset: int, size: int, stat: Stat) -> bytes:
@@ -58,9 +58,8 @@ class Windows:
         with self._lock:
             window = self._windows.get(url, _Window(0, b"", -1, 0))
         if window.start <= offset and end <= window.end:
-            data = window.data[offset - window.start : end - window.start]
-            self._keep(url, _Window(window.start, window.data, end, window.ahead, window.coming))
-            return data
+            self._keep(url, replace(window, read_to=end))
+            return window.data[offset - window.start : end - window.start]
         held = self._neighbours.held(url, offset, size)
         if held is not None:
             return held
@@ -104,37 +103,32 @@ class Windows:
 
 
 class Neighbours:
-    """Reads in any order: the second read of a block fetches the whole one, as long as that pays."""
+    """Random reads: the second one of a block fetches the whole block, as long as that pays."""
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch, self._lock = fetch, threading.Lock()
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()  # the least recently used first
-        self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._blocks = OrderedDict[tuple[str, int], bytes]()
+        self._seen = OrderedDict[tuple[str, int], None]()  # of which something was read
         self._fetched = self._used = 0.0  # bytes of whole blocks
 
     def read(self, url: str, offset: int, size: int, stat: Stat) -> bytes:
-        first, last = offset // NEAR, (offset + size - 1) // NEAR
-        if size > NEAR // WORTH or first != last:
-            return self._fetch(url, offset, size, stat)
-        block = self._block(url, first, stat)
-        if block is None:
-            return self._fetch(url, offset, size, stat)
-        return block[offset - first * NEAR : offset - first * NEAR + size]
+        index, start = divmod(offset, NEAR)
+        small = size <= NEAR // WORTH and start + size <= NEAR
+        block = self._block(url, index, stat) if small else None
+        return self._fetch(url, offset, size, stat) if block is None else block[start : start + size]
 
     def held(self, url: str, offset: int, size: int) -> bytes | None:
         """The bytes where they lie in blocks that were fetched."""
-        first, last = offset // NEAR, (offset + size - 1) // NEAR
+        first, start = divmod(offset, NEAR)
+        keys = [(url, index) for index in range(first, -(-(offset + size) // NEAR))]
         with self._lock:
-            keys = [(url, index) for index in range(first, last + 1)]
             if not all(key in self._blocks for key in keys):
                 return None
             for key in keys:
                 self._blocks.move_to_end(key)
             blocks = [self._blocks[key] for key in keys]
             self._used += size
-        start = offset - first * NEAR
-        whole = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-        return whole[start : start + size]
+        return b"".join(blocks)[start : start + size]
 
     def _block(self, url: str, index: int, stat: Stat) -> bytes | None:
         key = url, index
@@ -161,39 +155,36 @@ class CachedBlocks:
     """Reads through the cache of the node."""
 
     def __init__(self, fetch: Fetch, seconds: float, cache: BlockCache) -> None:
-        self._fetch, self._seconds, self._cache = fetch, seconds, cache
-        self._block = cache.settings.block_bytes
-        self._last: OrderedDict[str, int] = OrderedDict()  # block of the last read by URL
+        self._fetch, self._seconds, self.cache = fetch, seconds, cache
+        self._block = cache.settings.block_bytes  # size of one
+        self._last = OrderedDict[str, int]()  # block of the last read by URL
         self._background = threading.Semaphore(LATER)
 
     def read(self, url: str, offset: int, size: int, stat: Stat) -> bytes:
-        first, last = offset // self._block, (offset + size - 1) // self._block
-        pieces = []
-        for index in range(first, last + 1):
-            at = index * self._block
-            pieces.append(self._piece(url, stat, index, max(offset - at, 0), min(offset + size - at, self._block)))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        end, pieces = offset + size, []
+        for at in range(offset - offset % self._block, end, self._block):
+            pieces.append(self._piece(url, stat, at // self._block, max(offset - at, 0), min(end - at, self._block)))
+        return b"".join(pieces)
 
     def _piece(self, url: str, stat: Stat, index: int, start: int, end: int) -> bytes:
-        name, size = self._cache.name(url, stat, index), min(self._block, stat.size - index * self._block)
-        before = self._last.get(url)
-        if before == index - 1 and (index + 1) * self._block < stat.size:
+        if self._last.get(url) == index - 1 and (index + 1) * self._block < stat.size:
             self._fetch_ahead(url, stat, index + 1)
         self._last[url] = index
         self._last.move_to_end(url)
         while len(self._last) > FILES_KNOWN:
             self._last.popitem(last=False)
-        data = self._cache.get(name, size, start, end)
+        size = min(self._block, stat.size - index * self._block)
+        data = self.cache.get(self.cache.name(url, stat, index), size, start, end)
         return self._fill(url, stat, index)[start:end] if data is None else data
 
     def _fill(self, url: str, stat: Stat, index: int) -> bytes:
         """Block ``index``: another process may be fetching it."""
-        name, size = self._cache.name(url, stat, index), min(self._block, stat.size - index * self._block)
-        with self._cache.filling(name, self._seconds):
-            data = self._cache.get(name, size, 0, size)
+        name, size = self.cache.name(url, stat, index), min(self._block, stat.size - index * self._block)
+        with self.cache.filling(name, self._seconds):
+            data = self.cache.get(name, size, 0, size)
             if data is None:
                 data = self._fetch(url, index * self._block, size, stat)
-                self._cache.put(name, data)
+                self.cache.put(name, data)
         return data
 
     def _fetch_ahead(self, url: str, stat: Stat, index: int) -> None:

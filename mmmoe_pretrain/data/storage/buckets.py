@@ -10,15 +10,17 @@ import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mmmoe_pretrain.data.storage.retry import Later, TransientError
-from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, by_ranges, check_same
+from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, UnavailableError, protocol, redacted
 
 CHUNK = 8 << 20
 VERSIONS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5", "generation", "version_id")
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+DENIED = ("PermissionDeniedError", "UnauthenticatedError")  # of obstore
 LASTING = (ImportError, TypeError, ValueError, NotImplementedError, AttributeError)  # a retry changes nothing
 
 T = TypeVar("T")
@@ -80,8 +82,9 @@ class FsspecFiles:
 
         return self._timed(url, work, seconds)
 
-    def _timed(self, url: str, work: Callable[[], Any], seconds: float) -> Any:
-        try:
+    def _timed(self, url: str, work: Callable[[], T], seconds: float) -> T:
+        may_be_wrong = not self._answered and not multiprocessing.current_process().daemon  # see http.py
+        with _explained(url, may_be_wrong):
             import fsspec  # here: local runs need not import it
 
             if self._files is None:  # not in the thread: a fork during an import in a thread would leave it locked
@@ -89,30 +92,6 @@ class FsspecFiles:
             result = Later(work).result(seconds)
             self._answered = True
             return result
-        except (StorageError, TransientError):
-            raise
-        except FileNotFoundError:
-            raise MissingError(f"cannot read {redacted(url)}: it does not exist; correct the URL") from None
-        except (IsADirectoryError, NotADirectoryError):
-            raise StorageError(f"cannot read {redacted(url)}: it is a folder, not a file; correct the URL") from None
-        except PermissionError as error:
-            raise no_permission(url, error) from None
-        except Exception as error:  # noqa: BLE001 - each client library has its own errors
-            cause = redacted(f"{type(error).__name__}: {error}")
-            if "credential" in cause.lower():
-                raise no_permission(url, error) from None
-            if isinstance(error, LASTING):
-                raise StorageError(
-                    f"cannot read {redacted(url)}: {cause}; install the package of {self._name}:// on every node, "
-                    f"or correct the URL and data.storage_options"
-                ) from None
-            may_be_wrong = not self._answered and not multiprocessing.current_process().daemon  # see http.py
-            if type(error).__name__ == "EndpointConnectionError" and may_be_wrong:  # after several attempts of s3fs
-                raise UnavailableError(
-                    f"cannot read {redacted(url)}: {cause}; check the host and port of endpoint_url, and that the "
-                    f"server runs"
-                ) from None
-            raise TransientError(cause) from None
 
 
 class ObstoreFiles:
@@ -154,9 +133,6 @@ class ObstoreFiles:
 
         return self._call(url, seconds, work)
 
-    def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
-        return by_ranges(self, url, offset, CHUNK, seconds)
-
     def close(self) -> None:
         self._buckets.clear()
 
@@ -172,23 +148,40 @@ class ObstoreFiles:
                 client_options={"allow_http": plain, "timeout": f"{2 * seconds:.0f}s"},  # longer than we wait
                 retry_config={"max_retries": 0},
             )
-        try:
+        with _explained(url):
             return Later(lambda: work(self._buckets[bucket], key)).result(seconds)
-        except TransientError:
-            raise
-        except FileNotFoundError:
-            raise MissingError(f"cannot read {redacted(url)}: it does not exist; correct the URL") from None
-        except Exception as error:  # noqa: BLE001 - obstore's have no base class but this
-            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise no_permission(url, error) from None
-            raise TransientError(redacted(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")) from None
 
 
-def no_permission(url: str, error: BaseException) -> StorageError:
-    return StorageError(
-        f"cannot read {redacted(url)}: no permission ({redacted(error)}); set the credentials of "
-        f"{protocol(url)}:// in the environment, or a profile in data.storage_options"
-    )
+@contextmanager
+def _explained(url: str, may_be_wrong: bool = False) -> Iterator[None]:
+    """Errors of a client library as a StorageError with the remedy, or a TransientError. ``may_be_wrong``: the server
+    has never answered."""
+    try:
+        yield
+    except (StorageError, TransientError):
+        raise
+    except Exception as error:  # noqa: BLE001 - each client library has its own errors
+        name, where = type(error).__name__, f"cannot read {redacted(url)}"
+        cause = redacted(f"{name}: {' '.join(str(error).split())[:300]}")
+        if isinstance(error, FileNotFoundError):
+            raise MissingError(f"{where}: it does not exist; correct the URL") from None
+        if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+            raise StorageError(f"{where}: it is a folder, not a file; correct the URL") from None
+        if isinstance(error, PermissionError) or name in DENIED or "credential" in cause.lower():
+            raise StorageError(
+                f"{where}: no permission ({cause}); set the credentials of {protocol(url)}:// in the environment, or "
+                f"a profile in data.storage_options"
+            ) from None
+        if isinstance(error, LASTING):
+            raise StorageError(
+                f"{where}: {cause}; install the package of {protocol(url)}:// on every node, or correct the URL and "
+                f"data.storage_options"
+            ) from None
+        if name == "EndpointConnectionError" and may_be_wrong:  # after several attempts of s3fs
+            raise UnavailableError(
+                f"{where}: {cause}; check the host and port of endpoint_url, and that the server runs"
+            ) from None
+        raise TransientError(cause) from None
 
 
 def s3_settings(options: Mapping[str, Any]) -> dict[str, Any]:

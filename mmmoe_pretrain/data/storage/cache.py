@@ -17,7 +17,7 @@ import struct
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,7 @@ class BlockCache:
 
     def __init__(self, settings: CacheSettings) -> None:
         self.settings, self.folder = settings, Path(settings.folder) / "blocks-v1"
-        self._checked: OrderedDict[tuple[str, int], None] = (
-            OrderedDict()
-        )  # blocks (name, inode) with a right checksum
+        self._checked = OrderedDict[tuple[str, int], None]()  # blocks (name, inode) with a right checksum
         self._off_until, self._told = 0.0, False
 
     @property
@@ -81,7 +79,7 @@ class BlockCache:
             os.close(descriptor)
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep a block, in place of those that were not used for longest."""
+        """Keep a block; the least recently used ones make room."""
         path, draft = self._path(name), self.folder / "drafts" / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +98,9 @@ class BlockCache:
                 draft.unlink(missing_ok=True)
             self._leave_alone(error)
 
-    @contextmanager
-    def filling(self, name: str, seconds: float) -> Iterator[None]:
+    def filling(self, name: str, seconds: float) -> AbstractContextManager[bool]:
         """Others who want this block wait until it is there, at most ``seconds``."""
-        with self._locked(self.folder / "locks" / name[:2], seconds):
-            yield
+        return self._locked(self.folder / "locks" / name[:2], seconds)
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / name
@@ -153,25 +149,20 @@ class BlockCache:
                 os.close(descriptor)
 
     def _evict(self, most: int) -> int:
-        """Remove the blocks that were not used for longest until ``most`` bytes are left; how many are."""
+        """Remove the least recently used blocks until at most ``most`` bytes are left; how many are."""
         found, now = [], time.time()
-        for folder in self.folder.iterdir():
-            if len(folder.name) != 2 and folder.name != "drafts":
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    with suppress(FileNotFoundError):  # another process removed it
-                        status = entry.stat()
-                        if folder.name == "drafts" and now - status.st_mtime > DRAFT_SECONDS:
-                            os.unlink(entry.path)
-                        elif folder.name != "drafts":
-                            found.append((status.st_mtime_ns, status.st_size, entry.path))
+        for path in (*self.folder.glob("??/*"), *self.folder.glob("drafts/*")):
+            with suppress(FileNotFoundError):  # another process removed it
+                status = path.stat()
+                if path.parent.name != "drafts":
+                    found.append((status.st_mtime_ns, status.st_size, path))
+                elif now - status.st_mtime > DRAFT_SECONDS:
+                    path.unlink()
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= most:
                 break
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            path.unlink(missing_ok=True)
             total -= size
         return total
 

@@ -1,14 +1,15 @@
 """Bytes of files anywhere, by path or URL: what every reader of shards uses.
 
-One ``Files`` a process, shared by its sources. It owns retries, time limits, buffers and the cache; how a store
-answers is in ``local.py``, ``http.py`` and ``buckets.py``. A file is checked to stay the same from its first use on.
+One ``Files`` a process, shared by its sources. It owns retries, time limits, readahead and the cache; how a store
+answers a range request is in ``local.py``, ``http.py`` and ``buckets.py``. A file is checked to stay the same from
+its first use on.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
 
@@ -36,7 +37,6 @@ class ReadSettings:
     retries: Retries = field(default_factory=Retries)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cache: CacheSettings | None = None
-    open_files: int | None = None  # descriptors of local files; None: 256, or a quarter of what the process may have
 
     def options_of(self, url: str) -> tuple[str, Mapping[str, Any]]:
         """The key in ``options`` that counts for ``url``, and its value."""
@@ -58,23 +58,17 @@ def read_settings(config: RunConfig) -> ReadSettings:
 
 
 class _Process:
-    """What belongs to one process: connections, descriptors and threads are not shared with a fork."""
+    """Connections, descriptors and threads, which are not shared with a fork."""
 
     def __init__(self, files: Files, before: _Process | None) -> None:
         self.pid = os.getpid()
-        self.stats: dict[str, Stat] = dict(before.stats) if before else {}
-        self.confirmed: set[str] = (
-            set(before.confirmed) if before else set()
-        )  # whose stat agreed with a read, or is given
         # Kept: a worker closes the sockets of its rank, and destroying these would close what has their numbers now.
         self._before = before
-        settings = files.settings
-        self.local = LocalFiles(settings.open_files)
+        self.local = LocalFiles()
         self.stores: dict[str, Store] = {}
-        seconds = settings.retries.read_seconds
+        seconds, cache = files.settings.retries.read_seconds, files.settings.cache
         self.windows = Windows(files.fetch, seconds)
-        self.cache = BlockCache(settings.cache) if settings.cache else None
-        self.blocks = CachedBlocks(files.fetch, WAIT_SHARE * seconds, self.cache) if self.cache else None
+        self.blocks = CachedBlocks(files.fetch, WAIT_SHARE * seconds, BlockCache(cache)) if cache else None
 
 
 class Files:
@@ -86,6 +80,9 @@ class Files:
 
     def __init__(self, settings: ReadSettings | None = None) -> None:
         self.settings = settings or ReadSettings()
+        self._retried = self.settings.retries.run
+        self._stats: dict[str, Stat] = {}
+        self._confirmed: set[str] = set()  # URLs whose stat agreed with a read, or is given
         self._process: _Process | None = None
 
     def __reduce__(self) -> tuple[type[Files], tuple[ReadSettings]]:
@@ -97,8 +94,8 @@ class Files:
 
     def expect(self, url: str, stat: Stat) -> None:
         """Reads of ``url`` must find this version of it; without, the first read decides."""
-        self._own.stats[url] = stat
-        self._own.confirmed.add(url)
+        self._stats[url] = stat
+        self._confirmed.add(url)
 
     def list(self, folder: str) -> list[str]:
         """Names in a folder, sorted; those of folders end with /."""
@@ -106,15 +103,14 @@ class Files:
 
     def read(self, url: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes from ``offset`` on."""
-        confirmed = self._own.confirmed
         try:
             data = self._read(url, offset, size)
         except OutsideError:
-            if url in confirmed:
+            if url in self._confirmed:
                 raise
-            self._own.stats[url] = self.stat(url)  # the first answer may have been the wrong one
+            self._stats[url] = self.stat(url)  # the first answer may have been the wrong one
             data = self._read(url, offset, size)
-        confirmed.add(url)
+        self._confirmed.add(url)
         return data
 
     def _read(self, url: str, offset: int, size: int) -> bytes:
@@ -126,18 +122,16 @@ class Files:
             )
         if not size:
             return b""
-        if self._store(url) is own.local:
+        if self._store(url) is own.local or not expected.seekable:
             return self.fetch(url, offset, size, expected)
-        if expected.size < 0 or not expected.ranges:
-            return self.fetch(url, offset, size, expected)
-        if own.blocks and own.cache and own.cache.usable and expected.version:
+        if own.blocks and own.blocks.cache.usable and expected.version:
             return own.blocks.read(url, offset, size, expected)
         return own.windows.read(url, offset, size, expected)
 
     def read_all(self, url: str, most: int) -> bytes:
         """A whole file of at most ``most`` bytes."""
         expected = self._expected(url)
-        if expected.ranges and expected.size >= 0:
+        if expected.seekable:
             data = self.read(url, 0, expected.size) if expected.size <= most else None
         else:
             data = self.stream(url).read(most + 1)
@@ -148,8 +142,7 @@ class Files:
     def stream(self, url: str, offset: int = 0) -> BinaryIO:
         """The file from ``offset`` on, to be read once and in order; from a server without ranges, too."""
         expected = self._expected(url)
-        ranges = expected.ranges and expected.size >= 0
-        chunks = self._ranges(url, offset) if ranges else self._chunks(url, offset, expected)
+        chunks = self._ranges(url, offset) if expected.seekable else self._chunks(url, offset, expected)
         return io.BufferedReader(_ChunkReader(chunks), STREAM_CHUNK)
 
     def close(self) -> None:
@@ -191,7 +184,10 @@ class Files:
         def attempt(seconds: float) -> bytes:
             nonlocal chunks
             try:
-                chunks = chunks or self._store(url).chunks(filled_in(url), offset, seconds)
+                if chunks is None:
+                    store = self._store(url)
+                    assert isinstance(store, HttpFiles | FsspecFiles), f"{redacted(url)} has no size"
+                    chunks = store.chunks(filled_in(url), offset, seconds)
                 return next(chunks, b"")
             except TransientError:
                 chunks = None
@@ -214,10 +210,9 @@ class Files:
         return own
 
     def _expected(self, url: str) -> Stat:
-        stats = self._own.stats
-        if url not in stats:
-            stats[url] = self.stat(url)
-        return stats[url]
+        if url not in self._stats:
+            self._stats[url] = self.stat(url)
+        return self._stats[url]
 
     def _store(self, url: str) -> Store:
         own, full = self._own, filled_in(url)
@@ -234,9 +229,6 @@ class Files:
             else:
                 own.stores[key] = FsspecFiles(name, options)
         return own.stores[key]
-
-    def _retried(self, call: Callable[[float], T], doing: str) -> T:
-        return self.settings.retries.run(call, doing)
 
 
 class _ChunkReader(io.RawIOBase):

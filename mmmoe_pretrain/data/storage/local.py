@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mmmoe_pretrain.data.storage.retry import TransientError
-from mmmoe_pretrain.data.storage.stores import Stat, by_ranges, changed, check_same
+from mmmoe_pretrain.data.storage.stores import Stat, changed, check_same
 from mmmoe_pretrain.urls import MissingError, StorageError, local_path
 
 MAX_OPEN = 256
 SHARE_OF_DESCRIPTORS = 4  # at most one in so many of those that the process may have
-CHUNK = 1 << 20
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET}  # network disks
 REMEDIES = {
     errno.ENOENT: "it does not exist; copy it there, or correct the path",
@@ -35,21 +34,21 @@ REMEDIES = {
 class LocalFiles:
     """A store (``stores.Store``) of paths. May be used by several threads, and by forked processes."""
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = soft // SHARE_OF_DESCRIPTORS if soft != resource.RLIM_INFINITY else MAX_OPEN
-        self.limit = max(1, limit or min(MAX_OPEN, room))
+        self._limit = max(1, min(MAX_OPEN, room))
         # A file is closed when it is neither here nor in use. The least recently used stands first.
         self._open: OrderedDict[str, io.FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
     def stat(self, url: str, seconds: float) -> Stat:
-        with explained("read", url):
+        with _explained("read", url):
             return _plain(os.stat(local_path(url)), url)
 
     def get(self, url: str, start: int, size: int, expected: Stat, seconds: float) -> bytes:
         try:
-            with explained("read", url):
+            with _explained("read", url):
                 file = self._file(url)
                 data = os.pread(file.fileno(), size, start)
                 while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), start + len(data))):
@@ -64,11 +63,8 @@ class LocalFiles:
         return data
 
     def list(self, url: str, seconds: float) -> list[str]:
-        with explained("list", url), os.scandir(local_path(url) or ".") as entries:
+        with _explained("list", url), os.scandir(local_path(url) or ".") as entries:
             return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
-
-    def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
-        return by_ranges(self, url, offset, CHUNK, seconds)
 
     def close(self) -> None:
         with self._lock:
@@ -83,7 +79,7 @@ class LocalFiles:
         file = io.FileIO(os.open(local_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         _plain(os.fstat(file.fileno()), url)
         with self._lock:
-            while len(self._open) >= self.limit:
+            while len(self._open) >= self._limit:
                 self._open.popitem(last=False)
             self._open[url] = file
         return file
@@ -98,7 +94,7 @@ def _plain(status: os.stat_result, url: str) -> Stat:
 
 
 @contextmanager
-def explained(doing: str, url: str) -> Iterator[None]:
+def _explained(doing: str, url: str) -> Iterator[None]:
     """Errors of the system as a StorageError with the remedy, or a TransientError."""
     try:
         yield

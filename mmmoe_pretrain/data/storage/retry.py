@@ -59,8 +59,7 @@ class Retries:
                 return call(max(0.001, min(self.request_seconds, left)))
             except TransientError as error:
                 attempt += 1
-                longest = min(self.longest_pause, self.first_pause * 2 ** (attempt - 1))
-                pause = max(error.wait, random.SystemRandom().uniform(0, longest))  # forks share random's state
+                pause = max(error.wait, self.pause(attempt))
                 elapsed = time.monotonic() - began
                 left = self.read_seconds - elapsed
                 never_answered = isinstance(error, UnreachableError) and attempt >= self.first_attempts
@@ -77,6 +76,11 @@ class Retries:
                 if attempt == REPORTED:
                     logger.warning("cannot %s yet: %s; trying again", redacted(doing), redacted(error))
                 time.sleep(min(pause, left / 2))  # the time is used to its end
+
+    def pause(self, failed: int) -> float:
+        """Seconds to wait after so many attempts."""
+        longest = min(self.longest_pause, self.first_pause * 2 ** (failed - 1))
+        return random.SystemRandom().uniform(0, longest)  # forks share random's state
 
 
 class Later(Generic[T]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +26,11 @@ class Stat:
     version: str = ""
     ranges: bool = field(default=True, compare=False)  # False: it can only be read from its beginning
 
+    @property
+    def seekable(self) -> bool:
+        """Any range of it can be asked for."""
+        return self.ranges and self.size != UNKNOWN
+
 
 class Store(Protocol):
     """Files by URL. Every method raises TransientError where another try may help, MissingError where there is no
@@ -41,20 +45,8 @@ class Store(Protocol):
     def list(self, url: str, seconds: float) -> list[str]:
         """Names in a folder, sorted; those of folders end with /."""
 
-    def chunks(self, url: str, offset: int, seconds: float) -> Iterator[bytes]:
-        """The file from ``offset`` on, where it has no ranges, too. ``seconds``: of waiting for each chunk."""
-
     def close(self) -> None:
         """Give up descriptors and connections."""
-
-
-def by_ranges(store: Store, url: str, offset: int, size: int, seconds: float) -> Iterator[bytes]:
-    """``Store.chunks`` of a store that answers ranges: ``size`` bytes at a time."""
-    expected = store.stat(url, seconds)
-    while offset < expected.size:
-        data = store.get(url, offset, min(size, expected.size - offset), expected, seconds)
-        yield data
-        offset += len(data)
 
 
 def check_same(url: str, expected: Stat, found: Stat) -> None:
