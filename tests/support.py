@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def write_shards(
     members = []
     for row in rows:
         image = b"not an image" if row["key"] in corrupt else png_of(row)
-        content = {"image": ("png", image), "audio": ("wav", _wav(row)), "text": ("txt", row["name"].encode())}
+        audio = audio_bytes(0.3 * np.sin(2 * np.pi * row["hertz"] * np.arange(RATE // 4) / RATE))
+        content = {"image": ("png", image), "audio": ("wav", audio), "text": ("txt", row["name"].encode())}
         meta = {"group": row["group"], "label": row["label"], "language": row.get("language", "en"),
                 "subset": "named", "audio_kind": "speech"}  # fmt: skip
         kept = [member for name, member in content.items() if name not in lacking]
@@ -67,15 +69,27 @@ def png_of(row: dict[str, Any]) -> bytes:
     """An image in the row's colour; rows with one ``image_of`` have the same image."""
     rng = np.random.default_rng(zlib.crc32(row.get("image_of", row["key"]).encode()))
     pixels = np.clip(np.array(row["colour"]) + rng.integers(-20, 20, (16, 16, 3)), 0, 255)
+    return image_bytes(Image.fromarray(pixels.astype(np.uint8)))
+
+
+def image_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """A file of this format."""
     out = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")
+    image.save(out, form, **options)
     return out.getvalue()
 
 
-def _wav(row: dict[str, Any]) -> bytes:
+def audio_bytes(wave: np.ndarray, form: str = "WAV", subtype: str | None = None, rate: int = RATE) -> bytes:
+    """A file of this format and encoding."""
     out = io.BytesIO()
-    time = np.arange(RATE // 4) / RATE
-    soundfile.write(out, 0.3 * np.sin(2 * np.pi * row["hertz"] * time), RATE, format="WAV")
+    soundfile.write(out, wave, rate, format=form, subtype=subtype)
+    return out.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """A .npy file."""
+    out = io.BytesIO()
+    np.save(out, array)
     return out.getvalue()
 
 
@@ -131,6 +145,19 @@ def objectives(
 def tiny_config(root: Path, **sections: Any) -> RunConfig:
     """``tiny_values`` as a config."""
     return run_config.parse(tiny_values(root, **sections))
+
+
+def in_forks(*calls: Callable[[], object], seconds: float = 30.0) -> list[int | None]:
+    """The exit codes of forked processes that do these at once; None of one that did not end in time."""
+    forks = [multiprocessing.get_context("fork").Process(target=call, daemon=True) for call in calls]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(seconds)
+    codes = [fork.exitcode for fork in forks]
+    for fork in forks:
+        fork.kill()
+    return codes
 
 
 BEGIN, END = 1, 2  # marks of a text

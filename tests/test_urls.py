@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.urls import filled_in, has_secret, join, redacted, secret_option
+from mmmoe_pretrain.urls import filled_in, has_secret, join, redacted, redacted_command, secret_option
 from tests.support import tiny_config
 
 
@@ -30,6 +30,21 @@ from tests.support import tiny_config
 def test_messages_show_a_url_without_what_grants_access(text: str, shown: str) -> None:
     assert redacted(text) == shown
     assert has_secret(text) == ("***" in shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("pipe:curl -H 'Authorization: Bearer abc' https://h/a.tar", "pipe:curl -H 'Authorization: Bearer ***' https://h/a.tar"),
+        ("pipe:curl -u me:abc https://h/a", "pipe:curl -u *** https://h/a"),
+        ("pipe:curl --user=me:abc https://u:abc@h/a", "pipe:curl --user=*** https://***@h/a"),
+        ("pipe:AWS_SECRET_ACCESS_KEY=abc aws s3 cp s3://b -", "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b -"),
+        ("pipe:curl -H \"Authorization: Bearer $TOKEN\" h", "pipe:curl -H \"Authorization: Bearer $TOKEN\" h"),
+        ("pipe:cat a.tar", "pipe:cat a.tar"),
+    ],
+)  # fmt: skip
+def test_commands_are_shown_without_secrets(text: str, wanted: str) -> None:
+    assert redacted_command(text) == wanted
 
 
 def test_variables_are_filled_in_where_a_url_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +81,8 @@ def test_a_config_keeps_the_names_of_secrets_and_refuses_the_secrets(
 ) -> None:
     monkeypatch.setenv("SHARDS_URL", "https://h/a.tar?sig=ab12")
     raw = tiny_config(tmp_path).model_dump(mode="json")
-    for path in ("$SHARDS_URL", "https://h/a.tar?sig=${SIG}", "s3://b/train"):
+    command = 'pipe:curl -H "Authorization: Bearer $TOKEN" https://h/a.tar'  # its shell fills it in
+    for path in ("$SHARDS_URL", "https://h/a.tar?sig=${SIG}", "s3://b/train", command):
         raw["data"]["train"] = [{"path": path}]
         run_config.dump(run_config.parse(raw), tmp_path / "config.yaml")
         assert "ab12" not in (tmp_path / "config.yaml").read_text()

@@ -1,6 +1,6 @@
 """Kill ranks of a run at random until it ends, and compare it with an uninterrupted one: `make chaos`.
 
-python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0 [--streams | --remote]
+python -m tests.chaos.run --kills 50 --steps 200 --ranks 4 --seed 0 [--streams] [--remote]
 
 A supervisor forks the ranks, as torchrun would start them; when one dies it ends the others and starts all of them
 again, and they resume from the newest checkpoint. The last line is one JSON object: kills, lost and repeated samples,
@@ -54,24 +54,26 @@ class Report:
         return self.loss_equal and not (self.lost or self.repeated or self.partial_accepted)
 
 
-def chaos(folder: Path, kills: int, steps: int, ranks: int, seed: int, shards: str = "local") -> Report:
-    """Train a run undisturbed and a run that is killed ``kills`` times; compare. ``shards``: "local"; "streams": half
-    of the samples come from commands; "remote": all come from an HTTP server of which one request in ten fails,
-    through a cache that is lost before every second start."""
+def chaos(
+    folder: Path, kills: int, steps: int, ranks: int, seed: int, streams: bool = False, remote: bool = False
+) -> Report:
+    """Train a run undisturbed and a run that is killed ``kills`` times; compare. ``streams``: half of the samples
+    come from commands. ``remote``: other shards lie behind an HTTP server of which one request in ten fails, and a
+    cache that is lost before every second start."""
     rows = things(48)
     write_shards(folder / "train", rows)
     for shard in range(SHARDS):
         write_shards(folder / f"shard-{shard}", rows[shard::SHARDS])
     write_tokenizer(folder / "tokens.model")
-    with http_server(folder) if shards == "remote" else nullcontext() as server:
+    with http_server(folder) if remote else nullcontext() as server:
         url = ""
         if server is not None:
             server.faults, url = every(10, "error", "reset", "short"), server.url
-        calm, disturbed = (config_of(folder, name, steps, shards, url) for name in ("calm", "disturbed"))
+        calm, disturbed = (config_of(folder, name, steps, streams, url) for name in ("calm", "disturbed"))
         assert start(calm, ranks, None) == "done"
         report = kill_until_done(disturbed, kills, ranks, seed)
         assert server is None or {*server.failed} == {"error", "reset", "short"}, server.failed
-    for config in (calm, disturbed) if shards == "streams" else ():
+    for config in (calm, disturbed) if streams else ():
         assert all(lane[0] > 0 for lanes in states_saved(config).values() for lane in lanes), states_saved(config)
     found, wanted = (ledger.history(ledger_of(config)) for config in (disturbed, calm))
     report.lost, report.repeated = ledger.compare(found, wanted)
@@ -97,13 +99,12 @@ def kill_until_done(config: RunConfig, kills: int, ranks: int, seed: int) -> Rep
             return report
 
 
-def config_of(folder: Path, name: str, steps: int, shards: str, url: str) -> RunConfig:
-    """Two ranks of experts beside data-parallel replicas; saves often, logs every step."""
-    sources = [str(folder / "train")]
-    if shards == "streams":
-        sources.append(f"pipe:cat {folder}/shard-{{0..{SHARDS - 1}}}/00000.tar")
-    if shards == "remote":
-        sources = [f"{url}/shard-{{0..{SHARDS - 1}}}/00000.tar"]
+def config_of(folder: Path, name: str, steps: int, streams: bool, url: str) -> RunConfig:
+    """Two ranks of experts beside data-parallel replicas; saves often, logs every step. ``url``: of remote shards."""
+    shards = f"shard-{{0..{SHARDS - 1}}}/00000.tar"
+    sources = [f"{url}/{shards}" if url else str(folder / "train")]
+    if streams:
+        sources.append(f"pipe:cat {folder}/{shards}")
     return tiny_config(
         folder,
         name=name,
@@ -111,7 +112,7 @@ def config_of(folder: Path, name: str, steps: int, shards: str, url: str) -> Run
             "train": [{"path": source, "stream_window": 2} for source in sources],
             "tokenizer": str(folder / "tokens.model"),
             "num_workers": 1,
-            "cache": {"folder": str(folder / f"{name}.cache"), "block_mb": 1} if shards == "remote" else None,
+            "cache": {"folder": str(folder / f"{name}.cache"), "block_mb": 1} if url else None,
         },
         parallel={"expert_parallel_size": 2, "timeout_minutes": 1},
         train={"steps": steps, "global_batch_size": 16, "num_microbatches": 2, "log_every": 1},
@@ -228,15 +229,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    group = parser.add_mutually_exclusive_group()
-    for shards, text in (("streams", "half of the samples come from commands (pipe:)"),
-                         ("remote", "the shards lie behind a server of which one request in ten fails")):  # fmt: skip
-        group.add_argument(
-            f"--{shards}", action="store_const", dest="shards", const=shards, default="local", help=text
-        )
+    parser.add_argument("--streams", action="store_true", help="half of the samples come from commands (pipe:)")
+    parser.add_argument(
+        "--remote", action="store_true", help="the shards lie behind a server of which one request in ten fails"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = chaos(Path(folder), args.kills, args.steps, args.ranks, args.seed, args.shards)
+        report = chaos(Path(folder), **vars(args))
     print(json.dumps(vars(report)))
     return 0 if report.passed and report.kills >= args.kills else 1
 

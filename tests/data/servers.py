@@ -1,6 +1,6 @@
 """Servers of files on 127.0.0.1 that end with the test: HTTP with ranges and faults, and S3 by moto.
 
-    with http_server(folder, latency=0.02) as server:
+    with http_server(folder) as server:
         server.faults = every(10, "error")  # or a function (number of the request, path, range) -> fault or None
         Files().read(f"{server.url}/a.tar", 0, 10)
 
@@ -22,8 +22,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 Fault = Callable[[int, str, str], str | None]
@@ -44,15 +45,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, folder: Path, latency: float) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.latency, self.stall = folder, latency, 60.0
+        self.folder, self.latency, self.stall = folder, 0.0, 60.0  # seconds before any answer, and of a stall
         self.faults: Fault = never
-        self.index_pages = True
         self.requests: list[tuple[str, str]] = []
         self.authorizations: list[str] = []
         self.failed: list[str] = []  # the faults that were served
-        self.sent = 0  # bytes of bodies
         self.ended = threading.Event()
         self._lock = threading.Lock()
 
@@ -83,8 +82,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         number = self.server.count(self.path, wanted)
         self.server.authorizations.append(self.headers.get("Authorization", ""))
-        if self.server.latency:
-            time.sleep(self.server.latency)
+        time.sleep(self.server.latency)
         fault = self.server.faults(number, target.path, wanted)
         if fault:
             self.server.failed.append(fault)
@@ -98,7 +96,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(302, b"elsewhere", {"Location": f"{target.path}?redirected"})
         elif fault in ("error", "denied"):
             self._send(503 if fault == "error" else 403, b"no", {})
-        elif path.is_dir() and self.server.index_pages:
+        elif path.is_dir():
             links = "".join(f'<a href="{p.name}{"/" * p.is_dir()}">{p.name}</a>' for p in path.iterdir())
             self._send(200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"})
         elif not path.is_file():
@@ -134,19 +132,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        part = b"" if self.command == "HEAD" else body[: len(body) // 2] if cut else body
-        self.wfile.write(part)
-        self.server.sent += len(part)
-        if cut:
-            self.close_connection = True
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection |= cut
 
     def log_message(self, *_: object) -> None:
         """Tests print nothing."""
 
 
 @contextmanager
-def http_server(folder: Path, latency: float = 0.0) -> Iterator[HttpServer]:
-    server = HttpServer(folder, latency)
+def http_server(folder: Path) -> Iterator[HttpServer]:
+    server = HttpServer(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -165,23 +161,17 @@ def s3_server(bucket: str = "bucket") -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     values = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-    before = {name: os.environ.get(name) for name in (*values, "AWS_PROFILE")}
-    os.environ.update(values)
-    os.environ.pop("AWS_PROFILE", None)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=bucket)
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
-        for name, value in before.items():
-            with suppress(KeyError):
-                del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+    with mock.patch.dict(os.environ, values):
+        os.environ.pop("AWS_PROFILE", None)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=bucket)
+            yield f"http://{host}:{port}"
+        finally:
+            server.stop()
 
 
 def upload(endpoint: str, path: Path, key: str, bucket: str = "bucket") -> None:

@@ -155,7 +155,7 @@ def test_a_process_that_ends_or_stops_with_every_lock_blocks_nobody(
         settings = ReadSettings(Retries(0.5, 2), cache=CacheSettings(str(tmp_path / "cache"), 10**6, BLOCK))
         began = time.monotonic()
         assert Files(settings).read(f"{served.url}/a.tar", 5, 5) == CONTENT[5:10]
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 30  # of the 60 for which the locks are held
         assert len(blocks(tmp_path)) == 1
     finally:
         holder.kill()

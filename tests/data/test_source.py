@@ -138,14 +138,6 @@ def test_a_key_with_dots_is_named_with_the_remedy(tmp_path: Path, names: list[st
     assert len(open_indexed(tmp_path)) == len({name.rpartition(".")[0] for name in names})
 
 
-def test_an_absent_folder_and_one_without_shards_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no folder of shards at .*mmmoe-data shard"):
-        open_indexed(tmp_path / "absent")
-    (tmp_path / "00000.zip").touch()
-    with pytest.raises(ValueError, match=r"holds no \*\.tar \(but 00000\.zip\)"):
-        open_indexed(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -154,9 +146,6 @@ def test_an_absent_folder_and_one_without_shards_are_refused(tmp_path: Path) -> 
         (["a.txt", "a.txt"], "holds key 'a' twice"),
         (["cat.0.jpg", "dog.0.jpg", "cat.1.jpg"],
          r"holds key 'cat' twice.*first dot of a name: write cat_1\.jpg for cat\.1\.jpg"),
-        (["/etc/passwd"], "holds '/etc/passwd', a path that leaves its folder"),
-        (["../a.txt"], "a path that leaves its folder"),
-        (["a/../../b.txt"], "a path that leaves its folder"),
     ],
 )  # fmt: skip
 def test_a_shard_without_samples_or_with_wrong_names_is_refused(
@@ -198,13 +187,3 @@ def test_equal_keys_in_two_shards_are_two_samples(tmp_path: Path) -> None:
     metas = [SampleMeta(raw.key, shard=raw.shard) for raw in (*raws, raws[0])]
     first, second, again = _group_ids([Sample(meta) for meta in metas]).tolist()
     assert first == again != second, "they are each other's negatives"
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        info = tarfile.TarInfo("a.txt")
-        info.type, info.linkname = kind, "b.txt"
-        tar.addfile(info)
-    with pytest.raises(ValueError, match=r"holds 'a\.txt', a (symbolic link|hard link|device|pipe);"):
-        open_indexed(tmp_path)

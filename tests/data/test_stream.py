@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.config import SourceConfig
 from mmmoe_pretrain.data.order.mix import Stage
 from mmmoe_pretrain.data.order.positions import Order
 from mmmoe_pretrain.data.sources import stream_state
@@ -23,13 +22,12 @@ from mmmoe_pretrain.data.sources.stream import LaneState, Stream, open_stream
 from mmmoe_pretrain.data.storage.files import Files, ReadSettings
 from mmmoe_pretrain.data.storage.retry import Retries
 from mmmoe_pretrain.modalities import default_modalities
-from mmmoe_pretrain.urls import redacted_command
 from tests.support import write_tar
 
 SIZES = (7, 4, 5, 9, 3, 6)  # samples of the shards
 BATCH = 16
 FILES = Files(ReadSettings(Retries(request_seconds=5.0, read_seconds=30.0, count=2, first_pause=0.01)))
-HASTY = Files(ReadSettings(Retries(request_seconds=0.3, read_seconds=30.0, count=2, first_pause=0.01)))
+HASTY = Files(ReadSettings(Retries(request_seconds=0.5, read_seconds=30.0, count=2, first_pause=0.01)))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,7 @@ def test_lanes_that_do_not_align_with_the_ranks_are_named() -> None:
 
 
 FAILURES = {
-    "stall": ("head -c 2000 {shard}; sleep 30", "no byte in 0.3 s"),
+    "stall": ("head -c 2000 {shard}; sleep 30", "no byte in 0.5 s"),
     "exit code": ("cat {shard}; echo no such bucket >&2; exit 3", "exit code 3: no such bucket"),
     "truncated": ("head -c 3000 {shard}", "truncated"),
     "cut between members": ("head -c 2048 {shard}", "truncated"),
@@ -158,7 +156,8 @@ def test_a_command_that_fails_once_loses_and_repeats_nothing(shards: Path, tmp_p
     shard, mark = shards / "3.tar", tmp_path / "failed"
     fails = FAILURES[failure][0].format(shard=shard)
     command = f"pipe:if [ -e {mark} ]; then cat {shard}; else touch {mark}; {fails}; fi"
-    found, wanted = (open_stream(url, FILES, default_modalities(), window=3) for url in (command, str(shard)))
+    files = HASTY if failure == "stall" else FILES
+    found, wanted = (open_stream(url, files, default_modalities(), window=3) for url in (command, str(shard)))
     assert keys_of(found, 0, range(20)) == keys_of(wanted, 0, range(20))
     assert mark.exists()
     found.close()
@@ -258,26 +257,3 @@ def test_no_process_of_a_command_outlives_its_reader(shards: Path, end: str) -> 
         os.waitpid(child, 0)
         os.close(reader)
         os.close(writer)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("pipe:curl -H 'Authorization: Bearer abc' https://h/a.tar", "pipe:curl -H 'Authorization: Bearer ***' https://h/a.tar"),
-        ("pipe:curl -u me:abc https://h/a", "pipe:curl -u *** https://h/a"),
-        ("pipe:curl --user=me:abc https://u:abc@h/a", "pipe:curl --user=*** https://***@h/a"),
-        ("pipe:AWS_SECRET_ACCESS_KEY=abc aws s3 cp s3://b -", "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b -"),
-        ("pipe:curl -H \"Authorization: Bearer $TOKEN\" h", "pipe:curl -H \"Authorization: Bearer $TOKEN\" h"),
-        ("pipe:cat a.tar", "pipe:cat a.tar"),
-    ],
-)  # fmt: skip
-def test_commands_are_shown_without_secrets(text: str, wanted: str) -> None:
-    assert redacted_command(text) == wanted
-
-
-def test_a_config_refuses_a_command_that_holds_a_secret_and_keeps_the_name_of_a_variable() -> None:
-    path = "pipe:curl -H 'Authorization: Bearer {}' https://h/{{0..3}}.tar"
-    with pytest.raises(ValueError, match="holds a secret") as caught:
-        SourceConfig(path=path.format("abc"))
-    assert "Bearer abc" not in str(caught.value)
-    assert SourceConfig(path=path.format("$TOKEN")).path == path.format("$TOKEN")  # its shell fills it in

@@ -15,7 +15,7 @@ from PIL import Image
 from data_prep import media
 from data_prep.manifest import Row
 from data_prep.shard import ShardOptions, shard_manifest
-from mmmoe_pretrain import limits
+from tests.support import audio_bytes, image_bytes
 
 SMALL = ShardOptions(image_size=16, audio_rate=4000, workers=1)
 
@@ -60,46 +60,19 @@ def test_an_mp3_passes_or_becomes_flac(tmp_path: Path):
 
 def flac(total: int) -> bytes:
     """A second of noise at 8 kHz whose STREAMINFO states ``total`` samples (36 bits, from bit 172)."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.random.default_rng(0).uniform(-0.5, 0.5, 8000), 8000, format="FLAC")
-    data = bytearray(buffer.getvalue())
+    data = bytearray(audio_bytes(np.random.default_rng(0).uniform(-0.5, 0.5, 8000), "FLAC", rate=8000))
     fields = int.from_bytes(data[18:26], "big")
     assert fields % 2**36 == 8000
     data[18:26] = (fields - 8000 + total).to_bytes(8, "big")
     return bytes(data)
 
 
-def wav(at: int, value: int, size: int) -> bytes:
-    """A second of silence at 8 kHz with one field of its header overwritten."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.zeros(8000), 8000, format="WAV")
-    data = bytearray(buffer.getvalue())
-    data[at : at + size] = value.to_bytes(size, "little")
-    return bytes(data)
-
-
-def png(keep: float) -> bytes:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    return buffer.getvalue()[: int(len(buffer.getvalue()) * keep)]
-
-
-def floats() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("F", (4, 4)).save(buffer, "TIFF")
-    return buffer.getvalue()
-
-
+NOISE = np.random.default_rng(0)
 DAMAGED = {
     "long.flac": flac(2**36 - 1),
-    "twice.flac": flac(16_000),
     "cut.flac": flac(8000)[:5000],
-    "channels.wav": wav(22, 2000, 2),
-    "rate.wav": wav(24, 2**31 - 1, 4),
-    "cut.png": png(0.5),
-    "header.png": png(0.01),
-    "float.png": floats(),  # which the codec does not read either
+    "cut.png": image_bytes(Image.fromarray(NOISE.integers(0, 255, (40, 40, 3), np.uint8)))[:2000],
+    "float.png": image_bytes(Image.new("F", (4, 4)), "TIFF"),  # which the codec does not read either
 }
 
 
@@ -119,13 +92,6 @@ def test_damaged_files_are_counted_and_skipped(tmp_path: Path, caplog, image_siz
     assert {json.loads(line)["key"] for line in skipped.splitlines()} == bad
     assert "object at 0x" not in skipped  # the same input gives the same bytes
     assert report.shards["train"][0]["nsamples"] == 1
-
-
-def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_PIXELS", 799)
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png .* 40 x 20 pixels exceeds"):
-        media.image_member(tmp_path / "a.png", 16)
 
 
 def test_only_shrunk_pictures_are_kept_in_memory(tmp_path: Path):

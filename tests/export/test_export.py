@@ -1,12 +1,10 @@
 """What an export holds, that another program can read it, and that it comes back as it was."""
 
-import io
 import json
 import re
 import runpy
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.export.support import State, make_run, write_run
-from tests.support import random_batch, tiny_config
+from tests.support import random_batch, tiny_config, write_tar
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "embed.py"
@@ -161,13 +159,8 @@ def test_a_run_without_text_is_exported_and_read_without_a_tokenizer(tmp_path: P
 def test_the_card_counts_licences_as_the_samples_state_them(tmp_path: Path, tiny_data: Path) -> None:
     """Four rows under two spellings of the field, one of a broken JSON, and a second folder that is not there."""
     rows = [{"licence": "MIT", "source": "b"}, {"licence": "MIT", "source": "a"}, {"license": "CC-BY-4.0"}, {}]
-    members = {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)} | {"4.json": b"{"}
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    members = [*((f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(rows)), ("4.json", b"{")]
+    write_tar(tmp_path / "shards" / "0.tar", members)
     data = {"train": [{"path": str(tmp_path / "shards")}, {"path": "gone", "weight": 3}],
             "tokenizer": str(tiny_data / "tokens.model")}  # fmt: skip
     facts = facts_of(tmp_path, tiny_config(tmp_path, data=data), {"step": 1}, "apache-2.0")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from mmmoe_pretrain.evaluate.run import evaluate_command
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.extension.kinds_outside import write_package
-from tests.support import tiny_values
+from tests.support import tiny_values, write_tar
 
 
 @pytest.fixture
@@ -38,16 +36,13 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 
 def write_points(folder: Path, count: int) -> None:
     """Clouds around a centre; the label is twice its x."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for i in range(count):
-            centre = rng.uniform(-1, 1, 2)
-            lines = "\n".join(f"{x} {y}" for x, y in centre + 0.05 * rng.standard_normal((5 + i % 7, 2)))
-            for extension, text in (("xy", lines), ("json", json.dumps({"label": str(round(2 * centre[0], 3))}))):
-                info = tarfile.TarInfo(f"cloud-{i:03d}.{extension}")
-                info.size = len(text)
-                tar.addfile(info, io.BytesIO(text.encode()))
+    rng, members = np.random.default_rng(0), []
+    for i in range(count):
+        centre = rng.uniform(-1, 1, 2)
+        lines = "\n".join(f"{x} {y}" for x, y in centre + 0.05 * rng.standard_normal((5 + i % 7, 2)))
+        for extension, text in (("xy", lines), ("json", json.dumps({"label": str(round(2 * centre[0], 3))}))):
+            members.append((f"cloud-{i:03d}.{extension}", text.encode()))
+    write_tar(folder / "00000.tar", members)
 
 
 def config_of(root: Path, name: str, steps: int) -> RunConfig:

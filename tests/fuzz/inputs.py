@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import yaml
 from PIL import Image
 
-from tests.support import RATE, tiny_values, write_tokenizer
+from tests.support import RATE, npy_bytes, tiny_values, write_tokenizer
+from tests.support import audio_bytes as sound
+from tests.support import image_bytes as saved
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "tests" / "assets" / "mini" / "mini.tar"
@@ -35,16 +36,16 @@ def images() -> dict[str, tuple[bytes, ...]]:
     turned[0x0112] = 6
     frames: dict[str, Any] = {"save_all": True, "append_images": [alpha, rgb], "duration": 10}
     return {
-        "png": (_save(rgb, "PNG"), _save(alpha, "PNG"), _save(indexed, "PNG", transparency=0), _save(wide, "PNG"),
-                _save(rgb.convert("1"), "PNG"), *_mini(".png", 3)),
-        "jpeg": (_save(rgb, "JPEG"), _save(rgb, "JPEG", progressive=True), _save(rgb, "JPEG", exif=turned),
-                 _save(rgb.convert("CMYK"), "JPEG"), _save(rgb.convert("L"), "JPEG")),
-        "webp": (_save(rgb, "WEBP"), _save(alpha, "WEBP", lossless=True), _save(rgb, "WEBP", exif=turned),
-                 _save(alpha, "WEBP", **frames)),
-        "gif": (_save(indexed, "GIF"), _save(indexed, "GIF", transparency=1), _save(indexed, "GIF", **frames)),
-        "bmp": (_save(rgb, "BMP"), _save(indexed, "BMP"), _save(rgb.convert("1"), "BMP")),
-        "tiff": (_save(rgb, "TIFF"), _save(rgb, "TIFF", compression="jpeg"), _save(wide, "TIFF"),
-                 _save(alpha, "TIFF", compression="tiff_lzw"), _save(indexed, "TIFF", compression="packbits")),
+        "png": (saved(rgb, "PNG"), saved(alpha, "PNG"), saved(indexed, "PNG", transparency=0), saved(wide, "PNG"),
+                saved(rgb.convert("1"), "PNG"), *_mini(".png", 3)),
+        "jpeg": (saved(rgb, "JPEG"), saved(rgb, "JPEG", progressive=True), saved(rgb, "JPEG", exif=turned),
+                 saved(rgb.convert("CMYK"), "JPEG"), saved(rgb.convert("L"), "JPEG")),
+        "webp": (saved(rgb, "WEBP"), saved(alpha, "WEBP", lossless=True), saved(rgb, "WEBP", exif=turned),
+                 saved(alpha, "WEBP", **frames)),
+        "gif": (saved(indexed, "GIF"), saved(indexed, "GIF", transparency=1), saved(indexed, "GIF", **frames)),
+        "bmp": (saved(rgb, "BMP"), saved(indexed, "BMP"), saved(rgb.convert("1"), "BMP")),
+        "tiff": (saved(rgb, "TIFF"), saved(rgb, "TIFF", compression="jpeg"), saved(wide, "TIFF"),
+                 saved(alpha, "TIFF", compression="tiff_lzw"), saved(indexed, "TIFF", compression="packbits")),
     }  # fmt: skip
 
 
@@ -54,12 +55,16 @@ def clips() -> dict[str, tuple[bytes, ...]]:
     time = np.arange(RATE // 4) / RATE
     mono = 0.3 * np.sin(2 * np.pi * 300 * time)
     stereo = np.stack([mono, -mono], axis=1)
-    wavs = [_sound(mono, "WAV", kind) for kind in ("PCM_16", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM")]
+    wavs = [sound(mono, "WAV", kind) for kind in ("PCM_16", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM")]
     return {
-        "wav": (*wavs, _sound(stereo, "WAV", "PCM_24"), _sound(mono, "WAVEX", "PCM_16")),
-        "flac": (_sound(mono, "FLAC", "PCM_16"), _sound(stereo, "FLAC", "PCM_24"), *_mini(".flac", 2)),
-        "ogg": (_sound(mono, "OGG", "VORBIS"), _sound(stereo, "OGG", "VORBIS"), _sound(mono, "OGG", "OPUS")),
-        "mp3": (_sound(mono, "MP3", "MPEG_LAYER_III"), _sound(stereo, "MP3", "MPEG_LAYER_III")),
+        "wav": (*wavs, sound(stereo, "WAV", "PCM_24"), sound(mono, "WAVEX", "PCM_16")),
+        "flac": (sound(mono, "FLAC", "PCM_16"), sound(stereo, "FLAC", "PCM_24"), *_mini(".flac", 2)),
+        "ogg": (
+            sound(mono, "OGG", "VORBIS"),
+            sound(stereo, "OGG", "VORBIS"),
+            sound(mono, "OGG", "OPUS"),
+        ),
+        "mp3": (sound(mono, "MP3", "MPEG_LAYER_III"), sound(stereo, "MP3", "MPEG_LAYER_III")),
     }
 
 
@@ -70,7 +75,7 @@ def series() -> dict[str, tuple[bytes, ...]]:
     gaps = np.where(steps > 1, np.nan, steps)
     arrays = (steps, gaps.astype(np.float32), np.asfortranarray(steps), (9 * steps).astype(np.int16))
     lines = ["\n".join(",".join(map(str, row)) for row in array.T) for array in (steps, gaps)]
-    return {"npy": tuple(map(_npy, arrays)), "csv": tuple(line.encode() for line in lines)}
+    return {"npy": tuple(map(npy_bytes, arrays)), "csv": tuple(line.encode() for line in lines)}
 
 
 def document() -> dict[str, bytes]:
@@ -131,24 +136,6 @@ def _tar(format: int, prefix: str) -> bytes:
                     info.mtime = 1.5  # a record of its own
                 tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def _save(image: Image.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
-def _sound(wave: np.ndarray, format: str, subtype: str) -> bytes:
-    out = io.BytesIO()
-    soundfile.write(out, wave, RATE, format=format, subtype=subtype)
-    return out.getvalue()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
 
 
 def _mini(suffix: str, count: int) -> tuple[bytes, ...]:

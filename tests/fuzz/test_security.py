@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import pickle
@@ -34,6 +33,7 @@ from mmmoe_pretrain.untrusted import parse_json, parse_yaml
 from tests.fuzz import folders
 from tests.fuzz.mutate import aliases, code, merges, payload, tar_checksums
 from tests.fuzz.run import reset_peak, status
+from tests.support import audio_bytes, image_bytes
 
 IMAGES, CLIPS = ImageModality("image", ImageSettings()), Audio("audio", AudioSettings())
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,14 +120,16 @@ def test_tar_members_with_absolute_or_parent_paths_are_refused(tmp_path: Path, n
         open_indexed(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
-                                  tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE, b"V", b"?"])  # fmt: skip
-def test_tar_links_devices_pipes_and_unknown_kinds_are_refused(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize(("kind", "name"), [
+    (tarfile.SYMTYPE, "a symbolic link"), (tarfile.LNKTYPE, "a hard link"), (tarfile.CHRTYPE, "a device"),
+    (tarfile.BLKTYPE, "a device"), (tarfile.FIFOTYPE, "a pipe"), (tarfile.GNUTYPE_SPARSE, ""), (b"V", ""), (b"?", ""),
+])  # fmt: skip
+def test_tar_links_devices_pipes_and_unknown_kinds_are_refused(tmp_path: Path, kind: bytes, name: str) -> None:
     write_tar(tmp_path / "00000.tar", "a.txt")
     data = bytearray((tmp_path / "00000.tar").read_bytes())
     data[156:157] = kind
     (tmp_path / "00000.tar").write_bytes(tar_checksums(bytes(data)))
-    with pytest.raises(ValueError, match=r"00000\.tar holds .*; make it again with plain files"):
+    with pytest.raises(ValueError, match=rf"00000\.tar holds 'a\.txt', .*{name}.*; make it again with plain files"):
         open_indexed(tmp_path)
 
 
@@ -186,20 +188,12 @@ def test_a_bomb_of_pixels_is_refused_by_its_header(tmp_path: Path, width: int, h
 
 def test_a_jpeg_of_many_scans_is_refused_by_its_header() -> None:
     """Each scan of a progressive JPEG goes over all its pixels, and takes a few bytes."""
-    out = io.BytesIO()
-    Image.new("L", (4000, 4000)).save(out, "JPEG", progressive=True)
-    whole = out.getvalue()
+    whole = image_bytes(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
     scan = whole.rindex(b"\xff\xda")
     bomb = whole[:scan] + whole[scan:-2] * 1000 + b"\xff\xd9"
     with pytest.raises(BadSampleError, match=r"4000 x 4000 pixels in \d+ scans exceeds the limit"):
         IMAGES.decode(bomb)
     assert IMAGES.decode(whole).shape == (3, 48, 48)  # type: ignore[union-attr]
-
-
-def wav(frames: int, channels: int, rate: int) -> bytes:
-    out = io.BytesIO()
-    soundfile.write(out, np.zeros((frames, channels), np.int16), rate, format="FLAC")  # silence packs 1,000 : 1
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("frames,channels,rate,what", [
@@ -211,7 +205,7 @@ def test_a_bomb_of_seconds_or_samples_is_refused_by_its_header(
 ) -> None:
     monkeypatch.setattr(limits, "MAX_CLIP_SAMPLES", 1_000_000)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: pytest.fail("it was decoded"))
-    bomb = wav(frames, channels, rate)
+    bomb = audio_bytes(np.zeros((frames, channels), np.int16), "FLAC", rate=rate)  # silence packs 1,000 : 1
     assert len(bomb) < frames * channels / 10
     (tmp_path / "bomb.flac").write_bytes(bomb)
     with pytest.raises(BadSampleError, match=what):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,12 @@ from mmmoe_pretrain.modalities.image import Image as ImageModality
 from mmmoe_pretrain.modalities.image import ImageEmbedder
 from mmmoe_pretrain.modalities.image_settings import ImageSettings
 from mmmoe_pretrain.modalities.image_view import View, random_view, render
+from tests.support import image_bytes as encoded
+from tests.support import in_forks
 
 SIZE = 16
 IMAGES = ImageModality("image", ImageSettings(size=SIZE))
 RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 def decode(data: bytes, rng: np.random.Generator | None = None, images: ImageModality = IMAGES) -> np.ndarray:
@@ -166,17 +162,7 @@ def test_a_forked_worker_decodes_after_its_parent_used_torch_s_threads(threads: 
         torch.set_num_threads(2)
         torch.ones(1500, 1500) @ torch.ones(1500, 1500)
         decode(data, images=ImageModality("image", ImageSettings(size=64)))
-        workers = [
-            multiprocessing.get_context("fork").Process(target=_decode_in_a_fork, args=(data, threads))
-            for _ in range(4)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(30)
-            codes = worker.exitcode
-            worker.kill()
-            assert codes == 0, "None: it hung"
+        assert in_forks(*4 * [partial(_decode_in_a_fork, data, threads)]) == [0] * 4, "None: it hung"
     finally:
         torch.set_num_threads(before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from typing import Any
 
@@ -12,14 +11,9 @@ import torch
 
 from mmmoe_pretrain.modalities import BadSampleError
 from mmmoe_pretrain.modalities.series import Series, SeriesEmbedder, SeriesSettings
+from tests.support import npy_bytes as npy
 
 RAW = SeriesSettings(channels=2, patch=4, max_steps=16, normalize="none")
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
 
 
 def header(text: str, data: bytes = b"", version: tuple[int, int] = (1, 0)) -> bytes:
