@@ -99,6 +99,7 @@ def _load_model(data: bytes, path: str | Path) -> sentencepiece.SentencePiecePro
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)
-    except RuntimeError as error:
+        model.id_to_piece(list(range(model.vocab_size())))  # each is decoded
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a sentencepiece model ({error}); make one by mmmoe-data tokenizer") from None
     return model

@@ -82,6 +82,13 @@ def test_a_wrong_tokenizer_is_refused_with_the_remedy(path: Path, tmp_path: Path
         Tokenizer(path, expected_fingerprint="abc")
 
 
+def test_a_tokenizer_with_a_piece_that_is_no_text_is_refused(path: Path, tmp_path: Path) -> None:
+    damaged, piece = tmp_path / "t.model", max(map(Tokenizer(path).piece, range(4, 40)), key=len).encode()
+    damaged.write_bytes(path.read_bytes().replace(piece, piece[:-1] + b"\xff", 1))
+    with pytest.raises(ValueError, match=r"t\.model is not a sentencepiece model \('utf-8' codec can't decode"):
+        Tokenizer(damaged)
+
+
 def test_a_tokenizer_without_marks_is_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["red green blue"] * 9), model_prefix=str(tmp_path / "bare"), vocab_size=20,
