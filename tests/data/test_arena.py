@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mmmoe_pretrain.data.workers.arena import ALIGNMENT, Arena, Slots, dump, load
+from tests.support import in_forks
 
 MB = 1 << 20
 
@@ -66,3 +68,16 @@ def test_slots_are_used_again_and_memory_beyond_the_limit_is_given_back() -> Non
     gc.collect()
     assert arena.take() == 9  # the lent one, with its last view
     arena.close()
+
+
+def test_maps_of_two_arenas_leave_descriptors_free_where_a_process_may_have_few() -> None:
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        arenas = Arena(MB), Arena(MB)
+        for slots, arena in [(Slots(arena.descriptor), arena) for arena in arenas]:
+            for n in range(300):
+                slot = arena.take()
+                assert slots.load(slot, slots.write(slot, n)) == n
+        assert len(os.listdir("/proc/self/fd")) < 128
+
+    assert in_forks(write) == [0]

@@ -19,6 +19,7 @@ from typing import Any
 STRIDE = 1 << 36  # addresses, not memory
 ALIGNMENT = 64
 MAX_MAPS = 128  # that a process keeps of an arena: each takes a descriptor
+SHARE_OF_DESCRIPTORS = 8  # at most one in so many of those that the process may have
 MIN_MAP_BITS = 16
 _COUNT = struct.Struct("<Q")
 
@@ -55,7 +56,9 @@ class Slots:
     to map a value and to fault its pages in than to copy it."""
 
     def __init__(self, descriptor: int) -> None:
-        self._mapped = functools.lru_cache(MAX_MAPS)(functools.partial(mapped, descriptor))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MAX_MAPS if soft == resource.RLIM_INFINITY else min(MAX_MAPS, soft // SHARE_OF_DESCRIPTORS)
+        self._mapped = functools.lru_cache(most)(functools.partial(mapped, descriptor))
 
     def write(self, slot: int, value: object) -> int:
         """Write ``value`` into ``slot``, which ``Arena.take`` gave; its length."""
