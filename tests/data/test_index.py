@@ -301,6 +301,20 @@ def test_shards_in_a_folder_that_cannot_be_written_are_indexed_in_the_cache(
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["x.tar"]
 
 
+def test_an_old_index_beside_shards_that_cannot_be_written_is_passed_over_without_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMMOE_CACHE", str(tmp_path / "cache"))
+    (shard,) = write(tmp_path / "data", "a")
+    open_indexed(tmp_path / "data")
+    os.utime(shard)  # as by a copy of the folder
+    monkeypatch.setattr(indexing, "_can_write", lambda folder: folder != tmp_path / "data")
+    looked_at = open_indexed(tmp_path / "data")
+    opened = open_indexed(tmp_path / "data", listing=looked_at.listing, ask="none")
+    assert opened.index_path == looked_at.index_path != tmp_path / "data" / indexing.NAME
+    assert opened.read(0).key == looked_at.key(0)
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Writer) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -52,6 +52,8 @@ def open_index(listing: Listing, files: Files, walk: Walk | None = None, *, ask:
     """
     home = home_of(listing)
     labels = [label(shard.url, home) for shard in listing.shards]
+    if ask == "none" and sum(path.exists() for path in places(listing, home)) > 1:
+        ask = "local"  # the one beside shards that cannot be written may be of other files: they tell
     stats = _stats(listing, files, ask)
     for shard, stat in zip(listing.shards, stats, strict=True):
         if stat is not None and shard.size not in (None, stat.size):
