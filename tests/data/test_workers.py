@@ -23,6 +23,7 @@ import pytest
 
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
 from mmmoe_pretrain.data.storage.stores import ChangedError
+from mmmoe_pretrain.data.workers.arena import STRIDE
 from mmmoe_pretrain.data.workers.dispatch import CREDIT
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, WorkerDied, Workers
 from mmmoe_pretrain.data.workers.worker import _received
@@ -211,6 +212,16 @@ def test_killing_workers_at_any_moment_changes_no_item() -> None:
             os.kill(chance.choice(items.pids), signal.SIGKILL)
     assert got == plain(range(60))
     assert items.restarts > 3  # of about 18 kills; one that was dead already is not counted again
+
+
+def test_the_memory_of_killed_workers_is_used_again() -> None:
+    items = Items(Blocks(lambda k, sample: time.sleep(0.01)), range(20), Workers(1, 2, max_restarts=20))
+    for _ in range(20):
+        next(items)
+        slots = sum(os.fstat(arena).st_size // STRIDE for arena in items.reader._running[0].arenas)
+        os.kill(items.pids[0], signal.SIGKILL)
+    assert items.restarts > 10
+    assert slots <= 2 * SAMPLES + CREDIT * 2 + 3, "of two items and the one that is held, and of tasks"
 
 
 class _Deadly(MicrobatchDataset):

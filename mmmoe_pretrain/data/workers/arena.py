@@ -125,6 +125,12 @@ class Arena:
             self._drop_memory(slot)
         self._free.append(slot)
 
+    def recover(self, slot: int) -> None:
+        """``slot`` may hold a part of a value, whose writer has ended."""
+        self._memory[slot] = STRIDE  # unknown
+        self._drop_memory(slot)
+        self._free.append(slot)
+
     def lend(self, slot: int) -> memoryview:
         """The value in ``slot``, which is given back with the last view of it."""
         content = mapped(self.descriptor, slot, self._used.pop(slot))

@@ -76,6 +76,7 @@ class Dispatcher:
         self._pinned: list[list[_Task]] = [[] for _ in range(count)]
         self._seconds = math.inf  # of a sample, lately; unknown at first: one sample a task
         self._samples, self._packed = Arena(most_bytes), Arena(most_bytes)
+        self._left: list[tuple[Worker, Arena, int]] = []  # slots into which a lost worker may have written
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="data dispatch", daemon=True)
@@ -88,6 +89,8 @@ class Dispatcher:
     def set_worker(self, slot: int, worker: Worker) -> None:
         """Use ``worker`` in ``slot``, in the place of one that was lost; the first time, one after the other."""
         with self.changed:
+            for lost in self.workers[slot : slot + 1]:
+                self._recover(lost)
             self.workers[slot : slot + 1] = [worker]
             if self._thread.ident is None:
                 self._thread.start()
@@ -204,11 +207,21 @@ class Dispatcher:
         self.changed.notify_all()
 
     def _take_back(self, worker: Worker) -> None:
-        """What a lost worker has not answered is to be done again. Its slots are not used again: it may be stuck
-        in the kernel, before the end of a write."""
+        """What a lost worker has not answered is to be done again, in other slots."""
         for task in worker.tasks.values():
+            self._left.append((worker, self._packed if task.packs else self._samples, task.slot))
             self._push(task)
         worker.tasks.clear()
+
+    def _recover(self, worker: Worker) -> None:
+        """The slots of what a lost worker has not answered are free, unless it is stuck in the kernel, before the end
+        of a write."""
+        if worker.process.exitcode is None:
+            return
+        for writer, slots, slot in self._left:
+            if writer is worker:
+                slots.recover(slot)
+        self._left = [entry for entry in self._left if entry[0] is not worker]
 
     def _push(self, task: _Task) -> None:
         shared = self._packs if task.packs else self._shared
