@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.data import shared
 from mmmoe_pretrain.data.loader import Loader
-from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.storage.files import Files, Stat
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.parallel.mesh import build_host_groups
@@ -78,6 +79,20 @@ def test_one_rank_lists_the_shards_and_one_of_each_machine_looks_at_them(
     assert sorted(log.read_text().splitlines()) == sorted([f"{rank} lists train" for rank in lists] + asks)
     keys = [key for rank in found for key in rank]
     assert len(keys) == len(set(keys)) == tiny_config(tiny_data).train.global_batch_size
+
+
+def test_a_variable_in_a_url_names_the_shards_of_its_own_machine(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with(tiny_data, {"train": [{"path": "file://$SCRATCH/train"}]})
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    monkeypatch.setenv("SCRATCH", str(tiny_data))
+    found = shared.find(config, modalities, 2)
+    shutil.copytree(tiny_data / "train", tmp_path / "train")
+    for machine in (tiny_data, tmp_path):
+        monkeypatch.setenv("SCRATCH", str(machine))
+        (source,) = shared.open_sources(config, modalities, Files(), found, "none")
+        assert isinstance(source, Indexed) and source.urls == [f"{machine}/train/00000.tar"]
 
 
 def test_a_machine_whose_copy_of_a_shard_is_truncated_ends_all_ranks(tiny_data: Path, tmp_path: Path) -> None:
