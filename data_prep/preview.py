@@ -50,7 +50,7 @@ class Preview:
     sources: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     modalities: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     languages: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
-    epochs: dict[str, float] = field(default_factory=dict)  # of each source, over the whole run
+    epochs: dict[str, float | None] = field(default_factory=dict)  # over the whole run; None: of a stream, not known
     shares: dict[int, list[float]] = field(default_factory=dict)  # of each source in the samples of a step
     tokens: list[int] = field(default_factory=list)  # of each global microbatch
     rows: int = 0  # of their streams, padding included
@@ -112,7 +112,7 @@ def _count_epochs(found: Preview, config: RunConfig, dataset: MicrobatchDataset)
     drawn = np.bincount(blend.part_of(positions), minlength=len(blend.parts))
     for label, part, share in zip(_labels(config, dataset), blend.parts, drawn / len(positions), strict=True):
         found.sources[label] = Share()  # of a part that is not drawn in what is read, too
-        found.epochs[label] = share * whole / part.samples if part.samples else float("nan")
+        found.epochs[label] = share * whole / part.samples if part.samples else None
     found.shares = {step: blend.shares(step) for step in _steps(config)}
 
 
@@ -169,7 +169,10 @@ def _print(found: Preview, config: RunConfig, ranks: int) -> None:
         for name, share in sorted(groups.items(), key=lambda pair: -pair[1].tokens):
             cells = [name, f"{share.samples / found.samples:.1%}", f"{share.tokens / total:.1%}",
                      f"{share.tokens / max(1, share.samples):.1f}"]  # fmt: skip
-            table.add_row(*cells, *([f"{found.epochs[name]:.2f}"] if title == "source" else []))
+            if title == "source":
+                epochs = found.epochs[name]
+                cells.append("not known" if epochs is None else f"{epochs:.2f}")
+            table.add_row(*cells)
         console.print(table)
     if len({tuple(shares) for shares in found.shares.values()}) > 1:
         table = Table(

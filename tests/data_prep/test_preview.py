@@ -13,7 +13,9 @@ from tests.support import things, tiny_config, tiny_values, write_shards
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_preview_counts_what_a_run_reads(tmp_path: Path, tiny_data: Path, stream: bool) -> None:
+def test_a_preview_counts_what_a_run_reads(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], stream: bool
+) -> None:
     rows = things(16)
     for part in range(2):
         write_shards(tmp_path / f"{part}", rows[part::2], lacking=("audio",) if part else ())
@@ -26,6 +28,8 @@ def test_a_preview_counts_what_a_run_reads(tmp_path: Path, tiny_data: Path, stre
     assert {path: share.samples for path, share in found.sources.items()} == {str(tmp_path / "0"): 48, second: 16}
     assert {name: share.samples for name, share in found.modalities.items()} == {"image": 64, "text": 64, "audio": 48}
     assert found.epochs[str(tmp_path / "0")] == pytest.approx(48 / 8)
+    preview._print(found, config, 2)
+    assert ("not known" in capsys.readouterr().out) == stream, "epochs of a stream"
     assert sum(share.tokens for share in found.sources.values()) == sum(found.tokens)
 
 
@@ -51,8 +55,8 @@ def test_a_preview_has_a_row_for_each_part_and_the_shares_of_a_schedule(
     ]
     paths = [f"{train[0]['path']} [{held}]" for held in ("image+audio+text", "image+text")] + [train[1]["path"]]
     assert sorted(row[0] for row in rows[:3]) == sorted(paths), "samples and tokens of each part"
-    # 12 and 4 samples of weight 1; the other has weight 0, from step 4 on (two blocks of 6 samples) 0.5, then 1
-    steps = [(12, 4, 0), (12, 4, 0), (12, 4, 8), (12, 4, 8), (12, 4, 16)]
+    # 12 and 4 samples of weight 1; the other has weight 0, at step 4 (a block of 6 samples, then 2) 0.5, then 1
+    steps = [(12, 4, 0), (12, 4, 0), (6, 2, 4), (12, 4, 16), (12, 4, 16)]
     shares = zip(*([f"{held / sum(step):.1%}" for held in step] for step in steps), strict=True)
     assert rows[3:] == [[path, *its] for path, its in zip(paths, shares, strict=True)], "at steps 0, 3, 4, 5 and 7"
 

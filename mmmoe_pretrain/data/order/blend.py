@@ -21,7 +21,7 @@ import xxhash
 from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
 from mmmoe_pretrain.config.base import value_at
 from mmmoe_pretrain.data.order.fields import MODALITIES, field_path, read_field
-from mmmoe_pretrain.data.order.mix import Stage, block_counts, longest_block
+from mmmoe_pretrain.data.order.mix import Stage, apportion, block_counts, longest_block
 from mmmoe_pretrain.data.order.positions import Order, Places
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import Stream
@@ -30,7 +30,11 @@ from mmmoe_pretrain.urls import redacted
 MOST_LANES = 1024  # unless data.lanes says more
 MOST_SUB_LANES = 64  # of a stream, unless data.lanes is given: a reader keeps one pipe open for each of its lanes
 PIECES = 32  # at most, of a schedule's line between two of its steps
-ROWS_OF_PIECE = 32  # at least: fewer could not hold small shares
+ROWS_OF_PIECE = 32  # at least, of a line of SHORT_LINE rows or more
+SHORT_LINE, ROWS_OF_SHORT = 96, 8  # shorter lines have pieces of at least so many rows
+LATE = 16  # rows, or 1/32 of it, that a line of SHORT_LINE rows or more may end late
+SHORT_BLOCK = 16  # rows: the last block of a source that ends may be one that lacks some of its samples
+MOST_OFF, ROUGH = 1.5, 0.1  # of a stage of a schedule: places that a part may lack, or relative to its share
 
 MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples, or of those of them
 
@@ -67,7 +71,7 @@ class Blend:
         self.stages = build_stages(plan, [_end(data, part, self.lanes) for part in self.parts], self.lanes)
         sizes, window, chunk = [part.sizes for part in self.parts], data.shuffle_window, data.shuffle_chunk
         self._order = Order(sizes, self.stages, config.seed, lanes=self.lanes, window=window, chunk=chunk)
-        self.notes = _notes(batch, self.parts)
+        self.notes = _notes(config, self.parts, self.lanes)
         if self.steps is not None and config.train.steps > self.steps:
             raise ValueError(
                 f"data.train ends after {self.steps} steps of {batch} samples, by the epochs of its sources, and "
@@ -197,7 +201,7 @@ def shares_at(
     return lambda step: [value_at(its, step) * factor for its, factor in zip(schedules, factors, strict=True)]
 
 
-Plan = list[tuple[int, list[float]]]  # (first row, the weight of each part from there on)
+Plan = list[tuple[int, list[float], int]]  # (first row, weight of each part from there on, rows it may end late)
 
 
 def _plan(config: RunConfig, weights: Callable[[float], list[float]], lanes: int) -> Plan:
@@ -209,24 +213,28 @@ def _plan(config: RunConfig, weights: Callable[[float], list[float]], lanes: int
 
     knots = sorted({0, *(step for source in config.data.train for step, _ in source.schedule)})
     plan: Plan = []
-    for first, last in zip(knots, [*knots[1:], None], strict=True):
-        if last is None or weights(first) == weights(last - 1e-6):
-            pieces = [(float(first), float(first))]
-        else:
-            count = min(PIECES, max(1, rows(last - first) // ROWS_OF_PIECE))
-            edges = np.linspace(first, last, 1 + count).tolist()
-            pieces = [(edge, (edge + after) / 2) for edge, after in pairwise(edges)]
-        plan += [(rows(edge), weights(at)) for edge, at in pieces]
-    return plan
+    for first, last in pairwise(knots):
+        length = rows(last - first)
+        count = 1 if weights(first) == weights(last - 1e-6) else pieces_of(length)
+        edges = np.linspace(first, last, 1 + count).tolist()
+        late = length // count if length >= SHORT_LINE else length // count // 8
+        pieces = [(rows(edge), weights((edge + after) / 2), late) for edge, after in pairwise(edges)]
+        if length >= SHORT_LINE:  # within a line a stage may be late: the next one is shorter then
+            pieces[-1] = (*pieces[-1][:2], max(LATE, length // PIECES))
+        plan += pieces
+    return [*plan, (rows(knots[-1]), weights(knots[-1]), 0)]
+
+
+def pieces_of(rows: int) -> int:
+    """The number of pieces of a schedule's line of ``rows`` rows."""
+    return min(PIECES, max(1, rows // (ROWS_OF_SHORT if rows < SHORT_LINE else ROWS_OF_PIECE)))
 
 
 def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Stage]:
-    """The stages of ``plan``. ``ends``: of each part, how many samples a lane has; None: no end.
-
-    A stage ends with the block that its successor's first row falls into.
-    """
+    """The stages of ``plan``. ``ends``: of each part, how many samples a lane has; None: no end."""
     left, row, stages = list(ends), 0, list[Stage]()
-    for (_, weights), after in zip(plan, [*(first for first, _ in plan[1:]), None], strict=True):
+    owed = np.zeros(len(left))  # places, by which each part has had less than its share
+    for (_, weights, late), after in zip(plan, [*(first for first, *_ in plan[1:]), None], strict=True):
         while after is None or row < after:
             live = [0.0 if end == 0 else weight for weight, end in zip(weights, left, strict=True)]
             if not any(live):
@@ -236,31 +244,53 @@ def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Sta
                     f"data.train: from sample {row * lanes:,} on every source has weight 0 or has had its epochs; "
                     f"give one a weight there, or more epochs"
                 )
-            counts = _counts(live, lanes, None if after is None else after - row)
-            fitting = [end // count for end, count in zip(left, counts, strict=True) if count and end is not None]
-            wanted = None if after is None else -(-(after - row) // sum(counts))
-            blocks = min((number for number in (wanted, *fitting) if number is not None), default=None)
-            if blocks == 0:  # a part ends within the block: what it has left comes in one block of its own
-                counts = tuple(c if end is None else min(c, end) for c, end in zip(counts, left, strict=True))
-                blocks = 1
-            stages.append(Stage(counts, blocks))
-            if blocks is None:
+            room = None if after is None else after - row
+            stage = _next_stage(live, left, owed, room, late, longest_block(lanes))
+            stages.append(stage)
+            if stage.blocks is None:
                 return stages
-            row += blocks * sum(counts)
-            left = [end if end is None else end - blocks * c for end, c in zip(left, counts, strict=True)]
+            given = stage.blocks * np.asarray(stage.counts)
+            row += int(given.sum())
+            left = [end if end is None else end - count for end, count in zip(left, given.tolist(), strict=True)]
+            owed = owed + np.asarray(live) / sum(live) * given.sum() - given
+            owed = np.where(np.asarray(live) > 0, owed.clip(-1, 1).round(9), 0)
     return stages
 
 
-def _counts(weights: Sequence[float], lanes: int, rows: int | None) -> tuple[int, ...]:
-    """Places of a block, of at most ``rows`` rows. Without such a limit a source that would get none is refused."""
-    longest = longest_block(lanes)
-    counts = block_counts(weights, longest if rows is None else max(1, min(longest, rows)))
-    if rows is None and any(weight > 0 and not count for weight, count in zip(weights, counts, strict=True)):
+def _next_stage(
+    weights: Sequence[float], left: Sequence[int | None], owed: np.ndarray, room: int | None, late: int, longest: int
+) -> Stage:
+    """Whole blocks, until a part has too few samples ``left`` for another, or for ``room`` rows and at most ``late``
+    more. Where a block is too long for that or its shares too rough: one of as many rows as there are until then,
+    with the shares rounded to whole places. ``owed``: places that each part has had too few so far."""
+    counts = block_counts(weights, longest if room is None else min(longest, room))
+    if room is None and any(weight > 0 and not count for weight, count in zip(weights, counts, strict=True)):
         raise ValueError(
             f"the weights of data.train, {[float(f'{w:.3g}') for w in weights]}, differ too much: the smallest would "
             f"get less than one sample in {longest}; raise it, or leave its source out"
         )
-    return counts
+    shares, block = np.asarray(weights) / sum(weights), sum(counts)
+    fitting = [end // count for end, count in zip(left, counts, strict=True) if count and end is not None]
+    if room is not None:
+        blocks = -(-room // block)
+        fitting.append(blocks if blocks * block - room <= late else room // block)
+    blocks = min(fitting, default=None)
+    if blocks is None or (blocks and room is None):
+        return Stage(counts, blocks)
+    given = max(1, blocks) * np.asarray(counts)
+    ideal = shares * given.sum()
+    rough = bool((np.abs(ideal - given) > np.maximum(MOST_OFF, ROUGH * ideal)).any())
+    if blocks and not rough:
+        return Stage(counts, blocks)
+    if block <= SHORT_BLOCK and (room is None or (block <= room and not rough)):
+        return Stage(_at_most(left, counts), 1)
+    until_end = [ceil(end / share) for end, share in zip(left, shares, strict=True) if share > 0 and end is not None]
+    rows = min(longest, *until_end, *([] if room is None else [room]))
+    return Stage(_at_most(left, apportion(shares, rows, owed)), 1)
+
+
+def _at_most(left: Sequence[int | None], counts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(count if end is None else min(count, end) for count, end in zip(counts, left, strict=True))
 
 
 def _end(data: DataConfig, part: Part, lanes: int) -> int | None:
@@ -270,12 +300,22 @@ def _end(data: DataConfig, part: Part, lanes: int) -> int | None:
     return None if epochs is None or part.samples is None else -(-part.samples * epochs // lanes)
 
 
-def _notes(batch: int, parts: Sequence[Part]) -> list[str]:
-    sizes = [part.samples for part in parts]
-    total = sum(filter(None, sizes))
-    if None in sizes or total >= batch:
-        return []
-    return [
-        f"train.global_batch_size {batch} exceeds the {total} samples of data.train, so that a batch holds samples "
-        f"more than once; lower it, or add data"
-    ]
+def _notes(config: RunConfig, parts: Sequence[Part], lanes: int) -> list[str]:
+    batch, sizes = config.train.global_batch_size, [part.samples for part in parts]
+    found, total = [], sum(filter(None, sizes))
+    if None not in sizes and total < batch:
+        found.append(
+            f"train.global_batch_size {batch} exceeds the {total} samples of data.train, so that a batch holds "
+            f"samples more than once; lower it, or add data"
+        )
+    lines = [its for source in config.data.train for its in pairwise(source.schedule) if its[0][1] != its[1][1]]
+    steps = min((last - first for (first, _), (last, _) in lines), default=0)
+    rows = ceil(steps * batch / lanes)
+    if steps > 1 and rows < SHORT_LINE:
+        pieces = pieces_of(rows)
+        found.append(
+            f"the shortest change of a weight in data.train takes {steps} steps: it is followed in stages of about "
+            f"{steps / pieces:.3g} steps, with shares rounded to 1/{rows // pieces}; let it take "
+            f"{ceil(SHORT_LINE * lanes / batch)} steps or more for finer shares"
+        )
+    return found

@@ -106,3 +106,16 @@ def block_counts(weights: Sequence[float], longest: int = MAX_BLOCK) -> tuple[in
     exact, close = np.flatnonzero(error < EXACT), np.flatnonzero(error < TOLERANCE)
     best = exact[0] if exact.size else close[0] if close.size else error.argmin()
     return tuple(counts[best].astype(int).tolist())
+
+
+def apportion(shares: np.ndarray, rows: int, owed: np.ndarray) -> tuple[int, ...]:
+    """Places of each source in a block of ``rows`` rows, by the method of largest remainders: its share, and what it
+    is ``owed`` from blocks before, to within one place."""
+    ideal = np.where(shares > 0, np.maximum(shares * rows + owed, 0), 0)
+    if not ideal.any():
+        ideal = shares * rows
+    ideal *= rows / ideal.sum()
+    counts = np.floor(ideal + EXACT).astype(int)
+    largest = np.argsort(np.where(shares > 0, counts - ideal, 1), kind="stable")
+    counts[largest[: rows - counts.sum()]] += 1
+    return tuple(counts.tolist())
