@@ -34,7 +34,7 @@ ROWS_OF_PIECE = 32  # at least, of a line of SHORT_LINE rows or more
 SHORT_LINE, ROWS_OF_SHORT = 96, 8  # shorter lines have pieces of at least so many rows
 LATE = 16  # rows, or 1/32 of it, that a line of SHORT_LINE rows or more may end late
 SHORT_BLOCK = 16  # rows: the last block of a source that ends may be one that lacks some of its samples
-MOST_OFF, ROUGH = 1.5, 0.1  # of a stage of a schedule: places that a part may lack, or relative to its share
+MOST_OFF, ROUGH = 1.5, 0.1  # places, or of its share, that a part may have too few or many in a schedule's stage
 
 MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples, or of those of them
 
@@ -272,8 +272,8 @@ def _next_stage(
     shares, block = np.asarray(weights) / sum(weights), sum(counts)
     fitting = [end // count for end, count in zip(left, counts, strict=True) if count and end is not None]
     if room is not None:
-        blocks = -(-room // block)
-        fitting.append(blocks if blocks * block - room <= late else room // block)
+        wanted = -(-room // block)
+        fitting.append(wanted if wanted * block - room <= late else room // block)
     blocks = min(fitting, default=None)
     if blocks is None or (blocks and room is None):
         return Stage(counts, blocks)
