@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from data_prep.pool import map_in_order
@@ -23,6 +24,7 @@ from mmmoe_pretrain.data.storage.files import Files, Stat, read_settings
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.urls import redacted
 
+MOST_PARTS = 8  # values of a field that are printed
 log = logging.getLogger(__name__)
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")  # of a config, as for mmmoe train
 
@@ -57,13 +59,24 @@ def _index(
     for note in without_ranges(source.urls, files):
         log.warning("%s", note)
     held = f"{counted(len(source), 'sample')} in {counted(len(source.shard_sizes), 'shard')}"
-    Console(markup=False).print(f"{redacted(spec)}: {held}, {source.index_path}", highlight=False, soft_wrap=True)
+    _say(f"{redacted(spec)}: {held}, {source.index_path}")
     if modalities is not None:
         path = lengths_path(source, modalities)
         if open_lengths(path, source, modalities) is None:
             measure_lengths(source, modalities, path)
-    if field is not None and read_field(source, field) is None:
-        measure_field(source, field)
+        _say(f"  lengths: {path}")
+    if field is not None:
+        if read_field(source, field) is None:
+            measure_field(source, field)
+        values, ids = read_field(source, field) or ([], np.zeros(0, np.uint16))
+        sizes = zip(np.bincount(ids, minlength=len(values)).tolist(), values, strict=True)
+        parts = [f"{value or '(none)'} {size:,}" for size, value in sorted(sizes, reverse=True)]
+        more = f", and {len(parts) - MOST_PARTS} more" if len(parts) > MOST_PARTS else ""
+        _say(f"  {field}: {', '.join(parts[:MOST_PARTS])}{more}")
+
+
+def _say(line: str) -> None:
+    Console(markup=False).print(line, highlight=False, soft_wrap=True)
 
 
 def _walk(

@@ -249,8 +249,15 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
     rows = [{**row, "language": "de" if i % 4 == 0 else "en"} for i, row in enumerate(things(64))]
     folder = open_indexed(write_shards(tmp_path / "train", rows))
     config = config_of({"path": str(tmp_path / "train"), "split_by": "language", "temperature": 1e9})
-    with pytest.raises(ValueError, match="run mmmoe-data index with this config first"):
+    with pytest.raises(
+        ValueError, match=r"were not read yet; run mmmoe-data index CONFIG with this run's config, or"
+    ):
         Blend(config, [folder])
+    for name, hint in {"langage": r"did you mean language\?", "xyz": "the fields with texts are .*language"}.items():
+        with pytest.raises(ValueError, match=f"no sample of .*train has a text in the field {name} .*: {hint}"):
+            measure_field(folder, name)
+        np.savez(field_path(folder, name), values=np.asarray([""]), ids=np.zeros(64, np.uint16))
+        assert read_field(folder, name) is None  # of an earlier version
     measure_field(folder, "language")
     blend = Blend(config, [folder])
     places = blend.at(np.arange(32))

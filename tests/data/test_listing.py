@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from mmmoe_pretrain.data.sources.listing import is_absent, list_shards
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data.sources.stream import open_stream
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.modalities import default_modalities
 from tests.support import write_tar
 
 
@@ -106,7 +109,7 @@ def test_a_local_file_that_is_absent_is_known_without_opening_it(data: Path) -> 
         (
             "{}/packed",
             r"^2 compressed shards, such as .*/packed/0\.tar\.gz, cannot be read .* unpack by gunzip, or "
-            r'train .* path: "pipe:cat .*/packed/0\.tar\.gz"$',
+            r'train .* path: "pipe:cat .*/packed/0\.tar\.gz::pipe:cat .*/packed/1\.tgz"$',
         ),
         (
             "{}/packed/sub/2.tar.zst",
@@ -127,3 +130,30 @@ def test_a_spec_that_cannot_be_read_says_why(
         (data / "packed" / name).touch()
     with pytest.raises(ValueError, match=message):
         open_indexed(spec.format(*[data] * spec.count("{}")))
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        ("00000 00001 00002 00003", ["{00000..00003}"]),
+        ("8 9 10 11", ["{8..11}"]),
+        ("098 099 100", ["{098..100}"]),
+        ("98 99 100", ["{98..100}"]),
+        ("a-1 a-2 b-1 c a-4", ["a-{1..2}", "a-4", "b-1", "c"]),
+    ],
+)
+def test_the_command_proposed_for_compressed_shards_reads_all_of_them(
+    tmp_path: Path, names: str, patterns: list[str]
+) -> None:
+    folder = tmp_path / "two words"
+    for name in names.split():
+        tar = write_tar(tmp_path / "plain.tar", [(f"{name}.txt", b"x")])
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+    with pytest.raises(ValueError) as refused:
+        open_indexed(folder)
+    spec = str(refused.value).partition('path: "')[2].removesuffix('"')
+    assert [part.partition("/two words/")[2].partition(".tar")[0] for part in spec.split("::")] == patterns
+    stream = open_stream(spec, Files(), default_modalities())
+    assert sorted(stream.read(0, i)[0].key for i in range(len(names.split()))) == sorted(names.split())
+    stream.close()

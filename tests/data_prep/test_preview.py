@@ -68,3 +68,16 @@ def test_an_index_of_a_config_takes_overrides(
     run_config.dump(tiny_config(tiny_data), tmp_path / "run.yaml")
     index.run([str(tmp_path / "run.yaml"), f"data.train=[{{path: {tmp_path / 'other'}}}]"], 1, lengths=False)
     assert "other: 4 samples in 1 shard," in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_index_of_a_config_says_which_field_and_lengths_it_has(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "other", [{**row, "language": "de" if i else "en"} for i, row in enumerate(things(4))])
+    run_config.dump(tiny_config(tiny_data), tmp_path / "run.yaml")
+    train = f"data.train=[{{path: {tmp_path / 'other'}, split_by: language}}]"
+    for _ in range(2):
+        index.run([str(tmp_path / "run.yaml"), train], 1, lengths=True)
+        first, lengths, field = capsys.readouterr().out.splitlines()[:3]
+        assert first.startswith(f"{tmp_path / 'other'}: 4 samples")
+        assert lengths.startswith("  lengths: ") and field == "  language: de 3, en 1"

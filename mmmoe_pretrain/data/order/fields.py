@@ -16,9 +16,12 @@ import xxhash
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.progress import Progress
+from mmmoe_pretrain.urls import redacted
 
 MOST_VALUES = 4096
+MOST_FIELDS = 32  # that a message names
 MODALITIES = "modalities"  # the value of split_by that is not a field
 
 
@@ -30,22 +33,31 @@ def field_path(source: Indexed, field: str) -> Path:
 
 def measure_field(source: Indexed, field: str) -> Path:
     """Read every JSON of ``source``, and write the values of ``field``; a sample without a text there has the value
-    "". Raises ValueError where there are more than MOST_VALUES."""
-    path, ids = field_path(source, field), dict[str, int]()
+    "". Raises ValueError where no sample has one, or there are more than MOST_VALUES."""
+    path, ids, fields = field_path(source, field), dict[str, int](), set[str]()
     found = np.zeros(len(source), dtype=np.uint16)
     with Progress(f"reading {field}", len(source), "samples") as progress:
         for i in range(len(source)):
             try:
-                value = read_row(source.read(i, only=(META,))).get(field)
+                row = read_row(source.read(i, only=(META,)))
             except BadSampleError:
-                value = None
+                row = {}
+            value = row.get(field)
             found[i] = ids.setdefault(value if isinstance(value, str) else "", len(ids))
+            if len(fields) < MOST_FIELDS:
+                fields.update(name for name, its in row.items() if isinstance(its, str) and its)
             if len(ids) > MOST_VALUES:
                 raise ValueError(
                     f"the field {field} has more than {MOST_VALUES} values, and each would be a part of the source; "
                     f"split by a field with fewer"
                 )
             progress.advance()
+    if not any(ids):
+        hint = nearest(field, sorted(fields), "the fields with texts are") if fields else f"use {MODALITIES}"
+        raise ValueError(
+            f"data.train: no sample of {redacted(source.spec)} has a text in the field {field} of its JSON; correct "
+            f"split_by: {hint}"
+        )
     part = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
     try:
         np.savez(part, values=np.asarray(list(ids)), ids=found)
@@ -57,12 +69,17 @@ def measure_field(source: Indexed, field: str) -> Path:
 
 def read_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray] | None:
     """The values of ``field``, and of each sample the number of its value; None where no file of a source of this
-    size has them."""
+    size has them, or none of them is a text."""
     try:
         with np.load(field_path(source, field), allow_pickle=False) as file:
             values, ids = [str(value) for value in file["values"]], np.asarray(file["ids"])
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
-    if ids.shape != (len(source),) or ids.dtype != np.uint16 or int(ids.max(initial=0)) >= len(values):
+    if (
+        not any(values)
+        or ids.shape != (len(source),)
+        or ids.dtype != np.uint16
+        or int(ids.max(initial=0)) >= len(values)
+    ):
         return None
     return values, ids

@@ -9,6 +9,7 @@ servers; a command (``pipe:``) is run only where the config itself names it.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from mmmoe_pretrain.data.sources.members import names
+from mmmoe_pretrain.data.sources.pipes import PIPE
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.data.storage.http import MAX_SKIPPED
 from mmmoe_pretrain.paths import VARIABLE
@@ -28,6 +30,7 @@ LIST = "shards.json"
 ENERGON = ".nv-meta"
 TRAIN = "train"
 MAX_LIST_BYTES = 64 << 20
+MAX_COMMANDS = 16  # that a message proposes
 MAX_SHARDS = 1_000_000  # that braces may expand to
 _LIKE_A_SHARD = re.compile(r"\.(tar|tgz)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
 _UNPACKED_BY = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd", "lz4": "unlz4"}
@@ -82,7 +85,7 @@ def without_ranges(urls: Iterable[str], files: Files) -> list[str]:
 
 def is_stream(spec: str) -> bool:
     """Whether ``spec`` can only be read on, as the output of a command is."""
-    return spec.startswith("pipe:") or "::pipe:" in spec
+    return spec.startswith(PIPE) or "::pipe:" in spec
 
 
 def remote_folder(spec: str) -> str:
@@ -180,13 +183,44 @@ def refuse_compressed(folder: str, *held: str) -> None:
     if not found:
         return
     ending, place = _ending(found[0]), redacted(join(folder, found[0]) if folder else found[0])
-    command = _PRINTED_BY.get(protocol(place), "COMMAND {}").format(place)
-    pipe = f"{command} | {_UNPACKED_BY[ending]} -c" if ending in ("zst", "lz4") else command
+    pipes = [_command(folder, name) for name in in_braces(found)]
+    pipe = "::".join(pipes[:MAX_COMMANDS]) + ("::..." if len(pipes) > MAX_COMMANDS else "")
     count = f"{len(found):,} compressed shards, such as {place}," if len(found) > 1 else f"compressed shard {place}"
     raise ValueError(
         f"{count} cannot be read sample by sample, since no range of a compressed file can be unpacked by itself; "
-        f'unpack by {_UNPACKED_BY[ending]}, or train on them in their order: path: "pipe:{pipe}"'
+        f'unpack by {_UNPACKED_BY[ending]}, or train on them in their order: path: "{pipe}"'
     )
+
+
+def _command(folder: str, name: str) -> str:
+    """The ``pipe:`` that prints the shards ``name``, perhaps with braces, of ``folder`` as what can be read."""
+    ending, place = _ending(name), redacted(join(folder, name) if folder else name)
+    plain = place.translate(str.maketrans("{}", "__"))
+    quoted = place if shlex.quote(plain) == plain else shlex.quote(place)
+    command = _PRINTED_BY.get(protocol(place), "COMMAND {}").format(quoted)
+    return f"{PIPE}{command} | {_UNPACKED_BY[ending]} -c" if ending in ("zst", "lz4") else f"{PIPE}{command}"
+
+
+def in_braces(found: Iterable[str]) -> list[str]:
+    """The names, those with successive numbers as one: ``0.tar``, ``1.tar`` -> ``{0..1}.tar``."""
+    runs: list[tuple[str, str, str, str]] = []  # before the first and last number, those, after them
+    for before, number, after in sorted(map(_numbered, found), key=lambda its: (its[0], its[2], len(its[1]), its[1])):
+        head, first, last, tail = runs[-1] if runs else ("", "", "", "")
+        follows = last and number == str(int(last) + 1).zfill(len(last)) and (before, after) == (head, tail)
+        if follows and (len(first) == len(number) or first[0] != "0"):
+            runs[-1] = head, first, number, tail
+        else:
+            runs.append((before, number, number, after))
+    return [
+        f"{head}{{{first}..{last}}}{tail}" if first != last else f"{head}{first}{tail}"
+        for head, first, last, tail in runs
+    ]
+
+
+def _numbered(name: str) -> tuple[str, str, str]:
+    """The name before, in and after its last number of the stem; the number is empty where there is none."""
+    match = re.match(r"(.*?)([0-9]+)([^0-9]*\.(?:tar|tgz)(?:\.\w+)?)$", name, re.IGNORECASE)
+    return (match[1], match[2], match[3]) if match else (name, "", "")
 
 
 def is_compressed(name: str) -> bool:
