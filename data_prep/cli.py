@@ -140,7 +140,10 @@ def preview(
     config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for mmmoe train.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples that are read.")] = 512,
-    data_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks whose tokens are compared.")] = 8,
+    data_parallel_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks whose tokens are compared; default: the most up to 8 that divide a batch."),
+    ] = None,
 ) -> None:
     """Show what a run would read, without training: shares, epochs, tokens, padding, seconds of decoding."""
     from data_prep import preview as work

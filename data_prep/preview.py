@@ -23,6 +23,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import BadSample
 from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
 from mmmoe_pretrain.data.order.assign import Assignment
+from mmmoe_pretrain.data.order.blend import most_dividing
 from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.members import counted
@@ -31,6 +32,7 @@ from mmmoe_pretrain.progress import track
 
 log = logging.getLogger(__name__)
 KEYS_NAMED = 5
+MOST_RANKS = 8
 MOST_STEPS = 8  # whose shares are shown
 DRAWS = 20_000  # positions of the run whose sources are looked up for its epochs
 
@@ -61,10 +63,14 @@ class Preview:
     bad: list[BadSample] = field(default_factory=list)
 
 
-def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel_size: int) -> None:
+def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel_size: int | None = None) -> None:
     """The command: read at least ``samples`` samples and print what they are. ``data_parallel_size``: of the ranks
-    that are compared."""
+    that are compared; None: the most up to MOST_RANKS that divide a microbatch."""
     config = run_config.load(config_path, list(overrides))
+    train = config.train
+    data_parallel_size = data_parallel_size or most_dividing(
+        max(1, train.global_batch_size // train.num_microbatches), MOST_RANKS
+    )
     modalities = build_modalities(config.modalities, config.data.tokenizer)
     found = preview(config, modalities, samples, data_parallel_size)
     _print(found, config, data_parallel_size)

@@ -24,6 +24,7 @@ from mmmoe_pretrain.config.base import (
     Schedule,
     SourceText,
     StreamNames,
+    cache_settings,
     check_pair,
     check_schedule,
     explain,
@@ -100,7 +101,7 @@ class CacheConfig(_Model):
     """Blocks of remote shards on a disk of each node, shared by its ranks and workers."""
 
     folder: PathText
-    size_gb: float = Field(100.0, gt=0)  # those that were not used for longest make room
+    size_gb: float = Field(100.0, gt=0)  # above it the least recently used blocks are removed
     block_mb: int = Field(8, ge=1, le=1024)  # of a request
 
     @model_validator(mode="after")
@@ -132,7 +133,9 @@ class DataConfig(_Model):
     request_timeout: float = Field(20.0, gt=0)  # seconds until a request for remote bytes is given up and made again
     read_timeout: float = Field(0.0, ge=0)  # seconds of a read with its retries; 0: 0.3 of the hang limit
     read_retries: int = Field(100, ge=0)  # further requests of a read, with random pauses of up to 10 s
-    cache: CacheConfig | None = None  # of remote shards; None: memory alone
+    cache: Annotated[CacheConfig | None, BeforeValidator(cache_settings)] = (
+        None  # of remote shards; None: memory alone
+    )
 
     @model_validator(mode="after")
     def _no_secrets(self) -> DataConfig:

@@ -117,6 +117,11 @@ def paths(values: Any) -> Any:
     return [values] if isinstance(values, str) else values
 
 
+def cache_settings(values: Any) -> Any:
+    """Of ``data.cache``: a path alone is its folder."""
+    return {"folder": values} if isinstance(values, str) else values
+
+
 def _extension(name: str) -> str:
     """As ``members.split_name`` gives those of files."""
     return name.lower().removeprefix(".")

@@ -47,6 +47,10 @@ def test_a_preview_has_a_row_for_each_part_and_the_shares_of_a_schedule(
     data = {**tiny_values(tiny_data)["data"], "train": train, "lanes": 1}
     config = tiny_config(tiny_data, data=data, train={"steps": 8, "global_batch_size": 8, "num_microbatches": 1})
     run_config.dump(config, tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match="does not divide into"):
+        preview.run(tmp_path / "run.yaml", ["train.global_batch_size=12"], 12, 8)
+    preview.run(tmp_path / "run.yaml", ["train.global_batch_size=12"], 12)
+    assert "longest of 6 data-parallel ranks" in capsys.readouterr().out
     preview.run(tmp_path / "run.yaml", [], 64, 1)
     rows = [
         [cell.strip() for cell in line.split("\u2502")[1:-1]]
