@@ -18,6 +18,7 @@ from mmmoe_pretrain.checkpoint.storage import StorageError
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data.sources.survey import Sizes, read_sizes
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.parallel.agreement import from_rank_0
@@ -57,12 +58,13 @@ ORDER_OF_DATA = ("train", "lanes", "shuffle_window", "shuffle_chunk", "temperatu
 @dataclass(frozen=True)
 class DataState:
     """What of the data has been read: the batches that are skipped, the counts, and how far each stream is.
-    ``digest``: of the shards (``Loader.digest``), empty where it was not saved."""
+    ``digest``: of the shards (``Loader.digest``), empty where it was not saved; ``sizes``: theirs, for messages."""
 
     cursor: Cursor = field(default_factory=Cursor)
     samples: SampleCounts = field(default_factory=SampleCounts)
     streams: stream_state.Table = field(default_factory=dict)
     digest: str = ""
+    sizes: list[Sizes] = field(default_factory=list)
 
 
 class CheckpointManager:
@@ -169,6 +171,7 @@ def _meta(context: RunContext, data: DataState, losses: dict[str, float]) -> dic
         "samples": data.samples.to_json(),
         "streams": stream_state.to_json(data.streams),
         "data_digest": data.digest,
+        "data_sizes": data.sizes,
         "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
         "layout": dataclasses.asdict(context.layout),  # for information: a run may resume under any other
         "config": context.config.model_dump(mode="json"),
@@ -232,7 +235,7 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
         Cursor.from_json(meta.get("skipped_batches", [])),
         stream_state.from_json(meta.get("streams", {})),
     )
-    data = DataState(cursor, samples, streams, str(meta.get("data_digest", "")))
+    data = DataState(cursor, samples, streams, str(meta.get("data_digest", "")), read_sizes(meta.get("data_sizes")))
     return Restored(checkpoint, progress.steps, data)
 
 

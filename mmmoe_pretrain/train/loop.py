@@ -23,6 +23,7 @@ from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.listing import is_stream
+from mmmoe_pretrain.data.sources.survey import changes, sizes_of
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
@@ -105,6 +106,7 @@ class Trainer:
         self.samples = SampleCounts()
         self.streams: stream_state.Table = {}  # as the checkpoint has them from which this start or rollback resumed
         self.digest = loader.digest or ""
+        self.sizes = sizes_of([source.path for source in self.config.data.train], loader.sources)
         self.has_streams = any(is_stream(source.path) for source in self.config.data.train)
         self.faults = FaultDetector(self.config)
         self.objectives = ObjectiveMonitor(self.config)
@@ -335,8 +337,9 @@ class Trainer:
         self.streams = restored.data.streams
         if self.digest and restored.data.digest not in ("", self.digest):
             self.context.log.warning(
-                "the shards of data.train are not those that %s was trained on: the order of the data changes; "
+                "the shards of data.train are not those that %s was trained on (%s): the order of the data changes; "
                 "samples may be repeated or never read", restored.checkpoint,
+                "; ".join(changes(restored.data.sizes, self.sizes)) or "their totals are equal or were not saved",
             )  # fmt: skip
 
     def _seek(self) -> None:
@@ -348,7 +351,7 @@ class Trainer:
         states: stream_state.Table = {}
         if self.has_streams:
             states = exchange(self.context.host.control, lambda: self.loader.stream_states, stream_state.merged)
-        return DataState(self.skipped.cursor, self.samples, states, self.digest)
+        return DataState(self.skipped.cursor, self.samples, states, self.digest, self.sizes)
 
     def _open_metrics(self) -> None:
         """The log from this step on, on rank 0; records of later steps are dropped. Collective."""

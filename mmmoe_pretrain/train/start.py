@@ -215,8 +215,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = ""
             yield f"{where} is {'new' if key in new else 'missing'}"
         elif isinstance(old[key], dict) and isinstance(new[key], dict):
             yield from differences(old[key], new[key], f"{where}.")
+        elif old[key] != new[key] and _of_dicts(old[key]) and _of_dicts(new[key]):  # such as data.train
+            if len(old[key]) == len(new[key]):
+                for number, (one, other) in enumerate(zip(old[key], new[key], strict=True)):
+                    yield from differences(one, other, f"{where}[{number}].")
+            else:
+                was, now = (", ".join(str(its.get("path", its)) for its in each) for each in (old[key], new[key]))
+                yield f"{where} was {was} and is {now}"
         elif old[key] != new[key]:
             yield f"{where} was {old[key]!r} and is {new[key]!r}"
+
+
+def _of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(its, dict) for its in value)
 
 
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:

@@ -100,8 +100,13 @@ def test_a_state_skips_what_came_before_without_reading_the_shards_again(shards:
 
 def test_a_stream_that_the_checkpoint_does_not_know_starts_at_the_numbers_that_come_next(shards: Path) -> None:
     order, stream = order_of(8), open_six(shards, 4)
-    warnings = stream_state.start({0: (stream, 4)}, {"another": [LaneState(9)]}, order, 5 * BATCH)
-    assert len(warnings) == 1 and "does not know the stream" in warnings[0]
+    for saved, told in (
+        ({stream.identity: [LaneState(9)]}, "the checkpoint has 1 sub-lanes of it, now 4; set data.lanes back"),
+        ({f"{stream.name} 12ab": [LaneState(9)]}, "its other commands, their order, stream_window or the seed have"),
+        ({"pipe:cat another 12ab": [LaneState(9)]}, "its first command is new; the checkpoint has pipe:cat another"),
+    ):
+        (warning,) = stream_state.start({0: (stream, 4)}, saved, order, 5 * BATCH)
+        assert told in warning and stream.name in warning and "12ab" not in warning
     places = order.at(np.arange(5 * BATCH))
     read = [int((places.sub_lane == lane).sum()) for lane in range(4)]  # before that batch
     assert [state.number for state in stream.states] == read

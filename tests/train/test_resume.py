@@ -1,7 +1,9 @@
 """Which settings may change between two starts of a run, and resuming a run whose folder was moved."""
 
+import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +15,14 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.checkpoint.model import TOKENIZER
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.sources.survey import changes, read_sizes
 from mmmoe_pretrain.evaluate.rows import open_rows
 from mmmoe_pretrain.export.write import export_run
 from mmmoe_pretrain.surgery.operation import operate
 from mmmoe_pretrain.surgery.split import split
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.loop import train
-from mmmoe_pretrain.train.start import check_same_model, config_to_train
+from mmmoe_pretrain.train.start import check_same_model, config_to_train, differences
 from tests.distributed import run_ranks
 from tests.export.support import make_run
 from tests.support import tiny_config, tiny_values
@@ -62,6 +65,25 @@ def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path, save
         check_same_model(run_config.parse(values), saved)
 
 
+def test_changed_sources_are_named_by_their_paths() -> None:
+    a, b = {"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0}
+    assert list(differences({"train": [a]}, {"train": [b]}, "data.")) == ["data.train[0].path was 'a' and is 'b'"]
+    assert list(differences({"train": [a, b]}, {"train": [b]}, "data.")) == ["data.train was a, b and is b"]
+    assert list(differences({"train": [a]}, {"train": [a]})) == []
+
+
+@pytest.mark.parametrize("before, now, told", [
+    ([("a", 240), ("b", 9)], [("a", 180), ("b", 9)], ["a: 240 -> 180 samples"]),
+    ([("a", 240)], [("new", 180)], ["new: 240 -> 180 samples"]),
+    ([("a", 240), ("b", 9)], [("b", 9)], ["a is missing"]),
+    ([("b", 9)], [("a", 240), ("b", 9)], ["a is new"]),
+])  # fmt: skip
+def test_changed_shards_are_named_by_source(before: Any, now: Any, told: list[str]) -> None:
+    old, new = ([(path, {"samples": count}) for path, count in each] for each in (before, now))
+    assert changes(read_sizes(json.loads(json.dumps(old))), new) == told
+    assert read_sizes([["a"]]) == read_sizes(None) == read_sizes([["a", {"samples": "many"}]]) == []
+
+
 def trained(config: RunConfig) -> list[str]:
     """What the log warns of."""
     message: list[str] = []
@@ -101,7 +123,9 @@ def test_a_moved_run_resumes_in_its_new_place_with_its_own_tokenizer(
     assert "data.lanes was None and is 1: the order of the data changes" in lanes
     assert f"seed was {config.seed} and is 7: the order of the data changes" in order
     assert "the learning rate of step 5 is 0.0015" in rate
-    assert "the shards of data.train are not those that" in shards
+    told = rf"not those that .* was trained on \({tmp_path / 'train'}: 1 -> 2 shards, (\d+) -> (\d+) samples, \d+,"
+    before, after = re.search(told, shards).groups()
+    assert int(after) == 2 * int(before)
     assert steps_of(again) == list(range(1, 9))
     assert not config.run_dir.exists()
 

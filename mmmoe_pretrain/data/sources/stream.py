@@ -81,7 +81,12 @@ class Stream:
         digest = xxhash.xxh3_64(repr((self.seed, self.window)).encode())
         for url in self.shards:
             digest.update(f"{url}\0".encode())
-        return f"{redacted_command(self.shards[0])[:80]} {digest.hexdigest()}"
+        return f"{self.name} {digest.hexdigest()}"
+
+    @property
+    def name(self) -> str:
+        """Its first shard, for messages."""
+        return redacted_command(self.shards[0])[:80]
 
     def start(self, states: Iterable[LaneState]) -> None:
         """Read each of as many sub-lanes on from its state."""

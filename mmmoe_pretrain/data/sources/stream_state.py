@@ -65,11 +65,21 @@ def start(streams: Mapping[int, tuple[Stream, int]], saved: Table, order: Blend 
             states = [LaneState(number) for number in numbers]
             if position:
                 warnings.append(
-                    f"data.train: the checkpoint does not know the stream {stream.identity} in {lanes} sub-lanes: it "
-                    f"is read from its first epoch on, so that samples may be repeated"
+                    f"data.train: {stream.name} is read from its first epoch on, so that samples may be repeated: "
+                    f"{_change(stream, lanes, saved)}"
                 )
         stream.start(states)
     return warnings
+
+
+def _change(stream: Stream, lanes: int, saved: Table) -> str:
+    """Why ``saved`` has no states of ``lanes`` sub-lanes of ``stream``."""
+    if stream.identity in saved:
+        return f"the checkpoint has {len(saved[stream.identity])} sub-lanes of it, now {lanes}; set data.lanes back"
+    names = sorted(identity.rpartition(" ")[0] for identity in saved)
+    if stream.name in names:
+        return "its other commands, their order, stream_window or the seed have changed since the checkpoint"
+    return f"its first command is new; the checkpoint has {'; '.join(names) or 'no stream'}"
 
 
 def first_numbers(order: Blend | Order, source: int, lanes: int, position: int) -> list[int]:

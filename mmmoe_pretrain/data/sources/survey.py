@@ -12,9 +12,12 @@ from typing import Any
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, class_of, contents, document, read_row
 from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.data.sources.stream import Stream
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities, default_modalities
+from mmmoe_pretrain.urls import shown
 
+Sizes = tuple[str, dict[str, int]]  # the path of a source, its totals by name
 LOOKED_AT = 32  # samples of each kind whose JSON is searched for content
 LOOKED_AT_ALL = 4096  # of all kinds, of which a corpus of documents may have very many
 SEARCHED = 16_384  # of a source, before a run is refused: seconds, from a bucket minutes
@@ -153,3 +156,38 @@ def in_order(held: Iterable[str], modalities: Iterable[str]) -> tuple[str, ...]:
     """In the order of ``modalities``, then by name."""
     first = tuple(name for name in modalities if name in held)
     return (*first, *sorted(set(held).difference(first)))
+
+
+def sizes_of(paths: Sequence[str], sources: Sequence[Indexed | Stream]) -> list[Sizes]:
+    """The totals of each source, saved in checkpoints for the warning of a resumed run whose shards have changed."""
+    found: list[Sizes] = []
+    for path, source in zip(paths, sources, strict=False):  # a rank that does not read has no sources
+        if isinstance(source, Stream):
+            totals = {"shards": len(source.shards), "samples a window": source.window}
+        else:
+            samples, held = int(source.shard_sizes.sum()), int(source.shard_bytes.sum())
+            totals = {"shards": len(source.shard_sizes), "samples": samples, "bytes": held}
+        found.append((shown(path), totals))
+    return found
+
+
+def read_sizes(value: Any) -> list[Sizes]:
+    """What JSON made of ``sizes_of``; empty for anything else."""
+    try:
+        return [(str(path), {str(name): int(total) for name, total in its.items()}) for path, its in value]
+    except (TypeError, ValueError, AttributeError):
+        return []
+
+
+def changes(before: Sequence[Sizes], now: Sequence[Sizes]) -> list[str]:
+    """What differs, by source: ``data/web: 240 -> 180 samples``. A source with a new path is that of its number."""
+    known, found = dict(before), []
+    by_number = len(before) == len(now)
+    for number, (path, totals) in enumerate(now):
+        if path not in known and not by_number:
+            found.append(f"{path} is new")
+            continue
+        old = known.get(path) or before[number][1]
+        differ = [f"{old.get(name, 0):,} -> {its:,} {name}" for name, its in totals.items() if its != old.get(name)]
+        found += [f"{path}: {', '.join(differ)}"] if differ else []
+    return found + [f"{path} is missing" for path, _ in before if not by_number and path not in dict(now)]
