@@ -122,8 +122,8 @@ def test_a_path_alone_is_a_source(train: object) -> None:
 
 def test_a_path_alone_is_the_folder_of_the_cache(tmp_path: Path) -> None:
     run_config.dump(parse(), tmp_path / "run.yaml")
-    cache = run_config.load(tmp_path / "run.yaml", ["data.cache=/tmp/x"]).data.cache
-    assert cache == run_config.CacheConfig(folder="/tmp/x")
+    cache = run_config.load(tmp_path / "run.yaml", ["data.cache=/scratch/cache"]).data.cache
+    assert cache == run_config.CacheConfig(folder="/scratch/cache")
 
 
 def test_a_list_with_a_wrong_entry_is_not_called_too_short() -> None:
