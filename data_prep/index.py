@@ -18,10 +18,10 @@ from mmmoe_pretrain.data.order.fields import MODALITIES, measure_field, read_fie
 from mmmoe_pretrain.data.order.lengths import lengths_path, measure_lengths, open_lengths
 from mmmoe_pretrain.data.sources.index import Rows
 from mmmoe_pretrain.data.sources.listing import is_remote, is_stream, without_ranges
-from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files, Stat, read_settings
 from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import redacted
 
 MOST_PARTS = 8  # values of a field that are printed
@@ -66,9 +66,7 @@ def _index(
             measure_lengths(source, modalities, path)
         _say(f"  lengths: {path}")
     if field is not None:
-        if read_field(source, field) is None:
-            measure_field(source, field)
-        values, ids = read_field(source, field) or ([], np.zeros(0, np.uint16))
+        values, ids = read_field(source, field) or measure_field(source, field)
         sizes = zip(np.bincount(ids, minlength=len(values)).tolist(), values, strict=True)
         parts = [f"{value or '(none)'} {size:,}" for size, value in sorted(sizes, reverse=True)]
         more = f", and {len(parts) - MOST_PARTS} more" if len(parts) > MOST_PARTS else ""

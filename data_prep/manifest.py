@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.documents import PARTS, Part, parts_of
-from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.limits import (
     FIELD_ALIASES,
     MAX_KEY_BYTES,
@@ -26,7 +25,7 @@ from mmmoe_pretrain.limits import (
     has_text,
     use_aliases,
 )
-from mmmoe_pretrain.progress import Progress
+from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.untrusted import brief, parse_json
 
 SPLITS = ("train", "val", "test")

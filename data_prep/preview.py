@@ -26,9 +26,8 @@ from mmmoe_pretrain.data.order.assign import Assignment
 from mmmoe_pretrain.data.order.blend import most_dividing
 from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.data.sources import stream_state
-from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.modalities import Modalities, build_modalities
-from mmmoe_pretrain.progress import track
+from mmmoe_pretrain.progress import counted, track
 
 log = logging.getLogger(__name__)
 KEYS_NAMED = 5
@@ -123,9 +122,15 @@ def _count_epochs(found: Preview, config: RunConfig, dataset: MicrobatchDataset)
 
 
 def _labels(config: RunConfig, dataset: MicrobatchDataset) -> list[str]:
-    """The name of each part of the blend: its source's path, and what it is split by."""
+    """The name of each part of the blend: its source's path, what it is split by, and a number where the path is
+    named again."""
     named = [(config.data.train[part.source].path, part.name) for part in dataset.assignment.blend.parts]
-    return [path if name is None else f"{path} [{name or '(none)'}]" for path, name in named]
+    labels = [path if name is None else f"{path} [{name or '(none)'}]" for path, name in named]
+    before = Counter[str]()
+    for number, label in enumerate(labels):
+        before[label] += 1
+        labels[number] = f"{label} ({before[label]})" if before[label] > 1 else label
+    return labels
 
 
 def _steps(config: RunConfig) -> list[int]:
@@ -143,7 +148,7 @@ def _add(
     share = dataset.assignment.of_rank(number, 0)
     samples = [keep_slot(sample.item) for sample in made]
     tokens = np.bincount(origins(samples, dataset.settings, share.positions).sample_n, minlength=len(made))
-    parts, labels = dataset.assignment.blend.part_of(share.positions), _labels(config, dataset)
+    parts, labels = dataset.assignment.blend.part_of(share.positions), list(found.epochs)
     for sample, part, count in zip(made, parts.tolist(), tokens.tolist(), strict=True):
         groups = [found.sources[labels[part]]]
         if isinstance(sample.item, Sample):

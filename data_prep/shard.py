@@ -42,11 +42,10 @@ from data_prep.media import DECODED, member
 from data_prep.pool import map_in_order
 from data_prep.shard_files import BadSample, EncodedSample, write_shard, write_shard_list
 from mmmoe_pretrain import __version__
-from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.modalities import format_of
-from mmmoe_pretrain.progress import Progress
+from mmmoe_pretrain.progress import Progress, counted
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 20  # samples in one message

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import SPLITS, Row, read_manifest
-from mmmoe_pretrain.data.sources.members import counted
 from mmmoe_pretrain.limits import has_text
-from mmmoe_pretrain.progress import Progress
+from mmmoe_pretrain.progress import Progress, counted
 
 # sentencepiece's own rules, with case folded as NAME_cf; nfc is a table made here. nmt_nfkc alone turns
 # the zero-width non-joiner (U+200C), which Persian and Indic scripts spell with, and direction marks into spaces.

@@ -34,11 +34,11 @@ from mmmoe_pretrain.data.sources.listing import (
     refuse_compressed,
     without_ranges,
 )  # fmt: skip
-from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, counted, names
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.progress import track
+from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import StorageError, redacted
 

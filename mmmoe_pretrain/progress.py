@@ -25,6 +25,11 @@ BAR_SECONDS = 0.25
 T = TypeVar("T")
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{count:,} {noun}{ending * (count != 1)}"
+
+
 class Progress:
     """Prints what is done of ``total`` (None: unknown), its rate and the time left, from ``with`` to its end.
 

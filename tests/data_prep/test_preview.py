@@ -65,6 +65,21 @@ def test_a_preview_has_a_row_for_each_part_and_the_shares_of_a_schedule(
     assert rows[3:] == [[path, *its] for path, its in zip(paths, shares, strict=True)], "at steps 0, 3, 4, 5 and 7"
 
 
+def test_a_preview_tells_a_path_that_is_named_twice_apart(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "a", things(8))
+    path = str(tmp_path / "a")
+    train = [{"path": path, "weight": [[0, 1.0], [4, 1.0], [5, 3.0]]}, {"path": path}]
+    data = {**tiny_values(tiny_data)["data"], "train": train, "lanes": 1}
+    config = tiny_config(tiny_data, data=data, train={"steps": 8, "global_batch_size": 8, "num_microbatches": 1})
+    found = preview.preview(config, build_modalities(config.modalities, config.data.tokenizer), 64, 1)
+    preview._print(found, config, 1)
+    assert list(found.epochs) == list(found.sources) == [path, f"{path} (2)"]
+    assert sum(share.samples for share in found.sources.values()) == 64
+    assert capsys.readouterr().out.replace("\n", "").count("(2)") == 2, "a row of samples, and one of shares"
+
+
 def test_an_index_of_a_config_takes_overrides(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,9 +31,10 @@ def field_path(source: Indexed, field: str) -> Path:
     return path.with_name(f"{path.name}-{xxhash.xxh3_64_hexdigest(field.encode())}.field.npz")
 
 
-def measure_field(source: Indexed, field: str) -> Path:
-    """Read every JSON of ``source``, and write the values of ``field``; a sample without a text there has the value
-    "". Raises ValueError where no sample has one, or there are more than MOST_VALUES."""
+def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
+    """Read every JSON of ``source``, and write the values of ``field``, which ``read_field`` then gives; a sample
+    without a text there has the value "". Raises ValueError where no sample has one, or there are more than
+    MOST_VALUES."""
     path, ids, fields = field_path(source, field), dict[str, int](), set[str]()
     found = np.zeros(len(source), dtype=np.uint16)
     with Progress(f"reading {field}", len(source), "samples") as progress:
@@ -64,7 +65,7 @@ def measure_field(source: Indexed, field: str) -> Path:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+    return list(ids), found
 
 
 def read_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray] | None:

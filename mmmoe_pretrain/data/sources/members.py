@@ -66,11 +66,6 @@ def members_to_read(extensions: tuple[str, ...], modalities: Modalities) -> froz
     return frozenset(chosen)
 
 
-def counted(count: int, noun: str, ending: str = "s") -> str:
-    """``1 row``, ``2,000 rows``."""
-    return f"{count:,} {noun}{ending * (count != 1)}"
-
-
 def names(extensions: Iterable[str], most: int = 8) -> str:
     """For a message: ``left.png, right.png``."""
     listed = list(extensions)

@@ -7,14 +7,13 @@ ones. So obstore is used in data workers alone, which never fork, and the rank u
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mmmoe_pretrain.data.storage.retry import Later, TransientError
-from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, check_same
+from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, check_same, in_data_worker
 from mmmoe_pretrain.urls import MissingError, StorageError, UnavailableError, protocol, redacted
 
 CHUNK = 8 << 20
@@ -83,7 +82,7 @@ class FsspecFiles:
         return self._timed(url, work, seconds)
 
     def _timed(self, url: str, work: Callable[[], T], seconds: float) -> T:
-        may_be_wrong = not self._answered and not multiprocessing.current_process().daemon  # see http.py
+        may_be_wrong = not self._answered and not in_data_worker()  # see http.py
         with _explained(url, may_be_wrong):
             import fsspec  # here: local runs need not import it
 
@@ -200,7 +199,7 @@ def obstore_reads(name: str, options: Mapping[str, Any]) -> bool:
     placed = "region_name" in client or bool({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys())
     return (
         name in ("s3", "s3a")
-        and multiprocessing.current_process().daemon  # a data worker: it may have no children
+        and in_data_worker()
         and known
         and (anonymous or signed)
         and placed

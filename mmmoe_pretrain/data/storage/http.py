@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import http.client
-import multiprocessing
 import re
 import socket
 import ssl
@@ -22,7 +21,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from mmmoe_pretrain.data.storage.retry import TransientError, UnreachableError
-from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, changed, check_same
+from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, changed, check_same, in_data_worker
 from mmmoe_pretrain.urls import MissingError, StorageError, redacted
 
 CHUNK = 1 << 18
@@ -141,8 +140,7 @@ class HttpFiles:
 
     def may_be_wrong(self, parts: SplitResult) -> bool:
         """Whether nobody has reached the server of a URL: this process has not, and its run has not started."""
-        is_worker = multiprocessing.current_process().daemon
-        return (parts.scheme, parts.netloc) not in self.answered and not is_worker
+        return (parts.scheme, parts.netloc) not in self.answered and not in_data_worker()
 
     def give_back(self, parts: SplitResult, connection: http.client.HTTPConnection) -> None:
         self._idle[(parts.scheme, parts.netloc)].append(connection)

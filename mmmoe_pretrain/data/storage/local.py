@@ -31,13 +31,17 @@ REMEDIES = {
 }
 
 
+def descriptors(most: int, share: int) -> int:
+    """``most``, or one in ``share`` of those that the process may have, where that is less; at least 1."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // share))
+
+
 class LocalFiles:
     """A store (``stores.Store``) of paths. May be used by several threads, and by forked processes."""
 
     def __init__(self) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        room = soft // SHARE_OF_DESCRIPTORS if soft != resource.RLIM_INFINITY else MAX_OPEN
-        self._limit = max(1, min(MAX_OPEN, room))
+        self._limit = descriptors(MAX_OPEN, SHARE_OF_DESCRIPTORS)
         # A file is closed when it is neither here nor in use. The least recently used stands first.
         self._open: OrderedDict[str, io.FileIO] = OrderedDict()
         self._lock = threading.Lock()

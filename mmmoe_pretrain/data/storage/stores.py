@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +48,11 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give up descriptors and connections."""
+
+
+def in_data_worker() -> bool:
+    """Whether this process is one; alone of a run's processes it may have no children."""
+    return multiprocessing.current_process().daemon
 
 
 def check_same(url: str, expected: Stat, found: Stat) -> None:

@@ -16,6 +16,8 @@ import weakref
 from collections import deque
 from typing import Any
 
+from mmmoe_pretrain.data.storage.local import descriptors
+
 STRIDE = 1 << 36  # addresses, not memory
 ALIGNMENT = 64
 MAX_MAPS = 128  # that a process keeps of an arena: each takes a descriptor
@@ -56,8 +58,7 @@ class Slots:
     to map a value and to fault its pages in than to copy it."""
 
     def __init__(self, descriptor: int) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_MAPS if soft == resource.RLIM_INFINITY else min(MAX_MAPS, soft // SHARE_OF_DESCRIPTORS)
+        most = descriptors(MAX_MAPS, SHARE_OF_DESCRIPTORS)
         self._mapped = functools.lru_cache(most)(functools.partial(mapped, descriptor))
 
     def write(self, slot: int, value: object) -> int:
