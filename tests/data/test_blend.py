@@ -124,12 +124,12 @@ def test_a_source_has_its_share_until_its_epochs_end(
     values = [{**value, "epochs": n} for value, n in zip(values, ending, strict=False)] + values[len(ending) :]
     blend = Blend(config_of(*values), [Shards((size,)) for size in sizes[: len(weights)]])
     shares = np.asarray(weights) / sum(weights)
-    ideal = min(size * n / BATCH / share for size, n, share in zip(sizes, ending, shares, strict=False))
+    ideal = min(-(-size * n // BATCH) / share for size, n, share in zip(sizes, ending, shares, strict=False))
     rows = int(4 * sum(size * n / BATCH for size, n in zip(sizes, ending, strict=False)) / shares.min()) + 50
     places = blend.at(np.arange(rows * BATCH))
     drawn = places.source.reshape(rows, BATCH)
     ends = [int(np.flatnonzero((drawn == n).any(axis=1)).max()) + 1 for n in range(len(ending))]
-    assert abs(min(ends) - ideal) <= 16, "of the first, in rows: at most a short block early or late"
+    assert abs(min(ends) - ideal) <= 4, "of the first, in rows"
     window = min(32, *ends)
     for first in range(0, min(ends) - window + 1, 8):
         found = np.bincount(drawn[first : first + window].ravel(), minlength=len(weights)) / (window * BATCH)
@@ -144,26 +144,26 @@ def test_a_source_has_its_share_until_its_epochs_end(
 def test_a_short_schedule_is_followed_and_ends_at_its_step() -> None:
     config = config_of({"weight": [[0, 3.0], [40, 0.5]]}, {}, {})
     blend = Blend(config, [Shards((240,))] * 3)
-    shares = [drawn(blend, 8, first)[0] / (8 * BATCH) for first in range(0, 40, 8)]
-    for share, middle in zip(shares, range(4, 40, 8), strict=True):
-        weight = 3 - 2.5 * middle / 40
-        assert abs(share - weight / (weight + 2)) <= 1.5 / 8  # a stage of 8 rows, and one by which it may be late
-    assert drawn(blend, 50, first=40)[0] == 50 * BATCH // 5
-    assert "takes 40 steps: it is followed in stages of about 8 steps, with shares rounded to 1/8" in blend.notes[0]
+    given = 0
+    for first in range(0, 40, 8):
+        weight = 3 - 2.5 * (first + 4) / 40
+        given += drawn(blend, 8, first)[0] / BATCH - 8 * weight / (weight + 2)
+        assert abs(given) <= 1  # in samples of a lane: what a stage rounds away comes in the next one
+    assert drawn(blend, 50, first=40)[0] == 50 * BATCH // 5 and not blend.notes
     to_zero = Blend(config_of({"weight": [[0, 1.0], [30, 0.0]]}, {}, {}), [Shards((240,))] * 3)
-    assert drawn(to_zero, 5, first=25)[0] > 0 and not drawn(to_zero, 50, first=31)[0]
-    assert not Blend(config_of({"weight": [[0, 1.0], [96, 0.0]]}, {}), [Shards((240,))] * 2).notes
+    assert drawn(to_zero, 10, first=20)[0] > 0 and not drawn(to_zero, 50, first=30)[0]
+    assert "takes 30 steps: it is followed in stages of 10 steps, with shares rounded to 1/10" in to_zero.notes[0]
 
 
 def test_a_source_of_a_small_share_is_drawn_throughout_a_schedule() -> None:
-    # 1% of 640 rows, in stages of 32 that hold 0.32 of its samples each
+    # 1% of 640 rows, in stages of 20 that hold 0.2 of its samples each
     changing = {"weight": [[0, 0.6], [640, 0.4]]}
     blend = Blend(config_of(changing, {"weight": 0.49}, {"weight": 0.01}), [Shards((9,))] * 3)
     for first, total in ((0, 1.05), (320, 0.95)):  # of the weights in the middle of each half
         found = drawn(blend, 320, first)
         assert abs(found[2] / BATCH - 3.2 / total) <= 2
         assert abs(found[1] / BATCH - 320 * 0.49 / total) <= 4
-    assert sum(stage.block * (stage.blocks or 0) for stage in blend.stages) <= 640 + 20
+    assert sum(stage.block * (stage.blocks or 0) for stage in blend.stages) == 640
 
 
 def test_a_run_beyond_the_end_of_its_data_is_refused_with_the_steps_there_are() -> None:
@@ -184,7 +184,7 @@ def test_a_run_beyond_the_end_of_its_data_is_refused_with_the_steps_there_are() 
 )
 @settings(max_examples=60, deadline=None)
 def test_stages_never_give_a_part_more_than_it_has(weights: list[list[int]], ends: list[int | None]) -> None:
-    plan = [(25 * n, [float(weight) for weight in its], 3) for n, its in enumerate(weights)]
+    plan = [(25 * n, [float(weight) for weight in its]) for n, its in enumerate(weights)]
     try:
         stages = build_stages(plan, ends, lanes=4)
     except ValueError as error:
@@ -200,7 +200,7 @@ def test_stages_never_give_a_part_more_than_it_has(weights: list[list[int]], end
 
 
 def test_a_last_part_of_a_block_comes_in_a_block_of_its_own() -> None:
-    assert build_stages([(0, [2.0, 1.0], 0)], [5, None], lanes=1) == [
+    assert build_stages([(0, [2.0, 1.0])], [5, None], lanes=1) == [
         Stage((2, 1), 2),
         Stage((1, 1), 1),
         Stage((0, 1)),

@@ -30,11 +30,8 @@ from mmmoe_pretrain.urls import redacted
 MOST_LANES = 1024  # unless data.lanes says more
 MOST_SUB_LANES = 64  # of a stream, unless data.lanes is given: a reader keeps one pipe open for each of its lanes
 PIECES = 32  # at most, of a schedule's line between two of its steps
-ROWS_OF_PIECE = 32  # at least, of a line of SHORT_LINE rows or more
-SHORT_LINE, ROWS_OF_SHORT = 96, 8  # shorter lines have pieces of at least so many rows
-LATE = 16  # rows, or 1/32 of it, that a line of SHORT_LINE rows or more may end late
-SHORT_BLOCK = 16  # rows: the last block of a source that ends may be one that lacks some of its samples
-MOST_OFF, ROUGH = 1.5, 0.1  # places, or of its share, that a part may have too few or many in a schedule's stage
+ROWS_OF_PIECE = 8  # at least: in a block of one row all lanes would read the same source
+FEW_PIECES = 4  # of a line: with fewer a user is told
 
 MeanTokens = Callable[[int, np.ndarray | None], float]  # of a source's samples, or of those of them
 
@@ -201,7 +198,7 @@ def shares_at(
     return lambda step: [value_at(its, step) * factor for its, factor in zip(schedules, factors, strict=True)]
 
 
-Plan = list[tuple[int, list[float], int]]  # (first row, weight of each part from there on, rows it may end late)
+Plan = list[tuple[int, list[float]]]  # (first row, weight of each part from there on)
 
 
 def _plan(config: RunConfig, weights: Callable[[float], list[float]], lanes: int) -> Plan:
@@ -214,27 +211,22 @@ def _plan(config: RunConfig, weights: Callable[[float], list[float]], lanes: int
     knots = sorted({0, *(step for source in config.data.train for step, _ in source.schedule)})
     plan: Plan = []
     for first, last in pairwise(knots):
-        length = rows(last - first)
-        count = 1 if weights(first) == weights(last - 1e-6) else pieces_of(length)
+        count = 1 if weights(first) == weights(last - 1e-6) else pieces_of(rows(last - first))
         edges = np.linspace(first, last, 1 + count).tolist()
-        late = length // count if length >= SHORT_LINE else length // count // 8
-        pieces = [(rows(edge), weights((edge + after) / 2), late) for edge, after in pairwise(edges)]
-        if length >= SHORT_LINE:  # within a line a stage may be late: the next one is shorter then
-            pieces[-1] = (*pieces[-1][:2], max(LATE, length // PIECES))
-        plan += pieces
-    return [*plan, (rows(knots[-1]), weights(knots[-1]), 0)]
+        plan += [(rows(edge), weights((edge + after) / 2)) for edge, after in pairwise(edges)]
+    return [*plan, (rows(knots[-1]), weights(knots[-1]))]
 
 
 def pieces_of(rows: int) -> int:
     """The number of pieces of a schedule's line of ``rows`` rows."""
-    return min(PIECES, max(1, rows // (ROWS_OF_SHORT if rows < SHORT_LINE else ROWS_OF_PIECE)))
+    return min(PIECES, max(1, rows // ROWS_OF_PIECE))
 
 
 def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Stage]:
     """The stages of ``plan``. ``ends``: of each part, how many samples a lane has; None: no end."""
     left, row, stages = list(ends), 0, list[Stage]()
     owed = np.zeros(len(left))  # places, by which each part has had less than its share
-    for (_, weights, late), after in zip(plan, [*(first for first, *_ in plan[1:]), None], strict=True):
+    for (_, weights), after in zip(plan, [*(first for first, _ in plan[1:]), None], strict=True):
         while after is None or row < after:
             live = [0.0 if end == 0 else weight for weight, end in zip(weights, left, strict=True)]
             if not any(live):
@@ -244,8 +236,7 @@ def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Sta
                     f"data.train: from sample {row * lanes:,} on every source has weight 0 or has had its epochs; "
                     f"give one a weight there, or more epochs"
                 )
-            room = None if after is None else after - row
-            stage = _next_stage(live, left, owed, room, late, longest_block(lanes))
+            stage = _next_stage(live, left, owed, None if after is None else after - row, longest_block(lanes))
             stages.append(stage)
             if stage.blocks is None:
                 return stages
@@ -258,35 +249,26 @@ def build_stages(plan: Plan, ends: Sequence[int | None], lanes: int) -> list[Sta
 
 
 def _next_stage(
-    weights: Sequence[float], left: Sequence[int | None], owed: np.ndarray, room: int | None, late: int, longest: int
+    weights: Sequence[float], left: Sequence[int | None], owed: np.ndarray, room: int | None, longest: int
 ) -> Stage:
-    """Whole blocks, until a part has too few samples ``left`` for another, or for ``room`` rows and at most ``late``
-    more. Where a block is too long for that or its shares too rough: one of as many rows as there are until then,
-    with the shares rounded to whole places. ``owed``: places that each part has had too few so far."""
-    counts = block_counts(weights, longest if room is None else min(longest, room))
+    """As many whole blocks as fit the rows until ``room`` ends or a part has none ``left``; where none fits, one of
+    just these rows, with the shares rounded to whole places. ``owed``: places each part has had too few so far."""
+    counts, shares = block_counts(weights, longest), np.asarray(weights) / sum(weights)
     if room is None and any(weight > 0 and not count for weight, count in zip(weights, counts, strict=True)):
         raise ValueError(
             f"the weights of data.train, {[float(f'{w:.3g}') for w in weights]}, differ too much: the smallest would "
             f"get less than one sample in {longest}; raise it, or leave its source out"
         )
-    shares, block = np.asarray(weights) / sum(weights), sum(counts)
-    fitting = [end // count for end, count in zip(left, counts, strict=True) if count and end is not None]
-    if room is not None:
-        wanted = -(-room // block)
-        fitting.append(wanted if wanted * block - room <= late else room // block)
-    blocks = min(fitting, default=None)
-    if blocks is None or (blocks and room is None):
+    until = [ceil(end / share) for end, share in zip(left, shares, strict=True) if share > 0 and end is not None]
+    rows = min([*until, *([] if room is None else [room])], default=None)
+    if rows is None:
+        return Stage(counts)
+    blocks = min(
+        [rows // sum(counts), *(end // n for end, n in zip(left, counts, strict=True) if n and end is not None)]
+    )
+    if blocks:
         return Stage(counts, blocks)
-    given = max(1, blocks) * np.asarray(counts)
-    ideal = shares * given.sum()
-    rough = bool((np.abs(ideal - given) > np.maximum(MOST_OFF, ROUGH * ideal)).any())
-    if blocks and not rough:
-        return Stage(counts, blocks)
-    if block <= SHORT_BLOCK and (room is None or (block <= room and not rough)):
-        return Stage(_at_most(left, counts), 1)
-    until_end = [ceil(end / share) for end, share in zip(left, shares, strict=True) if share > 0 and end is not None]
-    rows = min(longest, *until_end, *([] if room is None else [room]))
-    return Stage(_at_most(left, apportion(shares, rows, owed)), 1)
+    return Stage(_at_most(left, apportion(shares, min(rows, longest), owed)), 1)
 
 
 def _at_most(left: Sequence[int | None], counts: Sequence[int]) -> tuple[int, ...]:
@@ -310,12 +292,11 @@ def _notes(config: RunConfig, parts: Sequence[Part], lanes: int) -> list[str]:
         )
     lines = [its for source in config.data.train for its in pairwise(source.schedule) if its[0][1] != its[1][1]]
     steps = min((last - first for (first, _), (last, _) in lines), default=0)
-    rows = ceil(steps * batch / lanes)
-    if steps > 1 and rows < SHORT_LINE:
-        pieces = pieces_of(rows)
+    pieces = pieces_of(rows := ceil(steps * batch / lanes))
+    if steps > 1 and pieces < FEW_PIECES:
         found.append(
-            f"the shortest change of a weight in data.train takes {steps} steps: it is followed in stages of about "
+            f"the shortest change of a weight in data.train takes {steps} steps: it is followed in stages of "
             f"{steps / pieces:.3g} steps, with shares rounded to 1/{rows // pieces}; let it take "
-            f"{ceil(SHORT_LINE * lanes / batch)} steps or more for finer shares"
+            f"{ceil(FEW_PIECES * ROWS_OF_PIECE * lanes / batch)} steps or more for a smoother one"
         )
     return found
