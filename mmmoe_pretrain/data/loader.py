@@ -240,10 +240,10 @@ class Loader:
         """Those of data.train."""
         return self._dataset.sources
 
-    @property
-    def digest(self) -> str:
-        """Of the order of the samples and the sizes of their shards, which must be those of all ranks."""
-        found = xxhash.xxh3_64(self._dataset.assignment.blend.digest.encode())
+    def digest(self, batches: int | None = None) -> str:
+        """Of the order of the samples and the sizes of their shards, which must be those of all ranks; with
+        ``batches`` of what the order of so many global batches depends on, which must be that of the run before."""
+        found = xxhash.xxh3_64(self._dataset.assignment.blend.digest(batches).encode())
         for source in self.sources:
             found.update(source.identity.encode() if isinstance(source, Stream) else source.shard_bytes.tobytes())
         return found.hexdigest()

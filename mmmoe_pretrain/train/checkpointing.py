@@ -52,19 +52,22 @@ class RunContext:
         return log if self.main else silent
 
 
-ORDER_OF_DATA = ("train", "lanes", "shuffle_window", "shuffle_chunk", "temperature", "weigh_by")  # of data
+ORDER_OF_DATA = ("lanes", "shuffle_window", "shuffle_chunk")  # of data: another value changes the order
+BLEND = ("train", "temperature", "weigh_by")  # of data: may change it
 
 
 @dataclass(frozen=True)
 class DataState:
     """What of the data has been read: the batches that are skipped, the counts, and how far each stream is.
-    ``digest``: of the shards (``Loader.digest``), empty where it was not saved; ``sizes``: theirs, for messages."""
+    ``order``: ``Loader.digest`` of the batches up to here, empty where it was not saved; ``sizes``: of the sources,
+    and ``changes``: of their settings since then, for messages."""
 
     cursor: Cursor = field(default_factory=Cursor)
     samples: SampleCounts = field(default_factory=SampleCounts)
     streams: stream_state.Table = field(default_factory=dict)
-    digest: str = ""
+    order: str = ""
     sizes: list[Sizes] = field(default_factory=list)
+    changes: tuple[str, ...] = ()
 
 
 class CheckpointManager:
@@ -170,7 +173,7 @@ def _meta(context: RunContext, data: DataState, losses: dict[str, float]) -> dic
         "skipped_batches": data.cursor.to_json(),
         "samples": data.samples.to_json(),
         "streams": stream_state.to_json(data.streams),
-        "data_digest": data.digest,
+        "data_order": data.order,
         "data_sizes": data.sizes,
         "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
         "layout": dataclasses.asdict(context.layout),  # for information: a run may resume under any other
@@ -223,8 +226,10 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
     # Checkpoints of import and model surgery have neither progress nor counts.
     progress = Progress.from_json(meta["progress"]) if "progress" in meta else Progress(meta["step"], meta["step"])
     samples = SampleCounts.from_json(meta["samples"]) if "samples" in meta else SampleCounts()
+    changes: tuple[str, ...] = ()
     if meta.get("config") is not None:
         saved, now = meta["config"], context.config.model_dump(mode="json")
+        changes = tuple(differences(_settings_of_data(saved, BLEND), _settings_of_data(now, BLEND)))
         for change in differences(_order_of_data(saved), _order_of_data(now)):
             context.log.warning("%s: the order of the data changes; samples may be repeated or never read", change)
         if jump := jump_on_resume(progress.steps, context.config, saved):
@@ -235,15 +240,20 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
         Cursor.from_json(meta.get("skipped_batches", [])),
         stream_state.from_json(meta.get("streams", {})),
     )
-    data = DataState(cursor, samples, streams, str(meta.get("data_digest", "")), read_sizes(meta.get("data_sizes")))
+    order, sizes = str(meta.get("data_order", "")), read_sizes(meta.get("data_sizes"))
+    data = DataState(cursor, samples, streams, order, sizes, changes)
     return Restored(checkpoint, progress.steps, data)
 
 
 def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:
     """The settings on which it depends, of a config in plain values."""
-    train, data = values["train"], values.get("data") or {}
     return {
         "seed": values["seed"],
-        "train": {"global_batch_size": train["global_batch_size"]},
-        "data": {name: data.get(name) for name in ORDER_OF_DATA},
+        "train": {"global_batch_size": values["train"]["global_batch_size"]},
+        **_settings_of_data(values, ORDER_OF_DATA),
     }
+
+
+def _settings_of_data(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    data = values.get("data") or {}
+    return {"data": {name: data.get(name) for name in names}}

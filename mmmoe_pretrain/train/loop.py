@@ -91,6 +91,9 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
     return code
 
 
+MOST_CHANGES = 4  # that a warning names
+
+
 class Trainer:
     """One rank's part of a run: ``load`` once, then ``train``."""
 
@@ -105,7 +108,6 @@ class Trainer:
         self.budget = BadBudget(self.config.data.max_bad_fraction)
         self.samples = SampleCounts()
         self.streams: stream_state.Table = {}  # as the checkpoint has them from which this start or rollback resumed
-        self.digest = loader.digest or ""
         self.sizes = sizes_of([source.path for source in self.config.data.train], loader.sources)
         self.has_streams = any(is_stream(source.path) for source in self.config.data.train)
         self.faults = FaultDetector(self.config)
@@ -335,11 +337,13 @@ class Trainer:
         self.skipped.add(restored.data.cursor)
         self.samples = restored.data.samples
         self.streams = restored.data.streams
-        if self.digest and restored.data.digest not in ("", self.digest):
+        if (order := self._order()) and restored.data.order not in ("", order):
+            found = [*changes(restored.data.sizes, self.sizes), *restored.data.changes]
+            more = [f"and {len(found) - MOST_CHANGES} more"] if len(found) > MOST_CHANGES else []
             self.context.log.warning(
-                "the shards of data.train are not those that %s was trained on (%s): the order of the data changes; "
-                "samples may be repeated or never read", restored.checkpoint,
-                "; ".join(changes(restored.data.sizes, self.sizes)) or "their totals are equal or were not saved",
+                "data.train is not what %s was trained on: the order of the data changes; samples may be repeated or "
+                "never read (%s)", restored.checkpoint,
+                "; ".join([*found[:MOST_CHANGES], *more]) or "its shards or their measured lengths differ",
             )  # fmt: skip
 
     def _seek(self) -> None:
@@ -351,7 +355,11 @@ class Trainer:
         states: stream_state.Table = {}
         if self.has_streams:
             states = exchange(self.context.host.control, lambda: self.loader.stream_states, stream_state.merged)
-        return DataState(self.skipped.cursor, self.samples, states, self.digest, self.sizes)
+        return DataState(self.skipped.cursor, self.samples, states, self._order(), self.sizes)
+
+    def _order(self) -> str:
+        """What the order of the batches up to this step depends on; empty on a rank that does not read."""
+        return self.loader.digest(self.skipped.cursor.batch(self.step)) or ""
 
     def _open_metrics(self) -> None:
         """The log from this step on, on rank 0; records of later steps are dropped. Collective."""

@@ -9,6 +9,7 @@ field (``split_by``).
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -93,10 +94,27 @@ class Blend:
         """The number of the part that each global position [n] draws from."""
         return self._order.at(positions).source
 
-    @property
-    def digest(self) -> str:
-        """What the order depends on, for a comparison of ranks: their files may differ."""
-        found = xxhash.xxh3_64(repr(self.stages).encode())
+    def digest(self, batches: int | None = None) -> str:
+        """What the order of the first ``batches`` global batches depends on beside the seed, window, chunk and lanes
+        (None: of all): the files of ranks may differ, and a run may resume with other ones."""
+        rows = None if batches is None else ceil(batches * self._batch / self.lanes)
+        return xxhash.xxh3_64_hexdigest(f"{self._shares_until(rows)} {self._digest_of_parts}".encode())
+
+    def _shares_until(self, rows: int | None) -> list[tuple[tuple[int, ...], int | None]]:
+        """(places in a block, rows) of the stages before row ``rows``; as far as they go."""
+        found: list[tuple[tuple[int, ...], int | None]] = []
+        for stage in self.stages:
+            if rows is not None and rows <= 0:
+                break
+            ends = None if stage.blocks is None else stage.blocks * stage.block
+            length = ends if rows is None else rows if ends is None else min(rows, ends)
+            found.append((stage.counts, length))
+            rows = None if rows is None or length is None else rows - length
+        return found
+
+    @functools.cached_property
+    def _digest_of_parts(self) -> str:
+        found = xxhash.xxh3_64()
         for part in self.parts:
             found.update(repr((part.source, part.samples, part.sizes if part.samples is None else None)).encode())
             for array in (part.sizes, part.indices):

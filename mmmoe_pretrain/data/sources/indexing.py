@@ -57,7 +57,7 @@ def open_index(listing: Listing, files: Files, walk: Walk | None = None, *, ask:
     stats = _stats(listing, files, ask)
     for shard, stat in zip(listing.shards, stats, strict=True):
         if stat is not None and shard.size not in (None, stat.size):
-            raise ValueError(other_size(shard.url, stat.size, shard.listed_in, shard.size))
+            raise ValueError(other_size(shard.url, stat.size, shard.listed_in, shard.size, shard.listed_in))
     for path in places(listing, home):
         found = _opened(path)
         if found is not None and _reusable(found, listing, labels, stats) == list(range(len(found.names))):
@@ -167,9 +167,9 @@ def _reusable(index: Index, listing: Listing, labels: list[str], stats: list[Sta
     return found
 
 
-def other_size(url: str, actual: int | None, where: str, size: int | None, index: Path | None = None) -> str:
-    """That a shard is not the one that was listed or indexed."""
-    remedy = f", or remove {index} if that was meant" if index else ""
+def other_size(url: str, actual: int | None, where: str, size: int | None, file: Path | str | None = None) -> str:
+    """That a shard is not the one that was listed or indexed. ``file``: the list or index."""
+    remedy = f", or remove {file} if that was meant" if file else ""
     return (
         f"shard {redacted(url)} has {actual} bytes, but {where} says {size}: it is truncated or was replaced; copy "
         f"or make it again{remedy}"

@@ -21,7 +21,6 @@ from braceexpand import braceexpand
 from mmmoe_pretrain.data.sources.members import names
 from mmmoe_pretrain.data.sources.pipes import PIPE
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.data.storage.http import MAX_SKIPPED
 from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, parse_json, parse_yaml
 from mmmoe_pretrain.urls import filled_in, join, local_path, protocol, redacted, server_of
@@ -34,7 +33,7 @@ MAX_COMMANDS = 16  # that a message proposes
 MAX_SHARDS = 1_000_000  # that braces may expand to
 _LIKE_A_SHARD = re.compile(r"\.(tar|tgz)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
 _UNPACKED_BY = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd", "lz4": "unlz4"}
-_PRINTED_BY = {"file": "cat {}", "http": "curl -sf {}", "https": "curl -sf {}", "s3": "aws s3 cp {} -"}
+_PRINTED_BY = {"file": "cat {}", "http": "curl -sSf {}", "https": "curl -sSf {}", "s3": "aws s3 cp {} -"}
 _LISTED_URL = re.compile(r"^(https?|s3a?|gs|gcs|az|abfss?|adl|hf|oss|memory)://[^:]+(:\d+/)?[^:]*$", re.IGNORECASE)
 _BRACES = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
 
@@ -69,17 +68,16 @@ def is_remote(url: str) -> bool:
 
 def without_ranges(urls: Iterable[str], files: Files) -> list[str]:
     """A warning for each web server of shards that sends whole files instead of the ranges that are asked for. Each
-    is asked about one of its shards; none where the cache can hold them."""
+    is asked about one of its shards."""
     asked = {server_of(url): url for url in urls if protocol(url) in ("http", "https")}
     stats = {server: files.stat(url) for server, url in asked.items()}
-    most = 0 if files.settings.cache is None else MAX_SKIPPED
     return [
         f"{redacted(server)} does not answer range requests: each sample that is read transfers its shard up to the "
         f"sample ({redacted(asked[server])} has {max(0, stat.size) / 1e6:,.1f} MB), and nothing beyond 64 MiB can be "
-        f"read. Use a server that answers them (nginx, a bucket), set data.cache, or train on the shards in their "
-        f'order: path: "pipe:curl -sf URL"'
+        f"read. Use a server that answers them (nginx, a bucket), or train on the shards in their order: path: "
+        f'"pipe:curl -sSf URL"'
         for server, stat in stats.items()
-        if not stat.ranges and not (stat.version and 0 <= stat.size <= most)
+        if not stat.ranges
     ]
 
 
@@ -174,7 +172,8 @@ def _of_folder(folder: str, split: str, files: Files) -> tuple[list[Shard], Coun
 def left_out(folder: str, held: Iterable[str], urls: Iterable[str]) -> Counter[str]:
     """Of the names ``held`` by ``folder`` those that look like shards and are not among ``urls``, by their ending."""
     others = set(held) - {url.partition("?")[0].removeprefix(f"{folder.partition('?')[0]}/") for url in urls}
-    return Counter(f"*{ending[0]}" for ending in map(_LIKE_A_SHARD.search, others) if ending)
+    why = f", which {LIST} does not name, in {redacted(folder)}" if LIST in held else f" in {redacted(folder)}"
+    return Counter(f"*{ending[0]}{why}" for ending in map(_LIKE_A_SHARD.search, others) if ending)
 
 
 def refuse_compressed(folder: str, *held: str) -> None:
@@ -282,7 +281,9 @@ def listed_shard(url: str, entry: dict[str, Any]) -> Shard:
     elif is_relative_name(name):
         place = join(folder, name) if folder != "." else name
         if not is_remote(place) and not Path(local_path(place)).exists():
-            raise ValueError(f"{url} names {name}, which does not exist; copy it, or make the shards again")
+            raise ValueError(
+                f"{url} names {name}, which does not exist; copy it, or remove the list, without which all *.tar are read"
+            )
     else:
         raise ValueError(
             f"{redacted(url)} names {brief(redacted(name))}, which is not a file under {redacted(folder)} nor a URL "

@@ -91,8 +91,11 @@ class BlockCache:
                     while view:
                         view = view[file.write(view) :]
             draft.replace(path)
-        except FileNotFoundError:  # somebody removed the folder meanwhile; the next block makes it anew
-            return
+        except FileNotFoundError as error:
+            with suppress(OSError):  # somebody removed it meanwhile, and the next block makes it anew
+                self.folder.mkdir(parents=True, exist_ok=True)
+                return
+            self._leave_alone(error)
         except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)

@@ -66,7 +66,8 @@ def changed(url: str, expected: Stat, found: Stat) -> ChangedError:
     if found.size not in (expected.size, UNKNOWN):
         what = f"it has {found.size:,} bytes now, and had {expected.size:,}"
     else:
-        what = f"its version is {found.version or 'unknown'} now, and was {expected.version or 'unknown'}"
+        what = "its time or ETag is another"
     return ChangedError(
-        f"{redacted(url)} was changed while it was read: {what}; restore it, or index it again, and resume"
+        f"{redacted(url)} was changed while it was read: {what}; restore it and resume, or resume with the new one, "
+        f"where the start names what to remove"
     )

@@ -45,7 +45,7 @@ def more_than_cores(count: int, dp_size: int) -> str | None:
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))  # of torchrun
     ranks = max(1, local * dp_size // world)
     cores = min(os.cpu_count() or 1, ranks * len(os.sched_getaffinity(0)))  # each rank may be bound to its own
-    if count * ranks <= cores:
+    if count * ranks <= cores or count <= max(1, cores // ranks):
         return None
     return (
         f"data.num_workers {count}: the {count * ranks} data workers of this machine ({ranks} of its ranks load) are "

@@ -56,10 +56,9 @@ class ReplicaLoader:
         """Those of data.train; none on a rank that does not read."""
         return [] if self._loader is None else self._loader.sources
 
-    @property
-    def digest(self) -> str | None:
+    def digest(self, batches: int | None = None) -> str | None:
         """See ``Loader.digest``; None on a rank that does not read."""
-        return None if self._loader is None else self._loader.digest
+        return None if self._loader is None else self._loader.digest(batches)
 
     @property
     def notes(self) -> list[str]:
