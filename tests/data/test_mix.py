@@ -55,4 +55,5 @@ def test_awkward_weights_are_rounded_to_a_bounded_block() -> None:
         assert counts.sum() <= longest + len(weights)
         np.testing.assert_allclose(counts / counts.sum(), np.array(weights) / sum(weights), atol=2e-3)
     assert block_counts([1.0, 1e-9]) == (1, 0)
+    assert block_counts([1.0, 0.3, 1e-5]) == (10, 3, 0)  # what gets no place makes the others no coarser
     assert block_counts([1.0, 2.0, 2.0], longest=1) == (0, 1, 0)  # some place there is

@@ -97,11 +97,12 @@ def longest_block(lanes: int) -> int:
 
 def block_counts(weights: Sequence[float], longest: int = MAX_BLOCK) -> tuple[int, ...]:
     """Places of each source in a block of at most ``longest`` rows: the fewest whose shares are those of the weights,
-    or else within TOLERANCE, or else nearest. Weights of 0, and those of less than half a place, get none."""
+    or else within TOLERANCE, or else nearest. Weights of 0, and those of less than half a place, get none, and do not
+    count for what is nearest."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights)
     counts = np.rint(shares * np.arange(1, longest + 1)[:, None])
     counts[counts.sum(axis=1) == 0, shares.argmax()] = 1
-    on = shares > 0
+    on = shares >= min(0.5 / longest, shares.max())
     error = np.abs(counts[:, on] / counts.sum(axis=1, keepdims=True) / shares[on] - 1).max(axis=1)
     exact, close = np.flatnonzero(error < EXACT), np.flatnonzero(error < TOLERANCE)
     best = exact[0] if exact.size else close[0] if close.size else error.argmin()
