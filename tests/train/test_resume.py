@@ -77,6 +77,8 @@ def test_changed_sources_are_named_by_their_paths() -> None:
     ([("a", 240)], [("new", 180)], ["new: 240 -> 180 samples"]),
     ([("a", 240), ("b", 9)], [("b", 9)], ["a is missing"]),
     ([("b", 9)], [("a", 240), ("b", 9)], ["a is new"]),
+    ([("a", 240), ("b", 9)], [("b", 9), ("c", 5)], ["a is missing", "c is new"]),
+    ([], [("a", 240)], []),  # of a checkpoint that has no sizes
 ])  # fmt: skip
 def test_changed_shards_are_named_by_source(before: Any, now: Any, told: list[str]) -> None:
     old, new = ([(path, {"samples": count}) for path, count in each] for each in (before, now))
@@ -123,7 +125,7 @@ def test_a_moved_run_resumes_in_its_new_place_with_its_own_tokenizer(
     assert "data.lanes was None and is 1: the order of the data changes" in lanes
     assert f"seed was {config.seed} and is 7: the order of the data changes" in order
     assert "the learning rate of step 5 is 0.0015" in rate
-    told = rf"not those that .* was trained on \({tmp_path / 'train'}: 1 -> 2 shards, (\d+) -> (\d+) samples, \d+,"
+    told = rf"not that which .* was trained on \({tmp_path / 'train'}: 1 -> 2 shards, (\d+) -> (\d+) samples, \d+,"
     before, after = re.search(told, shards).groups()
     assert int(after) == 2 * int(before)
     assert steps_of(again) == list(range(1, 9))

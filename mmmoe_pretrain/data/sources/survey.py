@@ -175,19 +175,24 @@ def read_sizes(value: Any) -> list[Sizes]:
     """What JSON made of ``sizes_of``; empty for anything else."""
     try:
         return [(str(path), {str(name): int(total) for name, total in its.items()}) for path, its in value]
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         return []
 
 
 def changes(before: Sequence[Sizes], now: Sequence[Sizes]) -> list[str]:
-    """What differs, by source: ``data/web: 240 -> 180 samples``. A source with a new path is that of its number."""
-    known, found = dict(before), []
-    by_number = len(before) == len(now)
-    for number, (path, totals) in enumerate(now):
-        if path not in known and not by_number:
+    """What differs, by source: ``data/web: 240 -> 180 samples``. A source with a new path is that of its number, if
+    that one's path is gone; nothing where it is not known what was ``before``."""
+    if not before:
+        return []
+    known, names = dict(before), dict(now)
+    pairs = zip(names, known, strict=True) if len(names) == len(known) else ()
+    renamed = {path: old for path, old in pairs if path not in known and old not in names}
+    found = [f"{path} is missing" for path in known if path not in (names.keys() | renamed.values())]
+    for path, totals in names.items():
+        old = known.get(renamed.get(path, path))
+        if old is None:
             found.append(f"{path} is new")
             continue
-        old = known.get(path) or before[number][1]
         differ = [f"{old.get(name, 0):,} -> {its:,} {name}" for name, its in totals.items() if its != old.get(name)]
         found += [f"{path}: {', '.join(differ)}"] if differ else []
-    return found + [f"{path} is missing" for path, _ in before if not by_number and path not in dict(now)]
+    return found
