@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data_prep.pool import map_in_order
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.data.order.fields import MODALITIES, measure_field, read_field
+from mmmoe_pretrain.data.order.fields import MODALITIES, field_path, measure_field, read_field
 from mmmoe_pretrain.data.order.lengths import lengths_path, measure_lengths, open_lengths
 from mmmoe_pretrain.data.sources.index import Rows
 from mmmoe_pretrain.data.sources.listing import is_remote, is_stream, without_ranges
@@ -62,15 +62,21 @@ def _index(
     _say(f"{redacted(spec)}: {held}, {source.index_path}")
     if modalities is not None:
         path = lengths_path(source, modalities)
-        if open_lengths(path, source, modalities) is None:
+        if _is_older(path, source.index_path) or open_lengths(path, source, modalities) is None:
             measure_lengths(source, modalities, path)
         _say(f"  lengths: {path}")
     if field is not None:
-        values, ids = read_field(source, field) or measure_field(source, field)
+        known = None if _is_older(field_path(source, field), source.index_path) else read_field(source, field)
+        values, ids = known or measure_field(source, field)
         sizes = zip(np.bincount(ids, minlength=len(values)).tolist(), values, strict=True)
         parts = [f"{value or '(none)'} {size:,}" for size, value in sorted(sizes, reverse=True)]
         more = f", and {len(parts) - MOST_PARTS} more" if len(parts) > MOST_PARTS else ""
         _say(f"  {field}: {', '.join(parts[:MOST_PARTS])}{more}")
+
+
+def _is_older(path: Path, index: Path) -> bool:
+    """Whether what ``path`` holds, if it is there, may be of other shards than ``index`` now is."""
+    return path.exists() and path.stat().st_mtime_ns < index.stat().st_mtime_ns
 
 
 def _say(line: str) -> None:

@@ -256,13 +256,17 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
     for name, hint in {"langage": r"did you mean language\?", "xyz": "the fields with texts are .*language"}.items():
         with pytest.raises(ValueError, match=f"no sample of .*train has a text in the field {name} .*: {hint}"):
             measure_field(folder, name)
-        np.savez(field_path(folder, name), values=np.asarray([""]), ids=np.zeros(64, np.uint16))
+        nothing = {"values": np.asarray([""]), "ids": np.zeros(64, np.uint16), "bytes": folder.shard_bytes}
+        np.savez(field_path(folder, name), **nothing)
         assert read_field(folder, name) is None  # of an earlier version
     measure_field(folder, "language")
     blend = Blend(config, [folder])
     places = blend.at(np.arange(32))
     assert int((places.index % 4 == 0).sum()) == 16  # half of them, though only a quarter is German
     assert blend.digest == Blend(config, [folder]).digest
+    with np.load(field_path(folder, "language")) as file:
+        np.savez(field_path(folder, "other"), **{**file, "bytes": folder.shard_bytes + 512})
+    assert read_field(folder, "other") is None  # of shards that were replaced by as many samples
     field_path(folder, "language").write_bytes(b"damaged")
     assert read_field(folder, "language") is None
 

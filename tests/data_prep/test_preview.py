@@ -100,3 +100,8 @@ def test_an_index_of_a_config_says_which_field_and_lengths_it_has(
         first, lengths, field = capsys.readouterr().out.splitlines()[:3]
         assert first.startswith(f"{tmp_path / 'other'}: 4 samples")
         assert lengths.startswith("  lengths: ") and field == "  language: de 3, en 1"
+    path = Path(lengths.removeprefix("  lengths: "))
+    known = path.stat().st_mtime_ns
+    write_shards(tmp_path / "other", [{**row, "language": "en"} for row in things(4)])  # of the same sizes
+    index.run([str(tmp_path / "run.yaml"), train], 1, lengths=True)
+    assert "  language: en 4" in capsys.readouterr().out and path.stat().st_mtime_ns > known

@@ -1,7 +1,8 @@
 """The values of a field of the JSONs of an indexed source, such as its languages, in a file beside the index.
 
 ``mmmoe-data index CONFIG`` makes it where a source of the config has ``split_by`` with the field: reading every JSON
-at each start would take too long. The file is NumPy's ``.npz``: ``values`` (texts) and ``ids`` uint16 [N].
+at each start would take too long. The file is NumPy's ``.npz``: ``values`` (texts), ``ids`` uint16 [N],
+and ``bytes`` of each shard, which tell whether they are those of other shards.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
             except BadSampleError:
                 row = {}
             value = row.get(field)
-            found[i] = ids.setdefault(value if isinstance(value, str) else "", len(ids))
+            text = value.rstrip("\0") if isinstance(value, str) else ""  # as NumPy keeps it
+            found[i] = ids.setdefault(text, len(ids))
             if len(fields) < MOST_FIELDS:
                 fields.update(name for name, its in row.items() if isinstance(its, str) and its)
             if len(ids) > MOST_VALUES:
@@ -61,7 +63,7 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
         )
     part = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
     try:
-        np.savez(part, values=np.asarray(list(ids)), ids=found)
+        np.savez(part, values=np.asarray(list(ids)), ids=found, bytes=source.shard_bytes)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -69,15 +71,16 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
 
 
 def read_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray] | None:
-    """The values of ``field``, and of each sample the number of its value; None where no file of a source of this
-    size has them, or none of them is a text."""
+    """The values of ``field``, and of each sample the number of its value; None where no file of shards of these
+    sizes has them, or none of them is a text."""
     try:
         with np.load(field_path(source, field), allow_pickle=False) as file:
             values, ids = [str(value) for value in file["values"]], np.asarray(file["ids"])
+            same = np.array_equal(file["bytes"], source.shard_bytes)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
     if (
-        not any(values)
+        not (same and any(values))
         or ids.shape != (len(source),)
         or ids.dtype != np.uint16
         or int(ids.max(initial=0)) >= len(values)
