@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.data.workers.arena import ALIGNMENT, Arena, Slots, dump, load
+from mmmoe_pretrain.data.workers.arena import ALIGNMENT, STRIDE, Arena, Slots, dump, load
 from tests.support import in_forks
 
 MB = 1 << 20
@@ -81,3 +81,15 @@ def test_maps_of_two_arenas_leave_descriptors_free_where_a_process_may_have_few(
         assert len(os.listdir("/proc/self/fd")) < 128
 
     assert in_forks(write) == [0]
+
+
+def test_a_value_whose_writer_has_ended_gives_its_memory_back_where_addresses_are_few() -> None:
+    def recover() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (STRIDE // 2, STRIDE // 2))
+        arena = Arena(MB)
+        Slots(arena.descriptor).write(slot := arena.take(), np.ones(MB))
+        arena.recover(slot)
+        assert memory(arena) == 0
+        assert arena.take() == slot
+
+    assert in_forks(recover) == [0]

@@ -128,7 +128,8 @@ class Arena:
 
     def recover(self, slot: int) -> None:
         """``slot`` may hold a part of a value, whose writer has ended."""
-        self._memory[slot] = STRIDE  # unknown
+        start = slot * STRIDE
+        self._memory[slot] = os.lseek(self.descriptor, start, os.SEEK_HOLE) - start  # a value has none
         self._drop_memory(slot)
         self._free.append(slot)
 
