@@ -274,8 +274,9 @@ def _next_stage(
     counts, shares = block_counts(weights, longest), np.asarray(weights) / sum(weights)
     if room is None and any(weight > 0 and not count for weight, count in zip(weights, counts, strict=True)):
         raise ValueError(
-            f"the weights of data.train, {[float(f'{w:.3g}') for w in weights]}, differ too much: the smallest would "
-            f"get less than one sample in {longest}; raise it, or leave its source out"
+            f"data.train: the smallest of its weights, {min(filter(None, weights)):.3g} of {sum(weights):.3g}, would "
+            f"get less than one sample in {longest:,}; raise it, or leave its source out; where it is that of a part "
+            f"of split_by, raise the temperature of the source"
         )
     until = [ceil(end / share) for end, share in zip(left, shares, strict=True) if share > 0 and end is not None]
     rows = min([*until, *([] if room is None else [room])], default=None)
