@@ -43,7 +43,9 @@ def run(specs: Sequence[str], workers: int, lengths: bool) -> None:
         files = Files(read_settings(config))
         modalities = build_modalities(config.modalities, config.data.tokenizer) if lengths else None
         for source in config.data.train:
-            if not is_stream(source.path):
+            if is_stream(source.path):
+                _say(f"{redacted(source.path)}: is read in its order, without an index")
+            else:
                 field = None if source.split_by == MODALITIES else source.split_by
                 _index(source.path, files, workers, modalities, field)
         for path in config.evaluate.test:

@@ -27,11 +27,13 @@ from mmmoe_pretrain.data.sources.listing import (
     Listing,
     Shard,
     is_remote,
+    is_stream,
     left_out,
     list_shards,
     listed_shard,
     read_list,
     refuse_compressed,
+    remote_folder,
     without_ranges,
 )  # fmt: skip
 from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
@@ -40,7 +42,7 @@ from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.untrusted import brief
-from mmmoe_pretrain.urls import StorageError, redacted
+from mmmoe_pretrain.urls import StorageError, join, redacted
 
 log = logging.getLogger(__name__)
 _SHOWN = 50
@@ -107,8 +109,14 @@ def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
         yield f"{leftover}: left behind by a run that was killed"
     for split in split_specs(str(spec)):
         listed: dict[str, dict[str, Any]] = {}
+        if is_stream(split):
+            raise ValueError(
+                f"{split.split()[0]}: the output of a command is read once, in its order; verify its files"
+            )
         if not Path(split).is_dir():
             listing = list_shards(split, files)
+            if LIST in {shard.listed_in for shard in listing.shards} and (folder := remote_folder(split)):
+                yield from _verify_list(join(folder, LIST), listed, files)
         else:
             if (Path(split) / LIST).exists():
                 yield from _verify_list(str(Path(split) / LIST), listed, files)
@@ -125,7 +133,7 @@ def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
 
 
 def _verify_shards(listing: Listing, listed: dict[str, dict[str, Any]], seen: Seen, files: Files) -> Iterator[str]:
-    home, is_listed = home_of(listing), (Path(listing.spec) / LIST).exists()
+    home, is_listed = home_of(listing), bool(listed) or (Path(listing.spec) / LIST).exists()
     index: Index | None = None
     try:
         path = next((path for path in places(listing, home) if path.exists()), None)

@@ -318,3 +318,9 @@ def test_a_setting_of_another_kind_is_refused_with_what_would_work(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, optimizer=given)
+
+
+def test_a_weight_that_is_no_list_of_pairs_is_told_with_an_example(tmp_path: Path) -> None:
+    run_config.dump(parse(), tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match=r"weight \[0, 1, 100, 2\] is no number or \[\[step, weight\], "):
+        run_config.load(tmp_path / "run.yaml", ["data.train.0.weight=[0,1,100,2]"])

@@ -24,6 +24,7 @@ from mmmoe_pretrain.config.base import (
     Schedule,
     SourceText,
     StreamNames,
+    Weight,
     cache_settings,
     check_pair,
     check_schedule,
@@ -70,7 +71,7 @@ class SourceConfig(_Model):
     """
 
     path: SourceText
-    weight: float | Schedule = 1.0
+    weight: Weight = 1.0
     epochs: int | None = Field(None, ge=1)
     split_by: str | None = Field(None, min_length=1)
     temperature: float = Field(1.0, gt=0)  # of the parts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmmoe_pretrain.kinds import nearest
@@ -144,6 +144,17 @@ ONE_STREAM = StreamNames(("tokens",), ("task",))  # of a layer that is used by i
 Schedule = tuple[tuple[int, float], ...]  # (step, weight), rising in steps; straight lines between
 
 
+def _of_pairs(value: Any) -> Any:
+    if isinstance(value, list) and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise ValueError(
+            f"weight {brief(value)} is no number or [[step, weight], ...]; e.g. [[0, 0.0], [1000, 0.25]]"
+        )
+    return value
+
+
+Weight = Annotated[float | Schedule, BeforeValidator(_of_pairs)]
+
+
 def check_schedule(schedule: Schedule, name: str) -> None:
     """Raises ValueError unless its steps rise from 0 on and no weight is negative."""
     steps = [step for step, _ in schedule]
@@ -205,7 +216,7 @@ class ObjectiveSettings(StrictModel):
     ``[[0, 0.0], [1000, 0.25]]``."""
 
     kind: str
-    weight: float | Schedule = 1.0
+    weight: Weight = 1.0
 
     @model_validator(mode="after")
     def _weights(self) -> Self:

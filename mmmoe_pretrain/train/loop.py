@@ -143,7 +143,7 @@ class Trainer:
     def train(self) -> int:
         """Train until all steps are done or a stop is requested; the exit code."""
         if self.step >= self.settings.steps:
-            self.context.log.info("all %d steps are done; raise train.steps to continue", self.settings.steps)
+            self.context.log.info("all %d steps are done; raise train.steps to continue", self.step)
             return exit_codes.DONE
         self.recorder.begin_interval()
         first = self.step

@@ -47,7 +47,7 @@ def open_data(
 def check_data(config: RunConfig, host: HostGroups, loader: Loader | ReplicaLoader, main: bool) -> None:
     """Raises ValueError on every rank where the ranks see different shards, or no objective can use any sample.
     ``main``: of rank 0, which logs what there is. Collective."""
-    exchange(host.storage, lambda: loader.digest(), _refuse_different_data)
+    exchange(host.storage, loader.digest, _refuse_different_data)
     agree(host.storage, lambda: survey_data(config, loader) if main else None)
 
 

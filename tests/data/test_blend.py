@@ -252,12 +252,14 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
     folder = open_indexed(write_shards(tmp_path / "train", rows))
     config = config_of({"path": str(tmp_path / "train"), "split_by": "language", "temperature": 1e9})
     with pytest.raises(
-        ValueError, match=r"were not read yet; run mmmoe-data index CONFIG with this run's config, or"
+        ValueError, match=r"were not read yet; run mmmoe-data index CONFIG with this run's config and"
     ):
         Blend(config, [folder])
     for name, hint in {"langage": r"did you mean language\?", "xyz": "the fields with texts are .*language"}.items():
         with pytest.raises(ValueError, match=f"no sample of .*train has a text in the field {name} .*: {hint}"):
             measure_field(folder, name)
+        with pytest.raises(ValueError, match=hint):
+            Blend(config_of({"path": str(tmp_path / "train"), "split_by": name}), [folder])
         nothing = {"values": np.asarray([""]), "ids": np.zeros(64, np.uint16), "bytes": folder.shard_bytes}
         np.savez(field_path(folder, name), **nothing)
         assert read_field(folder, name) is None  # of an earlier version
@@ -265,7 +267,7 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
     blend = Blend(config, [folder])
     places = blend.at(np.arange(32))
     assert int((places.index % 4 == 0).sum()) == 16  # half of them, though only a quarter is German
-    assert blend.digest == Blend(config, [folder]).digest
+    assert blend.digest() == Blend(config, [folder]).digest()
     with np.load(field_path(folder, "language")) as file:
         np.savez(field_path(folder, "other"), **{**file, "bytes": folder.shard_bytes + 512})
     assert read_field(folder, "other") is None  # of shards that were replaced by as many samples
@@ -274,5 +276,23 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
 
 
 def test_ranks_with_other_shards_have_another_digest() -> None:
-    digests = [Blend(config_of({}), [Shards(sizes)]).digest for sizes in ((50, 50), (50, 51), (100,))]
+    digests = [Blend(config_of({}), [Shards(sizes)]).digest() for sizes in ((50, 50), (50, 51), (100,))]
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("changed, same_until, differs_at", [
+    ([{"weight": 3.0001}, {}], 10**6, None),  # rounded to the same shares
+    ([{"weight": [[0, 3], [100, 3], [200, 1]]}, {}], 100, 200),  # a change to come
+    ([{"weight": 3, "epochs": 90}, {}], 40, 10**6),  # 90 x 60 samples end in step 450
+    ([{"weight": 2}, {}], 0, 1),
+])  # fmt: skip
+def test_the_digest_of_some_batches_is_that_of_what_they_depend_on(
+    changed: list[dict[str, Any]], same_until: int, differs_at: int | None
+) -> None:
+    sources = [Shards((60,)), Shards((37,))]
+    before = Blend(config_of({"weight": 3}, {}), sources)
+    after = Blend(config_of(*changed), sources)
+    assert before.digest(same_until) == after.digest(same_until)
+    assert drawn(before, same_until % 1000) == drawn(after, same_until % 1000)
+    assert differs_at is None or before.digest(differs_at) != after.digest(differs_at)
+    assert before.digest(5) != Blend(config_of({"weight": 3}, {}), [Shards((60,)), Shards((38,))]).digest(5)

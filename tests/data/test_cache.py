@@ -113,6 +113,13 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.parent.name == "drafts"]
 
 
+def test_a_folder_that_cannot_be_made_is_told_once(served: HttpServer, caplog: pytest.LogCaptureFixture) -> None:
+    files = cached(Path("/proc/none"))  # where mkdir says that there is no such folder
+    with caplog.at_level(logging.WARNING):
+        assert files.read(f"{served.url}/a.tar", 0, 10) == CONTENT[:10]
+    assert ["the cache in /proc/none/cache is not used" in line for line in caplog.messages] == [True]
+
+
 def test_a_cache_that_is_removed_while_a_block_is_written_is_made_anew(
     tmp_path: Path, served: HttpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,7 +70,7 @@ def test_ranks_whose_shards_have_as_many_samples_of_other_sizes_have_another_dig
     for name, lacking in (("a", ()), ("b", ()), ("c", ("audio",))):
         write_shards(tmp_path / name / "train", things(16), lacking)
         config = config_with(tmp_path / name, {"tokenizer": str(tiny_data / "tokens.model")})
-        digests.append(Loader(config, modalities).digest)
+        digests.append(Loader(config, modalities).digest())
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -128,7 +128,7 @@ def test_lanes_that_do_not_align_with_the_ranks_are_named() -> None:
     assert stream_state.sharing(order, 0, 4, 16, 2, 1) == ""
     assert stream_state.sharing(order, 0, 4, 16, 2, 4) == ""
     note = stream_state.sharing(order, 0, 4, 16, 1, 4)
-    assert "4 of the 4 sub-lanes of source 0" in note and "a multiple of 4 (" in note
+    assert "4 of the 4 sub-lanes of source 0" in note and "a multiple of 4 shards (" in note
 
 
 FAILURES = {

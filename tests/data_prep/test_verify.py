@@ -15,6 +15,7 @@ from data_prep.shard_files import EncodedSample, hash_file, write_shard, write_s
 from data_prep.verify import Seen, verify_folder
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.sources.survey import survey
+from tests.data.servers import http_server
 from tests.support import write_tar
 
 
@@ -109,7 +110,10 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     assert {(kind.split, kind.modalities): total.rows for kind, total in totals.items()} == {
         ("train", "image+text"): 1, ("val", "image+text"): 1, ("(none)", "(damaged)"): 1,
     }  # fmt: skip
-    assert sorted(left_out.split(", ")) == ["*.tar (1)", "*.tar.gz (1)"]
+    assert sorted(left_out.split(", ")) == [
+        f"*.tar not named in {tmp_path}/validation/shards.json (1)",
+        "*.tar.gz (1)",
+    ]
     folders = [open_indexed(tmp_path / name) for name in ("train", "validation", "more")]
     assert [len(folder) for folder in folders] == [1, 1, 1]
     assert survey(folders).left_out() == left_out
@@ -201,3 +205,15 @@ def test_compressed_shards_are_named_with_what_to_do(tmp_path, name, read):
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no shards"):
         problems(tmp_path)
+
+
+def test_remote_shards_are_compared_with_their_list_and_a_stream_is_refused(shards, tmp_path):
+    with http_server(tmp_path) as server:
+        url = f"{server.url}/{shards.relative_to(tmp_path)}/train"
+        assert not list(verify_folder(url, Seen()))
+        path = shards / "train/00000.tar"
+        path.write_bytes(path.read_bytes() + bytes(10240))
+        [found] = verify_folder(url, Seen())
+        assert "bytes, shards.json says" in found
+    with pytest.raises(ValueError, match="output of a command is read once"):
+        list(verify_folder("pipe:cat a.tar", Seen()))

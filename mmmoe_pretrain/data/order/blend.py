@@ -21,7 +21,7 @@ import xxhash
 
 from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
 from mmmoe_pretrain.config.base import value_at
-from mmmoe_pretrain.data.order.fields import MODALITIES, read_field
+from mmmoe_pretrain.data.order.fields import MODALITIES, read_field, refuse_unknown
 from mmmoe_pretrain.data.order.mix import Stage, apportion, block_counts, longest_block
 from mmmoe_pretrain.data.order.positions import Order, Places
 from mmmoe_pretrain.data.sources.source import Indexed
@@ -189,9 +189,10 @@ def _by_modalities(source: Indexed) -> dict[str, np.ndarray]:
 def _by_field(source: Indexed, field: str, path: str) -> dict[str, np.ndarray]:
     known = read_field(source, field)
     if known is None:
+        refuse_unknown(source, field)
         raise ValueError(
             f"data.train: the values of split_by: {field} of {redacted(path)} were not read yet; run mmmoe-data "
-            f"index CONFIG with this run's config, or use split_by: modalities"
+            f"index CONFIG with this run's config and its key=value, or use split_by: modalities"
         )
     values, ids = known
     ends = np.cumsum(np.bincount(ids, minlength=len(values)))[:-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from mmmoe_pretrain.urls import redacted
 
 MOST_VALUES = 4096
 MOST_FIELDS = 32  # that a message names
+SEARCHED = 64  # samples whose JSON is read to tell whether there is a field
 MODALITIES = "modalities"  # the value of split_by that is not a field
 
 
@@ -56,11 +58,7 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
                 )
             progress.advance()
     if not any(ids):
-        hint = nearest(field, sorted(fields), "the fields with texts are") if fields else f"use {MODALITIES}"
-        raise ValueError(
-            f"data.train: no sample of {redacted(source.spec)} has a text in the field {field} of its JSON; correct "
-            f"split_by: {hint}"
-        )
+        raise ValueError(_no_text(source, field, fields))
     part = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
     try:
         np.savez(part, values=np.asarray(list(ids)), ids=found, bytes=source.shard_bytes)
@@ -68,6 +66,27 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
     finally:
         part.unlink(missing_ok=True)
     return list(ids), found
+
+
+def refuse_unknown(source: Indexed, field: str) -> None:
+    """Raise ValueError where none of some samples has a text in ``field``."""
+    fields = set[str]()
+    for i in np.unique(np.linspace(0, len(source) - 1, SEARCHED).astype(int)).tolist():
+        with suppress(BadSampleError):
+            fields.update(
+                name for name, its in read_row(source.read(i, only=(META,))).items() if isinstance(its, str)
+            )
+    if field not in fields:
+        raise ValueError(_no_text(source, field, fields))
+
+
+def _no_text(source: Indexed, field: str, fields: set[str]) -> str:
+    known = sorted(fields - {"key"})
+    hint = nearest(field, [*known, MODALITIES], "the fields with texts are") if known else f"use {MODALITIES}"
+    return (
+        f"data.train: no sample of {redacted(source.spec)} has a text in the field {field} of its JSON; correct "
+        f"split_by: {hint}"
+    )
 
 
 def read_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray] | None:

@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 from mmmoe_pretrain.data.sources.members import names
 from mmmoe_pretrain.data.sources.pipes import PIPE
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data.storage.http import MAX_SKIPPED
 from mmmoe_pretrain.paths import VARIABLE
 from mmmoe_pretrain.untrusted import brief, parse_json, parse_yaml
 from mmmoe_pretrain.urls import filled_in, join, local_path, protocol, redacted, server_of
@@ -68,16 +69,17 @@ def is_remote(url: str) -> bool:
 
 def without_ranges(urls: Iterable[str], files: Files) -> list[str]:
     """A warning for each web server of shards that sends whole files instead of the ranges that are asked for. Each
-    is asked about one of its shards."""
+    is asked about one of its shards; none where the cache can hold them."""
     asked = {server_of(url): url for url in urls if protocol(url) in ("http", "https")}
     stats = {server: files.stat(url) for server, url in asked.items()}
+    most = 0 if files.settings.cache is None else MAX_SKIPPED
     return [
         f"{redacted(server)} does not answer range requests: each sample that is read transfers its shard up to the "
         f"sample ({redacted(asked[server])} has {max(0, stat.size) / 1e6:,.1f} MB), and nothing beyond 64 MiB can be "
-        f"read. Use a server that answers them (nginx, a bucket), or train on the shards in their order: path: "
-        f'"pipe:curl -sSf URL"'
+        f"read. Use a server that answers them (nginx, a bucket), set data.cache for shards up to 64 MiB, or train "
+        f'on the shards in their order: path: "pipe:curl -sSf URL"'
         for server, stat in stats.items()
-        if not stat.ranges
+        if not stat.ranges and not (stat.version and 0 <= stat.size <= most)
     ]
 
 
@@ -172,7 +174,7 @@ def _of_folder(folder: str, split: str, files: Files) -> tuple[list[Shard], Coun
 def left_out(folder: str, held: Iterable[str], urls: Iterable[str]) -> Counter[str]:
     """Of the names ``held`` by ``folder`` those that look like shards and are not among ``urls``, by their ending."""
     others = set(held) - {url.partition("?")[0].removeprefix(f"{folder.partition('?')[0]}/") for url in urls}
-    why = f", which {LIST} does not name, in {redacted(folder)}" if LIST in held else f" in {redacted(folder)}"
+    why = f" not named in {redacted(join(folder, LIST))}" if LIST in held else ""
     return Counter(f"*{ending[0]}{why}" for ending in map(_LIKE_A_SHARD.search, others) if ending)
 
 
@@ -231,9 +233,10 @@ def _why_none(folder: str, held: list[str], files: Files) -> str:
     folders = [name[:-1] for name in held if name.endswith("/")]
     splits = folders if is_remote(folder) else [name for name in folders if _holds_shards(Path(folder) / name)]
     if splits:
+        first = "train" if "train" in splits else splits[0]
         return (
             f"{redacted(folder)} holds no *.tar, but folders{'' if is_remote(folder) else ' with shards'}: "
-            f"{names(splits)}; name one, e.g. {redacted(join(folder, splits[0]))}"
+            f"{names(splits)}; name one, e.g. {redacted(join(folder, first))}"
         )
     return (
         f"{redacted(folder)} holds no *.tar (but {names(held, most=3) or 'nothing'}); fill it by mmmoe-data shard, "
@@ -282,7 +285,7 @@ def listed_shard(url: str, entry: dict[str, Any]) -> Shard:
         place = join(folder, name) if folder != "." else name
         if not is_remote(place) and not Path(local_path(place)).exists():
             raise ValueError(
-                f"{url} names {name}, which does not exist; copy it, or remove the list, without which all *.tar are read"
+                f"{url} names {name}, which does not exist; copy it, or remove the list, and all *.tar are read"
             )
     else:
         raise ValueError(

@@ -112,9 +112,8 @@ def sharing(order: Blend | Order, source: int, lanes: int, global_batch: int, mi
         return ""
     return (
         f"data.train: {shared} of the {lanes} sub-lanes of source {source} are read by several ranks, each of which "
-        f"reads all of them: that is exact, and slower. Each rank has sub-lanes of its own if their number is a "
-        f"multiple of {microbatches * ranks} (train.num_microbatches x ranks): set data.lanes to "
-        f"train.global_batch_size, and name at least so many shards"
+        f"reads them whole: the samples are right, but it is slower. Name a multiple of {microbatches * ranks} "
+        f"shards (train.num_microbatches x ranks), and set data.lanes to train.global_batch_size"
     )
 
 

@@ -122,10 +122,12 @@ class Files:
             )
         if not size:
             return b""
-        if self._store(url) is own.local or not expected.seekable:
+        if self._store(url) is own.local:
             return self.fetch(url, offset, size, expected)
-        if own.blocks and own.blocks.cache.usable and expected.version:
+        if own.blocks and own.blocks.cache.usable and expected.version and expected.size >= 0:
             return own.blocks.read(url, offset, size, expected)
+        if not expected.seekable:
+            return self.fetch(url, offset, size, expected)
         return own.windows.read(url, offset, size, expected)
 
     def read_all(self, url: str, most: int) -> bytes:

@@ -83,7 +83,7 @@ class HttpFiles:
             if start + size > MAX_SKIPPED:
                 raise StorageError(
                     f"cannot read bytes {start:,} to {start + size:,} of {redacted(url)}: its server ignores ranges; "
-                    f"read it as a stream, or copy it to a disk or a bucket"
+                    f'read it as a stream (path: "pipe:curl -sSf URL"), or copy it to a disk or a bucket'
                 )
             return answer.read(start + size)[start:]
 
