@@ -34,11 +34,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
 from benchmarks import index
+from benchmarks.common.environments import environment_of
 from benchmarks.loading import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"energon": ["megatron-energon==7.4.1"], "litdata": ["litdata==0.2.76"]}
-COMMON = ["torch==2.13.0", "pillow==13.0.0", "sentencepiece==0.2.3", "soundfile==0.14.0"]
+ENVIRONMENTS = ("energon", "litdata")
 SPARE = 0.9  # of the measured rate, for the stall
 
 
@@ -92,17 +92,6 @@ def start(name: str, kind: str, python: str, folder: Path, tokenizer: Path, work
     return Contender(name, kind, workers, process)
 
 
-def environment_of(name: str, work: Path) -> str:
-    """The interpreter of an environment with the peer ``name``, made where it is missing."""
-    folder = work / f"env_{name}"
-    python = str(folder / "bin" / "python")
-    if not (folder / "complete").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name], *COMMON], check=True)
-        (folder / "complete").touch()
-    return python
-
-
 def prepared(name: str, python: str, folder: Path) -> Path:
     """The folder that the peer reads, with its own index or chunks."""
     if name == "energon":
@@ -129,7 +118,7 @@ def contest(
     running: dict[str, Contender] = {}
     for name in names:
         try:
-            python = environment_of(name, work) if name in PACKAGES else sys.executable
+            python = environment_of(name, work) if name in ENVIRONMENTS else sys.executable
             read = prepared(name, python, folder)
             running[name] = start(name, kind, python, read, work / "tokenizer.model", 1)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -205,7 +194,7 @@ def main() -> None:
     work = options.work.resolve()
     shards.make(work, counts)
     folders = {kind: work / f"{kind}_{count}" for kind, count in counts.items()}
-    peers = ["webdataset", "same_decoder", *([] if options.quick else PACKAGES)]
+    peers = ["webdataset", "same_decoder", *([] if options.quick else ENVIRONMENTS)]
     photo = contest("photo", ["ours", *peers], work, folders["photo"], repeats, 2)
     small = contest("small", ["ours", "webdataset", "same_decoder"], work, folders["small"], repeats, 10)
     audio = contest("audio", ["ours", "webdataset", "same_decoder"], work, folders["audio"], repeats, 8)

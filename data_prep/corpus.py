@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from data_prep import corpora
-from data_prep.manifest import SPLITS, Row, write_manifest
+from data_prep import console, corpora
+from data_prep.console import say
+from data_prep.rows.manifest import write_manifest
+from data_prep.rows.row import SPLITS, Row
 
 
-def run(name: str, out: Path, languages: Sequence[str] = ()) -> None:
+def run(name: str, out: Path, languages: Sequence[str] = (), dry_run: bool = False, as_json: bool = False) -> None:
     """The command."""
-    rows, notes = corpora.build(name)(out, languages)
-    path = out / "manifest.jsonl"
+    build, path = corpora.build(name), out / "manifest.jsonl"
+    answer = {"corpus": name, "content": corpora.CORPORA[name], "manifest": str(path)}
+    if dry_run:
+        console.answer(as_json, answer, f"would fetch {answer['content']}, and write {path}")
+        return
+    rows, notes = build(out, languages)
     write_manifest(path, rows)
-    console = Console(markup=False)
-    console.print(_table(f"{name}: {path}", rows))
+    if as_json:
+        console.say_json({**answer, "rows": Counter(row.split for row in rows), "skipped": notes})
+        return
+    console.stdout().print(_table(f"{name}: {path}", rows))
     for what, count in notes.items():
-        console.print(f"skipped: {count} {what}", highlight=False)
+        say(f"skipped: {count} {what}")
 
 
 def _table(title: str, rows: Iterable[Row]) -> Table:

@@ -2,56 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 _AHEAD = 4  # tasks a worker that are in flight, so memory does not grow
-_PARENT_CHECK_SECONDS = 0.2
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[R, None, None]:
-    """``map``, by ``workers`` processes; by this one where that is 1 or less."""
+    """``map``, by ``workers`` processes; by this one where that is 1 or less. Process ``i % workers`` gets task ``i``
+    and can prepare its next ones."""
     if workers <= 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_live_with, initargs=(os.getpid(),)
-    )
+    others, context = set(multiprocessing.active_children()), multiprocessing.get_context("spawn")
+    end, mine = context.Pipe(duplex=False)  # nothing is sent: a worker ends where ``mine`` does
+    pools = [ProcessPoolExecutor(1, context, initializer=_live_with, initargs=(end,)) for _ in range(workers)]
     waiting: deque[Future[R]] = deque()
     try:
-        for task in tasks:
-            waiting.append(pool.submit(function, task))
+        for number, task in enumerate(tasks):
+            with _signals_blocked():
+                waiting.append(pools[number % workers].submit(function, task))
             if len(waiting) > _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        for pool in pools:
+            pool.shutdown()
     except BrokenProcessPool:
         raise ValueError(
             "a worker process was killed (memory that runs out is the usual reason); run the command again, which "
             "resumes, with fewer --workers"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        mine.close()
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # what it still does, or begins, is not wanted
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        end.close()
 
 
-def _live_with(parent: int) -> None:
-    """End this process as soon as ``parent`` has ended, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A worker that is started here never gets the signals of Ctrl-C and of schedulers, which are for its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _live_with(parent: Connection) -> None:
+    """End this process as soon as its parent has ended, however it did, or wants no more."""
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK_SECONDS)
+def _end_after(parent: Connection) -> None:
+    parent.poll(None)
     os._exit(1)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 
+from data_prep.console import printable, say, say_json, stdout
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.config import RunConfig
@@ -62,7 +63,13 @@ class Preview:
     bad: list[BadSample] = field(default_factory=list)
 
 
-def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel_size: int | None = None) -> None:
+def run(
+    config_path: Path,
+    overrides: Sequence[str],
+    samples: int,
+    data_parallel_size: int | None = None,
+    as_json: bool = False,
+) -> None:
     """The command: read at least ``samples`` samples and print what they are. ``data_parallel_size``: of the ranks
     that are compared; None: the most up to MOST_RANKS that divide a microbatch."""
     config = run_config.load(config_path, list(overrides))
@@ -72,7 +79,10 @@ def run(config_path: Path, overrides: Sequence[str], samples: int, data_parallel
     )
     modalities = build_modalities(config.modalities, config.data.tokenizer)
     found = preview(config, modalities, samples, data_parallel_size)
-    _print(found, config, data_parallel_size)
+    if as_json:
+        say_json(_values(found, data_parallel_size))
+    else:
+        _print(found, config, data_parallel_size)
 
 
 def preview(config: RunConfig, modalities: Modalities, samples: int, data_parallel_size: int) -> Preview:
@@ -170,15 +180,14 @@ def _add(
 
 
 def _print(found: Preview, config: RunConfig, ranks: int) -> None:
-    console = Console(markup=False)
-    console.width = max(console.width, 110)  # whole names in a log, too
+    console = stdout()
     total = max(1, sum(found.tokens))
     for title, groups in (("source", found.sources), ("modality", found.modalities), ("language", found.languages)):
         table = Table(Column(title, overflow="fold"), "samples", "tokens", "tokens a sample")
         if title == "source":
             table.add_column("epochs in the run")
         for name, share in sorted(groups.items(), key=lambda pair: -pair[1].tokens):
-            cells = [name, f"{share.samples / found.samples:.1%}", f"{share.tokens / total:.1%}",
+            cells = [printable(name), f"{share.samples / found.samples:.1%}", f"{share.tokens / total:.1%}",
                      f"{share.tokens / max(1, share.samples):.1f}"]  # fmt: skip
             if title == "source":
                 epochs = found.epochs[name]
@@ -193,7 +202,23 @@ def _print(found: Preview, config: RunConfig, ranks: int) -> None:
             table.add_row(name, *(f"{share:.1%}" for share in shares))
         console.print(table)
     for line in _lines(found, config, ranks):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
+
+
+def _values(found: Preview, ranks: int) -> dict[str, Any]:
+    groups = {"sources": found.sources, "modalities": found.modalities, "languages": found.languages}
+    return {
+        "samples": found.samples,
+        "data_parallel_size": ranks,
+        "tokens": found.tokens,
+        "padding": 1 - sum(found.tokens) / found.rows,
+        "longest_over_mean": float(np.mean(found.longest)),
+        **{name: {key: asdict(share) for key, share in shares.items()} for name, shares in groups.items()},
+        "epochs": found.epochs,
+        "seconds": dict(found.seconds),
+        "cut": dict(found.cut),
+        "bad": [str(bad) for bad in found.bad],
+    }
 
 
 def _lines(found: Preview, config: RunConfig, ranks: int) -> list[str]:

@@ -1,28 +1,34 @@
 """``mmmoe-data verify``: checks shards against their indices and lists, and that they can be trained on.
 
 Checks hashes, sizes, offsets and headers, that every sample has content and its own JSON, and that no group is in two
-splits. Shards made by other tools have no list, and new ones no index: that is a note, not a problem. Every byte is
-read, and nothing is decoded.
+splits. Shards made by other tools have no list, and new ones no index: that is a note, not a problem, and so is what
+they mean by a group. Every byte is read; ``--decode`` also decodes it (``decoding.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from rich.console import Console
 
-from data_prep.manifest import SPLITS, split_called
-from data_prep.shard_files import hash_file
+from data_prep import console
+from data_prep.console import say
+from data_prep.decoding import count_reason, undecodable
+from data_prep.quality.leaks import Leaks
+from data_prep.rows.row import split_called, split_order
+from data_prep.shards.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.sources.index import DamagedIndex, Index
 from mmmoe_pretrain.data.sources.indexing import home_of, label, places
 from mmmoe_pretrain.data.sources.listing import (
+    ENERGON,
     LIST,
     Listing,
     Shard,
@@ -40,12 +46,14 @@ from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.progress import counted, track
+from mmmoe_pretrain.progress import Progress, counted, track
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import StorageError, join, redacted
 
 log = logging.getLogger(__name__)
-_SHOWN = 50
+_SHOWN = 50  # problems that are printed
+_REASONS = 20  # that are printed
+MOST_KEPT = 1000  # problems of --json
 
 
 @dataclass(slots=True)
@@ -56,7 +64,12 @@ class Seen:
     unindexed: list[str] = field(default_factory=list)  # sources without an index
     unlisted: list[str] = field(default_factory=list)  # folders without shards.json
     survey: Survey = field(default_factory=Survey)
-    split_of_group: dict[str, str] = field(default_factory=dict)
+    split_of_group: dict[int, str] = field(default_factory=dict)  # by a hash of its name
+    foreign_leaks: list[str] = field(default_factory=list)  # the first one, in shards of other tools
+    leaks: Leaks = field(default_factory=Leaks)
+    whole: list[str] = field(default_factory=list)  # the shards whose samples are known
+    decoded: int = 0
+    bad: Counter[str] = field(default_factory=Counter)  # samples that cannot be decoded, by reason
 
     def notes(self) -> Iterator[str]:
         """Notes that are not problems."""
@@ -66,24 +79,62 @@ class Seen:
             yield f"no {LIST} in {names(self.unlisted)}: the *.tar are read in the order of their names"
         if self.unindexed:
             yield f"no index of {names(self.unindexed)}: it is made on first use, or by mmmoe-data index"
+        if self.foreign_leaks:
+            yield f"groups of other tools in several splits: {self.foreign_leaks[0]}"
+        if self.decoded:
+            yield f"decoded {counted(self.decoded, 'sample')}, of which {sum(self.bad.values()):,} are bad"
+        yield from (f"  {count:,} {reason}" for reason, count in self.bad.most_common(_REASONS))
+        yield from self.leaks.notes()
 
 
-def run(folder: str) -> bool:
-    """The command: print every problem; whether there was none."""
-    seen = Seen()
-    problems = list(verify_folder(folder, seen))
-    console = Console(markup=False)
-    for problem in problems[:_SHOWN]:
-        console.print(problem, highlight=False, soft_wrap=True)
-    if len(problems) > _SHOWN:
-        console.print(f"... and {len(problems) - _SHOWN} more")
+def run(folder: str, workers: int = 0, as_json: bool = False) -> bool:
+    """The command: print every problem; whether there was none. ``workers``: that decode every sample; 0: none is."""
+    seen, first, count = Seen(), list[str](), 0
+    found = verify_folder(folder, seen)
+    if workers:
+        found = itertools.chain(found, _decode(seen, workers))
+    for problem in found:
+        count += 1
+        first += [problem] if count <= MOST_KEPT else []
+        if not as_json and count <= _SHOWN:
+            say(problem)
+    if as_json:
+        console.say_json(_values(folder, seen, first, count))
+        return not count
+    if count > _SHOWN:
+        say(f"... and {count - _SHOWN:,} more")
     for note in seen.notes():
-        console.print(note, highlight=False, soft_wrap=True)
-    summary = f"{counted(len(problems), 'problem')} in" if problems else "no problems in"
+        say(note)
+    summary = f"{counted(count, 'problem')} in" if count else "no problems in"
     content = f": {seen.survey.content()}" if seen.survey.samples else ""
     samples = f"{counted(seen.survey.samples, 'sample')} of {counted(seen.shards, 'shard')}"
-    console.print(f"{summary} {samples} under {redacted(folder)}{content}", highlight=False, soft_wrap=True)
-    return not problems
+    say(f"{summary} {samples} under {redacted(folder)}{content}")
+    return not count
+
+
+def _values(folder: str, seen: Seen, first: list[str], count: int) -> dict[str, Any]:
+    return {
+        "path": redacted(folder),
+        "problems": {"count": count, "first": first},
+        "notes": list(seen.notes()),
+        "shards": seen.shards,
+        "samples": seen.survey.samples,
+        "content": {"+".join(kind) or "nothing": number for kind, number in seen.survey.modalities.most_common()},
+        "not_read": dict(seen.survey.unread),
+        "decoded": seen.decoded,
+        "bad": dict(seen.bad.most_common()),
+    }
+
+
+def _decode(seen: Seen, workers: int) -> Iterator[str]:
+    """A problem for each sample that the loader cannot decode."""
+    with Progress("decoding", seen.survey.samples, "samples") as progress:
+        for task, bad in undecodable(seen.whole, workers):
+            progress.advance(len(task.samples))
+            seen.decoded += len(task.samples)
+            for key, reason in bad:
+                count_reason(seen.bad, reason)
+                yield f"{redacted(task.url)}: sample {key}: {reason}"
 
 
 def split_specs(spec: str) -> list[str]:
@@ -92,9 +143,9 @@ def split_specs(spec: str) -> list[str]:
     folder = Path(spec)
     if not folder.is_dir():
         return [spec]
-    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_split_order)
+    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda folder: split_order(folder.name))
     candidates = [folder] if (folder / LIST).is_file() else [folder, *inside]
-    found = [str(path) for path in candidates if (path / LIST).is_file() or any(path.glob("*.tar"))]
+    found = [str(path) for path in candidates if _is_listed(path) or any(path.glob("*.tar"))]
     if not found:
         for path in candidates:
             refuse_compressed(str(path), *(inside.name for inside in path.iterdir()))
@@ -102,18 +153,24 @@ def split_specs(spec: str) -> list[str]:
     return found
 
 
+def _is_listed(folder: Path) -> bool:
+    return (folder / LIST).is_file() or (folder / ENERGON).is_dir()
+
+
 def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
     """Every problem of the shards that ``spec`` names, one line each."""
     files = Files()
     for leftover in sorted(Path(spec).rglob("*.tmp")):
         yield f"{leftover}: left behind by a run that was killed"
-    for split in split_specs(str(spec)):
+    splits = split_specs(str(spec))
+    seen.leaks.wanted = len(splits) > 1
+    for split in splits:
         listed: dict[str, dict[str, Any]] = {}
         if is_stream(split):
             raise ValueError(
                 f"{split.split()[0]}: the output of a command is read once, in its order; verify its files"
             )
-        if not Path(split).is_dir():
+        if not Path(split).is_dir() or not ((Path(split) / LIST).exists() or any(Path(split).glob("*.tar"))):
             listing = list_shards(split, files)
             if LIST in {shard.listed_in for shard in listing.shards} and (folder := remote_folder(split)):
                 yield from _verify_list(join(folder, LIST), listed, files)
@@ -157,10 +214,6 @@ def _verify_shards(listing: Listing, listed: dict[str, dict[str, Any]], seen: Se
             yield f"{url}: cannot be read ({error.strerror or error})"
 
 
-def _split_order(folder: Path) -> tuple[int, str]:
-    return SPLITS.index(folder.name) if folder.name in SPLITS else len(SPLITS), folder.name
-
-
 def _verify_list(url: str, listed: dict[str, dict[str, Any]], files: Files) -> Iterator[str]:
     """Problems of ``shards.json`` itself; its shards and their entries go into ``listed``."""
     try:
@@ -202,6 +255,7 @@ class _Shard:
                 yield str(error)
         if self.entry is not None and self.entry.get("nsamples", len(rows)) != len(rows):
             yield f"has {counted(len(rows), 'sample')}, {LIST} says {brief(self.entry.get('nsamples'))}"
+        seen.whole.append(self.url)
         is_ours = self.entry is not None and "xxh3_128" in self.entry
         for key, members in rows.samples():
             try:
@@ -227,11 +281,16 @@ class _Shard:
         if is_ours and row.get("key", key) != key:  # in shards of other tools it may be the key of anything
             yield f"sample {key} has the json of {brief(row['key'])}"
         group, split = row.get("group"), row.get("split") or Path(self.url).parent.name
+        seen.leaks.add(key, split_called(str(split)), row, self.url, members, self.files, known)
         if isinstance(group, str) and group and isinstance(split, str):
             split = split_called(split)
-            first = seen.split_of_group.setdefault(group, split)
+            first = seen.split_of_group.setdefault(xxhash.xxh3_64_intdigest(group.encode()), split)
             if first != split:
-                yield f"sample {key} of group {group} is in {split}, another of its group in {first}"
+                leak = f"sample {key} of group {group} is in {split}, another of its group in {first}"
+                if is_ours:
+                    yield leak
+                elif not seen.foreign_leaks:
+                    seen.foreign_leaks.append(leak)
 
 
 def _digest(url: str, files: Files) -> str:

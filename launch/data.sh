@@ -10,7 +10,7 @@ source launch/steps.sh
 shard() {
   local out=data/demo/$1 corpus=data/corpora/$2
   shift 2
-  mmmoe-data shard "$corpus/manifest.jsonl" --out "$out.tmp" --overwrite "$@" && mv "$out.tmp" "$out"
+  show mmmoe-data shard "$corpus/manifest.jsonl" --out "$out.tmp" --samples-per-shard 1000 --overwrite "$@" && mv "$out.tmp" "$out"
 }
 
 mkdir -p data/corpora data/demo

@@ -8,14 +8,25 @@ fi
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# step TITLE COMMAND...: run it, and print its duration.
+# show COMMAND...: print it as it can be typed, then run it.
+show() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "   ${line% }"
+  "$@"
+}
+
+# step TITLE COMMAND...: show it, and print its duration. A function shows the commands that it runs itself.
 step() {
   local title=$1 start=$SECONDS
   shift
   echo
   echo "== $title"
-  echo "   $*"
-  "$@" || return
+  if [[ $(type -t "$1") == function ]]; then
+    "$@" || return
+  else
+    show "$@" || return
+  fi
   echo "   done in $((SECONDS - start)) s"
 }
 

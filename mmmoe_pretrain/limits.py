@@ -19,6 +19,8 @@ FIELD_ALIASES = {
     "id": "key",
     "caption": "text",
     "transcript": "text",
+    "transcription": "text",
+    "sentence": "text",
     "lang": "language",
     "class": "label",
     "license": "licence",

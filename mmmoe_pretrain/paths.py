@@ -78,6 +78,18 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A file ``OUT.tmp`` to write, which becomes ``out`` where the block succeeds, else nothing is left of it."""
+    draft = out.with_name(f"{out.name}.tmp")
+    make_folder(out.parent)
+    try:
+        yield draft
+        os.replace(draft, out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def _value(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     value = os.environ.get(name, "")

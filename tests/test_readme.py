@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.manifest import read_manifest
+from data_prep.rows.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
 from mmmoe_pretrain.config.moe import MoEConfig

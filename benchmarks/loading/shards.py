@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ import soxr
 from PIL import Image
 
 from data_prep.corpora import mini
-from data_prep.packages import fetch_debian
-from data_prep.shard_files import EncodedSample, write_shard, write_shard_list
+from data_prep.corpora.packages import fetch_debian
+from data_prep.shards.encode import EncodedSample
+from data_prep.shards.shard_files import write_shard, write_shard_list
 
 PACKAGES = ("mate-backgrounds", "lomiri-wallpapers-20.04")
 MEGAPIXELS = (1, 2, 3, 4, 6, 8, 12)
@@ -57,7 +58,8 @@ def make(work: Path, samples: dict[str, int]) -> None:
         write_shard_list(folder, entries)
 
 
-def _photographs(work: Path, count: int, texts: list[str]) -> Iterator[EncodedSample]:
+def photographs(work: Path, count: int, megapixels: Sequence[int]) -> Iterator[bytes]:
+    """JPEG files of these sizes in turn, cut from the wallpapers at random."""
     files = sorted(path for package in PACKAGES for path in fetch_debian(package, work)[0].rglob("*.jpg"))
     big = [path for path in files if np.prod(Image.open(path).size) > 1.2e6]
     rng = np.random.default_rng(0)
@@ -66,10 +68,14 @@ def _photographs(work: Path, count: int, texts: list[str]) -> Iterator[EncodedSa
         share = rng.uniform(0.7, 1.0)
         wide, high = int(image.width * share), int(image.height * share)
         left, top = int(rng.integers(image.width - wide + 1)), int(rng.integers(image.height - high + 1))
-        scale = (1e6 * MEGAPIXELS[i % len(MEGAPIXELS)] / (wide * high)) ** 0.5
+        scale = (1e6 * megapixels[i % len(megapixels)] / (wide * high)) ** 0.5
         size = max(1, round(wide * min(1.0, scale))), max(1, round(high * min(1.0, scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
-        yield _with_text(i, "jpg", _jpeg(image), texts)
+        yield _jpeg(image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high)))
+
+
+def _photographs(work: Path, count: int, texts: list[str]) -> Iterator[EncodedSample]:
+    for i, data in enumerate(photographs(work, count, MEGAPIXELS)):
+        yield _with_text(i, "jpg", data, texts)
 
 
 def _small(work: Path, count: int, texts: list[str]) -> Iterator[EncodedSample]:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.manifest import Row
+from data_prep.rows.row import Row
 
 Build = Callable[[Path, Sequence[str]], tuple[list[Row], dict[str, int]]]
 

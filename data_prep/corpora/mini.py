@@ -1,6 +1,6 @@
 """The corpus that ships with the repository: no network, seconds to unpack.
 
-It is one tar in the source tree, made by ``data_prep/build_mini.py``; its LICENCES.md says what is in it.
+It is one tar in the source tree, made by ``data_prep/corpora/build_mini.py``; its LICENCES.md says what is in it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.manifest import Row, read_manifest
-from data_prep.packages import unpack_tar
+from data_prep.corpora.packages import unpack_tar
+from data_prep.rows.manifest import read_manifest
+from data_prep.rows.row import Row
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "tests" / "assets" / "mini" / "mini.tar"
 

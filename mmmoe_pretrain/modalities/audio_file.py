@@ -58,8 +58,14 @@ def open_audio(data: bytes) -> soundfile.SoundFile:
 
 
 def read_mono(file: soundfile.SoundFile, most: int | None = None, start: int = 0) -> NDArray[np.float32]:
-    """All samples from ``start`` on, or the first ``most`` of them. An MP3 is read from its beginning by one read:
-    seeking in one is inexact, and soundfile seeks between two reads."""
+    """``read_samples``, mixed to one channel."""
+    wave = read_samples(file, most, start)
+    return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
+
+
+def read_samples(file: soundfile.SoundFile, most: int | None = None, start: int = 0) -> NDArray[np.float32]:
+    """[samples, channels]: all from ``start`` on, or the first ``most`` of them. An MP3 is read from its beginning by
+    one read: seeking in one is inexact, and soundfile seeks between two reads."""
     import soundfile
 
     left = file.frames - start
@@ -73,7 +79,7 @@ def read_mono(file: soundfile.SoundFile, most: int | None = None, start: int = 0
         raise ValueError(f"audio cannot be decoded: {error.error_string}") from None
     if not len(wave) or len(wave) < wanted - (_MP3_MISSING if file.format == "MP3" else 0):
         raise ValueError(f"audio ends after {start + len(wave)} of the {file.frames} samples that its header states")
-    return wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
+    return wave
 
 
 def decoders() -> str:
@@ -164,7 +170,7 @@ def _flac_samples(data: bytes, stated: int) -> int:
         if header is not None:
             number, size = header
             found = (number if data[at + 1] & 1 else number * fixed_size) + size
-            if found == stated or _crc(data[at:stop], 16, 0x8005) == 0:
+            if found == stated or crc(data[at:stop], 16, 0x8005) == 0:
                 return found
             checks += 1
             if checks == _MAX_FLAC_CHECKS:
@@ -181,7 +187,7 @@ def _flac_frame(header: bytes) -> tuple[int, int] | None:
     size_bytes, rate_bytes = {6: 1, 7: 2}.get(size_code, 0), {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     at = 5 + extra
     end = at + size_bytes + rate_bytes
-    if size_code == 0 or rate_code == 15 or extra > 6 or end >= len(header) or _crc(header[: end + 1], 8, 0x07):
+    if size_code == 0 or rate_code == 15 or extra > 6 or end >= len(header) or crc(header[: end + 1], 8, 0x07):
         return None
     number = header[4] & (0x7F >> (extra + 1 if extra else 0))
     for byte in header[5:at]:
@@ -191,8 +197,8 @@ def _flac_frame(header: bytes) -> tuple[int, int] | None:
     return number, 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
 
 
-def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """A cyclic redundancy check; 0 for bytes that end with their own checksum."""
+def crc(data: bytes, bits: int, polynomial: int) -> int:
+    """A cyclic redundancy check of so many bits; 0 for bytes that end with their own checksum."""
     table = _crc_table(bits, polynomial)
     value, mask = 0, (1 << bits) - 1
     for byte in data:

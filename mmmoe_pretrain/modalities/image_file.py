@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.limits import (
@@ -98,12 +98,26 @@ class ImageReader:
 
     def __init__(self, data: bytes) -> None:
         self._data, self._image = data, _identify(data)
+        self.format = "JPEG" if _is_jpeg(self._image) else self._image.format or ""
+        self.mode, self.compression = self._image.mode, str(self._image.info.get("compression", ""))
         if not _is_jpeg(self._image):
             _check(self._image, self._image.size, data)
             self._image.load()  # before EXIF is read, which may stand behind the pixels
         self._turn = TURNS.get(self._image.getexif().get(ORIENTATION, 1))
         self._lies = self._turn is not None and self._turn.method not in SAME_SIDES
         self.size = self._image.size[::-1] if self._lies else self._image.size
+
+    @property
+    def is_turned(self) -> bool:
+        """Its EXIF says that it does not lie upright in the file."""
+        return self._turn is not None
+
+    def check(self, shrinks: float) -> None:
+        """Decode a JPEG to its end, at the scale of ``pixels``; other images are decoded already."""
+        if self.format == "JPEG":
+            _draft(self._image, shrinks)
+            _check(self._image, self.size, self._data)
+            _decode_jpeg(self._image, self._data)
 
     def pixels(self, shrinks: float = 1.0, background: tuple[int, int, int] = WHITE) -> Decoded:
         """Decoded. ``shrinks``: how many times fewer pixels a side are enough, at which scale a JPEG is decoded."""
@@ -127,20 +141,6 @@ class ImageReader:
         left = image.width - width if self._turn.right_is_left else 0.0
         top = image.height - height if self._turn.bottom_is_top else 0.0
         return Decoded(image, (left, top, left + width, top + height))
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The image in ``data``, checked by its header; nothing is decoded yet.
-
-    A JPEG will be decoded at a smaller scale where it would exceed the limit of pixels. Raises ValueError where it is
-    not a usable image.
-    """
-    image = _identify(data)
-    size = image.size
-    if _is_jpeg(image):
-        _draft(image, 1.0)
-    _check(image, size, data)
-    return image
 
 
 def _is_jpeg(image: Image.Image) -> bool:
@@ -189,6 +189,12 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Image.Image | NDArray[np.ui
     return image
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the header, before the image is turned upright. Raises one of IMAGE_ERRORS."""
+    with _identify(data) as image:
+        return image.size
+
+
 def _identify(data: bytes) -> Image.Image:
     """As ``Image.open``, whose own limit of pixels differs and ignores scaled decoding."""
     Image.init()
@@ -205,12 +211,6 @@ def _identify(data: bytes) -> Image.Image:
         except DECODER_ERRORS as error:
             raise ValueError(f"begins like a {name} and cannot be read further ({decoder_reason(error)})") from None
     raise ValueError(start_problem(data, IMAGE_FORMATS))
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Rotated by its EXIF, 16 bits scaled to 8, transparency on white. May change ``image``."""
-    ImageOps.exif_transpose(image, in_place=True)
-    return _rgb(image, WHITE)
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -6,7 +6,8 @@
 
 Faults: "error" (503), "stall" (no answer for ``stall`` seconds), "reset" (the connection is closed), "short" (half of
 the body, then closed), "ignore_range" (200 and all), "wrong_range" (another part), "wrong_total" (Content-Range says
-another size), "redirect" (302), "denied" (403), "etag" (another ETag).
+another size), "redirect" (302), "denied" (403), "busy" (429), "etag" (another ETag). ``headers``: of all
+files.
 
 Forked processes may read from it, since it runs in threads of the process that started it. It answers as S3 does to
 GET and HEAD, with the first folder as the bucket, too: ``{"s3": {"endpoint_url": server.url, "anon": True,
@@ -49,6 +50,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.latency, self.stall = folder, 0.0, 60.0  # seconds before any answer, and of a stall
         self.faults: Fault = never
+        self.headers: dict[str, str] = {}
         self.requests: list[tuple[str, str]] = []
         self.authorizations: list[str] = []
         self.failed: list[str] = []  # the faults that were served
@@ -94,8 +96,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "redirect":
             self._send(302, b"elsewhere", {"Location": f"{target.path}?redirected"})
-        elif fault in ("error", "denied"):
-            self._send(503 if fault == "error" else 403, b"no", {})
+        elif fault in ("error", "denied", "busy"):
+            self._send({"error": 503, "denied": 403, "busy": 429}[fault], b"no", {})
         elif path.is_dir():
             links = "".join(f'<a href="{p.name}{"/" * p.is_dir()}">{p.name}</a>' for p in path.iterdir())
             self._send(200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"})
@@ -110,7 +112,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             self._send(412, b"", {})
             return
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", **self.server.headers}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
         if not asked or fault == "ignore_range":
             first, last, code = 0, size - 1, 200

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from data_prep import cli
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.data.sources.source import open_indexed
 from tests.data.servers import every, http_server
 from tests.support import things, tiny_config, tiny_values, write_shards
 
@@ -41,7 +48,7 @@ def test_shard_verify_inspect_and_tokenizer_work_together(make_manifest, tmp_pat
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys):
     assert run(monkeypatch, "shard", tmp_path / "nowhere", "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("mmmoe-data: no manifest at ")
+    assert error.startswith(f"mmmoe-data: there is nothing at {tmp_path}/nowhere; ")
     assert error.count("\n") == 1
 
 
@@ -73,3 +80,110 @@ def test_an_option_out_of_its_range_is_refused(tmp_path: Path, monkeypatch, caps
 def test_mini_unpacks(tmp_path: Path, monkeypatch):
     assert run(monkeypatch, "corpus", "mini", "--out", tmp_path) == 0
     assert (tmp_path / "manifest.jsonl").is_file()
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "index", "tokenizer", "preview"])
+def test_with_json_stdout_is_one_object(command: str, tiny_data: Path, tmp_path: Path, monkeypatch, capsys):
+    paths = {"preview": tmp_path / "run.yaml"}
+    run_config.dump(tiny_config(tiny_data), paths["preview"])
+    more = ("--vocab-size", 300, "--out", tmp_path / "t.model") if command == "tokenizer" else ()
+    assert run(monkeypatch, command, paths.get(command, tiny_data / "train"), "--json", *more) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+@pytest.mark.parametrize("command", ["corpus", "index", "tokenizer"])
+def test_a_dry_run_writes_nothing(command: str, tmp_path: Path, monkeypatch, capsys):
+    write_shards(tmp_path / "shards", things(4))
+    if command != "index":
+        open_indexed(tmp_path / "shards")
+    before = sorted(tmp_path.rglob("*"))
+    args = {
+        "corpus": ("mini", "--out", tmp_path / "new"),
+        "index": (tmp_path / "shards",),
+        "tokenizer": (tmp_path / "shards", "--vocab-size", 300, "--out", tmp_path / "new.model"),
+    }
+    assert run(monkeypatch, command, *args[command], "--dry-run") == 0
+    assert "would" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_command_has_an_example_and_the_version_is_told(monkeypatch, capsys):
+    assert all((command.epilog or "").startswith("Example: mmmoe-data ") for command in cli.app.registered_commands)
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("mmmoe-data 0.")
+
+
+APP = """
+    import time, typer
+    from data_prep import console, pool
+    app = typer.Typer()
+
+    @app.command()
+    def sleep() -> None:
+        with console.kept("two are kept; repeat the command"):
+            for done in pool.map_in_order(time.sleep, [0.01, 0.01, *[30.0] * 9], 2):
+                console.say("done")
+
+    @app.command()
+    def talk() -> None:
+        while True:
+            console.say("a line")
+
+    if __name__ == "__main__":
+        console.run(app, "app")
+"""
+
+
+def start(folder: Path, command: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """A command of APP in a process group of its own."""
+    (folder / "app.py").write_text(textwrap.dedent(APP), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, str(folder / "app.py"), command], text=True, stdout=stdout, stderr=subprocess.PIPE,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "code"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -9)],
+)
+def test_a_signal_leaves_no_process_and_says_what_is_kept(tmp_path: Path, number: int, to_group: bool, code: int):
+    process = start(tmp_path, "sleep")
+    try:
+        assert process.stdout.readline() + process.stdout.readline() == "done\ndone\n"
+        assert len(running(process.pid)) >= 3  # two workers
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        _, error = process.communicate(timeout=10)
+        assert process.returncode == code
+        name = {130: "interrupted", 143: "terminated"}.get(code)
+        assert not name or error == f"app: {name}; two are kept; repeat the command\n"
+        end = time.monotonic() + 5
+        while (left := running(process.pid)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left
+    finally:
+        if running(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def running(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state not in "ZX":
+            found.append(path.parent.name)
+    return found
+
+
+def test_a_closed_pipe_ends_a_command_silently(tmp_path: Path):
+    read_end, write_end = os.pipe()
+    process = start(tmp_path, "talk", write_end)
+    os.close(write_end)
+    os.close(read_end)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (141, "")

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import sentencepiece
 
-from data_prep.manifest import Row
-from data_prep.tokenizer import texts_of, train_tokenizer
+from data_prep import tokenizer
+from data_prep.rows.manifest import write_manifest
+from data_prep.rows.row import Row
+from data_prep.tokenizer import TokenizerOptions
 from mmmoe_pretrain.modalities import Tokenizer
+from tests.support import write_tar
 
 TEXTS = sorted(
     {
@@ -15,6 +20,10 @@ TEXTS = sorted(
         for number in (7, 25)
     }
 )
+
+
+def train_tokenizer(texts, out, *options, **named):
+    tokenizer.train_tokenizer(texts, out, TokenizerOptions(*options, **named))
 
 
 def test_any_text_is_decoded_as_it_was_and_the_model_is_the_same_twice(tmp_path):
@@ -44,12 +53,6 @@ def test_a_size_that_cannot_be_filled_names_the_largest_that_can(tmp_path, model
         train_tokenizer(TEXTS, tmp_path / "t.model", 5000, model_type)
     largest = int(str(caught.value).rsplit(" ", 1)[1])
     train_tokenizer(TEXTS, tmp_path / "t.model", largest, model_type)
-
-
-def test_a_folder_in_the_place_of_the_file_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
-        train_tokenizer(TEXTS, tmp_path, 340)
-    assert not tmp_path.with_name(tmp_path.name + ".tmp").exists()
 
 
 def test_a_size_below_the_characters_names_what_is_needed(tmp_path):
@@ -114,13 +117,63 @@ def test_identity_folds_no_case_and_other_names_are_refused(tmp_path):
         train_tokenizer(TEXTS, tmp_path / "t.model", 340, normalization="nfd")
 
 
-def test_only_the_train_split_is_learnt_from():
+def test_only_the_train_split_is_learnt_from(tmp_path):
     rows = [
         Row("a", text="two  words"),
         Row("b", text="two words"),
         Row("c", text="secret", split="test"),
         Row("d", image="x.png"),
-        Row("e", text=" \u200b\n"),
-        Row("f", text="a\u00a0b"),  # what a space is, is the normalization's to say
+        Row("e", text="f\u00a0g"),  # what a space is, is the normalization's to say
+        Row("h", parts=[{"text": "part one"}, {"file": "part.txt"}]),
+        Row("i", parts=[{"file": "lost.txt"}]),
     ]
-    assert texts_of(rows, "train") == ["a\u00a0b", "two words"]
+    (tmp_path / "part.txt").write_text("part two", encoding="utf-8")
+    write_manifest(tmp_path / "manifest.jsonl", rows)
+    with tokenizer.Texts(tmp_path / "texts", 100) as texts:
+        assert tokenizer.read_texts([str(tmp_path)], "train", texts) == 1
+        assert texts.close() == 4
+        assert sorted(texts) == ["f\u00a0g", "part one", "part two", "two words"]
+
+
+def test_the_same_texts_in_another_container_and_order_give_the_same_model(tmp_path):
+    rows = [Row(f"k{n}", text=text) for n, text in enumerate(TEXTS)]
+    write_manifest(tmp_path / "whole/manifest.jsonl", rows)
+    write_manifest(tmp_path / "some/manifest.jsonl", rows[::-2])
+    members = [(f"{n}.json", json.dumps({"caption": text}).encode()) for n, text in enumerate(TEXTS)]
+    write_tar(tmp_path / "captions.tar", [*members, ("x.png", b"x"), ("x.txt", TEXTS[0].encode())])
+    write_tar(tmp_path / "bad.tar", [("a.json", b"{"), ("b.json", b'{"caption": "secret", "split": "test"}')])
+    inputs = {
+        "whole": ["whole"], "again": ["some/manifest.jsonl", "whole"], "tar": ["bad.tar", "captions.tar", "whole"]
+    }  # fmt: skip
+    options = TokenizerOptions(340, normalization="nfc")
+    for name, paths in inputs.items():
+        tokenizer.run([str(tmp_path / path) for path in paths], tmp_path / f"{name}.model", "train", options)
+    assert len({(tmp_path / f"{name}.model").read_bytes() for name in inputs}) == 1
+
+
+def test_the_texts_that_are_drawn_depend_on_the_texts_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_AT_ONCE", 2)
+    drawn = []
+    for number, texts in enumerate((TEXTS, TEXTS[::-1], [*TEXTS, *TEXTS[:7]])):
+        with tokenizer.Texts(tmp_path / f"{number}", 10) as some:
+            for text in texts:
+                some.add(text)
+            assert (some.close(), some.drawn) == (10, True)
+            drawn.append(list(some))
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len(set(drawn[0])) == 10
+
+
+def test_an_existing_file_is_kept_unless_overwrite_is_given(tmp_path, capsys):
+    write_manifest(tmp_path / "manifest.jsonl", [Row(f"k{n}", text=text) for n, text in enumerate(TEXTS)])
+    out, options = tmp_path / "t.model", TokenizerOptions(340)
+    tokenizer.run([str(tmp_path)], out, "train", options, dry_run=True, as_json=True)
+    assert json.loads(capsys.readouterr().out)["texts"] == len(TEXTS) and not out.exists()
+    out.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"t\.model exists; choose another --out, or pass --overwrite"):
+        tokenizer.run([str(tmp_path)], out, "train", options)
+    assert out.read_bytes() == b"mine"
+    tokenizer.run([str(tmp_path)], out, "train", options, overwrite=True)
+    assert sentencepiece.SentencePieceProcessor(model_file=str(out)).vocab_size() == 340
+    with pytest.raises(ValueError, match="is a folder"):
+        tokenizer.run([str(tmp_path)], tmp_path, "train", options)

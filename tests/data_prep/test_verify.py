@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
-from data_prep.inspect import Kind, measure
-from data_prep.manifest import read_manifest
-from data_prep.shard import ShardOptions, shard_manifest
-from data_prep.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
-from data_prep.verify import Seen, verify_folder
+from data_prep.inspect.measure import Kind, measure
+from data_prep.rows.manifest import read_manifest
+from data_prep.shards.shard import shard_rows
+from data_prep.shards.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
+from data_prep.shards.writing import ShardOptions
+from data_prep.verify import Seen, run, verify_folder
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.sources.survey import survey
 from tests.data.servers import http_server
@@ -23,7 +26,7 @@ def write(manifest, **changes):
     """The manifest's rows with these changes as shards, in the folder beside it."""
     rows = [replace(row, **changes) for row in read_manifest(manifest)]
     out = manifest.parent.parent / "out"
-    shard_manifest(rows, manifest.parent, out, ShardOptions(workers=1))
+    shard_rows(rows, manifest.parent, out, ShardOptions(workers=1))
     return out
 
 
@@ -46,7 +49,7 @@ def test_fresh_shards_are_well_and_inspect_counts_the_same_in_them_and_in_their_
         open_indexed(shards / split)
     seen = Seen()
     assert [*verify_folder(shards, seen), *seen.notes()] == []
-    of_manifest, of_shards = measure(shards.parent / "corpus")[0], measure(shards)[0]
+    of_manifest, of_shards = measure(shards.parent / "corpus").totals, measure(shards).totals
     assert of_manifest.keys() == of_shards.keys()
     kind = Kind("train", "odd", "en", "image+audio+text")  # rows 0 and 4 of 0, 1, 3, 4
     assert of_shards[kind].rows == of_manifest[kind].rows == 2
@@ -66,7 +69,7 @@ def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_p
     assert notes.startswith("not read: right.jpg (6)\n")
     assert "no shards.json in" in notes
     assert f"no index of {tmp_path}: it is made on first use" in notes
-    totals, left_out = measure(tmp_path)
+    totals, left_out = (measured := measure(tmp_path)).totals, measured.left_out
     assert left_out == "right.jpg (6)"
     assert {kind.modalities: total.rows for kind, total in totals.items()} == {"image": 8, "image+text": 1}
 
@@ -106,7 +109,7 @@ def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
     wanted = ("more/c.tar: sample 0: json", "validation/e.tar: not named", "validation/e.tar is not a whole tar")
     assert all(part in problem for problem, part in zip(found, wanted, strict=True))
     assert seen.survey.left_out() == "*.tar.gz (1)"
-    totals, left_out = measure(tmp_path)
+    totals, left_out = (measured := measure(tmp_path)).totals, measured.left_out
     assert {(kind.split, kind.modalities): total.rows for kind, total in totals.items()} == {
         ("train", "image+text"): 1, ("val", "image+text"): 1, ("(none)", "(damaged)"): 1,
     }  # fmt: skip
@@ -136,11 +139,11 @@ def test_every_format_of_audio_that_is_sharded_is_known(make_manifest, name):
     soundfile.write(manifest.parent / name, np.zeros(8000), 8000)
     out = write(manifest, audio=name)
     assert problems(out) == []
-    assert [found.seconds for found in measure(out)[0].values()] == [pytest.approx(1.0)]
+    assert [found.seconds for found in measure(out).totals.values()] == [pytest.approx(1.0)]
 
 
 def test_a_flipped_byte_is_found(shards):
-    path = shards / "train/00000.tar"
+    path = shards / "train/train-000000.tar"
     data = bytearray(path.read_bytes())
     data[data.index(b"fLaC" if b"fLaC" in data else b"RIFF") + 100] ^= 1
     path.write_bytes(data)
@@ -149,14 +152,17 @@ def test_a_flipped_byte_is_found(shards):
 
 
 def test_a_truncated_tar_and_an_index_of_another_shard_are_found(shards):
-    path = shards / "train/00000.tar"
+    path = shards / "train/train-000000.tar"
     data = path.read_bytes()
     for keep in (0.5, 0.97):
         path.write_bytes(data[: int(len(data) * keep)])
         assert any("bytes, shards.json says" in problem for problem in problems(shards))
     path.write_bytes(data)
-    open_indexed(shards / "test")
-    (shards / "train/shards.index").write_bytes((shards / "test/shards.index").read_bytes())
+    other = shards.parent / "other"
+    other.mkdir()
+    (other / path.name).write_bytes((shards / "test/test-000000.tar").read_bytes())
+    open_indexed(other)
+    (shards / "train/shards.index").write_bytes((other / "shards.index").read_bytes())
     [found] = problems(shards)
     assert "shards.index does not describe the members" in found
     (shards / "train/shards.index").write_bytes(b"x")
@@ -165,25 +171,25 @@ def test_a_truncated_tar_and_an_index_of_another_shard_are_found(shards):
 
 
 def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):
-    (shards / "train/00000.tar").rename(shards / "train/00007.tar")
-    (shards / "test/00001.tar.tmp").touch()
+    (shards / "train/train-000000.tar").rename(shards / "train/train-000007.tar")
+    (shards / "test/test-000001.tar.tmp").touch()
     found = "\n".join(problems(shards))
-    assert "shards.json names 00000.tar, which does not exist" in found
-    assert "00007.tar: not named in shards.json" in found
+    assert "shards.json names train-000000.tar, which does not exist" in found
+    assert "train-000007.tar: not named in shards.json" in found
     assert "left behind by a run that was killed" in found
 
 
 def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_verified(shards, monkeypatch):
     def broken(path):
-        if path.name == "00000.tar":
+        if path.name.endswith("000000.tar"):
             raise OSError(errno.EIO, "Input/output error")
         return hash_file(path)
 
     monkeypatch.setattr("data_prep.verify.hash_file", broken)
     seen = Seen()
     found = list(verify_folder(shards, seen))
-    message = "00000.tar: cannot be read (Input/output error)"
-    assert found == [f"{shards}/train/{message}", f"{shards}/test/{message}"]
+    message = "-000000.tar: cannot be read (Input/output error)"
+    assert found == [f"{shards}/train/train{message}", f"{shards}/test/test{message}"]
     assert seen.shards == 2
 
 
@@ -207,11 +213,41 @@ def test_a_folder_without_shards_is_refused(tmp_path):
         problems(tmp_path)
 
 
+def test_decoding_finds_and_counts_what_the_loader_could_not_use(tmp_path, capsys):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    png = buffer.getvalue()
+    wave = io.BytesIO()
+    soundfile.write(wave, np.zeros(800), 8000, format="WAV")
+    good = [("a.png", png), ("a.txt", b"red"), ("b.wav", wave.getvalue())]
+    document = json.dumps({"parts": [{"member": "x.png"}, {"text": "red"}]}).encode()
+    bad = [("c.png", png[:60]), ("d.png", png[:62]), ("e.wav", b"RIFF"), ("f.x.png", b"no"), ("f.json", document)]
+    write_tar(tmp_path / "0.tar", good)
+    assert run(str(tmp_path), workers=1)
+    assert "decoded 2 samples, of which 0 are bad" in capsys.readouterr().out
+    write_tar(tmp_path / "1.tar", bad)
+    assert run(str(tmp_path))  # nothing is decoded
+    capsys.readouterr()
+    assert not run(str(tmp_path), workers=1, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["problems"]["count"], answer["samples"], answer["decoded"]) == (4, 6, 6)
+    assert [problem.split(": ")[1] for problem in answer["problems"]["first"]] == [f"sample {key}" for key in "cdef"]
+    assert sorted(answer["bad"].values()) == [1, 1, 2]  # c and d for the same reason
+
+
+def test_what_other_tools_mean_by_a_group_is_a_note(tmp_path):
+    for split in ("train", "test"):
+        write_tar(tmp_path / split / "0.tar", [("a.txt", b"red"), ("a.json", b'{"group": "g"}')])
+    seen = Seen()
+    assert list(verify_folder(tmp_path, seen)) == []
+    assert "sample a of group g is in test, another of its group in train" in "\n".join(seen.notes())
+
+
 def test_remote_shards_are_compared_with_their_list_and_a_stream_is_refused(shards, tmp_path):
     with http_server(tmp_path) as server:
         url = f"{server.url}/{shards.relative_to(tmp_path)}/train"
         assert not list(verify_folder(url, Seen()))
-        path = shards / "train/00000.tar"
+        path = shards / "train/train-000000.tar"
         path.write_bytes(path.read_bytes() + bytes(10240))
         [found] = verify_folder(url, Seen())
         assert "bytes, shards.json says" in found

@@ -6,7 +6,9 @@ is wrong, or the outcome "skipped" with the reason.
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,16 @@ import numpy as np
 import torch
 import xxhash
 
-from data_prep import inspect as data_inspect
-from data_prep import shard as data_shard
 from data_prep import verify as data_verify
-from data_prep.manifest import read_manifest
-from data_prep.shard_files import EncodedSample, write_shard, write_shard_list
+from data_prep.inspect.measure import measure
+from data_prep.rows.inputs import open_input
+from data_prep.rows.manifest import read_manifest
+from data_prep.rows.row import Fault, faults
+from data_prep.shards import shard as data_shard
+from data_prep.shards.encode import BadSample, EncodedSample, Encoder
+from data_prep.shards.media import MediaOptions
+from data_prep.shards.shard_files import write_shard, write_shard_list
+from data_prep.shards.writing import ShardOptions
 from launch import compare
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
@@ -58,8 +65,8 @@ def read_media(path: Path) -> Outcome | None:
     (path.parent / "manifest.jsonl").write_text(json.dumps({"key": "row", kind: path.name, "text": "a text"}) + "\n")
     (row,) = read_manifest(path.parent)
     size = 16 if path.stat().st_size % 2 else None
-    made = data_shard.encode_row(row, path.parent, data_shard.ShardOptions(image_size=size, audio_rate=size and 8000))
-    return ("skipped", made.reason) if isinstance(made, data_shard.BadSample) else None
+    made = Encoder(path.parent, MediaOptions(image_size=size, audio_rate=size and 8000))(row)
+    return ("skipped", made.reason) if isinstance(made, BadSample) else None
 
 
 def write_tars(folder: Path) -> None:
@@ -111,7 +118,7 @@ def verify(path: Path) -> Outcome | None:
 
 
 def inspect(path: Path) -> None:
-    data_inspect.measure(path.parent)
+    measure(path.parent)
 
 
 def write_manifest(folder: Path) -> None:
@@ -127,10 +134,42 @@ def write_manifest(folder: Path) -> None:
 
 def read_manifest_of(path: Path) -> Outcome | None:
     """``mmmoe-data shard``."""
-    data_inspect.measure(path.parent)
-    options = data_shard.ShardOptions(workers=1, max_bad_fraction=1.0)
-    made = data_shard.shard_manifest(read_manifest(path.parent), path.parent, path.parent / "out", options)
+    measure(path.parent)
+    options = ShardOptions(workers=1, max_bad_fraction=1.0)
+    made = data_shard.shard_rows(read_manifest(path.parent), path.parent, path.parent / "out", options)
     return ("skipped", made.skipped[0].reason) if made.skipped else None
+
+
+def write_zips(folder: Path) -> None:
+    for i, content in enumerate(inputs.zips()):
+        (folder / f"{i}.zip").write_bytes(content)
+
+
+def write_tables(folder: Path) -> None:
+    for name, content in inputs.tables().items():
+        (folder / name).write_bytes(content)
+    (folder / "0.png").write_bytes(inputs.images()["png"][0])
+    (folder / "1.jpg").write_bytes(inputs.images()["jpeg"][0])
+
+
+def write_sidecars(folder: Path) -> None:
+    """Files in folders of classes, with texts and JSON beside them."""
+    with zipfile.ZipFile(io.BytesIO(inputs.zips()[0])) as archive:
+        archive.extractall(folder)
+
+
+def read_input(path: Path) -> Outcome | None:
+    """``mmmoe-data shard`` of a file, or of the folder of files that has ``changed`` as its name."""
+    given = open_input(path.parents[1] if path.parent.name in ("red", "blue") else path)
+    encoder, bad = Encoder(given.root, MediaOptions()), ""
+    for found in given.rows:
+        if isinstance(found, Fault):
+            bad = bad or found.reason
+            continue
+        made = None if (problem := next(faults(found.row), None)) else encoder(found.row)
+        bad = bad or problem or (made.reason if isinstance(made, BadSample) else "")
+        assert len(bad) < 4000
+    return ("skipped", bad) if bad else None
 
 
 def write_config(folder: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import json
 import tarfile
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import yaml
 from PIL import Image
+from pyarrow import parquet
 
 from tests.support import RATE, npy_bytes, tiny_values, write_tokenizer
 from tests.support import audio_bytes as sound
@@ -116,6 +121,50 @@ def shards() -> tuple[bytes, ...]:
         _tar(tarfile.USTAR_FORMAT, ""), _tar(tarfile.GNU_FORMAT, ""),
         _tar(tarfile.PAX_FORMAT, "ü" * 60), _tar(tarfile.GNU_FORMAT, "folder/" + "n" * 120),
     )  # fmt: skip
+
+
+@functools.cache
+def zips() -> tuple[bytes, ...]:
+    """Archives of a folder with images, sidecars and clips: stored, deflated, and in one more folder."""
+    files = {"red/0.png": images()["png"][0], "red/0.txt": b"A red square.", "blue/1.jpg": images()["jpeg"][0],
+             "blue/1.json": b'{"caption": "Blue."}', "blue/ü 2.wav": clips()["wav"][0]}  # fmt: skip
+    return tuple(
+        _zip({prefix + name: data for name, data in files.items()}, method)
+        for method, prefix in ((zipfile.ZIP_STORED, ""), (zipfile.ZIP_DEFLATED, ""), (zipfile.ZIP_STORED, "around/"))
+    )
+
+
+def _zip(files: Mapping[str, bytes], method: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data, method)
+    return buffer.getvalue()
+
+
+def tables() -> dict[str, bytes]:
+    """The same rows in every format of tables."""
+    rows = [
+        {"id": "a", "image_path": "0.png", "caption": 'Red, or "red".', "score": 0.5},
+        {"id": "b", "image_path": "1.jpg", "caption": "Синий\nover two lines", "score": 1.5},
+        {"id": "c", "image_path": "0.png", "caption": "Third.", "score": None},
+    ]  # fmt: skip
+    found = {}
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+        found[f"table.{suffix}"] = text.getvalue().encode()
+    found["table.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    table = pyarrow.Table.from_pylist(
+        [{**row, "image": {"bytes": images()["png"][0], "path": "0.png"}} for row in rows]
+    )
+    for compression in ("none", "zstd"):
+        buffer = io.BytesIO()
+        parquet.write_table(table.drop_columns("image_path"), buffer, compression=compression)
+        found[f"{compression}.parquet"] = buffer.getvalue()
+    return found
 
 
 def config_text(root: Path) -> str:

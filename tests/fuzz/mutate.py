@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zlib
 from pathlib import Path
 from random import Random
@@ -113,6 +114,32 @@ TAR_NAMES = (b"/etc/passwd", b"../up.txt", b"a/../../b.txt", b"", b"\xff\xfe.txt
              b"a\nb.json", b"./..", b"con.TXT")  # fmt: skip
 
 
+def zip_field(rng: Random, data: bytes) -> bytes:
+    """Another flag, method, size, length, offset or name in one entry of the directory of a zip, or in a local header
+    (APPNOTE 4.3.7, 4.3.12); or another count or offset at its end (4.3.16)."""
+    magic, fields, name = rng.choice(ZIP_RECORDS)
+    starts = [match.start() for match in re.finditer(re.escape(magic), data)]
+    if not starts:
+        return data
+    out, at = bytearray(data), rng.choice(starts)
+    if name and rng.random() < 0.25:
+        length = int.from_bytes(out[at + name[0] : at + name[0] + 2], "little")
+        out[at + name[1] : at + name[1] + length] = rng.choice(TAR_NAMES).ljust(length, b"_")[:length]
+        return bytes(out)
+    offset, width = rng.choice(fields)
+    value = rng.choice((*EXTREMES, 8, 9, 12, 14, 93, 99, rng.randrange(2000))) & (1 << 8 * width) - 1
+    out[at + offset : at + offset + width] = value.to_bytes(width, "little")
+    return bytes(out)
+
+
+# Magic, (offset, bytes) of its numbers, and offsets of the length and the bytes of its name.
+ZIP_RECORDS = (
+    (b"PK\x01\x02", ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)), (28, 46)),
+    (b"PK\x03\x04", ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)), (26, 30)),
+    (b"PK\x05\x06", ((8, 2), (10, 2), (12, 4), (16, 4), (20, 2)), None),
+)  # fmt: skip
+
+
 def tar_checksums(data: bytes) -> bytes:
     """Every header's checksum as it should be."""
     out = bytearray(data)
@@ -125,9 +152,10 @@ def tar_checksums(data: bytes) -> bytes:
 
 def damage(rng: Random, data: bytes, other: bytes) -> bytes:
     """One to three changes, of which some keep the checksums right."""
-    is_tar = data[257:262] == b"ustar"
+    is_tar, is_zip = data[257:262] == b"ustar", data[:2] == b"PK"
     for _ in range(rng.choice((1, 1, 2, 3))):
-        data = tar_field(rng, data) if is_tar and rng.random() < 0.4 else blind(rng, data, other)
+        change = tar_field if is_tar else zip_field if is_zip else None
+        data = change(rng, data) if change and rng.random() < 0.4 else blind(rng, data, other)
     if rng.random() < 0.6:
         data = tar_checksums(ogg_checksums(png_checksums(data)))
     return data

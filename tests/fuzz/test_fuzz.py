@@ -15,7 +15,8 @@ from tests.fuzz.run import FAULTS, count, run_cases
 from tests.fuzz.targets import TARGETS, Target, Workplace
 
 SEED = 5
-CASES = {"checkpoint": 300, "shard": 160, "config": 160, "override": 80, "media": 120, "bmp": 60, "gif": 60}
+CASES = {"checkpoint": 300, "shard": 160, "config": 160, "override": 80, "media": 120, "bmp": 60, "gif": 60,
+         "zip": 70, "table": 60, "parquet": 60, "sidecar": 50}  # fmt: skip
 USUAL = 110  # cases of the other targets
 
 

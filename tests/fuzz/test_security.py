@@ -18,9 +18,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep import media, verify
-from data_prep.manifest import read_manifest
-from data_prep.shard import ShardOptions, shard_manifest
+from data_prep import verify
+from data_prep.rows.manifest import read_manifest
+from data_prep.shards.encode import Encoder
+from data_prep.shards.media import MediaOptions
+from data_prep.shards.shard import shard_rows
+from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.checkpoint import store
@@ -142,7 +145,7 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_refused_and_not_waited_for
         lambda: Tokenizer(tmp_path / "tokens.model"),
         lambda: open_indexed(tmp_path / "shards"),
         lambda: read_manifest(tmp_path / "manifest"),
-        lambda: media.image_member(tmp_path / "images" / "a.png", None),
+        lambda: Encoder(tmp_path / "images", MediaOptions()).media("image", "a.png"),
     ):
         with pytest.raises(ValueError, match=r"run\.yaml|tokens\.model|00000\.tar|manifest|a\.png"):
             read()
@@ -183,7 +186,7 @@ def test_a_bomb_of_pixels_is_refused_by_its_header(tmp_path: Path, width: int, h
     ):
         IMAGES.decode(bomb)
     with little_memory(), pytest.raises(ValueError, match=r"bomb\.png .*(exceeds the limit|bomb)"):
-        media.image_member(tmp_path / "bomb.png", 16)
+        Encoder(tmp_path, MediaOptions(image_size=16)).media("image", "bomb.png")
 
 
 def test_a_jpeg_of_many_scans_is_refused_by_its_header() -> None:
@@ -211,7 +214,7 @@ def test_a_bomb_of_seconds_or_samples_is_refused_by_its_header(
     with pytest.raises(BadSampleError, match=what):
         CLIPS.decode(bomb)
     with pytest.raises(ValueError, match=rf"bomb\.flac .*{what}"):
-        media.audio_member(tmp_path / "bomb.flac", None)
+        Encoder(tmp_path, MediaOptions()).media("audio", "bomb.flac")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +316,7 @@ def test_a_manifest_takes_images_and_audio_alone_from_outside_of_its_folder_and_
     rows = [{"key": str(i), "image": name} for i, name in enumerate(names)] + [{"key": "good", "text": "x"}]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ShardOptions(workers=1, max_bad_fraction=1)
-    report = shard_manifest(read_manifest(folder), folder, tmp_path / "out", options)
+    report = shard_rows(read_manifest(folder), folder, tmp_path / "out", options)
     assert sorted(bad.key for bad in report.skipped) == ["0", "1", "2", "3"]
     assert "PRIVATE" not in str(report.skipped)
     assert "4 files outside of" in caplog.text
@@ -325,9 +328,9 @@ def test_a_manifest_takes_images_and_audio_alone_from_outside_of_its_folder_and_
     (folder / "manifest.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*rows, {"key": "b", "text": "x"}])
     )
-    report = shard_manifest(read_manifest(folder), folder, tmp_path / "documents", options)
+    report = shard_rows(read_manifest(folder), folder, tmp_path / "documents", options)
     assert sorted(bad.key for bad in report.skipped) == ["0", "1", "2", "3"]
-    assert all("lies outside of the manifest's folder" in bad.reason for bad in report.skipped)
+    assert all("lies outside of the folder of the rows" in bad.reason for bad in report.skipped)
     (folder / "manifest.jsonl").write_text(json.dumps({"key": "a", "image": "a\0.png"}) + "\n")
     with pytest.raises(ValueError, match=r"manifest\.jsonl line 1, key 'a': .*holds a NUL"):
         read_manifest(folder)

@@ -45,6 +45,8 @@ def test_the_demo_fetches_shards_trains_on_two_ranks_and_evaluates_and_keeps_wha
     last = ["torchrun 2 train configs/demo.yaml", f"mmmoe evaluate runs/demo {DENSE}"]
     assert len(calls) > 2 and calls[-2:] == last
     assert "runs/demo/report.md" in said
+    sharding = [line for line in said.splitlines() if line.startswith("   mmmoe-data shard data/corpora/mini/")]
+    assert sharding and " --out data/demo/mini.tmp " in sharding[0]  # a command that can be typed
     assert "small corpus" not in said.splitlines()[-1]
     assert run(project)[0] == last
 

@@ -12,7 +12,8 @@ import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
-from data_prep import media
+from data_prep.shards.encode import Encoder
+from data_prep.shards.media import MediaOptions
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.modalities import BadSampleError, image_file
 from mmmoe_pretrain.modalities.image import Image as ImageModality
@@ -271,7 +272,7 @@ def test_a_jpeg_above_the_limit_is_decoded_at_a_smaller_scale(
     np.testing.assert_allclose(pixels[:, 6:10, :7], np.full((3, 4, 7), 0) + np.array(RED)[:, None, None], atol=6)
     np.testing.assert_allclose(pixels[:, 6:10, 9:], 255, atol=6)
     (tmp_path / "a.jpg").write_bytes(data)
-    assert media.image_member(tmp_path / "a.jpg", None).data == data
+    assert Encoder(tmp_path, MediaOptions()).media("image", "a.jpg").data == data
     # At an eighth 800 x 800 are 10,000; the coefficients of a progressive JPEG are in memory at any scale.
     too_large = flat("RGB", RED, (800, 800))
     for refused in (encoded(image), encoded(too_large, "JPEG"), encoded(image, "JPEG", progressive=True)):

@@ -307,6 +307,13 @@ def is_relative_name(url: object) -> bool:
     return all(len(part.encode()) < 256 for part in parts)
 
 
+def energon_splits(folder: str, files: Files) -> list[str]:
+    """The splits that hold shards, of a folder that Energon prepared."""
+    held = _data_of(join(folder, ENERGON), ("split.yaml", "split.json"), files)
+    parts = _field(held, "split_parts", dict, redacted(join(folder, ENERGON)))
+    return [str(name) for name, shards in parts.items() if shards]
+
+
 def _prepared(folder: str, split: str, files: Files) -> list[Shard]:
     """The shards of a split of a folder that Energon prepared."""
     place, meta = join(folder, ENERGON), redacted(join(folder, ENERGON))

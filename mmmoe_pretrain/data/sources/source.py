@@ -130,6 +130,11 @@ class Indexed:
         """The key of sample ``i``, which another shard may use as well."""
         return self._index.key(i)
 
+    def places(self, i: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The URL of the shard of sample ``i``, and the offset and size of each of its members in it."""
+        shard, kind, places = self._index.places(i)
+        return self.urls[shard], dict(zip(self._index.kinds[kind], places, strict=True))
+
     def read(self, i: int, only: Iterable[str] | None = None) -> RawSample:
         """The bytes of the members of sample ``i`` that are read, or of those whose extensions are in ``only``.
         Where there is a JSON, which may name them as the parts of a document, all files in a format of some modality

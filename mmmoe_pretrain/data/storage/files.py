@@ -141,6 +141,15 @@ class Files:
             raise StorageError(f"{redacted(url)} has more than {most:,} bytes, and at most so many are read")
         return data
 
+    def download(self, url: str, most: int, seconds: float = 20.0) -> bytes:
+        """A file of at most ``most`` bytes that is read once: not retried, and nothing of it is kept. For URLs that
+        the user did not write: no variable is filled in. Raises as a store does."""
+        store = self._store_of(url)
+        found = store.stat(url, seconds)
+        if not 0 <= found.size <= most:
+            raise StorageError(f"{redacted(url)} has {found.size:,} bytes, and at most {most:,} are read")
+        return store.get(url, 0, found.size, found, seconds) if found.size else b""
+
     def stream(self, url: str, offset: int = 0) -> BinaryIO:
         """The file from ``offset`` on, to be read once and in order; from a server without ranges, too."""
         expected = self._expected(url)
@@ -217,8 +226,10 @@ class Files:
         return self._stats[url]
 
     def _store(self, url: str) -> Store:
-        own, full = self._own, filled_in(url)
-        name = protocol(full)
+        return self._store_of(filled_in(url))
+
+    def _store_of(self, full: str) -> Store:
+        own, name = self._own, protocol(full)
         if name == "file":
             return own.local
         key, given = self.settings.options_of(full)

@@ -7,16 +7,19 @@ length, ETag), since servers, proxies and signed URLs differ. HEAD is not used: 
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import http.client
+import ipaddress
 import re
 import socket
 import ssl
+import string
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -29,6 +32,8 @@ MAX_SKIPPED = 64 << 20  # bytes that are read in vain where a server ignores the
 MAX_PAGE = 16 << 20
 MAX_WAIT = 60.0  # seconds that a server's Retry-After may ask for
 REDIRECTS = 5
+MOST_HOSTS = 64  # to which connections are kept
+MOST_ANSWERED = 10_000  # that are remembered
 AS_IT_IS = "/%:@!$&'()*+,;=~"  # in a path
 REDIRECTED, PASSING = {301, 302, 303, 307, 308}, {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 522, 524}
 _RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
@@ -40,15 +45,31 @@ REFUSED = (ConnectionRefusedError, socket.gaierror)  # by a wrong port or host, 
 Address = tuple[str, str]  # protocol and host:port
 
 
+class PrivateAddressError(StorageError):
+    """A host that the Internet does not reach, at a URL that the user did not write."""
+
+
+class Answered(NamedTuple):
+    """``data``: empty unless the status is 200."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    data: bytes
+
+
 class HttpFiles:
     """A store (``stores.Store``) of http(s) URLs."""
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        """``options``: ``headers`` of every request."""
+    def __init__(self, options: Mapping[str, Any] | None = None, public_only: bool = False) -> None:
+        """``options``: ``headers`` of every request; ``public_only``: no request is sent to a private address."""
+        self.public_only = public_only
         self.headers: Mapping[str, str] = (options or {}).get("headers", {})
         self.answered: set[Address] = set()
         self._idle: dict[Address, list[http.client.HTTPConnection]] = defaultdict(list)
-        self._tls = ssl.create_default_context()
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # takes 50 ms
 
     def stat(self, url: str, seconds: float) -> Stat:
         with _Answer(self, url, {"Range": "bytes=0-0"}, seconds) as answer:
@@ -115,6 +136,22 @@ class HttpFiles:
                     yield data[skipped:]
                 skipped = max(0, skipped - len(data))
 
+    def download(self, url: str, most: int, seconds: float, whole: float, headers: Mapping[str, str]) -> Answered:
+        """One GET, whatever the status of the answer. ``seconds``: without a byte; ``whole``: for the body."""
+        with _Answer(self, url, headers, seconds) as answer:
+            length, end = answer.header("Content-Length"), time.monotonic() + whole
+            if answer.status != 200:
+                if length.isdecimal() and int(length) <= CHUNK:
+                    answer.read(CHUNK, exactly=False)  # to its end, so that the connection is kept
+                return Answered(answer.status, answer.headers, b"")
+            parts, size = [], 0
+            while data := answer.chunk(min(end, time.monotonic() + seconds), CHUNK):
+                size += len(data)
+                parts.append(data)
+                if max(size, int(length) if length.isdecimal() else 0) > most:
+                    raise StorageError(f"{redacted(url)} has more than {most:,} bytes, and at most so many are read")
+            return Answered(answer.status, answer.headers, b"".join(parts))
+
     def close(self) -> None:
         for connections in self._idle.values():
             while connections:
@@ -144,6 +181,10 @@ class HttpFiles:
 
     def give_back(self, parts: SplitResult, connection: http.client.HTTPConnection) -> None:
         self._idle[(parts.scheme, parts.netloc)].append(connection)
+        while len(self._idle) > MOST_HOSTS:
+            oldest = self._idle.pop(next(iter([*self._idle])), [])  # a copy: other threads add hosts
+            while oldest:
+                oldest.pop().close()
 
 
 class _Answer:
@@ -178,6 +219,10 @@ class _Answer:
             self._files.give_back(self._parts, self._connection)
         else:
             self._connection.close()
+
+    @property
+    def headers(self) -> http.client.HTTPMessage:
+        return self._response.headers
 
     def header(self, name: str) -> str:
         return self._response.getheader(name) or ""
@@ -253,7 +298,9 @@ class _Answer:
 
     def _send(self, headers: dict[str, str]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         parts = self._parts
-        target = quote(parts.path or "/", safe=AS_IT_IS) + (f"?{parts.query}" if parts.query else "")
+        target = quote(parts.path or "/", safe=AS_IT_IS) + (
+            f"?{quote(parts.query, safe=string.punctuation)}" if parts.query else ""
+        )
         while True:
             seconds = max(0.001, self._deadline - time.monotonic())
             connection, used = self._files.connect(parts, seconds)
@@ -261,10 +308,16 @@ class _Answer:
                 target = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
                 headers = {**headers, **_login(proxy)}
             try:
+                if self._files.public_only and not used and not _proxy(parts):
+                    _connect_public(connection, parts)
                 connection.request("GET", target, headers={"User-Agent": "mmmoe", **headers})
                 response = connection.getresponse()
-                self._files.answered.add((parts.scheme, parts.netloc))
+                if len(self._files.answered) < MOST_ANSWERED:
+                    self._files.answered.add((parts.scheme, parts.netloc))
                 return connection, response
+            except PrivateAddressError:
+                connection.close()
+                raise
             except ssl.SSLCertVerificationError as error:
                 raise StorageError(
                     f"cannot read {redacted(parts.geturl())}: {error.verify_message}; set SSL_CERT_FILE to the "
@@ -280,6 +333,14 @@ class _Answer:
 
 def _name(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _connect_public(connection: http.client.HTTPConnection, parts: SplitResult) -> None:
+    """Connect, and check the address that was reached: a name may resolve to another one each time."""
+    connection.connect()
+    address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
+    if not (getattr(address, "ipv4_mapped", None) or address).is_global:
+        raise PrivateAddressError(f"{parts.hostname} is at the private address {address}")
 
 
 def _host(url: str) -> tuple[str, str]:

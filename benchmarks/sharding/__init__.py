@@ -1,0 +1,1 @@
+"""What benchmarks/shard.py runs and measures."""

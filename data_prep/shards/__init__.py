@@ -1,0 +1,1 @@
+"""Rows become shards: media are decoded, checked and written, one shard at a time."""

@@ -1,0 +1,263 @@
+"""A row becomes a sample: its files are read, decoded once so that no broken one gets into a shard, and encoded.
+
+Runs in worker processes. Whatever a row or its files hold, the outcome is a sample, or a reason why there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from data_prep.quality.filters import Filtered, Filters
+from data_prep.rows.documents import PARTS, parts_of
+from data_prep.rows.refs import Reader, Ref, file_name, shown
+from data_prep.rows.row import Row, is_inside, row_to_json, sample_fields
+from data_prep.rows.spool import read_rows
+from data_prep.shards.fetch import Fetcher, FetchError, FetchOptions
+from data_prep.shards.media import Check, Media, MediaOptions
+from data_prep.shards.records import BROKEN, FILTERED, OK
+from mmmoe_pretrain.data.sources.listing import is_remote
+from mmmoe_pretrain.data.sources.members import META
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text, use_aliases
+from mmmoe_pretrain.untrusted import parse_json
+
+DECODED = ("image", "audio")  # kinds whose files are decoded here; those of others pass as they are
+TOLD = ("language", "label", "group", "licence", "source")  # fields of a row in its record
+KEPT_BYTES = 16 << 20  # of encoded images that a process keeps, since rows share images
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A key and its members, suffix -> bytes. ``facts``: what is known of them (``width``, ``seconds``, ...)."""
+
+    key: str
+    members: Mapping[str, bytes]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A key and why it has no sample. ``filtered``: by a filter that the user set; else it is broken. ``retry``: a
+    download failed in a way that may pass."""
+
+    key: str
+    reason: str
+    filtered: bool = False
+    retry: bool = False
+
+
+class Encoder:
+    """Makes samples of rows whose paths are relative to ``root``."""
+
+    def __init__(
+        self, root: Path, options: MediaOptions, fetch: FetchOptions | None = None, filters: Filters | None = None
+    ) -> None:
+        self._root, self._options, self._filters = root, options, filters or Filters()
+        self._fetcher = Fetcher(fetch or FetchOptions())
+        self._reader = Reader(root, fetch=self._fetcher.get)
+        self._kept: OrderedDict[Ref, Media] = OrderedDict()
+        self._kept_bytes = 0
+        self._ahead: dict[int, list[str]] = {}  # offset of a row -> its URLs, which are fetched
+
+    def __call__(self, row: Row) -> EncodedSample | BadSample:
+        if row.problem:
+            return BadSample(row.key, row.problem)
+        try:
+            if row.copied:
+                members = {extension: self._reader.read(ref) for extension, ref in row.members.items()}
+                self._filters.check_sample(row.key, members)
+                return EncodedSample(row.key, members, _told(members))
+            self._filters.check_row(row)
+            return self._document(row) if row.parts is not None else self._sample(row)
+        except Filtered as error:
+            return BadSample(row.key, str(error), filtered=True)
+        except FetchError as error:
+            return BadSample(row.key, str(error), retry=error.retry)
+        except ValueError as error:
+            return BadSample(row.key, str(error))
+
+    def encode_all(self, task: Task, spool: Path) -> list[Outcome]:
+        """The rows of a task; files at URLs are fetched ahead, also those of the tasks that come next."""
+        rows = list(read_rows(spool, task.offsets))
+        if any(map(_urls, rows)):
+            self._fetch(task.offsets, rows)
+            later = [offset for offset in task.next_offsets if offset not in self._ahead]
+            self._fetch(later, read_rows(spool, later))
+        found = []
+        for offset, row in zip(task.offsets, rows, strict=True):
+            digest = row_digest(row, self._reader)  # before it is read: a file that changes meanwhile is read again
+            sample = self(row)
+            found.append(Outcome(sample, digest, _record(row, sample)))
+            self._fetcher.drop(self._ahead.pop(offset, ()))
+        return found
+
+    def _fetch(self, offsets: Sequence[int], rows: Iterable[Row]) -> None:
+        for offset, row in zip(offsets, rows, strict=True):
+            if offset not in self._ahead:
+                self._ahead[offset] = _urls(row)
+                self._fetcher.want(self._ahead[offset])
+
+    def _sample(self, row: Row) -> EncodedSample:
+        if len((row.text or "").encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"its text has more than {MAX_TEXT_BYTES:,} bytes, and at most so many are read")
+        if not row.modalities:
+            others = f" (its other fields: {', '.join(row.extra)})" if row.extra else ""
+            what = "a blank text and no image or audio" if row.text else "no image, audio or text"
+            raise ValueError(f"it has {what}{others}")
+        members: dict[str, bytes] = {}
+        facts: dict[str, Any] = {}
+        for kind, ref in (("image", row.image), ("audio", row.audio)):
+            if ref:
+                media = self.media(kind, ref)
+                members[media.suffix] = media.data
+                facts |= media.facts
+        for extension, ref in row.members.items():
+            if extension in members:
+                raise ValueError(f"two of its files would be {row.key}.{extension}; leave one out, or rename it")
+            self._require_inside(ref)
+            members[extension] = self._reader.read(ref)
+        if has_text(row.text or ""):
+            members["txt"] = (row.text or "").encode()
+        members[META] = json.dumps(sample_fields(row), ensure_ascii=False).encode()
+        if len(members[META]) > MAX_META_BYTES:
+            raise ValueError(f"its fields take {len(members[META]):,} bytes, at most {MAX_META_BYTES:,} are read")
+        return EncodedSample(row.key, members, facts)
+
+    def _document(self, row: Row) -> EncodedSample:
+        members: dict[str, bytes] = {}
+        parts: list[dict[str, Any]] = []
+        for number, part in enumerate(parts_of(row.parts, row.members)):
+            if part.text is not None:
+                parts.append({part.name: part.text, **part.other})
+                continue
+            if part.name not in DECODED:
+                self._require_inside(part.path, f"part {number} of {PARTS}: ")
+            media = self.media(part.name, part.path)
+            members[f"{number}.{media.suffix}"] = media.data
+            parts.append({"member": f"{number}.{media.suffix}", **part.other})
+        data = json.dumps({**sample_fields(row), PARTS: parts}, ensure_ascii=False).encode()
+        if len(data) > MAX_META_BYTES:
+            raise ValueError(f"its texts and fields take {len(data):,} bytes, at most {MAX_META_BYTES:,} are read")
+        return EncodedSample(row.key, {**members, META: data})
+
+    def media(self, kind: str, ref: Ref) -> Media:
+        """A file of the row. Raises ValueError where it cannot be used."""
+        if kind == "image" and (kept := self._kept.get(ref)):
+            self._kept.move_to_end(ref)
+            self._filters.check_media(kept.facts)
+            return kept
+        media = member(kind, file_name(ref), self._reader.read(ref), self._options, self._filters.check_media)
+        if kind == "image" and media.encoded:
+            self._kept[ref] = media
+            self._kept_bytes += len(media.data)
+            while self._kept_bytes > KEPT_BYTES:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[1].data)
+        return media
+
+    def _require_inside(self, ref: Ref, where: str = "") -> None:
+        if not is_inside(ref, self._root):
+            raise ValueError(
+                f"{where}{shown(ref)} lies outside of the folder of the rows, and only images and audio are taken "
+                f"from there; copy it into the folder"
+            )
+
+
+def _told(members: Mapping[str, bytes]) -> dict[str, str]:
+    """What the JSON of a sample that is copied says for its record."""
+    try:
+        fields = parse_json(members.get(META, b"{}"), META, MAX_META_BYTES)
+    except ValueError:  # the sample is copied as it is
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    use_aliases(fields)
+    return {name: fields[name] for name in TOLD if isinstance(fields.get(name), str)}
+
+
+class Outcome(NamedTuple):
+    """What became of a row. ``digest``: of what its sample depends on; ``record``: for ``records.py``."""
+
+    sample: EncodedSample | BadSample
+    digest: bytes
+    record: dict[str, Any]
+
+
+class Task(NamedTuple):
+    """Rows at ``offsets`` of a spool, and where those of the same process's next tasks are."""
+
+    offsets: Sequence[int]
+    next_offsets: Sequence[int] = ()
+
+
+def encode_at(
+    task: Task, spool: Path, root: Path, options: MediaOptions, fetch: FetchOptions, filters: Filters
+) -> list[Outcome]:
+    return _encoder(root, options, fetch, filters).encode_all(task, spool)
+
+
+@functools.lru_cache(maxsize=1)  # of a process: it keeps connections, and images that rows share
+def _encoder(root: Path, options: MediaOptions, fetch: FetchOptions, filters: Filters) -> Encoder:
+    return Encoder(root, options, fetch, filters)
+
+
+def _urls(row: Row) -> list[str]:
+    return [ref for ref in row.files if isinstance(ref, str) and is_remote(ref)]
+
+
+def row_digest(row: Row, reader: Reader) -> bytes:
+    """Changes when the row or one of its files does."""
+    digest = xxhash.xxh3_128(row_to_json(row))
+    digest.update(repr([reader.stamp(ref) for ref in row.files]).encode())
+    return digest.digest()
+
+
+def content_of(row: Row) -> str:
+    """``image+text``, ``document of image``."""
+    return ("document of " if row.parts is not None else "") + "+".join(row.modalities)
+
+
+def _record(row: Row, sample: EncodedSample | BadSample) -> dict[str, Any]:
+    record: dict[str, Any] = {"key": row.key, **{name: getattr(row, name) or None for name in TOLD}}
+    record["content"] = content_of(row)
+    if isinstance(sample, BadSample):
+        status = FILTERED if sample.filtered else BROKEN
+        return {**record, "status": status, "reason": sample.reason, "retry": sample.retry}
+    texts = row.texts
+    record |= {
+        "status": OK,
+        "bytes": sum(map(len, sample.members.values())),
+        "text_characters": sum(map(len, texts)),
+        "text_xxh3": xxhash.xxh3_128_hexdigest("\n".join(texts).encode()) if texts else None,
+        "blank_texts": int(bool(row.text) and not has_text(row.text or "")),
+    }
+    return record | dict(sample.facts)
+
+
+def member(kind: str, name: str, data: bytes, options: MediaOptions, check: Check = lambda facts: None) -> Media:
+    """The content ``data`` of the file ``name`` as a member of a shard. Images and clips are decoded once within the
+    limits of the loader, so that no broken one gets into a shard; ``check`` is called once their facts are known.
+    Raises ValueError."""
+    if kind == "image":
+        from data_prep.shards.images import image_member as encode
+    elif kind == "audio":
+        from data_prep.shards.audio import audio_member as encode
+    else:
+        return Media(_suffix(name, kind), data)
+    return encode(name, data, options, check)
+
+
+def _suffix(name: str, kind: str) -> str:
+    from mmmoe_pretrain import kinds
+
+    formats = kinds.MODALITIES.load(kind).formats
+    suffix = Path(name).suffix
+    if suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"{name}: suffix {suffix!r} is not one of {', '.join(f'.{f}' for f in formats)}")
+    return suffix.lower().removeprefix(".")

@@ -1,0 +1,123 @@
+"""What became of each row: a Parquet file of records beside each shard, and what they sum up to.
+
+A record has the fields of RECORD; one that does not apply to a row is null. Records are only read here, so that
+memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.quality.filters import rule_of
+
+OK, BROKEN, FILTERED = "ok", "broken", "filtered"
+# Field -> its type in pyarrow's spelling.
+RECORD = {
+    "key": "string", "status": "string", "reason": "string", "retry": "bool_", "content": "string",
+    "language": "string", "label": "string", "group": "string", "licence": "string", "source": "string",
+    "bytes": "int64", "text_characters": "int64", "blank_texts": "int64", "width": "int64", "height": "int64",
+    "seconds": "float64", "sample_rate": "int64", "image_xxh3": "string", "audio_xxh3": "string",
+    "text_xxh3": "string",
+}  # fmt: skip
+COUNTED = ("content", "language", "licence", "source")  # by value
+SUMMED = ("bytes", "seconds", "text_characters", "blank_texts")
+BATCH = 10_000  # records in memory
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write them to a temporary file that is renamed at the end."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in RECORD.items()])
+    partial = path.with_name(path.name + ".tmp")
+    parquet.write_table(pyarrow.Table.from_pylist(list(records), schema=schema), partial, compression="zstd")
+    partial.replace(path)
+
+
+def read_records(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """Columns of the records of a split, some at a time, in their order."""
+    from pyarrow import parquet
+
+    for path in sorted(folder.glob("*.parquet")):
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH, columns=list(columns)):
+                yield batch.to_pydict()
+
+
+@dataclass(slots=True)
+class Summary:
+    """Sums over records. ``values``: how many good samples have which value of a field of COUNTED; ``rules``: how
+    many were filtered by which rule."""
+
+    samples: int = 0
+    broken: int = 0
+    filtered: int = 0
+    rules: Counter[str] = field(default_factory=Counter)
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0))
+    values: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in COUNTED})
+
+    def __iadd__(self, other: Summary) -> Summary:
+        self.samples, self.broken = self.samples + other.samples, self.broken + other.broken
+        self.filtered += other.filtered
+        self.rules.update(other.rules)
+        for name in SUMMED:
+            self.totals[name] += other.totals[name]
+        for name in COUNTED:
+            self.values[name].update(other.values[name])
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples, "broken": self.broken, "filtered": self.filtered, **self.totals,
+            "rules": dict(sorted(self.rules.items())),
+            **{name: dict(sorted(counts.items())) for name, counts in self.values.items()},
+        }  # fmt: skip
+
+
+def summarize(folder: Path) -> Summary:
+    """Of the records of a split."""
+    found = Summary()
+    for record in skipped(folder):
+        found.broken += record["status"] == BROKEN
+        if record["status"] == FILTERED:
+            found.filtered += 1
+            found.rules[rule_of(record["reason"])] += 1
+    for batch in read_records(folder, ("status", *SUMMED, *COUNTED)):
+        good = [number for number, status in enumerate(batch["status"]) if status == OK]
+        found.samples += len(good)
+        for name in SUMMED:
+            found.totals[name] += sum(batch[name][number] or 0 for number in good)
+        for name in COUNTED:
+            found.values[name].update(batch[name][number] or "" for number in good)
+    return found
+
+
+def skipped(folder: Path) -> Iterator[dict[str, Any]]:
+    """Key, reason and more of the rows of a split that have no sample; of a row that was tried again, the last
+    try. In memory are the broken ones alone."""
+    broken: dict[str, dict[str, Any]] = {}
+    for batch in read_records(folder, ("key", "status", "reason", "retry")):
+        for values in zip(*batch.values(), strict=True):
+            record = dict(zip(batch, values, strict=True))
+            broken.pop(record["key"], None)
+            if record["status"] == BROKEN:
+                broken[record["key"]] = record
+            elif record["status"] == FILTERED:
+                yield record
+    yield from broken.values()
+
+
+def write_skipped(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Rows without a sample as JSON lines: key and reason, and whether a filter or a fault that may pass was it."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            line = {"key": record["key"], "reason": record["reason"]}
+            line |= {"filtered": True} if record["status"] == FILTERED else {}
+            line |= {"retry": True} if record["retry"] else {}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,92 @@
+"""Shards made of shards: the same bytes in other shards, subsets and blends."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.reshard import Subset, choose, mix, open_parts, read_keys, reshard
+from data_prep.rows.manifest import read_manifest
+from data_prep.shards.shard import shard_rows
+from data_prep.shards.writing import ShardOptions
+from data_prep.verify import Seen, verify_folder
+from tests.support import write_tar
+
+ONE = ShardOptions(workers=1)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files of all tars in it, in their order."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()
+    return found
+
+
+@pytest.fixture
+def shards(make_manifest: Callable[..., Path], tmp_path: Path) -> Path:
+    manifest = make_manifest(9)
+    shard_rows(read_manifest(manifest), manifest.parent, tmp_path / "data", ONE)
+    return tmp_path / "data"
+
+
+def test_samples_keep_their_bytes_and_splits_in_shards_of_another_size(shards: Path, tmp_path: Path) -> None:
+    report = reshard(open_parts([str(shards)]), tmp_path / "out", ShardOptions(samples_per_shard=2))
+    assert {split: [entry["nsamples"] for entry in its] for split, its in report.shards.items()} == {
+        "train": [2, 2, 2],
+        "test": [2, 1],
+    }
+    for split in ("train", "test"):
+        assert files(tmp_path / "out" / split) == files(shards / split)
+    assert not list(verify_folder(tmp_path / "out", Seen()))
+
+
+def test_a_subset_is_chosen_by_fields_keys_and_number(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text('row-1\n{"key": "row-3"}\n\nrow-2\n')
+
+    def keys(**subset) -> set[str]:
+        parts = open_parts([str(shards)])
+        choose(parts, Subset(**subset))
+        return {part.source.key(i) for part in parts for i in part.numbers.tolist()}
+
+    assert keys(filters=("subset=odd",)) == {"row-0", "row-2", "row-4", "row-6", "row-8"}  # as the fixture names them
+    assert keys(keys=read_keys(tmp_path / "keys")) == {"row-1", "row-2", "row-3"}
+    few, more = keys(samples=3), keys(samples=5)
+    assert len(few) == 3 and len(more) == 5 and few < more
+    with pytest.raises(ValueError, match="no sample is left"):
+        keys(filters=("subset=none",))
+    with pytest.raises(ValueError, match="is not field=value"):
+        keys(filters=("odd",))
+
+
+def test_foreign_shards_are_copied_with_all_their_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    members = {"x/1.jpg": b"no image", "x/1.caption.txt": b"one", "x/1.depth.bin": b"\0", "x/2.json": b'{"a": 1}'}
+    write_tar(tmp_path / "a/0.tar", members.items())
+    reshard(open_parts([str(tmp_path / "a")], "val"), tmp_path / "out", ONE)
+    assert files(tmp_path / "out/val") == members
+
+
+def test_a_blend_has_the_shares_of_its_weights_and_no_sample_twice(tmp_path: Path) -> None:
+    for name, count in (("a", 60), ("b", 100)):
+        (tmp_path / name).mkdir()
+        rows = {f"{i}.txt": f"{name}{i}".encode() for i in range(count)}
+        write_tar(tmp_path / name / "0.tar", rows.items())
+    given = [f"{tmp_path}/a=3", f"{tmp_path}/b=1"]
+    with pytest.raises(ValueError, match=r"key '\d+': it is in sample \d+ of .*a, too, .* --number-keys"):
+        reshard(mix(given, None), tmp_path / "out", ONE)
+    reshard(mix(given, None), tmp_path / "out", ONE, "shuffled", number_keys=True)
+    found = files(tmp_path / "out")
+    assert [sum(data.startswith(name) for data in found.values()) for name in (b"a", b"b")] == [60, 20]
+    assert list(found) != sorted(found) and len(set(found.values())) == 80
+    with pytest.raises(ValueError, match="--samples 81 exceeds 80"):
+        mix(given, 81)
+    for wrong in (f"{tmp_path}/a", f"{tmp_path}/a=0", "=1"):
+        with pytest.raises(ValueError, match="is not SOURCE=WEIGHT"):
+            mix([wrong], None)
