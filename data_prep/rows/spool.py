@@ -6,6 +6,7 @@ Rows are appended to one file as JSON, and read from it by their offsets, in any
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.parse
 from array import array
@@ -65,14 +66,14 @@ class Spool:
     def close(self, remedy: str = "") -> None:
         """No more rows come. Keys that come twice are faults; ``remedy``: what a user can do about it."""
         self._file.flush()
-        hashes, offsets = np.frombuffer(self._hash, np.uint64), np.frombuffer(self._offset, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        if not same.size:
-            return
+        every, offsets = np.frombuffer(self._hash, np.uint64), np.frombuffer(self._offset, np.uint64)
+        ordered = np.sort(every)
+        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        places = np.flatnonzero(np.isin(every, twice)) if twice.size else np.zeros(0, dtype=np.int64)
+        places = places[np.argsort(every[places], kind="stable")]
         read = open_spool(self.path)
-        for place in same.tolist():
-            first, second = (found_at(read(offsets[order[place + i]])) for i in (0, 1))
+        for first, second in itertools.pairwise(found_at(read(offsets[place])) for place in places.tolist()):
             if first.row.key == second.row.key:
                 self.faults.add(
                     f"{second.where}, key {brief(urllib.parse.unquote(second.row.key))}",
