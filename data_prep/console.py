@@ -96,10 +96,11 @@ def answering(work: Callable[[], T]) -> T:
 
 
 class _Stderr:
-    """What stderr is now: while a bar of progress is shown, it prints above the bar."""
+    """What stderr is now: while a bar of progress is shown, it prints above the bar. Lines may hold names that others
+    chose."""
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        return sys.stderr.write(printable(text, keep="\n"))
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -52,6 +52,13 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, c
     assert error.count("\n") == 1
 
 
+def test_a_warning_does_not_steer_the_terminal(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"key": "a", "text": "b", "\\u001b[2J": "a.jpg"}\n')
+    command = [sys.executable, "-m", "data_prep.cli", "shard", tmp_path / "rows.jsonl", "--dry-run", "--out", "out"]
+    ended = subprocess.run(command, capture_output=True, check=True)
+    assert rb"field \x1b[2J names files" in ended.stderr and b"\x1b" not in ended.stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "index", "preview"])
 def test_a_server_without_ranges_is_one_warning_of_every_command(
     command: str, tmp_path: Path, tiny_data: Path, monkeypatch, caplog
