@@ -5,7 +5,6 @@ Another size or order of shards, a subset, several sources in one, or a blend by
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import FIELD_ALIASES
 from mmmoe_pretrain.progress import track
-from mmmoe_pretrain.untrusted import parse_json
+from mmmoe_pretrain.untrusted import brief, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +120,20 @@ def choose(parts: Sequence[Part], subset: Subset) -> None:
         for i in track(part.numbers.tolist(), "choosing", len(part.numbers), "samples"):
             keep[i] = (subset.keys is None or part.source.key(i) in subset.keys) and _matches(part.source, i, values)
         part.wanted = keep
+    if subset.keys is not None:
+        _note_missing(parts, subset.keys)
     if subset.samples is not None:
         _smallest(parts, subset.samples)
     if not any(len(part.numbers) for part in parts):
         raise ValueError("no sample is left; loosen --filter, --keys or --samples")
+
+
+def _note_missing(parts: Sequence[Part], keys: frozenset[str]) -> None:
+    """Name keys that no sample has; a sample that --filter left out has none here."""
+    missing = keys.difference(part.source.key(i) for part in parts for i in part.numbers.tolist())
+    if missing:
+        log.warning("of %d keys, %d are of no sample (of those that --filter takes), such as %s", len(keys),
+                    len(missing), brief(min(missing)))  # fmt: skip
 
 
 def _matches(source: Indexed, i: int, values: dict[str, set[str]]) -> bool:
@@ -151,14 +160,16 @@ def hashes(part: Part) -> np.ndarray:
 
 
 def _smallest(parts: Sequence[Part], count: int) -> None:
-    """Keep the ``count`` samples with the smallest hashes, over all parts."""
+    """Keep the ``count`` samples with the smallest hashes, over all parts; of equal keys those of the first parts."""
     found = [hashes(part) for part in parts]
-    every = np.sort(np.concatenate(found))
+    every = np.concatenate(found)
     if count >= len(every):
         return
-    for part, own in zip(parts, found, strict=True):
+    chosen = np.zeros(len(every), dtype=bool)
+    chosen[np.argsort(every, kind="stable")[:count]] = True
+    for part, own in zip(parts, np.split(chosen, np.cumsum([len(each) for each in found])[:-1]), strict=True):
         keep = np.zeros(len(part.source), dtype=bool)
-        keep[part.numbers[own < every[count]]] = True
+        keep[part.numbers[own]] = True
         part.wanted = keep
 
 
@@ -195,6 +206,16 @@ def mix(given: Sequence[str], samples: int | None) -> list[Part]:
 def read_keys(path: Path) -> frozenset[str]:
     """A key a line, or JSON lines with a ``key``."""
     found = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        found.add(str(json.loads(line)["key"]) if line.startswith("{") else line.strip())
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; convert it with iconv, or name a text file of keys") from None
+    for number, line in enumerate(lines, 1):
+        if not line.startswith("{"):
+            found.add(line.strip())
+            continue
+        values = parse_json(line.encode(), f"{path} line {number}")
+        if "key" not in values:
+            raise ValueError(f"{path} line {number} has no key; each line is a key, or an object with a key")
+        found.add(str(values["key"]))
     return frozenset(found - {""})

@@ -65,6 +65,26 @@ def test_a_subset_is_chosen_by_fields_keys_and_number(shards: Path, tmp_path: Pa
         keys(filters=("odd",))
 
 
+def test_keys_that_cannot_be_read_or_are_of_no_sample_are_told(shards: Path, tmp_path: Path, caplog) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbfrow-1\nelse\n")
+    parts = open_parts([str(shards)])
+    choose(parts, Subset(keys=read_keys(path)))
+    assert sum(len(part.numbers) for part in parts) == 1
+    assert "of 2 keys, 1 are of no sample" in caplog.text and "'else'" in caplog.text
+    for data, message in ((b'{"id": 1}', "line 1 has no key"), (b"\xff", "is not UTF-8"), (b"a\n{", "keys line 2")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_keys(path)
+
+
+def test_a_number_of_samples_is_exact_where_sources_share_keys(shards: Path) -> None:
+    for count in (1, 3, 4):
+        parts = open_parts([str(shards), str(shards)])
+        choose(parts, Subset(samples=count))
+        assert sum(len(part.numbers) for part in parts) == count
+
+
 def test_foreign_shards_are_copied_with_all_their_files(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     members = {"x/1.jpg": b"no image", "x/1.caption.txt": b"one", "x/1.depth.bin": b"\0", "x/2.json": b'{"a": 1}'}
