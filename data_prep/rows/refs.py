@@ -97,9 +97,9 @@ class Reader:
         except OSError as error:
             raise ValueError(f"{shown(ref)} cannot be read: {error.strerror or error}") from None
 
-    def stamp(self, ref: Ref) -> tuple[int, int | str] | None:
-        """What changes when the file does: the size, and the time or version; None where it is missing, and of a URL,
-        which is not asked for each of its files."""
+    def stamp(self, ref: Ref) -> tuple[int, ...] | None:
+        """What changes when the file does, or another of its size and time takes its name: size, times and number of
+        the file; None where it is missing, and of a URL, which is not asked for each of its files."""
         path = ref if isinstance(ref, str) else ref.path
         if is_remote(path):
             return None
@@ -107,7 +107,7 @@ class Reader:
             status = os.stat(self._root / path)
         except (OSError, ValueError):
             return None
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
     def _range(self, ref: Range, most: int) -> bytes:
         if max(ref.size, ref.packed or 0) > most:

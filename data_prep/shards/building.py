@@ -126,7 +126,7 @@ class Building:
                 break
             kept.append(line)
             start = line.end
-        names = {shard_name(split, number) for number in range(first + len(kept))}
+        names = {shard_name(split, first + number) for number in range(len(kept))}
         for path in folder.iterdir():
             if path.with_suffix(".tar").name not in names:
                 path.unlink()

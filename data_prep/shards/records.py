@@ -113,6 +113,22 @@ def skipped(folder: Path) -> Iterator[dict[str, Any]]:
     yield from broken.values()
 
 
+def read_skipped(path: Path) -> Iterator[dict[str, Any]]:
+    """What ``write_skipped`` wrote. Raises ValueError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                values = json.loads(line)
+                status = FILTERED if values.get("filtered") else BROKEN
+                yield {"key": values["key"], "reason": values["reason"], "status": status,
+                       "retry": bool(values.get("retry"))}  # fmt: skip
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(
+                    f"{path} line {number} is not what was written there, an object with key and reason; mend it, or "
+                    f"write the shards anew, with --overwrite and without --retry"
+                ) from None
+
+
 def write_skipped(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Rows without a sample as JSON lines: key and reason, and whether a filter or a fault that may pass was it."""
     with path.open("w", encoding="utf-8") as file:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,16 @@ from data_prep.shards.building import Building
 from data_prep.shards.card import NAME as CARD
 from data_prep.shards.card import write_card
 from data_prep.shards.encode import BadSample, content_of
-from data_prep.shards.records import Summary, skipped, summarize, write_skipped
+from data_prep.shards.records import (
+    BROKEN,
+    OK,
+    Summary,
+    read_records,
+    read_skipped,
+    skipped,
+    summarize,
+    write_skipped,
+)
 from data_prep.shards.shard_files import write_shard_list
 from data_prep.shards.writing import Broken, ShardOptions, SplitWriter, worst
 from mmmoe_pretrain.data.sources.listing import LIST, read_list
@@ -181,7 +189,7 @@ def write_shards(given: Input, out: Path, options: ShardOptions, choice: Choice 
             what = f"no sample is left: {filtered}" if filtered else "every sample is broken"
             raise ValueError(f"{what}: {worst(broken.named, broken.count)}" if broken.count else what)
         broken.check()
-        _write_lists(building, report, before.members, seen)
+        _write_lists(building, report, before, seen)
         building.commit(SKIPPED, CARD)
     return report
 
@@ -194,6 +202,7 @@ class _Before:
         self.shards: dict[str, list[dict[str, Any]]] = {}
         self.members: set[str] = set()
         self.failed: set[str] | None = None
+        self._skipped = out / SKIPPED
         if not retry:
             return
         lists = {split: out / split / LIST for split in SPLITS if (out / split / LIST).exists()}
@@ -202,8 +211,24 @@ class _Before:
         self.shards = {split: read_list(str(path), Files()) for split, path in lists.items()}
         for split in self.shards:
             self.members.update(*open_indexed(out / split).contents)
-        lines = map(json.loads, (out / SKIPPED).read_text(encoding="utf-8").splitlines())
-        self.failed = {line["key"] for line in lines if not line.get("filtered")}
+        self.failed = {line["key"] for line in read_skipped(self._skipped) if line["status"] == BROKEN}
+
+    def skipped(self, folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        """The rows without a sample now, as the records in the folders of the splits tell. With --retry, without
+        those that have a sample now in another split, and with those of before that were not tried again."""
+        records = itertools.chain.from_iterable(map(skipped, folders))
+        if self.failed is None:
+            yield from records
+            return
+        told: set[str] = set()
+        for folder in folders:
+            for batch in read_records(folder, ("key", "status")):
+                each = zip(batch["key"], batch["status"], strict=True)
+                told.update(key for key, status in each if status == OK and key in self.failed)
+        for record in itertools.chain(records, read_skipped(self._skipped)):
+            if record["key"] not in told:
+                told.add(record["key"])
+                yield record
 
 
 def plan(given: Input, choice: Choice) -> dict[str, Any]:
@@ -246,10 +271,10 @@ def _with_split(row: Row, ratios: Mapping[str, float]) -> Row:
     return dataclasses.replace(row, split=split_of(row.group or row.key, SALT, **shares))
 
 
-def _write_lists(building: Building, report: Report, members: set[str], seen: Seen) -> None:
+def _write_lists(building: Building, report: Report, before: _Before, seen: Seen) -> None:
     """What lies beside the shards: the skipped rows, and dataset cards. A split without a sample is not written."""
-    records = itertools.chain.from_iterable(skipped(building.folder / split) for split in report.sums)
-    write_skipped(building.folder / SKIPPED, records)
+    members = before.members
+    write_skipped(building.folder / SKIPPED, before.skipped([building.folder / split for split in report.sums]))
     for split in report.sums.keys() - report.shards.keys():
         shutil.rmtree(building.folder / split)
     for split in report.shards:

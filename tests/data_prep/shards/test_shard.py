@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_prep.rows.inputs import Input, open_input
 from data_prep.rows.manifest import read_manifest, write_manifest
+from data_prep.rows.refs import Reader
 from data_prep.rows.row import Found, Row
 from data_prep.shards import building, writing
 from data_prep.shards.building import FOLDER as BUILDING
@@ -424,6 +425,50 @@ def test_failed_rows_are_tried_again_alone_and_added(make_manifest, tmp_path):
         run(manifest, out, options, Choice(retry=True))
     with pytest.raises(ValueError, match=r"there is no folder .*none"):
         run(manifest, tmp_path / "none", options, Choice(retry=True))
+
+
+def test_a_row_that_was_tried_again_in_another_split_is_written_once_and_others_stay_named(tmp_path):
+    rows = [Row("a", text="a"), Row("x", image="x.png"), Row("v", image="v.png", split="val")]
+    lax = replace(SMALL, max_bad_fraction=1)
+    write_manifest(tmp_path / "manifest.jsonl", rows)
+    run(tmp_path, tmp_path / "out", lax)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    write_manifest(tmp_path / "manifest.jsonl", [rows[0], replace(rows[1], split="test"), rows[2]])
+    run(tmp_path, tmp_path / "out", lax, Choice(filters=("split=test",), retry=True))
+    lines = list(map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines()))
+    assert [line["key"] for line in lines] == ["v"]
+    run(tmp_path, tmp_path / "out", lax, Choice(retry=True))
+    assert [path.name for path in (tmp_path / "out/test").glob("*.tar")] == ["test-000000.tar"]
+    (tmp_path / "out/skipped.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"skipped.jsonl line 1 is not what was written there"):
+        run(tmp_path, tmp_path / "out", lax, Choice(retry=True))
+
+
+def test_trying_again_never_takes_shards_of_an_interrupted_run(make_manifest, tmp_path):
+    manifest, lax = make_manifest(9), replace(SMALL, max_bad_fraction=1)
+    rows = read_manifest(manifest)
+    write_manifest(manifest, [*rows, Row("z", image="z.png")])
+    run(manifest, tmp_path / "out", lax, Choice(order="input"))
+    before = contents(tmp_path / "out/train")
+    write_manifest(manifest, [*(replace(row, text="new") for row in rows), Row("z", image="z.png")])
+    with pytest.raises(ValueError, match="cannot be used"):
+        run(manifest, tmp_path / "out", replace(SMALL, max_bad_fraction=0, overwrite=True), Choice(order="input"))
+    shutil.copyfile(manifest.parent / "square.png", manifest.parent / "z.png")
+    run(manifest, tmp_path / "out", lax, Choice(retry=True))
+    after = contents(tmp_path / "out/train")
+    assert all(after[name] == data for name, data in before.items() if name.endswith(".tar"))
+
+
+def test_files_that_take_the_names_of_each_other_are_read_again(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.npy").write_bytes(name.encode() * 8)
+        os.utime(tmp_path / f"{name}.npy", (1, 1))
+    reader = Reader(tmp_path)
+    before = reader.stamp("a.npy")
+    assert reader.stamp("a.npy") == before
+    (tmp_path / "a.npy").rename(tmp_path / "c.npy")
+    (tmp_path / "b.npy").rename(tmp_path / "a.npy")
+    assert reader.stamp("a.npy") != before
 
 
 def test_a_dry_run_counts_rows_and_writes_nothing(make_manifest, tmp_path):
