@@ -58,7 +58,7 @@ def zip_folders(path: str, name: str, prefix: str, files: Files, ignored: Counte
             folder, _, base = inner.rpartition("/")
             if base in held[folder]:
                 raise ValueError(f"{where} holds {brief(inner)} twice; make it again")
-            held[folder][base] = Range(name, inner, start, info.file_size, packed)
+            held[folder][base] = Range(name, inner, start, info.file_size, packed, info.CRC)
     common = _common(list(held))
     for folder in sorted(held, key=lambda each: each.split("/")):
         below = folder[len(common) :].strip("/")

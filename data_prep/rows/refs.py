@@ -25,13 +25,14 @@ PARQUET_GROUPS = 2  # row groups kept in memory: rows of one are read together
 
 class Range(NamedTuple):
     """The file ``name`` of ``size`` bytes within ``path``, a tar or zip, from ``start`` on. ``packed``: the bytes it
-    takes there by deflate; None: it lies there as it is."""
+    takes there by deflate; None: it lies there as it is. ``crc``: the CRC-32 that a zip has of it."""
 
     path: str
     name: str
     start: int
     size: int
     packed: int | None = None
+    crc: int | None = None
 
 
 class Cell(NamedTuple):
@@ -113,9 +114,15 @@ class Reader:
         if max(ref.size, ref.packed or 0) > most:
             raise ValueError(f"{shown(ref)} has {ref.size} bytes, and at most {most} are read")
         path = ref.path if is_remote(ref.path) else str(self._root / ref.path)
-        if ref.packed is None:
-            return self._files.read(path, ref.start, ref.size)
-        packed = self._files.read(path, ref.start, ref.packed)
+        data = self._files.read(path, ref.start, ref.size) if ref.packed is None else self._unpacked(ref, path)
+        if ref.crc is not None and zlib.crc32(data) != ref.crc:
+            raise ValueError(
+                f"{shown(ref)} is damaged: its bytes have not the checksum in the archive; make it again"
+            )
+        return data
+
+    def _unpacked(self, ref: Range, path: str) -> bytes:
+        packed = self._files.read(path, ref.start, ref.packed or 0)
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             data = unpack.decompress(packed, ref.size + 1)

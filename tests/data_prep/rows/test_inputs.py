@@ -8,6 +8,7 @@ import os
 import tarfile
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -248,6 +249,16 @@ def test_a_zip_that_cannot_be_trusted_is_refused(
         path.write_bytes(path.read_bytes().replace(old, new))
     with pytest.raises(ValueError, match=complaint):
         rows(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_of_a_zip_whose_bytes_have_changed_is_damaged(tmp_path: Path, method: int) -> None:
+    path = write_zip(tmp_path / "a.zip", "a.txt", method=method, data=b"hello")
+    packed = zlib.compress(b"hello", wbits=-15) if method else b"hello"
+    changed = zlib.compress(b"hellx", wbits=-15) if method else b"hellx"
+    path.write_bytes(path.read_bytes().replace(packed, changed))
+    (found,) = open_input(path).rows
+    assert "a.txt in a.zip is damaged: its bytes have not the checksum" in found.row.problem
 
 
 def test_files_of_a_zip_are_bounded_in_number_size_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
