@@ -18,7 +18,8 @@ from data_prep.quality.filters import Filters
 from data_prep.rows.inputs import Input
 from data_prep.rows.refs import Range
 from data_prep.rows.row import SPLITS, Found, Row, split_called
-from data_prep.shards.shard import Choice, Report, write_shards
+from data_prep.rows.seen import values_wanted
+from data_prep.shards.shard import Choice, Report, run
 from data_prep.shards.writing import ShardOptions
 from data_prep.verify import split_specs
 from mmmoe_pretrain.data.sources.listing import without_ranges
@@ -89,10 +90,7 @@ def reshard(
     """Write the wanted samples. ``number_keys``: the keys of part n begin with n, from 0 on."""
     name = ", ".join(dict.fromkeys(part.source.spec for part in parts))
     given = Input(name, Path(), _rows(parts, number_keys), order, "; give --number-keys")
-    report = write_shards(given, out, options, Choice(order=order))
-    for split in report.shards:
-        open_indexed(out / split)
-    return report
+    return run(given, out, Choice(order=order), options)
 
 
 def _rows(parts: Sequence[Part], number_keys: bool) -> Iterator[Found]:
@@ -109,12 +107,7 @@ def _rows(parts: Sequence[Part], number_keys: bool) -> Iterator[Found]:
 
 def choose(parts: Sequence[Part], subset: Subset) -> None:
     """Restrict the parts to a subset. Raises ValueError where nothing is left."""
-    values: dict[str, set[str]] = {}
-    for item in subset.filters:
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"--filter {item!r} is not field=value")
-        values.setdefault(name, set()).add(value)
+    values = values_wanted(subset.filters)
     for part in parts if values or subset.keys is not None else ():
         keep = np.zeros(len(part.source), dtype=bool)
         for i in track(part.numbers.tolist(), "choosing", len(part.numbers), "samples"):

@@ -16,17 +16,23 @@ from mmmoe_pretrain.progress import counted
 TYPES = {bool: "bool", int: "int64", float: "float64", str: "string"}  # Python's -> those of a dataset card
 
 
+def values_wanted(filters: Sequence[str]) -> dict[str, set[str]]:
+    """Of each field the values that ``--filter`` takes."""
+    found: dict[str, set[str]] = {}
+    for item in filters:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"--filter {item!r} is not field=value")
+        found.setdefault(name, set()).add(value)
+    return found
+
+
 class Seen:
     """Sees every row once. ``filters``: field=value; values of one field are alternatives."""
 
     def __init__(self, root: Path, filters: Sequence[str] = ()) -> None:
         self._root, self._filters = root, filters
-        self._wanted: dict[str, set[str]] = {}
-        for item in filters:
-            name, separator, value = item.partition("=")
-            if not separator:
-                raise ValueError(f"filter {item!r} is not field=value")
-            self._wanted.setdefault(name, set()).add(value)
+        self._wanted = values_wanted(filters)
         self._types: dict[str, set[type]] = {}
         self._outside: list[Ref] = []
         self._count_outside = 0

@@ -11,7 +11,7 @@ import json
 import urllib.parse
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -72,8 +72,7 @@ class Spool:
         del ordered
         places = np.flatnonzero(np.isin(every, twice)) if twice.size else np.zeros(0, dtype=np.int64)
         places = places[np.argsort(every[places], kind="stable")]
-        read = open_spool(self.path)
-        for first, second in itertools.pairwise(found_at(read(offsets[place])) for place in places.tolist()):
+        for first, second in itertools.pairwise(read_found(self.path, offsets[places].tolist())):
             if first.row.key == second.row.key:
                 self.faults.add(
                     f"{second.where}, key {brief(urllib.parse.unquote(second.row.key))}",
@@ -88,25 +87,15 @@ class Spool:
         return np.frombuffer(self._offset, np.uint64)[mine]
 
 
-def found_at(line: bytes) -> Found:
-    where, _, row = line.partition(b"\t")
-    return Found(json.loads(where), row_from_json(row))
-
-
-def open_spool(path: Path) -> Callable[[int], bytes]:
-    """A function that reads the line at an offset."""
-    file = path.open("rb")
-
-    def read(offset: int) -> bytes:
-        file.seek(int(offset))
-        return file.readline()
-
-    return read
+def read_found(path: Path, offsets: Iterable[int]) -> Iterator[Found]:
+    """The rows at ``offsets``, and where they are in their input."""
+    with path.open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            where, _, row = file.readline().partition(b"\t")
+            yield Found(json.loads(where), row_from_json(row))
 
 
 def read_rows(path: Path, offsets: Iterable[int]) -> Iterator[Row]:
     """The rows at ``offsets``."""
-    with path.open("rb") as file:
-        for offset in offsets:
-            file.seek(int(offset))
-            yield found_at(file.readline()).row
+    return (found.row for found in read_found(path, offsets))
