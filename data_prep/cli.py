@@ -62,9 +62,11 @@ def corpus(
     epilog="Example: mmmoe-data shard photos --out data/photos --image-size 256 --ratio train=9 --ratio test=1"
 )
 def shard(
+    context: typer.Context,
     source: o.Source,
     out: o.Out,
     column: o.Column = None,
+    set_: o.Set = None,
     form: o.Form = "",
     ratio: o.Ratio = None,
     order: o.Order = None,
@@ -117,10 +119,15 @@ def shard(
     fetch = FetchOptions(threads, per_host, timeout, retries, ignore_robots_tag, allow_private)
     size = int(shard_size * 10**6)
     options = ShardOptions(samples_per_shard, size, media, workers, max_bad_fraction, overwrite, fetch, filters)
-    choice = work.Choice(tuple(filter or ()), work.ratios_of(ratio or ()), retry, work.order_of(order))
-    rows = open_input(source, tuple(column or ()), form)
+    choice = work.Choice(
+        tuple(filter or ()), work.ratios_of(ratio or ()), retry, work.order_of(order), tuple(column or ()),
+        work.constants_of(set_ or ()),
+    )  # fmt: skip
+    if retry:
+        options, choice = work.continued(out, options, choice, o.given_names(context))
+    rows = open_input(source, choice.columns, form)
     if dry_run:
-        work.show_plan(work.plan(rows, choice), as_json)
+        work.show_plan(work.plan(rows, out, choice, options.filters), as_json)
         return
     with kept(RESUMES.format(out)):
         work.show(work.run(rows, out, choice, options), out, as_json)
@@ -137,6 +144,7 @@ def reshard(
     number_keys: o.NumberKeys = False,
     workers: o.Workers = 2,
     overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
     as_json: o.Json = False,
     keys: Annotated[
         Path | None,
@@ -159,7 +167,7 @@ def reshard(
     """Write the samples of shards as shards of another size or order, or a subset; files stay as they are."""
     from data_prep import reshard as work
     from data_prep.quality.filters import Filters, languages
-    from data_prep.shards.shard import order_of, show
+    from data_prep.shards.shard import order_of
 
     filters = Filters(
         min_size, max_size, max_aspect, min_seconds, max_seconds, min_characters, max_characters, languages(language)
@@ -168,7 +176,7 @@ def reshard(
     work.choose(parts, work.Subset(tuple(filter or ()), work.read_keys(keys) if keys else None, samples))
     options = work.copied(samples_per_shard, shard_size, workers, overwrite, filters)
     with kept(RESUMES.format(out)):
-        show(work.reshard(parts, out, options, order_of(order) or "input", number_keys), out, as_json)
+        work.run(parts, out, options, order_of(order) or "input", number_keys, dry_run, as_json)
 
 
 @app.command(epilog="Example: mmmoe-data mix data/web/train=3 data/books/train=1 --out data/blend")
@@ -181,15 +189,15 @@ def mix(
     number_keys: o.NumberKeys = False,
     workers: o.Workers = 2,
     overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
     as_json: o.Json = False,
 ) -> None:
     """Write a blend of several sources by weights as shuffled shards; no sample comes twice."""
     from data_prep import reshard as work
-    from data_prep.shards.shard import show
 
     parts, options = work.mix(sources, samples), work.copied(samples_per_shard, shard_size, workers, overwrite)
     with kept(RESUMES.format(out)):
-        show(work.reshard(parts, out, options, "shuffled", number_keys), out, as_json)
+        work.run(parts, out, options, "shuffled", number_keys, dry_run, as_json)
 
 
 @app.command(epilog="Example: mmmoe-data dedup data/shards --near --against data/test --out data/clean")
@@ -213,22 +221,15 @@ def dedup(
     text_similarity: Annotated[
         float, typer.Option(min=0.5, max=1, help="Share of runs of 5 characters that near texts have in common.")
     ] = 0.8,
-    report: Annotated[
-        Path | None,
-        typer.Option(callback=given, help="A Parquet file of the samples to drop, and of what they repeat."),
-    ] = None,
-    hashes: Annotated[
-        Path | None, typer.Option(callback=given, help="A Parquet file of the hashes of the others, for --against.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(callback=given, help="Folder for shards of the samples that remain.")
-    ] = None,
-    quarantine: Annotated[
-        Path | None, typer.Option(callback=given, help="Folder for shards of the samples that are dropped.")
-    ] = None,
+    report: Annotated[Path | None, o.path("A Parquet file of the samples to drop, and of what they repeat.")] = None,
+    hashes: Annotated[Path | None, o.path("A Parquet file of the hashes of the others, for --against.")] = None,
+    out: Annotated[Path | None, o.path("Folder for shards of the samples that remain.")] = None,
+    quarantine: Annotated[Path | None, o.path("Folder for shards of the samples that are dropped.")] = None,
     number_keys: o.NumberKeys = False,
     overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write no shards; --report and --hashes are written.")
+    ] = False,
     as_json: o.Json = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and hash.")] = 2,
 ) -> None:
@@ -240,8 +241,8 @@ def dedup(
     from data_prep.quality.samples import Settings, read_by
 
     settings = Settings(read_by(by), near, image_distance, text_similarity)
-    files = (None,) * 4 if dry_run else (report, hashes, out, quarantine)
-    options = work.Options(tuple(against or ()), settings, *files, number_keys, overwrite, workers)
+    files = report, hashes, out, quarantine
+    options = work.Options(tuple(against or ()), settings, *files, number_keys, overwrite, dry_run, workers)
     with kept("the shards are as they were; repeat the command"):
         work.run(shards, options, as_json)
 
@@ -327,12 +328,8 @@ def verify(
 @app.command(epilog="Example: mmmoe-data inspect data/shards --html shards.html")
 def inspect(
     path: Annotated[str, typer.Argument(callback=given, help="Shards, a manifest, a table or a folder of files.")],
-    html: Annotated[
-        Path | None, typer.Option(callback=given, help="Write a page that shows and plays samples, in one file.")
-    ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(callback=given, help="Write a PNG with thumbnails of samples.")
-    ] = None,
+    html: Annotated[Path | None, o.path("Write a page that shows and plays samples, in one file.")] = None,
+    sheet: Annotated[Path | None, o.path("Write a PNG with thumbnails of samples.")] = None,
     samples: Annotated[int, typer.Option(min=1, max=1000, help="Samples that --html and --sheet show.")] = 60,
     seed: Annotated[int, typer.Option(help="Which samples: the same seed, the same ones.")] = 0,
     max_mb: Annotated[float, typer.Option(min=0.1, max=1000, help="Of --html, at most.")] = 20,

@@ -130,12 +130,19 @@ def _run(app: typer.Typer, name: str, received: list[int]) -> int | str | None:
         return CLOSED_PIPE
     except (Interrupted, ValueError, OSError) as error:
         if not received:
-            print(printable(f"{name}: {error}", keep="\n"), file=sys.stderr)
+            print(printable(f"{name}: {_told(error)}", keep="\n"), file=sys.stderr)
             return USER_ERROR
         notes = getattr(error, "__notes__", ["repeat the command"])
         print(f"{name}: {'; '.join([SIGNALS[signal.Signals(received[0])], *notes])}", file=sys.stderr)
         return 128 + received[0]
     return 0
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        remedy = "; correct the path" * isinstance(error, FileNotFoundError)
+        return f"{os.fsdecode(error.filename)}: {error.strerror}{remedy}"
+    return str(error)
 
 
 @contextlib.contextmanager

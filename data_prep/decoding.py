@@ -36,6 +36,7 @@ Bad = tuple[str, str]  # key and reason
 
 def undecodable(urls: Sequence[str], workers: int) -> Iterator[tuple[Task, list[Bad]]]:
     """What cannot be decoded of these shards, task by task."""
+    _files.cache_clear()  # of an earlier call in this process, since when shards may have been replaced
     with closing(map_in_order(_bad_samples, _tasks(urls), workers)) as results:
         yield from results
 
@@ -65,7 +66,7 @@ def _bad_samples(task: Task) -> tuple[Task, list[Bad]]:
             continue
         try:
             for kind, data in values:
-                _decode(kind, data, known)
+                decode(kind, data, known)
         except BadSampleError as error:
             found.append((key, str(error)))
     return task, found
@@ -80,8 +81,9 @@ def _values(raw: RawSample, known: Modalities) -> list[tuple[str, bytes]]:
     return [(format_of(name) or "", raw.members[name]) for name in files]
 
 
-def _decode(kind: str, data: bytes, known: Modalities) -> None:
-    """A text is read without a tokenizer; a kind that needs a run's settings is not decoded."""
+def decode(kind: str, data: bytes, known: Modalities) -> None:
+    """Raise BadSampleError where training would. A text is read without a tokenizer; a kind that needs a run's
+    settings is not decoded."""
     if kind not in known:
         return
     if known[kind].needs_tokenizer:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mmmoe_pretrain.paths import given
 
+
+def given_names(context: typer.Context) -> set[str]:
+    """The parameters that the user has given."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name.rstrip("_") for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
 IMAGES, AUDIO, FILTERS, DOWNLOADS = "Images", "Audio", "Which samples", "Downloads"
+
+
+def path(help: str) -> Any:
+    return typer.Option(callback=given, help=help)
+
+
+def _in(panel: str, help: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
@@ -39,6 +55,13 @@ Column = Annotated[
         "repeated). Columns with well-known names need none."
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="field=value of rows that name none, such as language=en or licence=CC-BY-4.0 (may be repeated).",
+    ),
+]
 Form = Annotated[str, typer.Option(help="manifest, table, folder, huggingface, zip or shards, where several fit.")]
 Ratio = Annotated[
     list[str] | None,
@@ -48,126 +71,76 @@ Order = Annotated[
     str | None, typer.Option(help="shuffled: by a hash of the key; input: as it is. Default: by the input.")
 ]
 Retry = Annotated[
-    bool, typer.Option("--retry", help="Add the rows that failed before, and only those, to the shards in --out.")
+    bool,
+    typer.Option(
+        "--retry",
+        help="Add the rows that failed before, and only those, to the shards in --out, by the options of before.",
+    ),
 ]
 MaxBadFraction = Annotated[
     float, typer.Option(min=0, max=1, help="Fail if more than this share of the samples is broken.")
 ]
 
 # of images and audio
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Shrink images to this many pixels of --image-side, on white.", rich_help_panel=IMAGES),
-]
-ImageSide = Annotated[
-    str, typer.Option(help="longest or shortest: what --image-size limits.", rich_help_panel=IMAGES)
-]
-Crop = Annotated[bool, typer.Option("--crop", help="Take the centre square of images.", rich_help_panel=IMAGES)]
+ImageSize = Annotated[int | None, _in(IMAGES, "Shrink images to this many pixels of --image-side, on white.", min=1)]
+ImageSide = Annotated[str, _in(IMAGES, "longest or shortest: what --image-size limits.")]
+Crop = Annotated[bool, _in(IMAGES, "Take the centre square of images.", "--crop")]
 ImageFormat = Annotated[
     str,
-    typer.Option(
-        help="auto: images that --image-size or --crop changes become JPEG if their format is lossy (JPEG, "
+    _in(
+        IMAGES,
+        "auto: images that --image-size or --crop changes become JPEG if their format is lossy (JPEG, "
         "lossy WebP), else PNG; others stay. keep: the format stays, too. jpeg, webp, png: for all images.",
-        rich_help_panel=IMAGES,
     ),
 ]
-ImageQuality = Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.", rich_help_panel=IMAGES)]
+ImageQuality = Annotated[int, _in(IMAGES, "Of JPEG and WebP.", min=1, max=100)]
 AudioRate = Annotated[
-    int | None,
-    typer.Option(
-        min=1000, max=192_000, help="Resample audio to this rate in Hz; mono FLAC by default.", rich_help_panel=AUDIO
-    ),
+    int | None, _in(AUDIO, "Resample audio to this rate in Hz; mono FLAC by default.", min=1000, max=192_000)
 ]
 AudioFormat = Annotated[
     str,
-    typer.Option(
-        help="keep (FLAC where the rate or channels change), flac, opus (8, 12, 16, 24 or 48 kHz; other rates "
+    _in(
+        AUDIO,
+        "keep (FLAC where the rate or channels change), flac, opus (8, 12, 16, 24 or 48 kHz; other rates "
         "become the next higher one) or wav, with 16 bits.",
-        rich_help_panel=AUDIO,
     ),
 ]
 AudioChannels = Annotated[
-    str,
-    typer.Option(
-        help="1: mix all audio to mono. keep: as it is. Default: mono where audio is encoded.", rich_help_panel=AUDIO
-    ),
+    str, _in(AUDIO, "1: mix all audio to mono. keep: as it is. Default: mono where audio is encoded.")
 ]
 
 # of quality/filters.py
 Filter = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Only rows with field=value (may be repeated; values of one field are alternatives).",
-        rich_help_panel=FILTERS,
-    ),
+    _in(FILTERS, "Only rows with field=value (may be repeated; values of one field are alternatives)."),
 ]
-MinSize = Annotated[
-    int | None, typer.Option(min=1, help="Only images whose shorter side has N pixels.", rich_help_panel=FILTERS)
-]
-MaxSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Only images whose longer side is at most N pixels.", rich_help_panel=FILTERS),
-]
+MinSize = Annotated[int | None, _in(FILTERS, "Only images whose shorter side has N pixels.", min=1)]
+MaxSize = Annotated[int | None, _in(FILTERS, "Only images whose longer side is at most N pixels.", min=1)]
 MaxAspect = Annotated[
-    float | None,
-    typer.Option(
-        min=1, help="Only images whose longer side is at most X times the shorter one.", rich_help_panel=FILTERS
-    ),
+    float | None, _in(FILTERS, "Only images whose longer side is at most X times the shorter one.", min=1)
 ]
-MinSeconds = Annotated[
-    float | None, typer.Option(min=0, help="Only clips that last so long.", rich_help_panel=FILTERS)
-]
-MaxSeconds = Annotated[
-    float | None, typer.Option(min=0, help="Only clips that last no longer.", rich_help_panel=FILTERS)
-]
-MinCharacters = Annotated[
-    int | None, typer.Option(min=1, help="Only texts of so many characters.", rich_help_panel=FILTERS)
-]
-MaxCharacters = Annotated[
-    int | None, typer.Option(min=1, help="Only texts of no more characters.", rich_help_panel=FILTERS)
-]
+MinSeconds = Annotated[float | None, _in(FILTERS, "Only clips that last so long.", min=0)]
+MaxSeconds = Annotated[float | None, _in(FILTERS, "Only clips that last no longer.", min=0)]
+MinCharacters = Annotated[int | None, _in(FILTERS, "Only texts of so many characters.", min=1)]
+MaxCharacters = Annotated[int | None, _in(FILTERS, "Only texts of no more characters.", min=1)]
 Languages = Annotated[
-    str | None,
-    typer.Option(
-        help="Only samples of these languages, by their field: en,de (en takes en-GB, too).", rich_help_panel=FILTERS
-    ),
+    str | None, _in(FILTERS, "Only samples of these languages, by their field: en,de (en takes en-GB, too).")
 ]
 
 # of shards/fetch.py
-Threads = Annotated[
-    int, typer.Option(min=1, max=512, help="Downloads at once, of each worker.", rich_help_panel=DOWNLOADS)
-]
+Threads = Annotated[int, _in(DOWNLOADS, "Downloads at once, of each worker.", min=1, max=512)]
 PerHost = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Downloads at once from one host, of all workers; at least one of each.",
-        rich_help_panel=DOWNLOADS,
-    ),
+    int, _in(DOWNLOADS, "Downloads at once from one host, of all workers; at least one of each.", min=1)
 ]
-Timeout = Annotated[
-    float, typer.Option(min=0.1, max=600, help="Seconds that a server may be silent.", rich_help_panel=DOWNLOADS)
-]
+Timeout = Annotated[float, _in(DOWNLOADS, "Seconds that a server may be silent.", min=0.1, max=600)]
 Retries = Annotated[
     int,
-    typer.Option(
-        min=0,
-        max=20,
-        help="Of a download that timed out or broke, and of status 408, 425, 429, 5xx.",
-        rich_help_panel=DOWNLOADS,
-    ),
+    _in(DOWNLOADS, "Of a download that timed out or broke, and of status 408, 425, 429, 5xx.", min=0, max=20),
 ]
 IgnoreRobotsTag = Annotated[
     bool,
-    typer.Option(
-        "--ignore-robots-tag",
-        help="Also take files whose server sends X-Robots-Tag: noai or noindex.",
-        rich_help_panel=DOWNLOADS,
-    ),
+    _in(DOWNLOADS, "Also take files whose server sends X-Robots-Tag: noai or noindex.", "--ignore-robots-tag"),
 ]
 AllowPrivate = Annotated[
-    bool,
-    typer.Option(
-        "--allow-private", help="Also download from addresses of this machine and network.", rich_help_panel=DOWNLOADS
-    ),
+    bool, _in(DOWNLOADS, "Also download from addresses of this machine and network.", "--allow-private")
 ]

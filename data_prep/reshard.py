@@ -7,28 +7,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from data_prep.console import answer
 from data_prep.quality.filters import Filters
 from data_prep.rows.inputs import Input
 from data_prep.rows.refs import Range
-from data_prep.rows.row import SPLITS, Found, Row, split_called
+from data_prep.rows.row import SPLITS, Faults, Found, Row, split_called
 from data_prep.rows.seen import values_wanted
-from data_prep.shards.shard import Choice, Report, run
+from data_prep.rows.spool import Spool, read_found
+from data_prep.shards import shard
+from data_prep.shards.building import Building
+from data_prep.shards.shard import Choice, Report
+from data_prep.shards.shard_files import members_in_tar, tar_size
 from data_prep.shards.writing import ShardOptions
-from data_prep.verify import split_specs
-from mmmoe_pretrain.data.sources.listing import without_ranges
+from data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.data.sources.members import META
-from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.limits import FIELD_ALIASES
-from mmmoe_pretrain.progress import track
+from mmmoe_pretrain.limits import FIELD_ALIASES, use_aliases
+from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.untrusted import brief, parse_json
+from mmmoe_pretrain.urls import redacted
 
 log = logging.getLogger(__name__)
 
@@ -69,50 +75,95 @@ def copied(
 
 def open_parts(specs: Sequence[str], split: str = "train") -> list[Part]:
     """A part for each split of each source; ``split``: of what is in no folder of a split's name."""
-    files, found = Files(), []
-    for spec in specs:
-        for each in split_specs(spec):
-            found.append(Part(open_indexed(each, files), split_named(each, split)))
-    for note in without_ranges((url for part in found for url in part.source.urls), files):
-        log.warning("%s", note)
+    if split_called(split) not in SPLITS:
+        raise ValueError(f"--split {split} is not one of {', '.join(SPLITS)}")
+    sources = open_splits(specs, Files())
+    return [Part(source, split_named(source.spec, split_called(split))) for source in sources]
+
+
+def run(
+    parts: Sequence[Part], out: Path, options: ShardOptions, order: str, number_keys: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The commands: write the wanted samples, or say what would be written."""
+    if not dry_run:
+        shard.show(reshard(parts, out, options, order, number_keys), out, as_json)
+        return
+    Building(out, options.overwrite)  # refuses what cannot be written
+    found = plan(parts, options, order, number_keys)
+    unread = "; filters by size, length and language were not applied" * (options.filters != Filters())
+    lines = [
+        f"{split}: {counted(each['samples'], 'sample')}, {counted(each['shards'], 'shard')}, {each['bytes']:,} bytes"
+        for split, each in found.items()
+    ]
+    answer(as_json, {"splits": found, "written": False}, f"nothing was written{unread}; {out} would get:", *lines)
+
+
+def plan(parts: Sequence[Part], options: ShardOptions, order: str, number_keys: bool) -> dict[str, dict[str, int]]:
+    """Samples, shards and their bytes by split. Filters that need files are not applied."""
+    found: dict[str, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder) / shard.ROWS) as spool:
+        shard.fill(spool, _input(parts, order, number_keys), Choice(), None)
+        for split in (split for split in SPLITS if spool.counts[split]):
+            rows = read_found(spool.path, spool.offsets(split, order))
+            found[split] = _cut((_tar_bytes(row) for _, row in rows), options)
     return found
 
 
-def split_named(spec: str, other: str = "train") -> str:
-    """The split that the folder ``spec`` is named after, or ``other``."""
-    name = split_called(Path(spec.rstrip("/")).name)
-    return name if name in SPLITS else other
+def _tar_bytes(row: Row) -> int:
+    return members_in_tar(row.key, {name: ref.size for name, ref in row.members.items() if isinstance(ref, Range)})
+
+
+def _cut(sizes: Iterable[int], options: ShardOptions) -> dict[str, int]:
+    """What samples that take ``sizes`` in a tar become."""
+    samples = shards = total = held = size = 0
+    for each in sizes:
+        if not shards or held == options.samples_per_shard or size + each > options.shard_bytes:
+            total += tar_size(size) if shards else 0
+            shards, held, size = shards + 1, 0, 0
+        samples, held, size = samples + 1, held + 1, size + each
+    return {"samples": samples, "shards": shards, "bytes": total + tar_size(size)}
 
 
 def reshard(
     parts: Sequence[Part], out: Path, options: ShardOptions, order: str = "input", number_keys: bool = False
 ) -> Report:
     """Write the wanted samples. ``number_keys``: the keys of part n begin with n, from 0 on."""
-    name = ", ".join(dict.fromkeys(part.source.spec for part in parts))
-    given = Input(name, Path(), _rows(parts, number_keys), order, "; give --number-keys")
-    return run(given, out, Choice(order=order), options)
+    return shard.run(_input(parts, order, number_keys), out, Choice(order=order), options)
 
 
-def _rows(parts: Sequence[Part], number_keys: bool) -> Iterator[Found]:
+def _input(parts: Sequence[Part], order: str, number_keys: bool) -> Input:
+    name, notes = ", ".join(dict.fromkeys(redacted(part.source.spec) for part in parts)), list[str]()
+    return Input(name, Path(), _rows(parts, number_keys, notes), order, "; give --number-keys", notes)
+
+
+def _rows(parts: Sequence[Part], number_keys: bool, notes: list[str]) -> Iterator[Found]:
+    left_out = 0  # files without a suffix, which no sample can have in the shards that are written
     for number, part in enumerate(parts):
         start = f"{number}-" if number_keys else ""
         for i in part.numbers.tolist():
             url, places = part.source.places(i)
-            key = part.source.key(i)
-            members = {name: Range(url, f"{key}.{name}", *place) for name, place in places.items()}
-            yield Found(
-                f"sample {i} of {part.source.spec}", Row(start + key, split=part.split, members=members, copied=True)
-            )
+            key, where = part.source.key(i), f"sample {i} of {redacted(part.source.spec)}"
+            members = {name: Range(url, f"{key}.{name}", *place) for name, place in places.items() if name}
+            left_out += "" in places
+            if members:
+                yield Found(where, Row(start + key, split=part.split, members=members, copied=True))
+    if left_out:
+        notes.append(f"{counted(left_out, 'file')} without a suffix left out, which no modality reads")
 
 
 def choose(parts: Sequence[Part], subset: Subset) -> None:
     """Restrict the parts to a subset. Raises ValueError where nothing is left."""
-    values = values_wanted(subset.filters)
+    values, damaged = values_wanted(subset.filters), Faults()
     for part in parts if values or subset.keys is not None else ():
         keep = np.zeros(len(part.source), dtype=bool)
         for i in track(part.numbers.tolist(), "choosing", len(part.numbers), "samples"):
-            keep[i] = (subset.keys is None or part.source.key(i) in subset.keys) and _matches(part.source, i, values)
+            if subset.keys is None or part.source.key(i) in subset.keys:
+                keep[i] = _matches(part.source, i, values, damaged)
         part.wanted = keep
+    if damaged.count:
+        log.warning("left out %s whose JSON --filter cannot read: %s", counted(damaged.count, "sample"),
+                    "; ".join(damaged.shown[:3]))  # fmt: skip
     if subset.keys is not None:
         _note_missing(parts, subset.keys)
     if subset.samples is not None:
@@ -129,38 +180,33 @@ def _note_missing(parts: Sequence[Part], keys: frozenset[str]) -> None:
                     len(missing), brief(min(missing)))  # fmt: skip
 
 
-def _matches(source: Indexed, i: int, values: dict[str, set[str]]) -> bool:
+def _matches(source: Indexed, i: int, values: dict[str, set[str]], damaged: Faults) -> bool:
     if not values:
         return True
-    raw = source.read(i, only=(META,)).members.get(META)
-    fields = parse_json(raw, f"the JSON of {source.key(i)}") if raw else {}
-    alias = {other: name for name, other in FIELD_ALIASES.items()}
-
-    def value(name: str) -> str:
-        found = fields.get(name, fields.get(FIELD_ALIASES.get(name, ""), fields.get(alias.get(name, ""))))
-        return "" if found is None else str(found)
-
-    return isinstance(fields, dict) and all(value(name) in allowed for name, allowed in values.items())
-
-
-def hashes(part: Part) -> np.ndarray:
-    """uint64 [n]: of the keys of the wanted samples."""
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(part.source.key(i).encode()) for i in part.numbers.tolist()),
-        np.uint64,
-        len(part.numbers),
-    )
+    raw = source.read(i, only=(META,))
+    try:
+        fields = parse_json(raw.members.get(META) or b"{}", "its json")
+    except ValueError as error:
+        damaged.add(f"{raw.key} of {raw.shard}", str(error))
+        return False
+    if not isinstance(fields, dict):
+        damaged.add(f"{raw.key} of {raw.shard}", "its json is no object")
+        return False
+    use_aliases(fields)
+    found = {name: fields.get(name, fields.get(FIELD_ALIASES.get(name, name))) for name in values}
+    return all(("" if found[name] is None else str(found[name])) in allowed for name, allowed in values.items())
 
 
 def _smallest(parts: Sequence[Part], count: int) -> None:
     """Keep the ``count`` samples with the smallest hashes, over all parts; of equal keys those of the first parts."""
-    found = [hashes(part) for part in parts]
-    every = np.concatenate(found)
+    keys = (part.source.key(i) for part in parts for i in part.numbers.tolist())
+    sizes = [len(part.numbers) for part in parts]
+    every = np.fromiter((xxhash.xxh3_64_intdigest(key.encode()) for key in keys), np.uint64, sum(sizes))
     if count >= len(every):
         return
     chosen = np.zeros(len(every), dtype=bool)
     chosen[np.argsort(every, kind="stable")[:count]] = True
-    for part, own in zip(parts, np.split(chosen, np.cumsum([len(each) for each in found])[:-1]), strict=True):
+    for part, own in zip(parts, np.split(chosen, np.cumsum(sizes)[:-1]), strict=True):
         keep = np.zeros(len(part.source), dtype=bool)
         keep[part.numbers[own]] = True
         part.wanted = keep

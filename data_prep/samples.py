@@ -6,7 +6,6 @@ Texts are read with a sample, other files when they are asked for.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any, NamedTuple
 from data_prep.rows.documents import PARTS, parts_of
 from data_prep.rows.inputs import open_input
 from data_prep.rows.refs import Reader, Ref, file_name, shown
-from data_prep.rows.row import SPLITS, Fault, Found, Row, faults, is_inside, sample_fields, split_called
+from data_prep.rows.row import Fault, Found, Row, faults, require_inside, sample_fields, split_called
+from data_prep.rows.shards import holds_shards
 from data_prep.shards.encode import DECODED
-from data_prep.verify import split_specs
+from data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.data.decode import BadSampleError, contents, document, read_row
-from mmmoe_pretrain.data.sources.listing import ENERGON, LIST, is_compressed, is_remote, without_ranges
+from mmmoe_pretrain.data.sources.listing import LIST, is_compressed, is_remote
 from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample
-from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.survey import held_by, in_order, survey
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
@@ -29,7 +29,6 @@ from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.urls import redacted
 
-log = logging.getLogger(__name__)
 NO_SPLIT = "(none)"  # neither the folder nor the sample names one
 
 
@@ -73,17 +72,17 @@ def open_samples(path: str) -> Shards | Rows:
 
 
 def _names_shards(path: str) -> bool:
+    """Also of a folder of several sets, which ``open_splits`` refuses with their names."""
     place = Path(path)
     if place.is_dir():
         folders = [place, *(inside for inside in place.iterdir() if inside.is_dir())]
-        return not (place / "manifest.jsonl").is_file() and any(map(_holds_shards, folders))
+        holds_some = any(map(_holds_shards, folders)) or any(place.glob(f"*/*/{LIST}"))
+        return not (place / "manifest.jsonl").is_file() and holds_some
     return not place.is_file() or place.suffix in (".tar", ".json") or is_compressed(place.name)
 
 
 def _holds_shards(folder: Path) -> bool:
-    if (folder / LIST).is_file() or (folder / ENERGON).is_dir():
-        return True
-    return any(inside.suffix == ".tar" or is_compressed(inside.name) for inside in folder.iterdir())
+    return holds_shards(folder) or any(is_compressed(inside.name) for inside in folder.iterdir())
 
 
 class Shards:
@@ -92,15 +91,12 @@ class Shards:
     def __init__(self, path: str) -> None:
         files = Files()
         self.name, self.files = redacted(path), files
-        self.sources = [open_indexed(spec, files) for spec in split_specs(path)]
-        for note in without_ranges((url for source in self.sources for url in source.urls), files):
-            log.warning("%s", note)
+        self.sources = open_splits([path], files)
 
     def __iter__(self) -> Iterator[Sample]:
         for source in self.sources:
-            name = Path(source.spec).name
-            split = split_called(name) if split_called(name) in SPLITS else NO_SPLIT
-            for i in track(range(len(source)), f"reading {redacted(name)}", len(source), "samples"):
+            split, name = split_named(source.spec, NO_SPLIT), Path(redacted(source.spec)).name
+            for i in track(range(len(source)), f"reading {name}", len(source), "samples"):
                 yield _of_shard(source, i, split)
 
     def left_out(self) -> str:
@@ -197,8 +193,8 @@ class Rows:
     def _file(self, kind: str, ref: Ref) -> Piece:
         if is_remote(ref if isinstance(ref, str) else ref.path):
             return Piece(kind, shown(ref))
-        if kind not in DECODED and not is_inside(ref, self._given.root):
-            raise ValueError(f"{shown(ref)} lies outside of the folder of the rows; copy it into the folder")
+        if kind not in DECODED:
+            require_inside(ref, self._given.root)
         return Piece(kind, file_name(ref), read=functools.partial(self._reader.read, ref))
 
     def left_out(self) -> str:

@@ -19,8 +19,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -87,7 +86,8 @@ def run(
         raise ValueError(f"{out} is a folder; --out is the file to write")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another --out, or pass --overwrite to replace it")
-    with tempfile.TemporaryDirectory() as folder, Texts(Path(folder) / "texts", options.max_texts) as texts:
+    with tempfile.TemporaryFile() as file:
+        texts = Texts(file, options.max_texts)
         skipped = read_texts(paths, split, texts)
         count = texts.close()
         if not count:
@@ -128,21 +128,13 @@ def read_texts(paths: Sequence[str], split: str, texts: Texts) -> int:
 
 
 class Texts:
-    """The distinct texts of a corpus on disk, in the order of their hashes; at most ``most``, those with the smallest
-    hashes. 16 bytes of memory a text."""
+    """The distinct texts of a corpus, in ``file``, in the order of their hashes; at most ``most``, those with the
+    smallest hashes. 16 bytes of memory a text."""
 
-    def __init__(self, path: Path, most: int) -> None:
+    def __init__(self, file: IO[bytes], most: int) -> None:
         self._most, self._limit, self.drawn = most, 2**64, False
-        self._file, self._end = path.open("w+b"), 0
+        self._file, self._end = file, 0
         self._hashes, self._offsets = array("Q"), array("Q")
-
-    def __enter__(self) -> Texts:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def add(self, text: str) -> None:
         """One line of it."""

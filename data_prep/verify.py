@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from data_prep import console
 from data_prep.console import say
 from data_prep.decoding import count_reason, undecodable
 from data_prep.quality.leaks import Leaks
-from data_prep.rows.row import split_called, split_order
+from data_prep.rows.row import SPLITS, split_called, split_order
+from data_prep.rows.shards import holds_shards
+from data_prep.shards.building import FOLDER as BUILDING
 from data_prep.shards.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.sources.index import DamagedIndex, Index
 from mmmoe_pretrain.data.sources.indexing import home_of, label, places
 from mmmoe_pretrain.data.sources.listing import (
-    ENERGON,
     LIST,
     Listing,
     Shard,
@@ -42,11 +43,12 @@ from mmmoe_pretrain.data.sources.listing import (
     remote_folder,
     without_ranges,
 )  # fmt: skip
-from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
+from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, members_to_read, names
 from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.progress import Progress, counted, track
+from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import StorageError, join, redacted
 
@@ -145,23 +147,36 @@ def split_specs(spec: str) -> list[str]:
         return [spec]
     inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda folder: split_order(folder.name))
     candidates = [folder] if (folder / LIST).is_file() else [folder, *inside]
-    found = [str(path) for path in candidates if _is_listed(path) or any(path.glob("*.tar"))]
-    if not found:
-        for path in candidates:
-            refuse_compressed(str(path), *(inside.name for inside in path.iterdir()))
-        raise ValueError(f"{folder} holds no shards; `mmmoe-data shard MANIFEST --out {folder}` writes some")
+    if found := [str(path) for path in candidates if holds_shards(path)]:
+        return found
+    for path in candidates:
+        refuse_compressed(str(path), *(inside.name for inside in path.iterdir()))
+    if (folder / BUILDING).is_dir():
+        raise ValueError(f"{folder} holds shards of an unfinished command; wait for it, or repeat it to resume")
+    if deeper := [str(path) for path in inside if any(map(holds_shards, filter(Path.is_dir, path.iterdir())))]:
+        raise ValueError(f"{folder} holds no shards, but folders in it hold splits; name one: {names(deeper)}")
+    raise ValueError(f"{folder} holds no shards; `mmmoe-data shard {folder} --out FOLDER` makes some of its files")
+
+
+def split_named(spec: str, other: str) -> str:
+    """The split that the folder ``spec`` is named after, or ``other``."""
+    name = split_called(Path(spec.rstrip("/")).name)
+    return name if name in SPLITS else other
+
+
+def open_splits(specs: Iterable[str], files: Files) -> list[Indexed]:
+    """The sources in ``specs``, with a warning for servers that send whole files."""
+    found = [open_indexed(each, files) for spec in specs for each in split_specs(spec)]
+    for note in without_ranges((url for source in found for url in source.urls), files):
+        log.warning("%s", note)
     return found
-
-
-def _is_listed(folder: Path) -> bool:
-    return (folder / LIST).is_file() or (folder / ENERGON).is_dir()
 
 
 def verify_folder(spec: str | Path, seen: Seen) -> Iterator[str]:
     """Every problem of the shards that ``spec`` names, one line each."""
     files = Files()
     for leftover in sorted(Path(spec).rglob("*.tmp")):
-        yield f"{leftover}: left behind by a run that was killed"
+        yield f"{leftover}: left behind by a run that was killed or failed; repeat its command, or remove it"
     splits = split_specs(str(spec))
     seen.leaks.wanted = len(splits) > 1
     for split in splits:
@@ -200,18 +215,20 @@ def _verify_shards(listing: Listing, listed: dict[str, dict[str, Any]], seen: Se
     if index is None:
         seen.unindexed.append(redacted(listing.spec))
     number_of = {name: number for number, name in enumerate(index.names if index else ())}
-    name = Path(listing.spec).name
-    for shard in track(listing.shards, f"verifying {name}", len(listing.shards), "shards"):
-        seen.shards += 1
-        url = redacted(shard.url)
-        check = _Shard(shard.url, listed.get(shard.url), index, number_of.get(label(shard.url, home)), files)
-        try:
-            if is_listed and shard.url not in listed:
-                yield f"{url}: not named in {LIST}"
-            for problem in check.problems(seen):
-                yield problem if url in problem else f"{url}: {problem}"
-        except OSError as error:
-            yield f"{url}: cannot be read ({error.strerror or error})"
+    name = Path(redacted(listing.spec)).name
+    with Progress(f"verifying {name}", None if index is None else len(index), "samples") as progress:
+        for number, shard in enumerate(listing.shards, 1):
+            seen.shards += 1
+            url, progress.what = redacted(shard.url), f"verifying {name}, shard {number} of {len(listing.shards)}"
+            of_index = number_of.get(label(shard.url, home))
+            check = _Shard(shard.url, listed.get(shard.url), index, of_index, files, progress)
+            try:
+                if is_listed and shard.url not in listed:
+                    yield f"{url}: not named in {LIST}"
+                for problem in check.problems(seen):
+                    yield problem if url in problem else f"{url}: {problem}"
+            except OSError as error:
+                yield f"{url}: cannot be read ({error.strerror or error})"
 
 
 def _verify_list(url: str, listed: dict[str, dict[str, Any]], files: Files) -> Iterator[str]:
@@ -237,6 +254,7 @@ class _Shard:
     index: Index | None
     number: int | None
     files: Files
+    progress: Progress
 
     def problems(self, seen: Seen) -> Iterator[str]:
         size, digest = self.files.stat(self.url).size, _digest(self.url, self.files)
@@ -258,6 +276,7 @@ class _Shard:
         seen.whole.append(self.url)
         is_ours = self.entry is not None and "xxh3_128" in self.entry
         for key, members in rows.samples():
+            self.progress.advance()
             try:
                 yield from self._sample(key, members, seen, is_ours)
             except ValueError as error:
@@ -268,9 +287,12 @@ class _Shard:
 
     def _sample(self, key: str, members: dict[str, tuple[int, int]], seen: Seen, is_ours: bool) -> Iterator[str]:
         known = seen.survey.known
-        chosen = known.members_read(tuple(members))
-        wanted = {META, CLASS, *(chosen[name] for name in chosen if known[name].default_field)} & members.keys()
-        data = {name: self.files.read(self.url, *members[name]) for name in wanted}
+        if seen.leaks.wanted:
+            wanted = members_to_read(tuple(members), known)
+        else:
+            texts = (read for name, read in known.members_read(tuple(members)).items() if known[name].default_field)
+            wanted = frozenset((META, CLASS, *texts))
+        data = {name: self.files.read(self.url, *place) for name, place in members.items() if name in wanted}
         raw = RawSample(key, data, self.url, tuple(name for name in members if name not in wanted))
         row = read_row(raw)
         held, named = held_by(raw, row, known, any_kind=True)
@@ -281,7 +303,7 @@ class _Shard:
         if is_ours and row.get("key", key) != key:  # in shards of other tools it may be the key of anything
             yield f"sample {key} has the json of {brief(row['key'])}"
         group, split = row.get("group"), row.get("split") or Path(self.url).parent.name
-        seen.leaks.add(key, split_called(str(split)), row, self.url, members, self.files, known)
+        seen.leaks.add(raw, row, split_called(str(split)), known)
         if isinstance(group, str) and group and isinstance(split, str):
             split = split_called(split)
             first = seen.split_of_group.setdefault(xxhash.xxh3_64_intdigest(group.encode()), split)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -87,6 +87,23 @@ MODALITIES = Kinds(
         "series": "mmmoe_pretrain.modalities.series:Series",
     },
 )
+
+
+class Reads(NamedTuple):
+    """What a kind of modality reads: files by the last part of their extension, the preferred first, and a field of a
+    sample's JSON, where one modality of a run has the kind."""
+
+    formats: tuple[str, ...] = ()
+    field: str | None = None
+
+
+# Of the built-in kinds, so that data preparation need not load them and torch; other kinds say it by their class.
+READS = {
+    "image": Reads(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff")),
+    "audio": Reads(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3")),
+    "text": Reads(("txt", "text", "caption"), "text"),
+    "series": Reads(("npy", "csv")),
+}
 OBJECTIVES = Kinds(
     "objective kind",
     "mmmoe.objectives",

@@ -34,6 +34,11 @@ AUDIO_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # libsndfile reads 
 MAX_CLIP_SECONDS = 600.0
 MAX_CLIP_SAMPLES = 64_000_000  # over all channels
 MAX_CHANNELS = 32
+OTHER_STARTS = (  # of files that people take for images or audio, in lower case
+    (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"<svg", "SVG"), (b"<?xml", "XML or SVG"), (b"{", "JSON"),
+    (b"%pdf", "PDF"), (b"pk\3\4", "a zip"), (b"\x1f\x8b", "gzip"), (b"ftyp", "AVIF, HEIC or MP4"),
+    (b"\x1a\x45\xdf\xa3", "WebM or Matroska"), (b"version https://git-lfs", "a pointer of Git LFS"),
+)  # fmt: skip
 SAMPLE_RATES = (1_000, 384_000)  # Hz
 MAX_TEXT_BYTES = 1 << 20
 MAX_META_BYTES = 1 << 20  # of a sample's JSON, and of a manifest's line
@@ -84,10 +89,16 @@ def has_text(text: str) -> bool:
 
 def has_lone_surrogate(text: str) -> bool:
     """Whether ``text`` holds half of a character, which JSON can and UTF-8 cannot."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _is_blank(letter: str) -> bool:
+    if "!" <= letter <= "~":  # most texts begin so, and are decided by it
+        return False
     code = ord(letter)
     return (
         letter.isspace()
@@ -105,8 +116,11 @@ def decoder_reason(error: Exception) -> str:
 
 
 def start_problem(data: bytes, formats: Sequence[str]) -> str:
-    """That a file begins like none of ``formats``, as the rest of a sentence."""
-    begins = f"begins with {data[:16]!r}" if data else "is empty"
+    """That a file begins like none of ``formats``, as the rest of a sentence. Its bytes may be secret: a row may name
+    any file of the machine."""
+    start = data[:64].lstrip().lower()
+    found = next((name for mark, name in OTHER_STARTS if start.startswith(mark) or data[4:8] == mark), "")
+    begins = f"begins like {found}" if found else f"has {len(data):,} bytes" if data else "is empty"
     return f"{begins} and is not {', '.join(formats[:-1])} or {formats[-1]}"
 
 

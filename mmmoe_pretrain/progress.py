@@ -21,6 +21,7 @@ from rich.progress import Progress as Bar
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0  # between two plain lines
 BAR_SECONDS = 0.25
+IDLE_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -33,11 +34,14 @@ def counted(count: int, noun: str, ending: str = "s") -> str:
 class Progress:
     """Prints what is done of ``total`` (None: unknown), its rate and the time left, from ``with`` to its end.
 
-    ``scale`` is what one ``unit`` is made of: ``Progress("a.tar", size, "MB", scale=10**6)``.
+    ``scale`` is what one ``unit`` is made of: ``Progress("a.tar", size, "MB", scale=10**6)``. ``waits_for`` is told
+    where nothing has been done for five seconds.
     """
 
-    def __init__(self, what: str, total: float | None = None, unit: str = "", *, scale: int = 1) -> None:
-        self.what, self._unit, self._scale = what, unit, scale
+    def __init__(
+        self, what: str, total: float | None = None, unit: str = "", *, scale: int = 1, waits_for: str = ""
+    ) -> None:
+        self.what, self._unit, self._scale, self._waits_for = what, unit, scale, waits_for
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self.restart(0, total)
@@ -45,6 +49,7 @@ class Progress:
     def restart(self, done: float, total: float | None) -> None:
         """Start again at ``done``, which does not count for the rate."""
         self.done, self.total, self._first, self._begun = done, total, done, time.monotonic()
+        self._advanced = self._begun
 
     def __enter__(self) -> Progress:
         self._thread.start()
@@ -58,16 +63,22 @@ class Progress:
 
     def advance(self, count: float = 1) -> None:
         self.done += count
+        self._advanced = time.monotonic()
 
     def text(self) -> str:
         """``sharding: 3,200 of 100,000 samples, 412 a second, 3:55 left``."""
-        seconds = max(time.monotonic() - self._begun, 1e-9)
+        now = time.monotonic()
+        seconds, idle = max(now - self._begun, 1e-9), now - self._advanced
+        waiting = (
+            f"; for {clock(idle)} waiting for {self._waits_for}" if self._waits_for and idle > IDLE_SECONDS else ""
+        )
         rate = (self.done - self._first) / seconds
         if not self._unit or rate <= 0:
-            return f"{self.what}: {clock(seconds)} so far"
+            return f"{self.what}: {clock(seconds)} so far{waiting}"
         total = f" of {self._amount(self.total)}" if self.total else ""
         left = f", {clock(max(self.total - self.done, 0) / rate)} left" if self.total else ""
-        return f"{self.what}: {self._amount(self.done)}{total} {self._unit}, {self._amount(rate)} a second{left}"
+        done = f"{self._amount(self.done)}{total} {self._unit}"
+        return f"{self.what}: {done}, {self._amount(rate)} a second{left}{waiting}"
 
     def _amount(self, value: float) -> str:
         scaled = value / self._scale

@@ -37,6 +37,18 @@ def test_the_rate_and_the_time_left_follow_from_what_is_done(clock):
     assert file.text() == "a.tar: 11 of 161 MB, 5.5 a second, 0:27 left"  # 150 / 5.5 = 27.3 s
 
 
+def test_what_is_waited_for_is_told_after_five_seconds(clock):
+    work = Progress("sharding", 100, "samples", waits_for="downloads")
+    clock[0] += 4
+    assert work.text() == "sharding: 0:04 so far"
+    clock[0] += 4
+    assert work.text() == "sharding: 0:08 so far; for 0:08 waiting for downloads"
+    work.advance(8)
+    assert work.text() == "sharding: 8 of 100 samples, 1 a second, 1:32 left"
+    clock[0] += 8
+    assert work.text() == "sharding: 8 of 100 samples, 0.5 a second, 3:04 left; for 0:08 waiting for downloads"
+
+
 def test_lines_come_after_two_seconds_on_stderr_alone(monkeypatch, capsys):
     assert (progress.QUIET_SECONDS, progress.LINE_SECONDS) == (2, 10)
     assert list(track(range(3), "quick", 3, "items")) == [0, 1, 2]

@@ -5,22 +5,27 @@ Of the samples some are chosen, the same ones for the same seed.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import xxhash
 
+from data_prep.decoding import decode
 from data_prep.inspect.histogram import Histogram
 from data_prep.inspect.records import Records, read_records
 from data_prep.rows.row import split_order
 from data_prep.samples import Piece, Sample, Shards, open_samples
 from data_prep.shards.audio import audio_seconds
+from mmmoe_pretrain.data.decode import BadSampleError
 from mmmoe_pretrain.limits import decoder_reason
+from mmmoe_pretrain.modalities import default_modalities
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, header_size
-from mmmoe_pretrain.progress import counted
+from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.urls import StorageError
 
 DAMAGED = "(damaged)"  # in the place of modalities: a sample that training skips
@@ -47,11 +52,10 @@ class Measure:
     seconds: float = 0.0  # of audio
     bytes: int = 0
 
-    def __iadd__(self, other: Measure) -> Measure:
-        self.rows += other.rows
-        self.seconds += other.seconds
-        self.bytes += other.bytes
-        return self
+    def add(self, other: Measure, sign: int = 1) -> None:
+        self.rows += sign * other.rows
+        self.seconds += sign * other.seconds
+        self.bytes += sign * other.bytes
 
     def cells(self) -> tuple[str, str, str]:
         """Of the table: rows, hours of audio, bytes."""
@@ -70,42 +74,57 @@ class Found:
     left_out: str = ""
     records: Records | None = None
     chosen: list[Sample] = field(default_factory=list)
+    decoded: int = 0  # of the chosen ones
+    full_check: str = ""  # the command that decodes all
 
     @property
     def whole(self) -> Measure:
-        return _sum(self.totals.values())
+        return self.sum_of(self.totals)
 
     def by_split(self) -> Iterator[tuple[str, list[Kind]]]:
         for split in sorted({kind.split for kind in self.totals}, key=split_order):
             yield split, sorted(kind for kind in self.totals if kind.split == split)
 
     def sum_of(self, kinds: Iterable[Kind]) -> Measure:
-        return _sum(self.totals[kind] for kind in kinds)
+        whole = Measure()
+        for kind in kinds:
+            whole.add(self.totals[kind])
+        return whole
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample) -> tuple[Kind, Measure] | None:
+        """Count it; where, unless it is damaged."""
         amount = Measure(1)
-        for piece in sample.pieces:
-            self._add_piece(piece, sample, amount)
+        problems = [sample.problem, *[self._add_piece(piece, amount) for piece in sample.pieces]]
+        if problem := next(filter(None, problems), ""):
+            self.add_damaged(sample, amount, problem)
+            return None
+        self.histograms["bytes"].add(amount.bytes)
         content = ("document of " if sample.is_document else "") + "+".join(sample.held)
-        if sample.problem:
-            content = DAMAGED
-            self._problem(sample, sample.problem)
-        else:
-            self.histograms["bytes"].add(amount.bytes)
+        return self._count(sample, content, amount), amount
+
+    def add_damaged(self, sample: Sample, amount: Measure, problem: str) -> None:
+        self._count(sample, DAMAGED, amount)
+        self.problem_count += 1
+        if len(self.problems) < MOST_NAMED:
+            is_named = unquote(sample.key) in ("", sample.where)
+            self.problems.append(f"{sample.where}{'' if is_named else f' {sample.key}'}: {problem}")
+
+    def _count(self, sample: Sample, content: str, amount: Measure) -> Kind:
         subset, language = (sample.fields.get(name) for name in ("subset", "language"))
         named = [name if isinstance(name, str) else "" for name in (subset, language)]
         kind = Kind(sample.split, named[0], named[1], content)
         if kind not in self.totals and len(self.totals) >= MOST_KINDS:
             kind = Kind(*[OTHERS] * 4)
-        total = self.totals.setdefault(kind, Measure())
-        total += amount
+        self.totals.setdefault(kind, Measure()).add(amount)
+        return kind
 
-    def _add_piece(self, piece: Piece, sample: Sample, amount: Measure) -> None:
+    def _add_piece(self, piece: Piece, amount: Measure) -> str:
+        """Count a file or text; what is wrong with it."""
         if piece.text is not None:
             self.histograms["characters"].add(len(piece.text))
             amount.bytes += len(piece.text.encode(errors="replace"))
         if piece.read is None:
-            return
+            return ""
         try:
             data = piece.read()
             amount.bytes += len(data)
@@ -119,23 +138,28 @@ class Found:
         except StorageError:  # of shards: a disk or a server, and no fault of the sample
             raise
         except IMAGE_ERRORS as error:
-            self._problem(sample, f"{piece.kind} {piece.name} cannot be opened: {decoder_reason(error)}")
+            return f"{piece.kind} {piece.name} cannot be opened: {decoder_reason(error)}"
+        return ""
 
-    def _problem(self, sample: Sample, problem: str) -> None:
-        self.problem_count += 1
-        if len(self.problems) < MOST_NAMED:
-            self.problems.append(f"{sample.where} {sample.key}: {problem}")
+    def decode_chosen(self, counted_as: Iterable[tuple[Kind, Measure] | None]) -> None:
+        """Decode the chosen samples as training does, and count the damaged ones as such."""
+        pairs = zip(self.chosen, counted_as, strict=True)
+        for sample, place in track(pairs, "decoding samples", len(self.chosen), "samples"):
+            if place is not None and (problem := _undecodable(sample)):
+                kind, amount = place
+                self.totals[kind].add(amount, -1)
+                self.add_damaged(sample, amount, problem)
+        self.totals = {kind: total for kind, total in self.totals.items() if total.rows}
+        self.decoded = len(self.chosen)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "path": self.name,
             "rows": self.whole.rows,
-            "kinds": [
-                {**kind._asdict(), "rows": m.rows, "seconds": m.seconds, "bytes": m.bytes}
-                for kind, m in sorted(self.totals.items())
-            ],
+            "kinds": [{**kind._asdict(), **dataclasses.asdict(total)} for kind, total in sorted(self.totals.items())],
             "histograms": {name: each.to_json() for name, each in self.histograms.items() if each.count},
             "problems": {"count": self.problem_count, "first": self.problems},
+            "decoded": self.decoded,
             "not_read": self.left_out,
             "records": None if self.records is None else self.records.to_json(),
         }
@@ -144,27 +168,34 @@ class Found:
 def measure(path: str | Path, samples: int = 0, seed: int = 0) -> Found:
     """Read everything once. ``samples``: how many are chosen, by a hash of their names and ``seed``."""
     data = open_samples(str(path))
-    found, heap = Found(data.name), list[tuple[int, int, Sample]]()
+    found, heap = Found(data.name), list[tuple[int, int, Sample, tuple[Kind, Measure] | None]]()
     for number, sample in enumerate(data):
-        found.add(sample)
         name = f"{sample.where}\0{sample.key}".encode(errors="replace")
         order = -xxhash.xxh3_64_intdigest(name, seed & (1 << 64) - 1)
+        entry = (order, -number, sample, found.add(sample))
         if len(heap) < samples:
-            heapq.heappush(heap, (order, -number, sample))
+            heapq.heappush(heap, entry)
         elif heap and order > heap[0][0]:
-            heapq.heapreplace(heap, (order, -number, sample))
-    found.chosen = [sample for *_, sample in sorted(heap, key=lambda each: each[:2], reverse=True)]
+            heapq.heapreplace(heap, entry)
+    heap.sort(key=lambda entry: entry[:2], reverse=True)
+    found.chosen = [sample for _, _, sample, _ in heap]
+    found.decode_chosen(place for *_, place in heap)
     found.left_out = data.left_out()
+    found.full_check = "verify --decode" if isinstance(data, Shards) else "shard"
     if isinstance(data, Shards):
         found.records = read_records([url for source in data.sources for url in source.urls], data.files)
     return found
 
 
-def _sum(measures: Iterable[Measure]) -> Measure:
-    whole = Measure()
-    for each in measures:
-        whole += each
-    return whole
+def _undecodable(sample: Sample) -> str:
+    """Why training could not decode it."""
+    for piece in sample.pieces:
+        if piece.read is not None:
+            try:
+                decode(piece.kind, piece.read(), default_modalities())
+            except BadSampleError as error:
+                return str(error)
+    return ""
 
 
 def amount(value: float) -> str:
@@ -178,8 +209,11 @@ def lines(found: Found) -> Iterator[str]:
         yield found.records.line()
         for reason, count in found.records.reasons.most_common(MOST_NAMED):
             yield f"  {count:,} {reason}"
+    if found.histograms["width"].count or found.histograms["seconds"].count:
+        some = f", and {counted(found.decoded, 'sample')} decoded" * bool(found.decoded)
+        yield f"headers of all images and audio were read{some}; mmmoe-data {found.full_check} decodes all"
     if found.problem_count:
-        yield f"{counted(found.problem_count, 'problem')}, of which training skips the sample:"
+        yield f"{counted(found.problem_count, 'damaged sample')}, which training would skip:"
         yield from (f"  {problem}" for problem in found.problems)
         if found.problem_count > len(found.problems):
             yield f"  and {found.problem_count - len(found.problems):,} more"

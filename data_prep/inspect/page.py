@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from data_prep.inspect.histogram import Histogram
 from data_prep.inspect.measure import QUANTITIES, Found, Kind, amount, lines
@@ -122,7 +121,8 @@ def _article(sample: Sample) -> Iterator[str]:
     if len(sample.pieces) > MAX_PIECES:
         yield f"<p class=note>and {len(sample.pieces) - MAX_PIECES:,} more parts\n"
     fields = {name: value for name, value in sample.fields.items() if value not in ("", None)}
-    yield f"<details><summary>fields</summary><pre>{text_of(_json(fields))}</pre></details></article>\n"
+    told = json.dumps(fields, ensure_ascii=False, indent=1, default=str)
+    yield f"<details><summary>fields</summary><pre>{text_of(told)}</pre></details></article>\n"
 
 
 def _piece(piece: Piece) -> Iterator[str]:
@@ -156,10 +156,6 @@ def _piece(piece: Piece) -> Iterator[str]:
 
 def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False, indent=1, default=str)
 
 
 def _end(found: Found, seed: int, shown: int, left_out: int) -> Iterator[str]:

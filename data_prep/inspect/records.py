@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_prep.rows.columnar import ROWS_AT_ONCE, batches, parquet_file, reason, values
 from mmmoe_pretrain.data.storage.files import Files, MissingError
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.progress import track
@@ -44,19 +45,19 @@ class Records:
 
     def add(self, data: bytes) -> None:
         """Of a Parquet file. Raises pyarrow's errors."""
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(io.BytesIO(data)) as file:
+        with parquet_file(io.BytesIO(data)) as file:
             names = set(file.schema_arrow.names)
-            reason = next((name for name in _REASONS if name in names), None)
-            columns = [name for name in ("status", reason) if name in names and name]
+            why = next((name for name in _REASONS if name in names), None)
+            columns = [name for name in ("status", why) if name in names and name]
             if "status" not in columns:
                 return
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
+            for batch in (
+                each for group in range(file.num_row_groups) for each in batches(file, group, columns, ROWS_AT_ONCE)
+            ):
+                for row in values(batch):
                     self._count(self.statuses, str(row["status"]))
-                    if reason and row[reason]:
-                        self._count(self.reasons, str(row[reason]))
+                    if why and row[why]:
+                        self._count(self.reasons, str(row[why]))
 
     def _count(self, counts: Counter[str], value: str) -> None:
         value = value[:MAX_LETTERS]
@@ -76,6 +77,6 @@ def read_records(urls: Sequence[str], files: Files) -> Records | None:
         except MissingError:
             if not number:
                 return None
-        except (StorageError, ArrowException, ValueError, OSError) as error:
-            found.unreadable.append(f"{redacted(path)} ({str(error).splitlines()[0][:MAX_LETTERS]})")
+        except (StorageError, ArrowException, MemoryError, ValueError, OSError) as error:
+            found.unreadable.append(f"{redacted(path)} ({reason(error)})")
     return found

@@ -5,11 +5,16 @@ All are encoded here from what was decoded: no byte of a file that others made i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
+import math
+import re
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -23,16 +28,20 @@ from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.urls import StorageError
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 128  # pixels of a thumbnail on the sheet
-CAPTION = 32  # pixels of two lines
+LINE = 15  # pixels of a line of text
+CAPTION = 2 * LINE + 2
+FONT_SIZE = 11
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansDevanagari-Regular.ttf", "Arial Unicode.ttf")  # for further scripts
 GAP = 6
 COLUMNS = 10
 GREY = (235, 235, 235)
 SOUND_RATE = 24_000  # Hz
 SOUND_SECONDS = 10.0
-_LETTERS = 20  # of a line of a caption
+_LETTERS = 64  # of a line, at most
+_NO_LETTER = "\uffff"  # no font has it
 
 
 class Unreadable(ValueError):
@@ -80,20 +89,18 @@ def write_sheet(path: Path, samples: Sequence[Sample]) -> None:
     columns = max(1, min(COLUMNS, len(samples)))
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, max(1, rows) * (SIDE + CAPTION + GAP) + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), _font()
+    pen = _Pen(ImageDraw.Draw(sheet))
     for number, sample in enumerate(track(samples, "drawing the sheet", len(samples), "samples")):
         left = GAP + number % columns * (SIDE + GAP)
         top = GAP + number // columns * (SIDE + CAPTION + GAP)
         image, note = _tile(sample)
         if image is None:
-            draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), fill=GREY)
-            draw.multiline_text((left + 4, top + 4), "\n".join(_lines(note, 8)), fill="black", font=font)
+            pen.draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), fill=GREY)
+            pen.write((left + 4, top + 4), note, SIDE - 8, 8)
         else:
             sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
-        caption = [sample.key, _words(sample)]
-        draw.multiline_text(
-            (left, top + SIDE + 1), "\n".join(_lines(line, 1)[0] for line in caption), fill="black", font=font
-        )
+        pen.write((left, top + SIDE + 1), unquote(sample.key), SIDE)
+        pen.write((left, top + SIDE + 1 + LINE), _words(sample), SIDE)
     with new_file(path) as draft:
         sheet.save(draft, "PNG")
 
@@ -119,9 +126,41 @@ def _words(sample: Sample) -> str:
         return str(error)
 
 
-def _lines(text: str, most: int) -> list[str]:
-    text = printable(" ".join(text[: 2 * _LETTERS * most].split()))
-    return [text[at : at + _LETTERS] for at in range(0, len(text), _LETTERS)][:most] or [""]
+class _Pen:
+    """Writes texts, each in the font that has the most of its letters; the others become ``(no font)``."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw) -> None:
+        from PIL import ImageFont
+
+        self.draw, self._fonts, self._lacking = draw, _fonts(), dict[tuple[int, str], bool]()
+        self._plain = [font.font_variant(layout_engine=ImageFont.Layout.BASIC) for font in self._fonts]
+
+    def write(self, place: tuple[int, int], text: str, width: int, lines: int = 1) -> None:
+        """On at most so many lines of so many pixels."""
+        text = printable(" ".join(text[: _LETTERS * lines].split()))
+        number = min(range(len(self._fonts)), key=lambda number: sum(self._lacks(number, c) for c in text))
+        text = "".join(_NO_LETTER if self._lacks(number, letter) else letter for letter in text)
+        text = re.sub(f"{_NO_LETTER}[{_NO_LETTER} ]*", "(no font) ", text).strip()
+        for line in range(lines):
+            end = self._fitting(number, text, width)
+            if end < len(text) and line == lines - 1:
+                text = text[: self._fitting(number, text, width, "…")] + "…"
+                end = len(text)
+            elif end < len(text):
+                end = max(text.rfind(" ", 0, end + 1), 0) or end
+            self.draw.text((place[0], place[1] + line * LINE), text[:end], fill="black", font=self._fonts[number])
+            text = text[end:].lstrip()
+
+    def _fitting(self, number: int, text: str, width: int, end: str = "") -> int:
+        """How many letters of ``text``, before ``end``, fit."""
+        font = self._fonts[number]
+        return bisect(range(1, len(text) + 1), width, key=lambda n: math.ceil(font.getlength(text[:n] + end)))
+
+    def _lacks(self, number: int, letter: str) -> bool:
+        if (number, letter) not in self._lacking:
+            drawn, absent = (bytes(self._plain[number].getmask(each)) for each in (letter, _NO_LETTER))
+            self._lacking[number, letter] = drawn == absent
+        return self._lacking[number, letter]
 
 
 def _read(piece: Piece) -> bytes:
@@ -130,12 +169,14 @@ def _read(piece: Piece) -> bytes:
     return piece.read()
 
 
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Matplotlib's font, which has Greek, Cyrillic and Arabic letters, too; Matplotlib itself is not imported."""
+def _fonts() -> list[ImageFont.FreeTypeFont]:
+    """Matplotlib's DejaVu Sans, which has Greek, Cyrillic and Arabic letters, too, and those of FONTS that are
+    installed. Matplotlib itself is not imported."""
     from PIL import ImageFont
 
-    spec = importlib.util.find_spec("matplotlib")
-    try:
-        return ImageFont.truetype(Path(str(spec and spec.origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", 11)
-    except OSError:
-        return ImageFont.load_default()
+    spec, found = importlib.util.find_spec("matplotlib"), []
+    dejavu = Path(str(spec and spec.origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    for name in (dejavu, *FONTS):
+        with contextlib.suppress(OSError):
+            found.append(ImageFont.truetype(name, FONT_SIZE))
+    return found or [cast("ImageFont.FreeTypeFont", ImageFont.load_default(FONT_SIZE))]

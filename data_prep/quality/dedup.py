@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.console import answer
 from data_prep.quality.repeats import HELD_OUT, find_repeats, totals
 from data_prep.quality.report import Found, is_list, label, read_hashes, refuse_name, write_hashes, write_report
-from data_prep.quality.samples import Settings, read_samples
-from data_prep.reshard import Part, reshard, split_named
+from data_prep.quality.samples import DOCUMENT, Settings, read_samples
+from data_prep.reshard import Part, reshard
 from data_prep.shards.building import Building
 from data_prep.shards.writing import ShardOptions
-from data_prep.verify import split_specs
-from mmmoe_pretrain.data.sources.listing import without_ranges
-from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from data_prep.verify import open_splits, split_named
+from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.progress import Progress, counted
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """``report``, ``hashes``: files to write; None: none; ``out``, ``quarantine``: folders for shards of the samples
-    that remain, and of those that are dropped."""
+    that remain, and of those that are dropped, which a ``dry_run`` does not write."""
 
     against: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
@@ -37,6 +35,7 @@ class Options:
     quarantine: Path | None = None
     number_keys: bool = False
     overwrite: bool = False
+    dry_run: bool = False
     workers: int = 2
 
 
@@ -45,30 +44,39 @@ def run(specs: Sequence[str], options: Options, as_json: bool = False) -> None:
     files = [path for path in (options.report, options.hashes) if path]
     for path in files:
         refuse_name(path)
-    folders = options.out, options.quarantine
-    for out in filter(None, folders):  # refused now, not after hours of reading
-        Building(out, options.overwrite)
+    # The dropped ones first: --out may replace the shards that are read.
+    folders = [(path, is_kept) for path, is_kept in ((options.quarantine, False), (options.out, True)) if path]
+    if len({path.resolve() for path, _ in folders}) < len(folders):
+        raise ValueError(f"--out and --quarantine are both {options.out}; name two folders")
+    for path, _ in folders:  # refused now, not after hours of reading
+        Building(path, options.overwrite)
     found = dedup(specs, options)
     if options.report:
         write_report(options.report, found)
     if options.hashes:
         write_hashes(options.hashes, found)
-    for folder, is_kept in zip(folders, (True, False), strict=True):
-        if folder and write_samples(found, folder, is_kept, options):
-            files.append(folder)
-    answer(as_json, to_json(found, files), *summary(found), *(f"written: {path}" for path in files))
+    lines = [f"wrote {path}" for path in files]
+    for path, is_kept in folders:
+        count = write_samples(found, path, is_kept, options)
+        if count and not options.dry_run:
+            files.append(path)
+        verb = "would write" if options.dry_run else "wrote" if count else "did not write"
+        lines.append(f"{verb} {path}: {counted(count, 'sample')}")
+    if not folders:
+        lines.append("no shards were written; --out FOLDER writes those of the samples that remain")
+    answer(as_json, to_json(found, files), *summary(found), *lines)
 
 
 def to_json(found: Found, written: Sequence[Path]) -> dict[str, Any]:
     """The summary for a script."""
-    own, near = int((~found.samples.held_out()).sum()), int(found.repeats.near[found.dropped].sum())
+    own, exact, near = found.counts()
     between = totals(found.samples, found.repeats)
     return {
         "samples": own,
         "by": ["+".join(entry) for entry in found.settings.by],
-        "exact": len(found.dropped) - near,
+        "exact": exact,
         "near": near,
-        "remain": own - len(found.dropped),
+        "remain": own - exact - near,
         "between": [
             {"split": split, "of": other, "exact": total.exact, "near": total.near}
             for (split, other), total in sorted(between.items())
@@ -82,9 +90,9 @@ def dedup(specs: Sequence[str], options: Options) -> Found:
     """Compare the samples of shards with each other, and with held-out ones."""
     files = Files()
     lists = [(name, read_hashes(Path(name))) for name in options.against if is_list(name)]
-    held = [source for name in options.against if not is_list(name) for source in _opened(name, files)]
+    held = open_splits([name for name in options.against if not is_list(name)], files)
     own: list[Indexed] = []
-    for source in (source for spec in specs for source in _opened(spec, files)):
+    for source in open_splits(specs, files):
         shards = {*map(label, source.urls)}
         if any(shards == {*map(label, other.urls)} for other in held):
             continue  # a split of a folder that is held out
@@ -93,41 +101,33 @@ def dedup(specs: Sequence[str], options: Options) -> Found:
         own.append(source)
     if not own:
         raise ValueError("--against holds all of these shards; name others to compare with it")
-    for note in without_ranges((url for source in (*held, *own) for url in source.urls), files):
-        log.warning("%s", note)
     both = [*((source, True) for source in held), *((source, False) for source in own)]
     samples = read_samples(both, lists, options.settings, options.workers)
     with Progress("comparing"):
         return Found(samples, find_repeats(samples, options.settings), options.settings)
 
 
-def write_samples(found: Found, out: Path, is_kept: bool, options: Options) -> bool:
-    """The samples that are kept, or those that are dropped, as shards, their files byte for byte; whether there are
-    any."""
+def write_samples(found: Found, out: Path, is_kept: bool, options: Options) -> int:
+    """Write the samples that are kept, or those that are dropped, as shards, their files byte for byte; how many."""
     parts = []
     for source in found.samples.sources:
         if source.shards is not None and not source.is_held_out:
             mask = (found.repeats.of[source.first : source.first + source.count] < 0) == is_kept
-            parts.append(Part(source.shards, split_named(source.shards.spec), mask))
-    if not any(len(part.numbers) for part in parts):
-        return False
-    settings = ShardOptions(workers=options.workers, max_bad_fraction=0, overwrite=options.overwrite)
-    reshard(parts, out, settings, number_keys=options.number_keys)
-    return True
-
-
-def _opened(spec: str, files: Files) -> list[Indexed]:
-    return [open_indexed(each, files) for each in split_specs(spec)]
+            parts.append(Part(source.shards, split_named(source.shards.spec, "train"), mask))
+    count = sum(len(part.numbers) for part in parts)
+    if count and not options.dry_run:
+        settings = ShardOptions(workers=options.workers, max_bad_fraction=0, overwrite=options.overwrite)
+        reshard(parts, out, settings, number_keys=options.number_keys)
+    return count
 
 
 def summary(found: Found) -> Iterator[str]:
     """How many duplicates there are, where, and examples of those between splits."""
     samples, is_near = found.samples, found.settings.near
-    own, near = int((~samples.held_out()).sum()), int(found.repeats.near[found.dropped].sum())
+    own, exact, near = found.counts()
     entries = ", ".join("+".join(entry) for entry in found.settings.by)
-    counts = f"{len(found.dropped) - near:,} exact" + f" and {near:,} near" * is_near
-    left = own - len(found.dropped)
-    yield f"{counted(own, 'sample')} compared by {entries}: {counts} duplicates, {left:,} samples remain"
+    counts, left = f"{exact:,} exact" + f" and {near:,} near" * is_near, own - exact - near
+    yield f"{counted(own, 'sample')} compared by {entries}: {counts} duplicates, {counted(left, 'sample')} remain"
     for (split, other), total in sorted(totals(samples, found.repeats).items()):
         numbers, where = f"{total.exact:,} exact" + f" and {total.near:,} near" * is_near, split or "(no split)"
         if split == other:
@@ -138,6 +138,9 @@ def summary(found: Found) -> Iterator[str]:
         yield f"{what}: {numbers} duplicates in {where} of samples in {other or '(no split)'}, such as {examples}"
     for reason, count in samples.problems.items():
         yield f"{reason}: {count:,}"
+    alone = [form for form, entry in enumerate(found.settings.by) if entry == ("audio",)]
+    if is_near and np.isin(samples.records["form"], [*alone, DOCUMENT]).any():
+        yield "audio and documents were compared exactly: they have no near duplicates"
 
 
 def _example(found: Found, number: int) -> str:

@@ -51,6 +51,11 @@ class Filters:
             if low is not None and high is not None and low > high:
                 raise ValueError(f"--min-{name} {low:g} is above --max-{name} {high:g}; no sample would pass")
 
+    def of_files(self) -> list[str]:
+        """The options that are given and need the files of a row, for a dry run."""
+        names = ("min_size", "max_size", "max_aspect", "min_seconds", "max_seconds")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+
     def check_row(self, row: Row) -> None:
         """Raise Filtered by what the row itself says."""
         self._check_texts(row.language, row.texts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,8 @@ import xxhash
 from data_prep.quality.samples import document_digest, media_of
 from data_prep.rows.row import SPLITS
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError
-from mmmoe_pretrain.data.sources.members import RawSample, members_to_read
+from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.rows import read_rows
-from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import redacted
@@ -37,27 +36,22 @@ class Leaks:
     _shard: array[int] = field(default_factory=lambda: array("I"))
     _split: bytearray = field(default_factory=bytearray)
 
-    def add(
-        self, key: str, split: object, row: dict[str, Any], url: str, members: Mapping[str, tuple[int, int]],
-        files: Files, modalities: Modalities,
-    ) -> None:  # fmt: skip
-        """A sample, whose members lie at (offset, size) of a shard."""
+    def add(self, raw: RawSample, row: dict[str, Any], split: str, modalities: Modalities) -> None:
+        """A sample of the shard ``raw.shard`` with its JSON ``row``."""
         if not self.wanted or split not in SPLITS:
             return
-        chosen = members_to_read(tuple(members), modalities)
-        raw = RawSample(key, {name: files.read(url, *place) for name, place in members.items() if name in chosen})
         try:
             content = _digest(raw, row, modalities)
         except BadSampleError:  # verify has said so
             content = None
         if content is None:
             return
-        if not self._shards or self._shards[-1] != url:
-            self._shards.append(url)
+        if not self._shards or self._shards[-1] != raw.shard:
+            self._shards.append(raw.shard)
         self._content.append(content)
-        self._key.append(_hash(key.encode()))
+        self._key.append(_hash(raw.key.encode()))
         self._shard.append(len(self._shards) - 1)
-        self._split.append(SPLITS.index(str(split)))
+        self._split.append(SPLITS.index(split))
 
     def notes(self) -> Iterator[str]:
         """A line for each two splits that share samples, with an example."""
@@ -76,10 +70,8 @@ class Leaks:
 
     def _named(self, number: int) -> str:
         url = self._shards[self._shard[number]]
-        keys = (key for key, _ in read_rows(url)[1].samples())
-        return (
-            f"{next((key for key in keys if _hash(key.encode()) == self._key[number]), '(gone)')} in {redacted(url)}"
-        )
+        keys = (key for key, _ in read_rows(url)[1].samples() if _hash(key.encode()) == self._key[number])
+        return f"{next(keys, '(gone)')} in {redacted(url)}"
 
 
 def _digest(raw: RawSample, row: dict[str, Any], modalities: Modalities) -> int | None:

@@ -39,8 +39,8 @@ def find_repeats(samples: Samples, settings: Settings) -> Repeats:
     order = np.argsort(ranks, kind="stable")
     form = records["form"][order]
     first = np.arange(len(order))
-    if (form != NOTHING).any():
-        first[form != NOTHING] = _first_digests(records, order, np.flatnonzero(form != NOTHING))
+    if len(compared := np.flatnonzero(form != NOTHING)):
+        first[compared] = compared[first_equal(records["digest"][order[compared]])]
     near, distance = np.zeros(len(order), bool), np.zeros(len(order), np.float32)
     for number, entry in enumerate(settings.by if settings.near else ()):
         if entry == ("audio",):
@@ -58,10 +58,6 @@ def find_repeats(samples: Samples, settings: Settings) -> Repeats:
     of[order[dropped]] = order[again[dropped]]
     back = np.argsort(order)
     return Repeats(of, near[back], distance[back])
-
-
-def _first_digests(records: np.ndarray, order: np.ndarray, compared: np.ndarray) -> np.ndarray:
-    return compared[first_equal(records["digest"][order[compared]])]
 
 
 def _add_near(

@@ -23,6 +23,7 @@ from data_prep.quality.samples import DOCUMENT, NOTHING, Samples, Settings
 from data_prep.rows.row import SPLITS
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief, parse_json
 from mmmoe_pretrain.urls import local_path, redacted
@@ -52,6 +53,11 @@ class Found:
     @property
     def dropped(self) -> np.ndarray:
         return np.flatnonzero(self.repeats.of >= 0)
+
+    def counts(self) -> tuple[int, int, int]:
+        """The samples that were compared, and of them the exact and the near duplicates."""
+        near = int(self.repeats.near[self.dropped].sum())
+        return int((~self.samples.held_out()).sum()), len(self.dropped) - near, near
 
     def place(self, number: int) -> tuple[str, int, str]:
         """The shard of a sample, its number there and its key; of a hash its list and line."""
@@ -114,14 +120,9 @@ def write_hashes(path: Path, found: Found) -> None:
 
 def _write(path: Path, columns: dict[str, str], rows: Iterator[dict[str, Any]], metadata: dict[bytes, bytes]) -> None:
     schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in columns.items()], metadata)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
-            while batch := list(itertools.islice(rows, _AT_ONCE)):
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as draft, parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+        while batch := list(itertools.islice(rows, _AT_ONCE)):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
 
 
 def is_list(name: str) -> bool:

@@ -31,6 +31,7 @@ from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress
 
+NEAR = 4, 0.8  # the defaults of --image-distance and --text-similarity
 MEDIA = ("image", "audio", "text")
 DOCUMENT, NOTHING = 254, 255  # forms of samples, beside the numbers of entries of ``by``
 DAMAGED, EMPTY, UNDECODED = "damaged samples", "samples without any of --by", "images that cannot be decoded"
@@ -43,8 +44,12 @@ class Settings:
 
     by: tuple[tuple[str, ...], ...] = (("image",), ("audio",), ("text",))
     near: bool = False
-    image_distance: int = 4
-    text_similarity: float = 0.8
+    image_distance: int = NEAR[0]
+    text_similarity: float = NEAR[1]
+
+    def __post_init__(self) -> None:
+        if not self.near and (self.image_distance, self.text_similarity) != NEAR:
+            raise ValueError("--image-distance and --text-similarity are those of near duplicates; give --near, too")
 
     def record(self) -> np.dtype[np.void]:
         """Of a sample. ``look``: a hash of all that near duplicates are found by; 0 where it is not comparable."""

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from data_prep.rows.refs import RandomFile, Range, Ref
+from data_prep.rows.columnar import RandomFile
+from data_prep.rows.refs import Range, Ref
 from data_prep.rows.row import SPLITS, split_called
 from data_prep.rows.walk import Folder, is_ignored
 from mmmoe_pretrain.data.sources.listing import is_remote

@@ -56,8 +56,9 @@ def members_named(parts: Any) -> set[str]:
 def _fields() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The fields of a part that hold a text, and those that hold the path of a file."""
     from mmmoe_pretrain import kinds
+    from mmmoe_pretrain.modalities import reads
 
-    texts = {kind: kinds.MODALITIES.load(kind).default_field for kind in kinds.MODALITIES.names}
+    texts = {kind: reads(kind).field for kind in kinds.MODALITIES.names}
     return tuple(filter(None, texts.values())), (*(kind for kind, field in texts.items() if not field), FILE, MEMBER)
 
 

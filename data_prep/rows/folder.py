@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.rows.documents import PARTS
 from data_prep.rows.fields import foreign_row, path_key, with_problem
 from data_prep.rows.refs import Reader, Ref, printable, shown
-from data_prep.rows.row import SPLITS, Found, Row, split_called
+from data_prep.rows.row import SPLITS, Found, Row, require_inside, split_called
 from data_prep.rows.walk import Folder
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
@@ -67,7 +67,7 @@ def folder_rows(
     if not survey.media + survey.texts + survey.others:
         found = ", ".join(f"{n:,} *{suffix}" for suffix, n in survey.unknown.most_common(5))
         raise ValueError(f"{where} holds no image, audio or text ({found or 'no files'})")
-    work = _Work(Reader(root), survey)
+    work = _Work(root, survey)
     with Progress(f"reading {where}", survey.files, "files") as progress:
         for path, files in folders(Counter()):
             yield from work.rows(path, files)
@@ -93,7 +93,7 @@ def _surveyed(folders: Folders, given: Mapping[str, str]) -> _Survey:
                 depths[role] &= len(parts) == 1
                 classes[role].update(parts[:1])
     role = "media" if survey.media else "texts"
-    survey.classes = classes[role]
+    survey.classes = classes[role] if "label" not in given else set()  # for the note, unless the user decided
     survey.has_classes = given.get("label") == LABEL or (
         "label" not in given
         and depths[role] and len(classes[role]) > 1 and not (survey.media and survey.texts)
@@ -134,8 +134,8 @@ def _below_split(path: str) -> tuple[str, list[str]]:
 class _Work:
     """Makes rows, folder by folder, and counts what is in none."""
 
-    def __init__(self, reader: Reader, survey: _Survey) -> None:
-        self._reader, self._survey = reader, survey
+    def __init__(self, root: Path, survey: _Survey) -> None:
+        self._root, self._reader, self._survey = root, Reader(root), survey
         self._alone: list[str] = []  # the first text without an image or audio
         self._alone_count = self._twins = 0
 
@@ -213,19 +213,23 @@ class _Work:
         return with_problem(row, problem) if problem else row
 
     def _fields(self, ref: Ref) -> dict[str, Any]:
-        value = parse_json(self._reader.read(ref, MAX_META_BYTES), shown(ref), MAX_META_BYTES)
+        value = parse_json(self._read(ref, MAX_META_BYTES), shown(ref), MAX_META_BYTES)
         if not isinstance(value, dict):
             raise ValueError(f"{shown(ref)} holds {type(value).__name__}, not an object")
         return value
 
     def _text(self, ref: Ref) -> str:
-        return decoded(self._reader.read(ref, MAX_TEXT_BYTES), ref)
+        return decoded(self._read(ref, MAX_TEXT_BYTES), ref)
+
+    def _read(self, ref: Ref, most: int) -> bytes:
+        require_inside(ref, self._root)
+        return self._reader.read(ref, most)
 
     def _transcripts(self, files: Mapping[str, Ref]) -> dict[str, str]:
         """Text by name, of the lines ``NAME TEXT`` of LibriSpeech."""
         found: dict[str, str] = {}
         for ref in [files[name] for name in files if name.endswith(TRANSCRIPTS)]:
-            for line in decoded(self._reader.read(ref, MAX_JSON_BYTES), ref).splitlines():
+            for line in decoded(self._read(ref, MAX_JSON_BYTES), ref).splitlines():
                 name, _, text = line.partition(" ")
                 found[name] = text.strip()
         return found

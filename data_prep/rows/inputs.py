@@ -40,7 +40,7 @@ class Input:
     root: Path
     rows: Iterator[Found | Fault]
     order: Order = "shuffled"
-    equal_keys: str = ""  # what to do about keys that come twice, as the end of a sentence
+    equal_keys: str = ""  # what mends all keys that come twice, as the end of a sentence
     notes: list[str] = field(default_factory=list)
 
 

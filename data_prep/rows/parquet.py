@@ -13,9 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from data_prep.rows.columnar import (
+    CELLS_AT_ONCE,
+    ROWS_AT_ONCE,
+    batches,
+    open_arrow,
+    open_parquet,
+    reason,
+    values,
+)
 from data_prep.rows.columns import KNOWN
 from data_prep.rows.fields import format_by_start
-from data_prep.rows.refs import Cell, Ref, open_arrow, open_parquet, printable
+from data_prep.rows.refs import Cell, Ref, printable
 from data_prep.rows.row import Fault
 from data_prep.rows.tables import Record, Table
 from mmmoe_pretrain.data.storage.files import Files
@@ -26,9 +35,7 @@ from mmmoe_pretrain.urls import redacted
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS_AT_ONCE = 1024
-BATCH_BYTES = 8 << 20  # of rows that become Python objects at once
-MAX_GROUP_BYTES = 2 << 30  # of a column in a row group, which is read whole
+TOLD_BYTES = 8 << 20  # of rows that become Python objects at once, where their sizes are as the file says
 
 
 @dataclass(slots=True)
@@ -51,12 +58,13 @@ def parquet_table(path: str, name: str, files: Files) -> Table:
         shape = _shape(schema)
 
         def first(column: str) -> bytes:
-            return next((data for group in groups for data in _cells(file, column, group, 16) if data), b"")
+            found = (batch for group in groups for batch in batches(file, group, [column], CELLS_AT_ONCE))
+            return _first(column, found)
 
         suffixes = {column: format_by_start(first(column)) for column in shape.held}
         kinds, labels = _kinds(schema, shape, suffixes)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is no Parquet file that can be read ({_brief(error)})") from None
+    except (pyarrow.ArrowException, MemoryError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is no Parquet file that can be read ({reason(error)})") from None
     records = _parquet_records(file, shape, name, where)
     return Table(schema.names, records, kinds, labels, _notes(where, shape), suffixes)
 
@@ -66,21 +74,18 @@ def arrow_table(path: str, name: str) -> Table:
     import pyarrow
 
     try:
-        batches = open_arrow(path)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no Arrow stream that can be read ({_brief(error)})") from None
-    if not batches:
+        found = open_arrow(path)
+    except (pyarrow.ArrowException, MemoryError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no Arrow stream that can be read ({reason(error)})") from None
+    if not found:
         return Table([], iter(()))
-    schema = batches[0].schema
+    schema = found[0].schema
     shape = _shape(schema)
-
-    def first(column: str) -> bytes:
-        values = (value.as_py() for batch in batches for value in batch.column(column)[:16])
-        return next(filter(None, map(_bytes_of, values)), b"")
-
-    suffixes = {column: format_by_start(first(column)) for column in shape.held}
+    suffixes = {
+        column: format_by_start(_first(column, (batch[:CELLS_AT_ONCE] for batch in found))) for column in shape.held
+    }
     kinds, labels = _kinds(schema, shape, suffixes)
-    return Table(schema.names, _arrow_records(batches, shape, name), kinds, labels, _notes(path, shape), suffixes)
+    return Table(schema.names, _arrow_records(found, shape, name), kinds, labels, _notes(path, shape), suffixes)
 
 
 def _shape(schema: pyarrow.Schema) -> _Shape:
@@ -154,41 +159,38 @@ def _parquet_records(file: Any, shape: _Shape, name: str, where: str) -> Iterato
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             try:
-                _check_size(file.metadata.row_group(group), shape, where)
                 known = {column: _valid(file, column, group) for column in shape.held}
-                batches = file.iter_batches(_at_once(file, leaves, group), [group], columns=leaves) if leaves else ()
-                values = (
-                    (row for batch in batches for row in batch.to_pylist()) if leaves else ({} for _ in range(rows))
-                )
-                for row, value in enumerate(values):
+                found = batches(file, group, leaves, _at_once(file, leaves, group)) if leaves else ()
+                records = (row for batch in found for row in values(batch)) if leaves else ({} for _ in range(rows))
+                for row, value in enumerate(records):
                     number += 1
                     cells = {
                         column: _ref(name, column, group, row, value.pop(column, None), valid[row], number)
                         for column, valid in known.items()
                     }
                     yield Record(f"row {number}", value, cells)
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                yield Fault(f"row group {group}", f"it cannot be read ({_brief(error)})")
+            except (pyarrow.ArrowException, MemoryError, OSError, UnicodeDecodeError) as error:
+                yield Fault(f"row group {group}", f"it cannot be read ({reason(error)})")
 
 
-def _arrow_records(batches: list[pyarrow.RecordBatch], shape: _Shape, name: str) -> Iterator[Record | Fault]:
+def _arrow_records(found: list[pyarrow.RecordBatch], shape: _Shape, name: str) -> Iterator[Record | Fault]:
+    import pyarrow
+
     number = 0
-    for group, batch in enumerate(batches):
-        plain = batch.select(shape.plain)
-        for row in range(batch.num_rows):
-            number += 1
-            cells: dict[str, Ref | None] = {}
-            for column, struct in shape.held.items():
-                value = batch.column(column)[row]
-                inner = value["bytes"] if struct and value.is_valid else value
-                named = {"path": value["path"].as_py()} if struct and value.is_valid and "path" in value else None
-                cells[column] = _ref(name, column, group, row, named, inner.is_valid, number)
-            try:
-                values = {each: plain.column(each)[row].as_py() for each in shape.plain}
-            except UnicodeDecodeError as error:
-                yield Fault(f"row {number}", f"it cannot be read ({_brief(error)})")
-                continue
-            yield Record(f"row {number}", values, cells)
+    for group, batch in enumerate(found):
+        try:
+            known = {column: _validity(batch.column(column)) for column in shape.held}
+            told = {column: batch.column(column) for column in shape.plain} | _paths(batch, shape)
+            rows = values(pyarrow.record_batch(told)) if told else ({} for _ in range(batch.num_rows))
+            for row, value in enumerate(rows):
+                number += 1
+                cells = {
+                    column: _ref(name, column, group, row, {"path": value.pop(column, None)}, valid[row], number)
+                    for column, valid in known.items()
+                }
+                yield Record(f"row {number}", value, cells)
+        except (pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
+            yield Fault(f"batch {group}", f"it cannot be read ({reason(error)})")
 
 
 def _ref(name: str, column: str, group: int, row: int, value: Any, valid: bool, number: int) -> Ref | None:
@@ -201,24 +203,13 @@ def _ref(name: str, column: str, group: int, row: int, value: Any, valid: bool, 
     return Cell(name, base if known else f"row {number}", column, group, row)
 
 
-def _check_size(group: Any, shape: _Shape, where: str) -> None:
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema.split(".")[0] in shape.held and column.total_uncompressed_size > MAX_GROUP_BYTES:
-            size, most = (each / 2**30 for each in (column.total_uncompressed_size, MAX_GROUP_BYTES))
-            raise ValueError(
-                f"{where}: a row group holds {size:.1f} GiB in column {column.path_in_schema}, and is read whole; "
-                f"write row groups of at most {most:.0f} GiB, e.g. pyarrow.parquet.write_table(row_group_size=100)"
-            )
-
-
 def _at_once(file: Any, leaves: list[str], group: int) -> int:
     """How many rows of a row group are read at once: fewer where they are long."""
     meta = file.metadata.row_group(group)
     wanted = {leaf.split(".")[0] for leaf in leaves}
     chunks = (meta.column(number) for number in range(meta.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in wanted)
-    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES * meta.num_rows // max(size, 1)))
+    return max(1, min(ROWS_AT_ONCE, TOLD_BYTES * meta.num_rows // max(size, 1)))
 
 
 class _All:
@@ -240,12 +231,35 @@ def _valid(file: Any, column: str, group: int) -> Any:
             statistics = chunk.statistics
             if statistics is not None and statistics.has_null_count and statistics.null_count in (0, meta.num_rows):
                 return _All(statistics.null_count == 0)
-    return [data is not None for data in _cells(file, column, group, 16)]
+    found = batches(file, group, [column], CELLS_AT_ONCE)
+    return [each for batch in found for each in _validity(batch.column(0))]
 
 
-def _cells(file: Any, column: str, group: int, at_once: int) -> Iterator[bytes | None]:
-    for batch in file.iter_batches(at_once, [group], columns=[column]):
-        yield from map(_bytes_of, batch.column(0).to_pylist())
+def _validity(column: pyarrow.Array) -> list[bool]:
+    """Whether each cell of a batch holds bytes."""
+    from pyarrow import compute, types
+
+    held = compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
+    found: list[bool] = held.is_valid().to_pylist()
+    return found
+
+
+def _paths(batch: pyarrow.RecordBatch, shape: _Shape) -> dict[str, pyarrow.Array]:
+    """The paths in columns of Hugging Face's structs."""
+    from pyarrow import compute
+
+    structs = {column: batch.column(column) for column, struct in shape.held.items() if struct}
+    return {
+        column: compute.struct_field(held, "path")
+        for column, held in structs.items()
+        if held.type.get_field_index("path") >= 0
+    }
+
+
+def _first(column: str, found: Iterator[pyarrow.RecordBatch]) -> bytes:
+    """The first bytes that a cell holds."""
+    cells = (_bytes_of(scalar.as_py()) for batch in found for scalar in batch.column(column))
+    return next(filter(None, cells), b"")
 
 
 def _bytes_of(value: Any) -> bytes | None:
@@ -258,7 +272,3 @@ def _notes(where: str, shape: _Shape) -> list[str]:
         return []
     count = counted(len(shape.left_out), "column")
     return [f"{where}: {count} with bytes that are no image or audio left out: {', '.join(shape.left_out)}"]
-
-
-def _brief(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -7,20 +7,20 @@ what they name.
 from __future__ import annotations
 
 import functools
-import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from data_prep.rows.columnar import CELLS_AT_ONCE, Cells, batches, open_arrow, open_parquet, reason
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.untrusted import read_bytes
 from mmmoe_pretrain.urls import redacted
 
-PARQUET_GROUPS = 2  # row groups kept in memory: rows of one are read together
+MOST_COLUMNS = 2  # of row groups, which are open
 
 
 class Range(NamedTuple):
@@ -79,8 +79,8 @@ class Reader:
     def __init__(self, root: Path, files: Files | None = None, fetch: Callable[[str], bytes] | None = None) -> None:
         self._root, self._files = root, files or Files()
         self._fetch = fetch
-        self._group = functools.lru_cache(PARQUET_GROUPS)(self._read_group)
-        self._arrow = functools.lru_cache(PARQUET_GROUPS)(open_arrow)
+        self._cells = functools.lru_cache(MOST_COLUMNS)(self._open_cells)
+        self._arrow = functools.lru_cache(MOST_COLUMNS)(open_arrow)
 
     def read(self, ref: Ref, most: int = MAX_MEMBER_BYTES) -> bytes:
         """The bytes, at most ``most`` of a file. Raises ValueError, in one line with the name of the file, where they
@@ -133,66 +133,24 @@ class Reader:
         return data
 
     def _cell(self, ref: Cell) -> bytes:
-        value = self._group(ref.path, ref.group, ref.column)[ref.row].as_py()
+        import pyarrow
+
+        try:
+            value = self._cells(ref.path, ref.group, ref.column)[ref.row].as_py()
+        except (pyarrow.ArrowException, MemoryError, OSError, IndexError) as error:
+            raise ValueError(f"{redacted(ref.path)} cannot be read: {reason(error)}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError(f"{shown(ref)} holds no bytes in column {ref.column}")
         return data
 
-    def _read_group(self, path: str, group: int, column: str) -> Any:
-        import pyarrow
-
+    def _open_cells(self, path: str, group: int, column: str) -> Any:
         place = path if is_remote(path) else str(self._root / path)
-        try:
-            if path.endswith(".arrow"):
-                return self._arrow(place)[group].column(column)
+        if path.endswith(".arrow"):
+            return self._arrow(place)[group].column(column)
+
+        def read() -> Iterator[Any]:
             with open_parquet(place, self._files) as file:
-                return file.read_row_group(group, columns=[column]).column(0).combine_chunks()
-        except (pyarrow.ArrowException, OSError, IndexError) as error:
-            raise ValueError(f"{redacted(path)} cannot be read: {str(error).partition(chr(10))[0]}") from None
+                yield from batches(file, group, [column], CELLS_AT_ONCE)
 
-
-def open_parquet(path: str, files: Files) -> Any:
-    """The open ``ParquetFile`` at a path or URL."""
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(RandomFile(path, files) if is_remote(path) else path, pre_buffer=False)
-
-
-def open_arrow(path: str) -> list[Any]:
-    """The record batches of an Arrow stream, which stay on disk; nothing in them points outside of it."""
-    import pyarrow
-
-    with pyarrow.memory_map(path) as file:
-        batches: list[Any] = list(pyarrow.ipc.open_stream(file))
-    for batch in batches:
-        batch.validate(full=True)
-    return batches
-
-
-class RandomFile(io.RawIOBase):
-    """A remote file that is read at any place, as libraries want one."""
-
-    def __init__(self, path: str, files: Files) -> None:
-        self._path, self._files, self._at, self._size = path, files, 0, files.stat(path).size
-        if self._size < 0:
-            raise ValueError(f"the server of {redacted(path)} does not tell its size; download it first")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._size - self._at))
-        buffer[:size] = self._files.read(self._path, self._at, size)
-        self._at += size
-        return size
+        return Cells(read)

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from data_prep.rows.documents import PARTS, Part, members_named, parts_of
-from data_prep.rows.refs import Ref, file_name, ref_from
+from data_prep.rows.refs import Ref, file_name, ref_from, shown
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_NAME_BYTES, has_lone_surrogate, has_text, use_aliases
-from mmmoe_pretrain.modalities import format_of
+from mmmoe_pretrain.modalities import format_of, reads
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.untrusted import brief
 
@@ -83,6 +83,11 @@ class Row:
             *(part.path for part in self._parts if part.path),
             *(self.members.values() if self.parts is None else ()),
         )
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the files that are downloaded."""
+        return [ref for ref in self.files if isinstance(ref, str) and is_remote(ref)]
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -179,6 +184,15 @@ def is_inside(ref: Ref, root: Path) -> bool:
     return os.path.realpath(root / ref).startswith(os.path.realpath(root) + os.sep)
 
 
+def require_inside(ref: Ref, root: Path, where: str = "") -> None:
+    """Raise ValueError where a file that is not decoded is outside of ``root``; ``where``: how the message begins."""
+    if not is_inside(ref, root):
+        raise ValueError(
+            f"{where}{shown(ref)} lies outside of the folder of the rows, and only images and audio are taken from "
+            f"there; copy it into the folder (cp -rL copies what links lead to)"
+        )
+
+
 def row_problem(row: Row) -> str | None:
     """Why a row cannot be written, as the rest of a sentence, or None."""
     if row.parts is not None:
@@ -260,8 +274,7 @@ def kinds_of_files() -> tuple[str, ...]:
     """The kinds of modality, beside image and audio, that are files."""
     from mmmoe_pretrain import kinds
 
-    files = (name for name in kinds.MODALITIES.names if not kinds.MODALITIES.load(name).default_field)
-    return tuple(name for name in files if name not in CONTENT)
+    return tuple(name for name in kinds.MODALITIES.names if name not in CONTENT and not reads(name).field)
 
 
 def row_to_json(row: Row) -> bytes:

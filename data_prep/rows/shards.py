@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.rows.documents import PARTS, members_named
 from data_prep.rows.fields import foreign_row, kept_key, with_problem
 from data_prep.rows.folder import decoded
-from data_prep.rows.refs import Range, Ref
+from data_prep.rows.refs import Range, Ref, printable
 from data_prep.rows.row import SPLITS, Found, Row, sample_key, split_called
 from mmmoe_pretrain.data.sources.listing import ENERGON, LIST, energon_splits, is_remote
 from mmmoe_pretrain.data.sources.members import CLASS, META
@@ -63,8 +63,23 @@ def shard_rows(spec: str, root: Path, given: Mapping[str, str], files: Files, no
             for i in range(len(shards)):
                 yield _found(shards, i, split, root, "key" in given, left_out)
                 progress.advance()
+        if shards.urls and not is_remote(shards.urls[0]):
+            notes += _not_downloaded(place, shards.urls, files)
     for what, count in left_out.items():
         notes.append(f"{redacted(spec)}: {counted(count, 'file')} left out: {what}")
+
+
+def _not_downloaded(place: str, urls: list[str], files: Files) -> Iterator[str]:
+    """A note of the rows that img2dataset tells of in its Parquet files and has no sample of."""
+    from data_prep.inspect.records import read_records  # pyarrow
+
+    records = read_records(urls, files)
+    failed = {status: n for status, n in records.statuses.items() if status.startswith("failed_")} if records else {}
+    if records and failed:
+        each = ", ".join(f"{printable(status)} {count:,}" for status, count in sorted(failed.items()))
+        reasons = "".join(f"; most often: {printable(reason)}" for reason, _ in records.reasons.most_common(1))
+        count = counted(sum(failed.values()), "row")
+        yield f"{redacted(place)}: {count} of img2dataset without a sample ({each}{reasons})"
 
 
 def _found(shards: Indexed, i: int, split: str, root: Path, prefixed: bool, left_out: Counter[str]) -> Found:

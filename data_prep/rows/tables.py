@@ -150,14 +150,14 @@ def rows_of(
 def _csv(path: str, files: Files) -> Table:
     """The first line names the columns; the delimiter is the one that it holds most often."""
     text = _text_lines(path, files)
-    header = next(text, "")
+    first, header = _first_line(text)
     delimiter = max(DELIMITERS, key=header.count)
     csv.field_size_limit(MAX_META_BYTES)
     reader = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
     try:
         names = _header(next(reader, []), path)
     except csv.Error as error:
-        raise ValueError(f"{redacted(path)} line 1 is not CSV ({error}); it names the columns") from None
+        raise ValueError(f"{redacted(path)} line {first} is not CSV ({error}); it names the columns") from None
 
     def records() -> Iterator[Record | Fault]:
         while True:
@@ -166,12 +166,11 @@ def _csv(path: str, files: Files) -> Table:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Fault(
-                    f"line {reader.line_num}", f"it is not CSV ({error}); double the quotes in a quoted field"
-                )
+                reason = f"it is not CSV ({error}); double the quotes in a quoted field"
+                yield Fault(f"line {first - 1 + reader.line_num}", reason)
                 continue
             if fields:
-                yield _record(names, fields, reader.line_num)
+                yield _record(names, fields, first - 1 + reader.line_num)
 
     return Table(names, records())
 
@@ -179,8 +178,9 @@ def _csv(path: str, files: Files) -> Table:
 def _tsv(path: str, files: Files) -> Table:
     """Tabs cut each line, whatever quotes it has: a quoted field loses its quotes where it is whole."""
     text = _text_lines(path, files)
-    names = _header([_unquoted(name) for name in _cut(next(text, ""), "\t")], path)
-    numbered = enumerate(text, 2)
+    first, header = _first_line(text)
+    names = _header([_unquoted(name) for name in _cut(header, "\t")] if header else [], path)
+    numbered = enumerate(text, first + 1)
     return Table(names, (_record(names, [_unquoted(each) for each in _cut(line, "\t")], n) for n, line in numbered
                          if line.strip()))  # fmt: skip
 
@@ -204,7 +204,7 @@ def _ljspeech(path: str, files: Files) -> Table:
 
 def _url_list(path: str, files: Files) -> Table:
     """A URL or path a line; CSV, where the first line holds names of columns that are known."""
-    header = next(_text_lines(path, files), "")
+    header = _first_line(_text_lines(path, files))[1]
     if any(is_known(name) for delimiter in DELIMITERS for name in header.split(delimiter)):
         return _csv(path, files)
     numbered = enumerate(_text_lines(path, files), 1)
@@ -278,6 +278,11 @@ def _text_lines(path: str, files: Files) -> Iterator[str]:
                     f"{where} line {number} is not UTF-8 (byte 0x{byte:02x}); convert it, e.g. "
                     f"{convert.format('WINDOWS-1252')}"
                 ) from None
+
+
+def _first_line(text: Iterator[str]) -> tuple[int, str]:
+    """The first line that is not blank, after its number."""
+    return next(((number, line) for number, line in enumerate(text, 1) if line.strip()), (1, ""))
 
 
 def _header(names: list[str], path: str) -> list[str]:

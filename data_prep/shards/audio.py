@@ -25,7 +25,8 @@ _OGG_POLYNOMIAL = 0x04C11DB7  # of a page's checksum (RFC 3533, 6)
 
 
 def audio_member(name: str, data: bytes, options: MediaOptions, check: Check) -> Media:
-    """The clip in ``data``; ``check`` gets its facts before it is encoded."""
+    """The clip in ``data``; ``check`` gets its facts before it is encoded. Raises ValueError, with the rest of a
+    sentence."""
     import numpy as np
 
     try:
@@ -43,7 +44,7 @@ def audio_member(name: str, data: bytes, options: MediaOptions, check: Check) ->
         wanted = options.audio_rate or (_opus_rate(rate) if target == "opus" else rate)
         return Media(target, _encode(wave, rate, wanted, target), facts, encoded=True)
     except DECODER_ERRORS as error:
-        raise ValueError(f"{name} is not readable audio: {decoder_reason(error)}") from None
+        raise ValueError(f"is not readable audio: {decoder_reason(error)}") from None
 
 
 def audio_seconds(data: bytes) -> float:

@@ -7,6 +7,7 @@ that and its bytes are unchanged, so its result is that of an uninterrupted run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -56,8 +57,9 @@ class Building:
         self._finished: list[Finished] = []
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out is a folder")
+        shutil.rmtree(out / _DONE, ignore_errors=True)  # of a run that was killed when its shards were complete
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        present = [name for name in held if name not in (FOLDER, _DONE)]
+        present = [name for name in held if name != FOLDER]
         if present and not overwrite and not (self.folder / _WHOLE).exists():
             is_complete = any((out / split / LIST).exists() for split in SPLITS) and FOLDER not in held
             what = "holds complete shards" if is_complete else f"is not empty (it has {', '.join(present[:3])})"
@@ -70,9 +72,10 @@ class Building:
             )
 
     def __enter__(self) -> Building:
+        lock, self._is_new = self.folder / _LOCK, not self.out.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / _LOCK).open("w")  # released with this process; workers do not inherit it
+            self._lock = lock.open("w")  # released with this process; workers do not inherit it
         except OSError as error:
             raise ValueError(f"{self.out} cannot be written ({error.strerror}); choose another --out") from None
         try:
@@ -82,6 +85,9 @@ class Building:
             raise ValueError(f"another `mmmoe-data shard` is writing to {self.out}; wait for it or end it") from None
         except OSError:  # a file system without locks
             pass
+        if not lock.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), lock.stat()):
+            self._lock.close()
+            raise ValueError(f"another `mmmoe-data shard` has just ended in {self.out}; repeat the command")
         self._finished = _read(self.folder / _FINISHED)
         if (self.folder / _WHOLE).exists():
             self._take_back()
@@ -100,6 +106,8 @@ class Building:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._remove_if_useless()
         self._lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
@@ -109,6 +117,16 @@ class Building:
             raise ValueError(
                 f"{self.folder} cannot be written ({error.strerror}); mend that and repeat the command to resume"
             ) from None
+
+    def _remove_if_useless(self) -> None:
+        """Leave nothing where there is nothing to resume from, or to read."""
+        held = [path for path in self.folder.glob("*") if path.is_file() and path.name not in (_LOCK, _FINISHED)]
+        if held or any(line.entry for line in self._finished):
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.out.rmdir()
 
     def begin(self, split: str, rows: int, first: int, inputs: Callable[[int, int], str]) -> list[Finished]:
         """The finished shards of ``split`` from number ``first`` on that are still valid; those before are taken from
@@ -164,7 +182,7 @@ class Building:
         done = self.out / _DONE
         shutil.rmtree(done, ignore_errors=True)
         self.folder.replace(done)  # from here on the shards in OUT are complete
-        shutil.rmtree(done)
+        shutil.rmtree(done, ignore_errors=True)
 
 
 def _line(line: Finished) -> str:

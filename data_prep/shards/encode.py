@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +16,22 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from data_prep.memory import memory_at_most
 from data_prep.quality.filters import Filtered, Filters
 from data_prep.rows.documents import PARTS, parts_of
 from data_prep.rows.refs import Reader, Ref, file_name, shown
-from data_prep.rows.row import Row, is_inside, row_to_json, sample_fields
+from data_prep.rows.row import Row, require_inside, sample_fields
 from data_prep.rows.spool import read_rows
 from data_prep.shards.fetch import Fetcher, FetchError, FetchOptions
 from data_prep.shards.media import Check, Media, MediaOptions
 from data_prep.shards.records import BROKEN, FILTERED, OK
-from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text, use_aliases
 from mmmoe_pretrain.untrusted import parse_json
 
 DECODED = ("image", "audio")  # kinds whose files are decoded here; those of others pass as they are
 TOLD = ("language", "label", "group", "licence", "source")  # fields of a row in its record
+DECODER_BYTES = 2 << 30  # twice what the largest image takes; metadata of millions of parts takes more
 KEPT_BYTES = 16 << 20  # of encoded images that a process keeps, since rows share images
 
 
@@ -45,12 +47,13 @@ class EncodedSample:
 @dataclass(frozen=True, slots=True)
 class BadSample:
     """A key and why it has no sample. ``filtered``: by a filter that the user set; else it is broken. ``retry``: a
-    download failed in a way that may pass."""
+    download failed in a way that may pass; ``url``: of a download, whose reason does not name it."""
 
     key: str
     reason: str
     filtered: bool = False
     retry: bool = False
+    url: str = ""
 
 
 class Encoder:
@@ -59,6 +62,7 @@ class Encoder:
     def __init__(
         self, root: Path, options: MediaOptions, fetch: FetchOptions | None = None, filters: Filters | None = None
     ) -> None:
+        warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is its reason
         self._root, self._options, self._filters = root, options, filters or Filters()
         self._fetcher = Fetcher(fetch or FetchOptions())
         self._reader = Reader(root, fetch=self._fetcher.get)
@@ -79,20 +83,20 @@ class Encoder:
         except Filtered as error:
             return BadSample(row.key, str(error), filtered=True)
         except FetchError as error:
-            return BadSample(row.key, str(error), retry=error.retry)
+            return BadSample(row.key, str(error), retry=error.retry, url=error.url)
         except ValueError as error:
             return BadSample(row.key, str(error))
 
     def encode_all(self, task: Task, spool: Path) -> list[Outcome]:
         """The rows of a task; files at URLs are fetched ahead, also those of the tasks that come next."""
         rows = list(read_rows(spool, task.offsets))
-        if any(map(_urls, rows)):
-            self._fetch(task.offsets, rows)
+        if any(row.urls for row, _ in rows):
+            self._fetch(task.offsets, (row for row, _ in rows))
             later = [offset for offset in task.next_offsets if offset not in self._ahead]
-            self._fetch(later, read_rows(spool, later))
+            self._fetch(later, (row for row, _ in read_rows(spool, later)))
         found = []
-        for offset, row in zip(task.offsets, rows, strict=True):
-            digest = row_digest(row, self._reader)  # before it is read: a file that changes meanwhile is read again
+        for offset, (row, line) in zip(task.offsets, rows, strict=True):
+            digest = row_digest(row, line, self._reader)  # first: a file that changes meanwhile is read again
             sample = self(row)
             found.append(Outcome(sample, digest, _record(row, sample)))
             self._fetcher.drop(self._ahead.pop(offset, ()))
@@ -101,7 +105,7 @@ class Encoder:
     def _fetch(self, offsets: Sequence[int], rows: Iterable[Row]) -> None:
         for offset, row in zip(offsets, rows, strict=True):
             if offset not in self._ahead:
-                self._ahead[offset] = _urls(row)
+                self._ahead[offset] = row.urls
                 self._fetcher.want(self._ahead[offset])
 
     def _sample(self, row: Row) -> EncodedSample:
@@ -121,7 +125,7 @@ class Encoder:
         for extension, ref in row.members.items():
             if extension in members:
                 raise ValueError(f"two of its files would be {row.key}.{extension}; leave one out, or rename it")
-            self._require_inside(ref)
+            require_inside(ref, self._root)
             members[extension] = self._reader.read(ref)
         if has_text(row.text or ""):
             members["txt"] = (row.text or "").encode()
@@ -138,7 +142,7 @@ class Encoder:
                 parts.append({part.name: part.text, **part.other})
                 continue
             if part.name not in DECODED:
-                self._require_inside(part.path, f"part {number} of {PARTS}: ")
+                require_inside(part.path, self._root, f"part {number} of {PARTS}: ")
             media = self.media(part.name, part.path)
             members[f"{number}.{media.suffix}"] = media.data
             parts.append({"member": f"{number}.{media.suffix}", **part.other})
@@ -153,20 +157,14 @@ class Encoder:
             self._kept.move_to_end(ref)
             self._filters.check_media(kept.facts)
             return kept
-        media = member(kind, file_name(ref), self._reader.read(ref), self._options, self._filters.check_media)
+        data, check = self._reader.read(ref), self._filters.check_media
+        media = member(kind, file_name(ref), data, self._options, check, shown(ref))
         if kind == "image" and media.encoded:
             self._kept[ref] = media
             self._kept_bytes += len(media.data)
             while self._kept_bytes > KEPT_BYTES:
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1].data)
         return media
-
-    def _require_inside(self, ref: Ref, where: str = "") -> None:
-        if not is_inside(ref, self._root):
-            raise ValueError(
-                f"{where}{shown(ref)} lies outside of the folder of the rows, and only images and audio are taken "
-                f"from there; copy it into the folder"
-            )
 
 
 def _told(members: Mapping[str, bytes]) -> dict[str, str]:
@@ -207,13 +205,9 @@ def _encoder(root: Path, options: MediaOptions, fetch: FetchOptions, filters: Fi
     return Encoder(root, options, fetch, filters)
 
 
-def _urls(row: Row) -> list[str]:
-    return [ref for ref in row.files if isinstance(ref, str) and is_remote(ref)]
-
-
-def row_digest(row: Row, reader: Reader) -> bytes:
-    """Changes when the row or one of its files does."""
-    digest = xxhash.xxh3_128(row_to_json(row))
+def row_digest(row: Row, line: bytes, reader: Reader) -> bytes:
+    """Changes when the row, whose JSON is ``line``, or one of its files does."""
+    digest = xxhash.xxh3_128(line)
     digest.update(repr([reader.stamp(ref) for ref in row.files]).encode())
     return digest.digest()
 
@@ -240,23 +234,32 @@ def _record(row: Row, sample: EncodedSample | BadSample) -> dict[str, Any]:
     return record | dict(sample.facts)
 
 
-def member(kind: str, name: str, data: bytes, options: MediaOptions, check: Check = lambda facts: None) -> Media:
+def member(
+    kind: str, name: str, data: bytes, options: MediaOptions, check: Check = lambda facts: None, where: str = ""
+) -> Media:
     """The content ``data`` of the file ``name`` as a member of a shard. Images and clips are decoded once within the
     limits of the loader, so that no broken one gets into a shard; ``check`` is called once their facts are known.
-    Raises ValueError."""
+    Raises ValueError, which says ``where`` the file is."""
     if kind == "image":
         from data_prep.shards.images import image_member as encode
     elif kind == "audio":
         from data_prep.shards.audio import audio_member as encode
     else:
         return Media(_suffix(name, kind), data)
-    return encode(name, data, options, check)
+    try:
+        with memory_at_most(DECODER_BYTES):
+            return encode(name, data, options, check)
+    except MemoryError:
+        most = f"{DECODER_BYTES >> 20:,} MiB"
+        raise ValueError(f"{where or name} takes more than {most} of memory to be decoded; leave it out") from None
+    except ValueError as error:
+        raise ValueError(f"{where or name} {error}") from None
 
 
 def _suffix(name: str, kind: str) -> str:
-    from mmmoe_pretrain import kinds
+    from mmmoe_pretrain.modalities import reads
 
-    formats = kinds.MODALITIES.load(kind).formats
+    formats = reads(kind).formats
     suffix = Path(name).suffix
     if suffix.lower().removeprefix(".") not in formats:
         raise ValueError(f"{name}: suffix {suffix!r} is not one of {', '.join(f'.{f}' for f in formats)}")

@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data.storage.connections import PrivateAddressError
 from mmmoe_pretrain.data.storage.files import Files
-from mmmoe_pretrain.data.storage.http import MAX_WAIT, PASSING, HttpFiles, PrivateAddressError
+from mmmoe_pretrain.data.storage.http import MAX_WAIT, PASSING, HttpFiles, TooLargeError
 from mmmoe_pretrain.data.storage.retry import TransientError
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.urls import protocol, redacted
@@ -29,6 +30,7 @@ HEADERS = {"User-Agent": f"Mozilla/5.0 (compatible; {AGENT}/{__version__})"}
 NO_TRAINING = ("noai", "noimageai", "noindex", "noimageindex")  # of X-Robots-Tag, as img2dataset respects them
 WEB, BUCKETS = ("http", "https"), ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss")
 MAX_HELD = 128 << 20  # bytes that are fetched and not taken yet
+LARGE = 16 << 20  # bytes; of files that have more, one is fetched at a time
 WHOLE = 10  # times the time limit: for all of a body
 _TOO_LONG = WHOLE + 3  # times the time limit: a request has ended by then, unless something hangs
 _LONGEST_PAUSE, _FIRST_PAUSE = 10.0, 0.5  # seconds before another try
@@ -55,11 +57,12 @@ class FetchOptions:
 
 
 class FetchError(ValueError):
-    """Why a file cannot be had. ``retry``: it may be possible later; ``wait``: seconds that the server asks for."""
+    """Why a file cannot be had. ``retry``: it may be possible later; ``wait``: seconds that the server asks for;
+    ``url``: for a message."""
 
-    def __init__(self, reason: str, retry: bool = False, wait: float | None = None) -> None:
+    def __init__(self, reason: str, retry: bool = False, wait: float | None = None, url: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.retry, self.wait = reason, retry, wait
+        self.reason, self.retry, self.wait, self.url = reason, retry, wait, redacted(url)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class _Wanted:
     tries: int = 0
     due: float = 0.0  # the next try, not before
     began: float = 0.0  # its request
+    is_large: bool = False
     data: bytes | None = None
     error: FetchError | None = None
 
@@ -123,7 +127,7 @@ class Fetcher:
                     self._done.wait(_IDLE_SECONDS)
                 self._awaited = ""
             if item.error:
-                raise FetchError(item.error.reason, item.error.retry)
+                raise FetchError(item.error.reason, item.error.retry, url=url)
             assert item.data is not None
             return item.data
         finally:
@@ -162,7 +166,7 @@ class Fetcher:
                     if not self._work.wait(_POLL_SECONDS if self._queue else _IDLE_SECONDS) and not self._queue:
                         self._threads -= 1
                         return
-            found = self._try(item.url)
+            found = self._try(item)
             with self._lock:
                 if item not in self._active:  # abandoned
                     return
@@ -174,7 +178,8 @@ class Fetcher:
         now, is_full = time.monotonic(), self._held >= MAX_HELD
         for item in self._queue:
             host = self._hosts.get(item.host) or _Host()
-            if (is_full and item.url != self._awaited) or max(item.due, host.due) > now:
+            must_wait = is_full or (item.is_large and any(each.is_large for each in self._active))
+            if (must_wait and item.url != self._awaited) or max(item.due, host.due) > now:
                 continue
             if host.active < self._options.per_host:
                 self._queue.remove(item)
@@ -185,7 +190,8 @@ class Fetcher:
                 return item
         return None
 
-    def _finish(self, item: _Wanted, found: bytes | FetchError) -> None:
+    def _finish(self, item: _Wanted, found: bytes | FetchError | None) -> None:
+        """``found``: None where the file is large, and is fetched when no other such is."""
         self._active.remove(item)
         host, now = self._hosts[item.host], time.monotonic()
         host.active -= 1
@@ -193,6 +199,10 @@ class Fetcher:
             host.refusals = 0
             item.data = found
             self._held += len(found) if item.rows else 0
+        elif found is None:
+            item.is_large, item.tries = True, item.tries - 1
+            if item.rows:
+                self._queue.appendleft(item)
         else:
             if found.wait is not None and host.refusals < _MOST_REFUSALS:
                 host.due = max(host.due, now + found.wait)
@@ -208,11 +218,11 @@ class Fetcher:
         elif len(self._hosts) > _MOST_HOSTS:
             self._hosts = {name: each for name, each in self._hosts.items() if each.active}
 
-    def _try(self, url: str) -> bytes | FetchError:
-        seconds = self._options.timeout
+    def _try(self, item: _Wanted) -> bytes | FetchError | None:
+        url, seconds = item.url, self._options.timeout
         try:
             if protocol(url) in WEB:
-                return self._content(url)
+                return self._content(url, MAX_MEMBER_BYTES if item.is_large else LARGE)
             if protocol(url) in BUCKETS:
                 return self._files.download(url, MAX_MEMBER_BYTES, seconds)
             return FetchError(f"files of rows are not read by {protocol(url)}; by {', '.join((*WEB, *BUCKETS))}")
@@ -224,7 +234,9 @@ class Fetcher:
                 reason = "its host is unknown"
             return FetchError(reason, retry=not isinstance(cause, http.client.InvalidURL))
         except FetchError as error:
-            return error
+            return error.with_traceback(None)  # which holds the content
+        except TooLargeError as error:
+            return FetchError(str(error)) if item.is_large else None
         except PrivateAddressError as error:
             return FetchError(f"{error}; --allow-private fetches it")
         except (ValueError, OSError, ImportError, http.client.InvalidURL) as error:  # also StorageError
@@ -232,9 +244,9 @@ class Fetcher:
         except Exception as error:  # noqa: BLE001 - of a package for a bucket; a thread that ends would wait for ever
             return FetchError(f"{type(error).__name__}: {redacted(error)}", retry=True)
 
-    def _content(self, url: str) -> bytes:
+    def _content(self, url: str, most: int) -> bytes:
         seconds = self._options.timeout
-        status, headers, data = self._http.download(url, MAX_MEMBER_BYTES, seconds, WHOLE * seconds, HEADERS)
+        status, headers, data = self._http.download(url, most, seconds, WHOLE * seconds, HEADERS)
         if status in PASSING:
             after = headers.get("Retry-After", "")
             wait = min(MAX_WAIT, float(after)) if after.isdecimal() else 0.0

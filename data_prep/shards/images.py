@@ -32,7 +32,8 @@ Box = tuple[float, float, float, float]
 
 
 def image_member(name: str, data: bytes, options: MediaOptions, check: Check) -> Media:
-    """The image in ``data``; ``check`` gets its facts before it is encoded."""
+    """The image in ``data``; ``check`` gets its facts before it is encoded. Raises ValueError, with the rest of a
+    sentence."""
     try:
         reader = ImageReader(data)
         width, height = reader.size
@@ -44,7 +45,7 @@ def image_member(name: str, data: bytes, options: MediaOptions, check: Check) ->
             return Media(suffix_of(name, SUFFIXES[reader.format]), data, facts)
         return Media(SUFFIXES[target][0], _encode(reader, data, target, options), facts, encoded=True)
     except IMAGE_ERRORS as error:
-        raise ValueError(f"{name} is not a readable image: {decoder_reason(error)}") from None
+        raise ValueError(f"is not a readable image: {decoder_reason(error)}") from None
 
 
 def _target(reader: ImageReader, data: bytes, options: MediaOptions) -> str | None:

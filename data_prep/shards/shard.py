@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from rich.table import Table
 
 from data_prep.console import answer, say, say_json, stdout
+from data_prep.quality.filters import Filtered, Filters, rule_of
 from data_prep.rows.inputs import Input
 from data_prep.rows.row import SPLITS, Fault, Found, Row, split_called
 from data_prep.rows.seen import Seen
@@ -30,26 +31,18 @@ from data_prep.shards.building import Building
 from data_prep.shards.card import NAME as CARD
 from data_prep.shards.card import write_card
 from data_prep.shards.encode import BadSample, content_of
-from data_prep.shards.records import (
-    BROKEN,
-    OK,
-    Summary,
-    read_records,
-    read_skipped,
-    skipped,
-    summarize,
-    write_skipped,
-)
+from data_prep.shards.records import Summary, skipped, write_skipped
+from data_prep.shards.retry import OPTIONS, SKIPPED, Before, Settings, require
 from data_prep.shards.shard_files import write_shard_list
-from data_prep.shards.writing import Broken, ShardOptions, SplitWriter, worst
-from mmmoe_pretrain.data.sources.listing import LIST, read_list
+from data_prep.shards.writing import Broken, ShardOptions, SplitWriter, TooManyBroken
 from mmmoe_pretrain.data.sources.source import open_indexed
-from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.limits import FIELD_ALIASES, has_text
 from mmmoe_pretrain.progress import Progress, counted
 
 log = logging.getLogger(__name__)
-SKIPPED = "skipped.jsonl"
 ROWS = "rows.tmp"
+NOTHING = "no content"  # of a row without image, audio or text
+CONSTANTS = ("language", "licence", "source", "attribution", "label", "subset", "audio_kind")  # fields of --set
 SALT = "mmmoe-data shard"  # of splits by ratio
 
 
@@ -57,12 +50,14 @@ SALT = "mmmoe-data shard"  # of splits by ratio
 class Choice:
     """Which rows of an input are written, and where. ``filters``: field=value; ``ratios``: of the splits, for rows
     that name none; ``retry``: only the rows that have no sample yet in the shards of before; ``order``: None is the
-    input's."""
+    input's; ``columns``: those by which the input was opened; ``constants``: fields of rows that name none."""
 
     filters: Sequence[str] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
     retry: bool = False
     order: str | None = None
+    columns: Sequence[str] = ()
+    constants: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -73,12 +68,13 @@ class Report:
     sums: dict[str, Summary] = field(default_factory=dict)
     skipped: list[BadSample] = field(default_factory=list)
     kept: int = 0  # shards that an earlier run had finished
+    tried: int = 0  # rows that failed before, and of these
+    added: int = 0  # the samples now
 
     def filtered(self) -> str:
-        """``filtered out 12 samples (--min-size 8, --language 4)``; empty where there are none."""
+        """``filtered out 12 samples: 8 by --min-size, 4 by --language``; empty where there are none."""
         rules = sum((sums.rules for sums in self.sums.values()), Counter[str]())
-        each = ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
-        return f"filtered out {counted(rules.total(), 'sample')} ({each})" if rules else ""
+        return f"filtered out {counted(rules.total(), 'sample')}: {by_rule(rules)}" if rules else ""
 
     def to_json(self) -> dict[str, Any]:
         sizes = {
@@ -89,6 +85,26 @@ class Report:
             "kept": self.kept,
             "splits": {split: {**sizes[split], **self.sums[split].to_json()} for split in sizes},
         }
+
+
+def by_rule(rules: Counter[str]) -> str:
+    """``8 by --min-size, 4 by --language``."""
+    return ", ".join(f"{count:,} by {rule}" for rule, count in rules.most_common())
+
+
+def settings_of(options: ShardOptions, choice: Choice) -> Settings:
+    return Settings(
+        options.media, options.filters, dict(choice.ratios), tuple(choice.columns), dict(choice.constants)
+    )
+
+
+def continued(
+    out: Path, options: ShardOptions, choice: Choice, given: Collection[str]
+) -> tuple[ShardOptions, Choice]:
+    """With the options of the run that --retry continues; those that are ``given`` must not differ."""
+    first = settings_of(options, choice).continued(out, given)
+    options = dataclasses.replace(options, media=first.media, filters=first.filters)
+    return options, dataclasses.replace(choice, ratios=first.ratios, columns=first.columns, constants=first.constants)
 
 
 def ratios_of(given: Sequence[str]) -> dict[str, float]:
@@ -106,6 +122,18 @@ def ratios_of(given: Sequence[str]) -> dict[str, float]:
             )
     if found and not sum(found.values()):
         raise ValueError("--ratio: every share is 0")
+    return found
+
+
+def constants_of(given: Sequence[str]) -> dict[str, str]:
+    """``field=value`` of --set."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        name = FIELD_ALIASES.get(name, name)
+        if name not in CONSTANTS or not has_text(value) or name in found:
+            raise ValueError(f"--set {item} is not field=value with one value of a field of {', '.join(CONSTANTS)}")
+        found[name] = value
     return found
 
 
@@ -135,8 +163,12 @@ def show(report: Report, out: Path, as_json: bool) -> None:
     stdout().print(table)
     if report.kept:
         say(f"kept {counted(report.kept, 'shard')} that an earlier run had finished")
+    if report.tried:
+        say(f"tried {counted(report.tried, 'row')} again, of which {report.added:,} are samples now")
     if broken := sum(sums.broken for sums in report.sums.values()):
         say(f"skipped {counted(broken, 'broken sample')}, named in {out / SKIPPED}")
+    if passing := sum(sums.passing for sums in report.sums.values()):
+        say(f"{counted(passing, 'download')} of these may succeed another time: repeat the command with --retry")
     if filtered := report.filtered():
         say(f"{filtered}, named in {out / SKIPPED}")
     if blank := sum(int(sums.totals["blank_texts"]) for sums in report.sums.values()):
@@ -146,9 +178,13 @@ def show(report: Report, out: Path, as_json: bool) -> None:
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     """Print what ``--dry-run`` found."""
     lines = [
-        f"{split}: {', '.join(f'{content} {count:,}' for content, count in its.items())}"
+        f"{split}: {', '.join(f'{content or NOTHING} {count:,}' for content, count in its.items())}"
         for split, its in plan["splits"].items()
     ]
+    if plan["filtered"]:
+        lines.append(f"filtered out: {by_rule(Counter(plan['filtered']))}")
+    if plan["unchecked"]:
+        lines.append(f"not looked at, since files are not opened: {', '.join(plan['unchecked'])}")
     answer(as_json, plan, f"{plan['input']}: {counted(plan['rows'], 'row')}; nothing was written", *lines)
 
 
@@ -161,86 +197,85 @@ def shard_rows(rows: Sequence[Row], root: Path, out: Path, options: ShardOptions
 def write_shards(given: Input, out: Path, options: ShardOptions, choice: Choice | None = None) -> Report:
     """Write the rows of an input as shards under ``out``."""
     choice = choice or Choice()
-    if choice.retry and not out.is_dir():
-        raise ValueError(f"there is no folder {out} with rows to try again; leave out --retry")
+    settings = settings_of(options, choice)
+    if choice.retry:
+        require(out)
     with (
         Building(out, options.overwrite or choice.retry) as building,
         Spool(building.folder / ROWS) as spool,
     ):
-        before = _Before(out, choice.retry)
+        before = Before(out, choice.retry)
+        if choice.retry:
+            settings.continued(out)
         seen = fill(spool, given, choice, before.failed)
-        report = Report()
-        broken = Broken(len(spool), 1.0 if choice.retry else options.max_bad_fraction)
-        with Progress("sharding", len(spool), "samples") as progress:
-            for split in (split for split in SPLITS if spool.counts[split] or split in before.shards):
-                offsets = spool.offsets(split, choice.order or given.order)
-                first = before.shards.get(split, [])
-                work = SplitWriter(split, offsets, given.root, spool.path, options, broken, progress, len(first))
-                lines = work.write(building)
-                report.kept += work.kept
-                before.members.update(*(line.members for line in lines))
-                report.sums[split] = summarize(building.folder / split)
-                if entries := [*first, *(line.entry for line in lines if line.entry)]:
-                    report.shards[split] = entries
-                    write_shard_list(building.folder / split, entries)
+        report, listed = Report(tried=len(spool) if choice.retry else 0), building.folder / SKIPPED
+        broken = Broken(len(spool), 1.0 if choice.retry else options.max_bad_fraction, listed)
+
+        def list_skipped() -> None:
+            folders = [building.folder / split for split in report.sums]
+            records = (skipped(building.folder / split, sums) for split, sums in report.sums.items())
+            write_skipped(listed, before.skipped(itertools.chain.from_iterable(records), folders))
+
+        try:
+            with Progress("sharding", len(spool), "samples", waits_for=_waits_for(spool, options)) as progress:
+                for split in (split for split in SPLITS if spool.counts[split] or split in before.shards):
+                    report.sums[split] = Summary()
+                    offsets = spool.offsets(split, choice.order or given.order)
+                    work = SplitWriter(split, offsets, given.root, spool.path, options, broken, progress,
+                                       len(before.shards.get(split, [])), before.records(split))  # fmt: skip
+                    _write_split(work, building, report, before)
+        except TooManyBroken:
+            list_skipped()
+            raise
+        list_skipped()
         report.skipped = broken.named
         if not report.shards:
             filtered = report.filtered()
             what = f"no sample is left: {filtered}" if filtered else "every sample is broken"
-            raise ValueError(f"{what}: {worst(broken.named, broken.count)}" if broken.count else what)
+            named = [what, broken.worst()] if broken.count else [what]
+            raise ValueError(f"{': '.join(named)}; all are named in {listed}")
         broken.check()
-        _write_lists(building, report, before, seen)
-        building.commit(SKIPPED, CARD)
+        _write_cards(building, report, before.members, seen)
+        if not choice.retry and seen.types() is not None:  # samples that are copied have no options
+            settings.write(building.folder)
+        building.commit(SKIPPED, CARD, *(() if choice.retry else (OPTIONS,)))
     return report
 
 
-class _Before:
-    """What an earlier command has written, if --retry continues it: its ``shards`` by split, the suffixes of their
-    ``members``, and the keys of the rows that ``failed``; None: all rows are written."""
-
-    def __init__(self, out: Path, retry: bool) -> None:
-        self.shards: dict[str, list[dict[str, Any]]] = {}
-        self.members: set[str] = set()
-        self.failed: set[str] | None = None
-        self._skipped = out / SKIPPED
-        if not retry:
-            return
-        lists = {split: out / split / LIST for split in SPLITS if (out / split / LIST).exists()}
-        if not lists or not (out / SKIPPED).exists():
-            raise ValueError(f"{out} holds no shards of mmmoe-data shard with rows to try again; leave out --retry")
-        self.shards = {split: read_list(str(path), Files()) for split, path in lists.items()}
-        for split in self.shards:
-            self.members.update(*open_indexed(out / split).contents)
-        self.failed = {line["key"] for line in read_skipped(self._skipped) if line["status"] == BROKEN}
-
-    def skipped(self, folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        """The rows without a sample now, as the records in the folders of the splits tell. With --retry, without
-        those that have a sample now in another split, and with those of before that were not tried again."""
-        records = itertools.chain.from_iterable(map(skipped, folders))
-        if self.failed is None:
-            yield from records
-            return
-        told: set[str] = set()
-        for folder in folders:
-            for batch in read_records(folder, ("key", "status")):
-                each = zip(batch["key"], batch["status"], strict=True)
-                told.update(key for key, status in each if status == OK and key in self.failed)
-        for record in itertools.chain(records, read_skipped(self._skipped)):
-            if record["key"] not in told:
-                told.add(record["key"])
-                yield record
+def _write_split(work: SplitWriter, building: Building, report: Report, before: Before) -> None:
+    lines = work.write(building)
+    report.kept += work.kept
+    report.added += sum(line.entry.get("nsamples", 0) for line in lines)
+    before.members.update(*(line.members for line in lines))
+    if entries := [*before.shards.get(work.name, []), *(line.entry for line in lines if line.entry)]:
+        report.shards[work.name] = entries
+        write_shard_list(building.folder / work.name, entries)
 
 
-def plan(given: Input, choice: Choice) -> dict[str, Any]:
-    """What would be written, for ``--dry-run``: rows by split and content, and the fields beside them."""
+def _waits_for(spool: Spool, options: ShardOptions) -> str:
+    fetch = options.fetch
+    limits = f"--timeout {fetch.timeout:g}, --retries {fetch.retries}"
+    return f"downloads, of {counted(spool.downloads, 'row')} ({limits})" if spool.downloads else ""
+
+
+def plan(given: Input, out: Path, choice: Choice, filters: Filters) -> dict[str, Any]:
+    """What would be written, for ``--dry-run``: rows by split and content, those that filters of texts and language
+    leave out, and the fields beside them. No file of a row is opened: ``unchecked`` are the filters that need
+    one."""
+    before, left_out = Before(out, choice.retry), Counter[str]()
     with tempfile.TemporaryDirectory() as folder, Spool(Path(folder) / ROWS) as spool:
-        seen = fill(spool, given, choice, None)
-        content = {
-            split: dict(Counter(map(content_of, read_rows(spool.path, spool.offsets(split, "input")))).most_common())
-            for split in SPLITS
-            if spool.counts[split]
-        }
-        return {"input": given.name, "rows": len(spool), "splits": content, "fields": seen.types()}
+        seen = fill(spool, given, choice, before.failed)
+        content: dict[str, Counter[str]] = {split: Counter() for split in SPLITS if spool.counts[split]}
+        for split, counts in content.items():
+            for row, _ in read_rows(spool.path, spool.offsets(split, "input")):
+                try:
+                    filters.check_row(row)
+                    counts[content_of(row)] += 1
+                except Filtered as error:
+                    left_out[rule_of(str(error))] += 1
+        splits = {split: dict(counts.most_common()) for split, counts in content.items()}
+        return {"input": given.name, "rows": len(spool), "splits": splits, "filtered": dict(left_out),
+                "unchecked": filters.of_files(), "fields": seen.types()}  # fmt: skip
 
 
 def fill(spool: Spool, given: Input, choice: Choice, only: set[str] | None) -> Seen:
@@ -249,8 +284,10 @@ def fill(spool: Spool, given: Input, choice: Choice, only: set[str] | None) -> S
     for found in given.rows:
         if isinstance(found, Fault):
             spool.add(found)
-        elif seen.takes(found.row) and (only is None or found.row.key in only):
-            spool.add(found if found.row.split else found._replace(row=_with_split(found.row, choice.ratios)))
+            continue
+        row = _with_constants(found.row, choice.constants)
+        if seen.takes(row) and (only is None or row.key in only):
+            spool.add(found._replace(row=row if row.split else _with_split(row, choice.ratios)))
     spool.close(given.equal_keys)
     spool.faults.refuse(given.name)
     seen.check()
@@ -263,6 +300,11 @@ def fill(spool: Spool, given: Input, choice: Choice, only: set[str] | None) -> S
     return seen
 
 
+def _with_constants(row: Row, constants: Mapping[str, str]) -> Row:
+    missing = {name: value for name, value in constants.items() if not getattr(row, name)}
+    return dataclasses.replace(row, **missing) if missing else row  # type: ignore[arg-type]
+
+
 def _with_split(row: Row, ratios: Mapping[str, float]) -> Row:
     total = sum(ratios.values())
     if not total:
@@ -271,10 +313,8 @@ def _with_split(row: Row, ratios: Mapping[str, float]) -> Row:
     return dataclasses.replace(row, split=split_of(row.group or row.key, SALT, **shares))
 
 
-def _write_lists(building: Building, report: Report, before: _Before, seen: Seen) -> None:
-    """What lies beside the shards: the skipped rows, and dataset cards. A split without a sample is not written."""
-    members = before.members
-    write_skipped(building.folder / SKIPPED, before.skipped([building.folder / split for split in report.sums]))
+def _write_cards(building: Building, report: Report, members: set[str], seen: Seen) -> None:
+    """The dataset cards. A split without a sample is not written."""
     for split in report.sums.keys() - report.shards.keys():
         shutil.rmtree(building.folder / split)
     for split in report.shards:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tarfile import LENGTH_NAME, RECORDSIZE, TarInfo
 from typing import Any
 
 import xxhash
@@ -35,12 +36,14 @@ class ShardWriter:
         self.path, self.count, self.size = path, 0, 0
         self._partial = path.with_name(path.name + ".tmp")
         self._file = self._partial.open("wb")
-        self._tar = TarWriter(self._file, user="", group="", mode=0o644, encoder=False, mtime=0)
+        self._tar = TarWriter(
+            self._file, user="", group="", mode=0o644, encoder=False, keep_meta=True, mtime=0
+        )  # keep_meta: files whose suffix begins with _
 
     def add(self, sample: EncodedSample) -> None:
         self._tar.write({"__key__": sample.key, **sample.members})
         self.count += 1
-        self.size += tar_bytes(sample.members)
+        self.size += tar_bytes(sample)
 
     def close(self) -> dict[str, Any]:
         """The shard takes its name; returns its line of ``shards.json``."""
@@ -59,9 +62,24 @@ class ShardWriter:
         self._file.close()
 
 
-def tar_bytes(members: Mapping[str, bytes]) -> int:
+def tar_bytes(sample: EncodedSample) -> int:
     """What a sample takes in a tar."""
-    return sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
+    return members_in_tar(sample.key, {name: len(data) for name, data in sample.members.items()})
+
+
+def members_in_tar(key: str, sizes: Mapping[str, int]) -> int:
+    """What a sample with members of these ``sizes`` takes in a tar."""
+    return sum(_header_bytes(f"{key}.{name}") + -(-size // BLOCK) * BLOCK for name, size in sizes.items())
+
+
+def _header_bytes(name: str) -> int:
+    is_short = len(name) <= LENGTH_NAME and name.isascii()
+    return BLOCK if is_short else len(TarInfo(name).tobuf())
+
+
+def tar_size(held: int) -> int:
+    """The bytes of a tar whose samples take ``held``, with its end."""
+    return -(-(held + 2 * BLOCK) // RECORDSIZE) * RECORDSIZE
 
 
 def write_shard(path: Path, samples: Iterable[EncodedSample]) -> dict[str, Any]:

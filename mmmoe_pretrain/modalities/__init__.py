@@ -17,9 +17,8 @@ from mmmoe_pretrain.modalities.tokenizer import Tokenizer, copy_tokenizer
 
 __all__ = [
     "BadSampleError", "Modalities", "Modality", "ModalitySettings", "Tokenizer", "build_modalities", "copy_tokenizer",
-    "default_modalities", "format_of",
+    "default_modalities", "format_of", "reads",
 ]  # fmt: skip
-
 
 log = logging.getLogger(__name__)
 
@@ -164,14 +163,17 @@ def format_of(extension: str) -> str | None:
     """The kind that reads files whose extension ends in this format; None where none does. Kinds of other packages
     are loaded only for formats that no built-in kind reads."""
     ending = extension.rpartition(".")[2]
-    return next((kind for kind in kinds.MODALITIES.names if ending in _formats(kind)), None)
+    return next((kind for kind in kinds.MODALITIES.names if ending in reads(kind).formats), None)
 
 
 @functools.cache
-def _formats(kind: str) -> tuple[str, ...]:
-    """Those of a kind; none of one that cannot be loaded, which a run may not use at all."""
+def reads(kind: str) -> kinds.Reads:
+    """What a kind reads; nothing if it cannot be loaded, since a run may not use it at all."""
+    if kind in kinds.READS:
+        return kinds.READS[kind]
     try:
-        return tuple(kinds.MODALITIES.load(kind).formats)
+        loaded = kinds.MODALITIES.load(kind)
+        return kinds.Reads(tuple(loaded.formats), loaded.default_field)
     except (ValueError, AttributeError) as error:
         log.warning("the formats of modality kind %s are not known: %s", kind, error)
-        return ()
+        return kinds.Reads()

@@ -26,6 +26,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.audio_file import decoders, open_audio, read_mono
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
@@ -124,7 +125,7 @@ class Audio(Modality):
     """A value is float32 log-mel [n_mels, frames]; a token is ``patch`` frames."""
 
     Settings = AudioSettings
-    formats = ("flac", "ogg", "oga", "opus", "wav", "wave", "mp3")
+    formats = READS["audio"].formats
 
     def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)

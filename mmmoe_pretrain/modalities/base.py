@@ -1,7 +1,7 @@
 """The base class of modality kinds, and the error of decoders. A kind turns bytes into an array (``decode``), counts
 its tokens, combines the arrays of a microbatch (``collate``), and provides the module that embeds them
 (``embedder``). The rest of the project uses a modality only through this class. The host's half is numpy, so that a
-forked worker never touches torch's threads.
+forked worker never touches torch's threads; nothing here imports torch, so that data preparation starts without it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL.Image import Image as PILImage
-from torch import nn
 
 from mmmoe_pretrain.config.base import ModalitySettings
 from mmmoe_pretrain.limits import decoder_reason
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.base import Collated, Modality, quarantine
 from mmmoe_pretrain.modalities.image_file import ImageReader, decoders
 from mmmoe_pretrain.modalities.image_settings import Fit, ImageSettings
@@ -35,7 +36,7 @@ class Image(Modality):
     """A value is uint8 [3, height, width]; its tokens run row by row."""
 
     Settings = ImageSettings
-    formats = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff")
+    formats = READS["image"].formats
 
     @property
     def decoder(self) -> str:

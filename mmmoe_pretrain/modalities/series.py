@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.untrusted import brief
@@ -48,7 +49,7 @@ class Series(Modality):
     """A value is float32 [channels, steps] with whole patches; NaN where nothing was measured."""
 
     Settings = SeriesSettings
-    formats = ("npy", "csv")
+    formats = READS["series"].formats
 
     def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """See ``Modality.decode``. NumPy's ``.npy`` holds [channels, steps]; CSV has a line a step and no header."""

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, in_markdown
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
@@ -59,8 +60,8 @@ class Text(Modality):
     """A value is int64 ids [n] with its marks: begin, at most ``max_tokens`` pieces, end."""
 
     Settings = TextSettings
-    formats = ("txt", "text", "caption")
-    default_field = "text"
+    formats = READS["text"].formats
+    default_field = READS["text"].field
     needs_tokenizer = True
     predictable = True
 

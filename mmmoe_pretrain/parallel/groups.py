@@ -1,12 +1,14 @@
-"""The process groups of a model as a frozen value, so that model code uses groups, not ranks."""
+"""The process groups of a model as a frozen value, so that model code uses groups, not ranks. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = "dist.ProcessGroup | None"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.folder, self.latency, self.stall = folder, 0.0, 60.0  # seconds before any answer, and of a stall
         self.faults: Fault = never
         self.headers: dict[str, str] = {}
+        self.elsewhere = ""  # to which "redirect" leads; "" is the same file
         self.requests: list[tuple[str, str]] = []
         self.authorizations: list[str] = []
         self.failed: list[str] = []  # the faults that were served
@@ -95,7 +96,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "reset":
             self.close_connection = True
         elif fault == "redirect":
-            self._send(302, b"elsewhere", {"Location": f"{target.path}?redirected"})
+            self._send(302, b"elsewhere", {"Location": self.server.elsewhere or f"{target.path}?redirected"})
         elif fault in ("error", "denied", "busy"):
             self._send({"error": 503, "denied": 403, "busy": 429}[fault], b"no", {})
         elif path.is_dir():

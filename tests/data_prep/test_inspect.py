@@ -16,8 +16,10 @@ from data_prep.console import Interrupted
 from data_prep.inspect.command import Output, run
 from data_prep.inspect.histogram import Histogram
 from data_prep.inspect.measure import measure
+from data_prep.inspect.sheet import write_sheet
 from data_prep.rows.manifest import write_manifest
 from data_prep.rows.row import Row
+from data_prep.samples import Piece, Sample
 from data_prep.shards.shard import ShardOptions, shard_rows
 from tests.data.servers import http_server
 from tests.support import write_tar
@@ -152,6 +154,33 @@ def test_kinds_are_bounded_and_what_cannot_be_opened_is_named(tmp_path, monkeypa
     assert found.whole.rows == 11
     assert found.problem_count == 2
     assert "line 10 bad: audio a.wav cannot be opened" in found.problems[0]
+
+
+def test_a_damaged_sample_is_counted_once_by_headers_or_where_it_is_decoded(tmp_path):
+    members = {"a.png": image(), "b.png": image()[:60], "c.png": b"no", "c.wav": b"no", "c.txt": b"red"}
+    write_tar(tmp_path / "0.tar", members.items())
+    named = [f"{tmp_path}/0.tar c: image png cannot be opened", f"{tmp_path}/0.tar b: image cannot be decoded"]
+    for samples, damaged in ((0, 1), (3, 2)):
+        found = measure(tmp_path, samples)
+        rows = {kind.modalities: total.rows for kind, total in found.totals.items()}
+        assert rows == {"image": 3 - damaged, "(damaged)": damaged}
+        assert (found.problem_count, found.decoded) == (damaged, samples)
+        assert all(map(str.startswith, found.problems, named[:damaged]))
+        assert sum(total.bytes for total in found.totals.values()) == sum(map(len, members.values()))
+
+
+def test_captions_stay_in_their_column_and_tell_letters_without_a_font(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.inspect.sheet.FONTS", ())
+
+    def drawn(key: str, text: str) -> np.ndarray:
+        samples = [Sample("", key, "", {}, (Piece("text", "", text),))] * 2
+        write_sheet(tmp_path / "sheet.png", samples)
+        return np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+
+    sheet = drawn("W" * 99, "W" * 999)
+    for gap in (0, 6 + 128, 2 * (6 + 128)):
+        assert (sheet[:, gap : gap + 6] == 255).all()
+    assert (drawn("a", "\u65e5\u672c \u8a9e: \u0430") == drawn("a", "(no font) : \u0430")).all()
 
 
 @pytest.mark.parametrize("output", [Output(html="x.txt"), Output(sheet="x.html")])

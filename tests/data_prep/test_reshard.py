@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data_prep.reshard import Subset, choose, mix, open_parts, read_keys, reshard
+from data_prep.reshard import Subset, choose, mix, open_parts, read_keys, reshard, run
 from data_prep.rows.manifest import read_manifest
 from data_prep.shards.shard import shard_rows
 from data_prep.shards.writing import ShardOptions
@@ -45,6 +46,43 @@ def test_samples_keep_their_bytes_and_splits_in_shards_of_another_size(shards: P
     for split in ("train", "test"):
         assert files(tmp_path / "out" / split) == files(shards / split)
     assert not list(verify_folder(tmp_path / "out", Seen()))
+
+
+@pytest.mark.parametrize("limits", [{"samples_per_shard": 2}, {"shard_bytes": 10_000}])
+@pytest.mark.parametrize("order", ["input", "shuffled"])
+def test_a_dry_run_tells_what_would_be_written(shards: Path, tmp_path: Path, limits, order, capsys) -> None:
+    long = [(f"{key}.txt", b"text") for key in ("\u65e5", "a" * 200, "b" * 97)]
+    write_tar(tmp_path / "val/0.tar", long)
+    options, parts = ShardOptions(workers=1, **limits), open_parts([str(shards), str(tmp_path / "val")])
+    run(parts, tmp_path / "out", options, order, False, dry_run=True, as_json=True)
+    assert not (tmp_path / "out").exists()
+    said = json.loads(capsys.readouterr().out)["splits"]
+    report = reshard(parts, tmp_path / "out", options, order)
+    assert said == {
+        split: {
+            "samples": sum(entry["nsamples"] for entry in its),
+            "shards": len(its),
+            "bytes": sum(entry["filesize"] for entry in its),
+        }
+        for split, its in report.shards.items()
+    }
+    with pytest.raises(ValueError, match="holds complete shards"):
+        run(parts, tmp_path / "out", options, order, False, dry_run=True, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("filters", "keys"),
+    [(("text=red",), "bc"), (("caption=red",), "abc"), (("label=1",), "d"), (("class=1",), "d"), (("x=",), "abcde")],
+)
+def test_filters_know_the_names_that_the_loader_knows(tmp_path: Path, filters, keys, caplog) -> None:
+    texts = {"a": "blue", "b": "red", "c": " "}
+    rows = {key: {"caption": "red", "text": text} for key, text in texts.items()} | {"d": {"class": 1}, "e": {}}
+    write_tar(tmp_path / "0.tar", [(f"{key}.json", json.dumps(row).encode()) for key, row in rows.items()])
+    write_tar(tmp_path / "1.tar", [("f.json", b"{"), ("g.json", b"[]")])
+    parts = open_parts([str(tmp_path)])
+    choose(parts, Subset(filters))
+    assert "left out 2 samples whose JSON --filter cannot read: f of " in caplog.text
+    assert "".join(parts[0].source.key(i) for i in parts[0].numbers.tolist()) == keys
 
 
 def test_a_subset_is_chosen_by_fields_keys_and_number(shards: Path, tmp_path: Path) -> None:
@@ -85,12 +123,15 @@ def test_a_number_of_samples_is_exact_where_sources_share_keys(shards: Path) -> 
         assert sum(len(part.numbers) for part in parts) == count
 
 
-def test_foreign_shards_are_copied_with_all_their_files(tmp_path: Path) -> None:
+def test_foreign_shards_are_copied_with_all_their_files(tmp_path: Path, caplog) -> None:
     (tmp_path / "a").mkdir()
-    members = {"x/1.jpg": b"no image", "x/1.caption.txt": b"one", "x/1.depth.bin": b"\0", "x/2.json": b'{"a": 1}'}
-    write_tar(tmp_path / "a/0.tar", members.items())
-    reshard(open_parts([str(tmp_path / "a")], "val"), tmp_path / "out", ONE)
+    members = {"x/1.jpg": b"no image", "x/1._t.txt": b"one", "x/1.depth.bin": b"\0", "x/2.json": b'{"a": 1}'}
+    write_tar(tmp_path / "a/0.tar", [*members.items(), ("x/2", b"?"), ("README", b"?")])
+    with pytest.raises(ValueError, match="--split foo is not one of train, val, test"):
+        open_parts([str(tmp_path / "a")], "foo")
+    reshard(open_parts([str(tmp_path / "a")], "valid"), tmp_path / "out", ONE)
     assert files(tmp_path / "out/val") == members
+    assert "2 files without a suffix left out" in caplog.text
 
 
 def test_a_blend_has_the_shares_of_its_weights_and_no_sample_twice(tmp_path: Path) -> None:
@@ -99,7 +140,10 @@ def test_a_blend_has_the_shares_of_its_weights_and_no_sample_twice(tmp_path: Pat
         rows = {f"{i}.txt": f"{name}{i}".encode() for i in range(count)}
         write_tar(tmp_path / name / "0.tar", rows.items())
     given = [f"{tmp_path}/a=3", f"{tmp_path}/b=1"]
-    with pytest.raises(ValueError, match=r"key '\d+': it is in sample \d+ of .*a, too, .* --number-keys"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds \d+ samples with the key of another: '\d+' in sample .*; and \d+ more\. .* --number-keys$",
+    ):
         reshard(mix(given, None), tmp_path / "out", ONE)
     reshard(mix(given, None), tmp_path / "out", ONE, "shuffled", number_keys=True)
     found = files(tmp_path / "out")

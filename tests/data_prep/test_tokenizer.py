@@ -129,7 +129,8 @@ def test_only_the_train_split_is_learnt_from(tmp_path):
     ]
     (tmp_path / "part.txt").write_text("part two", encoding="utf-8")
     write_manifest(tmp_path / "manifest.jsonl", rows)
-    with tokenizer.Texts(tmp_path / "texts", 100) as texts:
+    with (tmp_path / "texts").open("w+b") as file:
+        texts = tokenizer.Texts(file, 100)
         assert tokenizer.read_texts([str(tmp_path)], "train", texts) == 1
         assert texts.close() == 4
         assert sorted(texts) == ["f\u00a0g", "part one", "part two", "two words"]
@@ -155,7 +156,8 @@ def test_the_texts_that_are_drawn_depend_on_the_texts_alone(tmp_path, monkeypatc
     monkeypatch.setattr(tokenizer, "_AT_ONCE", 2)
     drawn = []
     for number, texts in enumerate((TEXTS, TEXTS[::-1], [*TEXTS, *TEXTS[:7]])):
-        with tokenizer.Texts(tmp_path / f"{number}", 10) as some:
+        with (tmp_path / f"{number}").open("w+b") as file:
+            some = tokenizer.Texts(file, 10)
             for text in texts:
                 some.add(text)
             assert (some.close(), some.drawn) == (10, True)

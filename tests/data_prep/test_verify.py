@@ -15,9 +15,10 @@ from data_prep.rows.manifest import read_manifest
 from data_prep.shards.shard import shard_rows
 from data_prep.shards.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
 from data_prep.shards.writing import ShardOptions
-from data_prep.verify import Seen, run, verify_folder
+from data_prep.verify import Seen, run, split_specs, verify_folder
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.sources.survey import survey
+from mmmoe_pretrain.progress import Progress
 from tests.data.servers import http_server
 from tests.support import write_tar
 
@@ -28,6 +29,12 @@ def write(manifest, **changes):
     out = manifest.parent.parent / "out"
     shard_rows(rows, manifest.parent, out, ShardOptions(workers=1))
     return out
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -59,9 +66,9 @@ def test_fresh_shards_are_well_and_inspect_counts_the_same_in_them_and_in_their_
 def test_good_shards_from_elsewhere_are_well_and_what_is_not_read_is_noted(tmp_path):
     caption = json.dumps({"key": "000", "caption": "red", "group": 3}).encode()
     for shard in ("0", "1"):  # written side by side, so with equal keys
-        members = [(f"set.v1/{i:03}.{name}", b"x") for i in range(3) for name in ("left.jpg", "right.jpg", "cls")]
-        write_tar(tmp_path / f"{shard}.tar", [*members, ("set.v1/003.jpg", b"x"), ("set.v1/003.json", b"{}")])
-    write_tar(tmp_path / "2.tar", [("000.jpg", b"x"), ("000.json", caption)])
+        members = [(f"set.v1/{i:03}.{name}", png()) for i in range(3) for name in ("left.jpg", "right.jpg", "cls")]
+        write_tar(tmp_path / f"{shard}.tar", [*members, ("set.v1/003.jpg", png()), ("set.v1/003.json", b"{}")])
+    write_tar(tmp_path / "2.tar", [("000.jpg", png()), ("000.json", caption)])
     seen = Seen()
     assert list(verify_folder(tmp_path, seen)) == []
     assert (seen.survey.samples, seen.shards) == (9, 3)
@@ -96,7 +103,7 @@ def test_what_the_loader_could_not_use_is_a_problem(tmp_path, members, problem):
 
 
 def test_verify_and_inspect_see_the_shards_that_the_loader_sees(tmp_path):
-    pair = {"png": b"x", "json": json.dumps({"key": "bucket/7", "transcript": "red", "label": 3}).encode()}
+    pair = {"png": png(), "json": json.dumps({"key": "bucket/7", "transcript": "red", "label": 3}).encode()}
     for name in ("train/a.tar", "validation/sub/b.tar", "more/c.tar"):
         write_tar(tmp_path / name, [(f"0.{extension}", data) for extension, data in pair.items()])
     write_tar(tmp_path / "more/c.tar", [("0.png", b"x"), ("0.json", b"{")])
@@ -176,7 +183,7 @@ def test_missing_and_unlisted_shards_and_leftovers_are_found(shards):
     found = "\n".join(problems(shards))
     assert "shards.json names train-000000.tar, which does not exist" in found
     assert "train-000007.tar: not named in shards.json" in found
-    assert "left behind by a run that was killed" in found
+    assert "left behind by a run that was killed or failed" in found
 
 
 def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_verified(shards, monkeypatch):
@@ -208,20 +215,47 @@ def test_compressed_shards_are_named_with_what_to_do(tmp_path, name, read):
             read(path)
 
 
-def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no shards"):
-        problems(tmp_path)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), r"holds no shards; `mmmoe-data shard \S+ --out FOLDER` makes some"),
+        (("a/train", "b/val", "c/x/train"), r"name one: \S+/a, \S+/b$"),
+        (("building.tmp/train",), "unfinished command; wait for it, or repeat it"),
+    ],
+)
+def test_a_folder_without_shards_is_refused_with_what_lies_in_it(tmp_path, names, message):
+    for name in names:
+        write_tar(tmp_path / name / "0.tar", [("a.txt", b"red")])
+    with pytest.raises(ValueError, match=message):
+        split_specs(str(tmp_path))
+
+
+def test_a_folder_of_several_sets_is_refused_with_their_names_by_every_tool(shards):
+    with pytest.raises(ValueError, match=f"folders in it hold splits; name one: {shards}$"):
+        measure(shards.parent)
+
+
+def test_progress_of_verify_counts_the_samples_of_a_shard(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", [(f"{n}.txt", b"red") for n in range(9)])
+    open_indexed(tmp_path)
+    seen, end = [], Progress.__exit__
+
+    def ended(self, *error):
+        seen.append((self.what, self.done, self.total))
+        end(self, *error)
+
+    monkeypatch.setattr(Progress, "__exit__", ended)
+    assert problems(tmp_path) == []
+    assert seen[-1] == (f"verifying {tmp_path.name}, shard 1 of 1", 9, 9)
 
 
 def test_decoding_finds_and_counts_what_the_loader_could_not_use(tmp_path, capsys):
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
-    png = buffer.getvalue()
+    whole = png()
     wave = io.BytesIO()
     soundfile.write(wave, np.zeros(800), 8000, format="WAV")
-    good = [("a.png", png), ("a.txt", b"red"), ("b.wav", wave.getvalue())]
+    good = [("a.png", whole), ("a.txt", b"red"), ("b.wav", wave.getvalue())]
     document = json.dumps({"parts": [{"member": "x.png"}, {"text": "red"}]}).encode()
-    bad = [("c.png", png[:60]), ("d.png", png[:62]), ("e.wav", b"RIFF"), ("f.x.png", b"no"), ("f.json", document)]
+    bad = [("c.png", whole[:60]), ("d.png", whole[:62]), ("e.wav", b"RIFF"), ("f.x.png", b"no"), ("f.json", document)]
     write_tar(tmp_path / "0.tar", good)
     assert run(str(tmp_path), workers=1)
     assert "decoded 2 samples, of which 0 are bad" in capsys.readouterr().out

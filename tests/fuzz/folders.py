@@ -19,6 +19,8 @@ import xxhash
 
 from data_prep import verify as data_verify
 from data_prep.inspect.measure import measure
+from data_prep.quality import dedup as quality_dedup
+from data_prep.quality.samples import Settings
 from data_prep.rows.inputs import open_input
 from data_prep.rows.manifest import read_manifest
 from data_prep.rows.row import Fault, faults
@@ -119,6 +121,13 @@ def verify(path: Path) -> Outcome | None:
 
 def inspect(path: Path) -> None:
     measure(path.parent)
+
+
+def dedup(path: Path) -> None:
+    """``mmmoe-data dedup --near --out``, which reshards."""
+    options = quality_dedup.Options(settings=Settings(near=True), overwrite=True, workers=1)
+    found = quality_dedup.dedup([str(path.parent)], options)
+    quality_dedup.write_samples(found, path.parent / "out", True, options)
 
 
 def write_manifest(folder: Path) -> None:

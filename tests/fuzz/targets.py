@@ -211,6 +211,7 @@ TARGETS: dict[str, Target] = {
         of_folder("energon", folders.write_energon, ".nv-meta/*", folders.read_energon, (".nv-meta", "changed")),
         of_folder("verify", folders.write_shards, "*", folders.verify, (), ()),
         of_folder("inspect", folders.write_shards, "*", folders.inspect, (*SIDECARS, "changed")),
+        of_folder("dedup", folders.write_tars, "*/00000.tar", folders.dedup, ("00000.tar",)),
         of_folder("manifest", folders.write_manifest, "manifest.jsonl", folders.read_manifest_of,
                   ("manifest.jsonl", "every sample is broken: row")),
         of_folder("zip", folders.write_zips, "*.zip", folders.read_input, (".zip",)),

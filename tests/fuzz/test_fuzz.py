@@ -16,7 +16,7 @@ from tests.fuzz.targets import TARGETS, Target, Workplace
 
 SEED = 5
 CASES = {"checkpoint": 300, "shard": 160, "config": 160, "override": 80, "media": 120, "bmp": 60, "gif": 60,
-         "zip": 70, "table": 60, "parquet": 60, "sidecar": 50}  # fmt: skip
+         "zip": 70, "table": 60, "parquet": 60, "sidecar": 50, "dedup": 30}  # fmt: skip
 USUAL = 110  # cases of the other targets
 
 

@@ -82,7 +82,8 @@ def _members(
             dots = f". A key ends at the first dot of a name: write {key}_{extension} for {key}.{extension}"
             raise BadShard(
                 f"shard {shard} holds key {brief(key)} twice; the members of a sample must be adjacent and its key "
-                f"unique in its shard: make it again by mmmoe-data shard{dots if '.' in extension else ''}"
+                f"unique in its shard: unpack it, and make it again by mmmoe-data shard"
+                f"{dots if '.' in extension else ''}"
             )
         if member.size > MAX_MEMBER_BYTES and is_known(extension):
             raise BadShard(

@@ -71,7 +71,7 @@ class Indexed:
     def __init__(self, listing: Listing, index: Index, files: Files, modalities: Modalities | None = None) -> None:
         """``modalities`` decide which members are read (default: one of each built-in kind, for tools)."""
         self.listing, self.spec, self.shards_left_out = listing, listing.spec, listing.left_out
-        self.modalities = modalities or default_modalities()
+        self._modalities = modalities
         self._index, self._files = index, files
         self.urls = [shard.url for shard in listing.shards]
         self._names = list(map(redacted, self.urls))  # what samples and errors say
@@ -88,6 +88,10 @@ class Indexed:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def modalities(self) -> Modalities:
+        return self._modalities or default_modalities()  # which import torch, and only reading needs
 
     @property
     def index_path(self) -> Path:

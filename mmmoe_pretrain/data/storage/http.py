@@ -10,7 +10,7 @@ import base64
 import functools
 import html
 import http.client
-import ipaddress
+import io
 import re
 import socket
 import ssl
@@ -19,10 +19,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from mmmoe_pretrain.data.storage.connections import PrivateAddressError, TimedResponse, connect_public
 from mmmoe_pretrain.data.storage.retry import TransientError, UnreachableError
 from mmmoe_pretrain.data.storage.stores import UNKNOWN, Stat, changed, check_same, in_data_worker
 from mmmoe_pretrain.urls import MissingError, StorageError, redacted
@@ -45,8 +46,8 @@ REFUSED = (ConnectionRefusedError, socket.gaierror)  # by a wrong port or host, 
 Address = tuple[str, str]  # protocol and host:port
 
 
-class PrivateAddressError(StorageError):
-    """A host that the Internet does not reach, at a URL that the user did not write."""
+class TooLargeError(StorageError):
+    """A file of more bytes than the caller takes."""
 
 
 class Answered(NamedTuple):
@@ -144,13 +145,12 @@ class HttpFiles:
                 if length.isdecimal() and int(length) <= CHUNK:
                     answer.read(CHUNK, exactly=False)  # to its end, so that the connection is kept
                 return Answered(answer.status, answer.headers, b"")
-            parts, size = [], 0
+            body = io.BytesIO()  # whose value is no copy
             while data := answer.chunk(min(end, time.monotonic() + seconds), CHUNK):
-                size += len(data)
-                parts.append(data)
-                if max(size, int(length) if length.isdecimal() else 0) > most:
-                    raise StorageError(f"{redacted(url)} has more than {most:,} bytes, and at most so many are read")
-            return Answered(answer.status, answer.headers, b"".join(parts))
+                body.write(data)
+                if max(body.tell(), int(length) if length.isdecimal() else 0) > most:
+                    raise TooLargeError(f"{redacted(url)} has more than {most:,} bytes, and at most so many are read")
+            return Answered(answer.status, answer.headers, body.getvalue())
 
     def close(self) -> None:
         for connections in self._idle.values():
@@ -160,7 +160,7 @@ class HttpFiles:
     def connect(self, parts: SplitResult, seconds: float) -> tuple[http.client.HTTPConnection, bool]:
         """A connection, and whether it was used before: the server may have closed it meanwhile."""
         with suppress(IndexError):  # none is idle
-            connection = self._idle[(parts.scheme, parts.netloc)].pop()
+            connection = self._idle.get((parts.scheme, parts.netloc), []).pop()
             connection.timeout = seconds
             if connection.sock:
                 connection.sock.settimeout(seconds)
@@ -173,6 +173,8 @@ class HttpFiles:
                 connection.set_tunnel(parts.hostname or "", parts.port or 443, headers=_login(proxy))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=seconds)
+        if self.public_only and not proxy:
+            connection._create_connection = connect_public  # type: ignore[attr-defined]
         return connection, False
 
     def may_be_wrong(self, parts: SplitResult) -> bool:
@@ -283,20 +285,20 @@ class _Answer:
 
     def chunk(self, deadline: float, most: int) -> bytes:
         """Some bytes of the body, empty at its end."""
-        left = deadline - time.monotonic()
-        if left <= 0:
+        if deadline <= time.monotonic():
             raise TransientError("the body did not arrive in time")
-        if self._connection.sock:
-            self._connection.sock.settimeout(left)
+        self._response.end_by(deadline)
         try:
             data = self._response.read1(min(most, CHUNK))
         except BROKEN as error:
             raise TransientError(f"the connection broke ({_name(error)})") from None
         if not data and self._response.length:
             raise TransientError(f"a short body: {self._response.length} bytes are missing")
+        if not data and not self._response.isclosed():
+            self._response.read(1)  # notices the end, as read1 does from Python 3.12 on, so that it is kept
         return data
 
-    def _send(self, headers: dict[str, str]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _send(self, headers: dict[str, str]) -> tuple[http.client.HTTPConnection, TimedResponse]:
         parts = self._parts
         target = quote(parts.path or "/", safe=AS_IT_IS) + (
             f"?{quote(parts.query, safe=string.punctuation)}" if parts.query else ""
@@ -307,11 +309,10 @@ class _Answer:
             if parts.scheme == "http" and (proxy := _proxy(parts)):
                 target = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
                 headers = {**headers, **_login(proxy)}
+            connection.response_class = functools.partial(TimedResponse, deadline=self._deadline)  # type: ignore[assignment]
             try:
-                if self._files.public_only and not used and not _proxy(parts):
-                    _connect_public(connection, parts)
                 connection.request("GET", target, headers={"User-Agent": "mmmoe", **headers})
-                response = connection.getresponse()
+                response = cast(TimedResponse, connection.getresponse())
                 if len(self._files.answered) < MOST_ANSWERED:
                     self._files.answered.add((parts.scheme, parts.netloc))
                 return connection, response
@@ -333,14 +334,6 @@ class _Answer:
 
 def _name(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _connect_public(connection: http.client.HTTPConnection, parts: SplitResult) -> None:
-    """Connect, and check the address that was reached: a name may resolve to another one each time."""
-    connection.connect()
-    address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
-    if not (getattr(address, "ipv4_mapped", None) or address).is_global:
-        raise PrivateAddressError(f"{parts.hostname} is at the private address {address}")
 
 
 def _host(url: str) -> tuple[str, str]:

@@ -15,6 +15,9 @@ from data_prep.quality.dedup import Options, dedup, summary
 from data_prep.quality.fingerprints import look_of
 from data_prep.quality.report import kept, read_hashes, write_hashes, write_report
 from data_prep.quality.samples import Settings, read_by
+from data_prep.rows.row import Row
+from data_prep.shards.shard import shard_rows
+from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.data.sources.source import open_indexed
 from tests.support import write_tar
 
@@ -213,7 +216,7 @@ def test_shards_that_are_named_twice_are_refused_or_held_out(tmp_path):
         dropped(train, against=(train,))
 
 
-def test_the_command_writes_the_same_whatever_a_task_holds_and_nothing_in_a_dry_run(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_same_whatever_a_task_holds_and_its_report_in_a_dry_run(tmp_path, monkeypatch, capsys):
     write(tmp_path / "in", **{f"s{n}": {"txt": f"number {n % 90}".encode()} for n in range(100)})
     arguments = ["dedup", str(tmp_path / "in"), "--near", "--workers", "1"]
     contents = set()
@@ -225,21 +228,26 @@ def test_the_command_writes_the_same_whatever_a_task_holds_and_nothing_in_a_dry_
     assert len(contents) == 1
     assert parquet.read_table(files[0])["kind"].to_pylist().count("exact") == 10
     app([*arguments, "--report", str(tmp_path / "dry.parquet"), "--dry-run"], standalone_mode=False)
-    assert not (tmp_path / "dry.parquet").exists()
-    assert "100 samples compared by image, audio, text: 10 exact" in capsys.readouterr().out
+    assert (tmp_path / "dry.parquet").read_bytes() == files[0].read_bytes()
+    said = capsys.readouterr().out
+    assert "100 samples compared by image, audio, text: 10 exact" in said
+    assert "no shards were written; --out FOLDER" in said
     with pytest.raises(ValueError, match="name a Parquet file"):
         app([*arguments, "--report", str(tmp_path / "report.csv")], standalone_mode=False)
+    with pytest.raises(ValueError, match="give --near, too"):
+        app(["dedup", str(tmp_path / "in"), "--image-distance", "2"], standalone_mode=False)
 
 
 def test_out_has_what_remains_and_quarantine_what_is_dropped_byte_for_byte(tmp_path, capsys):
     its = {key: {"png": encoded(photo(n)), "txt": b"x"} for key, n in (("a", 1), ("b", 2), ("c", 1))}
     write(tmp_path / "in/train", **its)
     write(tmp_path / "in/test", d={"txt": b"text"}, e={"jpg": EDITS["jpeg"](photo(2))})
-    folders = {name: tmp_path / name for name in ("out", "quarantine")}
+    folders = {name: tmp_path / name for name in ("quarantine", "out")}
     arguments = ["dedup", str(tmp_path / "in"), "--near", "--workers", "1"]
     options = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
     app([*arguments, *options, "--dry-run"], standalone_mode=False)
     assert not any(folder.exists() for folder in folders.values())
+    assert f"would write {tmp_path}/quarantine: 2 samples" in capsys.readouterr().out
     app([*arguments, *options], standalone_mode=False)
     found = {
         f"{name}/{split.name}": {source.key(i): source.read(i).members for i in range(len(source))}
@@ -262,6 +270,17 @@ def test_out_has_what_remains_and_quarantine_what_is_dropped_byte_for_byte(tmp_p
         ],
         "not_compared": {}, "written": [str(folder) for folder in folders.values()],
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"out holds complete shards; .* pass --overwrite"):
+    with pytest.raises(ValueError, match=r"quarantine holds complete shards; .* pass --overwrite"):
         app([*arguments, *options], standalone_mode=False)
     assert not capsys.readouterr().out  # at once, before anything is read
+
+
+def test_shards_are_replaced_once_the_dropped_samples_are_written(tmp_path):
+    shard_rows([Row("a", text="one"), Row("b", text="One!")], tmp_path, tmp_path / "in", ShardOptions(workers=1))
+    arguments = ["dedup", str(tmp_path / "in"), "--out", str(tmp_path / "in"), "--overwrite", "--workers", "1"]
+    with pytest.raises(ValueError, match="name two folders"):
+        app([*arguments, "--quarantine", str(tmp_path / "x/../in")], standalone_mode=False)
+    app([*arguments, "--quarantine", str(tmp_path / "out")], standalone_mode=False)
+    found = {name: open_indexed(tmp_path / name / "train") for name in ("in", "out")}
+    assert sorted(source.key(0) for source in found.values()) == ["a", "b"]
+    assert [len(source) for source in found.values()] == [1, 1]

@@ -89,7 +89,7 @@ def test_filtered_samples_are_named_in_the_records_with_their_rule_and_are_not_b
     rows = [Row(f"row-{n}", image="wide.png", text="x" * n) for n in range(1, 7)]
     filters = Filters(min_characters=2, max_characters=4)  # rows 1, 5 and 6 are outside
     report = shard_rows(rows, root, root / "out", ShardOptions(filters=filters, workers=1, max_bad_fraction=0))
-    assert report.filtered() == "filtered out 3 samples (--max-characters 2, --min-characters 1)"
+    assert report.filtered() == "filtered out 3 samples: 2 by --max-characters, 1 by --min-characters"
     assert report.sums["train"].to_json()["rules"] == {"--max-characters": 2, "--min-characters": 1}
     [records] = (root / "out/train").glob("*.parquet")
     by_key = {record["key"]: record for record in parquet.read_table(records).to_pylist()}
@@ -98,7 +98,7 @@ def test_filtered_samples_are_named_in_the_records_with_their_rule_and_are_not_b
     }
     assert rule_of(by_key["row-1"]["reason"]) == "--min-characters"
     assert rule_of(by_key["row-6"]["reason"]) == "--max-characters"
-    with pytest.raises(ValueError, match=r"no sample is left: filtered out 6 samples \(--min-size 6\)"):
+    with pytest.raises(ValueError, match=r"no sample is left: filtered out 6 samples: 6 by --min-size; all are"):
         shard_rows(rows, root, root / "none", ShardOptions(filters=Filters(min_size=99), workers=1))
 
 

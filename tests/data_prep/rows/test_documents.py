@@ -83,7 +83,8 @@ def test_a_document_comes_back_in_its_order(folder: Path, tiny_data: Path) -> No
     for item, colour in ((found.items[1], (255, 0, 0)), (found.items[3], (0, 0, 255))):
         np.testing.assert_array_equal(item.value[:, 8, 8], colour)
     assert [item.raw for item in alone.items] == ["a text alone"]
-    with Texts(folder / "texts.tmp", 100) as texts:
+    with (folder / "texts.tmp").open("w+b") as file:
+        texts = Texts(file, 100)
         read_texts([str(folder)], "train", texts)
         texts.close()
         assert sorted(texts) == ["a text alone", "blue number 2", "green number 1", "red number 0"]

@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from data_prep.rows import archives
 from data_prep.rows.forms import detect
@@ -103,6 +105,17 @@ def test_what_is_in_no_sample_is_counted_and_links_end(tmp_path: Path) -> None:
         assert what in said
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_texts_that_links_lead_to_outside_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.png", "b.png", **{"b.txt": "inside"})
+    make(tmp_path, **{name: '{"secret": 1}'})
+    os.symlink(tmp_path / name, tmp_path / "in" / name)
+    os.symlink("b.txt", tmp_path / "in/b.caption")
+    first, second = rows(tmp_path / "in")
+    assert first.problem.startswith(f"{name} lies outside of the folder of the rows")
+    assert (first.text, first.extra, second.text, second.problem) == (None, {}, "inside", "")
+
+
 def test_images_that_differ_by_their_suffix_are_samples_of_their_own(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "a.png", **{"a.txt": "both", "a.png.caption": "png alone"})
     assert rows(tmp_path) == [
@@ -141,6 +154,7 @@ def test_folders_are_classes_where_nothing_else_says_what_is_in_them(
 ) -> None:
     make(tmp_path, **dict.fromkeys(names, "x"))
     assert [row.label for row in rows(tmp_path, *columns)] == labels
+    assert ("folders are taken as classes" in notes(tmp_path, *columns)) == (any(labels) and not columns)
 
 
 def test_speech_corpora_are_read_with_their_transcripts(tmp_path: Path) -> None:
@@ -312,8 +326,13 @@ def test_samples_of_other_tools_keep_their_keys_fields_and_files(tmp_path: Path)
 def test_output_of_img2dataset_and_folders_of_energon_are_shards(tmp_path: Path) -> None:
     fields = '{"caption": "cap", "url": "http://x/1.jpg", "key": "000000000", "status": "success", "width": 2}'
     write_tar(tmp_path / "i/00000.tar", {"000000000.png": PNG, "000000000.txt": "cap", "000000000.json": fields})
-    make(tmp_path / "i", "00000.parquet", "00000_stats.json")
+    make(tmp_path / "i", "00000_stats.json")
+    told = {"status": ["success", "failed_to_download", "failed_to_download", "failed_to_resize"],
+            "error_message": [None, "HTTP Error 404", "HTTP Error 404", "image decoding error"]}  # fmt: skip
+    parquet.write_table(pyarrow.table(told), tmp_path / "i/00000.parquet")
     (row,) = rows(tmp_path / "i")
+    failed = "failed_to_download 2, failed_to_resize 1; most often: HTTP Error 404"
+    assert notes(tmp_path / "i").endswith(f": 3 rows of img2dataset without a sample ({failed})")
     assert (row.key, row.text, row.split, row.extra["url"]) == ("000000000", "cap", "", "http://x/1.jpg")
     for name in ("s0", "s1"):
         write_tar(tmp_path / f"e/{name}.tar", {f"{name}.png": PNG})
@@ -391,9 +410,6 @@ def test_what_is_no_input_is_refused_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_tables_zips_and_shards_at_urls_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
     monkeypatch.setenv("SECRET", "hidden")
     make(tmp_path / "d", **{"a.csv": "image,text\nx/1.png,one\n", "x/1.png": PNG})
     parquet.write_table(pyarrow.table({"image": [PNG], "text": ["two"]}), tmp_path / "d/b.parquet")

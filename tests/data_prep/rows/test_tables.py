@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from data_prep.rows import columnar
 from data_prep.rows.inputs import Input, open_input
 from data_prep.rows.refs import Cell, Reader
 from data_prep.rows.row import Fault, Row
@@ -42,6 +44,7 @@ def table(folder: Path, name: str, content: str | bytes) -> Path:
     [
         ("a.csv", 'image,text,n\nx/1.jpg,"say ""a"",\nthen b",5\nx/2.png,Ü,\n'),
         ("a.csv", '\ufeffImage;Caption;n\r\nx/1.jpg;"say ""a"",\nthen b";5\r\n\r\nx/2.png;Ü;\r\n'),
+        ("a.csv", '\r\n \r\nimage,text,n\r\nx/1.jpg,"say ""a"",\nthen b",5\r\nx/2.png,Ü,\r\n'),
         ("a.csv", 'IMG Path\tTEXT\tn\nx/1.jpg\t"say ""a"",\nthen b"\t5\nx/2.png\tÜ\t\n'),
         ("a.txt", 'image|caption|n\nx/1.jpg|"say ""a"",\nthen b"|5\nx/2.png|Ü|\n'),
         ("a.jsonl", '{"image_path": "x/1.jpg", "sentence": "say \\"a\\",\\nthen b", "n": "5"}\n'
@@ -150,14 +153,14 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str, conte
 
 
 def test_all_problems_of_a_table_are_told_with_their_lines(tmp_path: Path) -> None:
-    content = 'file,text,split\na.jpg,x,train\na.jpg,x\na.xyz,x,\n"b".jpg,x,\nc.jpg,x,holdout\nd.txt,x,\n"e.jpg,x\n'
+    content = '\nfile,text,split\na.jpg,x,train\na.jpg,x\na.xyz,x,\n"b".jpg,x,\nc.jpg,x,holdout\nd.txt,x,\n"e.jpg,x\n'
     assert [line[:60] for line in faults(table(tmp_path, "a.csv", content))] == [
-        "line 3: it has 2 fields, and the table has 3 columns",
-        "line 4: 'a.xyz' is of no format that is read; --column image",
-        "line 5: it is not CSV (',' expected after '\"'); double the q",
-        "line 6: split 'holdout' is not one of train, val, test; --co",
-        "line 7: 'd.txt' is a text, which belongs into a column of te",
-        "line 8: it is not CSV (unexpected end of data); double the q",
+        "line 4: it has 2 fields, and the table has 3 columns",
+        "line 5: 'a.xyz' is of no format that is read; --column image",
+        "line 6: it is not CSV (',' expected after '\"'); double the q",
+        "line 7: split 'holdout' is not one of train, val, test; --co",
+        "line 8: 'd.txt' is a text, which belongs into a column of te",
+        "line 9: it is not CSV (unexpected end of data); double the q",
     ]
     path = table(tmp_path, "scores.jsonl", '{"text": "x", "class": 0.5, "caption": "y"}')
     assert read(path, "label=", "text=caption")[1][0].extra == {"original_class": 0.5, "original_text": "x"}
@@ -272,3 +275,62 @@ def test_a_dataset_that_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "i.arrow"}]}))
     with pytest.raises(ValueError, match="flatten_indices"):
         read(tmp_path)
+
+
+def test_few_bytes_that_hold_many_rows_are_read_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "BATCH_BYTES", 8 << 20)
+    monkeypatch.setattr(columnar, "KEPT_BYTES", 8 << 20)
+    numbers = pyarrow.array([0] * 200, pyarrow.int32())
+    texts, images = (
+        pyarrow.DictionaryArray.from_arrays(numbers, pyarrow.array([value]))
+        for value in ("x" * 900_000, PNG + bytes(900_000))
+    )
+    held = pyarrow.table({"text": texts, "image": images})
+    parquet.write_table(held, tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 200_000
+    rows, reader, pool = 0, Reader(tmp_path), pyarrow.system_memory_pool()
+    most = max(64 << 20, pool.max_memory())  # of 2 x 180 MB
+    for found in open_input(tmp_path / "a.parquet").rows:
+        assert not isinstance(found, Fault)
+        assert found.row.image is not None
+        assert len(reader.read(found.row.image)) == len(PNG) + 900_000
+        assert found.row.text == "x" * 900_000
+        rows += 1
+    assert rows == 200
+    assert pool.max_memory() <= most
+
+
+ZEROS, PAGES = (
+    [np.zeros(10_000_000, np.uint8)],
+    "a row, or the pages in which it lies, takes more than 16 MiB of memory",
+)
+
+
+@pytest.mark.parametrize(
+    ("held", "row_bytes", "reason"),
+    [
+        (["x" * 40_000_000], 16 << 20, f"{PAGES}; write smaller pages"),
+        (ZEROS, 16 << 20, f"{PAGES}; write smaller pages"),
+        (ZEROS, 1 << 30, "the fields of a row take more than 8 MiB of memory; leave them out"),
+    ],
+    ids=["text", "list", "list as objects"],
+)
+def test_a_row_that_takes_too_much_memory_is_an_error(
+    held: list[Any], row_bytes: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("BATCH_BYTES", 8 << 20), ("OBJECT_BYTES", 8 << 20), ("ROW_BYTES", row_bytes)):
+        monkeypatch.setattr(columnar, name, size)
+    parquet.write_table(pyarrow.table({"text": ["a"], "field": held}), tmp_path / "a.parquet", compression="zstd")
+    assert faults(tmp_path / "a.parquet") == [f"row group 0: it cannot be read ({reason})"]
+
+
+def test_a_compressed_arrow_stream_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "OWN_BYTES", 1 << 20)
+    batch = pyarrow.record_batch({"text": ["x" * 2_000_000]})
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), batch.schema, options=options) as stream:
+        stream.write(batch)
+    with pytest.raises(ValueError, match=r"a\.arrow is compressed; save it anew"):
+        columnar.open_arrow(str(tmp_path / "a.arrow"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,33 @@ def test_encoded_images_are_kept_in_bounded_memory(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(encoding, "KEPT_BYTES", len(kept.data))
     small.media("image", "b.png")
     assert small.media("image", "a.png") is not kept
+
+
+def test_a_worker_that_encodes_images_loads_no_torch(tmp_path: Path) -> None:
+    """It takes a second and 180 MB."""
+    (tmp_path / "a.png").write_bytes(image_bytes(ramp(20, 10)))
+    (tmp_path / "a.npy").touch()
+    script = """
+import sys
+from pathlib import Path
+from data_prep import cli
+from data_prep.rows.row import row_of
+from data_prep.shards.encode import Encoder, EncodedSample, MediaOptions
+row = row_of({"key": "a", "image": "a.png", "series": "a.npy", "text": "a", "other": 1})
+sample = Encoder(Path(sys.argv[1]), MediaOptions(image_size=8))(row)
+assert isinstance(sample, EncodedSample), sample
+assert sorted(sample.members) == ["json", "npy", "png", "txt"] and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=60)
+
+
+def test_an_image_that_takes_too_much_memory_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "DECODER_BYTES", 16 << 20)
+    Image.new("RGB", (5000, 5000)).save(tmp_path / "large.png", compress_level=1)  # 100 MB in memory
+    Image.new("RGB", (500, 500)).save(tmp_path / "small.png")
+    large, small = (
+        Encoder(tmp_path, MediaOptions())(Row(key="a", image=name)) for name in ("large.png", "small.png")
+    )
+    assert isinstance(large, encoding.BadSample)
+    assert large.reason == "large.png takes more than 16 MiB of memory to be decoded; leave it out"
+    assert isinstance(small, encoding.EncodedSample)

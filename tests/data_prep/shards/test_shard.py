@@ -19,6 +19,7 @@ import xxhash
 import yaml
 from PIL import Image
 
+from data_prep.quality.filters import Filters
 from data_prep.rows.inputs import Input, open_input
 from data_prep.rows.manifest import read_manifest, write_manifest
 from data_prep.rows.refs import Reader
@@ -28,10 +29,9 @@ from data_prep.shards.building import FOLDER as BUILDING
 from data_prep.shards.encode import Encoder
 from data_prep.shards.media import MediaOptions
 from data_prep.shards.records import read_records
-from data_prep.shards.shard import Choice, plan, ratios_of, shard_rows, write_shards
+from data_prep.shards.shard import Choice, constants_of, plan, ratios_of, shard_rows, write_shards
 from data_prep.shards.shard_files import ShardWriter
 from data_prep.shards.writing import ShardOptions
-from mmmoe_pretrain.data.sources.source import open_indexed
 
 SMALL = ShardOptions(media=MediaOptions(image_size=16, audio_rate=4000), samples_per_shard=3, workers=1)
 
@@ -61,7 +61,7 @@ def test_every_sample_is_written_once_and_the_lists_name_every_shard(make_manife
     run(make_manifest(9), tmp_path / "out")  # 6 train, 3 test
     shards = ["test/test-000000", "train/train-000000", "train/train-000001"]
     assert contents(tmp_path / "out").keys() == {
-        "README.md", "skipped.jsonl", *(f"{split}/{name}" for split in ("train", "test")
+        "README.md", "options.json", "skipped.jsonl", *(f"{split}/{name}" for split in ("train", "test")
                                         for name in ("README.md", "shards.json")),
         *(f"{place}.{suffix}" for place in shards for suffix in ("tar", "parquet")),
     }  # fmt: skip
@@ -143,14 +143,20 @@ def test_too_many_broken_files_end_the_command_and_leave_the_shards_of_before(ma
     manifest, out = make_manifest(8), tmp_path / "out"
     run(manifest, out)
     before = contents(out)
+    (out / "done.tmp").mkdir()  # of a run that was killed at its end
     with pytest.raises(ValueError, match=r"holds complete shards.*--overwrite"):
         run(manifest, out)
+    assert contents(out) == before and not (out / "done.tmp").exists()
     for number in (3, 5):
         (manifest.parent / f"{number}.wav").write_bytes(b"not audio")
-    message = r"2 of 8 samples cannot be used, and --max-bad-fraction 0.01 allows 0; fix them, or raise it: row-\d"
+    message = (
+        r"2 of 8 samples \(25.00%\) cannot be used, and --max-bad-fraction 0.01 allows 0: row-\d \(\d.wav.*0.25$"
+    )
     with pytest.raises(ValueError, match=message) as refused:
         run(manifest, out, replace(SMALL, overwrite=True))
     assert "row-3 (3.wav" in str(refused.value) and "row-5 (5.wav" in str(refused.value)  # both in one run
+    lines = (out / BUILDING / "skipped.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in lines) == ["row-3", "row-5"]
     assert {name: data for name, data in contents(out).items() if not name.startswith(BUILDING)} == before
     run(manifest, out, replace(SMALL, samples_per_shard=100, max_bad_fraction=0.5, overwrite=True))
     assert not (out / BUILDING).exists()
@@ -176,7 +182,8 @@ def test_an_interrupted_run_resumes_with_the_same_bytes(make_manifest, tmp_path,
     monkeypatch.setattr(writing, "ROWS_A_TASK", 1)
     with pytest.raises(KeyboardInterrupt):
         run(manifest, tmp_path / "out", options)
-    (tmp_path / "out" / BUILDING / "test").mkdir(exist_ok=True)
+    assert (tmp_path / "out").exists() == (encoded >= 7)  # else no shard was finished
+    (tmp_path / "out" / BUILDING / "test").mkdir(parents=True, exist_ok=True)
     (tmp_path / "out" / BUILDING / "test/test-000000.tar.tmp").touch()
     limit = 99
     calls.clear()
@@ -213,7 +220,7 @@ def test_what_has_changed_is_made_again(make_manifest, tmp_path, monkeypatch):
     assert ended(replace(SMALL, samples_per_shard=5)) == 3
     (manifest.parent / "0.wav").unlink()
     assert ended(replace(SMALL, max_bad_fraction=0.2)) == 5  # 9 of train and 5 of test
-    with pytest.raises(ValueError, match="1 of 15 samples cannot be used"):
+    with pytest.raises(ValueError, match=r"1 of 15 samples .* cannot be used"):
         run(manifest, out)  # what was skipped counts, too
     soundfile.write(manifest.parent / "0.wav", np.zeros(800), 8000)
     monkeypatch.setattr(building.Building, "commit", commit)
@@ -384,6 +391,18 @@ def test_rows_without_a_split_are_split_by_group_and_ratio(make_manifest, tmp_pa
             ratios_of([wrong])
 
 
+def test_fields_of_rows_that_name_none_are_set(tmp_path):
+    rows = [Row("own", text="t", language="fr"), Row("none", text="u", licence="MIT")]
+    given = Input("rows", tmp_path, (Found("row", row) for row in rows))
+    choice = Choice(["language=en"], constants=constants_of(["lang=en", "license=CC-BY-4.0"]))
+    write_shards(given, tmp_path / "out", ShardOptions(workers=1), choice)
+    found = [field_of(tmp_path / "out/train", name) for name in ("key", "language", "licence")]
+    assert found == [["none"], ["en"], ["MIT"]]
+    for wrong in ("text=x", "language", "language= "):
+        with pytest.raises(ValueError, match=f"--set {wrong} is not field=value"):
+            constants_of([wrong])
+
+
 def field_of(folder: Path, name: str) -> list:
     return [value for batch in read_records(folder, [name]) for value in batch[name]]
 
@@ -402,63 +421,6 @@ def test_records_say_what_became_of_each_row_and_the_card_sums_them_up(make_mani
     assert "| image+audio+text | 3 |" in card and "| CC-BY &#124; 4.0 | 3 |" in card
 
 
-def test_failed_rows_are_tried_again_alone_and_added(make_manifest, tmp_path):
-    manifest, out = make_manifest(9), tmp_path / "out"
-    clips = {number: (manifest.parent / f"{number}.wav").read_bytes() for number in (0, 1, 3)}
-    for number in clips:
-        (manifest.parent / f"{number}.wav").write_bytes(b"not audio")
-    options = replace(SMALL, max_bad_fraction=0.5)
-    run(manifest, out, options)
-    before = contents(out)
-    for number in (0, 3):
-        (manifest.parent / f"{number}.wav").write_bytes(clips[number])
-    report = run(manifest, out, options, Choice(retry=True))
-    after = contents(out)
-    assert {"train/train-000001.tar"} == {n for n in after.keys() - before.keys() if n.endswith(".tar")}
-    assert all(after[name] == data for name, data in before.items() if name.endswith(".tar"))
-    assert (report.sums["train"].samples, report.sums["train"].broken) == (5, 1)
-    assert [json.loads(line)["key"] for line in (out / "skipped.jsonl").read_text().splitlines()] == ["row-1"]
-    assert len(open_indexed(out / "train")) == 5
-    (manifest.parent / "1.wav").write_bytes(clips[1])
-    assert run(manifest, out, options, Choice(retry=True)).sums["train"].samples == 6
-    with pytest.raises(ValueError, match=r"no row of .* is left to be tried again"):
-        run(manifest, out, options, Choice(retry=True))
-    with pytest.raises(ValueError, match=r"there is no folder .*none"):
-        run(manifest, tmp_path / "none", options, Choice(retry=True))
-
-
-def test_a_row_that_was_tried_again_in_another_split_is_written_once_and_others_stay_named(tmp_path):
-    rows = [Row("a", text="a"), Row("x", image="x.png"), Row("v", image="v.png", split="val")]
-    lax = replace(SMALL, max_bad_fraction=1)
-    write_manifest(tmp_path / "manifest.jsonl", rows)
-    run(tmp_path, tmp_path / "out", lax)
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    write_manifest(tmp_path / "manifest.jsonl", [rows[0], replace(rows[1], split="test"), rows[2]])
-    run(tmp_path, tmp_path / "out", lax, Choice(filters=("split=test",), retry=True))
-    lines = list(map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines()))
-    assert [line["key"] for line in lines] == ["v"]
-    run(tmp_path, tmp_path / "out", lax, Choice(retry=True))
-    assert [path.name for path in (tmp_path / "out/test").glob("*.tar")] == ["test-000000.tar"]
-    (tmp_path / "out/skipped.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"skipped.jsonl line 1 is not what was written there"):
-        run(tmp_path, tmp_path / "out", lax, Choice(retry=True))
-
-
-def test_trying_again_never_takes_shards_of_an_interrupted_run(make_manifest, tmp_path):
-    manifest, lax = make_manifest(9), replace(SMALL, max_bad_fraction=1)
-    rows = read_manifest(manifest)
-    write_manifest(manifest, [*rows, Row("z", image="z.png")])
-    run(manifest, tmp_path / "out", lax, Choice(order="input"))
-    before = contents(tmp_path / "out/train")
-    write_manifest(manifest, [*(replace(row, text="new") for row in rows), Row("z", image="z.png")])
-    with pytest.raises(ValueError, match="cannot be used"):
-        run(manifest, tmp_path / "out", replace(SMALL, max_bad_fraction=0, overwrite=True), Choice(order="input"))
-    shutil.copyfile(manifest.parent / "square.png", manifest.parent / "z.png")
-    run(manifest, tmp_path / "out", lax, Choice(retry=True))
-    after = contents(tmp_path / "out/train")
-    assert all(after[name] == data for name, data in before.items() if name.endswith(".tar"))
-
-
 def test_files_that_take_the_names_of_each_other_are_read_again(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.npy").write_bytes(name.encode() * 8)
@@ -471,11 +433,14 @@ def test_files_that_take_the_names_of_each_other_are_read_again(tmp_path):
     assert reader.stamp("a.npy") != before
 
 
-def test_a_dry_run_counts_rows_and_writes_nothing(make_manifest, tmp_path):
-    manifest = make_manifest(3)
-    found = plan(open_input(manifest), Choice(filters=["language=en"]))
-    assert (found["rows"], found["splits"]) == (
+def test_a_dry_run_counts_rows_and_what_filters_of_texts_leave_out_and_writes_nothing(make_manifest, tmp_path):
+    manifest = make_manifest(3)  # texts of 13, 16 and 16 characters
+    filters = Filters(min_characters=14, max_size=8, min_seconds=0.01)
+    found = plan(open_input(manifest), tmp_path / "out", Choice(filters=["language=en"]), filters)
+    assert (found["rows"], found["filtered"], found["unchecked"]) == (
         3,
-        {"train": {"image+audio+text": 2}, "test": {"image+audio+text": 1}},
+        {"--min-characters": 1},
+        ["--max-size", "--min-seconds"],
     )
+    assert found["splits"] == {"train": {"image+audio+text": 1}, "test": {"image+audio+text": 1}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
