@@ -94,8 +94,12 @@ class Columns:
                 else:
                     members[suffix] = ref
         for column, cell in cells.items():
-            if cell is not None:
-                members[f"{_as_extension(column)}.{_suffix(cell) or self.suffixes.get(column, 'bin')}"] = cell
+            if cell is None:
+                continue
+            name = f"{_as_extension(column)}.{_suffix(cell) or self.suffixes.get(column, 'bin')}"
+            if name in members:
+                raise ValueError(f"the files of two columns would be KEY.{name}; rename column {brief(column)}")
+            members[name] = cell
         return self._row(taken, rest, number, own, members)
 
     def _row(
@@ -174,7 +178,8 @@ def choose(
         if column:
             fields[name] = _found(name, column, names, where)
     free = [name for name in by_name.values() if name not in fields.values()]
-    for column, kind in (kinds or {}).items():
+    by_rank = sorted((kinds or {}).items(), key=lambda item: _rank(*item))
+    for column, kind in by_rank:
         if kind not in fields and kind not in given and column not in fields.values():
             fields[kind] = column
     for name in (*KNOWN, *FIELDS, *kinds_of_files()):
@@ -222,6 +227,12 @@ def _as_extension(column: str) -> str:
 
 def _simple(name: str) -> str:
     return re.sub(r"[ -]+", "_", name.strip().lower())
+
+
+def _rank(column: str, kind: str) -> int:
+    """By which the columns of a kind are preferred: that named ``image`` before ``mask``."""
+    known = KNOWN.get(kind, ())
+    return known.index(_simple(column)) if _simple(column) in known else len(known)
 
 
 def _aliases(name: str) -> list[str]:

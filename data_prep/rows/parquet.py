@@ -26,7 +26,7 @@ from data_prep.rows.columns import KNOWN
 from data_prep.rows.fields import format_by_start
 from data_prep.rows.refs import Cell, Ref, printable
 from data_prep.rows.row import Fault
-from data_prep.rows.tables import Record, Table
+from data_prep.rows.tables import Record, Table, require_distinct
 from mmmoe_pretrain.data.storage.files import Files
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import counted
@@ -55,6 +55,7 @@ def parquet_table(path: str, name: str, files: Files) -> Table:
     try:
         file = open_parquet(path, files)
         schema, groups = file.schema_arrow, range(file.metadata.num_row_groups)
+        require_distinct(schema.names, path)
         shape = _shape(schema)
 
         def first(column: str) -> bytes:
@@ -80,6 +81,7 @@ def arrow_table(path: str, name: str) -> Table:
     if not found:
         return Table([], iter(()))
     schema = found[0].schema
+    require_distinct(schema.names, path)
     shape = _shape(schema)
     suffixes = {
         column: format_by_start(_first(column, (batch[:CELLS_AT_ONCE] for batch in found))) for column in shape.held
@@ -159,7 +161,7 @@ def _parquet_records(file: Any, shape: _Shape, name: str, where: str) -> Iterato
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             try:
-                known = {column: _valid(file, column, group) for column in shape.held}
+                known = {column: _valid(file, column, struct, group) for column, struct in shape.held.items()}
                 found = batches(file, group, leaves, _at_once(file, leaves, group)) if leaves else ()
                 records = (row for batch in found for row in values(batch)) if leaves else ({} for _ in range(rows))
                 for row, value in enumerate(records):
@@ -222,17 +224,17 @@ class _All:
         return self._valid
 
 
-def _valid(file: Any, column: str, group: int) -> Any:
+def _valid(file: Any, column: str, struct: bool, group: int) -> Any:
     """Whether each cell of a row group holds bytes; they are read only where statistics don't tell."""
     meta = file.metadata.row_group(group)
     for number in range(meta.num_columns):
         chunk = meta.column(number)
-        if chunk.path_in_schema in (column, f"{column}.bytes"):
+        if chunk.path_in_schema == (f"{column}.bytes" if struct else column):
             statistics = chunk.statistics
             if statistics is not None and statistics.has_null_count and statistics.null_count in (0, meta.num_rows):
                 return _All(statistics.null_count == 0)
     found = batches(file, group, [column], CELLS_AT_ONCE)
-    return [each for batch in found for each in _validity(batch.column(0))]
+    return [each for batch in found for each in _validity(batch.column(column))]
 
 
 def _validity(column: pyarrow.Array) -> list[bool]:

@@ -11,6 +11,7 @@ import gzip
 import itertools
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -287,11 +288,16 @@ def _first_line(text: Iterator[str]) -> tuple[int, str]:
 
 def _header(names: list[str], path: str) -> list[str]:
     names = [name.strip() or f"column_{number}" for number, name in enumerate(names, 1)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{redacted(path)} has several columns named {brief(twice[0])}; rename them")
+    require_distinct(names, path)
     if not names:
         raise ValueError(f"{redacted(path)} is empty; its first line names its columns")
     return names
+
+
+def require_distinct(names: list[str], path: str) -> None:
+    """Raise ValueError where two columns have one name: one of them would be lost."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ValueError(f"{redacted(path)} has several columns named {brief(twice[0])}; rename them")
 
 
 def _record(names: list[str], fields: list[str], line: int) -> Record | Fault:

@@ -215,6 +215,22 @@ def test_bytes_in_parquet_stay_in_their_cells_until_they_are_read(tmp_path: Path
         reader.read(Cell(name, "row 3", "picture", 1, 0))
 
 
+def test_columns_of_bytes_with_similar_names_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, **{"image.bytes": [JPEG, JPEG], "image": [PNG, None], "text": ["a", "b"]})
+    assert [(row.image, *row.members.values()) for row in read(path)[1]] == [
+        (Cell("a.parquet", "row 1", "image", 0, 0), Cell("a.parquet", "row 1", "image.bytes", 0, 0)),
+        (None, Cell("a.parquet", "row 2", "image.bytes", 0, 1)),
+    ]
+    write_parquet(path, image=[PNG], **{"\u6df1\u5ea6": [PNG], "\u9ad8\u5ea6": [JPEG], "\u6de1": [PNG]})
+    fault = next(each for each in open_input(str(path)).rows if isinstance(each, Fault))
+    assert "the files of two columns would be KEY.-.png; rename column '\u6de1'" in fault.reason
+    twice = pyarrow.Table.from_arrays([pyarrow.array([PNG]), pyarrow.array([JPEG])], names=["image", "image"])
+    parquet.write_table(twice, path)
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns named 'image'; rename them"):
+        read(path)
+
+
 def test_types_of_parquet_become_plain_json(tmp_path: Path) -> None:
     write_parquet(
         tmp_path / "a.parquet", FEATURES, kind=[1], text=["x"], day=[datetime.date(2020, 1, 2)],
