@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.rows.documents import NONE, PARTS
 from data_prep.rows.refs import Ref
-from data_prep.rows.row import CONTENT, FIELDS, SPLITS, Row, split_called
+from data_prep.rows.row import AUDIO_KINDS, CONTENT, FIELDS, SPLITS, Row, faults, split_called
 from mmmoe_pretrain.limits import use_aliases
 from mmmoe_pretrain.untrusted import brief
 
@@ -95,6 +95,8 @@ def _fits(name: str, value: Any) -> bool:
         return True
     if name == "split":
         return isinstance(value, str) and split_called(value) in SPLITS
+    if name == "audio_kind":
+        return isinstance(value, str) and value in AUDIO_KINDS
     return isinstance(value, str) or (name not in CONTENT and isinstance(value, int) and not isinstance(value, bool))
 
 
@@ -119,6 +121,13 @@ def plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
         return plain(value.item(), depth + 1)
     return str(value)
+
+
+def sound(row: Row) -> Row:
+    """The row of a sample that others made; a broken one where a field breaks a rule, since one sample among many is
+    no reason to refuse all."""
+    problem = next(faults(row), None)
+    return row if problem is None or row.problem else with_problem(Row(row.key, split=row.split), problem)
 
 
 def with_problem(row: Row, problem: str) -> Row:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.rows.documents import PARTS
-from data_prep.rows.fields import foreign_row, path_key, with_problem
+from data_prep.rows.fields import foreign_row, path_key, sound, with_problem
 from data_prep.rows.refs import Reader, Ref, printable, shown
 from data_prep.rows.row import SPLITS, Found, Row, require_inside, split_called
 from data_prep.rows.walk import Folder
@@ -210,7 +210,7 @@ class _Work:
             row = foreign_row(fields, key, split, own.get("image"), own.get("audio"), members)
         except ValueError as error:
             row, problem = Row(key, split=split), str(error)
-        return with_problem(row, problem) if problem else row
+        return with_problem(row, problem) if problem else sound(row)
 
     def _fields(self, ref: Ref) -> dict[str, Any]:
         value = parse_json(self._read(ref, MAX_META_BYTES), shown(ref), MAX_META_BYTES)

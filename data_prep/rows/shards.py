@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.rows.documents import PARTS, members_named
-from data_prep.rows.fields import foreign_row, kept_key, with_problem
+from data_prep.rows.fields import foreign_row, kept_key, sound, with_problem
 from data_prep.rows.folder import decoded
 from data_prep.rows.refs import Range, Ref, printable
 from data_prep.rows.row import SPLITS, Found, Row, sample_key, split_called
@@ -96,7 +96,7 @@ def _found(shards: Indexed, i: int, split: str, root: Path, prefixed: bool, left
         extension: Range(path, f"{name}.{extension}", offset, size) for extension, (offset, size) in places.items()
     }
     try:
-        row = _row(shards, i, key, split, refs, chosen, places, left_out)
+        row = sound(_row(shards, i, key, split, refs, chosen, places, left_out))
     except ValueError as error:
         row = with_problem(Row(key, split=split), str(error))
     return Found(f"{redacted(url)}, key {name}", row)

@@ -188,6 +188,25 @@ def members(out: Path) -> dict[str, bytes]:
     return found
 
 
+def test_a_field_of_one_sample_does_not_refuse_the_others(tmp_path: Path) -> None:
+    texts = {
+        "a": r'{"text": "a", "label": "\ud800"}',
+        "b": '{"text": "b", "audio_kind": "music"}',
+        "c": '{"text": "c"}',
+    }
+    contents = {f"{name}.json": text for name, text in texts.items()} | {f"{name}.png": PNG for name in texts}
+    make(tmp_path / "folder", **contents)
+    write_tar(tmp_path / "shards/0.tar", dict(sorted(contents.items())))
+    for place in ("folder", "shards"):
+        first, second, third = rows(tmp_path / place)
+        assert first.problem == "a text holds half of a character (a lone surrogate)" and not first.label
+        assert (second.problem, second.text, second.extra) == ("", "b", {"original_audio_kind": "music"})
+        assert (third.problem, third.text) == ("", "c")
+        options = ShardOptions(workers=1, max_bad_fraction=0.5)
+        report = write_shards(open_input(str(tmp_path / place)), tmp_path / f"{place}-out", options)
+        assert [bad.key for bad in report.skipped] == ["a"]
+
+
 def test_a_folder_a_zip_of_it_and_its_shards_give_the_same_samples(tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {
         f"train/{c}/{i}.{s}": png(i) if s == "png" else f"{c} {i}"
