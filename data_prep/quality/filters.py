@@ -62,7 +62,7 @@ class Filters:
 
     def _check_texts(self, language: str, texts: Iterable[str]) -> None:
         if self.languages and not any(_speaks(language, wanted) for wanted in self.languages):
-            what = f"language {language} is not among" if language else "it names no language of"
+            what = f"language {language[:80]} is not among" if language else "it names no language of"
             raise Filtered(f"{what} --language {','.join(self.languages)}")
         texts = [text for text in texts if has_text(text)]
         if texts:

@@ -6,6 +6,7 @@ Runs in worker processes. Whatever a row or its files hold, the outcome is a sam
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from collections import OrderedDict
@@ -19,18 +20,20 @@ import xxhash
 from data_prep.memory import memory_at_most
 from data_prep.quality.filters import Filtered, Filters
 from data_prep.rows.documents import PARTS, parts_of
-from data_prep.rows.refs import Reader, Ref, file_name, shown
+from data_prep.rows.refs import Reader, Ref, file_name, printable, shown
 from data_prep.rows.row import Row, require_inside, sample_fields
 from data_prep.rows.spool import read_rows
 from data_prep.shards.fetch import Fetcher, FetchError, FetchOptions
 from data_prep.shards.media import Check, Media, MediaOptions
 from data_prep.shards.records import BROKEN, FILTERED, OK
 from mmmoe_pretrain.data.sources.members import META
-from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text, use_aliases
+from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_lone_surrogate, has_text, use_aliases
 from mmmoe_pretrain.untrusted import parse_json
 
 DECODED = ("image", "audio")  # kinds whose files are decoded here; those of others pass as they are
 TOLD = ("language", "label", "group", "licence", "source")  # fields of a row in its record
+MOST_TOLD = 1024  # characters of a value in a record; KEY.json has all of it
+MOST_NAMED = 8  # fields
 DECODER_BYTES = 2 << 30  # twice what the largest image takes; metadata of millions of parts takes more
 KEPT_BYTES = 16 << 20  # of encoded images that a process keeps, since rows share images
 
@@ -112,7 +115,8 @@ class Encoder:
         if len((row.text or "").encode()) > MAX_TEXT_BYTES:
             raise ValueError(f"its text has more than {MAX_TEXT_BYTES:,} bytes, and at most so many are read")
         if not row.modalities:
-            others = f" (its other fields: {', '.join(row.extra)})" if row.extra else ""
+            names = ", ".join(printable(name)[:80] for name in itertools.islice(row.extra, MOST_NAMED))
+            others = f" (its other fields: {names}{', ...' * (len(row.extra) > MOST_NAMED)})" if row.extra else ""
             what = "a blank text and no image or audio" if row.text else "no image, audio or text"
             raise ValueError(f"it has {what}{others}")
         members: dict[str, bytes] = {}
@@ -176,7 +180,8 @@ def _told(members: Mapping[str, bytes]) -> dict[str, str]:
     if not isinstance(fields, dict):
         return {}
     use_aliases(fields)
-    return {name: fields[name] for name in TOLD if isinstance(fields.get(name), str)}
+    told = {name: fields[name] for name in TOLD if isinstance(fields.get(name), str)}
+    return {name: value for name, value in told.items() if not has_lone_surrogate(value)}
 
 
 class Outcome(NamedTuple):
@@ -218,6 +223,12 @@ def content_of(row: Row) -> str:
 
 
 def _record(row: Row, sample: EncodedSample | BadSample) -> dict[str, Any]:
+    """Thousands of records are in memory while a shard is written, so each is short."""
+    values = _record_of(row, sample)
+    return {name: value[:MOST_TOLD] if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _record_of(row: Row, sample: EncodedSample | BadSample) -> dict[str, Any]:
     record: dict[str, Any] = {"key": row.key, **{name: getattr(row, name) or None for name in TOLD}}
     record["content"] = content_of(row)
     if isinstance(sample, BadSample):

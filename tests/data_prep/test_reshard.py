@@ -134,6 +134,13 @@ def test_foreign_shards_are_copied_with_all_their_files(tmp_path: Path, caplog) 
     assert "2 files without a suffix left out" in caplog.text
 
 
+def test_a_label_that_is_no_text_does_not_end_the_copy(tmp_path: Path) -> None:
+    members = {"1.txt": b"one", "1.json": rb'{"label": "\ud800", "language": "en"}'}
+    write_tar(tmp_path / "a/0.tar", list(members.items()))
+    reshard(open_parts([str(tmp_path / "a")]), tmp_path / "out", ONE)
+    assert files(tmp_path / "out/train") == members
+
+
 def test_a_blend_has_the_shares_of_its_weights_and_no_sample_twice(tmp_path: Path) -> None:
     for name, count in (("a", 60), ("b", 100)):
         (tmp_path / name).mkdir()

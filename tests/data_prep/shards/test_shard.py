@@ -407,6 +407,22 @@ def field_of(folder: Path, name: str) -> list:
     return [value for batch in read_records(folder, [name]) for value in batch[name]]
 
 
+def test_long_names_and_values_of_strangers_make_no_long_reasons_and_records(tmp_path: Path) -> None:
+    long = "x" * 100_000
+    rows = [
+        Row("fields", text=" ", extra={f"{number}\n{long}": 1 for number in range(99)}),
+        Row("language", text="a", language=long),
+        Row("label", text="a", label=long, language="en"),
+    ]
+    options = ShardOptions(workers=1, max_bad_fraction=1.0, filters=Filters(languages=("en",)))
+    report = shard_rows(rows, tmp_path, tmp_path / "out", replace(options, filters=Filters()))
+    assert len(report.skipped) == 1 and len(report.skipped[0].reason) < 1000 and "\n" not in report.skipped[0].reason
+    found = next(read_records(tmp_path / "out/train", ("key", "label", "language")))
+    assert {len(value or "") for name in ("label", "language") for value in found[name]} == {0, 2, 1024}
+    report = shard_rows(rows[1:], tmp_path, tmp_path / "filtered", options)
+    assert report.sums["train"].rules == {"--language": 1}
+
+
 def test_records_say_what_became_of_each_row_and_the_card_sums_them_up(make_manifest, tmp_path):
     manifest = make_manifest(3)
     rows = [replace(row, licence="CC-BY | 4.0") for row in read_manifest(manifest)]
