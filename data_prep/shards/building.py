@@ -29,7 +29,7 @@ from mmmoe_pretrain.data.sources.listing import LIST
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"
-_WHOLE = "whole"  # exists while the finished shards are moved to OUT
+_WHOLE = "whole"  # exists while the finished shards are moved to OUT; names what is moved, a line each
 _LOCK = "lock"
 _OLD = "old-"  # before the name of what OUT had before
 _DONE = "done.tmp"  # the folder, once all is in OUT
@@ -96,7 +96,8 @@ class Building:
     def _take_back(self) -> None:
         """A run was interrupted while it moved its results to OUT: what was there before is put back."""
         old = {path.name.removeprefix(_OLD): path for path in self.folder.glob(f"{_OLD}*")}
-        for name in {*old, *(line.split for line in self._finished)}:
+        moved = (self.folder / _WHOLE).read_text().splitlines()
+        for name in {*old, *moved, *(line.split for line in self._finished)}:
             if not (self.folder / name).exists() and (self.out / name).exists():
                 (self.out / name).replace(self.folder / name)
             if name in old:
@@ -169,10 +170,10 @@ class Building:
 
     def commit(self, *files: str) -> None:
         """Move the splits and ``files`` to their folders; those of before are removed at the end."""
-        (self.folder / _WHOLE).touch()
         card_path = self.out / card.NAME
         kept = {card.NAME} if card_path.exists() and not card.is_ours(card_path) else set()
         names = [name for name in (*SPLITS, *files) if name not in kept]
+        (self.folder / _WHOLE).write_text("".join(f"{name}\n" for name in names if (self.folder / name).exists()))
         for name in names:
             if (self.out / name).exists():
                 (self.out / name).replace(self.folder / f"{_OLD}{name}")

@@ -16,10 +16,11 @@ from data_prep.cli import app
 from data_prep.quality.filters import Filters
 from data_prep.rows.manifest import read_manifest, write_manifest
 from data_prep.rows.row import Row
+from data_prep.shards.building import FOLDER, Building
 from data_prep.shards.encode import BadSample
 from data_prep.shards.records import Summary, read_records
-from data_prep.shards.shard import Choice, Report, show
-from data_prep.shards.writing import Broken, enough
+from data_prep.shards.shard import Choice, Report, shard_rows, show
+from data_prep.shards.writing import Broken, ShardOptions, enough
 from mmmoe_pretrain.data.sources.source import open_indexed
 from tests.data_prep.shards.test_shard import SMALL, contents, run
 
@@ -169,3 +170,28 @@ def test_the_summary_says_what_was_tried_again_and_what_can_be(capsys: pytest.Ca
     assert tried == "tried 5 rows again, of which 2 are samples now"
     assert skipped == "skipped 3 broken samples, named in out/skipped.jsonl"
     assert passing == "2 downloads of these may succeed another time: repeat the command with --retry"
+
+
+def test_a_command_resumes_that_was_killed_while_it_moved_its_shards_and_once_more(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def write(out: Path) -> None:
+        shard_rows([Row("a", text="A")], tmp_path, out, ShardOptions(workers=1))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out, real = tmp_path / "out", Path.replace
+    for is_moved in (True, False):
+        with monkeypatch.context() as patch:
+            if is_moved:  # all but the end
+                patch.setattr(Path, "replace", lambda path, to: killed() if path.name == FOLDER else real(path, to))
+            else:
+                patch.setattr(Building, "commit", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write(out)
+    write(out)
+    write(tmp_path / "whole")
+    assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    }
