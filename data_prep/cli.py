@@ -127,7 +127,7 @@ def shard(
         options, choice = work.continued(out, options, choice, o.given_names(context))
     rows = open_input(source, choice.columns, form)
     if dry_run:
-        work.show_plan(work.plan(rows, out, choice, options.filters), as_json)
+        work.show_plan(work.plan(rows, out, choice, options), as_json)
         return
     with kept(RESUMES.format(out)):
         work.show(work.run(rows, out, choice, options), out, as_json)

@@ -49,27 +49,32 @@ class Finished:
     named: list[BadSample] = field(default_factory=list)  # the first of them
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise ValueError where shards may not be written to ``out``."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out is a folder")
+    held = sorted(path.name for path in out.iterdir() if path.name != _DONE) if out.exists() else []
+    present = [name for name in held if name != FOLDER]
+    if present and not overwrite and not (out / FOLDER / _WHOLE).exists():
+        is_complete = any((out / split / LIST).exists() for split in SPLITS) and FOLDER not in held
+        what = "holds complete shards" if is_complete else f"is not empty (it has {', '.join(present[:3])})"
+        raise ValueError(f"{out} {what}; choose another --out or pass --overwrite")
+    foreign = [path for split in SPLITS for path in _foreign_files(out / split)]
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]} was not written by `mmmoe-data shard`, so --overwrite does not remove its folder; "
+            f"choose another --out"
+        )
+
+
 class Building:
     """The shards that are written but not yet moved to their folder; ``with`` makes this process the only writer."""
 
     def __init__(self, out: Path, overwrite: bool) -> None:
         self.out, self.folder = out, out / FOLDER
         self._finished: list[Finished] = []
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; --out is a folder")
         shutil.rmtree(out / _DONE, ignore_errors=True)  # of a run that was killed when its shards were complete
-        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        present = [name for name in held if name != FOLDER]
-        if present and not overwrite and not (self.folder / _WHOLE).exists():
-            is_complete = any((out / split / LIST).exists() for split in SPLITS) and FOLDER not in held
-            what = "holds complete shards" if is_complete else f"is not empty (it has {', '.join(present[:3])})"
-            raise ValueError(f"{out} {what}; choose another --out or pass --overwrite")
-        foreign = [path for split in SPLITS for path in _foreign_files(out / split)]
-        if foreign:
-            raise ValueError(
-                f"{foreign[0]} was not written by `mmmoe-data shard`, so --overwrite does not remove its folder; "
-                f"choose another --out"
-            )
+        check_out(out, overwrite)
 
     def __enter__(self) -> Building:
         lock, self._is_new = self.folder / _LOCK, not self.out.exists()

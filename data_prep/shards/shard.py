@@ -21,13 +21,14 @@ from typing import Any
 from rich.table import Table
 
 from data_prep.console import answer, say, say_json, stdout
-from data_prep.quality.filters import Filtered, Filters, rule_of
+from data_prep.quality.filters import Filtered, rule_of
 from data_prep.rows.inputs import Input
+from data_prep.rows.refs import Ref, shown
 from data_prep.rows.row import SPLITS, Fault, Found, Row, split_called
 from data_prep.rows.seen import Seen
 from data_prep.rows.splits import split_of
 from data_prep.rows.spool import Spool, read_rows
-from data_prep.shards.building import Building
+from data_prep.shards.building import Building, check_out
 from data_prep.shards.card import NAME as CARD
 from data_prep.shards.card import write_card
 from data_prep.shards.encode import BadSample, content_of
@@ -35,6 +36,7 @@ from data_prep.shards.records import Summary, skipped, write_skipped
 from data_prep.shards.retry import OPTIONS, SKIPPED, Before, Settings, require
 from data_prep.shards.shard_files import write_shard_list
 from data_prep.shards.writing import Broken, ShardOptions, SplitWriter, TooManyBroken
+from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import FIELD_ALIASES, has_text
 from mmmoe_pretrain.progress import Progress, counted
@@ -102,6 +104,7 @@ def continued(
     out: Path, options: ShardOptions, choice: Choice, given: Collection[str]
 ) -> tuple[ShardOptions, Choice]:
     """With the options of the run that --retry continues; those that are ``given`` must not differ."""
+    require(out)
     first = settings_of(options, choice).continued(out, given)
     options = dataclasses.replace(options, media=first.media, filters=first.filters)
     return options, dataclasses.replace(choice, ratios=first.ratios, columns=first.columns, constants=first.constants)
@@ -178,11 +181,15 @@ def show(report: Report, out: Path, as_json: bool) -> None:
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     """Print what ``--dry-run`` found."""
     lines = [
-        f"{split}: {', '.join(f'{content or NOTHING} {count:,}' for content, count in its.items())}"
+        f"{split}: {', '.join(f'{content or NOTHING} {count:,}' for content, count in its.items()) or 'none'}"
         for split, its in plan["splits"].items()
     ]
     if plan["filtered"]:
         lines.append(f"filtered out: {by_rule(Counter(plan['filtered']))}")
+    if plan["missing"]:
+        lines.append(
+            f"{counted(plan['missing'], 'file')} that rows name do not exist: {', '.join(plan['first_missing'])}"
+        )
     if plan["unchecked"]:
         lines.append(f"not looked at, since files are not opened: {', '.join(plan['unchecked'])}")
     answer(as_json, plan, f"{plan['input']}: {counted(plan['rows'], 'row')}; nothing was written", *lines)
@@ -258,11 +265,13 @@ def _waits_for(spool: Spool, options: ShardOptions) -> str:
     return f"downloads, of {counted(spool.downloads, 'row')} ({limits})" if spool.downloads else ""
 
 
-def plan(given: Input, out: Path, choice: Choice, filters: Filters) -> dict[str, Any]:
+def plan(given: Input, out: Path, choice: Choice, options: ShardOptions) -> dict[str, Any]:
     """What would be written, for ``--dry-run``: rows by split and content, those that filters of texts and language
-    leave out, and the fields beside them. No file of a row is opened: ``unchecked`` are the filters that need
-    one."""
-    before, left_out = Before(out, choice.retry), Counter[str]()
+    leave out, the ``missing`` files, and the fields beside them. No file of a row is opened: ``unchecked`` are the
+    filters that need one."""
+    check_out(out, options.overwrite or choice.retry)
+    before, filters = Before(out, choice.retry), options.filters
+    left_out, missing, lacking = Counter[str](), 0, list[str]()
     with tempfile.TemporaryDirectory() as folder, Spool(Path(folder) / ROWS) as spool:
         seen = fill(spool, given, choice, before.failed)
         content: dict[str, Counter[str]] = {split: Counter() for split in SPLITS if spool.counts[split]}
@@ -271,11 +280,18 @@ def plan(given: Input, out: Path, choice: Choice, filters: Filters) -> dict[str,
                 try:
                     filters.check_row(row)
                     counts[content_of(row)] += 1
+                    absent = [shown(ref) for ref in row.files if _is_missing(ref, given.root)]
+                    missing, lacking = missing + bool(absent), list(dict.fromkeys(lacking + absent))[:3]
                 except Filtered as error:
                     left_out[rule_of(str(error))] += 1
         splits = {split: dict(counts.most_common()) for split, counts in content.items()}
         return {"input": given.name, "rows": len(spool), "splits": splits, "filtered": dict(left_out),
-                "unchecked": filters.of_files(), "fields": seen.types()}  # fmt: skip
+                "missing": missing, "first_missing": lacking, "unchecked": filters.of_files(),
+                "fields": seen.types()}  # fmt: skip
+
+
+def _is_missing(ref: Ref, root: Path) -> bool:
+    return isinstance(ref, str) and not is_remote(ref) and not (root / ref).exists()
 
 
 def fill(spool: Spool, given: Input, choice: Choice, only: set[str] | None) -> Seen:

@@ -452,7 +452,9 @@ def test_files_that_take_the_names_of_each_other_are_read_again(tmp_path):
 def test_a_dry_run_counts_rows_and_what_filters_of_texts_leave_out_and_writes_nothing(make_manifest, tmp_path):
     manifest = make_manifest(3)  # texts of 13, 16 and 16 characters
     filters = Filters(min_characters=14, max_size=8, min_seconds=0.01)
-    found = plan(open_input(manifest), tmp_path / "out", Choice(filters=["language=en"]), filters)
+    found = plan(
+        open_input(manifest), tmp_path / "out", Choice(filters=["language=en"]), ShardOptions(filters=filters)
+    )
     assert (found["rows"], found["filtered"], found["unchecked"]) == (
         3,
         {"--min-characters": 1},
@@ -460,3 +462,15 @@ def test_a_dry_run_counts_rows_and_what_filters_of_texts_leave_out_and_writes_no
     )
     assert found["splits"] == {"train": {"image+audio+text": 1}, "test": {"image+audio+text": 1}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+    assert (found["missing"], found["first_missing"]) == (0, [])
+
+
+def test_a_dry_run_tells_missing_files_and_a_folder_that_is_not_empty(make_manifest, tmp_path):
+    manifest = make_manifest(3)
+    for path in list(manifest.parent.rglob("*.png"))[:1]:
+        path.unlink()
+    found = plan(open_input(manifest), tmp_path / "out", Choice(), ShardOptions())
+    assert found["missing"] == 3, "all rows name it"
+    assert len(found["first_missing"]) == 1 and found["first_missing"][0].endswith(".png")
+    with pytest.raises(ValueError, match=r"corpus is not empty .*; choose another --out or pass --overwrite"):
+        plan(open_input(manifest), manifest.parent, Choice(), ShardOptions())
