@@ -5,12 +5,16 @@ TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SHELL_FILES := $(wildcard launch/*.sh) .ci/run
+SHELL_FILES := $(wildcard launch/*.sh launch/*.sbatch) .ci/run
+IMAGE_TARGET ?= cpu
+IMAGE ?= mmmoe:$(IMAGE_TARGET)
+BASE ?=
+IMAGE_ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity reshard chaos fuzz gpu bench compare clean
+.PHONY: help demo test check parity reshard chaos fuzz cluster image gpu bench compare clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +30,7 @@ check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/hadolint Dockerfile
 
 parity: $(STAMP) ## Train every layout against one process (15 minutes on 2 cores); write docs/parallelism.md
 	@$(BIN)/python -W ignore -m tests.layouts.parity --write docs/parallelism.md
@@ -41,6 +46,17 @@ chaos: $(STAMP) ## Kill ranks of a run 50 times, with streams and with remote sh
 fuzz: $(STAMP) ## Feed 20,000 damaged files to all readers of files (10 minutes)
 	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
 
+cluster: $(STAMP) ## As root: runs over simulated hosts, of which one fails (15 minutes); says what it needs
+	@$(BIN)/python -W ignore -m tests.cluster.run
+
+image: ## Build the container image: IMAGE_TARGET=cpu|cuda BASE=an image to build on (docs/clusters.md)
+	@set -e; if docker info >/dev/null 2>&1; then build="docker build"; \
+	elif command -v podman >/dev/null; then build="podman build"; \
+	elif command -v buildah >/dev/null; then build="buildah bud"; \
+	else echo "make image needs docker (with its daemon), podman or buildah; on Debian: apt-get install buildah" >&2; exit 1; fi; \
+	set -x; $$build --target $(IMAGE_TARGET) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) -t $(IMAGE) $(IMAGE_ARGS) .
+
 gpu: $(STAMP) ## On a machine with a GPU: its tests and benchmarks; write benchmarks/GPU.md (8 minutes)
 	@$(BIN)/python -m benchmarks.common.gpu_report --write benchmarks/GPU.md
 
@@ -52,7 +68,7 @@ bench: $(STAMP) ## Run every benchmark with --quick, compared with other librari
 
 compare: $(STAMP) ## Train the demo's MoE model and a dense model over three seeds (an hour on 2 cores)
 	launch/data.sh
-	$(BIN)/python -m launch.compare
+	$(BIN)/python -m mmmoe_pretrain.launch.compare
 
 clean: ## Remove .venv and the caches, but not data/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

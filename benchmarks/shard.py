@@ -102,7 +102,7 @@ class Files:
 
 
 def ours(manifest: Path, out: Path, workers: int, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "data_prep.cli", "shard", str(manifest), "--out", str(out)]
+    command = [sys.executable, "-m", "mmmoe_pretrain.data_prep.cli", "shard", str(manifest), "--out", str(out)]
     return [*command, "--workers", str(workers), *options]
 
 

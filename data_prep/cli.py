@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from data_prep import console
-from data_prep import options as o
-from data_prep.console import kept
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data_prep import console
+from mmmoe_pretrain.data_prep import options as o
+from mmmoe_pretrain.data_prep.console import kept
 from mmmoe_pretrain.paths import given
 
 RESUMES = "finished shards are kept in {}/building.tmp; repeat the command to resume"
@@ -52,7 +52,7 @@ def corpus(
     Splits hold within one manifest: mini has recordings of asterisk and images of emoji in splits of
     its own, so a model trained on those must not be tested on mini, or the reverse.
     """
-    from data_prep import corpus as work
+    from mmmoe_pretrain.data_prep import corpus as work
 
     with kept(f"what was downloaded is kept in {out}; repeat the command to resume"):
         work.run(name, out, tuple(language or ()), dry_run, as_json)
@@ -103,12 +103,12 @@ def shard(
     allow_private: o.AllowPrivate = False,
 ) -> None:
     """Write what people have as shards with indices; an interrupted run resumes when it is repeated."""
-    from data_prep.quality.filters import Filters, languages
-    from data_prep.rows.inputs import open_input
-    from data_prep.shards import shard as work
-    from data_prep.shards.fetch import FetchOptions
-    from data_prep.shards.media import MediaOptions
-    from data_prep.shards.writing import ShardOptions
+    from mmmoe_pretrain.data_prep.quality.filters import Filters, languages
+    from mmmoe_pretrain.data_prep.rows.inputs import open_input
+    from mmmoe_pretrain.data_prep.shards import shard as work
+    from mmmoe_pretrain.data_prep.shards.fetch import FetchOptions
+    from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+    from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 
     media = MediaOptions(
         image_size, audio_rate, image_format, image_quality, image_side, crop, audio_format, audio_channels
@@ -165,9 +165,9 @@ def reshard(
     language: o.Languages = None,
 ) -> None:
     """Write the samples of shards as shards of another size or order, or a subset; files stay as they are."""
-    from data_prep import reshard as work
-    from data_prep.quality.filters import Filters, languages
-    from data_prep.shards.shard import order_of
+    from mmmoe_pretrain.data_prep import reshard as work
+    from mmmoe_pretrain.data_prep.quality.filters import Filters, languages
+    from mmmoe_pretrain.data_prep.shards.shard import order_of
 
     filters = Filters(
         min_size, max_size, max_aspect, min_seconds, max_seconds, min_characters, max_characters, languages(language)
@@ -193,7 +193,7 @@ def mix(
     as_json: o.Json = False,
 ) -> None:
     """Write a blend of several sources by weights as shuffled shards; no sample comes twice."""
-    from data_prep import reshard as work
+    from mmmoe_pretrain.data_prep import reshard as work
 
     parts, options = work.mix(sources, samples), work.copied(samples_per_shard, shard_size, workers, overwrite)
     with kept(RESUMES.format(out)):
@@ -237,8 +237,8 @@ def dedup(
 
     Kept is the first of equal samples: of --against, then of test, of val, of train, in the order of the shards.
     """
-    from data_prep.quality import dedup as work
-    from data_prep.quality.samples import Settings, read_by
+    from mmmoe_pretrain.data_prep.quality import dedup as work
+    from mmmoe_pretrain.data_prep.quality.samples import Settings, read_by
 
     settings = Settings(read_by(by), near, image_distance, text_similarity)
     files = report, hashes, out, quarantine
@@ -276,7 +276,7 @@ def tokenizer(
     as_json: o.Json = False,
 ) -> None:
     """Train a sentencepiece model on the texts of a split; the same texts give the same model."""
-    from data_prep import tokenizer as work
+    from mmmoe_pretrain.data_prep import tokenizer as work
 
     options = work.TokenizerOptions(vocab_size, model_type, casefold, normalization, max_texts)
     with kept(f"{out} was not written; repeat the command"):
@@ -300,7 +300,7 @@ def index(
     as_json: o.Json = False,
 ) -> None:
     """Index shards, so that training opens them at once; shards that are indexed are not read again."""
-    from data_prep import index as work
+    from mmmoe_pretrain.data_prep import index as work
 
     with kept("indices that were finished are kept; repeat the command for the others"):
         work.run(specs, workers, lengths, dry_run, as_json)
@@ -318,7 +318,7 @@ def verify(
     as_json: o.Json = False,
 ) -> None:
     """Check hashes, indices and samples of shards; exits 1 where something is wrong."""
-    from data_prep import verify as work
+    from mmmoe_pretrain.data_prep import verify as work
 
     with kept("nothing was changed; repeat the command to verify all"):
         if not work.run(folder, workers if decode else 0, as_json):
@@ -336,7 +336,7 @@ def inspect(
     as_json: o.Json = False,
 ) -> None:
     """Count rows, hours and bytes by split, subset, language and modality; show sizes, lengths and samples."""
-    from data_prep.inspect import command as work
+    from mmmoe_pretrain.data_prep.inspect import command as work
 
     with kept("nothing was written; repeat the command"):
         work.run(path, work.Output(html, sheet, samples, seed, int(max_mb * 10**6), as_json))
@@ -354,7 +354,7 @@ def preview(
     as_json: o.Json = False,
 ) -> None:
     """Show what a run would read, without training: shares, epochs, tokens, padding, seconds of decoding."""
-    from data_prep import preview as work
+    from mmmoe_pretrain.data_prep import preview as work
 
     with kept("nothing was changed; repeat the command"):
         work.run(config, tuple(overrides or ()), samples, data_parallel_size, as_json)
@@ -368,7 +368,7 @@ def build_mini(
     ),
 ) -> None:
     """Rebuild the corpus that ships with the repository (maintainers; needs a network)."""
-    from data_prep.corpora import build_mini as work
+    from mmmoe_pretrain.data_prep.corpora import build_mini as work
 
     with kept(f"downloads are kept in {work_dir}; repeat the command"):
         work.run(work_dir, out)

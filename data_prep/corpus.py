@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from data_prep import console, corpora
-from data_prep.console import say
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import SPLITS, Row
+from mmmoe_pretrain.data_prep import console, corpora
+from mmmoe_pretrain.data_prep.console import say
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Row
 
 
 def run(name: str, out: Path, languages: Sequence[str] = (), dry_run: bool = False, as_json: bool = False) -> None:

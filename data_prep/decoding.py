@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
-from data_prep.pool import map_in_order
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, contents, document, read_row
 from mmmoe_pretrain.data.sources.members import RawSample, members_to_read
 from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.pool import map_in_order
 from mmmoe_pretrain.modalities import Modalities, default_modalities, format_of
 from mmmoe_pretrain.urls import redacted
 

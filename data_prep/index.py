@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.console import answer
-from data_prep.pool import map_in_order
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.data.order.fields import MODALITIES, field_path, measure_field, read_field
 from mmmoe_pretrain.data.order.lengths import lengths_path, measure_lengths, open_lengths
@@ -22,6 +20,8 @@ from mmmoe_pretrain.data.sources.indexing import home_of, places
 from mmmoe_pretrain.data.sources.listing import is_remote, is_stream, list_shards, without_ranges
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files, Stat, read_settings
+from mmmoe_pretrain.data_prep.console import answer
+from mmmoe_pretrain.data_prep.pool import map_in_order
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import redacted

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from rich.table import Column, Table
 
-from data_prep.console import printable, say, say_json, stdout
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.config import RunConfig
@@ -27,6 +26,7 @@ from mmmoe_pretrain.data.order.assign import Assignment
 from mmmoe_pretrain.data.order.blend import most_dividing
 from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.data.sources import stream_state
+from mmmoe_pretrain.data_prep.console import printable, say, say_json, stdout
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.progress import counted, track
 

@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_prep.console import answer
-from data_prep.quality.filters import Filters
-from data_prep.rows.inputs import Input
-from data_prep.rows.refs import Range
-from data_prep.rows.row import SPLITS, Faults, Found, Row, split_called
-from data_prep.rows.seen import values_wanted
-from data_prep.rows.spool import Spool, read_found
-from data_prep.shards import shard
-from data_prep.shards.building import Building
-from data_prep.shards.shard import Choice, Report
-from data_prep.shards.shard_files import members_in_tar, tar_size
-from data_prep.shards.writing import ShardOptions
-from data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.console import answer
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.inputs import Input
+from mmmoe_pretrain.data_prep.rows.refs import Range
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Faults, Found, Row, split_called
+from mmmoe_pretrain.data_prep.rows.seen import values_wanted
+from mmmoe_pretrain.data_prep.rows.spool import Spool, read_found
+from mmmoe_pretrain.data_prep.shards import shard
+from mmmoe_pretrain.data_prep.shards.building import Building
+from mmmoe_pretrain.data_prep.shards.shard import Choice, Report
+from mmmoe_pretrain.data_prep.shards.shard_files import members_in_tar, tar_size
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.limits import FIELD_ALIASES, use_aliases
 from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.untrusted import brief, parse_json

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.rows.documents import PARTS, parts_of
-from data_prep.rows.inputs import open_input
-from data_prep.rows.refs import Reader, Ref, file_name, shown
-from data_prep.rows.row import Fault, Found, Row, faults, require_inside, sample_fields, split_called
-from data_prep.rows.shards import holds_shards
-from data_prep.shards.encode import DECODED
-from data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.data.decode import BadSampleError, contents, document, read_row
 from mmmoe_pretrain.data.sources.listing import LIST, is_compressed, is_remote
 from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.survey import held_by, in_order, survey
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.documents import PARTS, parts_of
+from mmmoe_pretrain.data_prep.rows.inputs import open_input
+from mmmoe_pretrain.data_prep.rows.refs import Reader, Ref, file_name, shown
+from mmmoe_pretrain.data_prep.rows.row import Fault, Found, Row, faults, require_inside, sample_fields, split_called
+from mmmoe_pretrain.data_prep.rows.shards import holds_shards
+from mmmoe_pretrain.data_prep.shards.encode import DECODED
+from mmmoe_pretrain.data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import track

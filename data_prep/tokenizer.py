@@ -24,9 +24,9 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from data_prep.console import answer, answering
-from data_prep.rows.row import SPLITS
-from data_prep.samples import NO_SPLIT, open_samples
+from mmmoe_pretrain.data_prep.console import answer, answering
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
+from mmmoe_pretrain.data_prep.samples import NO_SPLIT, open_samples
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.urls import StorageError

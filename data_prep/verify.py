@@ -18,14 +18,6 @@ from typing import Any
 
 import xxhash
 
-from data_prep import console
-from data_prep.console import say
-from data_prep.decoding import count_reason, undecodable
-from data_prep.quality.leaks import Leaks
-from data_prep.rows.row import SPLITS, split_called, split_order
-from data_prep.rows.shards import holds_shards
-from data_prep.shards.building import FOLDER as BUILDING
-from data_prep.shards.shard_files import hash_file
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.sources.index import DamagedIndex, Index
 from mmmoe_pretrain.data.sources.indexing import home_of, label, places
@@ -48,6 +40,14 @@ from mmmoe_pretrain.data.sources.rows import read_rows
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.sources.survey import Survey, held_by
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep import console
+from mmmoe_pretrain.data_prep.console import say
+from mmmoe_pretrain.data_prep.decoding import count_reason, undecodable
+from mmmoe_pretrain.data_prep.quality.leaks import Leaks
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, split_called, split_order
+from mmmoe_pretrain.data_prep.rows.shards import holds_shards
+from mmmoe_pretrain.data_prep.shards.building import FOLDER as BUILDING
+from mmmoe_pretrain.data_prep.shards.shard_files import hash_file
 from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import StorageError, join, redacted

@@ -2,6 +2,11 @@
 # Run an mmmoe command on N processes of this machine: launch/torchrun.sh N COMMAND [ARGUMENT...]
 # More processes than cores is fine; it is slower, and the numbers are the same.
 #
+# On many machines, start the same command once on each, with these variables:
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=HOST [MASTER_PORT=29500] launch/torchrun.sh 8 train CONFIG
+# NODE_RANK is 0 on HOST, and 1, 2, ... on the others. They wait JOIN_TIMEOUT seconds (600) for each other, at the
+# start and after a failure: a machine that is started again within that time joins, and all resume.
+#
 # SIGTERM, SIGUSR1 (Slurm: --signal=B:USR1@120) and Ctrl-C: training saves a checkpoint, and this script exits with 75
 # (restart it). If a rank crashes, all are restarted and resume from the last checkpoint, MAX_RESTARTS times (3).
 # Other exit codes: 0 done, 2 an error that a restart does not fix, 76 a rank hung, 1 any other failure.
@@ -13,16 +18,15 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1
 shift
-restarts=${MAX_RESTARTS:-3}
-if [[ ! $restarts =~ ^[0-9]+$ ]]; then
-  echo "MAX_RESTARTS is '$restarts', not a number of restarts; e.g. MAX_RESTARTS=3" >&2
-  exit 2
-fi
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -d $root/mmmoe_pretrain ]] || root=$(dirname "$root") # launch/ lies in the package where that is installed
 python=python
 if [[ -x $root/.venv/bin/python ]]; then
   python=$root/.venv/bin/python
+fi
+
+if [[ $1 == doctor ]]; then
+  MAX_RESTARTS=0
 fi
 
 # Tensor parallelism on GPUs overlaps with communication only where kernels start in the order of their launch.
@@ -58,10 +62,9 @@ done
 
 set -m # torchrun gets its own process group: Ctrl-C reaches only this script
 (
-  # torchrun kills its workers 30 s after a SIGTERM, and terminates on SIGUSR1; schedulers may send both to every process.
+  # torchrun would end its workers by both, and schedulers may send both to every process.
   trap '' TERM USR1
-  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-    --max-restarts "$restarts" --signals-to-handle SIGHUP,SIGQUIT -m mmmoe_pretrain.cli "$@"
+  exec "$python" -m mmmoe_pretrain.launcher "$processes" "${MAX_RESTARTS:-3}" -m mmmoe_pretrain.cli "$@"
 ) &
 torchrun=$!
 
@@ -74,7 +77,8 @@ done
 
 reason=$(cat "$MMMOE_EXIT_FILE" 2>/dev/null || true)
 case $status:$reason in
-  0:75 | 0:2) status=$reason ;; # stopped after saving; an error that ended restarted workers
+  # stopped after saving; an error that ended restarted workers; failed checks of mmmoe doctor
+  0:75 | 0:2 | 0:1) status=$reason ;;
   0:*) ;;
   *:2 | *:76) status=$reason ;;
 esac

@@ -1,4 +1,4 @@
-"""The command line: ``mmmoe train``, ``evaluate``, ``routing``, ``experts``, ``export`` and ``import``.
+"""The command line: ``mmmoe train``, ``doctor``, ``evaluate``, ``routing``, ``experts``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2; other errors are bugs and show their traceback.
@@ -38,16 +38,51 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=100.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Fail if there is no checkpoint to resume from.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="First check the hosts (mmmoe doctor); 1 if a check fails.")
+    ] = False,
 ) -> None:
     """Train on this process, or on all ranks of torchrun. A run that has a checkpoint resumes from it.
 
     Exit codes: 0 done, 2 an error that you can fix, 75 saved after a signal (start it again), 76 a rank hung.
     """
+    if sys.platform != "linux":
+        raise ValueError(f"training runs on Linux, and this is {sys.platform}; train in a container (make image)")
+    store = _examine(config, overrides or [], None) if preflight else None  # open until training has its own
     from mmmoe_pretrain.train.loop import train as run_training
     from mmmoe_pretrain.train.start import config_to_train
 
     code = run_training(config_to_train(config, overrides or []), resume=resume, overwrite=overwrite)
+    del store
     raise typer.Exit(exit_codes.record(code))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(callback=given, help="Check this run's layout and data, too.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. runs_dir=FOLDER.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(callback=given, help="Check this folder; default: that of CONFIG.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check this machine, or all hosts of torchrun: versions, GPUs, limits, clocks, the run's folder, the network.
+
+    Ends within a minute. Exit codes: 0 no check failed (there may be warnings), 1 a check failed, 2 bad usage.
+    """
+    _examine(config, overrides or [], run_dir, as_json)
+
+
+def _examine(config: Path | None, overrides: list[str], run_dir: Path | None, as_json: bool = False) -> object:
+    from mmmoe_pretrain import config as run_config
+    from mmmoe_pretrain.doctor.peer import Subject
+    from mmmoe_pretrain.doctor.run import examine
+
+    if config is not None and "RANK" not in os.environ:  # among hosts it is a check, which names them
+        run_config.load(config, overrides)
+    return examine(Subject(config, overrides, run_dir), as_json)
 
 
 Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo.")]

@@ -1,5 +1,6 @@
 """What a process tells its launcher."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,9 @@ def test_the_command_line_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit):
         cli.main()
     assert not (tmp_path / "code").exists()
+
+
+def test_training_elsewhere_than_on_linux_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ValueError, match="training runs on Linux, and this is darwin"):
+        cli.train(Path("run.yaml"))

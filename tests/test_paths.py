@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import typer
 
-import data_prep.cli
 import mmmoe_pretrain.cli
+import mmmoe_pretrain.data_prep.cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.engines.deepspeed_config import _own_swap_folder
 from mmmoe_pretrain.paths import expand, given, make_folder
@@ -90,7 +90,9 @@ def commands(app: typer.Typer) -> Iterator[Callable[..., Any]]:
         yield from commands(group.typer_instance)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("app", [mmmoe_pretrain.cli.app, data_prep.cli.app], ids=["mmmoe", "mmmoe-data"])
+@pytest.mark.parametrize(
+    "app", [mmmoe_pretrain.cli.app, mmmoe_pretrain.data_prep.cli.app], ids=["mmmoe", "mmmoe-data"]
+)
 def test_every_path_of_the_command_lines_goes_through_the_rule(app: typer.Typer) -> None:
     seen = 0
     for command in commands(app):
@@ -107,8 +109,9 @@ def test_every_path_of_the_command_lines_goes_through_the_rule(app: typer.Typer)
     ("module", "arguments", "message"),
     [(mmmoe_pretrain.cli, ["train", "~/x.yaml"], "no config at /h/x.yaml"),
      (mmmoe_pretrain.cli, ["evaluate", "$NOPE/run"], "$NOPE/run: the environment variable NOPE is not set"),
-     (data_prep.cli, ["tokenizer", "~/a", "$NOPE/b", "--vocab-size", "9", "--out", "c"], "NOPE is not set"),
-     (data_prep.cli, ["verify", "~/shards"], "/h/shards")],
+     (mmmoe_pretrain.data_prep.cli, ["tokenizer", "~/a", "$NOPE/b", "--vocab-size", "9", "--out", "c"],
+      "NOPE is not set"),
+     (mmmoe_pretrain.data_prep.cli, ["verify", "~/shards"], "/h/shards")],
     ids=["mmmoe ~", "mmmoe $", "mmmoe-data $", "mmmoe-data ~"],
 )  # fmt: skip
 def test_a_command_takes_the_path_that_a_shell_would_take(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.rows.manifest import read_manifest
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -19,10 +19,10 @@ import soundfile
 import soxr
 from PIL import Image
 
-from data_prep.corpora import mini
-from data_prep.corpora.packages import fetch_debian
-from data_prep.shards.encode import EncodedSample
-from data_prep.shards.shard_files import write_shard, write_shard_list
+from mmmoe_pretrain.data_prep.corpora import mini
+from mmmoe_pretrain.data_prep.corpora.packages import fetch_debian
+from mmmoe_pretrain.data_prep.shards.encode import EncodedSample
+from mmmoe_pretrain.data_prep.shards.shard_files import write_shard, write_shard_list
 
 PACKAGES = ("mate-backgrounds", "lomiri-wallpapers-20.04")
 MEGAPIXELS = (1, 2, 3, 4, 6, 8, 12)

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.rows.row import Row
 
 Build = Callable[[Path, Sequence[str]], tuple[list[Row], dict[str, int]]]
 
@@ -27,5 +27,5 @@ def build(name: str) -> Build:
     """The function that builds a corpus, imported here."""
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
-    function: Build = importlib.import_module(f"data_prep.corpora.{name}").build
+    function: Build = importlib.import_module(f"mmmoe_pretrain.data_prep.corpora.{name}").build
     return function

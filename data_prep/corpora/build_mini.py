@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.corpora import asterisk, emoji
-from data_prep.corpora.asterisk import Prompt
-from data_prep.corpora.emoji import STYLES, Emoji, Style
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Row
-from data_prep.rows.splits import group_items, normalise_text, split_of
-from data_prep.shards.audio import audio_seconds
+from mmmoe_pretrain.data_prep.corpora import asterisk, emoji
+from mmmoe_pretrain.data_prep.corpora.asterisk import Prompt
+from mmmoe_pretrain.data_prep.corpora.emoji import STYLES, Emoji, Style
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.rows.splits import group_items, normalise_text, split_of
+from mmmoe_pretrain.data_prep.shards.audio import audio_seconds
 
 SPLIT_SALT = "mini-36"  # the constructed groups are only 32; this salt gives each split some of them
 PIXELS = 48

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora.packages import fetch_npm
-from data_prep.rows.row import Row
-from data_prep.rows.splits import file_token, group_items, normalise_text, split_of
+from mmmoe_pretrain.data_prep.corpora.packages import fetch_npm
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.rows.splits import file_token, group_items, normalise_text, split_of
 
 SPLIT_SALT = "emoji"
 _NAMES = ("emojibase-data", "17.0.0")

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.corpora.packages import fetch_debian
-from data_prep.rows.row import Row, slug
-from data_prep.rows.splits import group_items, normalise_text, split_of
+from mmmoe_pretrain.data_prep.corpora.packages import fetch_debian
+from mmmoe_pretrain.data_prep.rows.row import Row, slug
+from mmmoe_pretrain.data_prep.rows.splits import group_items, normalise_text, split_of
 from mmmoe_pretrain.progress import track
 
 PACKAGE = "dict-gcide"

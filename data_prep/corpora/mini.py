@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.corpora.packages import unpack_tar
-from data_prep.rows.manifest import read_manifest
-from data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.corpora.packages import unpack_tar
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "tests" / "assets" / "mini" / "mini.tar"
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.corpora.download import MissingFileError, Remote, download
+from mmmoe_pretrain.data_prep.corpora.download import MissingFileError, Remote, download
 from mmmoe_pretrain.progress import Progress
 
 _OFFLINE = "`mmmoe-data corpus mini` ships with the repository and needs no network"

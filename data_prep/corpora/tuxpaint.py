@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora.packages import fetch_debian
-from data_prep.rows.row import Row, slug
-from data_prep.rows.splits import file_token, group_items, normalise_text, split_of
+from mmmoe_pretrain.data_prep.corpora.packages import fetch_debian
+from mmmoe_pretrain.data_prep.rows.row import Row, slug
+from mmmoe_pretrain.data_prep.rows.splits import file_token, group_items, normalise_text, split_of
 from mmmoe_pretrain.progress import track
 
 PACKAGE = "tuxpaint-stamps-default"

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from data_prep import console
-from data_prep.console import printable, say
-from data_prep.inspect.measure import Found, Kind, amount, lines, measure
-from data_prep.inspect.page import write_page
-from data_prep.inspect.sheet import write_sheet
+from mmmoe_pretrain.data_prep import console
+from mmmoe_pretrain.data_prep.console import printable, say
+from mmmoe_pretrain.data_prep.inspect.measure import Found, Kind, amount, lines, measure
+from mmmoe_pretrain.data_prep.inspect.page import write_page
+from mmmoe_pretrain.data_prep.inspect.sheet import write_sheet
 from mmmoe_pretrain.progress import counted
 
 

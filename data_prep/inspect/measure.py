@@ -15,13 +15,13 @@ from urllib.parse import unquote
 
 import xxhash
 
-from data_prep.decoding import decode
-from data_prep.inspect.histogram import Histogram
-from data_prep.inspect.records import Records, read_records
-from data_prep.rows.row import split_order
-from data_prep.samples import Piece, Sample, Shards, open_samples
-from data_prep.shards.audio import audio_seconds
 from mmmoe_pretrain.data.decode import BadSampleError
+from mmmoe_pretrain.data_prep.decoding import decode
+from mmmoe_pretrain.data_prep.inspect.histogram import Histogram
+from mmmoe_pretrain.data_prep.inspect.records import Records, read_records
+from mmmoe_pretrain.data_prep.rows.row import split_order
+from mmmoe_pretrain.data_prep.samples import Piece, Sample, Shards, open_samples
+from mmmoe_pretrain.data_prep.shards.audio import audio_seconds
 from mmmoe_pretrain.limits import decoder_reason
 from mmmoe_pretrain.modalities import default_modalities
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, header_size

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
-from data_prep.inspect.histogram import Histogram
-from data_prep.inspect.measure import QUANTITIES, Found, Kind, amount, lines
-from data_prep.inspect.sheet import SOUND_SECONDS, sound, thumbnail
-from data_prep.samples import Piece, Sample
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data_prep.inspect.histogram import Histogram
+from mmmoe_pretrain.data_prep.inspect.measure import QUANTITIES, Found, Kind, amount, lines
+from mmmoe_pretrain.data_prep.inspect.sheet import SOUND_SECONDS, sound, thumbnail
+from mmmoe_pretrain.data_prep.samples import Piece, Sample
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import counted, track
 from mmmoe_pretrain.urls import StorageError

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.rows.columnar import ROWS_AT_ONCE, batches, parquet_file, reason, values
 from mmmoe_pretrain.data.storage.files import Files, MissingError
+from mmmoe_pretrain.data_prep.rows.columnar import ROWS_AT_ONCE, batches, parquet_file, reason, values
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.urls import StorageError, redacted

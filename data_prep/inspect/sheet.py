@@ -18,8 +18,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from data_prep.console import printable
-from data_prep.samples import Piece, Sample
+from mmmoe_pretrain.data_prep.console import printable
+from mmmoe_pretrain.data_prep.samples import Piece, Sample
 from mmmoe_pretrain.limits import decoder_reason
 from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, ImageReader

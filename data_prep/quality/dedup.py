@@ -9,16 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.console import answer
-from data_prep.quality.repeats import HELD_OUT, find_repeats, totals
-from data_prep.quality.report import Found, is_list, label, read_hashes, refuse_name, write_hashes, write_report
-from data_prep.quality.samples import DOCUMENT, Settings, read_samples
-from data_prep.reshard import Part, reshard
-from data_prep.shards.building import Building
-from data_prep.shards.writing import ShardOptions
-from data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.console import answer
+from mmmoe_pretrain.data_prep.quality.repeats import HELD_OUT, find_repeats, totals
+from mmmoe_pretrain.data_prep.quality.report import (
+    Found,
+    is_list,
+    label,
+    read_hashes,
+    refuse_name,
+    write_hashes,
+    write_report,
+)
+from mmmoe_pretrain.data_prep.quality.samples import DOCUMENT, Settings, read_samples
+from mmmoe_pretrain.data_prep.reshard import Part, reshard
+from mmmoe_pretrain.data_prep.shards.building import Building
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.verify import open_splits, split_named
 from mmmoe_pretrain.progress import Progress, counted
 
 

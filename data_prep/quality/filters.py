@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmmoe_pretrain.limits import has_text
 
 if TYPE_CHECKING:
-    from data_prep.rows.row import Row
+    from mmmoe_pretrain.data_prep.rows.row import Row
 
 
 RULES = (
@@ -72,7 +72,7 @@ class Filters:
         """Raise Filtered by the members of a sample that is copied as it is; what is damaged passes."""
         if self == Filters():
             return
-        from data_prep.shards.audio import audio_seconds
+        from mmmoe_pretrain.data_prep.shards.audio import audio_seconds
         from mmmoe_pretrain.modalities import format_of
         from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, header_size
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_prep.quality.samples import document_digest, media_of
-from data_prep.rows.row import SPLITS
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.rows import read_rows
+from mmmoe_pretrain.data_prep.quality.samples import document_digest, media_of
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import redacted

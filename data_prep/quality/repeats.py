@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.quality.fingerprints import PERMUTATIONS, mixed, rows_of_a_band
-from data_prep.quality.neighbours import Tables, first_close, first_equal, hamming_tables
-from data_prep.quality.samples import NOTHING, Samples, Settings
-from data_prep.rows.row import SPLITS
+from mmmoe_pretrain.data_prep.quality.fingerprints import PERMUTATIONS, mixed, rows_of_a_band
+from mmmoe_pretrain.data_prep.quality.neighbours import Tables, first_close, first_equal, hamming_tables
+from mmmoe_pretrain.data_prep.quality.samples import NOTHING, Samples, Settings
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
 
 COLOUR = 8.0  # mean difference of Cb and Cr, of 255, up to which images are close
 MOST_IMAGES, MOST_TEXTS = 1024, 64  # with the same key in a table that a sample is compared with

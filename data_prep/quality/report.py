@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from data_prep.quality.repeats import Repeats
-from data_prep.quality.samples import DOCUMENT, NOTHING, Samples, Settings
-from data_prep.rows.row import SPLITS
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.sources.source import Indexed
+from mmmoe_pretrain.data_prep.quality.repeats import Repeats
+from mmmoe_pretrain.data_prep.quality.samples import DOCUMENT, NOTHING, Samples, Settings
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import track
 from mmmoe_pretrain.untrusted import brief, parse_json

@@ -20,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from data_prep.pool import map_in_order
-from data_prep.quality.fingerprints import COLOURS, PERMUTATIONS, look_of, signature
-from data_prep.rows.row import SPLITS, split_called
-from data_prep.rows.splits import normalise_text
 from mmmoe_pretrain.data.decode import PARTS, BadSampleError, contents, document, read_row
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data_prep.pool import map_in_order
+from mmmoe_pretrain.data_prep.quality.fingerprints import COLOURS, PERMUTATIONS, look_of, signature
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, split_called
+from mmmoe_pretrain.data_prep.rows.splits import normalise_text
 from mmmoe_pretrain.limits import has_text
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.progress import Progress

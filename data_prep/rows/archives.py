@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from data_prep.rows.columnar import RandomFile
-from data_prep.rows.refs import Range, Ref
-from data_prep.rows.row import SPLITS, split_called
-from data_prep.rows.walk import Folder, is_ignored
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.columnar import RandomFile
+from mmmoe_pretrain.data_prep.rows.refs import Range, Ref
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, split_called
+from mmmoe_pretrain.data_prep.rows.walk import Folder, is_ignored
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import local_path, redacted

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from data_prep.memory import memory_at_most
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.memory import memory_at_most
 from mmmoe_pretrain.urls import redacted
 
 ROWS_AT_ONCE = 1024

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.rows.documents import PARTS
-from data_prep.rows.fields import foreign_row, in_utf_8, path_key
-from data_prep.rows.refs import Ref, file_name, printable
-from data_prep.rows.row import CONTENT, FIELDS, SPLITS, Row, kinds_of_files, sample_key, split_called
 from mmmoe_pretrain.data.sources.listing import is_remote
+from mmmoe_pretrain.data_prep.rows.documents import PARTS
+from mmmoe_pretrain.data_prep.rows.fields import foreign_row, in_utf_8, path_key
+from mmmoe_pretrain.data_prep.rows.refs import Ref, file_name, printable
+from mmmoe_pretrain.data_prep.rows.row import CONTENT, FIELDS, SPLITS, Row, kinds_of_files, sample_key, split_called
 from mmmoe_pretrain.limits import FIELD_ALIASES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.untrusted import brief

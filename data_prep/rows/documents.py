@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.rows.refs import Ref
+from mmmoe_pretrain.data_prep.rows.refs import Ref
 from mmmoe_pretrain.limits import has_lone_surrogate, has_text
 from mmmoe_pretrain.untrusted import brief
 

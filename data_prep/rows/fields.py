@@ -11,9 +11,9 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.rows.documents import NONE, PARTS
-from data_prep.rows.refs import Ref
-from data_prep.rows.row import AUDIO_KINDS, CONTENT, FIELDS, SPLITS, Row, faults, split_called
+from mmmoe_pretrain.data_prep.rows.documents import NONE, PARTS
+from mmmoe_pretrain.data_prep.rows.refs import Ref
+from mmmoe_pretrain.data_prep.rows.row import AUDIO_KINDS, CONTENT, FIELDS, SPLITS, Row, faults, split_called
 from mmmoe_pretrain.limits import use_aliases
 from mmmoe_pretrain.untrusted import brief
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.rows.documents import PARTS
-from data_prep.rows.fields import foreign_row, path_key, sound, with_problem
-from data_prep.rows.refs import Reader, Ref, printable, shown
-from data_prep.rows.row import SPLITS, Found, Row, require_inside, split_called
-from data_prep.rows.walk import Folder
 from mmmoe_pretrain.data.sources.members import META
+from mmmoe_pretrain.data_prep.rows.documents import PARTS
+from mmmoe_pretrain.data_prep.rows.fields import foreign_row, path_key, sound, with_problem
+from mmmoe_pretrain.data_prep.rows.refs import Reader, Ref, printable, shown
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Found, Row, require_inside, split_called
+from mmmoe_pretrain.data_prep.rows.walk import Folder
 from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import Progress, counted

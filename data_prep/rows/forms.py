@@ -7,13 +7,13 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data_prep.rows.huggingface import SAVED, SAVED_SPLITS, metadata_files
-from data_prep.rows.manifest import lines
-from data_prep.rows.shards import holds_shards
-from data_prep.rows.tables import TEXT_TABLES, ending, is_ljspeech, is_table
-from data_prep.rows.walk import walk
 from mmmoe_pretrain.data.sources.listing import ENERGON, LIST, is_compressed, is_remote, refuse_compressed
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.huggingface import SAVED, SAVED_SPLITS, metadata_files
+from mmmoe_pretrain.data_prep.rows.manifest import lines
+from mmmoe_pretrain.data_prep.rows.shards import holds_shards
+from mmmoe_pretrain.data_prep.rows.tables import TEXT_TABLES, ending, is_ljspeech, is_table
+from mmmoe_pretrain.data_prep.rows.walk import walk
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.untrusted import MAX_JSON_BYTES, parse_json

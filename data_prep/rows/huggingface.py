@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.rows.row import SPLITS, split_called
-from data_prep.rows.tables import Source
-from data_prep.rows.walk import walk
 from mmmoe_pretrain.data.sources.listing import is_relative_name
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, split_called
+from mmmoe_pretrain.data_prep.rows.tables import Source
+from mmmoe_pretrain.data_prep.rows.walk import walk
 from mmmoe_pretrain.untrusted import MAX_YAML_BYTES, brief, parse_yaml, read_json
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

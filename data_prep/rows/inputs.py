@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.rows.archives import zip_folders
-from data_prep.rows.columns import parse_columns
-from data_prep.rows.folder import folder_rows
-from data_prep.rows.forms import detect
-from data_prep.rows.huggingface import METADATA, dataset_sources
-from data_prep.rows.manifest import manifest_path, manifest_rows
-from data_prep.rows.row import SPLITS, Fault, Found, split_called
-from data_prep.rows.shards import shard_rows
-from data_prep.rows.spool import Order
-from data_prep.rows.tables import Source, Table, ending, rows_of, table_sources, text_table
-from data_prep.rows.walk import Folder, walk
 from mmmoe_pretrain.data.sources.listing import expanded, is_remote
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.archives import zip_folders
+from mmmoe_pretrain.data_prep.rows.columns import parse_columns
+from mmmoe_pretrain.data_prep.rows.folder import folder_rows
+from mmmoe_pretrain.data_prep.rows.forms import detect
+from mmmoe_pretrain.data_prep.rows.huggingface import METADATA, dataset_sources
+from mmmoe_pretrain.data_prep.rows.manifest import manifest_path, manifest_rows
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Fault, Found, split_called
+from mmmoe_pretrain.data_prep.rows.shards import shard_rows
+from mmmoe_pretrain.data_prep.rows.spool import Order
+from mmmoe_pretrain.data_prep.rows.tables import Source, Table, ending, rows_of, table_sources, text_table
+from mmmoe_pretrain.data_prep.rows.walk import Folder, walk
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import filled_in, local_path, redacted
@@ -140,7 +140,7 @@ def _of_tables(asked: _Asked, sources: list[Source], root: Path | None = None) -
 def _opened(source: Source, root: Path, files: Files) -> Table:
     if (suffix := ending(source.path)) not in ("parquet", "arrow"):
         return text_table(source, files)
-    from data_prep.rows import parquet  # pyarrow
+    from mmmoe_pretrain.data_prep.rows import parquet  # pyarrow
 
     name = source.path if is_remote(source.path) else os.path.relpath(local_path(source.path), root)
     if suffix == "parquet":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.rows.row import Fault, Faults, Found, Row, faults, row_fields, row_of, row_problem
+from mmmoe_pretrain.data_prep.rows.row import Fault, Faults, Found, Row, faults, row_fields, row_of, row_problem
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.progress import Progress
 from mmmoe_pretrain.untrusted import brief, parse_json

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from data_prep.rows.columnar import (
+from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.columnar import (
     CELLS_AT_ONCE,
     ROWS_AT_ONCE,
     batches,
@@ -22,12 +23,11 @@ from data_prep.rows.columnar import (
     reason,
     values,
 )
-from data_prep.rows.columns import KNOWN
-from data_prep.rows.fields import format_by_start
-from data_prep.rows.refs import Cell, Ref, printable
-from data_prep.rows.row import Fault
-from data_prep.rows.tables import Record, Table, require_distinct
-from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.columns import KNOWN
+from mmmoe_pretrain.data_prep.rows.fields import format_by_start
+from mmmoe_pretrain.data_prep.rows.refs import Cell, Ref, printable
+from mmmoe_pretrain.data_prep.rows.row import Fault
+from mmmoe_pretrain.data_prep.rows.tables import Record, Table, require_distinct
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.urls import redacted

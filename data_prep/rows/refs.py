@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.rows.columnar import CELLS_AT_ONCE, Cells, batches, open_arrow, open_parquet, reason
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.columnar import CELLS_AT_ONCE, Cells, batches, open_arrow, open_parquet, reason
 from mmmoe_pretrain.limits import MAX_MEMBER_BYTES
 from mmmoe_pretrain.untrusted import read_bytes
 from mmmoe_pretrain.urls import redacted

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from data_prep.rows.documents import PARTS, Part, members_named, parts_of
-from data_prep.rows.refs import Ref, file_name, ref_from, shown
 from mmmoe_pretrain.data.sources.listing import is_remote
+from mmmoe_pretrain.data_prep.rows.documents import PARTS, Part, members_named, parts_of
+from mmmoe_pretrain.data_prep.rows.refs import Ref, file_name, ref_from, shown
 from mmmoe_pretrain.limits import MAX_KEY_BYTES, MAX_NAME_BYTES, has_lone_surrogate, has_text, use_aliases
 from mmmoe_pretrain.modalities import format_of, reads
 from mmmoe_pretrain.progress import counted

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.rows.refs import Ref, shown
-from data_prep.rows.row import FIELDS, Row, is_outside, sample_fields
+from mmmoe_pretrain.data_prep.rows.refs import Ref, shown
+from mmmoe_pretrain.data_prep.rows.row import FIELDS, Row, is_outside, sample_fields
 from mmmoe_pretrain.limits import FIELD_ALIASES
 from mmmoe_pretrain.modalities import format_of
 from mmmoe_pretrain.progress import counted

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.rows.documents import PARTS, members_named
-from data_prep.rows.fields import foreign_row, kept_key, sound, with_problem
-from data_prep.rows.folder import decoded
-from data_prep.rows.refs import Range, Ref, printable
-from data_prep.rows.row import SPLITS, Found, Row, sample_key, split_called
 from mmmoe_pretrain.data.sources.listing import ENERGON, LIST, energon_splits, is_remote
 from mmmoe_pretrain.data.sources.members import CLASS, META
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.documents import PARTS, members_named
+from mmmoe_pretrain.data_prep.rows.fields import foreign_row, kept_key, sound, with_problem
+from mmmoe_pretrain.data_prep.rows.folder import decoded
+from mmmoe_pretrain.data_prep.rows.refs import Range, Ref, printable
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Found, Row, sample_key, split_called
 from mmmoe_pretrain.limits import FIELD_ALIASES, MAX_MEMBER_BYTES, MAX_META_BYTES, MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.untrusted import parse_json
@@ -71,7 +71,7 @@ def shard_rows(spec: str, root: Path, given: Mapping[str, str], files: Files, no
 
 def _not_downloaded(place: str, urls: list[str], files: Files) -> Iterator[str]:
     """A note of the rows that img2dataset tells of in its Parquet files and has no sample of."""
-    from data_prep.inspect.records import read_records  # pyarrow
+    from mmmoe_pretrain.data_prep.inspect.records import read_records  # pyarrow
 
     records = read_records(urls, files)
     failed = {status: n for status, n in records.statuses.items() if status.startswith("failed_")} if records else {}

@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import xxhash
 
-from data_prep.rows.row import SPLITS, Fault, Faults, Found, Row, faults, row_from_json, row_to_json
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Fault, Faults, Found, Row, faults, row_from_json, row_to_json
 from mmmoe_pretrain.progress import counted
 from mmmoe_pretrain.untrusted import brief
 

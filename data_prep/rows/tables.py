@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from data_prep.rows.columns import choose, is_known
-from data_prep.rows.manifest import lines
-from data_prep.rows.refs import Ref, file_name
-from data_prep.rows.row import Fault, Found
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows.columns import choose, is_known
+from mmmoe_pretrain.data_prep.rows.manifest import lines
+from mmmoe_pretrain.data_prep.rows.refs import Ref, file_name
+from mmmoe_pretrain.data_prep.rows.row import Fault, Found
 from mmmoe_pretrain.limits import MAX_META_BYTES
 from mmmoe_pretrain.progress import Progress, counted
 from mmmoe_pretrain.untrusted import MAX_JSON_BYTES, brief, parse_json

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.rows.refs import Ref
 from mmmoe_pretrain.data.sources.members import is_leftover
+from mmmoe_pretrain.data_prep.rows.refs import Ref
 
 Folder = tuple[str, dict[str, Ref]]  # its path below the root ("" is the root), and its files by name
 MAX_DEPTH = 64

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from data_prep.shards.media import OPUS_RATES, Check, Media, MediaOptions, suffix_of
+from mmmoe_pretrain.data_prep.shards.media import OPUS_RATES, Check, Media, MediaOptions, suffix_of
 from mmmoe_pretrain.limits import DECODER_ERRORS, decoder_reason
 from mmmoe_pretrain.modalities.audio_file import crc, open_audio, read_mono, read_samples
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_prep.rows.row import SPLITS
-from data_prep.shards import card
-from data_prep.shards.encode import BadSample
-from data_prep.shards.shard_files import hash_file, shard_name
 from mmmoe_pretrain.data.sources.indexing import NAME as INDEX
 from mmmoe_pretrain.data.sources.listing import LIST
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
+from mmmoe_pretrain.data_prep.shards import card
+from mmmoe_pretrain.data_prep.shards.encode import BadSample
+from mmmoe_pretrain.data_prep.shards.shard_files import hash_file, shard_name
 
 FOLDER = "building.tmp"
 _FINISHED = "finished.jsonl"

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 import yaml
 
-from data_prep.shards.records import COUNTED, Summary
+from mmmoe_pretrain.data_prep.shards.records import COUNTED, Summary
 
 NAME = "README.md"
 MOST_SHOWN = 20  # values of a field

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_prep.memory import memory_at_most
-from data_prep.quality.filters import Filtered, Filters
-from data_prep.rows.documents import PARTS, parts_of
-from data_prep.rows.refs import Reader, Ref, file_name, printable, shown
-from data_prep.rows.row import Row, require_inside, sample_fields
-from data_prep.rows.spool import read_rows
-from data_prep.shards.fetch import Fetcher, FetchError, FetchOptions
-from data_prep.shards.media import Check, Media, MediaOptions
-from data_prep.shards.records import BROKEN, FILTERED, OK
 from mmmoe_pretrain.data.sources.members import META
+from mmmoe_pretrain.data_prep.memory import memory_at_most
+from mmmoe_pretrain.data_prep.quality.filters import Filtered, Filters
+from mmmoe_pretrain.data_prep.rows.documents import PARTS, parts_of
+from mmmoe_pretrain.data_prep.rows.refs import Reader, Ref, file_name, printable, shown
+from mmmoe_pretrain.data_prep.rows.row import Row, require_inside, sample_fields
+from mmmoe_pretrain.data_prep.rows.spool import read_rows
+from mmmoe_pretrain.data_prep.shards.fetch import Fetcher, FetchError, FetchOptions
+from mmmoe_pretrain.data_prep.shards.media import Check, Media, MediaOptions
+from mmmoe_pretrain.data_prep.shards.records import BROKEN, FILTERED, OK
 from mmmoe_pretrain.limits import MAX_META_BYTES, MAX_TEXT_BYTES, has_lone_surrogate, has_text, use_aliases
 from mmmoe_pretrain.untrusted import parse_json
 
@@ -252,9 +252,9 @@ def member(
     limits of the loader, so that no broken one gets into a shard; ``check`` is called once their facts are known.
     Raises ValueError, which says ``where`` the file is."""
     if kind == "image":
-        from data_prep.shards.images import image_member as encode
+        from mmmoe_pretrain.data_prep.shards.images import image_member as encode
     elif kind == "audio":
-        from data_prep.shards.audio import audio_member as encode
+        from mmmoe_pretrain.data_prep.shards.audio import audio_member as encode
     else:
         return Media(_suffix(name, kind), data)
     try:

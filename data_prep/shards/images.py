@@ -12,7 +12,7 @@ from collections.abc import Callable
 import xxhash
 from PIL import Image
 
-from data_prep.shards.media import Check, Media, MediaOptions, suffix_of
+from mmmoe_pretrain.data_prep.shards.media import Check, Media, MediaOptions, suffix_of
 from mmmoe_pretrain.limits import decoder_reason
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS, ImageReader
 

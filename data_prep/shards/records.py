@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.quality.filters import rule_of
+from mmmoe_pretrain.data_prep.quality.filters import rule_of
 
 OK, BROKEN, FILTERED = "ok", "broken", "filtered"
 # Field -> its type in pyarrow's spelling.

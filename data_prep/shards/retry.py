@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.quality.filters import Filters
-from data_prep.rows.row import SPLITS
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.records import BROKEN, OK, read_records, read_skipped
-from data_prep.shards.shard_files import write_json
 from mmmoe_pretrain.data.sources.listing import LIST, read_list
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.row import SPLITS
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.records import BROKEN, OK, read_records, read_skipped
+from mmmoe_pretrain.data_prep.shards.shard_files import write_json
 from mmmoe_pretrain.untrusted import read_bytes
 
 log = logging.getLogger(__name__)

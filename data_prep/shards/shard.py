@@ -20,24 +20,24 @@ from typing import Any
 
 from rich.table import Table
 
-from data_prep.console import answer, say, say_json, stdout
-from data_prep.quality.filters import Filtered, rule_of
-from data_prep.rows.inputs import Input
-from data_prep.rows.refs import Ref, shown
-from data_prep.rows.row import SPLITS, Fault, Found, Row, split_called
-from data_prep.rows.seen import Seen
-from data_prep.rows.splits import split_of
-from data_prep.rows.spool import Spool, read_rows
-from data_prep.shards.building import Building, check_out
-from data_prep.shards.card import NAME as CARD
-from data_prep.shards.card import write_card
-from data_prep.shards.encode import BadSample, content_of
-from data_prep.shards.records import Summary, skipped, write_skipped
-from data_prep.shards.retry import OPTIONS, SKIPPED, Before, Settings, require
-from data_prep.shards.shard_files import write_shard_list
-from data_prep.shards.writing import Broken, ShardOptions, SplitWriter, TooManyBroken
 from mmmoe_pretrain.data.sources.listing import is_remote
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep.console import answer, say, say_json, stdout
+from mmmoe_pretrain.data_prep.quality.filters import Filtered, rule_of
+from mmmoe_pretrain.data_prep.rows.inputs import Input
+from mmmoe_pretrain.data_prep.rows.refs import Ref, shown
+from mmmoe_pretrain.data_prep.rows.row import SPLITS, Fault, Found, Row, split_called
+from mmmoe_pretrain.data_prep.rows.seen import Seen
+from mmmoe_pretrain.data_prep.rows.splits import split_of
+from mmmoe_pretrain.data_prep.rows.spool import Spool, read_rows
+from mmmoe_pretrain.data_prep.shards.building import Building, check_out
+from mmmoe_pretrain.data_prep.shards.card import NAME as CARD
+from mmmoe_pretrain.data_prep.shards.card import write_card
+from mmmoe_pretrain.data_prep.shards.encode import BadSample, content_of
+from mmmoe_pretrain.data_prep.shards.records import Summary, skipped, write_skipped
+from mmmoe_pretrain.data_prep.shards.retry import OPTIONS, SKIPPED, Before, Settings, require
+from mmmoe_pretrain.data_prep.shards.shard_files import write_shard_list
+from mmmoe_pretrain.data_prep.shards.writing import Broken, ShardOptions, SplitWriter, TooManyBroken
 from mmmoe_pretrain.limits import FIELD_ALIASES, has_text
 from mmmoe_pretrain.progress import Progress, counted
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from data_prep.shards.encode import EncodedSample
 from mmmoe_pretrain.data.sources.listing import LIST
+from mmmoe_pretrain.data_prep.shards.encode import EncodedSample
 
 BLOCK = 512  # bytes: a header, and what contents are filled up to
 

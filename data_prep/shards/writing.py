@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_prep.pool import map_in_order
-from data_prep.quality.filters import Filters
-from data_prep.rows.refs import Reader
-from data_prep.rows.spool import read_rows
-from data_prep.shards.building import Building, Finished
-from data_prep.shards.encode import BadSample, EncodedSample, Outcome, Task, encode_at, row_digest
-from data_prep.shards.fetch import FetchOptions
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.records import RecordWriter
-from data_prep.shards.shard_files import ShardWriter, shard_name, tar_bytes
 from mmmoe_pretrain import __version__
+from mmmoe_pretrain.data_prep.pool import map_in_order
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.refs import Reader
+from mmmoe_pretrain.data_prep.rows.spool import read_rows
+from mmmoe_pretrain.data_prep.shards.building import Building, Finished
+from mmmoe_pretrain.data_prep.shards.encode import BadSample, EncodedSample, Outcome, Task, encode_at, row_digest
+from mmmoe_pretrain.data_prep.shards.fetch import FetchOptions
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.records import RecordWriter
+from mmmoe_pretrain.data_prep.shards.shard_files import ShardWriter, shard_name, tar_bytes
 from mmmoe_pretrain.progress import Progress, counted
 
 log = logging.getLogger(__name__)

@@ -34,8 +34,8 @@ def prepare() -> Any:
         if error.name != "deepspeed":
             raise
         raise ValueError(
-            "parallel.engine deepspeed needs DeepSpeed, which is not installed; pip install 'mmmoe[deepspeed]' "
-            "(from a checkout: pip install -e '.[deepspeed]' -c constraints.txt), or set parallel.engine: megatron"
+            "parallel.engine deepspeed needs DeepSpeed, which is not installed here: pip install "
+            "'deepspeed>=0.19.8', or set parallel.engine: megatron"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for minutes on CPUs
     deepspeed.utils.logger.setLevel(logging.WARNING)

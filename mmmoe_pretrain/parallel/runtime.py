@@ -53,8 +53,9 @@ def _allow_many_files() -> None:
 
 
 @contextmanager
-def process_group(timeout_minutes: float) -> Iterator[torch.device]:
-    """The default process group, from torchrun's environment or of this process alone.
+def process_group(timeout_minutes: float, store: dist.Store | None = None) -> Iterator[torch.device]:
+    """The default process group, from torchrun's environment or of this process alone. ``store``: in place of one at
+    MASTER_ADDR, for a group that another follows in this process.
 
     NCCL on GPUs, gloo on CPUs. A collective that outlasts ``timeout_minutes`` ends the job: gloo
     raises, NCCL's watchdog ends the process. After an error NCCL's communicators are left to the
@@ -71,7 +72,8 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
     _refuse_many_alone()
     _allow_many_files()
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        rank, size = (int(os.environ[name]) if store else -1 for name in ("RANK", "WORLD_SIZE"))
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     finished = False

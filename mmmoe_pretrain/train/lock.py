@@ -33,6 +33,8 @@ class RunLock:
     """RUN/lock, held from ``take`` to the end of a ``with`` or of this process."""
 
     def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.holder = ""  # this process, once it has the lock
         self._path = run_dir / LOCK
         self._file: FileIO | None = None
 
@@ -56,7 +58,8 @@ class RunLock:
                 time.sleep(0.1)
             file.truncate(0)
             pid = os.getpid()
-            file.write(f"process {pid} on {socket.gethostname()}, started at {_start(pid)}\n".encode())
+            self.holder = f"process {pid} on {socket.gethostname()}, started at {_start(pid)}"
+            file.write(f"{self.holder}\n".encode())
         except BaseException:
             file.close()
             raise
@@ -71,6 +74,14 @@ class RunLock:
             self._file.truncate(0)
             self._file.close()
         self._file = None
+
+    def seen(self) -> str:
+        """What another process's file says; empty where there is none. The holder would lose the lock by it."""
+        assert self._file is None
+        try:
+            return self._text()
+        except OSError:
+            return ""
 
     def _locked(self, file: FileIO) -> bool:
         try:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "MMMOE_STOP_FILE"
+from mmmoe_pretrain.exit_codes import STOP_FILE
+
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
 from mmmoe_pretrain.config import RUN_NAME, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.objectives import objectives_of
-from mmmoe_pretrain.parallel.agreement import any_rank, from_rank_0
+from mmmoe_pretrain.parallel.agreement import any_rank, exchange, from_rank_0
 from mmmoe_pretrain.parallel.groups import HostGroups
 from mmmoe_pretrain.train.journal import EVENTS, read_events, replacing
 from mmmoe_pretrain.train.lock import LOCK, RunLock
@@ -33,6 +35,7 @@ from mmmoe_pretrain.train.lock import LOCK, RunLock
 log = logging.getLogger(__name__)
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same in all starts of a job
+SHARED_WITHIN = 30.0  # seconds until a new folder shows on another machine: NFS may keep its view for so long
 REPLACED_BY = "replaced_by"  # a file that names the job that replaced an older run here
 NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter")  # MoE settings of how it is computed
 
@@ -231,14 +234,50 @@ def _of_dicts(value: Any) -> bool:
 
 
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:
-    """Make the run's folder, and delete an older run there if that is to be replaced; how to start."""
-    return from_rank_0(host.storage, lambda: _claim(config, lock, start))
+    """Make the run's folder, and delete an older run there if that is to be replaced; how to start. Raises ValueError
+    on every rank, before anything is deleted, where another machine does not see that folder."""
+
+    def take() -> tuple[bool, str]:
+        with _explained(config):
+            return lock.take(), lock.holder
+
+    waited, holder = from_rank_0(host.storage, take)
+    # Where the checkpoints are elsewhere, only rank 0 needs the folder.
+    if config.checkpoint.folder is None:
+        exchange(host.storage, lambda: _apart(lock, holder), lambda hosts: _refuse_unshared(config, hosts))
+    return from_rank_0(host.storage, lambda: _claim(config, start, waited))
 
 
-def _claim(config: RunConfig, lock: RunLock, start: Start) -> Start:
-    with _explained(config):
-        waited = lock.take()
-        if start.replace:
+def _apart(lock: RunLock, holder: str) -> str:
+    """The name of this machine if it does not see rank 0's lock; its first rank looks."""
+    looks = os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+    return "" if not looks or _appears(lock, holder) else socket.gethostname()
+
+
+def _appears(lock: RunLock, holder: str) -> bool:
+    """Whether rank 0's lock appears here: a network file system shows a new file late."""
+    deadline = time.monotonic() + SHARED_WITHIN
+    while lock.seen() != holder:
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(lock.run_dir.parent)  # the file system then asks its server what is new
+        time.sleep(0.2)
+    return True
+
+
+def _refuse_unshared(config: RunConfig, hosts: Sequence[str]) -> None:
+    apart = sorted({*hosts} - {""})
+    if apart:
+        raise ValueError(
+            f"the run's folder {config.run_dir.absolute()} on {', '.join(apart[:8])} is not the one of rank 0; set "
+            f"runs_dir to a folder that all machines share, or checkpoint.folder to one (mmmoe doctor checks it)"
+        )
+
+
+def _claim(config: RunConfig, start: Start, waited: bool) -> Start:
+    if start.replace:
+        with _explained(config):
             _clear(config)
             (config.run_dir / REPLACED_BY).write_text(_job(), encoding="utf-8")
     # Another job may have trained here since the first look.

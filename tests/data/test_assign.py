@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import index
 from mmmoe_pretrain.config import RunConfig, dump
 from mmmoe_pretrain.data.decode import decode
 from mmmoe_pretrain.data.order import lengths
@@ -17,6 +16,7 @@ from mmmoe_pretrain.data.order.assign import Assignment, estimate_all
 from mmmoe_pretrain.data.order.lengths import Line, fit, lengths_path, measure_lengths
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data_prep import index
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.support import objectives, things, tiny_config, tiny_values, write_shards, write_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
 
 TEXTS = ("A red square.", "Un carré rouge.", "Красный квадрат.", "Ένα κόκκινο τετράγωνο.", "赤い四角")
 

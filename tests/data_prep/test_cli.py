@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep import cli
 from tests.data.servers import every, http_server
 from tests.support import things, tiny_config, tiny_values, write_shards
 
@@ -54,7 +54,16 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, c
 
 def test_a_warning_does_not_steer_the_terminal(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"key": "a", "text": "b", "\\u001b[2J": "a.jpg"}\n')
-    command = [sys.executable, "-m", "data_prep.cli", "shard", tmp_path / "rows.jsonl", "--dry-run", "--out", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmmoe_pretrain.data_prep.cli",
+        "shard",
+        tmp_path / "rows.jsonl",
+        "--dry-run",
+        "--out",
+        "out",
+    ]
     ended = subprocess.run(command, capture_output=True, check=True)
     assert rb"field \x1b[2J names files" in ended.stderr and b"\x1b" not in ended.stderr
 
@@ -122,7 +131,7 @@ def test_every_command_has_an_example_and_the_version_is_told(monkeypatch, capsy
 
 APP = """
     import time, typer
-    from data_prep import console, pool
+    from mmmoe_pretrain.data_prep import console, pool
     app = typer.Typer()
 
     @app.command()

@@ -12,15 +12,15 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.console import Interrupted
-from data_prep.inspect.command import Output, run
-from data_prep.inspect.histogram import Histogram
-from data_prep.inspect.measure import measure
-from data_prep.inspect.sheet import write_sheet
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Row
-from data_prep.samples import Piece, Sample
-from data_prep.shards.shard import ShardOptions, shard_rows
+from mmmoe_pretrain.data_prep.console import Interrupted
+from mmmoe_pretrain.data_prep.inspect.command import Output, run
+from mmmoe_pretrain.data_prep.inspect.histogram import Histogram
+from mmmoe_pretrain.data_prep.inspect.measure import measure
+from mmmoe_pretrain.data_prep.inspect.sheet import write_sheet
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.samples import Piece, Sample
+from mmmoe_pretrain.data_prep.shards.shard import ShardOptions, shard_rows
 from tests.data.servers import http_server
 from tests.support import write_tar
 
@@ -145,7 +145,7 @@ def test_records_beside_shards_are_counted_with_the_reasons(tmp_path, capsys, re
 
 
 def test_kinds_are_bounded_and_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.inspect.measure.MOST_KINDS", 2)
+    monkeypatch.setattr("mmmoe_pretrain.data_prep.inspect.measure.MOST_KINDS", 2)
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     rows = [Row(f"k{n}", text="x", language=f"l{n}") for n in range(9)]
     write_manifest(tmp_path / "manifest.jsonl", [*rows, Row("bad", audio="a.wav"), Row("none", image="b.png")])
@@ -170,7 +170,7 @@ def test_a_damaged_sample_is_counted_once_by_headers_or_where_it_is_decoded(tmp_
 
 
 def test_captions_stay_in_their_column_and_tell_letters_without_a_font(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.inspect.sheet.FONTS", ())
+    monkeypatch.setattr("mmmoe_pretrain.data_prep.inspect.sheet.FONTS", ())
 
     def drawn(key: str, text: str) -> np.ndarray:
         samples = [Sample("", key, "", {}, (Piece("text", "", text),))] * 2
@@ -196,7 +196,7 @@ def test_an_interrupted_page_leaves_the_earlier_one(tmp_path, monkeypatch):
 
     write_manifest(tmp_path / "manifest.jsonl", [Row("a", text="red")])
     (tmp_path / "page.html").write_text("earlier")
-    monkeypatch.setattr("data_prep.inspect.page._article", interrupt)
+    monkeypatch.setattr("mmmoe_pretrain.data_prep.inspect.page._article", interrupt)
     with pytest.raises(Interrupted):
         run(str(tmp_path), Output(tmp_path / "page.html"))
     assert (tmp_path / "page.html").read_text() == "earlier"

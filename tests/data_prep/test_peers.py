@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.common.environments import environment_of
-from data_prep.cli import app
+from mmmoe_pretrain.data_prep.cli import app
 from tests.data_prep import read_with_peer
 from tests.data_prep.read_with_peer import Found, digest
 

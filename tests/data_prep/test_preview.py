@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import index, preview
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.data_prep import index, preview
 from mmmoe_pretrain.modalities import build_modalities
 from tests.support import things, tiny_config, tiny_values, write_shards
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.reshard import Subset, choose, mix, open_parts, read_keys, reshard, run
-from data_prep.rows.manifest import read_manifest
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
-from data_prep.verify import Seen, verify_folder
+from mmmoe_pretrain.data_prep.reshard import Subset, choose, mix, open_parts, read_keys, reshard, run
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.verify import Seen, verify_folder
 from tests.support import write_tar
 
 ONE = ShardOptions(workers=1)

@@ -5,10 +5,10 @@ import json
 import pytest
 import sentencepiece
 
-from data_prep import tokenizer
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Row
-from data_prep.tokenizer import TokenizerOptions
+from mmmoe_pretrain.data_prep import tokenizer
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.tokenizer import TokenizerOptions
 from mmmoe_pretrain.modalities import Tokenizer
 from tests.support import write_tar
 

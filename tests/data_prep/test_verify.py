@@ -10,14 +10,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.inspect.measure import Kind, measure
-from data_prep.rows.manifest import read_manifest
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
-from data_prep.shards.writing import ShardOptions
-from data_prep.verify import Seen, run, split_specs, verify_folder
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.sources.survey import survey
+from mmmoe_pretrain.data_prep.inspect.measure import Kind, measure
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.shard_files import EncodedSample, hash_file, write_shard, write_shard_list
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.verify import Seen, run, split_specs, verify_folder
 from mmmoe_pretrain.progress import Progress
 from tests.data.servers import http_server
 from tests.support import write_tar
@@ -192,7 +192,7 @@ def test_a_shard_that_the_disk_does_not_give_is_a_problem_and_the_others_are_ver
             raise OSError(errno.EIO, "Input/output error")
         return hash_file(path)
 
-    monkeypatch.setattr("data_prep.verify.hash_file", broken)
+    monkeypatch.setattr("mmmoe_pretrain.data_prep.verify.hash_file", broken)
     seen = Seen()
     found = list(verify_folder(shards, seen))
     message = "-000000.tar: cannot be read (Input/output error)"

@@ -37,7 +37,11 @@ def test_the_commands_of_the_page_train_and_evaluate(tmp_path: Path) -> None:
     (commands,) = blocks("sh")
     for line in commands.splitlines():
         program, *arguments = shlex.split(line)
-        modules = {"mmmoe": ["-m", "mmmoe_pretrain.cli"], "mmmoe-data": ["-m", "data_prep.cli"], "python": []}
+        modules = {
+            "mmmoe": ["-m", "mmmoe_pretrain.cli"],
+            "mmmoe-data": ["-m", "mmmoe_pretrain.data_prep.cli"],
+            "python": [],
+        }
         more = next((extra for word, extra in MORE.items() if word in arguments), [])
         subprocess.run(
             [sys.executable, *modules[program], *arguments, *more],

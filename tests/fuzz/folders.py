@@ -17,24 +17,24 @@ import numpy as np
 import torch
 import xxhash
 
-from data_prep import verify as data_verify
-from data_prep.inspect.measure import measure
-from data_prep.quality import dedup as quality_dedup
-from data_prep.quality.samples import Settings
-from data_prep.rows.inputs import open_input
-from data_prep.rows.manifest import read_manifest
-from data_prep.rows.row import Fault, faults
-from data_prep.shards import shard as data_shard
-from data_prep.shards.encode import BadSample, EncodedSample, Encoder
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.shard_files import write_shard, write_shard_list
-from data_prep.shards.writing import ShardOptions
 from launch import compare
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep import verify as data_verify
+from mmmoe_pretrain.data_prep.inspect.measure import measure
+from mmmoe_pretrain.data_prep.quality import dedup as quality_dedup
+from mmmoe_pretrain.data_prep.quality.samples import Settings
+from mmmoe_pretrain.data_prep.rows.inputs import open_input
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
+from mmmoe_pretrain.data_prep.rows.row import Fault, faults
+from mmmoe_pretrain.data_prep.shards import shard as data_shard
+from mmmoe_pretrain.data_prep.shards.encode import BadSample, EncodedSample, Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.shard_files import write_shard, write_shard_list
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing import history
 from mmmoe_pretrain.modalities import Modalities, Tokenizer

@@ -18,16 +18,16 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep import verify
-from data_prep.rows.manifest import read_manifest
-from data_prep.shards.encode import Encoder
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import limits
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep import verify
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
+from mmmoe_pretrain.data_prep.shards.encode import Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
 from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
 from mmmoe_pretrain.modalities.image import Image as ImageModality
@@ -50,10 +50,12 @@ IMPORTS = {
 CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path", "input")
 ENDS = ("torch.load", "jit.load", "hub.load", "np.load", "numpy.load", "read_pickle", "load_obj",
         ".listen", ".bind", "start_http_server", "start_server", "TCPStore")  # fmt: skip
-YAML = ("yaml.safe_load", "yaml.safe_dump", "yaml.SafeLoader")
+YAML = ("yaml.safe_load", "yaml.safe_load_all", "yaml.safe_dump", "yaml.safe_dump_all", "yaml.SafeLoader")
 ALLOWED = {
     "mmmoe_pretrain/data/workers/worker.py": "pickle",  # between processes of one run that forked each other; no file
     "mmmoe_pretrain/data/workers/arena.py": "pickle",  # in their memory, and between the ranks of a job
+    "mmmoe_pretrain/doctor/peer.py": "dist.TCPStore",  # between the hosts of a job
+    "mmmoe_pretrain/exit_codes.py": "dist.TCPStore",  # a client of torchrun's own
     "mmmoe_pretrain/train/heartbeats.py": "dist.TCPStore",  # between the ranks of a job, as torchrun's own
 }
 

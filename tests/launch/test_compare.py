@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare import dense_overrides, markdown, summarise, train_and_evaluate
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.launch.compare import dense_overrides, markdown, summarise, train_and_evaluate
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

@@ -29,15 +29,15 @@ MARK = "MMMOE_TEST_FOLDER"
 
 @contextmanager
 def launched(
-    config: RunConfig, *arguments: str, terminal: int | None = None, **environment: str
+    config: RunConfig, *arguments: str, workers: int = 2, terminal: int | None = None, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """The script with two workers, on a terminal or a log; at the end nothing of it is left."""
+    """The script with its workers, on a terminal or a log; at the end nothing of it is left."""
     path = Path(config.runs_dir) / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     run_config.dump(config, path)
     log = path.with_suffix(".log").open("a+")
     process = subprocess.Popen(
-        [*(["setsid", "--ctty"] if terminal is not None else []), SCRIPT, "2", "train", str(path), *arguments],
+        [*(["setsid", "--ctty"] * (terminal is not None)), SCRIPT, str(workers), "train", str(path), *arguments],
         stdin=terminal, stdout=log if terminal is None else terminal, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, MARK: config.runs_dir, **environment},
     )  # fmt: skip
@@ -205,4 +205,4 @@ def test_a_strange_number_of_restarts_is_refused() -> None:
     result = subprocess.run([SCRIPT, "2", "train", "x"], env={**os.environ, "MAX_RESTARTS": "many"}, text=True,
                             capture_output=True, check=False)  # fmt: skip
     assert result.returncode == 2
-    assert "MAX_RESTARTS is 'many'" in result.stderr
+    assert "MAX_RESTARTS is many; set it to a number of restarts" in result.stderr

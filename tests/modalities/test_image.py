@@ -12,9 +12,9 @@ import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
-from data_prep.shards.encode import Encoder
-from data_prep.shards.media import MediaOptions
 from mmmoe_pretrain import limits
+from mmmoe_pretrain.data_prep.shards.encode import Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
 from mmmoe_pretrain.modalities import BadSampleError, image_file
 from mmmoe_pretrain.modalities.image import Image as ImageModality
 from mmmoe_pretrain.modalities.image import ImageEmbedder

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -285,6 +286,27 @@ def test_a_folder_that_cannot_be_written_is_one_error_on_every_rank(tmp_path: Pa
     Path(config.runs_dir).write_text("no folder")
     for message in run_ranks(2, outcome, config):
         assert message.startswith(f"ValueError: the run's folder {config.run_dir} cannot be written: ")
+
+
+def test_a_folder_that_another_machine_does_not_see_is_refused_on_every_rank(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that each have a folder of this name: here by another working directory."""
+    monkeypatch.setattr(start, "SHARED_WITHIN", 0.3)
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{os.environ.get('RANK')}")
+
+    def machine(apart: bool) -> None:
+        place = tmp_path / (os.environ["RANK"] if apart else "0")
+        (place / "runs" / "tiny").mkdir(parents=True, exist_ok=True)
+        os.environ["LOCAL_RANK"] = "0"
+        os.chdir(place)
+
+    config = config_in(tmp_path, tiny_data, train={"steps": 1}).model_copy(update={"runs_dir": "runs"})
+    for message in run_ranks(2, outcome, config, partial(machine, True)):
+        assert re.match(
+            r"ValueError: the run's folder \S+/[01]/runs/tiny on host1 is not the one of rank 0; ", message
+        )
+    assert run_ranks(2, outcome, config, partial(machine, False)) == ["code 0"] * 2
 
 
 def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

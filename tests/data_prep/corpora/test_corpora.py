@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import corpora
-from data_prep.corpora import asterisk, emoji, gcide, tuxpaint
+from mmmoe_pretrain.data_prep import corpora
+from mmmoe_pretrain.data_prep.corpora import asterisk, emoji, gcide, tuxpaint
 
 
 def stamp(root: Path, name: str, text: str, *sounds: str, image: str = ".png") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_prep.corpora.download import MissingFileError, Remote, download
+from mmmoe_pretrain.data_prep.corpora.download import MissingFileError, Remote, download
 from tests.data.servers import HttpServer, every, http_server
 
 CONTENT = bytes(range(256)) * 4000

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpora import mini
-from data_prep.rows.manifest import read_manifest, write_manifest
-from data_prep.shards.encode import Encoder
-from data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.corpora import mini
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest, write_manifest
+from mmmoe_pretrain.data_prep.shards.encode import Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
 
 
 @pytest.fixture(scope="module")

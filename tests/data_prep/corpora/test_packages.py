@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpora import packages
-from data_prep.corpora.download import MissingFileError, Remote, file_digest
+from mmmoe_pretrain.data_prep.corpora import packages
+from mmmoe_pretrain.data_prep.corpora.download import MissingFileError, Remote, file_digest
 
 
 def fake_client(folder: Path, name: str, script: str) -> None:

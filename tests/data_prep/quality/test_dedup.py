@@ -9,16 +9,16 @@ import pytest
 from PIL import Image, ImageEnhance
 from pyarrow import parquet
 
-from data_prep.cli import app
-from data_prep.quality import samples
-from data_prep.quality.dedup import Options, dedup, summary
-from data_prep.quality.fingerprints import look_of
-from data_prep.quality.report import kept, read_hashes, write_hashes, write_report
-from data_prep.quality.samples import Settings, read_by
-from data_prep.rows.row import Row
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep.cli import app
+from mmmoe_pretrain.data_prep.quality import samples
+from mmmoe_pretrain.data_prep.quality.dedup import Options, dedup, summary
+from mmmoe_pretrain.data_prep.quality.fingerprints import look_of
+from mmmoe_pretrain.data_prep.quality.report import kept, read_hashes, write_hashes, write_report
+from mmmoe_pretrain.data_prep.quality.samples import Settings, read_by
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from tests.support import write_tar
 
 NEAR = Settings(near=True)

@@ -8,16 +8,16 @@ import soundfile
 from PIL import Image
 from pyarrow import parquet
 
-from data_prep.cli import app
-from data_prep.quality.filters import RULES, Filtered, Filters, rule_of
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Row
-from data_prep.shards.building import Building
-from data_prep.shards.encode import BadSample, Encoder
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep.cli import app
+from mmmoe_pretrain.data_prep.quality.filters import RULES, Filtered, Filters, rule_of
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.shards.building import Building
+from mmmoe_pretrain.data_prep.shards.encode import BadSample, Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from tests.support import write_tar
 
 

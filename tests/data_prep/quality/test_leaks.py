@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from data_prep.verify import Seen, verify_folder
+from mmmoe_pretrain.data_prep.verify import Seen, verify_folder
 from tests.support import write_tar
 
 

@@ -6,11 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep.quality import neighbours
-from data_prep.quality.fingerprints import rows_of_a_band, signature
-from data_prep.quality.neighbours import first_close, first_equal, hamming_tables
-from data_prep.quality.repeats import find_repeats
-from data_prep.quality.samples import Samples, Settings, Source
+from mmmoe_pretrain.data_prep.quality import neighbours
+from mmmoe_pretrain.data_prep.quality.fingerprints import rows_of_a_band, signature
+from mmmoe_pretrain.data_prep.quality.neighbours import first_close, first_equal, hamming_tables
+from mmmoe_pretrain.data_prep.quality.repeats import find_repeats
+from mmmoe_pretrain.data_prep.quality.samples import Samples, Settings, Source
 
 
 def first_within(words: np.ndarray, distance: int, fixed: tuple[int, ...] = (), most: int = 1 << 20) -> list[int]:

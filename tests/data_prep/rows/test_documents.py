@@ -12,13 +12,6 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.inspect.measure import measure
-from data_prep.rows.manifest import read_manifest, write_manifest
-from data_prep.rows.row import Row, row_problem
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
-from data_prep.tokenizer import Texts, read_texts
-from data_prep.verify import Seen, verify_folder
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data import decode as decoding
@@ -26,6 +19,13 @@ from mmmoe_pretrain.data.decode import BadSample, decode
 from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.sources.survey import survey
+from mmmoe_pretrain.data_prep.inspect.measure import measure
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest, write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row, row_problem
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.tokenizer import Texts, read_texts
+from mmmoe_pretrain.data_prep.verify import Seen, verify_folder
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.run import evaluate
 from mmmoe_pretrain.modalities import Modalities, build_modalities

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data_prep.rows import archives
-from data_prep.rows.forms import detect
-from data_prep.rows.inputs import open_input
-from data_prep.rows.refs import Range, Reader
-from data_prep.rows.row import Fault, Row
-from data_prep.shards.shard import ShardOptions, write_shards
 from mmmoe_pretrain.data.storage.files import Files
+from mmmoe_pretrain.data_prep.rows import archives
+from mmmoe_pretrain.data_prep.rows.forms import detect
+from mmmoe_pretrain.data_prep.rows.inputs import open_input
+from mmmoe_pretrain.data_prep.rows.refs import Range, Reader
+from mmmoe_pretrain.data_prep.rows.row import Fault, Row
+from mmmoe_pretrain.data_prep.shards.shard import ShardOptions, write_shards
 from tests.data.servers import http_server
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.rows.manifest import read_manifest, write_manifest
-from data_prep.rows.row import Row
-from data_prep.rows.seen import Seen
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest, write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.rows.seen import Seen
 
 
 def test_rows_survive_a_round_trip(tmp_path):

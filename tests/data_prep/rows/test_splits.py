@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.rows.splits import group_items, normalise_text, split_of
+from mmmoe_pretrain.data_prep.rows.splits import group_items, normalise_text, split_of
 
 
 def test_items_connected_through_others_are_one_group():

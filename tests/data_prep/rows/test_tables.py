@@ -14,10 +14,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_prep.rows import columnar
-from data_prep.rows.inputs import Input, open_input
-from data_prep.rows.refs import Cell, Reader
-from data_prep.rows.row import Fault, Row
+from mmmoe_pretrain.data_prep.rows import columnar
+from mmmoe_pretrain.data_prep.rows.inputs import Input, open_input
+from mmmoe_pretrain.data_prep.rows.refs import Cell, Reader
+from mmmoe_pretrain.data_prep.rows.row import Fault, Row
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n one", b"\xff\xd8\xff two"  # by their first bytes
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cli import app
+from mmmoe_pretrain.data_prep.cli import app
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILDING = "building.tmp"
@@ -108,7 +108,17 @@ def many_images(folder: Path) -> Path:
 
 
 def start(corpus: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "data_prep.cli", "shard", str(corpus), "--out", str(out), "--image-size", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmmoe_pretrain.data_prep.cli",
+        "shard",
+        str(corpus),
+        "--out",
+        str(out),
+        "--image-size",
+        "16",
+    ]
     return subprocess.Popen(
         [*command, "--samples-per-shard", "8", "--workers", "2"], cwd=ROOT, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_prep.quality.filters import Filters
-from data_prep.rows.inputs import open_input
-from data_prep.rows.manifest import write_manifest
-from data_prep.rows.row import Found, Row
-from data_prep.rows.spool import Spool
-from data_prep.shards import fetch
-from data_prep.shards.encode import BadSample, EncodedSample, Encoder, Task, encode_at
-from data_prep.shards.fetch import Fetcher, FetchError, FetchOptions, forbidden_by
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.shard import Choice, write_shards
-from data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.data.storage import connections
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.inputs import open_input
+from mmmoe_pretrain.data_prep.rows.manifest import write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Found, Row
+from mmmoe_pretrain.data_prep.rows.spool import Spool
+from mmmoe_pretrain.data_prep.shards import fetch
+from mmmoe_pretrain.data_prep.shards.encode import BadSample, EncodedSample, Encoder, Task, encode_at
+from mmmoe_pretrain.data_prep.shards.fetch import Fetcher, FetchError, FetchOptions, forbidden_by
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.shard import Choice, write_shards
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from tests.data.servers import HttpServer, http_server
 from tests.support import image_bytes
 

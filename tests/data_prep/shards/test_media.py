@@ -15,12 +15,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.rows.row import Row
-from data_prep.shards import encode as encoding
-from data_prep.shards.encode import Encoder, member
-from data_prep.shards.media import Media, MediaOptions
-from data_prep.shards.shard import shard_rows
-from data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.shards import encode as encoding
+from mmmoe_pretrain.data_prep.shards.encode import Encoder, member
+from mmmoe_pretrain.data_prep.shards.media import Media, MediaOptions
+from mmmoe_pretrain.data_prep.shards.shard import shard_rows
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.modalities.audio_file import open_audio
 from tests.support import audio_bytes, image_bytes
 
@@ -277,9 +277,9 @@ def test_a_worker_that_encodes_images_loads_no_torch(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from data_prep import cli
-from data_prep.rows.row import row_of
-from data_prep.shards.encode import Encoder, EncodedSample, MediaOptions
+from mmmoe_pretrain.data_prep import cli
+from mmmoe_pretrain.data_prep.rows.row import row_of
+from mmmoe_pretrain.data_prep.shards.encode import Encoder, EncodedSample, MediaOptions
 row = row_of({"key": "a", "image": "a.png", "series": "a.npy", "text": "a", "other": 1})
 sample = Encoder(Path(sys.argv[1]), MediaOptions(image_size=8))(row)
 assert isinstance(sample, EncodedSample), sample

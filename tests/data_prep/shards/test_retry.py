@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_prep.cli import app
-from data_prep.quality.filters import Filters
-from data_prep.rows.manifest import read_manifest, write_manifest
-from data_prep.rows.row import Row
-from data_prep.shards.building import FOLDER, Building
-from data_prep.shards.encode import BadSample
-from data_prep.shards.records import Summary, read_records
-from data_prep.shards.shard import Choice, Report, shard_rows, show
-from data_prep.shards.writing import Broken, ShardOptions, enough
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep.cli import app
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest, write_manifest
+from mmmoe_pretrain.data_prep.rows.row import Row
+from mmmoe_pretrain.data_prep.shards.building import FOLDER, Building
+from mmmoe_pretrain.data_prep.shards.encode import BadSample
+from mmmoe_pretrain.data_prep.shards.records import Summary, read_records
+from mmmoe_pretrain.data_prep.shards.shard import Choice, Report, shard_rows, show
+from mmmoe_pretrain.data_prep.shards.writing import Broken, ShardOptions, enough
 from tests.data_prep.shards.test_shard import SMALL, contents, run
 
 

@@ -19,19 +19,19 @@ import xxhash
 import yaml
 from PIL import Image
 
-from data_prep.quality.filters import Filters
-from data_prep.rows.inputs import Input, open_input
-from data_prep.rows.manifest import read_manifest, write_manifest
-from data_prep.rows.refs import Reader
-from data_prep.rows.row import Found, Row
-from data_prep.shards import building, writing
-from data_prep.shards.building import FOLDER as BUILDING
-from data_prep.shards.encode import Encoder
-from data_prep.shards.media import MediaOptions
-from data_prep.shards.records import read_records
-from data_prep.shards.shard import Choice, constants_of, plan, ratios_of, shard_rows, write_shards
-from data_prep.shards.shard_files import ShardWriter
-from data_prep.shards.writing import ShardOptions
+from mmmoe_pretrain.data_prep.quality.filters import Filters
+from mmmoe_pretrain.data_prep.rows.inputs import Input, open_input
+from mmmoe_pretrain.data_prep.rows.manifest import read_manifest, write_manifest
+from mmmoe_pretrain.data_prep.rows.refs import Reader
+from mmmoe_pretrain.data_prep.rows.row import Found, Row
+from mmmoe_pretrain.data_prep.shards import building, writing
+from mmmoe_pretrain.data_prep.shards.building import FOLDER as BUILDING
+from mmmoe_pretrain.data_prep.shards.encode import Encoder
+from mmmoe_pretrain.data_prep.shards.media import MediaOptions
+from mmmoe_pretrain.data_prep.shards.records import read_records
+from mmmoe_pretrain.data_prep.shards.shard import Choice, constants_of, plan, ratios_of, shard_rows, write_shards
+from mmmoe_pretrain.data_prep.shards.shard_files import ShardWriter
+from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 
 SMALL = ShardOptions(media=MediaOptions(image_size=16, audio_rate=4000), samples_per_shard=3, workers=1)
 
@@ -319,8 +319,9 @@ def test_workers_end_with_a_run_that_is_killed_and_a_new_run_resumes(tmp_path):
     for number in range(1, 128):
         os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
     write_manifest(tmp_path / "manifest.jsonl", [Row(str(number), image=f"{number}.png") for number in range(128)])
-    command = [sys.executable, "-m", "data_prep.cli", "shard", str(tmp_path), "--out", str(tmp_path / "out"),
-               "--image-size", "16", "--samples-per-shard", "8", "--workers", "2"]  # fmt: skip
+    command = [sys.executable, "-m", "mmmoe_pretrain.data_prep.cli", "shard", str(tmp_path),
+               "--out", str(tmp_path / "out"), "--image-size", "16", "--samples-per-shard", "8",
+               "--workers", "2"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     finished = tmp_path / "out" / BUILDING / "finished.jsonl"
     while not (finished.exists() and finished.read_text()):

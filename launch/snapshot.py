@@ -1,0 +1,81 @@
+"""What a job runs: a copy of the code and of the resolved config in the run's folder, so that editing the checkout
+while the job is queued, or between its restarts, changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import mmmoe_pretrain
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.config import RunConfig
+
+PACKAGE = Path(mmmoe_pretrain.__file__).parent  # with data_prep and launch, which are links in a checkout
+FOLDER = "launch"  # in the run's folder
+PINNED = ("torch", "megatron-core", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """RUN/launch/TIME: ``code``, ``config`` and revision.txt."""
+
+    folder: Path
+
+    @property
+    def code(self) -> Path:
+        return self.folder / "code"
+
+    @property
+    def root(self) -> Path:
+        """The folder that has launch/."""
+        return self.code / PACKAGE.name
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "run.yaml"
+
+    def write(self, config: RunConfig) -> None:
+        """Raises ValueError where the folder cannot be written."""
+        try:
+            shutil.copytree(PACKAGE, self.code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+            run_config.dump(config, self.config)
+            (self.folder / "revision.txt").write_text(revision(), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+
+
+def new(run_dir: Path) -> Snapshot:
+    """One that does not exist yet, by the time."""
+    return Snapshot(run_dir.resolve() / FOLDER / time.strftime("%Y%m%dT%H%M%S"))
+
+
+def revision() -> str:
+    """The versions, and of a checkout the commit and what differs from it."""
+    lines = [f"mmmoe {mmmoe_pretrain.__version__}", *(f"{name} {_version(name)}" for name in PINNED)]
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        lines += [f"commit {commit.strip()}", _git("diff", "HEAD")]
+    return "\n".join(lines) + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "is not installed"
+
+
+def _git(*arguments: str) -> str:
+    if not (PACKAGE.parent / ".git").exists():
+        return ""
+    try:
+        result = subprocess.run(
+            ["git", "-C", PACKAGE.parent, *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout if result.returncode == 0 else ""

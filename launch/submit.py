@@ -1,0 +1,137 @@
+"""``mmmoe-launch``: a run on Slurm, on Kubernetes or on this machine, by one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmoe_pretrain.paths import given
+
+if TYPE_CHECKING:
+    from mmmoe_pretrain.config import RunConfig
+    from mmmoe_pretrain.launch.profile import Profile
+    from mmmoe_pretrain.launch.snapshot import Snapshot
+
+JOB = "job.json"  # the last one of a run, beside its snapshots
+EXAMPLE = "Example: mmmoe-launch configs/demo.yaml --on slurm --nodes 2 --profile cluster.yaml train.steps=1000"
+
+
+class On(StrEnum):
+    SLURM = "slurm"
+    K8S = "k8s"
+    LOCAL = "local"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EXAMPLE)
+def launch(
+    config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=1000.")] = None,
+    on: Annotated[On, typer.Option(help="Where it runs.")] = On.LOCAL,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    processes: Annotated[int | None, typer.Option(min=1, help="A machine; else the profile's, or its GPUs.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option("--profile", help="What the cluster needs (docs/clusters.md).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and write nothing.")
+    ] = False,
+) -> None:
+    """Submit a run, with a copy of the code and of the resolved config in its folder (RUN/launch)."""
+    from mmmoe_pretrain.data.order.assign import microbatch_size
+    from mmmoe_pretrain.launch import profile, slurm, snapshot
+    from mmmoe_pretrain.parallel.layout import resolve_layout
+    from mmmoe_pretrain.train.start import config_to_train
+
+    told = profile.load(cluster) if cluster else profile.Profile()
+    if on is On.LOCAL and nodes > 1:
+        raise ValueError(
+            f"--on local is this machine, and --nodes is {nodes}; over SSH start launch/torchrun.sh on each "
+            f"(docs/clusters.md), or choose --on slurm or k8s"
+        )
+    run = config_to_train(config, overrides or [])
+    count = processes or told.processes_per_node or _gpus(told, on) or 1
+    microbatch_size(run, resolve_layout(run, nodes * count).data)
+    if on is On.K8S:
+        _on_kubernetes(told, run, nodes, count, dry_run)
+        return
+    taken = snapshot.new(run.run_dir)
+    if on is On.LOCAL:
+        _here(taken, run, count, dry_run)
+        return
+    job = slurm.job(told, run.name, nodes, count, taken)
+    if dry_run:
+        print(job.text)
+        return
+    _refuse_second(run)
+    taken.write(run)
+    number = slurm.submit(job)
+    (taken.folder.parent / JOB).write_text(json.dumps({"id": number}), encoding="utf-8")
+    print(*slurm.how_to_follow(number, job.log), sep="\n")
+
+
+def _gpus(told: Profile, on: On) -> int | None:
+    if on is On.LOCAL:
+        return None
+    return told.slurm.gpus_per_node if on is On.SLURM else told.kubernetes.gpus_per_node
+
+
+def _refuse_second(run: RunConfig) -> None:
+    """Two jobs of one run would wait for each other's lock."""
+    from mmmoe_pretrain.launch import slurm, snapshot
+
+    path = run.run_dir / snapshot.FOLDER / JOB
+    if not path.is_file():
+        return
+    number = json.loads(path.read_text(encoding="utf-8"))["id"]
+    if state := slurm.state(number):
+        raise ValueError(
+            f"{run.run_dir} has job {number}, which is {state}; end it (scancel {number}), or give this run another "
+            f"name="
+        )
+
+
+def _on_kubernetes(told: Profile, run: RunConfig, nodes: int, count: int, dry_run: bool) -> None:
+    import yaml
+
+    from mmmoe_pretrain.launch import kubernetes
+
+    kubernetes.check(told, run)
+    text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    found = kubernetes.documents(told, run.name, nodes, count, text)
+    if dry_run:
+        print(kubernetes.text_of(found), end="")
+        return
+    print(kubernetes.submit(found), *kubernetes.how_to_follow(told, run.name), sep="\n")
+
+
+def _here(taken: Snapshot, run: RunConfig, count: int, dry_run: bool) -> None:
+    command = [str(taken.root / "launch" / "torchrun.sh"), str(count), "train", str(taken.config)]
+    if dry_run:
+        print(shlex.join(command))
+        return
+    taken.write(run)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    os.execve(command[0], command, {**os.environ, "PATH": path})
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"mmmoe-launch: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""One machine of many: what its variables must say, how the others reach it, and when it ends by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mmmoe_pretrain import exit_codes, launcher
+from mmmoe_pretrain.launcher import Nodes
+from tests.distributed import free_port
+from tests.launch.test_torchrun import ROOT, ends_saved, launched, run_of, trained, wait_until
+from tests.train.faulty import events
+
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+
+
+def test_nodes_come_from_the_environment() -> None:
+    assert Nodes.of({}) == Nodes()
+    assert Nodes.of({"NNODES": "1", "NODE_RANK": "x", "MASTER_ADDR": "left over"}) == Nodes()
+    assert Nodes.of({**TWO, "MASTER_PORT": "", "JOIN_TIMEOUT": "90"}) == Nodes(2, 1, "10.0.0.1", 29500, 90)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"NNODES": "two"}, "NNODES is two; set it to the number of machines"),
+        ({"NNODES": "0"}, "NNODES is 0; set it to the number of machines"),
+        ({"NODE_RANK": ""}, "NODE_RANK is not set; set it to the number of this machine"),
+        ({"NODE_RANK": "2"}, "NODE_RANK is 2, and NNODES is 2: set it to 0 to 1, once each"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set; set it on all 2 machines"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is -1; set it to a port"),
+        ({"JOIN_TIMEOUT": "1_0"}, "JOIN_TIMEOUT is 1_0; set it to a number of seconds"),
+    ],
+)
+def test_wrong_variables_are_named_with_a_remedy(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Nodes.of({**TWO, **changed})
+
+
+def test_arguments_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "--standalone" in launcher.arguments(Nodes(), 2, 3, "")
+    found = " ".join(launcher.arguments(Nodes.of(TWO), 8, 3, "10.0.0.2"))
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 --rdzv-id mmmoe" in found
+    assert "is_host=0,join_timeout=600 --local-addr 10.0.0.2 --nproc-per-node 8 --max-restarts 3" in found
+
+
+def test_the_address_and_interface_of_a_machine_are_those_of_its_route_to_node_0() -> None:
+    assert launcher.own_address(Nodes(2, 1, "127.0.0.1")) == "127.0.0.1"
+    assert launcher.interface_of("127.0.0.1") == "lo"
+    assert launcher.interface_of("203.0.113.7") == ""
+    with pytest.raises(ValueError, match=r"no way from this machine to MASTER_ADDR nowhere\.invalid"):
+        launcher.own_address(Nodes(2, 1, "nowhere.invalid"))
+
+
+def test_a_machine_waits_for_node_0_until_it_is_asked_to_stop(tmp_path: Path) -> None:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        nodes = Nodes(2, 1, "127.0.0.1", listener.getsockname()[1], join=0)
+        with pytest.raises(TimeoutError, match=r"node 0 at 127\.0\.0\.1:\d+ does not listen \(Connection refused\)"):
+            launcher.wait_for(nodes, None)
+        listener.listen()
+        assert launcher.wait_for(nodes, tmp_path / "stop")
+    (tmp_path / "stop").touch()
+    assert not launcher.wait_for(nodes, tmp_path / "stop")
+
+
+GUARDED = """
+import os, subprocess, sys, time
+from mmmoe_pretrain.launcher import Guard, Nodes
+worker = subprocess.Popen(["sleep", "1"])  # which is not waited for: it stays as a zombie
+Guard(Nodes(2, 1, "host", 1), seconds=0.5, tick=0.1).start()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("recorded", "code"), [(None, exit_codes.FAULT), (exit_codes.HUNG, exit_codes.FAULT), (0, 0)]
+)
+def test_a_machine_whose_workers_have_ended_does_not_wait_for_a_node_0_that_is_gone(
+    tmp_path: Path, recorded: int | None, code: int
+) -> None:
+    if recorded is not None:
+        (tmp_path / "code").write_text(f"{recorded}\n")
+    begun = time.monotonic()
+    environment = {**os.environ, exit_codes.EXIT_FILE: str(tmp_path / "code"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=environment, text=True, capture_output=True, check=False
+    )
+    assert result.returncode == code
+    assert 1.0 < time.monotonic() - begun < 15.0
+    assert ("no answer from node 0 at host:1" in result.stderr) == bool(code)
+
+
+@pytest.mark.timeout(240)
+def test_a_signal_to_one_machine_of_two_saves_the_run_on_both(tmp_path: Path, tiny_data: Path) -> None:
+    """Both are this one, which has one address."""
+    config = run_of(tmp_path, tiny_data)
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with (
+        launched(config, workers=1, NODE_RANK="1", **variables) as other,
+        launched(config, workers=1, NODE_RANK="0", **variables) as first,
+    ):
+        wait_until(lambda: trained(config) >= 2, first)
+        other.send_signal(signal.SIGTERM)
+        assert [script.wait(60) for script in (first, other)] == [75, 75]
+    ends_saved(config, "SIGTERM")
+    assert not events(config, "resumed")
