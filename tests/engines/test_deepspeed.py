@@ -132,5 +132,5 @@ def test_a_wrong_key_or_value_is_refused_by_name(own: dict[str, Any], message: s
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # then its import raises
-    with pytest.raises(ValueError, match=r"pip install 'mmmoe\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'deepspeed>=0.19.8'"):
         deepspeed_engine.prepare()
