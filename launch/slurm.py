@@ -45,7 +45,8 @@ def job(profile: Profile, name: str, nodes: int, processes: int, snapshot: Snaps
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
     environment = {"MMMOE_ROOT": str(snapshot.root)}
     if profile.image:
-        mounts = profile.mounts or [f"{os.getcwd()}:{os.getcwd()}"]
+        run_dir = snapshot.folder.parents[1]
+        mounts = [*(profile.mounts or [f"{os.getcwd()}:{os.getcwd()}"]), f"{run_dir}:{run_dir}"]
         environment |= {"CONTAINER_IMAGE": profile.image, "CONTAINER_MOUNTS": ",".join(mounts)}
     else:
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -62,6 +62,8 @@ def test_a_dry_run_on_slurm_prints_the_line_that_a_user_would_type(config: Path)
     words = shlex.split(result.stdout)
     assert "NCCL_IB_HCA=mlx5 0" in words
     assert "CONTAINER_IMAGE=registry.example/mmmoe:1" in words
+    here, run = Path.cwd(), Path.cwd() / "runs" / "tiny"
+    assert f"CONTAINER_MOUNTS={here}:{here},{run}:{run}" in words
     sbatch = words[words.index("sbatch") :]
     assert {"--nodes=2", "--partition=gpu", "--account=a team", "--gpus-per-node=1", "--time=1-00:00:00",
             "--signal=B:USR1@180", "--exclusive"} <= set(sbatch)  # fmt: skip
