@@ -45,12 +45,8 @@ def check(profile: Profile, run: RunConfig) -> None:
 
 
 def documents(profile: Profile, run: str, nodes: int, processes: int, config: str) -> list[dict[str, Any]]:
-    """What ``kubectl create`` gets. ``config``: the text of the resolved config."""
+    """What ``kubectl create`` gets, of a run that passes ``check``. ``config``: the text of the resolved config."""
     own, name = profile.kubernetes, name_of(run)
-    if not profile.image:
-        raise ValueError(
-            "--on k8s runs a container: set image in the profile (docs/clusters.md says how to build it)"
-        )
     found = list(yaml.safe_load_all((TEMPLATES / f"{own.api}.yaml").read_text(encoding="utf-8")))
     arguments = ["launch/torchrun.sh", str(processes), "train", f"/run/mmmoe/{CONFIG}"]
     resources = {"nvidia.com/gpu": None, own.gpu_resource: own.gpus_per_node, "cpu": own.cpu, "memory": own.memory}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmmoe_pretrain.launch.profile import Profile
-from mmmoe_pretrain.launch.snapshot import Snapshot
+from mmmoe_pretrain.launch.snapshot import Snapshot, search_path
 
 SECONDS = 60  # that a command of Slurm may take
 SCRIPT = Path("launch") / "slurm.sbatch"
@@ -49,7 +48,7 @@ def job(profile: Profile, name: str, nodes: int, processes: int, snapshot: Snaps
         mounts = [*(profile.mounts or [f"{os.getcwd()}:{os.getcwd()}"]), f"{run_dir}:{run_dir}"]
         environment |= {"CONTAINER_IMAGE": profile.image, "CONTAINER_MOUNTS": ",".join(mounts)}
     else:
-        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment["PATH"] = search_path()
     environment |= {variable: its.value for variable, its in profile.environment.items()}
     command = ["sbatch", "--parsable", *given, *own.options, str(snapshot.root / SCRIPT), str(processes)]
     return Job([*command, "train", str(snapshot.config)], environment, log)

@@ -3,8 +3,10 @@ while the job is queued, or between its restarts, changes nothing."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -51,6 +53,11 @@ class Snapshot:
 def new(run_dir: Path) -> Snapshot:
     """One that does not exist yet, by the time."""
     return Snapshot(run_dir.resolve() / FOLDER / time.strftime("%Y%m%dT%H%M%S"))
+
+
+def search_path() -> str:
+    """PATH with this Python's folder first: a copy of the code has no environment beside it."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def revision() -> str:

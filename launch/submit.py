@@ -115,13 +115,14 @@ def _on_kubernetes(told: Profile, run: RunConfig, nodes: int, count: int, dry_ru
 
 
 def _here(taken: Snapshot, run: RunConfig, count: int, dry_run: bool) -> None:
+    from mmmoe_pretrain.launch.snapshot import search_path
+
     command = [str(taken.root / "launch" / "torchrun.sh"), str(count), "train", str(taken.config)]
     if dry_run:
         print(shlex.join(command))
         return
     taken.write(run)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    os.execve(command[0], command, {**os.environ, "PATH": path})
+    os.execve(command[0], command, {**os.environ, "PATH": search_path()})
 
 
 def main() -> None:
