@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +38,41 @@ def check(profile: Profile, run: RunConfig) -> None:
         raise ValueError(
             "--on k8s runs a container: set image in the profile (docs/clusters.md says how to build it)"
         )
-    places = list(profile.kubernetes.claims.values())
-    if not is_url(run.runs_dir) and not any(Path(run.runs_dir).is_relative_to(place) for place in places):
+    if not _is_mounted(profile, run.runs_dir):
         raise ValueError(
             f"runs_dir {run.runs_dir} lies in the container, and is deleted with it; set runs_dir= to a folder of a "
-            f"claim, as kubernetes.claims of the profile mounts them: {', '.join(places) or 'none'}"
+            f"claim, as kubernetes.claims of the profile mounts them: "
+            f"{', '.join(profile.kubernetes.claims.values()) or 'none'}"
         )
 
 
-def documents(profile: Profile, run: str, nodes: int, processes: int, config: str) -> list[dict[str, Any]]:
-    """What ``kubectl create`` gets, of a run that passes ``check``. ``config``: the text of the resolved config."""
+def not_mounted(profile: Profile, run: RunConfig) -> list[str]:
+    """What a run reads that no claim has, by key."""
+    places = {f"data.train[{number}].path": source.path for number, source in enumerate(run.data.train)}
+    if run.data.tokenizer:
+        places["data.tokenizer"] = run.data.tokenizer
+    return [
+        f"{key} {path}" for key, path in places.items() if not all(_is_there(profile, p) for p in path.split("::"))
+    ]
+
+
+def _is_there(profile: Profile, path: str) -> bool:
+    return is_url(path) or path.startswith("pipe:") or _is_mounted(profile, path)
+
+
+def _is_mounted(profile: Profile, path: str) -> bool:
+    folder = Path(os.path.normpath(path))
+    return any(folder.is_relative_to(place) for place in profile.kubernetes.claims.values())
+
+
+def documents(
+    profile: Profile, run: str, nodes: int, processes: int, config: str, options: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """What ``kubectl create`` gets, of a run that passes ``check``. ``config``: the text of the resolved config.
+    ``options``: of ``mmmoe train``."""
     own, name = profile.kubernetes, name_of(run)
     found = list(yaml.safe_load_all((TEMPLATES / f"{own.api}.yaml").read_text(encoding="utf-8")))
-    arguments = ["launch/torchrun.sh", str(processes), "train", f"/run/mmmoe/{CONFIG}"]
+    arguments = ["launch/torchrun.sh", str(processes), "train", f"/run/mmmoe/{CONFIG}", *options]
     resources = {"nvidia.com/gpu": None, own.gpu_resource: own.gpus_per_node, "cpu": own.cpu, "memory": own.memory}
     limits = {key: str(value) for key, value in resources.items() if value is not None}
     variables = [{"name": key, "value": its.value} for key, its in profile.environment.items()]
@@ -85,8 +109,6 @@ def _fill_pod(pod: dict[str, Any], profile: Profile, name: str) -> dict[str, Any
     own, container = profile.kubernetes, pod["containers"][0]
     container["image"] = profile.image
     pod["terminationGracePeriodSeconds"] = own.grace_seconds
-    if own.node_selector:
-        pod["nodeSelector"] = dict(own.node_selector)
     config, shared = pod["volumes"][:2]
     config["configMap"]["name"] = f"{name}-config"
     shared["emptyDir"]["sizeLimit"] = own.shared_memory
@@ -95,18 +117,44 @@ def _fill_pod(pod: dict[str, Any], profile: Profile, name: str) -> dict[str, Any
                                         for volume, claim, _ in claims)]  # fmt: skip
     container["volumeMounts"] = [*container["volumeMounts"][:2], *({"name": volume, "mountPath": place}
                                                                    for volume, _, place in claims)]  # fmt: skip
+    _add(container, own.container)
+    _add(pod, own.pod)
     return container
 
 
+def _add(target: dict[str, Any], more: dict[str, Any]) -> None:
+    """``more`` over ``target``: mappings are merged, lists are extended."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _add(target[key], value)
+        elif isinstance(value, list) and isinstance(target.get(key), list):
+            target[key] = [*target[key], *value]
+        else:
+            target[key] = value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as lines, and equal lists in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def text_of(found: list[dict[str, Any]]) -> str:
-    return yaml.safe_dump_all(found, sort_keys=False)
+    return yaml.dump_all(found, Dumper=_Dumper, sort_keys=False)
 
 
-def submit(found: list[dict[str, Any]]) -> str:
+def submit(found: list[dict[str, Any]], profile: Profile, run: str) -> str:
     """Creates what is not there. Raises ValueError with what kubectl said."""
     try:
         result = subprocess.run(["kubectl", "create", "-f", "-"], input=text_of(found), timeout=SECONDS,
-                                capture_output=True, text=True, check=False)  # fmt: skip
+                                capture_output=True, text=True, errors="replace", check=False)  # fmt: skip
     except FileNotFoundError:
         raise ValueError(
             "there is no kubectl on this machine; install it, or write what it would get to a file with --dry-run"
@@ -116,19 +164,34 @@ def submit(found: list[dict[str, Any]]) -> str:
             f"kubectl gave no answer within {SECONDS} s; is the cluster reachable? (kubectl get nodes)"
         ) from None
     if result.returncode:
-        said = " ".join(result.stderr.split())
-        hint = "; delete that run first, or give this one another name=" if "AlreadyExists" in said else ""
+        said = " ".join(result.stderr.split()) or f"it ended with {result.returncode}"
+        hint = ""
+        if "AlreadyExists" in said:
+            hint = f"; delete that run first ({delete_command(profile, run)}), or give this one another name="
         hint = "; is Kubeflow Trainer (or JobSet) installed?" if "no matches for kind" in said else hint
+        if "refused" in said or "no such host" in said:
+            said, hint = said.partition("; if you choose")[0], "; which cluster? (kubectl config current-context)"
         raise ValueError(f"kubectl refused the run: {said}{hint}")
     return result.stdout.strip()
 
 
 def how_to_follow(profile: Profile, run: str) -> list[str]:
-    name, where = name_of(run), f" -n {profile.kubernetes.namespace}" if profile.kubernetes.namespace else ""
-    kinds = f"{profile.kubernetes.api}/{name}"
-    runtime = f" trainingruntime/{name}" if profile.kubernetes.api == "trainjob" else ""
+    name, where = name_of(run), _namespace(profile)
     return [
         f"  its log:  kubectl{where} logs -f -l jobset.sigs.k8s.io/jobset-name={name} --prefix --max-log-requests=64",
-        f"  its state:  kubectl{where} get {kinds}",
-        f"  end it:  kubectl{where} delete {kinds}{runtime} configmap/{name}-config",
+        f"  its state:  kubectl{where} get {profile.kubernetes.api}/{name}",
+        f"  end it:  {delete_command(profile, run)}",
     ]
+
+
+def delete_command(profile: Profile, run: str) -> str:
+    name, kinds = (
+        name_of(run),
+        ["trainjob", "trainingruntime"] if profile.kubernetes.api == "trainjob" else ["jobset"],
+    )
+    made = " ".join([*(f"{kind}/{name}" for kind in kinds), f"configmap/{name}-config"])
+    return f"kubectl{_namespace(profile)} delete --ignore-not-found {made}"
+
+
+def _namespace(profile: Profile) -> str:
+    return f" -n {profile.kubernetes.namespace}" if profile.kubernetes.namespace else ""

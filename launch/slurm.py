@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +32,19 @@ class Job:
                          shlex.join(self.command)])  # fmt: skip
 
 
-def job(profile: Profile, name: str, nodes: int, processes: int, snapshot: Snapshot) -> Job:
+def job(
+    profile: Profile, name: str, nodes: int, processes: int, snapshot: Snapshot, options: Sequence[str] = ()
+) -> Job:
+    """``options``: of ``mmmoe train``."""
     own = profile.slurm
-    log = str(snapshot.folder.parent / "slurm-%j.log")
-    options = {
+    log = str(snapshot.folder.parent).replace("%", "%%") + "/slurm-%j.log"
+    of_sbatch = {
         "job-name": name, "nodes": nodes, "chdir": os.getcwd(), "output": log, "export": "ALL",
         "signal": f"B:USR1@{own.warn_seconds}", "partition": own.partition, "account": own.account, "qos": own.qos,
         "time": own.time, "gpus-per-node": own.gpus_per_node, "cpus-per-task": own.cpus_per_task, "mem": own.memory,
         "constraint": own.constraint,
     }  # fmt: skip
-    given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    given = [f"--{option}={value}" for option, value in of_sbatch.items() if value is not None]
     environment = {"MMMOE_ROOT": str(snapshot.root)}
     if profile.image:
         run_dir = snapshot.folder.parents[1]
@@ -51,7 +54,7 @@ def job(profile: Profile, name: str, nodes: int, processes: int, snapshot: Snaps
         environment["PATH"] = search_path()
     environment |= {variable: its.value for variable, its in profile.environment.items()}
     command = ["sbatch", "--parsable", *given, *own.options, str(snapshot.root / SCRIPT), str(processes)]
-    return Job([*command, "train", str(snapshot.config)], environment, log)
+    return Job([*command, "train", str(snapshot.config), *options], environment, log)
 
 
 def submit(submitted: Job) -> str:
@@ -59,23 +62,28 @@ def submit(submitted: Job) -> str:
     result = _ask(submitted.command, submitted.environment)
     if result.returncode:
         said = " ".join(result.stderr.split()) or f"it ended with {result.returncode}"
-        hint = ""
+        hint = "; correct slurm in the profile (scontrol show partition tells what a partition allows)"
         if any(word in said.lower() for word in WRONG_PARTITION):
             hint = "; set slurm.partition and slurm.account in the profile (sinfo -s lists the partitions)"
         raise ValueError(f"sbatch refused the job: {said}{hint}")
-    return result.stdout.strip().partition(";")[0]
+    number = result.stdout.strip().partition(";")[0]
+    if not number.isdecimal():
+        raise ValueError(
+            f"sbatch named no job: {' '.join(result.stdout.split())[:99]!r}; is it queued? (squeue --me)"
+        )
+    return number
 
 
 def state(job_id: str) -> str:
-    """RUNNING, PENDING, ...; empty for a job that has ended."""
-    result = _ask(["squeue", "--noheader", "--jobs", job_id, "--format=%T"], {})
-    return result.stdout.strip() if result.returncode == 0 else ""
+    """RUNNING, PENDING (Resources), ...; empty for a job that has ended."""
+    result = _ask(["squeue", "--noheader", "--jobs", job_id, "--format=%T (%r)"], {})
+    return result.stdout.strip().removesuffix(" (None)") if result.returncode == 0 else ""
 
 
 def how_to_follow(job_id: str, log: str) -> list[str]:
     return [
-        f"submitted job {job_id}",
-        f"  its log:  tail -F {shlex.quote(log.replace('%j', job_id))}",
+        f"submitted job {job_id}: {state(job_id) or 'ended'}",
+        f"  its log:  tail -F {shlex.quote(log.replace('%j', job_id).replace('%%', '%'))}",
         f"  its state:  squeue --jobs={job_id}",
         f"  save and go back to the queue:  scancel --batch --signal=USR1 {job_id}",
         f"  end it:  scancel {job_id}",
@@ -85,7 +93,7 @@ def how_to_follow(job_id: str, log: str) -> list[str]:
 def _ask(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True,
-                              timeout=SECONDS, check=False)  # fmt: skip
+                              errors="replace", timeout=SECONDS, check=False)  # fmt: skip
     except FileNotFoundError:
         raise ValueError(
             f"there is no {command[0]} on this machine; submit from a login node of the cluster, or look at what "

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +51,16 @@ class Snapshot:
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be written: {error.strerror or error}") from error
 
+    @contextmanager
+    def written(self, config: RunConfig) -> Iterator[None]:
+        """``write``, and delete it again where the job is refused."""
+        self.write(config)
+        try:
+            yield
+        except ValueError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
 
 def new(run_dir: Path) -> Snapshot:
     """One that does not exist yet, by the time."""
@@ -57,7 +69,8 @@ def new(run_dir: Path) -> Snapshot:
 
 def search_path() -> str:
     """PATH with this Python's folder first: a copy of the code has no environment beside it."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return path if path.partition(os.pathsep)[0] == own else os.pathsep.join([own, path])
 
 
 def revision() -> str:
@@ -81,8 +94,9 @@ def _git(*arguments: str) -> str:
         return ""
     try:
         result = subprocess.run(
-            ["git", "-C", PACKAGE.parent, *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
+            ["git", "-C", PACKAGE.parent, *arguments], capture_output=True, text=True, errors="replace", check=False,
+            timeout=30,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout if result.returncode == 0 else ""

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,20 +38,28 @@ def launch(
     config: Annotated[Path, typer.Argument(callback=given, help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.steps=1000.")] = None,
     on: Annotated[On, typer.Option(help="Where it runs.")] = On.LOCAL,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    processes: Annotated[int | None, typer.Option(min=1, help="A machine; else the profile's, or its GPUs.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes per machine; default: processes_per_node or gpus_per_node of --profile."),
+    ] = None,
     cluster: Annotated[
-        Path | None, typer.Option("--profile", help="What the cluster needs (docs/clusters.md).")
+        Path | None,
+        typer.Option("--profile", help="YAML file with partition, image, environment, ... (docs/clusters.md)."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be submitted, and write nothing.")
     ] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="First check the hosts of the job (mmmoe doctor).")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
 ) -> None:
     """Submit a run, with a copy of the code and of the resolved config in its folder (RUN/launch)."""
     from mmmoe_pretrain.data.order.assign import microbatch_size
     from mmmoe_pretrain.launch import profile, slurm, snapshot
     from mmmoe_pretrain.parallel.layout import resolve_layout
-    from mmmoe_pretrain.train.start import config_to_train
+    from mmmoe_pretrain.train.start import CONFIG, check_same_model, config_to_train
 
     told = profile.load(cluster) if cluster else profile.Profile()
     if on is On.LOCAL and nodes > 1:
@@ -59,22 +68,28 @@ def launch(
             f"(docs/clusters.md), or choose --on slurm or k8s"
         )
     run = config_to_train(config, overrides or [])
-    count = processes or told.processes_per_node or _gpus(told, on) or 1
+    given_count = processes or told.processes_per_node or _gpus(told, on)
+    count = given_count or 1
+    if given_count is None and on is not On.LOCAL:
+        print("mmmoe-launch: 1 process per machine and no GPU, as the profile has no gpus_per_node", file=sys.stderr)
     microbatch_size(run, resolve_layout(run, nodes * count).data)
+    if not overwrite and on is not On.K8S:  # whose folder is not here
+        check_same_model(run, run.run_dir / CONFIG)
+    options = [*["--preflight"] * preflight, *["--overwrite"] * overwrite]
     if on is On.K8S:
-        _on_kubernetes(told, run, nodes, count, dry_run)
+        _on_kubernetes(told, run, nodes, count, options, dry_run)
         return
     taken = snapshot.new(run.run_dir)
     if on is On.LOCAL:
-        _here(taken, run, count, dry_run)
+        _here(taken, run, count, options, dry_run)
         return
-    job = slurm.job(told, run.name, nodes, count, taken)
+    job = slurm.job(told, run.name, nodes, count, taken, options)
     if dry_run:
         print(job.text)
         return
     _refuse_second(run)
-    taken.write(run)
-    number = slurm.submit(job)
+    with taken.written(run):
+        number = slurm.submit(job)
     (taken.folder.parent / JOB).write_text(json.dumps({"id": number}), encoding="utf-8")
     print(*slurm.how_to_follow(number, job.log), sep="\n")
 
@@ -92,7 +107,12 @@ def _refuse_second(run: RunConfig) -> None:
     path = run.run_dir / snapshot.FOLDER / JOB
     if not path.is_file():
         return
-    number = json.loads(path.read_text(encoding="utf-8"))["id"]
+    try:
+        number = str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not name the run's last job; if none is in the queue (squeue --me), delete that file"
+        ) from error
     if state := slurm.state(number):
         raise ValueError(
             f"{run.run_dir} has job {number}, which is {state}; end it (scancel {number}), or give this run another "
@@ -100,24 +120,28 @@ def _refuse_second(run: RunConfig) -> None:
         )
 
 
-def _on_kubernetes(told: Profile, run: RunConfig, nodes: int, count: int, dry_run: bool) -> None:
+def _on_kubernetes(
+    told: Profile, run: RunConfig, nodes: int, count: int, options: Sequence[str], dry_run: bool
+) -> None:
     import yaml
 
     from mmmoe_pretrain.launch import kubernetes
 
     kubernetes.check(told, run)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
-    found = kubernetes.documents(told, run.name, nodes, count, text)
+    found = kubernetes.documents(told, run.name, nodes, count, text, options)
+    for path in kubernetes.not_mounted(told, run):
+        print(f"mmmoe-launch: {path} is in no claim of the profile: the image must have it", file=sys.stderr)
     if dry_run:
         print(kubernetes.text_of(found), end="")
         return
-    print(kubernetes.submit(found), *kubernetes.how_to_follow(told, run.name), sep="\n")
+    print(kubernetes.submit(found, told, run.name), *kubernetes.how_to_follow(told, run.name), sep="\n")
 
 
-def _here(taken: Snapshot, run: RunConfig, count: int, dry_run: bool) -> None:
+def _here(taken: Snapshot, run: RunConfig, count: int, options: Sequence[str], dry_run: bool) -> None:
     from mmmoe_pretrain.launch.snapshot import search_path
 
-    command = [str(taken.root / "launch" / "torchrun.sh"), str(count), "train", str(taken.config)]
+    command = [str(taken.root / "launch" / "torchrun.sh"), str(count), "train", str(taken.config), *options]
     if dry_run:
         print(shlex.join(command))
         return

@@ -12,6 +12,8 @@
 # Other exit codes: 0 done, 2 an error that a restart does not fix, 76 a rank hung, 1 any other failure.
 set -euo pipefail
 
+{ # bash reads all of it before it runs: the file may be edited meanwhile
+
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/torchrun.sh N COMMAND [ARGUMENT...], e.g. launch/torchrun.sh 2 train configs/demo.yaml" >&2
   exit 2
@@ -36,6 +38,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1 # else python -m takes the code of the working folder: of a checkout that mmmoe-launch has copied
 
 # Two files between the script and its workers: a request to stop, and their exit code (mmmoe_pretrain/exit_codes.py).
 talk=$(mktemp -d)
@@ -72,7 +75,9 @@ status=0
 while true; do
   interrupted=
   wait "$torchrun" && status=0 || status=$?
-  [[ -n $interrupted ]] || break # else the status may be the signal's; bash keeps torchrun's for the next wait
+  [[ -z $interrupted ]] || continue # the status may be the signal's; bash keeps torchrun's for the next wait
+  kill -0 "$torchrun" 2>/dev/null || break
+  sleep 1 # it is stopped (SIGSTOP), and may go on
 done
 
 reason=$(cat "$MMMOE_EXIT_FILE" 2>/dev/null || true)
@@ -80,6 +85,13 @@ case $status:$reason in
   # stopped after saving; an error that ended restarted workers; failed checks of mmmoe doctor
   0:75 | 0:2 | 0:1) status=$reason ;;
   0:*) ;;
-  *:2 | *:76) status=$reason ;;
+  *:2) status=2 ;;
+  75:*) ;; # asked to stop while it waited for the other machines
+  *:76) status=76 ;;
 esac
+if ((status > 128)); then
+  echo "torchrun.sh: torchrun was killed (exit code $status); was the machine out of memory?" >&2 || true
+  status=1
+fi
 exit "$status"
+}

@@ -160,6 +160,8 @@ def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    if "TORCHELASTIC_RUN_ID" in os.environ and exit_codes.EXIT_FILE in os.environ:  # a worker of launch/torchrun.sh
+        exit_codes.end_with_parent()
     if exit_codes.ended_for_good():
         sys.exit(exit_codes.DONE)
     exit_codes.forget_earlier()

@@ -11,8 +11,11 @@ written to torchrun's rendezvous store, at the address in MMMOE_RENDEZVOUS, and 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +30,7 @@ STOP_FILE = "MMMOE_STOP_FILE"  # which exists once the script was asked to stop;
 RENDEZVOUS = "MMMOE_RENDEZVOUS"
 KEY = "mmmoe/user_error"  # in the store: the rank that ended by such an error
 SECONDS = 10  # that the store may take to answer
+PR_SET_PDEATHSIG = 1  # of Linux: prctl(2)
 log = logging.getLogger(__name__)
 
 
@@ -67,6 +71,13 @@ def forget_earlier() -> None:
     """The first process of a machine deletes the code of an earlier start, so that it is not taken for this one's."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and recorded() not in (None, USER_ERROR):
         Path(os.environ[EXIT_FILE]).unlink()
+
+
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends. A script or torchrun that is killed, as by the kernel
+    where memory is out, ends nothing itself, and ranks would train on that no signal reaches."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _write(code: int) -> None:

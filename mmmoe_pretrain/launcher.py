@@ -33,6 +33,8 @@ ANYWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737); nothing is sent
 TOLD_EVERY = 30.0  # seconds of waiting
 TRY = 5.0  # seconds that a connection may take
 MARGIN = 60.0  # seconds more than JOIN_TIMEOUT without workers before a machine ends
+PATIENCE = 30.0  # seconds without workers before a machine that was asked to stop ends; torchrun may start some again
+MOST_PROCESSES = 1024  # of a machine: torchrun makes lists of them
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class Nodes:
             raise ValueError(
                 f"MASTER_ADDR is not set; set it on all {count} machines, to the address of the one with NODE_RANK=0"
             )
-        port = _number(environment, "MASTER_PORT", f"a port that is free on {host}, e.g. MASTER_PORT=29500", "29500")
+        meaning = f"a port that is free on {host}, from 1 to 65535, e.g. MASTER_PORT=29500"
+        port = _number(environment, "MASTER_PORT", meaning, "29500")
+        if not 1 <= port <= 65535:
+            raise ValueError(f"MASTER_PORT is {port}; set it to {meaning}")
         join = _number(environment, "JOIN_TIMEOUT", "a number of seconds, e.g. JOIN_TIMEOUT=600", "600")
         return cls(count, rank, host, port, join)
 
@@ -86,8 +91,10 @@ def wait_for(nodes: Nodes, stop_file: Path | None) -> bool:
         try:
             socket.create_connection((nodes.host, nodes.port), timeout=TRY).close()
             return True
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # the latter of a name that none can have
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, socket.gaierror):
+                reason = f"this machine does not know that name: {reason}"
         now = time.monotonic()
         if now - begun > nodes.join:
             raise TimeoutError(
@@ -108,12 +115,22 @@ def own_address(nodes: Nodes) -> str:
         if nodes.rank == 0 and ip_address(address).is_loopback and nodes.host != "localhost":
             with suppress(OSError):  # its own name means 127.0.1.1; without another network, so be it
                 address = _address_towards(ANYWHERE, nodes.port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(
-            f"no way from this machine to MASTER_ADDR {nodes.host} ({error.strerror or error}); set it to an address "
-            f"of node 0 that all machines reach"
+            f"no way from this machine to MASTER_ADDR {nodes.host} ({reason}); set it to an address of node 0 that "
+            f"all machines reach"
         ) from error
     return address
+
+
+def is_own(host: str) -> bool:
+    """Whether ``host`` means an address of this machine; one behind which a router translates addresses does not."""
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        with closing(socket.socket(family, kind, protocol)) as listener, suppress(OSError):
+            listener.bind(place)
+            return True
+    return False
 
 
 def _address_towards(host: str, port: int) -> str:
@@ -148,22 +165,40 @@ def arguments(nodes: Nodes, processes: int, restarts: int, address: str) -> list
 
 
 class Guard(threading.Thread):
-    """Ends this process where it has had no workers for ``seconds``: it waits for a node 0 that does not answer."""
+    """Ends this process where it has had no workers for ``seconds``: it waits for a node 0 that does not answer.
+    Where it was asked to stop meanwhile, it ends sooner."""
 
     def __init__(self, nodes: Nodes, seconds: float, tick: float = 5.0) -> None:
         super().__init__(name="guard", daemon=True)
         self._nodes, self._seconds, self._tick = nodes, seconds, tick
 
     def run(self) -> None:
-        alone = 0.0
+        alone, worked = 0.0, False
         while alone < self._seconds:
             time.sleep(self._tick)
-            alone = 0.0 if _has_workers() else alone + self._tick
+            working = _has_workers()
+            worked = worked or working
+            alone = 0.0 if working else alone + self._tick
+            if alone and alone % TOLD_EVERY < self._tick:
+                _say(f"waits for the other machines of {self._nodes.count}, up to {self._nodes.join} s")
+            if alone and _asked_to_stop() and alone >= (PATIENCE if worked else 0.0):
+                self._stop()
         code = exit_codes.recorded()
         if code in (exit_codes.DONE, exit_codes.STOPPED):  # this machine's ranks had ended well
             os._exit(exit_codes.DONE)
         _say(f"no answer from {self._nodes.place} for {self._seconds:.0f} s: its machine or the network has failed")
         os._exit(exit_codes.FAULT)
+
+    def _stop(self) -> None:
+        if exit_codes.recorded() in (exit_codes.DONE, exit_codes.STOPPED):  # the other machines' ranks had not
+            os._exit(exit_codes.DONE)
+        _say("asked to stop while it waited for the other machines: there is nothing to save")
+        os._exit(exit_codes.STOPPED)
+
+
+def _asked_to_stop() -> bool:
+    path = os.environ.get(exit_codes.STOP_FILE)
+    return path is not None and Path(path).exists()
 
 
 def _has_workers() -> bool:
@@ -189,18 +224,23 @@ def launch(nodes: Nodes, processes: int, restarts: int, command: Sequence[str]) 
         if nodes.rank and not wait_for(nodes, Path(stop_file) if stop_file else None):
             return exit_codes.STOPPED
         address = own_address(nodes)
+        if nodes.rank == 0 and not is_own(nodes.host):
+            _say(f"MASTER_ADDR {nodes.host} is no address of this machine, which has NODE_RANK=0: is it another's?")
         if interface := interface_of(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it asks what this machine's name means
         os.environ[exit_codes.RENDEZVOUS] = f"{nodes.host}:{nodes.port}"
         Guard(nodes, nodes.join + MARGIN).start()
 
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import api
 
+    failed = False  # a rank, and not only its wait for other machines
     try:
         torchrun.run(torchrun.parse_args([*arguments(nodes, processes, restarts, address), *command]))
     except ChildFailedError as error:
+        failed = True
         rank, failure = error.get_first_failure()
         _say(f"rank {rank} failed with exit code {failure.exitcode}, after {restarts} restarts")
     except api.RendezvousTimeoutError:
@@ -208,14 +248,27 @@ def launch(nodes: Nodes, processes: int, restarts: int, command: Sequence[str]) 
     except api.RendezvousClosedError:
         _say("another machine has ended, and its log tells why")
     except api.RendezvousError as error:
-        _say(f"{nodes.place}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        _say(f"{nodes.place}: {_told(error)}")
+    except SignalException as error:  # SIGHUP: Ctrl-C twice
+        _say(f"ended by {error.sigval.name} without saving")
+        return exit_codes.FAULT
     else:
         return exit_codes.DONE
-    return exit_codes.FAULT
+    return exit_codes.STOPPED if _asked_to_stop() and not failed else exit_codes.FAULT
+
+
+def _told(error: Exception) -> str:
+    """A line of torchrun's error; its own says little where another caused it."""
+    text = str(error.__cause__ or error) or type(error).__name__
+    hint = "; another job has it: set MASTER_PORT to another on all machines" if "EADDRINUSE" in text else ""
+    return text.splitlines()[0] + hint
 
 
 def main(processes: str, restarts: str, *command: str) -> int:
+    exit_codes.end_with_parent()
     try:
+        if int(processes) > MOST_PROCESSES:
+            raise ValueError(f"{processes} processes are too many for a machine; give {MOST_PROCESSES} at most")
         count = _number({"MAX_RESTARTS": restarts}, "MAX_RESTARTS", "a number of restarts, e.g. MAX_RESTARTS=3")
         return launch(Nodes.of(os.environ), int(processes), count, command)
     except (TimeoutError, ValueError) as error:

@@ -104,6 +104,7 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
      "evaluate.rows 'image-txt' is not two of image, audio, text joined by -; e.g. image-audio"),
     ({"moe": {"every": 3}}, "moe.every 3 exceeds model.num_layers 2"),
     ({"evaluate": {"prompt": "an image of {label}"}}, "must hold {} once"),
+    ({"runs_dir": "s3://bucket/runs"}, "runs_dir: it must be a folder that is mounted; for checkpoints behind a URL"),
     ({"runs_dir": None}, "runs_dir: Input should be a valid string (got None; YAML reads ~ alone as null, so"),
     ({"name": "../elsewhere"}, "name: String should match pattern"),
 ])  # fmt: skip

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import (
+    FolderText,
     ModalitySettings,
     ObjectiveSettings,
     PathText,
@@ -289,7 +290,7 @@ class RunConfig(_Model):
     """The complete config of a run; saved in its folder and its checkpoints."""
 
     name: str = Field(pattern=RUN_NAME)  # of the run's folder
-    runs_dir: PathText = "runs"
+    runs_dir: FolderText = "runs"
     seed: int = 0
     data: DataConfig
     modalities: dict[Name, AnyModality] = Field(min_length=1)

@@ -127,9 +127,18 @@ def _extension(name: str) -> str:
     return name.lower().removeprefix(".")
 
 
+def _mounted(path: str) -> str:
+    """Logs and locks need a file system; for a URL, a folder s3: would be made here."""
+    if is_url(path):
+        why = "it must be a folder that is mounted; for checkpoints behind a URL set checkpoint.folder"
+        raise PydanticCustomError("folder", "{why}", {"why": why})
+    return path
+
+
 Extension = Annotated[str, AfterValidator(_extension)]
 SourceText = Annotated[str, AfterValidator(_source)]  # a path or URL of shards
 PathText = Annotated[str, AfterValidator(_expanded)]  # of any section: ~ and $VAR are filled in
+FolderText = Annotated[PathText, AfterValidator(_mounted)]
 
 
 @dataclass(frozen=True)

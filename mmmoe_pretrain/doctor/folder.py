@@ -73,6 +73,9 @@ def _as_first(peer: Peer) -> dict[str, Any]:
         wrote = [rank for rank in others if done.get(f"folder/{rank}")]
         unseen = [peer.labels[rank] for rank in wrote if not _appears(folder, str(rank), str(rank))]
         return {"place": str(folder.parent), "seen": True, "unseen": unseen}
+    except OSError as error:
+        place = str(existing(peer.run_dir))
+        return {"place": place, "seen": True, "unseen": [], "error": error.strerror or str(error)}
     finally:
         if folder is None:
             peer.channel.say("folder", "")
@@ -110,6 +113,10 @@ def _appears(folder: Path, name: str, text: str) -> bool:
 
 def judge_shared(reports: Reports) -> Verdict:
     place = next(iter(reports.values()))["place"]
+    first, its = next(iter(reports.items()))
+    if error := its.get("error"):
+        remedy = "make room, change its owner or mode, or set runs_dir to another place"
+        return Verdict(place, [Problem("FAILED", f"{first} cannot write to {place} ({error})", remedy)])
     apart = [host for host, its in reports.items() if not its["seen"]]
     apart += [host for its in reports.values() for host in its["unseen"]]
     if not apart:

@@ -28,7 +28,8 @@ def measure(peer: Peer) -> dict[str, Any]:
     for name in NAMES:
         command = ["nvidia-smi", f"--query-gpu={FIELDS.format(name)}", "--format=csv,noheader,nounits"]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS,
+                                    check=False)  # fmt: skip
         except subprocess.TimeoutExpired:
             return found | {"problem": f"nvidia-smi gave no answer within {SECONDS:.0f} s"}
         if not answer.returncode:

@@ -25,6 +25,7 @@ from mmmoe_pretrain.doctor.result import Problem, Reports, Result, Verdict, as_j
 SECONDS = 58.0  # for all checks; those of which it leaves no time are not run
 MARGIN = 2.0  # seconds more that rank 0 waits for the others
 SILENT = "see that host's log, and whether its processes run and reach rank 0 (firewall, MASTER_ADDR)"
+SLOW = "see what that host's processes wait for (dmesg, ps -eo stat,wchan,args): a driver, a disk or a file system"
 ERROR = "correct that on the host named, or leave it out"
 STUCK = "see the hosts named; NCCL_DEBUG=INFO or TORCH_CPP_LOG_LEVEL=INFO tells which addresses are tried"
 
@@ -109,12 +110,13 @@ class Examination:
     def _take_part(self, number: int, check: Check, seconds: float) -> None:
         peer = self.peer
         ranks = range(peer.world) if check.needs == ALL else peer.leaders
+        deadline = time.monotonic() + seconds + MARGIN
         if peer.rank in ranks:
             report = self._measure(check, seconds)
             peer.channel.say(f"report/{number}/{peer.rank}", report)
         if peer.rank == 0:
             asked = {f"report/{number}/{rank}": rank for rank in ranks if rank not in peer.lost}
-            found = peer.channel.gather(asked, MARGIN)
+            found = peer.channel.gather(asked, deadline - time.monotonic())
             silent = {rank for key, rank in asked.items() if key not in found}
             by_name = self._by_name(check, {asked[key]: report for key, report in found.items()})
             self.results.append(judged(check, by_name, peer.hosts_of(silent), seconds))
@@ -162,7 +164,8 @@ def judged(check: Check, reports: Mapping[str, Any], silent: str, seconds: float
     late = {name: report["late"] for name, report in reports.items() if "late" in report}
     behind = [name for name, stage in late.items() if not stage]  # the others wait for these
     if behind:
-        problems.append(Problem("FAILED", f"{names(behind)} did not end it within {seconds:.0f} s", STUCK))
+        remedy = STUCK if check.needs == ALL else SLOW
+        problems.append(Problem("FAILED", f"{names(behind)} did not end it within {seconds:.0f} s", remedy))
     elif late and not silent:
         waits = names(f"{name} {stage}" for name, stage in late.items())
         problems.append(Problem("FAILED", f"not done within {seconds:.0f} s: {waits}", STUCK))

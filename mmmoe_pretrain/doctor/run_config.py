@@ -11,6 +11,7 @@ from typing import Any
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.doctor.peer import Peer
 from mmmoe_pretrain.doctor.result import Problem, Reports, Verdict, mismatch, names
+from mmmoe_pretrain.urls import is_url
 
 
 def layout(peer: Peer) -> dict[str, str]:
@@ -49,20 +50,26 @@ def data(peer: Peer) -> dict[str, Any]:
     from mmmoe_pretrain.data.sources.listing import is_absent
 
     paths = [source.path for source in peer.read_config.data.train]
-    missing = [f"{path[:200]} is not there" for path in paths if is_absent(path)]
-    files = [path for path in paths if Path(path).exists()]
+    missing = [f"data.train {_where(path)} is not there" for path in paths if is_absent(path)]
+    files = [("data.train", path) for path in paths if Path(path).exists()]
     if tokenizer := peer.read_config.data.tokenizer:
-        files.append(tokenizer)
-    for path in files:
+        files.append(("data.tokenizer", tokenizer))
+    for key, path in files:
         if not Path(path).exists():
-            missing.append(f"{path[:200]} is not there")
+            missing.append(f"{key} {_where(path)} is not there")
         elif not os.access(path, os.R_OK):
-            missing.append(f"{path[:200]} cannot be read")
+            missing.append(f"{key} {_where(path)} cannot be read")
     return {"count": len(paths), "missing": missing[:20]}
+
+
+def _where(path: str) -> str:
+    relative = "" if Path(path).is_absolute() or is_url(path) else f" (in {os.getcwd()})"
+    return f"{path[:200]}{relative}"
 
 
 def judge_data(reports: Reports) -> Verdict:
     found = [f"{host}: {names(its['missing'])}" for host, its in reports.items() if its["missing"]]
     remedy = "mount or copy the data there, change its mode, or correct data.train and data.tokenizer"
-    seen = f"{next(iter(reports.values()))['count']} sources of data.train, readable on every host"
+    count = next(iter(reports.values()))["count"]
+    seen = f"{count} source{'s' * (count > 1)} of data.train, readable on every host"
     return Verdict(seen, [Problem("FAILED", "; ".join(found[:8]), remedy)] if found else [])

@@ -108,8 +108,9 @@ class RunLock:
         return self._path.read_text(encoding="utf-8", errors="replace").strip()[:200]
 
     def _taken(self, wait: float) -> str:
+        holder = self._text().partition(", started")[0] or "another process"
         return (
-            f"{self._path.parent} is being trained by {self._text() or 'another process'} (waited {wait:g} s); "
+            f"{self._path.parent} is being trained by {holder} (waited {wait:g} s); "
             f"start again when that has ended, end it, or give this run another name=. If its machine failed and "
             f"the file system does not notice, delete {self._path}"
         )

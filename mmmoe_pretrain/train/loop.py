@@ -63,6 +63,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             host = build_host_groups(config.parallel.timeout_minutes)
             # Files may be missing on one machine alone.
             modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
+            start.check_same_config(config, host)
             config = config.with_vocabulary(modalities.vocab_size)
             layout = resolve_layout(config, dist.get_world_size())
             microbatch_size(config, layout.data)

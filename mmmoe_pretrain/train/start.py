@@ -37,6 +37,7 @@ RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same in all starts of a job
 SHARED_WITHIN = 30.0  # seconds until a new folder shows on another machine: NFS may keep its view for so long
 REPLACED_BY = "replaced_by"  # a file that names the job that replaced an older run here
+MOST_CHANGES = 4  # that a message about machines with different configs names
 NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter")  # MoE settings of how it is computed
 
 
@@ -231,6 +232,33 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = ""
 
 def _of_dicts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(its, dict) for its in value)
+
+
+def check_same_config(config: RunConfig, host: HostGroups) -> None:
+    """Raises ValueError on every rank where a machine was started with another config: its weights would drift from
+    the others', or its ranks run other steps. Paths may differ between machines. Collective."""
+    exchange(host.control, lambda: (socket.gethostname(), _of_all_machines(config)), _refuse_different_configs)
+
+
+def _of_all_machines(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    for section, key in (("data", "tokenizer"), ("checkpoint", "folder"), ("evaluate", "test")):
+        values[section].pop(key)
+    del values["runs_dir"]
+    for source in values["data"]["train"]:
+        del source["path"]
+    return values
+
+
+def _refuse_different_configs(told: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Of all ranks, on rank 0."""
+    (first_host, first), *_ = told
+    for rank, (host, values) in enumerate(told):
+        if keys := [change.partition(" ")[0] for change in differences(first, values)]:
+            raise ValueError(
+                f"rank {rank} on {host} has another {', '.join(keys[:MOST_CHANGES])} than rank 0 on {first_host}; "
+                f"start every machine with the same config and overrides"
+            )
 
 
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:

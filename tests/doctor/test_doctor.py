@@ -210,6 +210,17 @@ def test_a_host_that_never_joins_a_check_ends_it_in_time_and_is_named(
     assert time.monotonic() - began < 15.0
 
 
+def slow_but_in_time() -> None:
+    run.CHECKS = tuple(replace(check, measure=lambda peer: time.sleep(1.5) or 1 << 40) for check in CHECKS)
+
+
+def test_a_host_that_is_slower_than_the_first_has_the_time_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E.g. it reads its code from a slow disk."""
+    monkeypatch.setattr(run, "MARGIN", 0.3)
+    codes, results = on_two_hosts(Subject(), ["shared memory"], slow_but_in_time)
+    assert (codes, results["shared memory"][0]) == ([0, 0], "ok")
+
+
 def test_a_rank_that_is_not_there_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two, only rank 0 starts."""
 

@@ -166,6 +166,12 @@ def test_who_keeps_the_others_waiting_is_named(reports: dict[str, Any], silent: 
     assert (found.result, found.seen) == ("FAILED", told)
 
 
+def test_a_host_that_hangs_outside_the_network_is_not_sent_to_look_there() -> None:
+    check = next(check for check in CHECKS if check.name == "GPUs")
+    found = judged(check, {"a": {"late": "", "error": ""}}, "", 5.0)
+    assert (found.seen, "driver" in found.remedy) == ("a did not end it within 5 s", True)
+
+
 def test_links_that_were_measured_count_though_the_check_did_not_end() -> None:
     check = next(check for check in CHECKS if check.name == "point to point")
     links = {"a": [["c", "a", 1e3]], "b": [["a", "b", 100e6]], "c": [["b", "c", 100e6]]}
@@ -194,9 +200,10 @@ esac
           {"index": "4", "name": "Old", "clock": None, "reasons": None, "ecc": None}], ""),
         ("echo garbage", [{"index": "garbage", "name": "", "clock": None, "reasons": None, "ecc": None}], ""),
         ("echo 'No devices were found'; exit 6", [], "nvidia-smi: No devices were found"),
+        ("printf '\\377'; exit 1", [], "nvidia-smi: \ufffd"),
         ("exec sleep 9", [], "nvidia-smi gave no answer within 0 s"),
     ],
-    ids=["two cards", "garbage", "an error", "it hangs"],
+    ids=["two cards", "garbage", "an error", "not UTF-8", "it hangs"],
 )  # fmt: skip
 def test_what_nvidia_smi_tells_by_either_name_of_a_field(
     script: str, cards: list[Any], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

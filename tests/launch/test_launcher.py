@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mmmoe_pretrain import exit_codes, launcher
 from mmmoe_pretrain.launcher import Nodes
 from tests.distributed import free_port
-from tests.launch.test_torchrun import ROOT, ends_saved, launched, run_of, trained, wait_until
+from tests.launch.test_torchrun import ROOT, SCRIPT, ends_saved, launched, run_of, trained, wait_until
 from tests.train.faulty import events
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
@@ -37,6 +38,7 @@ def test_nodes_come_from_the_environment() -> None:
         ({"NODE_RANK": "2"}, "NODE_RANK is 2, and NNODES is 2: set it to 0 to 1, once each"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set; set it on all 2 machines"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT is -1; set it to a port"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; set it to a port that is free on 10.0.0.1, from 1 to"),
         ({"JOIN_TIMEOUT": "1_0"}, "JOIN_TIMEOUT is 1_0; set it to a number of seconds"),
     ],
 )
@@ -59,6 +61,10 @@ def test_the_address_and_interface_of_a_machine_are_those_of_its_route_to_node_0
     assert launcher.interface_of("203.0.113.7") == ""
     with pytest.raises(ValueError, match=r"no way from this machine to MASTER_ADDR nowhere\.invalid"):
         launcher.own_address(Nodes(2, 1, "nowhere.invalid"))
+    with pytest.raises(ValueError, match=r"no way from this machine to MASTER_ADDR a\.\.b \("):
+        launcher.own_address(Nodes(2, 1, "a..b"))
+    assert launcher.is_own("localhost")
+    assert not launcher.is_own(launcher.ANYWHERE)
 
 
 def test_a_machine_waits_for_node_0_until_it_is_asked_to_stop(tmp_path: Path) -> None:
@@ -67,6 +73,8 @@ def test_a_machine_waits_for_node_0_until_it_is_asked_to_stop(tmp_path: Path) ->
         nodes = Nodes(2, 1, "127.0.0.1", listener.getsockname()[1], join=0)
         with pytest.raises(TimeoutError, match=r"node 0 at 127\.0\.0\.1:\d+ does not listen \(Connection refused\)"):
             launcher.wait_for(nodes, None)
+        with pytest.raises(TimeoutError, match=r"node 0 at a\.\.b:1 does not listen \("):
+            launcher.wait_for(Nodes(2, 1, "a..b", 1, join=0), None)
         listener.listen()
         assert launcher.wait_for(nodes, tmp_path / "stop")
     (tmp_path / "stop").touch()
@@ -98,6 +106,47 @@ def test_a_machine_whose_workers_have_ended_does_not_wait_for_a_node_0_that_is_g
     assert result.returncode == code
     assert 1.0 < time.monotonic() - begun < 15.0
     assert ("no answer from node 0 at host:1" in result.stderr) == bool(code)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("join", ["600", "2"])  # longer than the test, and over before the machine looks
+def test_a_machine_that_waits_for_the_others_ends_when_it_is_asked_to_stop(tmp_path: Path, join: str) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with closing(socket.socket()) as asked, waiting(tmp_path, JOIN_TIMEOUT=join, **variables) as script:
+        place = ("127.0.0.1", int(variables["MASTER_PORT"]))
+        wait_until(lambda: asked.connect_ex(place) == 0, script)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(30) == exit_codes.STOPPED
+
+
+@contextmanager
+def waiting(folder: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The script with a command that never begins; at the end nothing of it is left."""
+    script = subprocess.Popen([SCRIPT, "1", "train", str(folder)], env={**os.environ, **variables})
+    try:
+        yield script
+    finally:
+        script.kill()
+        script.wait()
+
+
+PARENT = """
+import os, subprocess, sys, time
+child = "from mmmoe_pretrain import exit_codes; exit_codes.end_with_parent(); print('ready', flush=True); "
+subprocess.Popen([sys.executable, "-c", child + "import time; time.sleep(60)"])
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_parent_started_ends_as_well() -> None:
+    """The end of the child closes the pipe."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    assert parent.stdout.read() == ""
+    parent.wait()
 
 
 @pytest.mark.timeout(240)

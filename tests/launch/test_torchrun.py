@@ -201,6 +201,52 @@ def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path)
         os.close(reader)
 
 
+def test_a_torchrun_that_is_killed_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -KILL $$\n")
+    (tmp_path / "python").chmod(0o755)
+    result = subprocess.run([tmp_path / "launch" / "torchrun.sh", "1", "train"], text=True, capture_output=True,
+                            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)  # fmt: skip
+    assert result.returncode == 1
+    assert "torchrun was killed (exit code 137)" in result.stderr
+
+
+def test_the_code_is_the_scripts_and_not_that_of_the_working_folder(tmp_path: Path) -> None:
+    """A job of mmmoe-launch runs a copy of the code, and its working folder is the checkout."""
+    (tmp_path / "mmmoe_pretrain").mkdir()
+    (tmp_path / "mmmoe_pretrain" / "__init__.py").write_text("raise SystemExit('the code of the working folder')")
+    result = subprocess.run([SCRIPT, "1", "train", "nowhere.yaml"], cwd=tmp_path, text=True, capture_output=True,
+                            check=False)  # fmt: skip
+    assert "mmmoe: rank 0: no config at nowhere.yaml" in result.stderr
+    assert result.returncode == 2
+
+
+def test_a_torchrun_that_is_stopped_may_go_on_and_the_script_be_edited(tmp_path: Path) -> None:
+    """As a debugger does it."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")
+    (tmp_path / "python").write_text("#!/bin/sh\necho $$ > pid\nmv pid stopped\nkill -STOP $$\nexit 7\n")
+    (tmp_path / "python").chmod(0o755)
+    process = subprocess.Popen([tmp_path / "launch" / "torchrun.sh", "1", "train"], text=True, cwd=tmp_path,
+                               env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    try:
+        wait_until((tmp_path / "stopped").exists, process)
+        time.sleep(2.0)
+        assert process.poll() is None
+        (tmp_path / "launch" / "torchrun.sh").write_text("exit 9\n" * 1000)  # by an editor, in place
+        os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)
+        assert process.wait(20) == 7
+    finally:
+        process.kill()
+
+
+def test_too_many_processes_are_refused() -> None:
+    result = subprocess.run([SCRIPT, "99999999", "train", "x"], text=True, capture_output=True, check=False)
+    assert result.returncode == 2
+    assert "99999999 processes are too many" in result.stderr
+
+
 def test_a_strange_number_of_restarts_is_refused() -> None:
     result = subprocess.run([SCRIPT, "2", "train", "x"], env={**os.environ, "MAX_RESTARTS": "many"}, text=True,
                             capture_output=True, check=False)  # fmt: skip

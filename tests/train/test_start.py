@@ -309,6 +309,25 @@ def test_a_folder_that_another_machine_does_not_see_is_refused_on_every_rank(
     assert run_ranks(2, outcome, config, partial(machine, False)) == ["code 0"] * 2
 
 
+def test_a_machine_with_another_config_is_refused_on_every_rank(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights would drift from the others'. Paths may differ: each machine may have the data at its own place."""
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{os.environ.get('RANK')}")
+    copy = shutil.copytree(tiny_data, tmp_path / "copy")
+    same = config_in(tmp_path, tiny_data, train={"steps": 1})
+    source = same.data.train[0].model_copy(update={"path": str(copy / "train")})
+
+    def rank(second: RunConfig) -> str:
+        return outcome(second if os.environ["RANK"] == "1" else same)
+
+    for message in run_ranks(2, rank, same.model_copy(update={"seed": 9})):
+        assert message.startswith("ValueError: rank 1 on host1 has another seed than rank 0 on host0; start every ")
+    assert not same.run_dir.exists()
+    elsewhere = same.data.model_copy(update={"train": (source,)})
+    assert run_ranks(2, rank, same.model_copy(update={"data": elsewhere})) == ["code 0"] * 2
+
+
 def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokens.model")
     config, done = tiny_config(tmp_path), []
