@@ -1,4 +1,5 @@
-"""The command line: ``mmmoe train``, ``doctor``, ``evaluate``, ``routing``, ``experts``, ``export`` and ``import``.
+"""The command line: ``mmmoe train``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``experts``, ``export`` and
+``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2; other errors are bugs and show their traceback.
@@ -85,6 +86,19 @@ def _examine(config: Path | None, overrides: list[str], run_dir: Path | None, as
     return examine(Subject(config, overrides, run_dir), as_json)
 
 
+@app.command()
+def status(
+    runs: Annotated[
+        list[Path], typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo, or several.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a run, one a line.")] = False,
+) -> None:
+    """Show what a run does, how far and how fast it is, when it ends, and what happened last, from its folder."""
+    from mmmoe_pretrain.train.status_page import command
+
+    command(runs, as_json)
+
+
 Run = Annotated[Path, typer.Argument(callback=given, help="The folder of a run, e.g. runs/demo.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")]
 Test = Annotated[
@@ -168,8 +182,7 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        rank = os.environ.get("RANK")
-        print(f"mmmoe: {'rank ' + rank + ': ' if rank else ''}{error}", file=sys.stderr)
+        exit_codes.tell(error)
         passing = isinstance(error, exit_codes.Restartable | OSError)  # a storage that does not respond
         code = exit_codes.FAULT if passing else exit_codes.USER_ERROR
         sys.exit(exit_codes.record(code))

@@ -12,10 +12,12 @@ written to torchrun's rendezvous store, at the address in MMMOE_RENDEZVOUS, and 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +31,7 @@ EXIT_FILE = "MMMOE_EXIT_FILE"
 STOP_FILE = "MMMOE_STOP_FILE"  # which exists once the script was asked to stop; it holds the name of the signal
 RENDEZVOUS = "MMMOE_RENDEZVOUS"
 KEY = "mmmoe/user_error"  # in the store: the rank that ended by such an error
+FIRST_RANK_SECONDS = 0.3  # that the others leave to the first rank of their machine, to tell an error
 SECONDS = 10  # that the store may take to answer
 PR_SET_PDEATHSIG = 1  # of Linux: prctl(2)
 log = logging.getLogger(__name__)
@@ -47,6 +50,31 @@ def record(code: int, final: bool = False) -> int:
     if code == USER_ERROR and RENDEZVOUS in os.environ:
         _ask_nodes(tell=True)
     return DONE if final or code == STOPPED else code
+
+
+def tell(error: ValueError) -> None:
+    """Print an error; where ranks of torchrun have the same one, once a machine, if possible by its first rank."""
+    rank = os.environ.get("RANK")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_RANK_SECONDS)
+    if _is_first(str(error)):
+        print(f"mmmoe: {'rank ' + rank + ': ' if rank else ''}{error}", file=sys.stderr)
+
+
+def _is_first(message: str) -> bool:
+    """Whether no other rank of this machine has told ``message`` in this start: the folder of torchrun's own files of
+    it then has a mark. Without torchrun, or where it has no such folder, every rank counts as the first."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/LOCAL_RANK/error.json
+    if own is None:
+        return True
+    mark = hashlib.sha256(message.encode()).hexdigest()[:16]
+    try:
+        (Path(own).parents[1] / f"told_{mark}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except (OSError, IndexError):
+        return True
+    return True
 
 
 def ended_for_good() -> bool:

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "surgery": _MODEL | {"checkpoint", "data"},
     "plan": _MODEL,
     "export": _MODEL | {"checkpoint", "data", "engines"},
-    "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes"},
+    "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes", "export"},
     "doctor": _LAYERS | {"data", "exit_codes"},
     "cli": _MODEL | {"checkpoint", "data", "doctor", "engines", "evaluate", "surgery", "plan", "export", "train"}
     | {"exit_codes"},

@@ -59,6 +59,23 @@ def test_the_command_line_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "code").exists()
 
 
+def test_ranks_of_a_machine_tell_the_same_error_once_and_others_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exit_codes, "FIRST_RANK_SECONDS", 0.0)
+    for rank, attempt, error in ((0, 0, "a"), (1, 0, "a"), (2, 0, "b"), (3, 0, "a"), (1, 1, "a")):
+        folder = tmp_path / f"attempt_{attempt}" / str(rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("RANK", str(rank + 8))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        exit_codes.tell(ValueError(error))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/null/1/error.json")
+    exit_codes.tell(ValueError("a"))
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["mmmoe: rank 8: a", "mmmoe: rank 10: b", "mmmoe: rank 9: a", "mmmoe: rank 9: a"]
+
+
 def test_training_elsewhere_than_on_linux_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="training runs on Linux, and this is darwin"):

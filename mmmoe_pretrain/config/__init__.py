@@ -39,6 +39,7 @@ from mmmoe_pretrain.config.engines import EngineName
 from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
 from mmmoe_pretrain.config.optimizer import OptimizerConfig
 from mmmoe_pretrain.config.upgrade import needs_upgrade
+from mmmoe_pretrain.config.watching import ProfileConfig, TrackersConfig
 from mmmoe_pretrain.untrusted import brief, parse_yaml, read_yaml
 from mmmoe_pretrain.urls import secret_option, shown
 
@@ -228,6 +229,19 @@ class TrainConfig(_Model):
     threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
     log_every: int = Field(10, ge=1)
     heatmap_every: int = Field(200, ge=1)
+    profile: ProfileConfig | None = None
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_trained(self) -> TrainConfig:
+        if self.profile is not None and self.profile.steps[1] > self.steps:
+            raise ValueError(
+                f"train.profile.steps {list(self.profile.steps)} are not all of the {self.steps} of train.steps; "
+                f"lower them, or raise train.steps"
+            )
+        return self
+
+
+HELD_OUT = "held_out/"  # names of held-out losses and scores begin so
 
 
 class CheckpointConfig(_Model):
@@ -240,7 +254,7 @@ class CheckpointConfig(_Model):
     keep_last: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)  # steps; checkpoints at multiples of it are kept, 0: none
     keep_best: int = Field(0, ge=0)  # of those still there, how many with the lowest best_metric stay
-    best_metric: str = "total"  # a loss of metrics.jsonl at the step of the checkpoint
+    best_metric: str = "total"  # a loss of metrics.jsonl at its step, or held_out/NAME: a held-out loss or score
 
 
 class FaultsConfig(_Model):
@@ -260,12 +274,18 @@ class FaultsConfig(_Model):
 class EvaluateConfig(_Model):
     """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
 
+    ``validation``: shards that training is scored on every ``every`` steps, of which ``samples`` are taken, spread
+    evenly; ``test``: those of ``mmmoe evaluate``.
+
     ``rows``: by pair ``a-b`` of representations, the values that a row of its scores has in each field. ``by``: by
     representation, a field that splits its rows: each value is scored by itself and under its own name. ``within``: a
     field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
     """
 
     test: Annotated[tuple[SourceText, ...], BeforeValidator(paths)] = ()
+    validation: Annotated[tuple[SourceText, ...], BeforeValidator(paths)] = ()
+    every: int = Field(0, ge=0)  # steps between scores of the validation shards in training; 0: never
+    samples: int = Field(1024, ge=1)  # of the validation shards, or all where they hold fewer
     prompt: str = "{}"  # {} is the name of the class
     rows: dict[str, dict[str, tuple[str, ...]]] = Field({})
     by: dict[str, str] = Field({})
@@ -275,11 +295,17 @@ class EvaluateConfig(_Model):
 
     @model_validator(mode="after")
     def _prompt(self) -> EvaluateConfig:
-        if commands := [path for path in self.test if path.startswith("pipe:") or "::pipe:" in path]:
+        if self.every and not self.validation:
             raise ValueError(
-                f"evaluate.test names the output of a command ({commands[0].split()[0]} ...), and held-out samples "
-                f"are read by number; name shards by a path or URL"
+                f"evaluate.every {self.every} scores held-out samples in training, and evaluate.validation names "
+                f"none; name shards that are not trained on (mmmoe-data shard --ratio makes them), or set every: 0"
             )
+        for key, places in {"test": self.test, "validation": self.validation}.items():
+            if commands := [path for path in places if path.startswith("pipe:") or "::pipe:" in path]:
+                raise ValueError(
+                    f"evaluate.{key} names the output of a command ({commands[0].split()[0]} ...), and held-out "
+                    f"samples are read by number; name shards by a path or URL"
+                )
         around = self.prompt.replace("{}", "", 1)
         if "{}" not in self.prompt or "{" in around or "}" in around:
             raise ValueError(f"evaluate.prompt {self.prompt!r} must hold {{}} once; e.g. 'an image of {{}}'")
@@ -303,6 +329,7 @@ class RunConfig(_Model):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+    trackers: TrackersConfig = TrackersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -367,6 +394,17 @@ class RunConfig(_Model):
             raise ValueError(
                 f"moe.router expert_choice lets later tokens affect the routing of earlier ones, and the segments of "
                 f"objectives.{causal[0]} are causal; set objectives.{causal[0]}.weight: 0, or choose softmax_top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> RunConfig:
+        settings, every = self.checkpoint, self.evaluate.every
+        held_out = settings.keep_best and settings.best_metric.startswith(HELD_OUT)
+        if held_out and (not every or settings.every % every):
+            raise ValueError(
+                f"checkpoint.best_metric {settings.best_metric} is known every evaluate.every {every} steps, and "
+                f"checkpoints are saved every {settings.every}; set evaluate.every to a divisor of checkpoint.every"
             )
         return self
 

@@ -27,7 +27,7 @@ from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
 from mmmoe_pretrain.engines.state import EngineState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.objectives import StepCounts
+from mmmoe_pretrain.objectives import Outputs, StepCounts, step_counts
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -90,7 +90,7 @@ class Progress:
 
 class Engine(ABC):
     """Steps ``models``: the stages of this rank in the order of the forward pass, with their working weights. A
-    subclass has ``_state`` and ``step``."""
+    subclass has ``_state``, ``step`` and ``_forward``."""
 
     _state: EngineState
 
@@ -102,6 +102,30 @@ class Engine(ABC):
     @abstractmethod
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the microbatches of this rank."""
+
+    def evaluate(
+        self, microbatches: list[Batch], observe: Callable[[Outputs], None]
+    ) -> tuple[dict[str, float], StepCounts]:
+        """The losses of a step on the current weights, as ``StepResult`` has them, and what they were divided by:
+        without noise in routing, and nothing is updated. ``observe`` gets the outputs of each microbatch, in their
+        order, on the ranks of the last stage."""
+        counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
+        for model in self.models:
+            model.eval()
+            model.observe = observe
+        with torch.no_grad():
+            if self.models[0].objectives.whole_step:
+                self._collect(lambda: self._forward(microbatches, counts))
+            reports = self._forward(microbatches, counts)
+        for model in self.models:
+            model.train()
+            model.observe = None
+            model.end_step(None)
+        return self._losses(reports), counts
+
+    @abstractmethod
+    def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
+        """Forward passes alone; of each stage of this rank, the sums of its reports."""
 
     @property
     def steps_done(self) -> int:
@@ -120,6 +144,10 @@ class Engine(ABC):
         """Import a state with the same pieces as ``export_state``, and resume after ``progress.steps``."""
         self._progress = resumed(progress, self.config.train)
         self._state.load(state, progress.updates)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes by name, of the parameters of this rank's stages."""
+        return self._state.shapes()
 
     def _collect(self, forward: Callable[[], object]) -> None:
         """The first pass of a step in which some loss is of all its microbatches: ``forward`` runs them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
@@ -29,7 +30,7 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
-from mmmoe_pretrain.objectives import step_counts
+from mmmoe_pretrain.objectives import StepCounts, step_counts
 
 __all__ = ["DeepSpeedEngine", "prepare"]
 
@@ -74,18 +75,30 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = step_counts(microbatches, self.model.objectives, self.groups.data, self.device)
-        self.model.begin_step(self.steps_done, counts)
         if self.model.objectives.whole_step:
-            self._collect(lambda: [self._engine(batch.to(self.device)) for batch in microbatches])
-            self.model.begin_step(self.steps_done, counts)
-        report = self._forward_backward(microbatches)
+            with record_function("collect"):
+                self._collect(lambda: self._forward(microbatches, counts))
+        self.model.begin_step(self.steps_done, counts)
+        with record_function("forward_backward"):
+            report = self._forward_backward(microbatches)
         losses = self._losses([report])
         self._total = losses["total"]
-        grad_norm = self._clip() if self.stage == 0 else None
-        self._engine.step()
+        with record_function("optimizer"):
+            grad_norm = self._clip() if self.stage == 0 else None
+            self._engine.step()
         if grad_norm is None:
             grad_norm = self._norm()
         return self._end_step([report], losses, grad_norm, counts, skipped=not math.isfinite(grad_norm))
+
+    def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
+        if self.stage == 3:
+            hold(self.model.tasks.parameters())
+        self.model.begin_step(self.steps_done, counts)
+        sums: LossReport | None = None
+        for batch in microbatches:
+            sums = add_reports(sums, self._engine(batch.to(self.device))[1])
+        assert sums is not None
+        return [sums]
 
     def _forward_backward(self, batches: list[Batch]) -> LossReport:
         """The sums of the microbatches' reports."""

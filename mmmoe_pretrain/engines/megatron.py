@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
@@ -62,10 +63,12 @@ class MegatronEngine(Engine):
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
         if self.models[0].objectives.whole_step:
-            self._collect(lambda: self._run(microbatches, counts, forward_only=True))
-        reports = self._run(microbatches, counts)
+            with record_function("collect"):
+                self._collect(lambda: self._forward(microbatches, counts))
+        with record_function("forward_backward"):
+            reports = self._run(microbatches, counts)
         losses = self._losses(reports)
-        with megatron_cpu.optimizer_calls():
+        with record_function("optimizer"), megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm()) / self._progress.scale
             skipped = not self._is_finite(losses["total"], grad_norm)
@@ -82,6 +85,9 @@ class MegatronEngine(Engine):
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step_with_ready_grads()
+
+    def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
+        return self._run(microbatches, counts, forward_only=True)
 
     def _run(self, batches: list[Batch], counts: StepCounts, forward_only: bool = False) -> list[LossReport]:
         """Run the schedule; of each stage of this rank, the sums of its reports over the microbatches."""

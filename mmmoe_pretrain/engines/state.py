@@ -63,6 +63,10 @@ class EngineState(ABC):
             for name, parameter in model.named_parameters():
                 self._parts[parameter] = Part(name, tuple(parameter.shape), placed[name])
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shapes of the parameters, by name."""
+        return {part.name: logical_shape(part.shape, part.placement) for part in self._parts.values()}
+
     def export(self) -> ShardedState:
         """Views of this rank's state; copies in host memory of state that is in files."""
         return self._export(self._copies_of_files())

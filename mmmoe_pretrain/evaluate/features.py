@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.objectives import Objectives, Outputs
 
 Batches = Iterable[tuple[Batch, Sequence[Sample]]]
 
@@ -57,6 +58,11 @@ def collect(model: MMMoE, batches: Batches) -> HeldOut:
             "the held-out shards hold no sample whose text is not trained on, too; check evaluate.test or --test, or "
             "set evaluate.keep_seen_texts=true"
         )
+    return joined(parts)
+
+
+def joined(parts: Sequence[HeldOut]) -> HeldOut:
+    """Of all their rows, one part after the other."""
     first = parts[0]
     return HeldOut(
         metas=tuple(meta for part in parts for meta in part.metas),
@@ -107,17 +113,29 @@ def content_name(item: Item) -> str:
 
 def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
     outputs, routing = model(batch.to(device_of(model)))
-    content, features = {}, {}
-    for name, tensor in outputs.features.items():
-        rows, present = _numpy(tensor), batch.pooled[name].numpy() >= 0
-        if not np.isfinite(rows[present]).all():
-            key = batch.metas[int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])].key
+    found = held_out(outputs, batch, samples, model.objectives, model.config.model.vocab_size, routing)
+    for name, rows in found.features.items():
+        if not (finite := np.isfinite(rows).all(axis=1)).all():
+            key = batch.metas[int(np.flatnonzero(~finite)[0])].key
             raise ValueError(
                 f"the {name} feature of held-out sample {key!r} is not finite, so it has no rank; "
                 f"this checkpoint diverged: evaluate an earlier one"
             )
-        parts = model.objectives.representations[name].modalities
-        features[name] = rows
+    return found
+
+
+def held_out(
+    outputs: Outputs,
+    batch: Batch,
+    samples: Sequence[Sample],
+    objectives: Objectives,
+    vocab_size: int,
+    routing: tuple[RoutingStats, ...] = (),
+) -> HeldOut:
+    """What the scores need of ``outputs``, those of ``batch``, which is on the host and has ``samples``."""
+    content = {}
+    for name in outputs.features:
+        present, parts = batch.pooled[name].numpy() >= 0, objectives.representations[name].modalities
         content[name] = tuple(
             " ".join(content_name(item) for part in parts if (item := sample.first(part))) if here else ""
             for sample, here in zip(samples, present, strict=True)
@@ -126,10 +144,9 @@ def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
         metas=tuple(sample.meta for sample in samples),
         texts=tuple(same_text(first_text(sample)) for sample in samples),
         content=content,
-        features=features,
+        features={name: _numpy(tensor) for name, tensor in outputs.features.items()},
         predicted={
-            task: sums_of_targets(batch, task, nll_N, model.config.model.vocab_size)
-            for task, nll_N in outputs.token_nll.items()
+            task: sums_of_targets(batch, task, nll_N, vocab_size) for task, nll_N in outputs.token_nll.items()
         },
         routing=routing,
         damaged=sum(not sample.items for sample in samples),

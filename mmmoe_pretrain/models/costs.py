@@ -24,6 +24,8 @@ from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.objectives import Objectives, objectives_of
 
+FORWARD_AND_BACKWARD = 3  # over the forward pass alone: each product has a gradient for both of its factors
+
 
 class TrunkCosts(NamedTuple):
     """FLOPs a token of each block, and of what the first and the last stage hold beside blocks."""
@@ -54,6 +56,12 @@ def block_costs(config: RunConfig) -> TrunkCosts:
         _stem_flops_of_sample(objectives, model.hidden_size) / tokens,
         _head_flops_of_sample(config, objectives, targets) / tokens,
     )
+
+
+def flops_a_token(config: RunConfig) -> float:
+    """FLOPs a token of the whole model, forward and backward; what recomputation adds is not counted."""
+    costs = block_costs(config)
+    return FORWARD_AND_BACKWARD * (sum(costs.blocks) + costs.first_extra + costs.last_extra)
 
 
 def feed_forward_flops(config: RunConfig, index: int) -> float:

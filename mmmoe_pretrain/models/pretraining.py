@@ -6,7 +6,7 @@ of a stage's MoE layers get their gradient on that stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class PretrainingModel(nn.Module):
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
         self._pass: Literal["only", "collecting", "second"] = "only"  # of a step
+        self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
         modules = {name: objective.module() for name, objective in self.objectives.items()} if self.stage.last else {}
@@ -69,7 +70,10 @@ class PretrainingModel(nn.Module):
         losses: dict[str, Tensor] = {}
         total = x_nD.new_zeros((), dtype=torch.float32)
         if self.stage.last:
-            losses, total = self._objectives(self.mmmoe.heads(x_nD, batch), batch, counts)
+            outputs = self.mmmoe.heads(x_nD, batch)
+            losses, total = self._objectives(outputs, batch, counts)
+            if self.observe is not None:
+                self.observe(outputs)
         auxiliary = self._auxiliary(routing, counts.tokens)
         losses |= auxiliary
         if auxiliary:

@@ -107,6 +107,15 @@ def number_from_rank_0(group: Group, number: float) -> float:
     return shared.item()
 
 
+def largest(group: Group, numbers: Sequence[float]) -> list[float]:
+    """Each of ``numbers`` on the rank where it is largest."""
+    if group is None:
+        return list(numbers)
+    found = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found.tolist()
+
+
 def any_rank(group: Group, condition: bool) -> bool:
     """Whether ``condition`` is true on some rank."""
     if group is None:

@@ -217,6 +217,13 @@ def _or(values: Sequence[object]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def _profiled_ranks(config: RunConfig, layout: Layout) -> str | None:
+    ranks = () if config.train.profile is None else config.train.profile.ranks
+    if all(rank < layout.world_size for rank in ranks):
+        return None
+    return f"train.profile.ranks {list(ranks)}: the job has the ranks 0 to {layout.world_size - 1}; name some of them"
+
+
 RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _pipeline_engine,
     _blocks_for_stages,
@@ -229,4 +236,5 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _overlap_param_gather,
     _offload,
     _precision,
+    _profiled_ranks,
 )

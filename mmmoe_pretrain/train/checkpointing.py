@@ -15,7 +15,7 @@ from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.model import TOKENIZER, refuse_old
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
 from mmmoe_pretrain.checkpoint.storage import StorageError
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config import HELD_OUT, RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.survey import Sizes, read_sizes
@@ -24,6 +24,7 @@ from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
+from mmmoe_pretrain.train.held_out import HeldOutScores
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.schedule import jump_on_resume
@@ -79,33 +80,44 @@ class CheckpointManager:
         keep = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         self._saver = Saver(context.config.checkpoint_root, context.host.storage, keep, settings.asynchronous)
         losses = ("total", *context.engine.models[0].loss_names)  # of a PretrainingModel
-        if settings.keep_best and settings.best_metric not in losses:
+        known = settings.best_metric in losses or settings.best_metric.startswith(HELD_OUT)
+        if settings.keep_best and not known:
             raise ValueError(
-                f"checkpoint.best_metric {settings.best_metric!r} is not a loss of this run: {', '.join(losses)}"
+                f"checkpoint.best_metric {settings.best_metric!r} is not a loss of this run: {', '.join(losses)}; or "
+                f"{HELD_OUT} and the name of a held-out loss or score"
             )
         self._started = -1  # the step of the last save
         self._last: SaveReport | None = None
         self.failures = 0  # failed saves in a row
 
-    def save(self, step: int, data: DataState, losses: dict[str, float]) -> None:
-        """Start to save ``step``; training may continue when this returns."""
+    def save(
+        self, step: int, data: DataState, losses: dict[str, float], held_out: HeldOutScores | None = None
+    ) -> None:
+        """Start to save ``step``; training may continue when this returns. ``held_out``: its scores, where they are
+        due."""
         state, meta = self._context.engine.export_state(), _meta(self._context, data, losses)
-        self._saver.save(step, state, meta, self._metric(step, losses))
+        self._saver.save(step, state, meta, self._metric(step, losses, held_out))
         self._started = step
 
-    def _metric(self, step: int, losses: dict[str, float]) -> float | None:
-        """The best_metric of ``step``, without the weight that an objective had then, which may follow a schedule;
-        None before the first step and where the weight was 0."""
-        name = self._settings.best_metric
-        weight = self._context.engine.models[0].objectives.weights(step - 1).get(name, 1.0)
+    def _metric(self, step: int, losses: dict[str, float], held_out: HeldOutScores | None) -> float | None:
+        """The best_metric of ``step``, the lower the better, without the weight that an objective had then, which may
+        follow a schedule; None before the first step, where the weight was 0, and where it was not scored."""
+        name, objectives = self._settings.best_metric, self._context.engine.models[0].objectives
+        if self._settings.keep_best and name.startswith(HELD_OUT):
+            name = name.removeprefix(HELD_OUT)
+            weight = objectives.weights(step).get(name, 1.0)
+            return held_out.metric(name) / weight if held_out is not None and weight else None
+        weight = objectives.weights(step - 1).get(name, 1.0)
         return losses[name] / weight if weight and name in losses else None
 
-    def save_and_wait(self, step: int, data: DataState, losses: dict[str, float]) -> None:
+    def save_and_wait(
+        self, step: int, data: DataState, losses: dict[str, float], held_out: HeldOutScores | None = None
+    ) -> None:
         """``step`` is saved when this returns. Raises ValueError on every rank where it cannot be, Restartable
         where a disk or a peer failed; earlier checkpoints remain."""
         self.wait()
         if self._started != step or (self._last is not None and self._last.error is not None):
-            self.save(step, data, losses)
+            self.save(step, data, losses, held_out)
             self.wait()
         if self._last is not None and self._last.error is not None:
             kind = exit_codes.Restartable if self._last.restartable else ValueError

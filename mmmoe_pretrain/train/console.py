@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from mmmoe_pretrain.progress import clock
-from mmmoe_pretrain.train.metrics import StepRecord
+from mmmoe_pretrain.train.held_out import HeldOutScores
+from mmmoe_pretrain.train.metrics import GIB, StepRecord
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -66,6 +67,10 @@ class Console:
         else:
             self._show(completed=record.step, text=text, eta=eta)
 
+    def first_step(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
+        """The first step of this process, which is not waited for ``train.log_every`` to show."""
+        self.say(f"step {step}/{self.total_steps}  {describe_losses(losses)}  {seconds:.1f} s for the first step")
+
     def say(self, text: str) -> None:
         """Print a message, e.g. that a checkpoint is written."""
         if not self.enabled:
@@ -95,16 +100,20 @@ class Console:
 
 
 def describe(record: StepRecord) -> str:
-    """``loss 3.21 (pairs 2.90, captions 0.31)  lr 1.0e-03  grad 0.80  12.3k tok/s``."""
-    by_task: defaultdict[str, float] = defaultdict(float)  # the terms of an objective, added up
-    for name, value in record.losses.items():
-        by_task[name.partition("/")[0]] += value
-    parts = [f"loss {by_task.pop('total'):.3g}"]
-    by_task.pop("aux", None)
-    if len(by_task) > 1:
-        parts[0] += " (" + ", ".join(f"{name} {value:.3g}" for name, value in by_task.items()) + ")"
-    parts += [f"lr {record.learning_rate:.1e}", f"grad {record.grad_norm:.2g}"]
+    """``loss 3.21 (pairs 2.90, captions 0.26, aux 0.05)  lr 1.0e-03  grad 0.80  12.3k tok/s  load 0.4-1.9``."""
+    parts = [describe_losses(record.losses), f"lr {record.learning_rate:.1e}", f"grad {record.grad_norm:.2g}"]
     parts.append(f"{short(record.tokens_per_second)} tok/s")
+    if record.flops_per_second is not None:
+        parts.append(f"{short(record.flops_per_second)}FLOP/s")
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:.0%}")
+    if record.routing:
+        least, most = record.load_over_even
+        parts.append(f"load {least:.2g}-{most:.2g}")  # of an expert, over an even share
+        if record.dead_experts:
+            parts.append(f"dead {record.dead_experts}")
+    if record.memory:
+        parts.append(f"mem {max(record.memory.values()) / GIB:.1f} GiB")
     if record.data_fraction > NOTABLE_WAIT:
         parts.append(f"data wait {record.data_fraction:.0%}")
     if record.samples.bad:
@@ -112,9 +121,27 @@ def describe(record: StepRecord) -> str:
     return "  ".join(parts)
 
 
+def describe_held_out(step: int, found: HeldOutScores) -> str:
+    """``step 200, held out (1024 samples): loss 3.21 (pairs 2.90, captions 0.31)  image_to_text_r1 0.31``."""
+    scores = (f"{name} {value:.3g}" for name, value in found.scores.items() if not name.endswith(("_r5", "_r10")))
+    return "  ".join([f"step {step}, held out ({found.samples} samples): {describe_losses(found.losses)}", *scores])
+
+
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """``loss 3.21 (pairs 2.90, captions 0.26, aux 0.05)``: the total, and each objective's terms added up; ``aux``
+    are the losses of the routers. A single term is not repeated."""
+    by_task: defaultdict[str, float] = defaultdict(float)
+    for name, value in losses.items():
+        by_task[name.partition("/")[0]] += value
+    total = f"loss {by_task.pop('total'):.3g}"
+    if len(by_task) == 1:
+        return total
+    return f"{total} ({', '.join(f'{name} {value:.3g}' for name, value in by_task.items())})"
+
+
 def short(value: float) -> str:
     """12345 -> ``12.3k``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"

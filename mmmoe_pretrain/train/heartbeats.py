@@ -28,6 +28,7 @@ ALLOWANCE = {
     "compile": 10.0,  # the first step of a process
     "load": 10.0,
     "save": 10.0,
+    "evaluate": 10.0,  # a step of validation samples, which nothing has read ahead
 }
 STEPS = 3.0  # times the slowest step before it that a step may take: many microbatches, each of them quick
 T = TypeVar("T")

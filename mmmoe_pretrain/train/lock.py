@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import time
 from io import FileIO
 from pathlib import Path
@@ -26,6 +27,7 @@ LOCK = "lock"
 WAIT = 10.0  # seconds: of an earlier start of this job that is ending
 BUSY = (errno.EAGAIN, errno.EACCES)
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # to this file system
+FLOCK = "hhqqi"  # of a 64-bit Linux: type, whence, start, length, process
 HOLDER = re.compile(r"process (\d+) on (\S+), started at (\d+)")
 
 
@@ -114,6 +116,24 @@ class RunLock:
             f"start again when that has ended, end it, or give this run another name=. If its machine failed and "
             f"the file system does not notice, delete {self._path}"
         )
+
+
+def holder_of(run_dir: Path) -> tuple[bool | None, str]:
+    """Whether another process trains the run (None: a file system that does not tell, and another host), and what its
+    file says of the last one. Takes no lock. Not for the process that holds it, which would lose it by this."""
+    try:
+        with (run_dir / LOCK).open("rb") as file:
+            text = file.read(200).decode(errors="replace").strip()
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            try:
+                answer = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            except OSError:
+                found = HOLDER.match(text)
+                here = found is not None and found[2] == socket.gethostname()
+                return (0 < int(found[3]) == _start(int(found[1])) if found and here else None), text
+    except OSError:
+        return False, ""
+    return answer[0] != fcntl.F_UNLCK, text
 
 
 def _start(pid: int) -> int:

@@ -35,16 +35,19 @@ from mmmoe_pretrain.parallel.replica import build_replica_channel
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train import start
 from mmmoe_pretrain.train.checkpointing import CheckpointManager, DataState, Restored, RunContext, restore
-from mmmoe_pretrain.train.console import Console
+from mmmoe_pretrain.train.held_out import HeldOutScores, Validation, open_validation
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.learning import ObjectiveMonitor
 from mmmoe_pretrain.train.lock import RunLock
-from mmmoe_pretrain.train.metrics import MetricsLog, Recorder, SampleCounts
+from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.opening import check_data, open_data
+from mmmoe_pretrain.train.profiling import StepProfiler
 from mmmoe_pretrain.train.replicas import check_replicas
+from mmmoe_pretrain.train.reporting import Reporter
 from mmmoe_pretrain.train.rollback import BadSteps, FaultDetector, SkippedBatches, read_skipped_batches
 from mmmoe_pretrain.train.schedule import learning_rate
 from mmmoe_pretrain.train.signals import StopRequest, stop_on_signals
+from mmmoe_pretrain.train.trackers.kinds import check_installed
 from mmmoe_pretrain.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
         finished = False
         try:
             host = build_host_groups(config.parallel.timeout_minutes)
+            from_rank_0(host.control, lambda: check_installed(config.trackers.named))
             # Files may be missing on one machine alone.
             modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
             start.check_same_config(config, host)
@@ -80,10 +84,11 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 channel = build_replica_channel(groups, host.control)
                 with open_data(config, modalities, groups, host, channel) as loader:
                     check_data(config, host, loader, main)
+                    validation = open_validation(config, modalities, groups, host, loader)
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:
                         context = RunContext(config, layout, groups, host, modalities, engine, journal, main)
-                        trainer = Trainer(context, loader, stop, watchdog)
+                        trainer = Trainer(context, loader, stop, watchdog, validation)
                         trainer.load(decision.found)
                         code = trainer.train()
             finished = True
@@ -99,11 +104,17 @@ class Trainer:
     """One rank's part of a run: ``load`` once, then ``train``."""
 
     def __init__(
-        self, context: RunContext, loader: Loader | ReplicaLoader, stop: StopRequest, watchdog: Watchdog
+        self,
+        context: RunContext,
+        loader: Loader | ReplicaLoader,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        validation: Validation | None,
     ) -> None:
         self.context, self.loader, self.stop, self.watchdog = context, loader, stop, watchdog
         self.config, self.settings = context.config, context.config.train
-        self.console = Console(self.settings.steps, enabled=context.main)
+        self.reporter = Reporter(context, watchdog, validation)
+        self.console = self.reporter.console
         self.checkpoints = CheckpointManager(context, self.console.say)
         self.status_sum = BackgroundSum(context.host.control)
         self.budget = BadBudget(self.config.data.max_bad_fraction)
@@ -116,8 +127,7 @@ class Trainer:
         self.skipped = SkippedBatches()
         self.step = 0  # steps done
         self.save_due = self.stopping = False
-        self.recorder = Recorder(context.groups.data, context.groups.pipeline)
-        self.metrics: MetricsLog | None = None
+        self.profiler = StepProfiler(self.settings.profile, self.config.run_dir, context.engine.device)
 
     def load(self, found: Sequence[store.Checkpoint]) -> None:
         """Resume from the newest of ``found`` that is intact. Without any, start from step 0 and save that first: a
@@ -146,16 +156,18 @@ class Trainer:
         if self.step >= self.settings.steps:
             self.context.log.info("all %d steps are done; raise train.steps to continue", self.step)
             return exit_codes.DONE
-        self.recorder.begin_interval()
-        first = self.step
+        first, code = self.step, None
+        self.reporter.begin(first)
         with self.console:
             try:
-                self._open_metrics()
+                self.reporter.open(first)
                 while (code := self._train_until_rollback()) is None:
                     pass
             finally:
-                if self.metrics is not None:
-                    self.metrics.close()
+                self.reporter.close_log()
+                self.watchdog.beat(self.step, "save")
+                self.profiler.close()
+                self.reporter.close_trackers(finished=code == exit_codes.DONE)
         self.checkpoints.close()
         self.objectives.raise_if_all_idle(whole_run=code == exit_codes.DONE and first == 0)
         self._report_idle(self.objectives.idle())
@@ -165,20 +177,24 @@ class Trainer:
 
     def _train_until_rollback(self) -> int | None:
         """The exit code of the run, or None after a rollback."""
-        self.watchdog.beat(self.step + 1, "data")
-        for data in self.loader:
+        self._begin("data")
+        for data in self.profiler.steps(self.loader, lambda: self.step, self._begin):
             result, rate = self._train_step(data)
             bad_steps = self._find_fault(data, result)
             if bad_steps is not None:
                 self._roll_back(bad_steps)
                 return None
-            self._log(result, rate)
+            held_out = self.reporter.log(self.step, result, rate, self.samples, self.stopping)
             self._check_objectives(result)
-            self._save_if_due(result)
+            self._save_if_due(result, held_out)
             if self.step < self.settings.steps and self.stopping:
                 return self._stopped()
-            self.watchdog.beat(self.step + 1, "data")
+            self._begin("data")
         return exit_codes.DONE
+
+    def _begin(self, phase: str) -> None:
+        """Of the next step."""
+        self.watchdog.beat(self.step + 1, phase)
 
     def _train_step(self, data: StepData) -> tuple[StepResult, float]:
         """One optimizer step, while the ranks' status is summed; the result and the learning rate."""
@@ -186,13 +202,14 @@ class Trainer:
         rate = learning_rate(data.step, self.settings.steps, self.config.optimizer)
         status = self._status(data)
         self.status_sum.start(list(status.values()))
-        self.watchdog.beat(data.step + 1, "step" if self.recorder.steps else "compile")
+        self.watchdog.beat(data.step + 1, "step" if self.reporter.has_steps else "compile")
         result = self.context.engine.step(data.microbatches, rate)
         self.step = data.step + 1
-        self.recorder.add(result, data.stats)
+        self.reporter.add(result, data.stats)
         if self.config.faults.spike_threshold:  # tensor ranks may differ in the last bit, but must decide equally
             result.losses["total"] = number_from_rank_0(self.context.host.control, result.losses["total"])
-        self._act_on({name: round(total) for name, total in zip(status, self.status_sum.wait(), strict=True)})
+        sums = {name: round(total) for name, total in zip(status, self.status_sum.wait(), strict=True)}
+        self._act_on(sums, result.tokens)
         return result, rate
 
     def _status(self, data: StepData) -> dict[str, float]:
@@ -209,11 +226,12 @@ class Trainer:
             **{f"cut {name}": stats.cut[name] for name in self.context.modalities},
         }
 
-    def _act_on(self, status: dict[str, int]) -> None:
-        """``status`` of all ranks. Raises ValueError past the budgets of bad samples and failed saves."""
+    def _act_on(self, status: dict[str, int], tokens: int) -> None:
+        """``status`` and ``tokens``: of all ranks. Raises ValueError past the budgets of bad samples and failed
+        saves."""
         self.stopping = status["stop requests"] > 0
         cut = {name: status[f"cut {name}"] for name in self.context.modalities if status[f"cut {name}"]}
-        self.samples += SampleCounts(status["read"], status["bad"], cut)
+        self.samples += SampleCounts(status["read"], status["bad"], cut, tokens)
         self.budget.check(self.samples.bad, self.samples.read)
         if status["worker restarts"]:
             self.context.journal.write("worker_restarted", step=self.step, workers=status["worker restarts"])
@@ -235,14 +253,6 @@ class Trainer:
         journal.write("spike", step=self.step, steps=[first, last], loss=result.losses["total"])
         self.context.log.warning("steps %d to %d: %s", first, last, bad_steps.reason)
         return bad_steps if self.config.faults.spike_action == "rollback" else None
-
-    def _log(self, result: StepResult, rate: float) -> None:
-        if self.step % self.settings.log_every and self.step != self.settings.steps:
-            return
-        record = self.recorder.record(self.step, result, rate, self.samples)  # on every rank
-        self.console.update(record)
-        if self.metrics is not None:
-            self.metrics.write(record)
 
     def _check_objectives(self, result: StepResult) -> None:
         """Raises ValueError on every rank where nothing is learned at all."""
@@ -269,7 +279,7 @@ class Trainer:
                 f"corrupts numbers; resume from the last checkpoint without those machines"
             )
 
-    def _save_if_due(self, result: StepResult) -> None:
+    def _save_if_due(self, result: StepResult, held_out: HeldOutScores | None) -> None:
         """If replicas are compared, they are also compared before every save, so that no corruption is saved."""
         last, every = self.step == self.settings.steps, self.config.faults.replica_check_every
         stops = self.stopping and not last
@@ -281,7 +291,7 @@ class Trainer:
             return
         self.watchdog.beat(self.step, "save")
         save = self.checkpoints.save_and_wait if last or stops else self.checkpoints.save
-        save(self.step, self._data_state(), result.losses)
+        save(self.step, self._data_state(), result.losses, held_out)
         self.save_due = False
 
     def _stopped(self) -> int:
@@ -318,10 +328,10 @@ class Trainer:
         )  # fmt: skip
         self._seek()
         self.faults.reset()
+        self.profiler.drop()
         self.checkpoints.after_rollback()
         self.save_due = False
-        self._open_metrics()
-        self.recorder.begin_interval()
+        self.reporter.open(self.step)
 
     def _finish_rollback(self, restored: Restored) -> None:
         """Delete the checkpoints after ``restored``."""
@@ -361,13 +371,3 @@ class Trainer:
     def _order(self) -> str:
         """What the order of the batches up to this step depends on; empty on a rank that does not read."""
         return self.loader.digest(self.skipped.cursor.batch(self.step)) or ""
-
-    def _open_metrics(self) -> None:
-        """The log from this step on, on rank 0; records of later steps are dropped. Collective."""
-        agree(self.context.host.storage, self._open_metrics_here)
-
-    def _open_metrics_here(self) -> None:
-        if self.context.main:
-            if self.metrics is not None:
-                self.metrics.close()
-            self.metrics = MetricsLog(self.config.run_dir, self.step, self.settings.heatmap_every)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import mmap
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.evaluate import heatmap
+from mmmoe_pretrain.parallel.agreement import largest
 from mmmoe_pretrain.parallel.groups import Group
+from mmmoe_pretrain.train.held_out import HeldOutScores
 from mmmoe_pretrain.train.journal import LineWriter
 from mmmoe_pretrain.train.telemetry import LayerRouting, gather_routing, gather_stages, layer_json, number
 
@@ -32,33 +36,37 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
+GIB = 1 << 30
 NO_EVENTS = "TensorBoard gets no more of this run"
 
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """Samples read since the start of a run, over all data-parallel ranks and restarts; rolled-back steps do not
-    count."""
+    """Samples and tokens since the start of a run, over all data-parallel ranks and restarts; rolled-back steps do
+    not count."""
 
     read: int = 0
     bad: int = 0  # could not be used
     cut: dict[str, int] = field(default_factory=dict)  # values longer than a modality's settings allow, by modality
+    tokens: int = 0  # trained on, padding not counted
 
     def __add__(self, other: SampleCounts) -> SampleCounts:
         cut = dict(Counter(self.cut) + Counter(other.cut))
-        return SampleCounts(self.read + other.read, self.bad + other.bad, cut)
+        return SampleCounts(self.read + other.read, self.bad + other.bad, cut, self.tokens + other.tokens)
 
     def to_json(self) -> dict[str, int]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: object) -> SampleCounts:
-        """Raises ValueError for anything but counts of these names."""
-        if isinstance(value, dict) and value.keys() == {"read", "bad", "cut"} and isinstance(value["cut"], dict):
-            counts = (value["read"], value["bad"], *value["cut"].values())
+        """Raises ValueError for anything but counts of these names; earlier versions did not count tokens."""
+        names = {"read", "bad", "cut"}
+        if isinstance(value, dict) and value.keys() - {"tokens"} == names and isinstance(value["cut"], dict):
+            counts = (value["read"], value["bad"], value.get("tokens", 0), *value["cut"].values())
             if all(type(count) is int and count >= 0 for count in counts):
                 return cls(**value)
-        raise ValueError(f"samples must be counts of bad, cut by modality, and read, not {str(value)[:80]}")
+        raise ValueError(f"samples must be counts of bad, cut by modality, read and tokens, not {str(value)[:80]}")
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,15 @@ class StepRecord:
     grad_norm: float
     tokens: int  # over all ranks, padding not counted
     seconds: float
-    data_seconds: float  # of them, spent waiting for data
+    data_seconds: float  # of them, spent waiting for data, by the rank that waited longest
     samples: SampleCounts = field(default_factory=SampleCounts)  # since the start of the run
     routing: tuple[LayerRouting, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)  # by loss: the targets or samples that it is the mean of
     loading_seconds: dict[str, float] = field(default_factory=dict)  # of all workers of rank 0, by stage
+    memory: dict[str, float] = field(default_factory=dict)  # ``peak_memory`` of the fullest rank
+    flops_a_token: float = 0.0  # of the model, forward and backward; 0: not known
+    peak_flops: float = 0.0  # a second, of the devices of all ranks together; 0: not known
+    held_out: HeldOutScores | None = None  # of the model after this step
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,13 +100,64 @@ class StepRecord:
     def data_fraction(self) -> float:
         return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def flops_per_second(self) -> float | None:
+        """Of all ranks together; what recomputation adds is not counted."""
+        return self.flops_a_token * self.tokens_per_second if self.flops_a_token else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B)."""
+        achieved = self.flops_per_second
+        return achieved / self.peak_flops if achieved is not None and self.peak_flops else None
+
+    @property
+    def dead_experts(self) -> int:
+        """Experts without a token in the logged step, over all layers."""
+        return sum(int((layer.load_over_even_E == 0).sum()) for layer in self.routing)
+
+    @property
+    def load_over_even(self) -> tuple[float, float]:
+        """The least and the largest over all experts of all layers. Needs ``routing``."""
+        load = np.concatenate([layer.load_over_even_E for layer in self.routing])
+        return float(load.min()), float(load.max())
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What is needed beside the tokens to tell how well the devices are used; 0: not known."""
+
+    flops_a_token: float = 0.0  # of the model, forward and backward
+    peak_flops: float = 0.0  # a second, of the devices of all ranks together
+
+
+UNKNOWN = Compute()
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Bytes, since this process began: of a GPU those of torch's allocator, else of the process (its largest
+    resident set)."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"allocated": float(allocated), "reserved": float(reserved)}
+    return {"resident": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
 
 class Recorder:
     """Turns step results into records: losses and routing are those of the logged step, so that a resumed run logs
     the same; times and tokens are summed since the record before."""
 
-    def __init__(self, group: Group = None, pipeline: Group = None) -> None:
-        self._group, self._pipeline = group, pipeline
+    def __init__(
+        self,
+        group: Group = None,
+        pipeline: Group = None,
+        ranks: Group = None,
+        device: torch.device = CPU,
+        compute: Compute = UNKNOWN,
+    ) -> None:
+        """``ranks``: all of them, on the host."""
+        self._group, self._pipeline, self._ranks = group, pipeline, ranks
+        self._device, self._compute = device, compute
         self.steps = 0  # counted so far
         self.begin_interval()
 
@@ -104,6 +167,11 @@ class Recorder:
         self._tokens = 0
         self._data_seconds = 0.0
         self._loading_seconds = Counter[str]()
+
+    @property
+    def seconds(self) -> float:
+        """Since the interval began."""
+        return time.perf_counter() - self._began
 
     def add(self, result: StepResult, stats: LoadStats) -> None:
         """Count a step."""
@@ -115,6 +183,8 @@ class Recorder:
     def record(self, step: int, result: StepResult, learning_rate: float, samples: SampleCounts) -> StepRecord:
         """The record of ``step`` (the first is 1), equal on every rank; begins a new interval. Collective."""
         now = time.perf_counter()
+        memory = peak_memory(self._device)
+        data_seconds, *peaks = largest(self._ranks, [self._data_seconds, *memory.values()])
         record = StepRecord(
             step=step,
             losses=result.losses,
@@ -123,10 +193,13 @@ class Recorder:
             grad_norm=result.grad_norm,
             tokens=self._tokens,
             seconds=now - self._began,
-            data_seconds=self._data_seconds,
+            data_seconds=data_seconds,
             loading_seconds=dict(self._loading_seconds),
             samples=samples,
             routing=gather_stages(gather_routing(result.routing, self._group), self._pipeline),
+            memory=dict(zip(memory, peaks, strict=True)),
+            flops_a_token=self._compute.flops_a_token,
+            peak_flops=self._compute.peak_flops,
         )
         self.begin_interval()
         return record
@@ -231,40 +304,71 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "learning_rate": number(record.learning_rate),
         "grad_norm": number(record.grad_norm),
         "tokens": record.tokens,
+        "tokens_total": record.samples.tokens,
         "seconds": number(record.seconds),
+        "tokens_per_second": number(record.tokens_per_second),
+        "flops_per_second": _known(record.flops_per_second),
+        "mfu": _known(record.mfu),
+        "peak_memory": {kind: round(size) for kind, size in record.memory.items()},  # bytes
         "data_seconds": number(record.data_seconds),
+        "data_stall": number(record.data_fraction),
         "loading_seconds": {stage: number(seconds) for stage, seconds in record.loading_seconds.items()},
         "bad_samples": record.samples.bad,
         "cut": record.samples.cut,
         "routing": [layer_json(layer) for layer in record.routing],
+        **({} if record.held_out is None else {"held_out": held_out_json(record.held_out)}),
     }
 
 
+def held_out_json(found: HeldOutScores) -> dict[str, Any]:
+    return {
+        "losses": {name: number(value) for name, value in found.losses.items()},
+        "scores": {name: number(value) for name, value in found.scores.items()},
+        "samples": found.samples,
+        "seconds": number(found.seconds),
+    }
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None else number(value)
+
+
 def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
-    """TensorBoard's tags and values."""
+    """The names and values that TensorBoard and the trackers get."""
     for name, value in record.losses.items():
         auxiliary = name.removeprefix("aux/")
         yield (f"1_loss/{name}" if auxiliary == name else f"4_auxiliary_loss/{auxiliary}"), value
     if record.routing:
-        load = np.concatenate([layer.load_over_even_E for layer in record.routing])
-        yield "2_routing/load_over_even_min", float(load.min())
-        yield "2_routing/load_over_even_max", float(load.max())
-        yield "2_routing/dead_experts", float((load == 0).sum())
+        least, most = record.load_over_even
+        yield "2_routing/load_over_even_min", least
+        yield "2_routing/load_over_even_max", most
+        yield "2_routing/dead_experts", float(record.dead_experts)
         for name in ("entropy", "marginal_entropy", "dropped"):
             values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
             yield from _named(f"2_routing/{name}", record.routing[0].names.modalities, values_LM.mean(axis=0))
+    if record.held_out is not None:
+        for name, value in record.held_out.by_name().items():
+            yield f"0_held_out/{name}", value
     for name, count in record.counts.items():
         yield f"1_loss_counts/{name}", float(count)
     yield "3_optimizer/learning_rate", record.learning_rate
     yield "3_optimizer/grad_norm", record.grad_norm
     yield "5_speed/tokens_per_second", record.tokens_per_second
+    if record.flops_per_second is not None:
+        yield "5_speed/tflops_per_second", record.flops_per_second / 1e12
+    if record.mfu is not None:
+        yield "5_speed/mfu", record.mfu
     yield "5_speed/data_wait_fraction", record.data_fraction
+    yield "5_speed/tokens_total", float(record.samples.tokens)
+    for kind, size in record.memory.items():
+        yield f"5_speed/peak_memory_gib/{kind}", size / GIB
     yield "5_speed/bad_samples", float(record.samples.bad)
     yield "5_speed/cut_samples", float(sum(record.samples.cut.values()))
     for layer in record.routing:
         prefix = f"6_layers/{layer.layer:02d}"
         yield f"{prefix}/load_over_even_min", float(layer.load_over_even_E.min())
         yield f"{prefix}/load_over_even_max", float(layer.load_over_even_E.max())
+        yield f"{prefix}/dead_experts", float((layer.load_over_even_E == 0).sum())
         yield from _named(f"{prefix}/entropy", layer.names.modalities, layer.entropy_M)
         yield from _named(f"{prefix}/marginal_entropy", layer.names.modalities, layer.marginal_entropy_M)
 

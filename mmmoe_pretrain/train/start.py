@@ -242,9 +242,8 @@ def check_same_config(config: RunConfig, host: HostGroups) -> None:
 
 def _of_all_machines(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
-    for section, key in (("data", "tokenizer"), ("checkpoint", "folder"), ("evaluate", "test")):
-        values[section].pop(key)
-    del values["runs_dir"]
+    del values["runs_dir"], values["data"]["tokenizer"], values["checkpoint"]["folder"]
+    del values["evaluate"]["test"], values["evaluate"]["validation"]
     for source in values["data"]["train"]:
         del source["path"]
     return values

@@ -123,6 +123,7 @@ def layer_json(routing: LayerRouting) -> dict[str, Any]:
         "tokens": named(routing.tokens_M),
         "assignments": named(routing.counts_MXE.sum((1, 2))),
         "load": {m: shares(row) for m, row in zip(modalities, routing.load_ME, strict=True)},
+        "load_over_even": shares(routing.load_over_even_E),
         "mean_probability": {m: shares(row) for m, row in zip(modalities, routing.mean_probability_ME, strict=True)},
         "entropy": named(routing.entropy_M),
         "marginal_entropy": named(routing.marginal_entropy_M),

@@ -42,6 +42,8 @@ from mmmoe_pretrain.surgery.probe import logged_usage
 from mmmoe_pretrain.train.journal import EVENTS, read_events
 from mmmoe_pretrain.train.metrics import truncate_after
 from mmmoe_pretrain.train.rollback import SKIPPED_BATCHES, read_skipped_batches
+from mmmoe_pretrain.train.status import status_of
+from mmmoe_pretrain.train.status_page import page
 from tests.fuzz import inputs
 
 STEP = 7
@@ -212,10 +214,26 @@ LAYER = {
     "load": {name: [0.5, 0.25, 0.25, 0.0] for name in COUNTS},
     "tokens": COUNTS,
     "assignments": COUNTS,
+    "load_over_even": [2.0, 1.0, 1.0, 0.0],
 }
 # What a run writes for people and later commands to read: the values of each file, or of its lines.
 LOGS: dict[str, Any] = {
-    "metrics.jsonl": [{"step": step, "losses": {"total": 1.5}, "routing": [LAYER]} for step in range(1, 5)],
+    "metrics.jsonl": [
+        {
+            "step": step,
+            "losses": {"total": 1.5},
+            "tokens": 9,
+            "seconds": 2.0,
+            "data_seconds": 0.5,
+            "tokens_total": 9,
+            "peak_memory": {"resident": 9},
+            "flops_per_second": 1e9,
+            "mfu": 0.5,
+            "bad_samples": 0,
+            "routing": [LAYER],
+        }
+        for step in range(1, 5)
+    ],
     EVENTS: [{"event": "saved", "step": step} for step in range(1, 5)],
     "report.json": {"results": [ROW, ROW]},
     "results.json": {"dense": {"test": ["a"], "results": [ROW]}},
@@ -238,10 +256,15 @@ def read_log(path: Path) -> None:
         [cursor.batch(step) for step in (0, 3, 100)]
     elif path.name == EVENTS:
         read_events(path.parent)
+        read_status(path)
     else:
         usage, truncate = (lambda path: logged_usage(path, 3, {1: 4})), (lambda path: truncate_after(path, 2))
-        for read in in_turn(path, (history.read, usage, truncate)):
+        for read in in_turn(path, (history.read, usage, read_status, truncate)):
             read(path)
+
+
+def read_status(path: Path) -> None:
+    page(status_of(path.parent))
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import pytest
 
 from mmmoe_pretrain.train.console import Console, describe, short
 from mmmoe_pretrain.train.metrics import SampleCounts, StepRecord
+from tests.train.test_metrics import layer_routing
 
 RECORD = StepRecord(
     step=100,
@@ -41,7 +42,8 @@ def test_plain_lines_without_a_terminal_tell_a_time_left_that_follows_the_latest
         console.update(dataclasses.replace(RECORD, step=110, seconds=12.0))  # 1.2 s a step
     first, second = stream.getvalue().splitlines()
     assert first == (
-        "step 100/1500  loss 3.21 (contrastive 2.75, captioning 0.41)  lr 1.0e-03  grad 0.8  12.3k tok/s  eta 4:40"
+        "step 100/1500  loss 3.21 (contrastive 2.75, captioning 0.41, aux 0.05)  lr 1.0e-03  grad 0.8  12.3k tok/s  "
+        "eta 4:40"
     )
     assert second.endswith("eta 9:16")  # 0.2 + 0.2 * (1.2 - 0.2) = 0.4 s a step, 1,390 steps left
 
@@ -70,8 +72,19 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(monkeypatch: pytest.MonkeyP
 def test_a_line_holds_what_matters() -> None:
     quiet = describe(dataclasses.replace(RECORD, losses={"total": 1.0, "captioning": 1.0}))
     assert not any(word in quiet for word in ("data wait", "bad", "("))  # a single objective is not repeated
-    loud = describe(dataclasses.replace(RECORD, data_seconds=0.5, samples=SampleCounts(bad=3)))
-    assert loud.endswith("data wait 25%  bad 3")
+    loud = dataclasses.replace(
+        RECORD, data_seconds=0.5, samples=SampleCounts(bad=3), memory={"allocated": 2**30, "reserved": 3 * 2**29},
+        flops_a_token=1e9, peak_flops=4e13, routing=(layer_routing(), layer_routing(experts=6)),
+    )  # fmt: skip
+    # 12,345 tokens a second of 1 GFLOP; experts 1, 0 and 2 get 1.5 of an even share of 4, and 2.25 of one of 6.
+    assert describe(loud).endswith("12.3TFLOP/s  MFU 31%  load 0-2.2  dead 4  mem 1.5 GiB  data wait 25%  bad 3")
+
+
+def test_the_first_step_is_told_at_once() -> None:
+    stream = io.StringIO()
+    with Console(total_steps=1500, stream=stream) as console:
+        console.first_step(1, {"total": 2.5, "captioning": 2.0, "aux/z": 0.25, "aux/balance": 0.25}, seconds=12.34)
+    assert stream.getvalue() == "step 1/1500  loss 2.5 (captioning 2, aux 0.5)  12.3 s for the first step\n"
 
 
 @pytest.mark.parametrize(("value", "text"), [(12.4, "12"), (12_345, "12.3k"), (1_500_000, "1.5M"), (2e9, "2.0G")])

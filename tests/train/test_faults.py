@@ -255,8 +255,12 @@ def test_bad_samples_are_counted_over_restarts_and_without_rolled_back_steps_and
     generous = config(STEPS, 0.5)
     run_ranks(2, faulty, generous, partial(poison, [5]), partial(signalled, 8))
     meta = store.read_meta(store.checkpoints(generous.checkpoint_root)[-1])
-    assert meta["samples"] == {"read": 8 * 16, "bad": 16, "cut": {}}
+    records = logged(generous)
+    tokens = sum(record["tokens"] for record in records)
+    assert meta["samples"] == {"read": 8 * 16, "bad": 16, "cut": {}, "tokens": tokens}
     run_ranks(1, train, generous)
+    records = logged(generous)
+    assert records[-1]["tokens_total"] == sum(record["tokens"] for record in records) > tokens
     assert len(events(generous, "rollback")) == 1
     assert [record["bad_samples"] for record in logged(generous)] == [2 * step for step in range(1, STEPS + 1)]
     # 2 of 16 may be chance where 1 in 50 is allowed; 26 of 208 are not.

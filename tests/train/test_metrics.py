@@ -15,9 +15,21 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.data.loader import LoadStats
+from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.objectives import StepCounts
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.train.metrics import LayerRouting, MetricsLog, SampleCounts, StepRecord, scalars, truncate_after
+from mmmoe_pretrain.train import metrics
+from mmmoe_pretrain.train.metrics import (
+    LayerRouting,
+    MetricsLog,
+    Recorder,
+    SampleCounts,
+    StepRecord,
+    scalars,
+    truncate_after,
+)
 from mmmoe_pretrain.train.telemetry import gather_routing, layer_json
 from tests.distributed import run_ranks
 
@@ -62,8 +74,11 @@ def record(step: int, total: float = 3.0, routing: bool = True) -> StepRecord:
         seconds=2.0,
         data_seconds=0.5,
         loading_seconds={"decode": 3.0},
-        samples=SampleCounts(bad=1),
+        samples=SampleCounts(bad=1, tokens=90_000),
         routing=(layer_routing(),) if routing else (),
+        memory={"resident": 3 * 2.0**29},
+        flops_a_token=2e9,
+        peak_flops=3.2e13,
     )
 
 
@@ -85,8 +100,12 @@ def test_a_record_becomes_one_json_line_with_modalities_by_name(tmp_path: Path) 
     assert line["losses"] == {"total": 3.0, "contrastive/image-text": 2.5, "aux/global_entropy/image": 0.5}
     assert (line["tokens"], line["seconds"], line["data_seconds"], line["bad_samples"]) == (4000, 2.0, 0.5, 1)
     assert line["loading_seconds"] == {"decode": 3.0}
+    assert (line["tokens_total"], line["tokens_per_second"], line["data_stall"]) == (90_000, 2000.0, 0.25)
+    assert (line["flops_per_second"], line["mfu"], line["peak_memory"]) == (4e12, 0.125, {"resident": 3 * 2**29})
     (layer,) = line["routing"]
     assert (layer["layer"], layer["tokens"]) == (1, {"image": 300.0, "audio": 0.0, "text": 100.0})
+    # Assignments by expert: 300, 100 + 100, 200 + 100, 0 of 800, and an even share is 200.
+    assert layer["load_over_even"] == [1.5, 1.0, 1.5, 0.0]
     assert layer["assignments"] == {"image": 600.0, "audio": 0.0, "text": 200.0}
     with closing(MetricsLog(tmp_path)) as log:
         log.write(record(1, total=float("nan")))
@@ -225,6 +244,25 @@ def test_tensorboard_gets_derived_values_under_ordered_groups() -> None:
     assert values["6_layers/01/entropy/text"] == pytest.approx(0.562335)
     assert values["5_speed/tokens_per_second"] == 2000
     assert values["5_speed/data_wait_fraction"] == 0.25
+    assert values["5_speed/tflops_per_second"] == 4.0 and values["5_speed/mfu"] == 0.125
+    assert values["5_speed/peak_memory_gib/resident"] == 1.5
+    assert values["6_layers/01/dead_experts"] == 1
+
+
+def test_a_record_tells_the_memory_of_the_fullest_rank_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 holds most and rank 0 waits longest."""
+
+    def of_rank() -> StepRecord:
+        with process_group(timeout_minutes=1):
+            rank = dist.get_rank()
+            monkeypatch.setattr(metrics, "peak_memory", lambda device: {"allocated": 5.0 + rank, "reserved": 9.0})
+            recorder = Recorder(ranks=dist.group.WORLD)
+            result = StepResult({"total": 1.0}, 1.0, StepCounts(100, {}), ())
+            recorder.add(result, LoadStats(4, wait_seconds=2.0 - rank))
+            return recorder.record(1, result, 0.1, SampleCounts())
+
+    for found in run_ranks(2, of_rank):
+        assert (found.memory, found.data_seconds) == ({"allocated": 6.0, "reserved": 9.0}, 2.0)
 
 
 def test_events_can_be_read_by_tensorboard(tmp_path: Path) -> None:

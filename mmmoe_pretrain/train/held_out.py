@@ -1,0 +1,203 @@
+"""Held-out losses and scores in training: ``evaluate.every``.
+
+The validation samples are cut into steps and microbatches as those of training are, without augmentation and in one
+order, so the losses are those of training on other samples, and equal at any layout. A rank takes every R-th sample
+of a microbatch, R being the data-parallel size. Every rank of a replica decodes them by itself. Scores are those of
+``mmmoe evaluate``, on the features of all ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.config import HELD_OUT, RunConfig
+from mmmoe_pretrain.data.decode import decode
+from mmmoe_pretrain.data.evaluation import eval_settings
+from mmmoe_pretrain.data.loader import Loader, keep_slot
+from mmmoe_pretrain.data.order.assign import microbatch_size
+from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.data.sources.listing import list_shards
+from mmmoe_pretrain.data.sources.overlap import overlap
+from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
+from mmmoe_pretrain.data.storage.files import Files, read_settings
+from mmmoe_pretrain.data.workers.replica import ReplicaLoader
+from mmmoe_pretrain.engines.base import Engine
+from mmmoe_pretrain.evaluate import scores
+from mmmoe_pretrain.evaluate.features import HeldOut, held_out, joined
+from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.objectives import Objectives, Outputs
+from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
+from mmmoe_pretrain.parallel.groups import Groups, HostGroups
+from mmmoe_pretrain.train.watchdog import Watchdog
+
+Part = tuple[np.ndarray, HeldOut]  # numbers of samples, and what is known of them
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """``losses`` by name, as those of a step. ``scores``: recall, the higher the better, and perplexity."""
+
+    losses: dict[str, float]
+    scores: dict[str, float]
+    samples: int
+    seconds: float
+
+    def by_name(self) -> dict[str, float]:
+        return {**self.losses, **self.scores}
+
+    def metric(self, name: str) -> float:
+        """The lower, the better. Raises ValueError where there is no loss or score of that name."""
+        known = self.by_name()
+        if name not in known:
+            raise ValueError(
+                f"checkpoint.best_metric {HELD_OUT}{name} is none of the held-out losses and scores: "
+                f"{', '.join(known)}"
+            )
+        return -known[name] if is_recall(name) else known[name]
+
+
+def is_recall(name: str) -> bool:
+    return name.rpartition("_")[2] in {f"r{k}" for k in scores.KS}
+
+
+def open_validation(
+    config: RunConfig, modalities: Modalities, groups: Groups, host: HostGroups, loader: Loader | ReplicaLoader
+) -> Validation | None:
+    """None where the config scores nothing in training. Raises ValueError on every rank where the shards cannot be
+    read, or have samples that are trained on. Collective."""
+    if not config.evaluate.every:
+        return None
+    found = Validation(config, modalities, groups, host)
+    from_rank_0(host.storage, lambda: found.refuse_overlap(loader.sources))
+    return found
+
+
+class Validation:
+    """The validation samples of a run, and their scores. Every rank makes one and calls the same methods."""
+
+    def __init__(self, config: RunConfig, modalities: Modalities, groups: Groups, host: HostGroups) -> None:
+        self.config, self._modalities, self._groups, self._host = config, modalities, groups, host
+        self._settings, self._files = eval_settings(config, modalities), Files(read_settings(config))
+        paths = config.evaluate.validation
+        listings = from_rank_0(host.storage, lambda: [list_shards(path, self._files) for path in paths])
+        self._sources: list[Indexed] = agree(
+            host.storage,
+            lambda: [open_indexed(its.spec, self._files, modalities, listing=its) for its in listings],
+        )
+        self._ends = np.cumsum([len(source) for source in self._sources])
+        total = int(self._ends[-1])
+        self.samples = min(total, config.evaluate.samples)
+        self._chosen = np.arange(self.samples) * total // self.samples  # spread evenly
+
+    def refuse_overlap(self, train: Sequence[object]) -> None:
+        """Raises ValueError where one of the samples is in ``train`` too, byte by byte; for rank 0."""
+        places = [self._place(number) for number in self._chosen.tolist()]
+        indexed = [source for source in train if isinstance(source, Indexed)]
+        found = overlap([(self._sources[s], i) for s, i in places], indexed)
+        if found is not None:
+            raise ValueError(
+                f"evaluate.validation has {found.count} of {found.compared} samples that are trained on, too: "
+                f"{found.first} is {found.second}; remove them (mmmoe-data dedup --against), or name other "
+                f"shards"
+            )
+
+    def score(self, engine: Engine, watchdog: Watchdog, step: int) -> HeldOutScores:
+        """The losses and scores of the model after ``step`` steps, equal on every rank. Collective."""
+        began = time.perf_counter()
+        parts: list[Part] = []
+        sums: defaultdict[str, float] = defaultdict(float)
+        counts = Counter[str]()
+        size = self.config.train.global_batch_size
+        for start in range(0, self.samples, size):
+            watchdog.beat(step, "evaluate")
+            losses, terms = self._step(engine, start, parts)
+            for name, value in losses.items():  # of auxiliary losses, whose terms are tokens, and of objectives
+                weight = terms.get(name, terms["tokens"])
+                sums[name] += weight * value
+                counts[name] += weight
+        watchdog.beat(step, "evaluate")
+        means = {name: sums[name] / counts[name] if counts[name] else 0.0 for name in sums}
+        means["total"] = sum(value for name, value in means.items() if name != "total")
+        objectives = engine.models[0].objectives
+        found = exchange(
+            self._host.storage, lambda: _only(parts), lambda ranks: self._scores([*filter(None, ranks)], objectives)
+        )
+        return HeldOutScores(means, found, self.samples, time.perf_counter() - began)
+
+    def _step(self, engine: Engine, start: int, parts: list[Part]) -> tuple[dict[str, float], Counter[str]]:
+        """The losses of one step from sample ``start`` on, and their terms; adds this rank's ``parts``."""
+        made = list(self._microbatches(start))
+        waiting = iter(made)
+        shown = self._groups.tensor_rank == 0  # the others have the same outputs
+
+        def observe(outputs: Outputs) -> None:
+            numbers, samples, batch = next(waiting)
+            if shown:
+                objectives, vocab_size = self._settings.objectives, self.config.model.vocab_size
+                parts.append((numbers, held_out(outputs, batch, samples, objectives, vocab_size)))
+
+        losses, counts = engine.evaluate([batch for _, _, batch in made], observe)
+        return losses, Counter({**counts.terms, "tokens": counts.tokens})
+
+    def _microbatches(self, start: int) -> Iterator[tuple[np.ndarray, list[Sample], Batch]]:
+        """This rank's samples of each microbatch of a step, whose numbers may lie past the last sample."""
+        each, ranks = microbatch_size(self.config, self._groups.data_size), self._groups.data_size
+        for number in range(self.config.train.num_microbatches):
+            first = start + number * each * ranks + self._groups.data_rank
+            numbers = np.arange(first, first + each * ranks, ranks)
+            samples = [self._sample(n) for n in numbers.tolist()]
+            yield numbers, samples, pack(samples, self._settings, numbers)
+
+    def _sample(self, number: int) -> Sample:
+        """Empty where it cannot be decoded, and past the last one."""
+        if number >= self.samples:
+            return Sample(SampleMeta(""))
+        source, index = self._place(int(self._chosen[number]))
+        most = self.config.data.max_tokens_per_document
+        return keep_slot(decode(self._sources[source].read(index), self._modalities, most=most))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The source of sample ``number`` of all, and its number there."""
+        source = int(np.searchsorted(self._ends, number, side="right"))
+        return source, number - int(self._ends[source - 1] if source else 0)
+
+    def _scores(self, ranks: Sequence[Part], objectives: Objectives) -> dict[str, float]:
+        """Of the parts of all ranks; none where a feature is not finite."""
+        numbers = np.concatenate([numbers for numbers, _ in ranks])
+        data = _taken(joined([part for _, part in ranks]), np.argsort(numbers)[: self.samples])
+        if not all(np.isfinite(rows).all() for rows in data.features.values()):
+            return {}
+        names, settings = self.config.stream_names.modalities, self.config.evaluate
+        found = [score for pair in objectives.aligned for score in scores.retrieval_scores(data, pair, settings)[0]]
+        found += [
+            score
+            for task, predicted in data.predicted.items()
+            for score in scores.perplexity_scores(task, predicted, None, names)
+        ]
+        return {score.metric: score.value for score in found if "/" not in score.metric}
+
+
+def _only(parts: list[Part]) -> Part | None:
+    """All parts of a rank as one; None where it has none."""
+    if not parts:
+        return None
+    return np.concatenate([numbers for numbers, _ in parts]), joined([part for _, part in parts])
+
+
+def _taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
+    """These rows in this order; targets are kept as they are."""
+    order = rows.tolist()
+    return dataclasses.replace(
+        data,
+        metas=tuple(data.metas[i] for i in order),
+        texts=tuple(data.texts[i] for i in order),
+        content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
+        features={name: features[rows] for name, features in data.features.items()},
+    )

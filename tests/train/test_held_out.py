@@ -1,0 +1,90 @@
+"""Held-out losses and scores in training: what they are, that they change nothing, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.evaluate.run import evaluate
+from mmmoe_pretrain.train.held_out import HeldOutScores, is_recall
+from mmmoe_pretrain.train.loop import train
+from tests.distributed import run_ranks
+from tests.support import things, tiny_config, write_shards
+from tests.train.faulty import config_in, logged, losses, saved
+
+
+def scored(root: Path, tiny_data: Path, **sections: Any) -> RunConfig:
+    """A run of 8 steps that is scored on 24 other samples every second step."""
+    write_shards(root / "validation", things(72)[48:], corrupt=("thing-050",))
+    held_out = {"validation": str(root / "validation"), "every": 2, "min_items": 2}
+    sections = {"train": {"steps": 8, "global_batch_size": 16, "num_microbatches": 2, "log_every": 3},
+                "evaluate": held_out, **sections}  # fmt: skip
+    return config_in(root, tiny_data, **sections)
+
+
+def test_scores_are_those_of_mmmoe_evaluate_and_training_is_the_same(tmp_path: Path, tiny_data: Path) -> None:
+    config = scored(tmp_path, tiny_data, checkpoint={"every": 8})
+    run_ranks(2, train, config)
+    records = {record["step"]: record for record in logged(config)}
+    assert sorted(records) == [2, 3, 4, 6, 8], "every third step is logged, and those that are scored"
+    found = records[8]["held_out"]
+    assert "held_out" not in records[3]
+    test = str(tmp_path / "validation")
+    report = evaluate(config.run_dir, [test], out=tmp_path / "report", overrides=["evaluate.keep_seen_texts=true"])
+    wanted = {row["metric"]: row["value"] for row in report.results if row["metric"] in found["scores"]}
+    assert len(wanted) == len(found["scores"]) > 15
+    assert found["scores"] == pytest.approx(wanted, rel=1e-4)
+    assert found["samples"] == 24
+    assert found["losses"]["total"] == pytest.approx(sum(v for k, v in found["losses"].items() if k != "total"))
+    plain = config_in(tmp_path / "plain", tiny_data, train=config.train.model_dump())
+    run_ranks(2, train, plain)
+    assert [list(losses(plain)[i]) for i in (0, 1, 2)] == [list(losses(config)[i]) for i in (1, 3, 4)]
+
+
+def test_the_checkpoints_with_the_best_held_out_score_are_kept(tmp_path: Path, tiny_data: Path) -> None:
+    best = {"every": 2, "keep_last": 1, "keep_best": 1, "best_metric": "held_out/aux/z"}
+    config = scored(tmp_path, tiny_data, checkpoint=best, optimizer={"learning_rate": 0.3, "warmup_steps": 0})
+    run_ranks(1, train, config)
+    by_step = {r["step"]: r["held_out"]["losses"]["aux/z"] for r in logged(config) if "held_out" in r}
+    lowest = min(by_step, key=lambda step: by_step[step])
+    assert lowest < 8, "logits grow at this learning rate"
+    assert saved(config) == [lowest, 8]
+
+
+def test_a_best_metric_that_nothing_is_called_is_told_with_the_names() -> None:
+    found = HeldOutScores({"total": 2.0}, {"image_to_text_r10": 0.25}, 8, 0.1)
+    assert found.metric("image_to_text_r10") == -0.25 and found.metric("total") == 2.0
+    assert not is_recall("captions_perplexity")
+    with pytest.raises(ValueError, match=r"held_out/loss is none of .*: total, image_to_text_r10"):
+        found.metric("loss")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "checkpoint", "message"),
+    [
+        ({"every": 5}, {}, "evaluate.validation names none; name shards that are not trained on"),
+        ({"every": 5, "validation": "pipe:cat a.tar"}, {}, "evaluate.validation names the output of a command"),
+        ({"every": 3, "validation": "a"}, {"every": 8, "keep_best": 1, "best_metric": "held_out/total"},
+         "known every evaluate.every 3 steps, and checkpoints are saved every 8"),
+        ({}, {"keep_best": 1, "best_metric": "held_out/total"}, "set evaluate.every to a divisor"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, evaluation: dict[str, Any], checkpoint: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, evaluate=evaluation, checkpoint=checkpoint)
+
+
+def test_samples_that_are_trained_on_are_refused(tmp_path: Path, tiny_data: Path) -> None:
+    """One of 24 is a copy under another key, with another JSON."""
+    config = scored(tmp_path, tiny_data)
+    rows = [*things(72)[49:], {**things(7)[6], "key": "copied", "image_of": "thing-006", "group": "other"}]
+    write_shards(tmp_path / "validation", rows)
+    with pytest.raises(AssertionError, match=r"evaluate.validation has 1 of 24 samples that are trained on, too: "
+                       r"copied of 00000.tar is thing-006 of 00000.tar; remove them"):  # fmt: skip
+        run_ranks(2, train, config)
+    assert not (config.run_dir / "metrics.jsonl").exists(), "nothing was trained"

@@ -1,0 +1,187 @@
+"""``mmmoe status``: what it tells of folders that are written by hand."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmmoe_pretrain.train import status
+from mmmoe_pretrain.train.lock import RunLock
+from mmmoe_pretrain.train.status import last_lines, status_of
+from mmmoe_pretrain.train.status_page import command
+
+
+def write_run(folder: Path, events: list[Any], records: list[dict[str, Any]], tail: str = "") -> Path:
+    """``events``: (seconds ago, kind, facts)."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {steps: 1000, log_every: 10}\n")
+    now = datetime.now(UTC)
+    lines = [{"time": (now - timedelta(seconds=ago)).isoformat(timespec="milliseconds"), "event": kind, **facts}
+             for ago, kind, facts in events]  # fmt: skip
+    for name, values in (("events.jsonl", lines), ("metrics.jsonl", records)):
+        text = "".join(json.dumps(value, separators=(",", ":")) + "\n" for value in values)
+        (folder / name).write_text(text + tail)
+    return folder
+
+
+def record(step: int, seconds: float = 4.0, tokens: int = 800, **more: Any) -> dict[str, Any]:
+    return {"step": step, "losses": {"total": 2.5, "aux/z": None}, "tokens": tokens, "tokens_total": 80 * step,
+            "seconds": seconds, "data_seconds": 1.0, "bad_samples": 3, **more}  # fmt: skip
+
+
+EVENTS = [
+    (900, "started", {"step": 0}), (800, "saved", {"step": 0, "path": "x/step_00000000"}),
+    (700, "resumed", {"step": 0}), (600, "skipped_step", {"step": 5}), (590, "skipped_step", {"step": 6}),
+    (500, "rollback", {"step": 7}), (125, "saved", {"step": 90, "path": "x/step_00000090"}),
+]  # fmt: skip
+HALF = '{"step":120,"event":"sav'
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """The run's lock, by another process."""
+    ready = multiprocessing.get_context("fork").Event()
+
+    def hold() -> None:
+        with RunLock(folder) as lock:
+            lock.take(wait=0)
+            ready.set()
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
+    process.start()
+    try:
+        assert ready.wait(10)
+        yield process.pid or 0
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -> None:
+    """Records of 4, 5 and 60 s for 800 tokens in 10 steps: the median step takes 0.5 s, and 900 steps are left."""
+    routing = [{"load_over_even": [0.0, 2.0]}, {"load_over_even": [1.0, 1.0]}]
+    records = [record(70), record(80, 4.0), record(90, 5.0), record(100, 60.0, routing=routing, peak_memory={"a": 8})]
+    folder = write_run(tmp_path / "runs" / "one", EVENTS, records, HALF)
+    with held(folder) as pid:
+        found = status_of(folder)
+    assert (found.state, found.step, found.steps, found.tokens) == ("running", 100, 1000, 8000)
+    assert found.holder == f"process {pid} on {socket.gethostname()}"
+    assert (found.seconds_a_step, found.tokens_per_second) == (0.5, pytest.approx((200 + 160) / 2))
+    assert found.seconds_left == pytest.approx(450, abs=5) and found.note == ""
+    assert (found.losses, found.dead_experts, found.peak_memory) == ({"total": 2.5, "aux/z": None}, 1, 8)
+    assert (found.checkpoint_step, found.checkpoint) == (90, "x/step_00000090")
+    assert found.checkpoint_age == pytest.approx(125, abs=5)
+    assert found.counts == {"restarts": 1, "rollbacks": 1, "skipped_steps": 2, "spikes": 0, "failed_saves": 0,
+                            "worker_restarts": 0, "bad_samples": 3}  # fmt: skip
+    assert [event["event"] for event in found.events] == [kind for _, kind, _ in EVENTS if kind != "saved"]
+    with held(folder):  # nothing was unlocked
+        pass
+
+
+def test_a_run_that_writes_no_more_records_is_remarked(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", EVENTS, [record(90), record(100)])
+    os.utime(folder / "metrics.jsonl", (time.time() - 300,) * 2)
+    with held(folder):
+        assert status_of(folder).note == "no record for 5:00, where one takes 0:04"
+
+
+@pytest.mark.parametrize("events, locked, state", [
+    ([], False, "new"),
+    ([], True, "starting"),
+    ([(9, "started", {})], False, "failed"),
+    ([(9, "started", {}), (8, "preempted", {}), (7, "saved", {})], False, "stopped"),
+    ([(9, "started", {}), (8, "finished", {}), (7, "resumed", {})], False, "failed"),
+    ([(9, "started", {}), (8, "preempted", {}), (7, "resumed", {}), (6, "finished", {})], False, "finished"),
+])  # fmt: skip
+def test_the_state_follows_from_the_lock_and_the_journal(
+    tmp_path: Path, events: list[Any], locked: bool, state: str
+) -> None:
+    folder = write_run(tmp_path / "one", events, [])
+    if locked:
+        with held(folder):
+            assert status_of(folder).state == state
+    else:
+        (folder / "lock").write_text("process 1 on elsewhere, started at 5\n")  # of one that was killed
+        assert status_of(folder).state == state
+
+
+def test_the_message_of_a_hang_is_shown_until_the_run_starts_again(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", [(60, "started", {})], [])
+    message = folder / "hangs" / "20260101T000000" / "message.txt"
+    message.parent.mkdir(parents=True)
+    message.write_text("The job hangs: no progress of rank 3\n")
+    found = status_of(folder)
+    assert (found.state, found.hang) == ("hung", "The job hangs: no progress of rank 3")
+    os.utime(message, (time.time() - 3600,) * 2)
+    assert (status_of(folder).state, status_of(folder).hang) == ("failed", "")
+
+
+def test_what_is_no_run_is_an_error_alone_and_a_row_among_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write_run(tmp_path / "one", [*EVENTS, (1, "finished", {"why": "\x1b[31m"})], [record(1000)])
+    (tmp_path / "other").mkdir()
+    for name, message in (("other", "is not the folder of a run: it has no config.yaml"), ("gone", "is not there")):
+        with pytest.raises(ValueError, match=message):
+            command([tmp_path / name], as_json=False)
+    command([one, tmp_path / "other"], as_json=False)
+    titles, first, second = capsys.readouterr().out.splitlines()
+    assert titles.split()[:3] == ["run", "state", "step"]
+    assert first.split()[:4] == ["one", "finished", "1,000/1,000", "200"] and second.split()[:3] == [
+        "other",
+        "no",
+        "run",
+    ]
+    command([one], as_json=False)
+    page = capsys.readouterr().out
+    assert "1,000 of 1,000 (100%), 80,000 tokens" in page and "?[31m" in page
+    command([one], as_json=True)
+    assert json.loads(capsys.readouterr().out)["checkpoint_step"] == 90
+
+
+def test_damaged_files_hide_nothing_else(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", EVENTS, [record(100)])
+    (folder / "config.yaml").write_text("train: {steps: [")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('not json\n{"step": "many"}\n[1]\n' + HALF)
+    found = status_of(folder)
+    assert (found.step, found.steps, found.checkpoint_step) == (100, None, 90)
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\n", "a\nb", "a\nbb\nccc\n" * 9, "x" * 99 + "\n" + "y" * 40 + "\nz\n"])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_last_lines_of_a_file_are_read_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, block: int
+) -> None:
+    monkeypatch.setattr(status, "BLOCK", block)
+    path = tmp_path / "lines"
+    path.write_text(text)
+    whole = [line.rstrip(b"\n") for line in text.encode().splitlines(keepends=True) if line.endswith(b"\n")]
+    assert last_lines(path, 2) == whole[-2:]
+
+
+def test_a_file_of_weeks_is_read_in_a_moment_and_without_torch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", EVENTS, [record(100)])
+    with (folder / "metrics.jsonl").open("wb") as file:
+        file.truncate(1 << 34)  # a hole, which takes no room
+        file.seek(0, 2)
+        file.write(b"\n" + b"".join(json.dumps(record(step)).encode() + b"\n" for step in range(10, 500, 10)))
+    code = "import sys; from mmmoe_pretrain.cli import app; app(standalone_mode=False); print('torch' in sys.modules)"
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code, "status", str(folder)], capture_output=True, text=True,
+                            timeout=20, check=True)  # fmt: skip
+    assert time.monotonic() - began < 10
+    assert "490 of 1,000 (49%)" in result.stdout and result.stdout.endswith("False\n")
