@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -40,23 +39,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 from benchmarks.common.start_deepspeed import prepare_deepspeed
 from benchmarks.layer.roofline import Machine
 from benchmarks.levering.memory import peak_of
-from benchmarks.stepping.workload import BOS, EOS, OBJECTIVES, pack_settings
+from benchmarks.stepping.workload import OBJECTIVES
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.models.costs import block_costs
-from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.models.costs import model_costs
 from mmmoe_pretrain.parallel.degrees import resolve_degrees
-from mmmoe_pretrain.parallel.layout import resolve_layout
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.communication import parameters_of
+from mmmoe_pretrain.plan.build import build
+from mmmoe_pretrain.plan.machines import machine_of
 from mmmoe_pretrain.plan.memory import Held, estimate_peak, held_bytes
+from mmmoe_pretrain.plan.workload import full_batch
 
-BACKWARD = 2  # times the forward pass
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, by the vendor; SXM
 ENGINES = {"megatron": {"engine": "megatron"}, "deepspeed": {"engine": "deepspeed", "zero_stage": 2}}
 RECOMPUTE = {"megatron": "none", "deepspeed": "blocks"}
 
@@ -110,35 +106,10 @@ def config_of(work: Workload, engine: str) -> RunConfig:
     )  # fmt: skip
 
 
-def full_batch(config: RunConfig, samples: int) -> Batch:
-    """Every modality at its full length."""
-    rng, settings = np.random.default_rng(samples), config.modalities
-    image: Any = settings["image"]
-    audio: Any = settings["audio"]
-    text: Any = settings["text"]
-    made = []
-    for i in range(samples):
-        pixels = rng.integers(0, 256, (3, image.size, image.size), dtype=np.uint8)
-        log_mel = rng.normal(size=(audio.n_mels, audio.max_frames)).astype(np.float32)
-        ids = np.asarray([BOS, *rng.integers(4, config.model.vocab_size, text.max_tokens), EOS])
-        items = Item("image", pixels), Item("audio", log_mel), Item("text", ids)
-        made.append(Sample(SampleMeta(f"s{i}", group=f"g{i}"), items))
-    return pack(made, pack_settings(config))
-
-
-def step_flops(config: RunConfig, batch: Batch) -> float:
-    """Of forward and backward pass, of a batch at full length."""
-    costs = block_costs(config)
-    return (1 + BACKWARD) * batch.num_valid * (sum(costs.blocks) + costs.first_extra + costs.last_extra)
-
-
-def planned(config: RunConfig) -> Held:
+def planned(config: RunConfig, groups: Groups | None = None) -> Held:
     """What the engine holds from step to step; from a model without memory."""
-    with torch.device("meta"):
-        model = PretrainingModel(config)
-    if config.parallel.engine == "megatron":
-        model.use_half(torch.bfloat16)
-    return held_bytes(resolve_layout(config, 1), [parameters_of(model)], config.optimizer.state)
+    found = build(config, 1, groups)
+    return held_bytes(found.layout, found.ranks[0].parameters, config.optimizer.state)
 
 
 def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:
@@ -146,10 +117,9 @@ def peak_rate(device: torch.device, given: float | None) -> tuple[float, str]:
     if given is not None:
         return 1e12 * given, "given"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
-                return 1e12 * tflops, "vendor"
+        machine = machine_of(torch.cuda.get_device_name(device))
+        if machine is not None:
+            return machine.peak["bf16"], "vendor"
     size = 8192 if device.type == "cuda" else 512
     return Machine(device).matmul_rate(torch.bfloat16, size), "measured product"
 
@@ -167,14 +137,14 @@ def measure(work: Workload, engine_name: str, device: torch.device, rate: float)
         began = now(device)
         engine.step([whole] * work.microbatches, 1e-4)
         seconds.append(now(device) - began)
-    plan, held = planned(config).total, allocated(device) - before
+    plan, held = planned(config, groups).total, allocated(device) - before
     beyond = [peak_of(functools.partial(engine.step, [batch], 1e-4), device) for batch in (half, most, whole)]
     points = [(batch.num_valid, peak) for batch, peak in zip((half, most), beyond, strict=False)]
     estimate, a_token = estimate_peak(plan, points[0], points[1], whole.num_valid)
     peak = (held if device.type == "cuda" else plan) + beyond[2]
     taken = statistics.median(seconds)
     found = {
-        "mfu": work.microbatches * step_flops(config, whole) / taken / rate,
+        "mfu": work.microbatches * model_costs(config).training * whole.num_valid / taken / rate,
         "tokens_per_second": work.microbatches * whole.num_valid / taken,
         "ms_a_step": 1e3 * taken,
         "held_planned_gb": plan / 1e9,

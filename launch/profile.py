@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from mmmoe_pretrain.config.base import StrictModel, explain
+from mmmoe_pretrain.plan.machines import GPUS
 from mmmoe_pretrain.untrusted import read_yaml
 
 FABRIC = re.compile(r"(NCCL|GLOO|UCX|FI|OFI|CUDA|TORCH|RDMA|IB|SHARP|MELLANOX)_")  # variables that need a reason
@@ -22,6 +23,12 @@ def _one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError("it must be one line of printable characters")
     return text
+
+
+def _known_gpu(name: str) -> str:
+    if name not in GPUS:
+        raise ValueError(f"gpu {name!r} is not a known GPU; use one of {', '.join(GPUS)}, or leave it out")
+    return name
 
 
 def _text(value: object) -> object:
@@ -101,8 +108,10 @@ class Kubernetes(StrictModel):
 
 
 class Profile(StrictModel):
-    """``image``: of the container; none under Slurm runs in this Python. ``mounts``: FROM:TO, under Slurm."""
+    """``image``: of the container; none under Slurm runs in this Python. ``mounts``: FROM:TO, under Slurm. ``gpu``:
+    their kind; a run that does not fit its memory is refused."""
 
+    gpu: Annotated[str, AfterValidator(_known_gpu)] | None = None
     processes_per_node: int | None = Field(None, ge=1)  # gpus_per_node unless set
     image: Line | None = None
     mounts: tuple[Line, ...] = ()

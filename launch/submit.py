@@ -54,6 +54,7 @@ def launch(
         bool, typer.Option("--preflight", help="First check the hosts of the job (mmmoe doctor).")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Submit what does not fit the profile's GPUs, too.")] = False,
 ) -> None:
     """Submit a run, with a copy of the code and of the resolved config in its folder (RUN/launch)."""
     from mmmoe_pretrain.data.order.assign import microbatch_size
@@ -76,6 +77,8 @@ def launch(
     if not overwrite and on is not On.K8S:  # whose folder is not here
         check_same_model(run, run.run_dir / CONFIG)
     options = [*["--preflight"] * preflight, *["--overwrite"] * overwrite]
+    if told.gpu is not None and not force:
+        _refuse_too_large(run, nodes * count, told.gpu)
     if on is On.K8S:
         _on_kubernetes(told, run, nodes, count, options, dry_run)
         return
@@ -92,6 +95,16 @@ def launch(
         number = slurm.submit(job)
     (taken.folder.parent / JOB).write_text(json.dumps({"id": number}), encoding="utf-8")
     print(*slurm.how_to_follow(number, job.log), sep="\n")
+
+
+def _refuse_too_large(run: RunConfig, ranks: int, gpu: str) -> None:
+    """Where the plan's peak memory of the fullest GPU is above its memory."""
+    from mmmoe_pretrain.plan.command import with_vocabulary
+    from mmmoe_pretrain.plan.report import does_not_fit
+
+    if problem := does_not_fit(with_vocabulary(run)[0], ranks, gpu):
+        raise ValueError(f"{problem}; mmmoe plan CONFIG --gpus {ranks} --gpu {gpu} --search lists layouts that fit, "
+                         f"and --force submits it anyway")  # fmt: skip
 
 
 def _gpus(told: Profile, on: On) -> int | None:

@@ -47,6 +47,13 @@ FAMILIES = (
 )
 
 
+def zero_family(stage: int, **degrees: Any) -> Family:
+    """Under DeepSpeed; stage 3 would else leave parameters as small as these whole."""
+    own = {"zero_optimization": {"param_persistence_threshold": 0}} if stage == 3 else {}
+    engine = {"engine": "deepspeed", "zero_stage": stage, "deepspeed": own}
+    return Family(f"DeepSpeed ZeRO-{stage} {degrees}", 2, {**engine, **degrees})
+
+
 def layout_config(family: Family, ranks: int) -> RunConfig:
     """Four blocks, every other one an MoE layer of 8 experts; all objectives and usual auxiliary losses."""
     data = ranks // family.sharing

@@ -16,7 +16,7 @@ from benchmarks.stepping.workload import random_batch, valid_tokens
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.megatron import MegatronEngine
+from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.parallel.collectives import exchange_counts
 from mmmoe_pretrain.parallel.counting import POINT_TO_POINT, CollectiveCounter, Ranks, Total
@@ -24,7 +24,9 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.plan import communication as plan
-from mmmoe_pretrain.plan.communication import Microbatch, Routed, Transfer, parameters_of, step_traffic
+from mmmoe_pretrain.plan.build import meta_models
+from mmmoe_pretrain.plan.communication import Microbatch, Routed, Transfer, parameters_of
+from mmmoe_pretrain.plan.traffic import engine_traffic
 
 Key = tuple[str, Ranks]  # of a collective; of messages between two ranks, the kind alone
 Totals = dict[Key, Total]
@@ -46,7 +48,7 @@ class Routes:
     """Counts at the dispatchers of a rank's MoE layers: rows and assignments to each rank of the expert
     group, by MoE layer and forward pass."""
 
-    def __init__(self, engine: MegatronEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.groups = engine.groups
         self.sent: list[list[Tensor]] = []  # [R, 2] each: rows, assignments
         for model in engine.models:
@@ -89,7 +91,8 @@ def compare(config: RunConfig, samples: int) -> Comparison:
     layout = resolve_layout(config, dist.get_world_size())
     groups = build_groups(layout)
     engine = build_engine(config, groups, torch.device("cpu"))
-    assert isinstance(engine, MegatronEngine)
+    stages = [model.stage for model in engine.models]
+    held = [parameters_of(model) for model in meta_models(config, groups, stages)]  # ZeRO-3 empties the engine's own
     number = config.train.num_microbatches
     batches = [random_batch(config, samples, 1000 * groups.data_rank + i) for i in range(number)]
     routes = Routes(engine)
@@ -98,15 +101,13 @@ def compare(config: RunConfig, samples: int) -> Comparison:
     with CollectiveCounter() as counter:
         engine.step(batches, 1e-3)
 
-    stages = [model.stage for model in engine.models]
-    held = [parameters_of(model) for model in engine.models]
     passes = 2 if config.train.recompute == "blocks" else 1
     routed = routes.routed(passes) if routes.sent else [[] for _ in batches]
     names = ranks_of_groups(groups)
 
     def planned(routing: Sequence[Sequence[Routed]]) -> Totals:
         made = [microbatch_of(batch, own) for batch, own in zip(batches, routing, strict=True)]
-        return totals_of(step_traffic(config, layout, stages, held, made), names)
+        return totals_of(engine_traffic(config, layout, stages, held, made), names)
 
     moe = config.moe
     likely = [

@@ -228,6 +228,7 @@ class TrainConfig(_Model):
     compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
     threads_per_rank: int = Field(1, ge=1)  # CPU threads of torch
     log_every: int = Field(10, ge=1)
+    machine: PathText | None = None  # of mmmoe plan --calibrate: the log shows the plan; of a known GPU always
     heatmap_every: int = Field(200, ge=1)
     profile: ProfileConfig | None = None
 

@@ -35,6 +35,7 @@ class Capabilities:
     overlap: tuple[str, ...]  # keys of ``parallel`` that let communication overlap computation
     instead_of_overlap: str = ""  # the remedy where a key is not in ``overlap``
     settings: str | None = None  # the key of ``parallel`` that has the engine's own JSON
+    half_parameters: bool = False  # of the trunk, in bf16 and fp16; else they stay fp32, with half copies
 
 
 ENGINES: dict[str, Capabilities] = {
@@ -45,6 +46,7 @@ ENGINES: dict[str, Capabilities] = {
         optimizers={"adamw": (0, 1), "sgd": (0,)},  # its distributed optimizer asserts Adam
         offload={},
         precisions=("fp32", "bf16", "fp16"),
+        half_parameters=True,
         overlap=("overlap_grad_reduce", "overlap_param_gather"),
     ),
     "deepspeed": Capabilities(

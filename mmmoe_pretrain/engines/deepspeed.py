@@ -17,9 +17,9 @@ from torch.profiler import record_function
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.base import HALF_TYPES, Engine, StepResult, add_reports
+from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
-from mmmoe_pretrain.engines.deepspeed_modules import complete_gathering, compute_in_half, hold
+from mmmoe_pretrain.engines.deepspeed_modules import complete_gathering, hold
 from mmmoe_pretrain.engines.deepspeed_setup import (
     adopt_experts,
     join_process_group,
@@ -48,8 +48,6 @@ class DeepSpeedEngine(Engine):
         self.model = model = self.models[0]
         self.stage = int(config.parallel.zero_stage)
         settings = deepspeed_json(config, self.groups, sum(p.numel() for p in model.parameters()))
-        if config.train.precision in HALF_TYPES:
-            compute_in_half(model, HALF_TYPES[config.train.precision], cast_again=config.train.recompute != "blocks")
         if config.parallel.offload_optimizer == "nvme":
             need_async_io()
         mpu = join_process_group(deepspeed, self.groups)

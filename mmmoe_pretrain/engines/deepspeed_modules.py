@@ -147,10 +147,11 @@ class _InHalf:
         if not (self.cast_again and torch.is_grad_enabled()):
             yield
             return
-        name_of = {copy.untyped_storage().data_ptr(): name for name, copy in copies.items()}
+        # _cdata: fake tensors, by which a plan measures memory, have no address
+        name_of = {copy.untyped_storage()._cdata: name for name, copy in copies.items()}
 
         def pack(saved: Tensor) -> Any:
-            name = name_of.get(saved.untyped_storage().data_ptr())
+            name = name_of.get(saved.untyped_storage()._cdata)
             return saved if name is None else (name, saved.size(), saved.stride(), saved.storage_offset())
 
         def unpack(packed: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
-from mmmoe_pretrain.engines.base import HALF_TYPES, Engine, StepResult, add_reports
+from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports
 from mmmoe_pretrain.engines.megatron_setup import (
     data_parallel,
     inner_optimizers,
@@ -41,9 +41,6 @@ class MegatronEngine(Engine):
     def __init__(self, models: Sequence[PretrainingModel], config: RunConfig, device: torch.device) -> None:
         prepare()
         super().__init__(models, config, device)
-        if config.train.precision in HALF_TYPES:
-            for model in self.models:
-                model.use_half(HALF_TYPES[config.train.precision])
         with silence_megatron():
             self.transformer = transformer_config(config, self.groups)
             if self._progress.loss_scale is not None:

@@ -93,6 +93,11 @@ def is_sparse(moe: MoEConfig, index: int) -> bool:
     return has_moe_place(moe, index) and not moe.dense
 
 
+def kind_of_block(moe: MoEConfig, index: int) -> object:
+    """Equal for blocks that are alike."""
+    return index if index in moe.layers else has_moe_place(moe, index)
+
+
 def dense_width(model: ModelConfig, moe: MoEConfig, index: int) -> int:
     """Hidden size of a dense block; with one expert its place keeps the expert's size."""
     return moe.expert_hidden_size if has_moe_place(moe, index) else model.ffn_hidden_size

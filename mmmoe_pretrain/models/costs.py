@@ -24,7 +24,31 @@ from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.objectives import Objectives, objectives_of
 
-FORWARD_AND_BACKWARD = 3  # over the forward pass alone: each product has a gradient for both of its factors
+BACKWARD = 2  # times the forward pass: gradients of the input and of the weight
+
+
+class BlockCosts(NamedTuple):
+    """FLOPs a token of one block, forward, by part; ``sum`` is the whole block."""
+
+    projections: float  # of queries, keys, values and the output
+    scores: float  # and their mix with the values
+    dense: float = 0.0
+    router: float = 0.0
+    experts: float = 0.0
+    shared: float = 0.0  # expert, and its gate
+
+
+class ModelCosts(NamedTuple):
+    """FLOPs a token, forward: of each block by part, and of what the first and the last stage hold beside blocks."""
+
+    blocks: tuple[BlockCosts, ...]
+    first_extra: float
+    last_extra: float
+
+    @property
+    def training(self) -> float:
+        """Of forward and backward pass, without recomputation."""
+        return (1 + BACKWARD) * (sum(map(sum, self.blocks)) + self.first_extra + self.last_extra)
 
 
 class TrunkCosts(NamedTuple):
@@ -35,48 +59,60 @@ class TrunkCosts(NamedTuple):
     last_extra: float
 
 
-def block_costs(config: RunConfig) -> TrunkCosts:
+def model_costs(config: RunConfig) -> ModelCosts:
     """FLOPs a token in the forward pass.
 
-    Each block: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less
-    for fewer, and 4 L D (scores and their mix); and ``feed_forward_flops``. First: the stems, for each modality's
-    share of the tokens. Last: the joint heads 2 D P for each representation of a sample, what objectives compute
-    beside, and the language head 2 D V for the share of tokens that have a target.
+    Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less for
+    fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's share
+    of the tokens. Last: the joint heads 2 D P for each representation of a sample, what objectives compute beside,
+    and the language head 2 D V for the share of tokens that have a target.
     """
     objectives, model = objectives_of(config), config.model
-    segments = [segment for objective in objectives.values() for segment in objective.expected()]  # of a sample
-    tokens = sum(segment.count * segment.length for segment in segments)
-    attended = sum(segment.count * segment.scores for segment in segments) / tokens
-    targets = sum(segment.count * segment.targets for segment in segments)
+    tokens, scores, targets = _of_sample(objectives)
     projections = 4 * model.hidden_size**2 * (1 + model.kv_heads / model.num_heads)
-    attention = projections + 4 * attended * model.hidden_size
-    blocks = tuple(attention + feed_forward_flops(config, i) for i in range(model.num_layers))
-    return TrunkCosts(
-        blocks,
+    attention = BlockCosts(projections, 4 * scores / tokens * model.hidden_size)
+    return ModelCosts(
+        tuple(attention._replace(**feed_forward_parts(config, index)) for index in range(model.num_layers)),
         _stem_flops_of_sample(objectives, model.hidden_size) / tokens,
         _head_flops_of_sample(config, objectives, targets) / tokens,
     )
 
 
-def flops_a_token(config: RunConfig) -> float:
-    """FLOPs a token of the whole model, forward and backward; what recomputation adds is not counted."""
-    costs = block_costs(config)
-    return FORWARD_AND_BACKWARD * (sum(costs.blocks) + costs.first_extra + costs.last_extra)
+def block_costs(config: RunConfig) -> TrunkCosts:
+    """``model_costs`` with the sum of each block, as a pipeline is cut by."""
+    costs = model_costs(config)
+    return TrunkCosts(tuple(sum(block) for block in costs.blocks), costs.first_extra, costs.last_extra)
+
+
+def _of_sample(objectives: Objectives) -> tuple[float, float, float]:
+    """Tokens, pairs of query and key, and targets."""
+    segments = [segment for objective in objectives.values() for segment in objective.expected()]
+    tokens = sum(segment.count * segment.length for segment in segments)
+    scores = sum(segment.count * segment.scores for segment in segments)
+    return tokens, scores, sum(segment.count * segment.targets for segment in segments)
 
 
 def feed_forward_flops(config: RunConfig, index: int) -> float:
-    """FLOPs a token of block ``index`` beside attention: dense SwiGLU 6 D F; or the router 2 D E, the
-    K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU, and the shared one's gate
-    2 D. Experts are taken to be chosen evenly, which is what balancing works for; those without computation
-    cost nothing, and biases are left out."""
+    """FLOPs a token of block ``index`` beside attention."""
+    return sum(feed_forward_parts(config, index).values())
+
+
+def feed_forward_parts(config: RunConfig, index: int) -> dict[str, float]:
+    """FLOPs a token of block ``index`` beside attention, by field of ``BlockCosts``: dense SwiGLU 6 D F; or the
+    router 2 D E, the K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU, and the shared
+    one's gate 2 D. Experts are taken to be chosen evenly, which is what balancing works for; those without
+    computation cost nothing, and biases are left out."""
     hidden = config.model.hidden_size
     if not is_sparse(config.moe, index):
-        return 6 * hidden * dense_width(config.model, config.moe, index)
+        return {"dense": 6 * hidden * dense_width(config.model, config.moe, index)}
     moe = config.moe.for_layer(index)
-    width = moe.experts_per_token * _mean_expert_size(moe) + moe.shared_expert_hidden_size
+    a_unit = 2 * hidden * (ACTIVATIONS[moe.activation].width + 1)
     routers = 2 if moe.router == "noisy_top_k" else 1  # logits, and the width of their noise
-    outputs = routers * moe.router_outputs + moe.shared_expert_gate
-    return 2 * hidden * ((ACTIVATIONS[moe.activation].width + 1) * width + outputs)
+    return {
+        "router": 2 * hidden * routers * moe.router_outputs,
+        "experts": a_unit * moe.experts_per_token * _mean_expert_size(moe),
+        "shared": a_unit * moe.shared_expert_hidden_size + 2 * hidden * moe.shared_expert_gate,
+    }
 
 
 def _mean_expert_size(moe: MoEConfig) -> float:

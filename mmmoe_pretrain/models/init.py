@@ -30,8 +30,10 @@ def init_parameters(
 ) -> None:
     """Overwrite every parameter: matrices normal with variance 1 / fan-in (those that write into the residual stream
     divided by sqrt(2 num_layers), as in GPT-2), embeddings normal with ``EMBEDDING_STD``, biases zero, scales one.
-    ``stream_name`` maps a parameter's name to the key of its random numbers.
+    ``stream_name`` maps a parameter's name to the key of its random numbers. Nothing to do on the device ``meta``.
     """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     # an embedding, cut or not, has this attribute
     tables = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "num_embeddings")}

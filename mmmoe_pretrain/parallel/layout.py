@@ -50,8 +50,9 @@ def _cut_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
     moe_blocks = range(moe.every - 1, model.num_layers, moe.every)
     if len(moe_blocks) < model.num_layers:
         yield "model.ffn_hidden_size", model.ffn_hidden_size
-    for index in moe_blocks:
-        layer, where = moe.for_layer(index), f"moe.layers.{index}" if index in moe.layers else "moe"
+    own = {f"moe.layers.{index}": moe.for_layer(index) for index in moe_blocks if index in moe.layers}
+    others = {"moe": moe} if len(own) < len(moe_blocks) else {}
+    for where, layer in (others | own).items():
         for number, group in enumerate(layer.groups):
             key = f"expert_groups.{number}.expert_hidden_size" if layer.expert_groups else "expert_hidden_size"
             yield f"{where}.{key}", group.expert_hidden_size or layer.expert_hidden_size

@@ -1,11 +1,11 @@
 """Communication of one optimizer step of a rank, in closed form: every call, and the bytes that leave the rank.
 
-Engine megatron. Bytes are counted as ``parallel/counting.py`` counts them, so that a plan can be held
-against a measurement (``benchmarks/scaling.py``). Everything is exact but for what routing decides: how
-many rows and assignments go to other ranks. Those are given, or ``expected_routed``.
+Engine megatron; ``zero.py`` has what DeepSpeed sends instead. Bytes are counted as ``parallel/counting.py`` counts
+them, so that a plan can be held against a measurement (``benchmarks/scaling.py``). Everything is exact but for what
+routing decides: how many rows and assignments go to other ranks. Those are given, or ``expected_routed``.
 
-Not here: losses of the whole step (its first pass), DeepSpeed's engine, and overlap (it changes when, not how much,
-but cuts the gradients into more calls).
+Not here: losses of the whole step (its first pass), and overlap (it changes when, not how much, but cuts the
+gradients into more calls).
 
 Shapes: n tokens, t rows of a tensor rank, D hidden size, K experts a token, E experts, R ranks of the group.
 """
@@ -110,23 +110,31 @@ def step_traffic(
     parameters: Sequence[Sequence[Parameter]],
     microbatches: Sequence[Microbatch],
 ) -> list[Transfer]:
-    """Of one rank: ``stages`` that it holds, ``parameters`` of each in the model's order."""
+    """Of one rank under engine megatron: ``stages`` that it holds, ``parameters`` of each in the model's order."""
+    found = model_traffic(config, layout, stages, microbatches)
+    mixed = any(is_sparse(config.moe, index) for index in range(config.model.num_layers))
+    for held in parameters:
+        found += gradients(layout, held)
+    found += _joined_gradients(layout, [parameter for held in parameters for parameter in held])
+    found += _norm(layout, mixed)
+    return [transfer for transfer in found if transfer.ranks > 1]
+
+
+def model_traffic(
+    config: RunConfig, layout: Layout, stages: Sequence[Stage], microbatches: Sequence[Microbatch]
+) -> list[Transfer]:
+    """What both engines send alike: inside and between the stages, and reports."""
     found: list[Transfer] = []
     for batch in microbatches:
         routed = iter(batch.routed)
         for stage in stages:
             found += _stage(config, layout, stage, batch, routed)
     found += _between_stages(config, layout, stages, microbatches)
-    mixed = any(is_sparse(config.moe, index) for index in range(config.model.num_layers))
-    for held in parameters:
-        found += gradients(layout, held)
-    found += _joined_gradients(layout, [parameter for held in parameters for parameter in held])
-    found += _norm(layout, mixed)
     found += _reports(config, layout)
-    return [transfer for transfer in found if transfer.ranks > 1]
+    return found
 
 
-def _ring(what: str, kind: str, group: str, ranks: int, payload: float, calls: int = 1) -> Transfer:
+def ring(what: str, kind: str, group: str, ranks: int, payload: float, calls: int = 1) -> Transfer:
     """``payload``: bytes that go into all calls together."""
     return Transfer(what, kind, group, ranks, calls, RING[kind](ranks) * payload)
 
@@ -151,7 +159,7 @@ def _stage(
         weights = batch.tokens * moe.experts_per_token * FP32
         yield from _expert_parts(layout, rows * hidden * element, weights, passes)
         if moe.shared_expert_gate:
-            yield _ring("shared expert's gate", ALL_REDUCE, TENSOR, layout.tensor, batch.tokens * element)
+            yield ring("shared expert's gate", ALL_REDUCE, TENSOR, layout.tensor, batch.tokens * element)
         yield from dispatch(
             layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes
         )
@@ -206,16 +214,16 @@ def _sums(layout: Layout, what: str, activation: float, sums: int, gathers: int)
     """Sums over the tensor ranks of ``activation`` bytes, each scattered under sequence parallelism, where rows are
     also gathered ``gathers`` times."""
     if not layout.sequence_parallel:
-        yield _ring(what, ALL_REDUCE, TENSOR, layout.tensor, sums * activation, sums)
+        yield ring(what, ALL_REDUCE, TENSOR, layout.tensor, sums * activation, sums)
         return
-    yield _ring(what, ALL_GATHER, TENSOR, layout.tensor, gathers * activation / layout.tensor, gathers)
-    yield _ring(what, REDUCE_SCATTER, TENSOR, layout.tensor, sums * activation, sums)
+    yield ring(what, ALL_GATHER, TENSOR, layout.tensor, gathers * activation / layout.tensor, gathers)
+    yield ring(what, REDUCE_SCATTER, TENSOR, layout.tensor, sums * activation, sums)
 
 
 def _expert_parts(layout: Layout, activation: float, weights: float, forward_passes: int) -> Iterator[Transfer]:
     """Around an MoE layer of whose experts each tensor rank has a part: the sum of the parts forward, of the
     tokens' gradients and the routing weights' backward."""
-    yield _ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
+    yield ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
     yield from _sums(layout, "experts' parts", activation, forward_passes + 1, forward_passes + 1)
 
 
@@ -224,9 +232,9 @@ def _embedding(config: RunConfig, layout: Layout, batch: Microbatch, divided: fl
     looked_up = batch.discrete_tokens * config.model.hidden_size * FP32
     tables = len(build_modalities(config.modalities, decoding=False).predictable)
     if tables:
-        yield _ring("vocabulary", ALL_REDUCE, TENSOR, layout.tensor, looked_up, calls=tables)
+        yield ring("vocabulary", ALL_REDUCE, TENSOR, layout.tensor, looked_up, calls=tables)
     if divided:
-        yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
+        yield ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
 
 
 def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
@@ -235,18 +243,18 @@ def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: f
     gradient of the head's input."""
     objectives = objectives_of(config)
     if divided:
-        yield _ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
+        yield ring("rows", ALL_GATHER, TENSOR, layout.tensor, divided / layout.tensor)
     for compared in (
         len(objective.representations) for objective in objectives.values() if objective.representations
     ):
         features = batch.samples * compared * config.model.embedding_size * FP32
         flags = batch.samples * (compared + 1) * INT64
-        yield _ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
-        yield _ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
+        yield ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
+        yield ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
     if tasks := len(objectives.predicting):
-        yield _ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3 * tasks)
+        yield ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3 * tasks)
         head = batch.targets * config.model.hidden_size * _element(config)
-        yield _ring("head", ALL_REDUCE, TENSOR, layout.tensor, head, calls=tasks)
+        yield ring("head", ALL_REDUCE, TENSOR, layout.tensor, head, calls=tasks)
 
 
 def _statistics(config: RunConfig, layout: Layout, moe_layers: Sequence[int]) -> Iterator[Transfer]:
@@ -254,7 +262,7 @@ def _statistics(config: RunConfig, layout: Layout, moe_layers: Sequence[int]) ->
     names = config.stream_names
     numel = sum(statistics_numel(names, config.moe.for_layer(index).router_outputs) for index in moe_layers)
     calls = 2 if config.moe.losses.any_of_tokens else 1
-    yield _ring("statistics", ALL_REDUCE, DATA, layout.data, calls * numel * FP32, calls)
+    yield ring("statistics", ALL_REDUCE, DATA, layout.data, calls * numel * FP32, calls)
 
 
 def statistics_numel(names: StreamNames, num_experts: int) -> int:
@@ -269,7 +277,7 @@ def _between_stages(
 ) -> Iterator[Transfer]:
     """Hidden states to the next stage, their gradients to the one before; every microbatch has the rows of
     the longest."""
-    rows = max(max(1, batch.tokens) for batch in microbatches)
+    rows = max((max(1, batch.tokens) for batch in microbatches), default=0)
     if layout.sequence_parallel:
         rows = padded(rows, layout.tensor) // layout.tensor
     messages = len(microbatches) * sum((not stage.last) + (not stage.first) for stage in stages)
@@ -288,11 +296,11 @@ def gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterator[Trans
             numels = [p.numel for p in parameters if p.expert == expert and p.bytes == size]
             what = "expert gradients" if expert else "gradients"
             if layout.zero_stage == 0:
-                yield _ring(what, ALL_REDUCE, group, ranks, sum(numels) * FP32)
+                yield ring(what, ALL_REDUCE, group, ranks, sum(numels) * FP32)
                 continue
             numel = padded_numel(numels, ranks)
-            yield _ring(what, REDUCE_SCATTER, group, ranks, numel * FP32)
-            yield _ring(what.replace("gradients", "parameters"), ALL_GATHER, group, ranks, numel // ranks * size)
+            yield ring(what, REDUCE_SCATTER, group, ranks, numel * FP32)
+            yield ring(what.replace("gradients", "parameters"), ALL_GATHER, group, ranks, numel // ranks * size)
 
 
 def padded_numel(numels: Sequence[int], ranks: int) -> int:
@@ -307,34 +315,34 @@ def _joined_gradients(layout: Layout, parameters: Sequence[Parameter]) -> Iterat
     """Between tensor ranks: sums of partial gradients, means of replicated ones."""
     partial = sum(p.numel for p in parameters if p.partial)
     if partial and layout.sequence_parallel:
-        yield _ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, partial * FP32)
+        yield ring("partial gradients", ALL_REDUCE, TENSOR, layout.tensor, partial * FP32)
     replicated = sum(p.numel for p in parameters if p.replicated)
     if replicated:
-        yield _ring("replicated gradients", ALL_REDUCE, TENSOR, layout.tensor, replicated * FP32)
+        yield ring("replicated gradients", ALL_REDUCE, TENSOR, layout.tensor, replicated * FP32)
 
 
 def _norm(layout: Layout, mixed: bool) -> Iterator[Transfer]:
     """Squares of the dense and the expert gradients, over the ranks that have different parts of them.
     ``mixed``: some stage has experts."""
     if layout.zero_stage == 1:
-        yield _ring("norm", ALL_REDUCE, WORLD, layout.world_size, FP32)
+        yield ring("norm", ALL_REDUCE, WORLD, layout.world_size, FP32)
         return
     model = layout.tensor * layout.pipeline
-    yield _ring("norm", ALL_REDUCE, MODEL, model, FP32)
+    yield ring("norm", ALL_REDUCE, MODEL, model, FP32)
     if mixed:
-        yield _ring("norm", ALL_REDUCE, EXPERT_MODEL, model * layout.expert, FP32)
+        yield ring("norm", ALL_REDUCE, EXPERT_MODEL, model * layout.expert, FP32)
 
 
 def _reports(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     """What the losses are divided by, and the tokens; the losses by name; whether the step is finite everywhere."""
     names = len(objectives_of(config).losses)
-    yield _ring("counts", ALL_REDUCE, DATA, layout.data, (1 + names) * INT64)
+    yield ring("counts", ALL_REDUCE, DATA, layout.data, (1 + names) * INT64)
     if any(is_sparse(config.moe, index) for index in range(config.model.num_layers)):
         names += len(loss_names(config.moe.losses, tuple(config.modalities)))
     for group, ranks in ((DATA, layout.data), (PIPELINE, layout.pipeline)):
-        yield _ring("losses", ALL_REDUCE, group, ranks, names * FP64)
+        yield ring("losses", ALL_REDUCE, group, ranks, names * FP64)
     for group, ranks in ((TENSOR, layout.tensor), (DATA, layout.data), (PIPELINE, layout.pipeline)):
-        yield _ring("finite", ALL_REDUCE, group, ranks, FP32)
+        yield ring("finite", ALL_REDUCE, group, ranks, FP32)
 
 
 def _element(config: RunConfig) -> int:

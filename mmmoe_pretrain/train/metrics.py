@@ -30,6 +30,7 @@ from mmmoe_pretrain.parallel.agreement import largest
 from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.train.held_out import HeldOutScores
 from mmmoe_pretrain.train.journal import LineWriter
+from mmmoe_pretrain.train.planned import Planned
 from mmmoe_pretrain.train.telemetry import LayerRouting, gather_routing, gather_stages, layer_json, number
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class StepRecord:
     flops_a_token: float = 0.0  # of the model, forward and backward; 0: not known
     peak_flops: float = 0.0  # a second, of the devices of all ranks together; 0: not known
     held_out: HeldOutScores | None = None  # of the model after this step
+    planned: Planned | None = None  # where mmmoe plan knows the machine
 
     @property
     def tokens_per_second(self) -> float:
@@ -317,7 +319,12 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "cut": record.samples.cut,
         "routing": [layer_json(layer) for layer in record.routing],
         **({} if record.held_out is None else {"held_out": held_out_json(record.held_out)}),
+        **({} if record.planned is None else {"planned": _planned_json(record.planned)}),
     }
+
+
+def _planned_json(planned: Planned) -> dict[str, Any]:
+    return {"tokens_per_second": number(planned.tokens_per_second), "peak_memory": round(planned.peak_memory)}
 
 
 def held_out_json(found: HeldOutScores) -> dict[str, Any]:
@@ -358,6 +365,9 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
         yield "5_speed/tflops_per_second", record.flops_per_second / 1e12
     if record.mfu is not None:
         yield "5_speed/mfu", record.mfu
+    if record.planned is not None:
+        yield "5_speed/tokens_per_second_planned", record.planned.tokens_per_second
+        yield "5_speed/peak_memory_gib/planned", record.planned.peak_memory / GIB
     yield "5_speed/data_wait_fraction", record.data_fraction
     yield "5_speed/tokens_total", float(record.samples.tokens)
     for kind, size in record.memory.items():

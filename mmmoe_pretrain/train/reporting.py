@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.engines.base import StepResult
-from mmmoe_pretrain.models.costs import flops_a_token
+from mmmoe_pretrain.models.costs import model_costs
 from mmmoe_pretrain.parallel.agreement import agree
+from mmmoe_pretrain.plan.machines import Machine, machine_of
 from mmmoe_pretrain.train.checkpointing import RunContext
 from mmmoe_pretrain.train.console import Console, describe_held_out
 from mmmoe_pretrain.train.held_out import HeldOutScores, Validation
-from mmmoe_pretrain.train.metrics import Compute, MetricsLog, Recorder, SampleCounts, scalars
+from mmmoe_pretrain.train.metrics import Compute, MetricsLog, Recorder, SampleCounts, StepRecord, scalars
+from mmmoe_pretrain.train.planned import PlanInBackground, Planned, arguments
 from mmmoe_pretrain.train.summary import summary
 from mmmoe_pretrain.train.telemetry import number
 from mmmoe_pretrain.train.trackers.feed import Feeds
@@ -25,10 +29,12 @@ class Reporter:
         self._context, self._watchdog, self._validation = context, watchdog, validation
         self._settings = context.config.train
         self.console = Console(self._settings.steps, enabled=context.main)
-        groups, compute = context.groups, Compute(flops_a_token(context.config))
+        groups, compute = context.groups, Compute(model_costs(context.config).training, _peak_flops(context))
         self._recorder = Recorder(groups.data, groups.pipeline, context.host.control, context.engine.device, compute)
         self._metrics: MetricsLog | None = None
         self._trackers = Feeds((), context.config.run_dir)
+        self._plan: PlanInBackground | None = None
+        self._planned: Planned | None = None
 
     def begin(self, step: int) -> None:
         """``step``: how many are done. Collective."""
@@ -36,6 +42,10 @@ class Reporter:
         for line in summary(context, step):
             self.console.say(line)
         self._trackers = Feeds(context.config.trackers.named if context.main else (), context.config.run_dir)
+        machine = _machine(context)
+        told = arguments(context.config, context.layout.world_size, None if machine is None else machine.name)
+        if context.main and told is not None:
+            self._plan = PlanInBackground.of(told)
 
     def open(self, step: int) -> None:
         """Records of steps after ``step`` follow; those that are there are dropped. Collective."""
@@ -77,9 +87,19 @@ class Reporter:
             record = dataclasses.replace(record, held_out=found)
             self._recorder.begin_interval()  # its time does not count as training's
         if self._metrics is not None:
+            record = self._beside_plan(record)
             self._metrics.write(record)
             self._trackers.write(record.step, {name: number(value) for name, value in scalars(record)})
         return record.held_out
+
+    def _beside_plan(self, record: StepRecord) -> StepRecord:
+        """On rank 0: tell the plan when it is ready, and from then on have it in the records."""
+        found = None if self._plan is None else self._plan.poll(self._settings.steps - record.step)
+        if found is not None:
+            self._planned = found
+            for line in (*found.lines, found.beside(record.tokens_per_second, record.memory)):
+                self.console.say(line)
+        return dataclasses.replace(record, planned=self._planned)
 
     def close_log(self) -> None:
         if self._metrics is not None:
@@ -88,3 +108,17 @@ class Reporter:
     def close_trackers(self, finished: bool) -> None:
         """May take seconds."""
         self._trackers.close(finished=finished)
+        if self._plan is not None:
+            self._plan.close()
+
+
+def _machine(context: RunContext) -> Machine | None:
+    """Of the GPU; None of others, and of a CPU."""
+    device = context.engine.device
+    return machine_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_flops(context: RunContext) -> float:
+    """A second, of the devices of all ranks in the precision of the run; 0 where their kind is not known."""
+    machine = _machine(context)
+    return 0.0 if machine is None else machine.peak[context.config.train.precision] * context.layout.world_size

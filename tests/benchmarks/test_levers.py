@@ -1,49 +1,17 @@
-"""The benchmark of the levers counts live tensors, and compares steps of the same samples; no timing."""
+"""The benchmark of the levers compares steps of the same samples; no timing."""
 
 from __future__ import annotations
-
-import gc
 
 import pytest
 import torch
 
 from benchmarks import levers
 from benchmarks.levering.measure import SAME, Row, batches, check_same
-from benchmarks.levering.memory import LiveTensors
 from benchmarks.levering.ranks import FAMILIES, RANKS, share_of
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
-
-KIB = 256  # elements of fp32
-
-
-def test_tensors_count_from_their_making_to_their_end() -> None:
-    there = torch.ones(KIB)
-    with LiveTensors() as tensors:
-        there.add_(1)  # was there before, as are its views
-        there[:10].t()
-        a = torch.ones(2 * KIB)
-        view = a[:1]
-        assert (tensors.live, tensors.peak) == (2048, 2048)
-        torch.ones(4 * KIB)  # dropped at once
-        del a
-        assert (tensors.live, tensors.peak) == (2048, 6144)
-        del view
-        assert (tensors.live, tensors.peak) == (0, 6144)
-
-
-def test_what_a_backward_pass_keeps_is_live_until_it_is_used() -> None:
-    leaf = torch.ones(KIB, requires_grad=True)
-    gc.collect()
-    with LiveTensors() as tensors:
-        out = leaf.exp().sin().sum()  # exp keeps its output, which is sin's input; sin's output is dropped
-        assert tensors.live == 1024 + 4
-        out.backward()
-        del out
-        assert leaf.grad is not None
-        assert tensors.live == 1024  # the gradient
 
 
 def pixels(batch: Batch) -> torch.Tensor:

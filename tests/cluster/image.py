@@ -24,6 +24,7 @@ IMAGE = "localhost/mmmoe:cpu"
 USER = 4711
 GIB = 2**30
 PLACE = "/opt/mmmoe"
+LIMITS = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]  # that a container may have everywhere
 # crun of Debian 12 refuses machines that have both versions of cgroups; only these processes see the other view.
 CGROUPS = 'umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
 
@@ -111,13 +112,7 @@ def make_image(work: Work) -> None:
 def inside(work: Work, *command: str) -> list[str]:
     """The command that runs ``command`` in a container: nothing can be written but /tmp and the folder of runs."""
     mounts = [f"--volume={work.folder}/image/data:{PLACE}/data:ro", f"--volume={work.folder}/image/runs:{PLACE}/runs"]
-    limits = [
-        "--ulimit=nofile=1024:1024",
-        "--ulimit=nproc=4096:4096",
-        "--network=none",
-        "--cgroups=disabled",
-        "--timeout=600",
-    ]
+    limits = [*LIMITS, "--network=none", "--cgroups=disabled", "--timeout=600"]
     start = ["podman", *storage(work), "--cgroup-manager=cgroupfs", "--runtime=crun", "run", "--rm", "--pull=never"]
     options = ["--read-only", "--passwd=false", f"--user={USER}:{USER}", *limits, *mounts]
     return ["unshare", "--mount", "sh", "-c", CGROUPS, "sh", *start, *options, IMAGE, *command]

@@ -175,7 +175,7 @@ APPTAINER = """\
 #!/usr/bin/env bash
 set -euo pipefail
 [[ $1 == exec && $2 == --nv && $3 == --bind ]]
-options=(--rm --pull=never --read-only --network=host --cgroups=disabled --user=0:0)
+options=(--rm --pull=never --read-only --network=host --cgroups=disabled --user=0:0 {limits})
 for mount in ${{4//,/ }}; do options+=("--volume=$mount"); done
 for name in $(compgen -e); do [[ $name == PATH || $name == HOME ]] || options+=("--env=$name"); done
 image=$5
@@ -189,7 +189,11 @@ def a_job_in_a_container_is_checked_saves_and_requeues_itself(work: Work, made: 
     stand_in = work.folder / "bin" / "apptainer"
     stand_in.parent.mkdir(exist_ok=True)
     podman = ["podman", *image.storage(work), "--cgroup-manager=cgroupfs", "--runtime=crun", "run"]
-    stand_in.write_text(APPTAINER.format(cgroups=shlex.quote(image.CGROUPS), podman=shlex.join(podman)))
+    stand_in.write_text(
+        APPTAINER.format(
+            cgroups=shlex.quote(image.CGROUPS), podman=shlex.join(podman), limits=shlex.join(image.LIMITS)
+        )
+    )
     stand_in.chmod(0o755)
     profile = {
         "image": image.IMAGE,

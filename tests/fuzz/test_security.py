@@ -50,12 +50,14 @@ IMPORTS = {
 CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path", "input")
 ENDS = ("torch.load", "jit.load", "hub.load", "np.load", "numpy.load", "read_pickle", "load_obj",
         ".listen", ".bind", "start_http_server", "start_server", "TCPStore")  # fmt: skip
-YAML = ("yaml.safe_load", "yaml.safe_load_all", "yaml.safe_dump", "yaml.safe_dump_all", "yaml.SafeLoader")
+YAML = ("yaml.safe_load", "yaml.safe_load_all", "yaml.safe_dump", "yaml.safe_dump_all", "yaml.SafeLoader",
+        "yaml.dump_all", "yaml.SafeDumper")  # fmt: skip
 ALLOWED = {
     "mmmoe_pretrain/data/workers/worker.py": "pickle",  # between processes of one run that forked each other; no file
     "mmmoe_pretrain/data/workers/arena.py": "pickle",  # in their memory, and between the ranks of a job
     "mmmoe_pretrain/doctor/peer.py": "dist.TCPStore",  # between the hosts of a job
     "mmmoe_pretrain/exit_codes.py": "dist.TCPStore",  # a client of torchrun's own
+    "mmmoe_pretrain/launcher.py": "listener.bind",  # asks whether an address is this machine's, and never listens
     "mmmoe_pretrain/train/heartbeats.py": "dist.TCPStore",  # between the ranks of a job, as torchrun's own
 }
 

@@ -176,6 +176,19 @@ def test_a_run_that_cannot_work_is_refused(config: Path, arguments: list[str], m
     assert message in refusal(str(config), *arguments)
 
 
+def test_what_does_not_fit_the_gpus_of_the_profile_is_refused_unless_forced(config: Path) -> None:
+    """A billion numbers of fp32 weights, gradients and two moments are 16 GB, and a rank of kind cpu has 4."""
+    large = ["model.ffn_hidden_size=10000000"]
+    arguments = [str(config), "--on", "slurm", "--profile", "gpu.yaml", "--dry-run"]
+    Path("gpu.yaml").write_text(yaml.safe_dump({**CLUSTER, "gpu": "cpu"}))
+    assert launch(*arguments).exit_code == 0
+    message = refusal(*arguments, *large)
+    assert "tiny on 1 GPUs: those of pipeline rank 0 would need " in message
+    assert message.endswith("lists layouts that fit, and --force submits it anyway")
+    assert launch(*arguments, *large, "--force").exit_code == 0
+    assert launch(*[a.replace("gpu.yaml", "cluster.yaml") for a in arguments], *large).exit_code == 0  # says no kind
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -190,6 +203,7 @@ def test_a_run_that_cannot_work_is_refused(config: Path, arguments: list[str], m
         ("slurm: {time: 1h}", "slurm.time '1h' is not one of sbatch's; e.g. 1:30:00"),
         ("slurm: {time: 1:00:00}", "slurm.time: it must be text: put it in quotes"),
         ("environment: {MMMOE_ROOT: {value: /code}}", "environment.MMMOE_ROOT is set by mmmoe-launch"),
+        ("gpu: h1000", "gpu 'h1000' is not a known GPU; use one of h100, "),
     ],
 )  # fmt: skip
 def test_a_wrong_profile_is_told_by_key(tmp_path: Path, text: str, message: str) -> None:

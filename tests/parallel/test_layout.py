@@ -14,6 +14,8 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.engines import ENGINES, Capabilities, Offload
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, StepResult
+from mmmoe_pretrain.models.pretraining import LossReport
+from mmmoe_pretrain.objectives import StepCounts
 from mmmoe_pretrain.parallel.degrees import resolve_expert_parallel_size
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import Layout, resolve_layout
@@ -274,6 +276,9 @@ class ThirdEngine(Engine):
     """As a new file in ``engines/`` would have it."""
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
+        raise NotImplementedError
+
+    def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
         raise NotImplementedError
 
 

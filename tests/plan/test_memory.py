@@ -13,11 +13,11 @@ from torch import Tensor
 from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.megatron_setup import inner_optimizers
-from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.communication import Parameter, parameters_of
+from mmmoe_pretrain.plan.build import build
+from mmmoe_pretrain.plan.communication import Parameter
 from mmmoe_pretrain.plan.memory import Held, estimate_peak, held_bytes
 from tests.distributed import groups_of, run_ranks
 from tests.layouts.cases import (
@@ -55,15 +55,6 @@ def test_planned_bytes_are_those_of_the_engine(layout: str) -> None:
             assert planned == found, (case.name, rank)
 
 
-def test_a_model_on_the_meta_device_has_the_same_plan() -> None:
-    (pair,) = run_ranks(1, planned_and_found, [Case("one process", 1, "megatron", 1, {}, "bf16")])[0]
-    config = Case("one process", 1, "megatron", 1, {}, "bf16").config(Path("."))
-    with torch.device("meta"):
-        model = PretrainingModel(config)
-    model.use_half(torch.bfloat16)
-    assert held_bytes(resolve_layout(config, 1), [parameters_of(model)], config.optimizer.state) == pair[1]
-
-
 def test_shares_add_up_to_all_parameters_with_any_padding() -> None:
     config = Case("x", 1, "megatron", 1, {}).config(Path("."))
     layout = resolve_layout(config, 4)
@@ -92,13 +83,8 @@ def one_case(case: Case, device: torch.device) -> Pair:
     groups = groups_of(config.parallel, config.moe.group_sizes)
     engine: Any = build_engine(config, groups, device)
     batches = [global_microbatch(config, i, groups.data_rank, groups.data_size) for i in range(MICROBATCHES)]
-    if case.engine == "megatron":
-        stages = [parameters_of(model) for model in engine.models]
-        found = of_megatron(engine)
-    else:
-        with torch.device("meta"):  # the engine's own parameters have no shape under ZeRO-3
-            stages = [parameters_of(PretrainingModel(config, groups))]
-        found = of_deepspeed(engine, batches)
+    stages = build(config, case.ranks, groups).ranks[groups.pipeline_rank].parameters
+    found = of_megatron(engine) if case.engine == "megatron" else of_deepspeed(engine, batches)
     replica = groups.data_rank // groups.expert_size
     planned = held_bytes(layout, stages, config.optimizer.state, groups.data_rank, replica)
     destroy_groups()

@@ -20,7 +20,7 @@ import xxhash
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint.storage import LocalStorage
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.train import lock, loop, opening, start
+from mmmoe_pretrain.train import lock, loop, opening, reporting, start
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -154,7 +154,10 @@ def test_data_that_no_objective_can_use_is_refused_on_every_rank(tmp_path: Path,
     assert not config.run_dir.exists()
 
 
-@pytest.mark.parametrize("place", ["build_modalities", "Loader", "survey", "MetricsLog"])
+PLACES = {"build_modalities": loop, "Loader": opening, "survey": opening, "MetricsLog": reporting}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_what_fails_on_one_rank_alone_is_told_by_all(tmp_path: Path, tiny_data: Path, place: str) -> None:
     """E.g. a file that is missing on one machine."""
 
@@ -163,7 +166,7 @@ def test_what_fails_on_one_rank_alone_is_told_by_all(tmp_path: Path, tiny_data: 
 
     def fails(rank: int) -> None:
         if int(os.environ["RANK"]) == rank:
-            setattr(opening if place in ("Loader", "survey") else loop, place, missing)
+            setattr(PLACES[place], place, missing)
 
     rank = 0 if place in ("survey", "MetricsLog") else 1  # only rank 0 counts the samples and has a log
     for message in run_ranks(2, outcome, config_in(tmp_path, tiny_data), partial(fails, rank)):

@@ -1,0 +1,375 @@
+"""Measures the machine at hand for ``mmmoe plan --calibrate``: a ``Machine`` that ``machines.save`` writes.
+
+``calibrate`` takes well under two minutes: products by size and type as the model uses them, the
+experts' grouped product, attention, memory bandwidth, the optimizer's step, and what the host takes to start the
+operations of a block, a microbatch and a step. ``add_links`` runs on several ranks and adds collectives by kind.
+``fit`` compares plans with measured steps of a few layouts and sets ``Machine.factors``.
+
+Of several spells the shortest counts, since other work on a machine only adds; of steps the median. A clock of CPU
+time measures a busy machine; on a GPU it is the wall's.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmoe_pretrain.batch import AttentionBlocks
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.engines.base import HALF_TYPES
+from mmmoe_pretrain.models.attend import AttentionPlan, attend
+from mmmoe_pretrain.moe.experts import make_experts
+from mmmoe_pretrain.moe.plan import ExpertPlan
+from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
+from mmmoe_pretrain.parallel.groups import SINGLE
+from mmmoe_pretrain.parallel.layout import resolve_layout
+from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.plan.machines import GPUS, Collective, Curve, Host, Machine, machine_of
+from mmmoe_pretrain.plan.workload import full_batch
+
+Clock = Callable[[], float]
+
+SIZES = (32, 64, 128, 256, 512, 1024)  # smallest dimension of a product; the others are WIDE or more
+WIDE = 512
+EXPERT_ROWS = (32, 128, 512)
+LENGTHS = (32, 128, 512)  # of segments that attend
+STREAMED = 64 << 20  # bytes of the buffer that is copied
+OPTIMIZED = 1 << 22  # parameters of the optimizer that is stepped
+SPELL, SPELLS = 0.02, 3  # seconds at least, and how often
+STEPS = 9  # of a narrow model
+MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 22)  # numbers in those that are timed
+MOST_CALLS, SPELLS_OF_LINKS = 16, 5  # as many on every rank
+LIMITS = (0.1, 10.0)  # of fitted factors
+
+
+def wall_clock(device: torch.device) -> Clock:
+    """Seconds, when the device has done what it was given."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return read
+
+
+def seconds_of(work: Callable[[], object], clock: Clock) -> float:
+    """Of one run, the least over spells that are long enough for the clock."""
+    work()
+    repeat, found = 1, list[float]()
+    while len(found) < SPELLS:
+        began = clock()
+        for _ in range(repeat):
+            work()
+        taken = clock() - began
+        if taken < SPELL:
+            repeat *= 4
+        else:
+            found.append(taken / repeat)
+    return min(found)
+
+
+def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = None, name: str = "measured") -> Machine:
+    """The machine without its links. Needs a process group without other groups, all of whose ranks must call it:
+    rank 0 measures while the others wait, and they step together for what the host takes. What cannot be measured
+    (memory, power, links, the vendor's peak) is that of the known GPU, or of ``cpu``."""
+    read = clock or wall_clock(device)
+    rates = [_rates(config, device, read) if dist.get_rank() == 0 else {}]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(rates, device=device)
+    base = _known(device)
+    peak = dict(base.peak)
+    if device.type == "cpu":
+        curves = [rates[0][key] for key in ("products", "grouped")]
+        peak |= {p: max(rate for curve in curves for _, rate in curve[p]) for p in curves[0]}
+    tables = {key: {**getattr(base, key), **rates[0].pop(key)} for key in ("products", "grouped", "attention")}
+    source = f"measured with torch {torch.__version__}; memory, power and links of: {base.source}"
+    update = {**rates[0], **tables, "name": name, "source": source, "peak": peak, "host": _host(config, device, read)}
+    return base.model_copy(update=update)
+
+
+def _known(device: torch.device) -> Machine:
+    if device.type == "cpu":
+        return GPUS["cpu"].model_copy(update={"cores": len(os.sched_getaffinity(0))})
+    machine = machine_of(torch.cuda.get_device_name(device))
+    return machine or GPUS["h100"].model_copy(update={"source": "an H100, since this GPU is not in the table"})
+
+
+def _rates(config: RunConfig, device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Fields of ``Machine`` that one process measures."""
+    precision = config.train.precision
+    dtype = HALF_TYPES.get(precision, torch.float32)
+    streaming = 2 * STREAMED / seconds_of(_copy(device), clock)
+    return {
+        "products": {precision: _products(dtype, device, clock)},
+        "grouped": {precision: _experts(config, dtype, device, clock)},
+        "attention": {precision: _attention(config, dtype, device, clock)},
+        "streaming": streaming,
+        "optimizer_bytes": _optimizer(device, clock) / OPTIMIZED * streaming,
+    }
+
+
+def _products(dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
+    """FLOP/s of a linear layer, forward and backward."""
+    found = []
+    for size in SIZES:
+        rows, wide = size, max(size, WIDE)
+        x = torch.randn(rows, wide, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.randn(wide, wide, device=device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, wide, device=device, dtype=dtype)
+        seconds = seconds_of(lambda: torch.autograd.grad(F.linear(x, weight), (x, weight), grad), clock)  # noqa: B023
+        found.append((float(size), 6 * rows * wide * wide / seconds))
+    return tuple(found)
+
+
+def _experts(config: RunConfig, dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
+    """FLOP/s of the experts of the config's MoE layer, forward and backward, over the rows of an expert."""
+    moe, hidden = config.moe, config.model.hidden_size
+    if moe.dense:
+        return ()
+    experts = make_experts(moe, hidden, SINGLE).to(device=device, dtype=dtype)
+    weights = list(experts.parameters())
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.02)
+    found = []
+    for rows in EXPERT_ROWS:
+        number = rows * moe.num_experts
+        index = torch.arange(number, device=device)
+        plan = ExpertPlan(index, [rows] * moe.num_experts, index, index)
+        x = torch.randn(number, hidden, device=device, dtype=dtype, requires_grad=True)
+        scale, grad = torch.ones(number, device=device), torch.randn(number, hidden, device=device, dtype=dtype)
+        work = lambda: torch.autograd.grad(experts(x, scale, plan), (x, *weights), grad)  # noqa: B023, E731
+        flops = 6 * rows * sum(weight.numel() for weight in weights)
+        found.append((float(rows), flops / seconds_of(work, clock)))
+    return tuple(found)
+
+
+def _attention(config: RunConfig, dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
+    """FLOP/s of the scores and their mix, forward and backward, over segments of several lengths."""
+    heads, groups = config.model.num_heads, config.model.kv_heads
+    size, found = config.model.hidden_size // heads, []
+    for length in LENGTHS:
+        number = max(1, 2 * LENGTHS[-1] // length)
+        plan = AttentionPlan(AttentionBlocks((length,) * number, (length,) * number), device)
+        q, k, v = (
+            torch.randn(number * length, h, size, device=device, dtype=dtype, requires_grad=True)
+            for h in (heads, groups, groups)
+        )
+        grad = torch.randn(number * length, heads * size, device=device, dtype=dtype)
+        seconds = seconds_of(lambda: torch.autograd.grad(attend(q, k, v, plan), (q, k, v), grad), clock)  # noqa: B023
+        found.append((float(length), 3 * 4 * number * length * length * heads * size / seconds))
+    return tuple(found)
+
+
+def _copy(device: torch.device) -> Callable[[], Tensor]:
+    source = torch.ones(STREAMED // 4, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def _optimizer(device: torch.device, clock: Clock) -> float:
+    """Seconds of AdamW's step with the gradient's norm, clipping and zeroing, over matrices of a usual size."""
+    parameters = [torch.randn(1 << 18, device=device).requires_grad_() for _ in range(OPTIMIZED >> 18)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def work() -> None:
+        torch.stack(torch._foreach_norm(gradients)).norm()
+        torch._foreach_mul_(gradients, 0.999)
+        optimizer.step()
+        torch._foreach_mul_(gradients, 1.0)  # as long as zeroing a buffer
+
+    return seconds_of(work, clock)
+
+
+def _host(config: RunConfig, device: torch.device, clock: Clock) -> Host:
+    """From steps of a narrow model, whose arithmetic takes no time: with 2 and 6 blocks, dense and of experts, and 1
+    and 3 microbatches. A step of L blocks and m microbatches takes step + L step_block + m (microbatch + L block)."""
+    few, many, one, three = 2, 6, 1, 3
+
+    def steps(blocks: int, dense: bool) -> list[float]:
+        narrow = _narrow(config, blocks, dense)
+        engine = build_engine(narrow, build_groups(resolve_layout(narrow, dist.get_world_size())), device)
+        batch, found = full_batch(narrow, 2), []
+        for microbatches in (one, three):
+            seconds = []
+            for _ in range(STEPS + 1):  # as many on every rank; the first warms up
+                began = clock()
+                engine.step([batch] * microbatches, 1e-4)
+                seconds.append(clock() - began)
+            found.append(statistics.median(seconds[1:]))
+        destroy_groups()
+        return found
+
+    found = {(blocks, dense): steps(blocks, dense) for blocks in (few, many) for dense in (True, False)}
+
+    def each(blocks: int, dense: bool) -> float:  # of a microbatch
+        first, last = found[blocks, dense]
+        return (last - first) / (three - one)
+
+    def once(blocks: int, dense: bool) -> float:
+        return found[blocks, dense][0] - each(blocks, dense)
+
+    block = {dense: (each(many, dense) - each(few, dense)) / (many - few) for dense in (True, False)}
+    step_block = (once(many, True) - once(few, True)) / (many - few)
+    return Host(
+        dense_block=max(0.0, block[True]),
+        moe_block=max(0.0, block[False]),
+        microbatch=max(0.0, each(few, True) - few * block[True]),
+        step_block=max(0.0, step_block),
+        step=max(0.0, once(few, True) - few * step_block),
+    )
+
+
+def _narrow(config: RunConfig, blocks: int, dense: bool) -> RunConfig:
+    model = config.model.model_copy(
+        update={"hidden_size": 32, "num_heads": 2, "num_kv_heads": None, "num_layers": blocks, "ffn_hidden_size": 32,
+                "embedding_size": 16, "vocab_size": max(64, min(config.model.vocab_size, 256))}
+    )  # fmt: skip
+    experts = {"expert_hidden_size": 16, "every": 1, "layers": {}, "expert_groups": ()}
+    moe = config.moe.model_copy(update={**experts, **({"num_experts": 1, "experts_per_token": 1} if dense else {})})
+    parallel = type(config.parallel)(expert_parallel_size=1)
+    train = config.train.model_copy(
+        update={"recompute": "none", "num_microbatches": 1, "global_batch_size": 2 * dist.get_world_size()}
+    )
+    return config.model_copy(update={"model": model, "moe": moe, "parallel": parallel, "train": train})
+
+
+def add_links(machine: Machine, device: torch.device, clock: Clock | None = None) -> Machine:
+    """On every rank of a process group, all of which must call it: ``machine`` with collectives over all ranks and
+    over pairs. On a CPU whose cores ranks share, a rank's seconds are those of its share of them."""
+    read = clock or wall_clock(device)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if size == 1:
+        raise ValueError("the links between ranks cannot be measured on one rank; start several with torchrun")
+    groups = {size: dist.group.WORLD}
+    if size > 2 and size % 2 == 0:
+        pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
+        groups[2] = pairs[rank // 2]
+    shared = 1.0 if clock or machine.cores is None else min(1.0, machine.cores / size)
+    found = list(machine.collectives)
+    for ranks, group in sorted(groups.items()):
+        for kind, work in _collectives(ranks, group, device).items():
+            curve = [
+                (_sent(kind, ranks, n), shared * _slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES
+            ]
+            found = [one for one in found if (one.kind, one.ranks) != (kind, ranks)]
+            found.append(Collective(kind=kind, ranks=ranks, seconds=tuple(curve)))
+    update: dict[str, object] = {"collectives": tuple(found)}
+    if size == machine.cores:
+        update["crowded"] = _crowded(device, read)
+    return machine.model_copy(update=update)
+
+
+def _crowded(device: torch.device, clock: Clock) -> float:
+    """The time of products and copies while every core has a rank at work, over that of rank 0 alone."""
+    x, copy = torch.randn(WIDE, WIDE, device=device), _copy(device)
+    ratios = []
+    for work in (lambda: x @ x, copy):
+        dist.barrier()
+        alone = seconds_of(work, clock) if dist.get_rank() == 0 else 0.0
+        dist.barrier()
+        ratios.append(_slowest(seconds_of(work, clock), device) / _slowest(alone, device))
+    return max(1.0, statistics.geometric_mean(ratios))
+
+
+def _seconds_of_link(work: Callable[[int], object], numbers: int, clock: Clock) -> float:
+    """Of a call; all ranks make the same number of calls."""
+    calls = max(2, min(MOST_CALLS, MESSAGES[-1] // numbers))
+    found = []
+    for spell in range(SPELLS_OF_LINKS + 1):  # the first warms up
+        dist.barrier()
+        began = clock()
+        for _ in range(calls):
+            work(numbers)
+        if spell:
+            found.append((clock() - began) / calls)
+    return min(found)
+
+
+def _slowest(seconds: float, device: torch.device) -> float:
+    value = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def _sent(kind: str, ranks: int, numbers: int) -> float:
+    """Bytes that leave a rank, as ``parallel/counting.py`` counts them."""
+    whole = 4.0 * numbers
+    if kind == POINT_TO_POINT:
+        return whole
+    if kind == ALL_TO_ALL:
+        return whole * (ranks - 1) / ranks
+    return RING[kind](ranks) * (whole / ranks if kind == ALL_GATHER else whole)
+
+
+def _collectives(
+    ranks: int, group: dist.ProcessGroup | None, device: torch.device
+) -> dict[str, Callable[[int], object]]:
+    whole = {numbers: torch.ones(numbers, device=device) for numbers in MESSAGES}
+    other = {numbers: torch.ones(numbers, device=device) for numbers in MESSAGES}
+    part = {numbers: torch.ones(numbers // ranks, device=device) for numbers in MESSAGES}
+    found: dict[str, Callable[[int], object]] = {
+        ALL_REDUCE: lambda n: dist.all_reduce(whole[n], op=dist.ReduceOp.MAX, group=group),
+        ALL_TO_ALL: lambda n: dist.all_to_all_single(other[n], whole[n], group=group),
+        ALL_GATHER: lambda n: dist.all_gather_into_tensor(whole[n], part[n], group=group),
+        REDUCE_SCATTER: lambda n: dist.reduce_scatter_tensor(part[n], whole[n], op=dist.ReduceOp.MAX, group=group),
+    }
+    if ranks == 2:
+        mine = dist.get_rank(group)
+
+        def there_and_back(n: int) -> None:
+            """Each sends once: a call is one message."""
+            calls = (dist.send, dist.recv) if mine == 0 else (dist.recv, dist.send)
+            for call in calls:
+                call(other[n], group=group, **{"group_dst" if call is dist.send else "group_src": 1 - mine})
+
+        found[POINT_TO_POINT] = there_and_back
+    return found
+
+
+PARTS = {
+    "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
+    "memory": ("memory bound", "gradient accumulation", "optimizer"),
+    "host": ("host",),
+    "communication": ("tensor parallel", "all-to-all", "pipeline messages", "gradients", "parameters", "statistics"),
+}  # of a step's time, by what one factor corrects
+
+
+def fit(
+    machine: Machine, planned: Sequence[Callable[[Machine], float]], measured: Sequence[float], prior: float = 0.1
+) -> Machine:
+    """``machine`` with the ``factors`` that bring ``planned`` (seconds of a step on a machine) nearest to
+    ``measured``: least squares of relative errors and of ``prior`` times the logarithm of each factor, which keeps at
+    1 what the layouts do not tell apart. Gauss-Newton in those logarithms."""
+    names = list(PARTS)
+    logs = np.zeros(len(names))
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        factors = dict(zip(names, np.exp(values), strict=True))
+        seconds = [plan(with_factors(machine, factors)) for plan in planned]
+        return np.concatenate([np.log(np.array(seconds) / np.array(measured)), prior * values])
+
+    for _ in range(10):
+        here = residuals(logs)
+        slopes = np.stack([(residuals(logs + 0.01 * unit) - here) / 0.01 for unit in np.eye(len(names))], axis=1)
+        logs = np.clip(logs - np.linalg.lstsq(slopes, here, rcond=None)[0], *np.log(LIMITS))
+    return with_factors(machine, dict(zip(names, np.exp(logs), strict=True)))
+
+
+def with_factors(machine: Machine, factors: Mapping[str, float]) -> Machine:
+    """``factors`` by key of ``PARTS``."""
+    by_part = {part: float(factors[name]) for name, parts in PARTS.items() for part in parts}
+    return machine.model_copy(update={"factors": by_part})

@@ -1,0 +1,69 @@
+"""What ``mmmoe plan`` answers: one plan, a ranking of layouts, or two plans side by side, as values and as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.modalities import build_modalities
+from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.plan.machines import save
+from mmmoe_pretrain.plan.report import Asked, hidden_gpus, values_of
+from mmmoe_pretrain.plan.search import search
+from mmmoe_pretrain.plan.tables import ranking_of, side_by_side, text_of
+
+DEFAULT_VOCABULARY = 32_000  # as LIMoE's (arXiv 2206.02770) and Llama 2's
+Answer = tuple[dict[str, Any], str]
+
+
+def planned(asked: Asked, config: RunConfig) -> Answer:
+    """The plan of ``config``."""
+    with hidden_gpus():
+        values = values_of(asked, *with_vocabulary(config))
+    return values, text_of(values)
+
+
+def compared(asked: Asked, first: RunConfig, second: RunConfig, names: tuple[str, str]) -> Answer:
+    """Two plans, differences first."""
+    a, b = planned(asked, first)[0], planned(asked, second)[0]
+    return {"a": a, "b": b}, side_by_side(a, b, names)
+
+
+def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The config with the size of its vocabulary, and what was assumed: the tokenizer's file need not be there."""
+    named = config.data.tokenizer
+    if not any(its.needs_tokenizer for its in build_modalities(config.modalities, decoding=False).values()):
+        return config.with_vocabulary(0), []
+    if named is not None and Path(named).is_file():
+        return config.with_vocabulary(Tokenizer(named).vocab_size), []
+    if config.model.vocab_size:
+        return config, []
+    what = f"a vocabulary of {DEFAULT_VOCABULARY:,}, as there is no tokenizer at {named}; set model.vocab_size=N"
+    return config.with_vocabulary(DEFAULT_VOCABULARY), [what]
+
+
+def searched(asked: Asked, config: RunConfig) -> Answer:
+    """The fastest layouts that fit."""
+    with hidden_gpus():
+        values = search(asked, *with_vocabulary(config))
+    return values, ranking_of(values)
+
+
+def calibrated(config: RunConfig, out: Path | None) -> str:
+    """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, too."""
+    from mmmoe_pretrain.parallel.runtime import process_group
+    from mmmoe_pretrain.plan.calibrate import add_links, calibrate
+
+    if out is None:
+        raise ValueError("--calibrate writes a file; name it: --machine machine.json")
+    config, _ = with_vocabulary(config)
+    with process_group(timeout_minutes=5) as device:
+        machine = calibrate(config, device, name=out.stem)
+        if dist.get_world_size() > 1:
+            machine = add_links(machine, device)
+        if dist.get_rank() == 0:
+            save(machine, out)
+    return f"wrote {out}: {machine.source}"

@@ -1,0 +1,259 @@
+"""The machines that a plan can be made for: peak rates of GPUs and their links, each with its source, and how much of
+them a run reaches.
+
+Peaks are the vendors'. Shares of them are measured on one H100, cited, or named as an assumption below;
+``mmmoe plan --calibrate`` (calibrate.py) measures a machine at hand and writes a file that ``load`` reads. Rates are
+of one GPU, or of one rank on a CPU; a link's bandwidth is that of one direction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from mmmoe_pretrain.config.base import StrictModel, explain
+
+GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
+VERSION = 1  # of the file format
+Positive = Annotated[float, Field(gt=0)]
+Curve = tuple[tuple[Positive, Positive], ...]  # (size, value), rising in size
+
+
+class Link(StrictModel):
+    """``bandwidth``: bytes/s that a rank sends. ``latency``: seconds of one message between two ranks."""
+
+    bandwidth: float = Field(gt=0)
+    latency: float = Field(ge=0)
+
+
+class Collective(StrictModel):
+    """A measured collective of ``ranks``: ``seconds`` of a call over the bytes that leave a rank in it."""
+
+    kind: str
+    ranks: int = Field(ge=2)
+    seconds: Curve = Field(min_length=1)
+
+    def taken(self, sent: float) -> float:
+        """Seconds of a call: at least those of the least message, and in proportion above the largest."""
+        (least, _), (most, longest) = self.seconds[0], self.seconds[-1]
+        return longest * sent / most if sent > most else interpolate(self.seconds, max(least, sent))
+
+
+class Host(StrictModel):
+    """Seconds that the host takes to start operations, forward and backward: of a dense and of an MoE block, of the
+    rest of a microbatch (embedders, heads, losses), and once a step for each block (the optimizer of its parameters)
+    and for the rest."""
+
+    dense_block: float = Field(ge=0)
+    moe_block: float = Field(ge=0)
+    microbatch: float = Field(ge=0)
+    step_block: float = Field(ge=0)
+    step: float = Field(ge=0)
+
+
+class Machine(StrictModel):
+    """See the module. ``products``: FLOP/s by precision over the smallest of the three dimensions of a product.
+    ``grouped``: of the experts over the rows of one, where they were measured.
+    ``attention``: FLOP/s of the scores and their mix
+    over the tokens that a token attends to. ``streaming``: bytes/s that operations without products reach.
+    ``optimizer_bytes``: memory traffic of one parameter in the optimizer's step, at that rate. ``asynchronous``: the
+    host runs ahead of the device. ``cores``: of a node, where ranks are threads on a CPU; more ranks share them.
+    ``crowded``: the time of a rank's work beside busy cores over its time alone. ``factors``: measured over planned
+    seconds of a part (``time.py``), from runs."""
+
+    name: str
+    source: str
+    memory: float = Field(gt=0)
+    peak: Mapping[str, float]
+    power: float = Field(ge=0)  # watts, of the board
+    products: Mapping[str, Curve]
+    grouped: Mapping[str, Curve] = {}
+    attention: Mapping[str, Curve]
+    streaming: float = Field(gt=0)
+    optimizer_bytes: float = Field(gt=0)
+    host: Host
+    asynchronous: bool = True
+    ranks_per_node: int = Field(ge=1)
+    node: Link
+    network: Link
+    collectives: tuple[Collective, ...] = ()
+    cores: int | None = Field(None, ge=1)
+    crowded: float = Field(1.0, ge=1)
+    factors: Mapping[str, float] = {}
+
+    def product_rate(self, precision: str, size: float) -> float:
+        """FLOP/s of products whose smallest dimension is ``size``."""
+        return interpolate(self.products[precision], max(1.0, size))
+
+    def attention_rate(self, precision: str, attended: float) -> float:
+        """FLOP/s of attention where a token attends to ``attended`` tokens."""
+        return interpolate(self.attention[precision], max(1.0, attended))
+
+    def expert_rate(self, precision: str, rows: float, width: float) -> float:
+        """FLOP/s of experts with ``rows`` each, whose smallest other dimension is ``width``."""
+        curve = self.grouped.get(precision)
+        return interpolate(curve, max(1.0, rows)) if curve else self.product_rate(precision, min(rows, width))
+
+
+def interpolate(curve: Curve, size: float) -> float:
+    """Straight lines in the logarithms of both. Below the first point in proportion to the size, as a product of few
+    rows is bound by reading its weights; above the last point constant."""
+    first, last = curve[0], curve[-1]
+    if size <= first[0]:
+        return first[1] * size / first[0]
+    for (low, a), (high, b) in pairwise(curve):
+        if size <= high:
+            share = math.log(size / low) / math.log(high / low)
+            return a * (b / a) ** share
+    return last[1]
+
+
+# Measured by this project on one H100 (benchmarks/RESULTS.md, "On a GPU"), as shares of the peak: a product of 8,192
+# 0.80, experts of 2,048 rows 0.74. Of smaller products: an assumption.
+PRODUCTS = ((64, 0.15), (128, 0.25), (256, 0.38), (512, 0.55), (1024, 0.65), (2048, 0.74), (8192, 0.80))
+# The same, ``varlen_attn`` forward and backward over segments of 51 to 196 tokens, 1,024 and 4,096. An A100 reaches
+# twice the share: FlashAttention-2's best there is 73%, on an H100 35% (arXiv 2307.08691, 2407.08608).
+ATTENTION, ON_A100 = ((145, 0.037), (1024, 0.25), (4096, 0.31)), 2.0
+STREAMING = 0.8  # of the memory's bandwidth: an assumption
+# Bytes a parameter: 33 in fused AdamW (measured on the H100, at 3 TB/s), and by hand: norm 4, scaling 8, clipping 8,
+# zeroing 4, the half copy of the weight 6.
+OPTIMIZER = 33.0 + 30.0
+# Seconds to start operations: an assumption, 5 us a launch.
+HOST = Host(dense_block=2e-3, moe_block=4e-3, microbatch=5e-3, step_block=1e-3, step=10e-3)
+LINK_SHARE = 0.8  # of a link's bandwidth that collectives reach: an assumption
+# Seconds of a hop: NCCL 2.19, src/graph/tuning.cc, hwLat of Ring/Simple over NVLink and the network.
+NVLINK_HOP, NETWORK_HOP = 3.4 * MICRO, 14.0 * MICRO
+
+
+def _gpu(
+    name: str, source: str, memory_gb: float, bandwidth_gb: float, half: float, fp32: float, power: float,
+    node_gb: float, network: str, ranks_per_node: int = 8, attention: float = 1.0,
+) -> Machine:  # fmt: skip
+    peak = {"bf16": half * TFLOPS, "fp16": half * TFLOPS, "fp32": fp32 * TFLOPS}
+    return Machine(
+        name=name,
+        source=source,
+        memory=memory_gb * GB,
+        peak=peak,
+        power=power,
+        products={
+            precision: tuple((size, share * rate) for size, share in PRODUCTS) for precision, rate in peak.items()
+        },
+        attention={p: tuple((size, attention * share * peak[p]) for size, share in ATTENTION) for p in peak},
+        streaming=STREAMING * bandwidth_gb * GB,
+        optimizer_bytes=OPTIMIZER,
+        host=HOST,
+        ranks_per_node=ranks_per_node,
+        node=Link(bandwidth=LINK_SHARE * node_gb * GB, latency=NVLINK_HOP),
+        network=NETWORKS[network],
+    )
+
+
+def _network(gigabits: float) -> Link:
+    return Link(bandwidth=LINK_SHARE * gigabits / 8 * GB, latency=NETWORK_HOP)
+
+
+# Between nodes, of one GPU with a network card of its own.
+NETWORKS: dict[str, Link] = {
+    "infiniband-200": _network(200),  # HDR, eight cards in a DGX A100 (its datasheet)
+    "infiniband-400": _network(400),  # NDR, eight ConnectX-7 in a DGX H100 or B200 (their datasheets)
+    "infiniband-800": _network(800),  # XDR, ConnectX-8 in a GB300 (its datasheet)
+    "roce-400": _network(400),  # Ethernet of the same rate (Llama 3, arXiv 2407.21783, section 3.3.1)
+    "efa-400": _network(400),  # AWS p5: 3,200 Gb/s for eight GPUs (AWS, EC2 instance types)
+    "ethernet-100": _network(100 / 8),  # one 100 Gb/s card for eight GPUs
+}
+
+# Dense peaks, without sparsity. fp32 without TF32, which torch leaves off.
+GPUS: dict[str, Machine] = {
+    machine.name: machine
+    for machine in (
+        _gpu("h100", "NVIDIA H100 datasheet and architecture whitepaper, SXM: 80 GB, 3.35 TB/s, 989.4 TFLOP/s, "
+             "700 W, NVLink 900 GB/s both ways", 80, 3350, 989.4, 67, 700, 450, "infiniband-400"),
+        _gpu("h200", "NVIDIA H200 datasheet, SXM: 141 GB, 4.8 TB/s; arithmetic, power and NVLink of the H100",
+             141, 4800, 989.4, 67, 700, 450, "infiniband-400"),
+        _gpu("b200", "NVIDIA HGX and DGX B200 datasheets: 180 GB, 8 TB/s, 4.5 PFLOP/s with sparsity, 1,000 W, "
+             "NVLink 1.8 TB/s both ways", 180, 8000, 2250, 75, 1000, 900, "infiniband-400"),
+        _gpu("gb200", "NVIDIA GB200 NVL72 datasheet, a 72nd: 186 GB, 8 TB/s, 5 PFLOP/s with sparsity, 1,200 W, "
+             "NVLink 1.8 TB/s both ways among 72 GPUs", 186, 8000, 2500, 80, 1200, 900, "infiniband-400",
+             ranks_per_node=72),
+        _gpu("a100", "NVIDIA A100 80GB datasheet, SXM: 2,039 GB/s, 312 TFLOP/s, 400 W, NVLink 600 GB/s both ways",
+             80, 2039, 312, 19.5, 400, 300, "infiniband-200", attention=ON_A100),
+        _gpu("mi300x", "AMD Instinct MI300X datasheet: 192 GB, 5.3 TB/s, 1,307.4 TFLOP/s, 750 W, Infinity Fabric 896 "
+             "GB/s both ways over seven links", 192, 5300, 1307.4, 163.4, 750, 448, "infiniband-400"),
+        Machine(
+            name="cpu", source="assumptions for one core with AVX-512 of eight a node; --calibrate measures",
+            memory=4 * GB, peak={"fp32": 0.1 * TFLOPS, "bf16": 0.2 * TFLOPS, "fp16": 0.1 * TFLOPS}, power=5,
+            products=dict.fromkeys(("fp32", "bf16", "fp16"), ((64, 0.03 * TFLOPS), (512, 0.06 * TFLOPS))),
+            attention=dict.fromkeys(("fp32", "bf16", "fp16"), ((64, 0.02 * TFLOPS),)),
+            streaming=8 * GB, optimizer_bytes=80, asynchronous=False, ranks_per_node=8, cores=8,
+            host=Host(dense_block=1e-3, moe_block=3e-3, microbatch=5e-3, step_block=1e-3, step=5e-3),
+            node=Link(bandwidth=GB, latency=100 * MICRO), network=Link(bandwidth=GB, latency=100 * MICRO),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_machine(name: str, ranks_per_node: int | None = None, network: str | None = None) -> Machine:
+    """The machine ``name``, one of ``GPUS`` or the path of a file that ``--calibrate`` wrote. ``network``: one of
+    ``NETWORKS``, or GB/s and microseconds of one GPU such as ``50,5``. Raises ValueError with what is known."""
+    machine = GPUS.get(name.lower())
+    if machine is None:
+        if not Path(name).is_file():
+            raise ValueError(
+                f"--gpu {name!r} is not a known machine; use one of {', '.join(GPUS)}, or the path of a file that "
+                f"mmmoe plan --calibrate wrote"
+            )
+        machine = load(Path(name))
+    if ranks_per_node is not None:
+        if ranks_per_node < 1:
+            raise ValueError(f"--gpus-per-node {ranks_per_node} must be 1 or more")
+        machine = machine.model_copy(update={"ranks_per_node": ranks_per_node})
+    return machine if network is None else machine.model_copy(update={"network": _link(network)})
+
+
+def machine_of(device_name: str) -> Machine | None:
+    """The machine whose name stands in ``device_name``, such as ``NVIDIA A100-SXM4-80GB``; None for others."""
+    named = [machine for machine in GPUS.values() if machine.name in device_name.lower()]
+    return max(named, key=lambda machine: len(machine.name), default=None)  # GB200 is no B200
+
+
+def _link(text: str) -> Link:
+    if text in NETWORKS:
+        return NETWORKS[text]
+    rate, _, latency = text.partition(",")
+    try:
+        return Link(bandwidth=float(rate) * GB, latency=float(latency or NETWORK_HOP / MICRO) * MICRO)
+    except ValueError:
+        raise ValueError(
+            f"--network {text!r} is not known; use one of {', '.join(NETWORKS)}, or GB/s that one GPU sends and "
+            f"microseconds of a message: 50,5"
+        ) from None
+
+
+def save(machine: Machine, path: Path) -> None:
+    """As JSON, beside its version."""
+    content = machine.model_dump_json(indent=1)
+    path.write_text(f'{{"mmmoe_machine": {VERSION},{content[1:]}\n', encoding="utf-8")
+
+
+def load(path: Path) -> Machine:
+    """A file that ``save`` wrote. Raises ValueError where it is another or damaged file."""
+    again = "write it again with mmmoe plan --calibrate"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as the JSON of a machine ({error}); {again}") from None
+    version = values.pop("mmmoe_machine", None) if isinstance(values, dict) else None
+    if version != VERSION:
+        found = "is not the file of a machine" if version is None else f"has version {version}, and this is {VERSION}"
+        raise ValueError(f"{path} {found}; {again}")
+    try:
+        return Machine.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(explain(error, ('machine',))[:3])}; {again}") from None

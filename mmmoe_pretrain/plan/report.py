@@ -1,0 +1,160 @@
+"""A plan as plain values: what ``mmmoe plan --json`` prints and what its table shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.order.assign import microbatch_size
+from mmmoe_pretrain.plan.activations import Imbalance
+from mmmoe_pretrain.plan.build import Build, build
+from mmmoe_pretrain.plan.layouts import Choice
+from mmmoe_pretrain.plan.machines import Machine, find_machine
+from mmmoe_pretrain.plan.peak import Device, RankMemory, rank_memories
+from mmmoe_pretrain.plan.time import StepTime, budget, step_time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``tokens``: of the whole run. ``imbalance``: what comes to the fullest expert rank over its even share."""
+
+    gpus: int
+    machine: Machine
+    tokens: float = 1e12
+    imbalance: float = 1.0
+
+    @property
+    def device(self) -> Device:
+        return "cuda" if self.machine.cores is None else "cpu"
+
+
+@dataclass(frozen=True)
+class Fullest:
+    """The pipeline rank whose peak is the highest."""
+
+    pipeline_rank: int
+    memory: RankMemory
+
+
+def fullest(made: Build, asked: Asked) -> Fullest:
+    """Over the pipeline ranks."""
+    found = rank_memories(made, imbalance=Imbalance(asked.imbalance, asked.imbalance), device=asked.device)
+    rank = max(range(len(found)), key=lambda number: found[number].total)
+    return Fullest(rank, found[rank])
+
+
+@contextmanager
+def hidden_gpus() -> Iterator[None]:
+    """A plan runs on the CPU, also where there are GPUs that the process has not used yet."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def does_not_fit(config: RunConfig, gpus: int, gpu: str) -> str | None:
+    """Why the run cannot work on so many of these GPUs, or None."""
+    asked = Asked(gpus, find_machine(gpu))
+    with hidden_gpus():
+        found = fullest(build(config, gpus), asked)
+    if found.memory.total <= asked.machine.memory:
+        return None
+    terms = sorted(dataclasses.asdict(found.memory).items(), key=lambda term: -term[1])
+    most = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in terms[:3])
+    return (
+        f"{config.name} on {gpus} GPUs: those of pipeline rank {found.pipeline_rank} would need "
+        f"{found.memory.total / 1e9:.1f} GB ({most}), and {gpu} has {asked.machine.memory / 1e9:.0f} GB"
+    )
+
+
+def values_of(asked: Asked, config: RunConfig, assumptions: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole plan of ``config``, by the real build."""
+    made = build(config, asked.gpus)
+    microbatch_size(config, made.layout.data)  # or it would not train
+    found, taken = fullest(made, asked), step_time(made, asked.machine, imbalance=asked.imbalance)
+    return {
+        "config": config.name,
+        "gpus": asked.gpus,
+        "gpu": asked.machine.name,
+        "layout": _layout(made),
+        "parameters": _parameters(made),
+        "memory": memory_values(found, asked.machine),
+        "step": step_values(made, taken),
+        "budget": budget_values(taken, asked),
+        "limit": limit(found, taken, asked.machine),
+        "assumptions": list(assumptions),
+    }
+
+
+def _layout(made: Build) -> dict[str, Any]:
+    choice, layout = Choice.of(made.config, made.layout), made.layout
+    return {
+        "degrees": f"data {layout.data}, {choice}",
+        "data": layout.data,
+        **dataclasses.asdict(choice),
+        "samples": microbatch_size(made.config, layout.data),
+    }
+
+
+def _parameters(made: Build) -> dict[str, Any]:
+    by_part = {part: [numel, round(made.active_by_part[part])] for part, numel in made.by_part.items()}
+    return {"total": made.total, "active": made.active, "by_part": by_part}
+
+
+def memory_values(found: Fullest, machine: Machine) -> dict[str, Any]:
+    """Bytes of the fullest rank, by term."""
+    total = found.memory.total
+    return {
+        "pipeline_rank": found.pipeline_rank,
+        "terms": dataclasses.asdict(found.memory),
+        "total": total,
+        "capacity": machine.memory,
+        "fits": total <= machine.memory,
+    }
+
+
+def step_values(made: Build, taken: StepTime) -> dict[str, Any]:
+    """One optimizer step: its size, its time, and the bytes that a rank of the slowest stage sends."""
+    traffic: dict[str, dict[str, float]] = {}
+    for each in taken.traffic:
+        links = traffic.setdefault(each.kind, {"inside": 0.0, "across": 0.0})
+        links["inside"] += each.inside
+        links["across"] += each.across
+    return {
+        "samples": made.config.train.global_batch_size,
+        "microbatches": made.config.train.num_microbatches,
+        "tokens": taken.tokens,
+        "flops_per_token": taken.flops / taken.tokens,
+        "seconds": taken.seconds,
+        "parts": taken.parts,
+        "tokens_per_second": taken.tokens_per_second,
+        "mfu": taken.mfu,
+        "traffic": traffic,
+    }
+
+
+def budget_values(taken: StepTime, asked: Asked) -> dict[str, float]:
+    """What the tokens of the whole run take."""
+    return {"tokens": asked.tokens, **dataclasses.asdict(budget(taken, asked.tokens))}
+
+
+def limit(found: Fullest, taken: StepTime, machine: Machine) -> str:
+    """What keeps the run from being larger or faster."""
+    spare = machine.memory - found.memory.total
+    terms = dataclasses.asdict(found.memory)
+    most = max(terms, key=lambda name: terms[name])
+    if spare < 0:
+        return f"memory: {-spare / 1e9:,.1f} GB too much, most of it {most}; it does not fit"
+    part = max(taken.parts, key=lambda name: taken.parts[name])
+    share = taken.parts[part] / taken.seconds
+    return f"time: {part}, {share:.0%} of a step; {spare / 1e9:,.1f} GB of memory stay free, and {most} take most"

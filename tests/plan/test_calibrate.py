@@ -1,0 +1,61 @@
+"""Calibration on gloo ranks: it ends, on one rank and on several, and its file plans a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
+from mmmoe_pretrain.parallel.runtime import process_group
+from mmmoe_pretrain.plan import calibrate as calibration
+from mmmoe_pretrain.plan import machines
+from mmmoe_pretrain.plan.build import build
+from mmmoe_pretrain.plan.machines import Machine, find_machine
+from mmmoe_pretrain.plan.time import step_time
+from tests.distributed import run_ranks
+from tests.support import tiny_config
+
+
+def measured(config: RunConfig) -> Machine:
+    calibration.SIZES, calibration.EXPERT_ROWS, calibration.LENGTHS = (32, 64), (32,), (16,)  # of this fork
+    calibration.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
+    calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
+    with process_group(timeout_minutes=0.5) as device:
+        machine = calibration.calibrate(config, device, name="here")
+        return calibration.add_links(machine, device) if dist.get_world_size() > 1 else machine
+
+
+def config() -> RunConfig:
+    return tiny_config(Path("unused"), moe={"num_experts": 4, "expert_hidden_size": 8})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_calibrated_machine_plans_a_step(tmp_path: Path) -> None:
+    ranks = run_ranks(2, measured, config())
+    kinds = {ALL_REDUCE, ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, POINT_TO_POINT}
+    for machine in ranks:
+        assert {(one.kind, one.ranks) for one in machine.collectives} == {(kind, 2) for kind in kinds}
+        assert all([sent for sent, _ in one.seconds] in ([128, 2048], [256, 4096]) for one in machine.collectives)
+    machines.save(ranks[0], tmp_path / "here.json")
+    machine = find_machine(str(tmp_path / "here.json"))
+    assert machine == ranks[0] and machine.name == "here"
+    assert machine.cores and not machine.asynchronous
+    assert [size for size, _ in machine.products["fp32"]] == [32, 64]
+    assert machine.peak["fp32"] == max(
+        rate for curve in (machine.products, machine.grouped) for _, rate in curve["fp32"]
+    )
+    step = step_time(build(config(), 2), machine)
+    assert 0 < step.mfu < 1 and step.parts["gradients"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_links_need_ranks() -> None:
+    def alone() -> str:
+        with process_group(timeout_minutes=0.5) as device, pytest.raises(ValueError, match="start several") as error:
+            calibration.add_links(machines.GPUS["cpu"], device)
+        return str(error.value)
+
+    assert "torchrun" in run_ranks(1, alone)[0]

@@ -1,0 +1,101 @@
+"""mmmoe plan as a user sees it: every config with the number of GPUs that it is made for, a search, two plans side by
+side, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.cli import app
+from tests.support import tiny_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MODEL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 16, "embedding_size": 8}
+PAPER = {"limoe_b16": (8, 0.5e9, 0.1e9), "limoe_l16": (32, 1.7e9, 0.3e9), "limoe_h14": (128, 5.6e9, 675e6)}
+NAMED = {"mmmoe_1b_a300m": (8, 1e9, 0.3e9), "mmmoe_30b_a3b": (64, 30e9, 3e9), "mmmoe_200b_a20b": (1024, 200e9, 20e9)}
+
+
+def plan(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def found(*arguments: object) -> dict[str, Any]:
+    result = plan(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The file of a config whose data and tokenizer are not there."""
+    train = {"global_batch_size": 16, "num_microbatches": 2, "precision": "bf16"}
+    model = {**MODEL, "vocab_size": 0}
+    run_config.dump(tiny_config(tmp_path, model=model, train=train), tmp_path / "tiny.yaml")
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.mark.parametrize("name", [*PAPER, *NAMED])
+def test_a_big_config_has_its_parameters_and_fits(name: str) -> None:
+    """Within 3% of the paper's total; its active parameters where it gives them to more than one digit."""
+    gpus, total, active = (PAPER | NAMED)[name]
+    values = found(CONFIGS / f"{name}.yaml", "--gpus", gpus)
+    assert values["parameters"]["total"] == pytest.approx(total, rel=0.03)
+    assert values["parameters"]["active"] == pytest.approx(active, rel=0.01 if name == "limoe_h14" else 0.15)
+    assert values["memory"]["fits"], values["memory"]
+    assert 0.1 < values["step"]["mfu"] < 0.6
+
+
+def test_the_table_has_the_numbers_of_the_json(tiny: Path) -> None:
+    values, text = found(tiny, "--gpus", 2, "--tokens", "3B"), plan(tiny, "--gpus", 2, "--tokens", "3B").stdout
+    assert f"{values['memory']['total'] / 1e9:,.2f} of 80.00" in text
+    assert f"{1e3 * values['step']['seconds']:,.1f}" in text
+    assert "3.00 B tokens take" in text
+    assert f"limit: {values['limit']}" in text
+    assert "assumed: a vocabulary of 32,000, as there is no tokenizer at" in text
+
+
+def test_a_search_lists_the_fastest_layouts_that_fit_by_the_real_build(tiny: Path) -> None:
+    whole = ["model.num_heads=1", "model.num_layers=1", "moe.every=1"]  # neither tensor nor pipeline parallel
+    values = found(tiny, *whole, "--gpus", 2, "--search")
+    assert values["legal"] == 2 * (2 + 4) * 3  # expert 1 or 2, ZeRO stages of both engines, recomputation
+    seconds = [each["step"]["seconds"] for each in values["best"]]
+    assert seconds == sorted(seconds)
+    assert seconds == pytest.approx([each["closed"]["seconds"] for each in values["best"]])
+    memory = [each["memory"]["total"] for each in values["best"]]
+    assert memory == pytest.approx([each["closed"]["memory"] for each in values["best"]], rel=0.02)
+    why = " ".join(each["why"] for each in values["beside"])
+    assert "refused: parallel.zero_stage 2" in why or "longer" in why
+    again = found(tiny, *whole, *values["best"][0]["overrides"], "--gpus", 2)
+    assert again["step"] == values["best"][0]["step"]
+
+
+def test_two_plans_side_by_side_have_their_differences_first(tiny: Path) -> None:
+    text = plan(tiny, "--gpus", 2, "--compare", "parallel.zero_stage=0", "parallel.zero_stage=1").stdout
+    differs, _, equal = text.partition("\nequal\n")
+    assert "memory.terms.moments" in differs
+    assert "parameters.total" in equal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "2", "--gpu", "h1000"], "--gpu 'h1000' is not a known machine; use one of h100"),
+        (["--gpus", "2", "parallel.tensor_parallel_size=4"], "does not divide the 2 that run"),
+        (["--gpus", "3"], "train.global_batch_size 16 does not divide into train.num_microbatches 2 x 3"),
+        (["--gpus", "7", "--search", "train.num_microbatches=16"], "no layout is possible"),
+        (["--gpus", "2", "--tokens", "many"], "--tokens many is no number of tokens"),
+        (["--gpus", "2", "--compare", "a", "b.yaml"], "override 'a' is not key=value"),
+        ([], "--gpus is missing"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_message(tiny: Path, arguments: list[str], message: str) -> None:
+    result = plan(tiny, *arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)

@@ -1,0 +1,81 @@
+"""The plan of a run, made beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmmoe_pretrain.plan import machines
+from mmmoe_pretrain.train.planned import PlanInBackground, Planned, arguments
+from tests.support import tiny_config
+
+VALUES = {
+    "gpus": 64, "gpu": "h100", "limit": "time: experts, 22% of a step",
+    "memory": {"total": 50e9, "capacity": 80e9, "terms": {"weights": 30e9, "activations": 12e9, "allowance": 8e9}},
+    "step": {"seconds": 4.0, "tokens": 8000.0, "tokens_per_second": 2000.0, "mfu": 0.25},
+}  # fmt: skip
+
+
+def answer(command: list[str], steps_left: int = 21_600) -> Planned | None:
+    plan, deadline, found = PlanInBackground(command), time.monotonic() + 30.0, None
+    try:
+        while plan._process is not None and time.monotonic() < deadline:
+            found = plan.poll(steps_left) or found
+            time.sleep(0.01)
+        return found
+    finally:
+        plan.close()
+
+
+def test_three_lines_and_what_was_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script = (
+        f"import os; assert 'WORLD_SIZE' not in os.environ, 'of the job'; print({json.dumps(json.dumps(VALUES))})"
+    )
+    found = answer([sys.executable, "-c", script])
+    assert found is not None
+    assert found.lines == (
+        "planned on 64 x h100: 50.0 of 80 GB on the fullest, most in weights",
+        "planned: 4 s a step of 8,000 tokens, 2,000 tok/s, MFU 25.0%; time: experts, 22% of a step",
+        "planned: 1.0 days for the 21,600 steps that are left",
+    )
+    assert found.beside(1500.0, {"allocated": 21e9, "reserved": 30e9}) == (
+        "measured: tok/s 0.75 of the plan, peak memory 0.50 of it"
+    )
+    assert found.beside(1500.0, {"resident": 1e9}) == "measured: tok/s 0.75 of the plan"
+
+
+def test_a_plan_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert answer([sys.executable, "-c", "raise SystemExit(2)"]) is None
+    assert "mmmoe plan ended with 2; run it by hand" in caplog.text
+
+
+def test_a_run_on_an_unknown_machine_has_no_plan(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert arguments(config, 2, None) is None
+    told = str(config.run_dir / "config.yaml")
+    assert arguments(config, 2, "h100") == [told, "--gpus", "2", "--gpu", "h100", "--json"]
+    measured = tiny_config(tmp_path, train={"machine": "machine.json"})
+    assert arguments(measured, 2, "h100") == [told, "--gpus", "2", "--machine", "machine.json", "--json"]
+
+
+@pytest.mark.slow
+def test_the_real_plan_of_a_run(tmp_path: Path) -> None:
+    from mmmoe_pretrain import config as run_config
+
+    machines.save(machines.GPUS["cpu"], tmp_path / "machine.json")
+    config = tiny_config(tmp_path, train={"machine": str(tmp_path / "machine.json")})
+    config.run_dir.mkdir(parents=True)
+    run_config.dump(config, config.run_dir / "config.yaml")
+    told = arguments(config, 2, None)
+    assert told is not None
+    plan, deadline, found = PlanInBackground.of(told), time.monotonic() + 100.0, None
+    while found is None and time.monotonic() < deadline:
+        found = plan.poll(10)
+        time.sleep(0.1)
+    plan.close()
+    assert found is not None and found.tokens_per_second > 0 and found.peak_memory > 0
