@@ -36,7 +36,15 @@ def perplexity(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, tuple[fl
     groups = len(nll_G)
     correction = groups / (groups - 1) if groups > 1 else 1.0
     error = math.sqrt(correction * float((residual_G**2).sum())) / total
-    return math.exp(mean), (math.exp(mean - Z95 * error), math.exp(mean + Z95 * error))
+    return _exp(mean), (_exp(mean - Z95 * error), _exp(mean + Z95 * error))
+
+
+def _exp(value: float) -> float:
+    """Infinite where it is no float: a model that diverged has a likelihood, too."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def unigram_perplexity(heldout_V: np.ndarray, train_V: np.ndarray) -> float:

@@ -25,7 +25,9 @@ def plan(
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: as the kind is sold.")] = None,
     network: Annotated[str | None, typer.Option(help="Across nodes: a name or bytes a second of a GPU.")] = None,
     tokens: Annotated[str, typer.Option(help="Budget of tokens, e.g. 300B or 2T.")] = "1T",
-    imbalance: Annotated[float, typer.Option(min=1, help="Rows of the fullest expert rank over the mean.")] = 1.0,
+    imbalance: Annotated[
+        float, typer.Option(min=1, max=1000, help="Rows of the fullest expert rank over the mean.")
+    ] = 1.0,
     machine: Annotated[
         Path | None, typer.Option(callback=given, help="Measured efficiencies, of --calibrate.")
     ] = None,

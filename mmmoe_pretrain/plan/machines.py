@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmmoe_pretrain.config.base import StrictModel, explain
 
 GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
 VERSION = 1  # of the file format
+PRECISIONS = ("fp32", "bf16", "fp16")  # train.precision
 Positive = Annotated[float, Field(gt=0)]
 Curve = tuple[tuple[Positive, Positive], ...]  # (size, value), rising in size
 
@@ -70,7 +72,7 @@ class Machine(StrictModel):
     name: str
     source: str
     memory: float = Field(gt=0)
-    peak: Mapping[str, float]
+    peak: Mapping[str, Positive]
     power: float = Field(ge=0)  # watts, of the board
     products: Mapping[str, Curve]
     grouped: Mapping[str, Curve] = {}
@@ -85,7 +87,7 @@ class Machine(StrictModel):
     collectives: tuple[Collective, ...] = ()
     cores: int | None = Field(None, ge=1)
     crowded: float = Field(1.0, ge=1)
-    factors: Mapping[str, float] = {}
+    factors: Mapping[str, Positive] = {}
 
     def product_rate(self, precision: str, size: float) -> float:
         """FLOP/s of products whose smallest dimension is ``size``."""
@@ -219,8 +221,8 @@ def find_machine(name: str, ranks_per_node: int | None = None, network: str | No
 
 def machine_of(device_name: str) -> Machine | None:
     """The machine whose name stands in ``device_name``, such as ``NVIDIA A100-SXM4-80GB``; None for others."""
-    named = [machine for machine in GPUS.values() if machine.name in device_name.lower()]
-    return max(named, key=lambda machine: len(machine.name), default=None)  # GB200 is no B200
+    words = re.split(r"[^a-z0-9]+", device_name.lower())  # an RTX A1000 is no A100, and a GB200 no B200
+    return next((machine for machine in GPUS.values() if machine.name in words), None)
 
 
 def _link(text: str) -> Link:
@@ -254,6 +256,21 @@ def load(path: Path) -> Machine:
         found = "is not the file of a machine" if version is None else f"has version {version}, and this is {VERSION}"
         raise ValueError(f"{path} {found}; {again}")
     try:
-        return Machine.model_validate(values)
+        machine = Machine.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {'; '.join(explain(error, ('machine',))[:3])}; {again}") from None
+    if problem := _problem(machine):
+        raise ValueError(f"{path}: machine.{problem}; {again}")
+    return machine
+
+
+def _problem(machine: Machine) -> str:
+    """What a file lacks that plans read; empty where nothing."""
+    for key in ("peak", "products", "attention"):
+        if missing := [precision for precision in PRECISIONS if precision not in getattr(machine, key)]:
+            return f"{key} has nothing for {', '.join(missing)}"
+    for key in ("products", "grouped", "attention"):
+        for precision, curve in getattr(machine, key).items():
+            if not curve or any(low >= high for (low, _), (high, _) in pairwise(curve)):
+                return f"{key}.{precision} must have sizes that rise"
+    return ""

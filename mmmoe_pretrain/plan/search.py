@@ -122,16 +122,17 @@ def search(asked: Asked, config: RunConfig, assumptions: list[str]) -> dict[str,
     gc.freeze()  # what is alive stays so: runs on fake tensors collect garbage often
     try:
         timed, count = looking.by_time()
-        ranked = list(islice(looking.fitting(timed), LISTED))
+        planned = ((each, values_of(asked, each.candidate.config, assumptions)) for each in looking.fitting(timed))
+        ranked = list(islice((each for each in planned if each[1]["memory"]["fits"]), LISTED))
         if not ranked:
             raise ValueError(nothing_fits(looking, count))
-        beside = [{"layout": str(choice), "why": why} for choice, why in looking.why_not(ranked[0])]
+        beside = [{"layout": str(choice), "why": why} for choice, why in looking.why_not(ranked[0][0])]
     finally:
         gc.unfreeze()
     listed = [
         {"overrides": each.candidate.choice.overrides, "closed": {"seconds": each.seconds, "memory": each.memory},
-         **values_of(asked, each.candidate.config, assumptions)}
-        for each in ranked
+         **values}
+        for each, values in ranked
     ]  # fmt: skip
     return {"config": config.name, "gpus": asked.gpus, "gpu": asked.machine.name, "legal": count,
             "held_fits": len(timed), "best": listed, "beside": beside}  # fmt: skip

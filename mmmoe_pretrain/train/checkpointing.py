@@ -24,7 +24,7 @@ from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.train.held_out import HeldOutScores
+from mmmoe_pretrain.train.held_out import HeldOutScores, is_score
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.schedule import jump_on_resume
@@ -80,11 +80,11 @@ class CheckpointManager:
         keep = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         self._saver = Saver(context.config.checkpoint_root, context.host.storage, keep, settings.asynchronous)
         losses = ("total", *context.engine.models[0].loss_names)  # of a PretrainingModel
-        known = settings.best_metric in losses or settings.best_metric.startswith(HELD_OUT)
-        if settings.keep_best and not known:
+        name = settings.best_metric.removeprefix(HELD_OUT)
+        if settings.keep_best and name not in losses and (name == settings.best_metric or not is_score(name)):
             raise ValueError(
                 f"checkpoint.best_metric {settings.best_metric!r} is not a loss of this run: {', '.join(losses)}; or "
-                f"{HELD_OUT} and the name of a held-out loss or score"
+                f"{HELD_OUT} and the name of a loss or score, e.g. {HELD_OUT}total or {HELD_OUT}image_to_text_r1"
             )
         self._started = -1  # the step of the last save
         self._last: SaveReport | None = None

@@ -9,6 +9,7 @@ of a microbatch, R being the data-parallel size. Every rank of a replica decodes
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,11 @@ class HeldOutScores:
 
 def is_recall(name: str) -> bool:
     return name.rpartition("_")[2] in {f"r{k}" for k in scores.KS}
+
+
+def is_score(name: str) -> bool:
+    """Whether a score may be called so; which ones there are depends on the data."""
+    return is_recall(name) or name.endswith("_perplexity")
 
 
 def open_validation(
@@ -169,19 +175,18 @@ class Validation:
         return source, number - int(self._ends[source - 1] if source else 0)
 
     def _scores(self, ranks: Sequence[Part], objectives: Objectives) -> dict[str, float]:
-        """Of the parts of all ranks; none where a feature is not finite."""
+        """Of the parts of all ranks. Recall is NaN where a feature is not finite: no checkpoint is the best by it."""
         numbers = np.concatenate([numbers for numbers, _ in ranks])
         data = _taken(joined([part for _, part in ranks]), np.argsort(numbers)[: self.samples])
-        if not all(np.isfinite(rows).all() for rows in data.features.values()):
-            return {}
         names, settings = self.config.stream_names.modalities, self.config.evaluate
-        found = [score for pair in objectives.aligned for score in scores.retrieval_scores(data, pair, settings)[0]]
-        found += [
-            score
-            for task, predicted in data.predicted.items()
-            for score in scores.perplexity_scores(task, predicted, None, names)
-        ]
-        return {score.metric: score.value for score in found if "/" not in score.metric}
+        found: dict[str, float] = {}
+        for pair in objectives.aligned:
+            known = all(np.isfinite(data.features[name]).all() for name in pair)
+            for score in scores.retrieval_scores(data, pair, settings)[0]:
+                found[score.metric] = score.value if known else math.nan
+        for task, predicted in data.predicted.items():
+            found |= {score.metric: score.value for score in scores.perplexity_scores(task, predicted, None, names)}
+        return {metric: value for metric, value in found.items() if "/" not in metric}
 
 
 def _only(parts: list[Part]) -> Part | None:

@@ -92,8 +92,13 @@ class PlanInBackground:
         )
 
     @classmethod
-    def of(cls, arguments: Sequence[str]) -> Self:
-        return cls([sys.executable, "-m", "mmmoe_pretrain.cli", "plan", *arguments])
+    def of(cls, arguments: Sequence[str]) -> Self | None:
+        """None, after a warning, where there is no room for a process or its file."""
+        try:
+            return cls([sys.executable, "-m", "mmmoe_pretrain.cli", "plan", *arguments])
+        except OSError as error:
+            log.warning("no plan of this run is shown: mmmoe plan cannot start: %s; training continues", error)
+            return None
 
     def poll(self, steps_left: int) -> Planned | None:
         """Once, when the plan is ready; a plan that failed is a warning."""

@@ -7,6 +7,7 @@ be writing them: a half-written line is passed over. Nothing is changed.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections import Counter, deque
@@ -26,7 +27,10 @@ from mmmoe_pretrain.untrusted import read_json, read_yaml
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 RECORDS, LAST_EVENTS = 20, 6  # that are read, that are shown
 BLOCK, MOST_BYTES = 1 << 16, 1 << 26  # of the end of a file
-LARGEST = 1e30  # number that is taken for one
+LONGEST_LINE = 1 << 20  # bytes of the journal
+MESSAGE = 2000  # letters of a hang that are shown
+DEEPEST = 8  # of values in an event
+LEAST, LARGEST = 1e-30, 1e30  # numbers that are taken for one; of seconds
 OVERDUE, OVERDUE_SECONDS = 5.0, 60.0  # times the usual pause between two records; and at least so long
 EVENT = re.compile(rb'"event":"([a-z_]+)"')
 STARTS, SAVED = ("started", "resumed"), "saved"
@@ -66,7 +70,14 @@ class Status:
 
 
 def status_of(folder: Path) -> Status:
-    """Raises ValueError where ``folder`` is not a run's."""
+    """Raises ValueError where ``folder`` is not a run's, or cannot be read."""
+    try:
+        return _status_of(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error}; run mmmoe status as a user who may read it") from None
+
+
+def _status_of(folder: Path) -> Status:
     config = folder / CONFIG
     if not config.is_file() and not (folder / EVENTS).is_file():
         there = "is not the folder of a run" if folder.is_dir() else "is not there"
@@ -122,7 +133,7 @@ def _add_records(found: Status, path: Path, every: int | None) -> None:
     known = [_known(size) for size in sizes.values()] if isinstance(sizes, dict) else []
     found.peak_memory = max((size for size in known if size is not None), default=None)
     found.dead_experts = _dead_experts(last.get("routing"))
-    timed = [(r["tokens"], r["seconds"], r["data_seconds"]) for r in records if r["seconds"] > 0]
+    timed = [(r["tokens"], r["seconds"], r["data_seconds"]) for r in records if r["seconds"] > LEAST]
     if timed:
         found.tokens_per_second = median(tokens / seconds for tokens, seconds, _ in timed)
         found.data_stall = median(wait / seconds for _, seconds, wait in timed)
@@ -162,7 +173,7 @@ def read_journal(path: Path) -> tuple[Counter[str], dict[str, dict[str, Any]], l
     last: deque[bytes] = deque(maxlen=LAST_EVENTS)
     if path.is_file():
         with path.open("rb") as file:
-            for line in file:
+            for line in iter(lambda: file.readline(LONGEST_LINE), b""):  # one that is longer is damaged
                 if line.endswith(b"}\n") and (match := EVENT.search(line)):
                     kind = match[1].decode()
                     counts[kind] += 1
@@ -205,7 +216,18 @@ def _parsed(line: bytes) -> dict[str, Any]:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return _bounded(value) if isinstance(value, dict) else {}
+
+
+def _bounded(value: Any, depth: int = DEEPEST) -> Any:
+    """Values that JSON has: None for NaN and infinity, and for what is nested too deeply."""
+    if isinstance(value, dict | list) and not depth:
+        return None
+    if isinstance(value, dict):
+        return {key: _bounded(each, depth - 1) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_bounded(each, depth - 1) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _section(path: Path, name: str) -> dict[str, Any]:
@@ -219,15 +241,18 @@ def _section(path: Path, name: str) -> dict[str, Any]:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return dict(_bounded(read_json(path)))
     except (ValueError, OSError):
         return {}
 
 
 def _hang(folder: Path, since: float) -> str:
-    messages = [path for path in folder.glob("hangs/*/message.txt") if path.stat().st_mtime > since]
+    messages = [path for path in folder.glob("hangs/*/message.txt") if path.is_file()]
     newest = max(messages, key=lambda path: path.stat().st_mtime, default=None)
-    return "" if newest is None else newest.read_text(encoding="utf-8", errors="replace")[:2000].strip()
+    if newest is None or newest.stat().st_mtime <= since:
+        return ""
+    with newest.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MESSAGE).strip()
 
 
 def _seconds(event: Mapping[str, Any]) -> float:

@@ -13,6 +13,7 @@ from mmmoe_pretrain.progress import clock
 from mmmoe_pretrain.train.status import Status, status_of
 
 GIB = 1 << 30
+CENTURY = 100 * 365 * 86_400.0  # seconds
 COLUMNS = ("run", "state", "step", "tok/s", "s/step", "ends in", "loss", "saved", "last event")
 
 
@@ -25,13 +26,13 @@ def command(folders: Sequence[Path], as_json: bool) -> None:
     for folder in folders:
         try:
             found.append(status_of(folder))
-        except ValueError:
+        except ValueError as error:
             if len(folders) == 1:
                 raise
-            found.append(Status(folder.name, str(folder), "no run"))
+            found.append(Status(folder.name, str(folder), "no run", note=str(error)))
     if as_json:
         for each in found:
-            print(json.dumps(asdict(each)))
+            print(json.dumps(asdict(each), allow_nan=False))
         return
     rows = [COLUMNS, *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -41,7 +42,7 @@ def command(folders: Sequence[Path], as_json: bool) -> None:
 
 def page(its: Status) -> str:
     """One run in lines."""
-    return _plain("\n".join(_lines(its)))
+    return "\n".join(map(_plain, _lines(its)))
 
 
 def _row(its: Status) -> tuple[str, ...]:
@@ -109,6 +110,8 @@ def _speed(its: Status) -> str:
 def _end(its: Status) -> str:
     if its.seconds_left is None:
         return ""
+    if its.seconds_left > CENTURY:
+        return "in more than 100 years"
     ends = datetime.fromtimestamp(time.time() + its.seconds_left, UTC)
     return f"in {clock(its.seconds_left)}, at {ends:%Y-%m-%d %H:%M} UTC"
 
@@ -124,5 +127,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without control characters: files of a run may hold any text."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    """A line without control characters: files of a run may hold any text."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

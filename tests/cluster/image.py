@@ -24,7 +24,7 @@ IMAGE = "localhost/mmmoe:cpu"
 USER = 4711
 GIB = 2**30
 PLACE = "/opt/mmmoe"
-LIMITS = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]  # that a container may have everywhere
+LIMITS = ["--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096"]  # that a container may have everywhere
 # crun of Debian 12 refuses machines that have both versions of cgroups; only these processes see the other view.
 CGROUPS = 'umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
 

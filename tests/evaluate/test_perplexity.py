@@ -38,3 +38,8 @@ def test_unigram_perplexity_by_hand() -> None:
     # Train counts 3, 1, 0 smoothed: 4/7, 2/7, 1/7. Held out: token 0 twice, token 2 once.
     expected = ((4 / 7) ** 2 * (1 / 7)) ** (-1 / 3)
     assert unigram_perplexity(np.array([2, 0, 1]), np.array([3, 1, 0])) == pytest.approx(expected)
+
+
+def test_a_model_that_diverged_has_an_infinite_perplexity() -> None:
+    """exp(800) is no float."""
+    assert perplexity(np.array([800.0, 800.0]), np.array([1, 1])) == (math.inf, (math.inf, math.inf))

@@ -4,6 +4,8 @@ side, and what is refused."""
 from __future__ import annotations
 
 import json
+import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from typer.testing import CliRunner, Result
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.cli import app
+from mmmoe_pretrain.plan.layouts import legal
+from mmmoe_pretrain.plan.machines import GPUS
+from mmmoe_pretrain.plan.report import Asked
+from mmmoe_pretrain.plan.search import Ranked, Search
 from tests.support import tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -73,6 +79,26 @@ def test_a_search_lists_the_fastest_layouts_that_fit_by_the_real_build(tiny: Pat
     assert "refused: parallel.zero_stage 2" in why or "longer" in why
     again = found(tiny, *whole, *values["best"][0]["overrides"], "--gpus", 2)
     assert again["step"] == values["best"][0]["step"]
+
+
+def test_a_search_leaves_out_what_the_real_build_does_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layouts that fit by the closed form, the faster one does not by the real build."""
+    config, asked = run_config.load(tiny, ["model.vocab_size=64"]), Asked(1, GPUS["h100"])
+    ranked = [Ranked(candidate, n, 1.0) for n, candidate in enumerate(islice(legal(config, 1), 2))]
+    fits = {each.candidate.config.train.recompute: each.seconds > 0 for each in ranked}
+    monkeypatch.setattr(Search, "by_time", lambda _: ([], 2))
+    monkeypatch.setattr(Search, "fitting", lambda *_: iter(ranked))
+    monkeypatch.setattr(Search, "why_not", lambda _, best: [(best.candidate.choice, "")])
+    module = sys.modules[Search.__module__]
+    monkeypatch.setattr(module, "values_of", lambda _, its, __: {"memory": {"fits": fits[its.train.recompute]}})
+    found = module.search(asked, config, [])
+    assert [each["overrides"] for each in found["best"]] == [ranked[1].candidate.choice.overrides]
+    assert found["beside"][0]["layout"] == str(ranked[1].candidate.choice)
+
+
+def test_an_imbalance_without_end_is_refused(tiny: Path) -> None:
+    result = plan(tiny, "--gpus", 2, "--imbalance", "inf")
+    assert result.exit_code == 2 and "--imbalance" in result.output
 
 
 def test_two_plans_side_by_side_have_their_differences_first(tiny: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -53,12 +54,24 @@ def test_a_bad_file_is_one_line_with_the_remedy(tmp_path: Path, content: str, pr
     assert "write it again with mmmoe plan --calibrate" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_rate_of_zero_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"streaming": 0}, "machine.streaming: Input should be greater than 0"),
+        ({"peak": {"fp32": 0, "bf16": 1, "fp16": 1}}, "machine.peak.fp32: Input should be greater than 0"),
+        ({"peak": {"bf16": 1e12}}, "machine.peak has nothing for fp32, fp16"),
+        ({"factors": {"experts": -5}}, "machine.factors.experts: Input should be greater than 0"),
+        ({"products": dict.fromkeys(("fp32", "bf16", "fp16"), ((512, 1e9), (64, 1e9)))},
+         "machine.products.fp32 must have sizes that rise"),
+        ({"attention": dict.fromkeys(("fp32", "bf16", "fp16"), ())}, "machine.attention.fp32 must have sizes"),
+    ],
+)  # fmt: skip
+def test_rates_that_plans_cannot_read_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     path = tmp_path / "machine.json"
     machines.save(SLOW, path)
     values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(values | {"streaming": 0}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"machine\.streaming: Input should be greater than 0"):
+    path.write_text(json.dumps(values | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(problem)):
         find_machine(str(path))
 
 
@@ -78,7 +91,8 @@ def test_a_gpu_is_known_by_the_name_that_its_driver_gives() -> None:
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GB200": "gb200",
              "NVIDIA B200": "b200", "AMD Instinct MI300X": "mi300x"}  # fmt: skip
     assert {name: found.name for name in names if (found := machine_of(name))} == names
-    assert machine_of("NVIDIA GeForce RTX 4090") is None
+    for other in ("NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000", "NVIDIA GH200 480GB", "NVIDIA A100X"):
+        assert machine_of(other) is None, other
 
 
 def test_rates_between_measured_sizes_are_straight_lines_in_logarithms() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.sources import overlap
+from mmmoe_pretrain.evaluate.features import HeldOut
 from mmmoe_pretrain.evaluate.run import evaluate
+from mmmoe_pretrain.train import held_out
 from mmmoe_pretrain.train.held_out import HeldOutScores, is_recall
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
@@ -19,9 +25,9 @@ from tests.train.faulty import config_in, logged, losses, saved
 def scored(root: Path, tiny_data: Path, **sections: Any) -> RunConfig:
     """A run of 8 steps that is scored on 24 other samples every second step."""
     write_shards(root / "validation", things(72)[48:], corrupt=("thing-050",))
-    held_out = {"validation": str(root / "validation"), "every": 2, "min_items": 2}
+    evaluation = {"validation": str(root / "validation"), "every": 2, "min_items": 2}
     sections = {"train": {"steps": 8, "global_batch_size": 16, "num_microbatches": 2, "log_every": 3},
-                "evaluate": held_out, **sections}  # fmt: skip
+                "evaluate": evaluation, **sections}  # fmt: skip
     return config_in(root, tiny_data, **sections)
 
 
@@ -62,6 +68,35 @@ def test_a_best_metric_that_nothing_is_called_is_told_with_the_names() -> None:
         found.metric("loss")
 
 
+def test_a_best_metric_that_cannot_be_a_score_is_refused_at_the_start(tmp_path: Path, tiny_data: Path) -> None:
+    best = {"every": 2, "keep_best": 1, "best_metric": "held_out/captions"}
+    with pytest.raises(AssertionError, match="best_metric 'held_out/captions' is not a loss of this run: total, "):
+        run_ranks(1, train, scored(tmp_path, tiny_data, checkpoint=best))
+
+
+def train_with_a_broken_feature(config: RunConfig, value: float) -> int:
+    plain = held_out.held_out
+
+    def broken(*args: Any) -> HeldOut:
+        found = plain(*args)
+        found.features["image"][0, 0] = value
+        return found
+
+    held_out.held_out = broken  # type: ignore[assignment]
+    return train(config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_ends_no_run(tmp_path: Path, tiny_data: Path, value: float) -> None:
+    best = {"every": 2, "keep_last": 1, "keep_best": 1, "best_metric": "held_out/image_to_text_r1"}
+    config = scored(tmp_path, tiny_data, train={"steps": 4, "global_batch_size": 16}, checkpoint=best)
+    run_ranks(1, train_with_a_broken_feature, config, value)
+    found = logged(config)[-1]["held_out"]["scores"]
+    assert found["image_to_text_r1"] is None and found["text_to_image_r1"] is None
+    assert found["audio_to_text_r1"] is not None and found["captioning_perplexity"] > 1
+    assert saved(config) == [4], "no checkpoint is the best by a number that is not known"
+
+
 @pytest.mark.parametrize(
     ("evaluation", "checkpoint", "message"),
     [
@@ -88,3 +123,44 @@ def test_samples_that_are_trained_on_are_refused(tmp_path: Path, tiny_data: Path
                        r"copied of 00000.tar is thing-006 of 00000.tar; remove them"):  # fmt: skip
         run_ranks(2, train, config)
     assert not (config.run_dir / "metrics.jsonl").exists(), "nothing was trained"
+
+
+class Clips:
+    """A source of samples of 200 bytes each."""
+
+    def __init__(self, contents: list[bytes]) -> None:
+        self._contents = contents
+        self.modalities = Audio()
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def sizes_of(self, indices: np.ndarray, name: str) -> np.ndarray:
+        return np.full(len(indices), 200)
+
+    def read(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(members={"wav": self._contents[index]})
+
+    def key(self, index: int) -> str:
+        return f"clip-{index}"
+
+    def places(self, index: int) -> list[str]:
+        return ["a/0.tar"]
+
+
+class Audio(dict[str, None]):
+    def __init__(self) -> None:
+        super().__init__(audio=None)
+
+    def members_read(self, members: tuple[str, ...]) -> dict[str, str]:
+        return {"audio": "wav"}
+
+
+@pytest.mark.parametrize("place, found", [(overlap.MOST_READ - 1, True), (overlap.MOST_READ, False)])
+def test_samples_of_equal_sizes_that_are_not_read_are_told(
+    place: int, found: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    others: Any = Clips([b"%d" % i for i in range(overlap.MOST_READ + 1)])
+    one: Any = Clips([b"%d" % place])
+    assert (overlap.overlap([(one, 0)], [others]) is not None) == found
+    assert "mmmoe-data dedup --against compares them all" in caplog.text

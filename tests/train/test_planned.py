@@ -54,6 +54,14 @@ def test_a_plan_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> Non
     assert "mmmoe plan ended with 2; run it by hand" in caplog.text
 
 
+def test_a_plan_that_cannot_start_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # which has no ``nice``
+    assert PlanInBackground.of(["--help"]) is None
+    assert "mmmoe plan cannot start: " in caplog.text
+
+
 def test_a_run_on_an_unknown_machine_has_no_plan(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     assert arguments(config, 2, None) is None
@@ -74,6 +82,7 @@ def test_the_real_plan_of_a_run(tmp_path: Path) -> None:
     told = arguments(config, 2, None)
     assert told is not None
     plan, deadline, found = PlanInBackground.of(told), time.monotonic() + 100.0, None
+    assert plan is not None
     while found is None and time.monotonic() < deadline:
         found = plan.poll(10)
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -159,6 +160,53 @@ def test_damaged_files_hide_nothing_else(tmp_path: Path) -> None:
         file.write('not json\n{"step": "many"}\n[1]\n' + HALF)
     found = status_of(folder)
     assert (found.step, found.steps, found.checkpoint_step) == (100, None, 90)
+
+
+def test_hostile_files_neither_hang_nor_end_it_and_json_stays_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that fake others, numbers that JSON does not have, depth, a pipe, a folder in place of a file, a line
+    without end."""
+    monkeypatch.setattr(status, "LONGEST_LINE", 4096)
+    events = [(9, "started", {}), (8, "spike", {"why": "a\n  checkpoint  fake", "x": [math.nan, math.inf]})]
+    folder = write_run(tmp_path / "one", events, [record(99, tokens=10**29, seconds=1e-320), record(100)])
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(f'{{"event":"spike","x":{"[" * 900}{"]" * 900}}}\n{"x" * 9999}{{"event":"finished"}}\n')
+    (folder / "trackers").mkdir()
+    (folder / "trackers" / "wandb.json").write_text('{"step": NaN}')
+    (folder / "hangs" / "a" / "message.txt").mkdir(parents=True)
+    (folder / "hangs" / "b").mkdir()
+    os.mkfifo(folder / "hangs" / "b" / "message.txt")
+    command([folder], as_json=True)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [event.get("x") for event in found["events"]][1] == [None, None] and found["counts"]["spikes"] == 2
+    assert (found["trackers"], found["hang"]) == ({"wandb": {"step": None}}, "")
+    command([folder], as_json=False)
+    assert "spike: why a?  checkpoint  fake" in capsys.readouterr().out
+
+
+def test_an_end_after_all_calendars_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "one", [(9, "started", {})], [record(90, 1e20), record(100, 1e20)])
+    with held(folder):
+        command([folder], as_json=False)
+    assert "ends        in more than 100 years" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write_run(tmp_path / name, [], []) for name in ("one", "two")]
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "config.yaml")
+
+    monkeypatch.setattr(status, "_section", refused)  # as root, nothing is refused
+    with pytest.raises(
+        ValueError, match=r"one cannot be read: .*Permission denied: 'config.yaml'; run mmmoe status as"
+    ):
+        command(folders[:1], as_json=False)
+    command(folders, as_json=True)
+    assert all("cannot be read" in json.loads(line)["note"] for line in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\n", "a\nb", "a\nbb\nccc\n" * 9, "x" * 99 + "\n" + "y" * 40 + "\nz\n"])

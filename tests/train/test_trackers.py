@@ -358,3 +358,20 @@ def test_an_mlflow_server_that_is_killed_in_the_middle_ends_no_training(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     held, want = of_mlflow(uri, ended.id), expected(config)
     assert held and all({k: held[step][k] for k in want[step]} == want[step] for step in list(held)[:-1])
+
+
+@pytest.mark.parametrize("taken, message", [
+    ("trackers", "trackers.mlflow cannot start: "), ("trackers/mlflow.json/a", "cannot write "),
+])  # fmt: skip
+def test_files_that_cannot_be_written_are_one_line_of_a_tracker(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, taken: str, message: str
+) -> None:
+    monkeypatch.setattr(feed, "STOPPED_SECONDS", 2.5)
+    (tmp_path / "config.yaml").write_text("{name: x, trackers: {mlflow: {uri: 'http://127.0.0.1:9', experiment: a}}}")
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).write_text("")
+    feeds = feed.Feeds(["mlflow"], tmp_path)
+    feeds.write(1, {"a": 1.0})
+    feeds.close(finished=False)
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and told.count(message) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from mmmoe_pretrain.data.sources.source import Indexed
 
+log = logging.getLogger(__name__)
 MOST_ROWS = 4_000_000  # of the indices of sources that are compared: seconds
 MOST_READ = 256  # samples that are read, of the larger set
 LEAST_BYTES = 128  # of a sample: shorter ones, such as one word, may well be said twice
@@ -37,6 +39,11 @@ def overlap(samples: Sequence[tuple[Indexed, int]], others: Sequence[Indexed]) -
     pairs: dict[int, tuple[Indexed, int]] = {}
     for count, (source, index, row) in enumerate(_of_sizes(others, np.array([*map(_row, by_size)]))):
         if count == MOST_READ:
+            log.warning(
+                "evaluate.validation: of the training samples that have sizes of validation samples only %d were "
+                "read, and others may be the same; mmmoe-data dedup --against compares them all",
+                MOST_READ,
+            )
             break
         content = _content(source, index)
         for number in by_size.get(row.tobytes(), ()):

@@ -114,6 +114,7 @@ class Relay:
         self._pending: deque[Line] = deque()
         self._last = self._state.step  # step that is sent or waits
         self._pause = PAUSE
+        self._unwritten = False  # the last attempt to write the state failed
         self._next_attempt = self._written = -math.inf
 
     def run(self) -> None:
@@ -191,7 +192,11 @@ class Relay:
         try:
             self._state.write(self._path)
         except OSError as error:
-            log.warning("cannot write %s: %s; a restart sends some steps again", self._path, error)
+            if not self._unwritten:
+                log.warning("cannot write %s: %s; a restart sends some steps again", self._path, error)
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
 
 def relay(kind: Kind, name: str, run_dir: Path, own: socket.socket) -> None:
@@ -216,7 +221,10 @@ def main() -> None:
         signal.signal(stop, signal.SIG_IGN)  # rank 0 decides when the run ends
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     name, run_dir, number = sys.argv[1:]
-    relay(KINDS[name], name, Path(run_dir), socket.socket(fileno=int(number)))
+    try:
+        relay(KINDS[name], name, Path(run_dir), socket.socket(fileno=int(number)))
+    except (OSError, ValueError) as error:  # a full disk, or a config that is gone
+        log.error("trackers.%s cannot start: %s; training continues without it", name, error)
     os._exit(0)  # no exit handler of a library may keep the process
 
 
