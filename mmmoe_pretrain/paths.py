@@ -1,4 +1,4 @@
-"""The one rule for paths that a user gives, in a config or on a command line."""
+"""The one rule for paths that a user gives, in a config or on a command line; and where this code itself is."""
 
 from __future__ import annotations
 
@@ -96,3 +96,8 @@ def _value(match: re.Match[str]) -> str:
     if not value:
         raise ValueError(f"{match.string}: the environment variable {name} is not set; set it, or write the path out")
     return value
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process that runs this code: where it is, then what is set."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))

@@ -11,11 +11,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
-import mmmoe_pretrain
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.paths import python_path
 from mmmoe_pretrain.progress import clock
 
 log = logging.getLogger(__name__)
@@ -78,16 +77,14 @@ class PlanInBackground:
     """``poll`` until it has an answer; ``close`` ends it."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        root = str(Path(mmmoe_pretrain.__file__).parents[1])
         kept = {key: value for key, value in os.environ.items() if not key.startswith(OF_THE_JOB)}
-        path = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             ["nice", *command],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.DEVNULL,
-            env={**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env={**kept, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
 

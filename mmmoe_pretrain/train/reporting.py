@@ -27,14 +27,20 @@ class Reporter:
 
     def __init__(self, context: RunContext, watchdog: Watchdog, validation: Validation | None) -> None:
         self._context, self._watchdog, self._validation = context, watchdog, validation
-        self._settings = context.config.train
+        self._settings, self._machine = context.config.train, _machine(context)
         self.console = Console(self._settings.steps, enabled=context.main)
-        groups, compute = context.groups, Compute(model_costs(context.config).training, _peak_flops(context))
+        groups, compute = context.groups, Compute(model_costs(context.config).training, self._peak_flops())
         self._recorder = Recorder(groups.data, groups.pipeline, context.host.control, context.engine.device, compute)
         self._metrics: MetricsLog | None = None
         self._trackers = Feeds((), context.config.run_dir)
         self._plan: PlanInBackground | None = None
         self._planned: Planned | None = None
+
+    def _peak_flops(self) -> float:
+        """A second, of the devices of all ranks in the precision of the run; 0 where their kind is not known."""
+        if self._machine is None:
+            return 0.0
+        return self._machine.peak[self._settings.precision] * self._context.layout.world_size
 
     def begin(self, step: int) -> None:
         """``step``: how many are done. Collective."""
@@ -42,8 +48,8 @@ class Reporter:
         for line in summary(context, step):
             self.console.say(line)
         self._trackers = Feeds(context.config.trackers.named if context.main else (), context.config.run_dir)
-        machine = _machine(context)
-        told = arguments(context.config, context.layout.world_size, None if machine is None else machine.name)
+        gpu = None if self._machine is None else self._machine.name
+        told = arguments(context.config, context.layout.world_size, gpu)
         if context.main and told is not None:
             self._plan = PlanInBackground.of(told)
 
@@ -116,9 +122,3 @@ def _machine(context: RunContext) -> Machine | None:
     """Of the GPU; None of others, and of a CPU."""
     device = context.engine.device
     return machine_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _peak_flops(context: RunContext) -> float:
-    """A second, of the devices of all ranks in the precision of the run; 0 where their kind is not known."""
-    machine = _machine(context)
-    return 0.0 if machine is None else machine.peak[context.config.train.precision] * context.layout.world_size

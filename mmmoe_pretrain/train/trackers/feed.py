@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import mmmoe_pretrain
+from mmmoe_pretrain.paths import python_path
 from mmmoe_pretrain.train.trackers.relay import CLOSE_SECONDS
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,12 @@ class _Feed:
         self.kind, self.lost = kind, 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        root = str(Path(mmmoe_pretrain.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", PACKAGE, kind, str(run_dir.absolute()), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # libraries greet there
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": python_path()},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # signals to the job are not for it: it ends with its socket
             )
