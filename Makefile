@@ -74,6 +74,7 @@ clean: ## Remove .venv and the caches, but not data/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(wildcard mmmoe_pretrain data_prep launch tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# trackio works with Pillow 13 and asks for an older one; the dev extra has its other dependencies.
 $(STAMP): pyproject.toml constraints.txt
 	@set -e; found=; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13; do \
@@ -92,4 +93,5 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Installing into $(VENV) with $$("$$found" --version); the first time takes some minutes"; \
 	"$$found" -m venv $(VENV); \
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps trackio; \
 	touch $@

@@ -3,6 +3,7 @@
 One process, the same weights, tokens and routing for all: T tokens, E experts, K = 2 experts a token,
 hidden size D = 512, of an expert F = 1,024. Balanced routing makes every expert as likely as another,
 skewed routing gives the busiest 8 times the mean (three quarters of all tokens where that is less).
+Our library of products is measured as a run measures it (``moe/cpu/calibration.py``), and printed.
 Implementations take turns, medians over repeats; before they are timed, their outputs and token
 gradients are compared with ours (benchmarks/layer).
 Prints a table (legend below it) and, as its last line, one JSON object.
@@ -31,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, its folder alone is there
 
 from benchmarks.layer import roofline
-from benchmarks.layer.peers import OURS, PEERS, TWIN, YARDSTICK, Dense, DenseTwin, Layer, Ours, missing
+from benchmarks.layer.peers import OURS, PEERS, TWIN, YARDSTICK, Dense, DenseTwin, Layer, Ours, calibrated, missing
 from benchmarks.layer.roofline import Bound, Machine
 from benchmarks.layer.timing import TOLERANCE, Timing, clock_for, time_layers
 from benchmarks.layer.workload import BALANCED, EVEN, SKEWED, Point, make_task
@@ -122,7 +123,8 @@ def measure(point: Point, peers: list[str], machine: Machine, repeats: int) -> R
     """Build every implementation of the point, time them, and let them go."""
     torch.set_num_threads(point.threads)
     task = make_task(point, machine.device)
-    layers: dict[str, Layer] = {YARDSTICK: Dense(task), TWIN: DenseTwin(task), OURS: Ours(task)}
+    cpu = calibrated(point)
+    layers: dict[str, Layer] = {YARDSTICK: Dense(task), TWIN: DenseTwin(task, cpu.products), OURS: Ours(task, cpu)}
     layers.update({name: PEERS[name][0](task) for name in peers})
     clock = clock_for(machine.device, machine.busy)
     row = Row(point, time_layers(layers, task, repeats, clock), machine.bound(point, task.counts_E))
@@ -192,7 +194,7 @@ def curve(machine: Machine, quick: bool, repeats: int) -> dict[str, object]:
             torch.set_num_threads(point.threads)
             task = make_task(point, machine.device)
             clock = clock_for(machine.device, machine.busy)
-            taken = time_layers({OURS: Ours(task)}, task, repeats, clock)[OURS].seconds
+            taken = time_layers({OURS: Ours(task, calibrated(point))}, task, repeats, clock)[OURS].seconds
             bound = machine.bound(point, task.counts_E)
             seconds.append(taken)
             print(f"{name:<7}{point.tokens:>7}{point.top_k:>4}{point.experts:>5}{1e3 * taken:>9.0f}"

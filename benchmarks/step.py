@@ -9,7 +9,8 @@ sizes; the expert layer and the engine are swapped:
 Two gloo ranks with one thread each, experts spread over both, K = 2, fp32. All contenders take a step of the
 same batch in turn, in one run; a ratio is the median over the repeats of (their seconds / ours), of the
 slower rank. Before they are timed, all must have the same weights outside of the experts and the same
-losses over some steps. ``where`` says on what our step spends its time, as shares of the wall clock.
+losses over some steps. Our library of products is measured as in a run, and printed. ``where`` says on what our
+step spends its time, as shares of the wall clock.
 
 Prints a table and, as its last line, one JSON object: ``vs_deepspeed`` and ``vs_megatron`` (geometric
 means over the sizes, above 1 in our favour), ``worst``, and ``shares`` (means over the sizes).
@@ -59,10 +60,11 @@ from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.engines.megatron import MegatronEngine, prepare
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.parallel.degrees import resolve_degrees
-from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.degrees import Layout, resolve_degrees
+from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.parallel.mesh import build_groups
 from mmmoe_pretrain.parallel.runtime import process_group
+from mmmoe_pretrain.train.cpu import settle
 
 OURS = "ours"
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +111,14 @@ def build(name: str, config: RunConfig, groups: Groups, device: torch.device) ->
     return model, MegatronEngine([model], config, device)
 
 
+def calibrated(config: RunConfig, layout: Layout, device: torch.device) -> RunConfig:
+    """The config with ``train.cpu`` as a new run would choose it; rank 0 prints it. Collective."""
+    settled = settle(config, layout, HostGroups(storage=dist.group.WORLD), device, found=())
+    if dist.get_rank() == 0:
+        print(f"train.cpu.products: {settled.train.cpu.products}", flush=True)
+    return settled
+
+
 def batches_of(config: RunConfig, size: Size, number: int) -> list[Batch]:
     """This rank's, one a step."""
     return [random_batch(config, size.samples, 1000 * dist.get_rank() + i) for i in range(number)]
@@ -144,7 +154,8 @@ def measure(size: Size, names: Sequence[str], repeats: int, clock: Clock) -> Row
         if DEEPSPEED in names:
             start_deepspeed()
         config = step_config(size)
-        groups = build_groups(resolve_degrees(config.parallel, config.moe.num_experts, dist.get_world_size()))
+        layout = resolve_degrees(config.parallel, config.moe.num_experts, dist.get_world_size())
+        config, groups = calibrated(config, layout, device), build_groups(layout)
         check_same(size, names, groups, device)
         gc.collect()
         engines = {name: build(name, config, groups, device)[1] for name in names}
@@ -237,7 +248,8 @@ def beside_dense(path: Path, quick: bool) -> dict[str, object]:
     print(f"{'samples':>8}{'tokens':>8}{'MoE tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:
-        groups = build_groups(resolve_degrees(moe.parallel, moe.moe.num_experts, dist.get_world_size()))
+        layout = resolve_degrees(moe.parallel, moe.moe.num_experts, dist.get_world_size())
+        configs["moe"], groups = calibrated(moe, layout, device), build_groups(layout)
         engines = {name: build_engine(config, groups, device) for name, config in configs.items()}
         for size in sizes:
             batch = random_batch(moe, size, seed=size)

@@ -89,8 +89,12 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# The MoE model and a dense model of equal active FLOPs", "",
         f"Recorded {record['date']} by `make compare`: `{record['config']}`, {record['steps']} steps, seeds "
-        f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks, the same data and recipe. Held-out "
-        f"rows of {', '.join(record['dense']['test'])}; mean ± standard deviation over the seeds.", "",
+        f"{', '.join(map(str, record['seeds']))}, {record['ranks']} ranks.",
+        "Both models have the same data and recipe. The dense one has one expert of the same active FLOPs. Scores",
+        "are of the held-out rows of:", "", *(f"- {path}" for path in record["dense"]["test"]), "",
+        "Values are the mean ± standard deviation over the seeds. Chance answers at random. Majority gives every",
+        "query the best fixed answer (perplexity: token frequencies of the training targets). n: queries or tokens.",
+        "",
         "| metric | chance | majority | dense | MoE | n |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     dense = {row["metric"]: row for row in record["dense"]["results"]}

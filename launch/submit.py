@@ -77,8 +77,8 @@ def launch(
     if not overwrite and on is not On.K8S:  # whose folder is not here
         check_same_model(run, run.run_dir / CONFIG)
     options = [*["--preflight"] * preflight, *["--overwrite"] * overwrite]
-    if told.gpu is not None and not force:
-        _refuse_too_large(run, nodes * count, told.gpu)
+    if told.gpu is not None:
+        _refuse_too_large(run, nodes * count, told.gpu, force)
     if on is On.K8S:
         _on_kubernetes(told, run, nodes, count, options, dry_run)
         return
@@ -97,12 +97,15 @@ def launch(
     print(*slurm.how_to_follow(number, job.log), sep="\n")
 
 
-def _refuse_too_large(run: RunConfig, ranks: int, gpu: str) -> None:
-    """Where the plan's peak memory of the fullest GPU is above its memory."""
+def _refuse_too_large(run: RunConfig, ranks: int, gpu: str, force: bool) -> None:
+    """Where the plan's peak memory of the fullest GPU is above its memory; a warning if ``force``."""
     from mmmoe_pretrain.plan.command import with_vocabulary
     from mmmoe_pretrain.plan.report import does_not_fit
 
-    if problem := does_not_fit(with_vocabulary(run)[0], ranks, gpu):
+    problem = does_not_fit(with_vocabulary(run)[0], ranks, gpu)
+    if problem and force:
+        print(f"mmmoe-launch: warning: {problem}; submitted all the same, by --force", file=sys.stderr)
+    elif problem:
         raise ValueError(f"{problem}; mmmoe plan CONFIG --gpus {ranks} --gpu {gpu} --search lists layouts that fit, "
                          f"and --force submits it anyway")  # fmt: skip
 

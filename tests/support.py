@@ -21,6 +21,7 @@ from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.modalities import build_modalities
+from mmmoe_pretrain.moe.cpu.matmul import HAS_ONEDNN
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "grey": (120, 120, 120),
            "yellow": (240, 230, 40), "black": (10, 10, 10),
@@ -123,6 +124,8 @@ def tiny_values(root: Path, **sections: Any) -> dict[str, Any]:
         "checkpoint": {"every": 10},
     }  # fmt: skip
     values |= sections
+    cpu = {"products": "onednn" if HAS_ONEDNN else "torch"}  # tests compare runs, so none may measure its own
+    values["train"] = {"cpu": cpu, **values["train"]}
     reads_text = any(its.get("kind") == "text" for its in values["modalities"].values())
     return {**values, "model": {"vocab_size": 48 * reads_text, **values["model"]}}
 

@@ -10,6 +10,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.cli import upgrade
 from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.other_names import OUR_KEYS, OURS
 from mmmoe_pretrain.config.upgrade import needs_upgrade, upgraded
 from tests.support import objectives, tiny_config, tiny_values
 
@@ -165,6 +166,11 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     ("name.steps=1", "'name' is a value"),
     ("data.train.5.weight=1", "'5' is not an index"),
     ("train.stpes=1", "did you mean steps?"),
+    ("train.lr=3", "unknown key 'train.lr'; did you mean optimizer.learning_rate?"),
+    ("tp=2", "unknown key 'tp'; did you mean parallel.tensor_parallel_size?"),
+    ("model.num_experts=4", "unknown key 'model.num_experts'; did you mean moe.num_experts?"),
+    ("optimizer.betas=[0.9, 0.95]", "did you mean optimizer.beta1 and optimizer.beta2?"),
+    ("modalities.photo.dim=1", "known keys: kind, members"),
     ("modalities.photo.szie=1", "did you mean size?"),
     ("objectives.reading.parts=[photos, text]",
      "objectives.reading names photos, and the modalities are text, photo"),
@@ -173,6 +179,16 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, message: str) 
     with pytest.raises(ValueError) as caught:
         run_config.load(write(tmp_path, MINIMAL), [override])
     assert message in str(caught.value)
+
+
+def test_what_an_unknown_key_is_said_to_mean_is_a_setting() -> None:
+    for ours in OUR_KEYS:
+        for key in ours.split(" and "):
+            settings: Any = run_config.RunConfig
+            for part in key.split("."):
+                assert part in settings.model_fields, f"{key}: there is no {part}"
+                settings = settings.model_fields[part].annotation
+    assert len(OURS) == sum(map(len, OUR_KEYS.values())), "a name stands twice"
 
 
 @pytest.mark.parametrize("text,message", [("- a\n", "not a mapping"), ("a: [\n", "not valid YAML")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.stepping.workload import OBJECTIVES, VOCAB_SIZE
+from benchmarks.stepping.workload import OBJECTIVES, SMALL_MODEL, SMALL_MOE
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 
@@ -68,21 +68,8 @@ def layout_config(family: Family, ranks: int) -> RunConfig:
                 "audio": {"kind": "audio", "stem_channels": 8},
                 "text": {"kind": "text"},
             },
-            "model": {
-                "hidden_size": 64,
-                "num_layers": 4,
-                "num_heads": 4,
-                "ffn_hidden_size": 128,
-                "embedding_size": 32,
-                "vocab_size": VOCAB_SIZE,
-            },
-            "moe": {
-                "every": 2,
-                "num_experts": 8,
-                "experts_per_token": 2,
-                "expert_hidden_size": 64,
-                "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001},
-            },
+            "model": SMALL_MODEL,
+            "moe": SMALL_MOE,
             "objectives": OBJECTIVES,
             "parallel": degrees,
             "train": {"num_microbatches": MICROBATCHES, **family.train},

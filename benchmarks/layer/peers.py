@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from benchmarks.layer.workload import Point, Task
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.config.train import CpuConfig
+from mmmoe_pretrain.models.trunk import set_cpu
+from mmmoe_pretrain.moe.cpu.calibration import calibrate
 from mmmoe_pretrain.moe.cpu.matmul import linear
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.tokens import TokenInfo
@@ -66,24 +69,40 @@ class DenseTwin(Dense):
     """The same with its products by the library that ours takes (``moe/cpu/matmul.py``): what of our lead
     over ``Dense`` is the library's."""
 
+    def __init__(self, task: Task, products: str = "auto") -> None:
+        super().__init__(task)
+        self.products = products
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate, up = linear(x_TD, self.layer.up.weight).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.layer.down.weight)
+        gate, up = linear(x_TD, self.layer.up.weight, self.products).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.layer.down.weight, self.products)
 
 
 NAMES = StreamNames(("text",), ("reading",))
 
 
-class Ours(Layer):
-    """``MoELayer`` with its default settings; its router is always fp32."""
+def moe_config(point: Point) -> MoEConfig:
+    return MoEConfig(
+        num_experts=point.experts, experts_per_token=point.top_k, expert_hidden_size=point.expert_hidden_size
+    )
 
-    def __init__(self, task: Task) -> None:
+
+def calibrated(point: Point) -> CpuConfig:
+    """``train.cpu`` as a run of one rank would choose it; prints the choice."""
+    found = calibrate(CpuConfig(), moe_config(point), point.hidden_size, point.dtype)
+    for line in found.lines:
+        print(f"{point.name}: {line}")
+    return found.settings
+
+
+class Ours(Layer):
+    """``MoELayer`` with its default settings but ``train.cpu``; its router is always fp32."""
+
+    def __init__(self, task: Task, cpu: CpuConfig | None = None) -> None:
         super().__init__()
         point = task.point
-        config = MoEConfig(
-            num_experts=point.experts, experts_per_token=point.top_k, expert_hidden_size=point.expert_hidden_size
-        )
-        self.layer: Any = MoELayer(config, point.hidden_size, 0, SINGLE, NAMES).to(task.x_TD.device)
+        self.layer: Any = MoELayer(moe_config(point), point.hidden_size, 0, SINGLE, NAMES).to(task.x_TD.device)
+        set_cpu(self.layer, cpu or CpuConfig())
         self.layer.router.weight.data = task.router_ED.float()
         self.layer.experts.up.data, self.layer.experts.down.data = task.up_EFD, task.down_EDF
         modality_n = torch.zeros(point.tokens, dtype=torch.int64, device=task.x_TD.device)

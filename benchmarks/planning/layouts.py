@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.stepping.workload import OBJECTIVES, VOCAB_SIZE
+from benchmarks.stepping.workload import OBJECTIVES, SMALL_MODEL, SMALL_MOE
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
 
@@ -14,15 +14,19 @@ MICROBATCHES, SAMPLES = 4, 8
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on ``ranks``. ``parallel``, ``train``, ``moe``: of the config's sections. ``samples``: of a microbatch
-    of one data-parallel rank."""
+    """A layout on ``ranks``. ``parallel``, ``train``, ``moe``, ``model``: of the config's sections. ``samples``: of a
+    microbatch of one data-parallel rank; a step has ``microbatches``. ``cached``: contrastive losses are of the whole
+    step."""
 
     name: str
     ranks: int
     parallel: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     samples: int = SAMPLES
+    microbatches: int = MICROBATCHES
+    cached: bool = False
 
     def config(self) -> RunConfig:
         data = self.ranks // self.parallel.get("tensor_parallel_size", 1)
@@ -37,30 +41,16 @@ class Case:
                     "audio": {"kind": "audio", "max_seconds": 1.0, "stem_channels": 8},
                     "text": {"kind": "text", "max_tokens": 30},
                 },
-                "model": {
-                    "hidden_size": 64,
-                    "num_layers": 4,
-                    "num_heads": 4,
-                    "ffn_hidden_size": 128,
-                    "embedding_size": 32,
-                    "vocab_size": VOCAB_SIZE,
-                },
-                "moe": {
-                    "every": 2,
-                    "num_experts": 8,
-                    "experts_per_token": 2,
-                    "expert_hidden_size": 64,
-                    "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001},
-                    **self.moe,
-                },
+                "model": {**SMALL_MODEL, **self.model},
+                "moe": {**SMALL_MOE, **self.moe},
                 "objectives": {
-                    "pairs": OBJECTIVES["pairs"],
+                    "pairs": {**OBJECTIVES["pairs"], "cached": self.cached},
                     "captions": {"kind": "next_token", "parts": ["image", "text"], "weight": 0.25},
                 },
                 "parallel": {"expert_parallel_size": 1, **self.parallel},
                 "train": {
-                    "num_microbatches": MICROBATCHES,
-                    "global_batch_size": MICROBATCHES * self.samples * data,
+                    "num_microbatches": self.microbatches,
+                    "global_batch_size": self.microbatches * self.samples * data,
                     **self.train,
                 },
             }
@@ -72,6 +62,7 @@ SP2 = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_parallel_size": 2}
 EP2 = {"expert_parallel_size": 2}
 BF16, BLOCKS, EXPERTS = {"precision": "bf16"}, {"recompute": "blocks"}, {"recompute": "experts"}
+COMPILED = {"compile": "blocks"}
 WIDE = {"expert_hidden_size": 512}  # with few samples, the optimizer's state is most of the memory
 SHARED = {"shared_expert_hidden_size": 64}
 
@@ -84,6 +75,12 @@ def zero(**settings: Any) -> dict[str, Any]:
     return {"zero_optimization": settings}
 
 
+MANY: dict[str, Any] = {  # most memory between the passes
+    "model": {"num_layers": 2},
+    "samples": 3,
+    "microbatches": 128,
+    "cached": True,
+}
 FEW_GATHERED = zero(
     param_persistence_threshold=0,
     max_live_parameters=150_000,
@@ -105,6 +102,13 @@ CASES = (
     Case("PP2 x EP2, bf16", 4, {**PP2, **EP2}, BF16),
     Case("DP2, ZeRO-1, mostly state", 2, {"zero_stage": 1}, moe=WIDE, samples=1),
     Case("EP2, bf16, mostly state", 2, EP2, BF16, WIDE, samples=1),
+    Case("EP2, cached", 2, EP2, cached=True),
+    Case("DP2, ZeRO-1, mostly cached", 2, {"zero_stage": 1}, **MANY),
+    Case("PP2, mostly cached, bf16", 2, PP2, BF16, **MANY),
+    Case("DeepSpeed, ZeRO-2, mostly cached", 2, deepspeed(2), **MANY),
+    Case("one process, compiled", 1, {}, COMPILED),
+    Case("one process, compiled, blocks recomputed", 1, {}, {**COMPILED, **BLOCKS}),
+    Case("PP2, compiled, bf16", 2, PP2, {**COMPILED, **BF16}),
     Case("DeepSpeed, ZeRO-1, mostly state", 2, deepspeed(1), moe=WIDE, samples=1),
     Case("DeepSpeed, ZeRO-2, mostly state", 2, deepspeed(2), moe=WIDE, samples=1),
     Case("DeepSpeed, ZeRO-3 x EP2, mostly state", 2, deepspeed(3, **EP2), moe=WIDE, samples=1),

@@ -4,29 +4,34 @@ Measured are the storages of all tensors that operations make from the building 
 the peak of a step after the first: weights, gradients and optimizer state included. The least of three steps, since
 gloo's threads let go of a tensor at some time after its call. Batches are made before and do not count, in the plan
 neither. The plan is told how unevenly tokens came to a rank in these steps.
+
+Compiled functions allocate outside of torch's operations, and under a count of these nothing is compiled. Their
+layouts are measured by the profiler's events of the allocator, which give the same peak where both can be taken: not
+where ranks exchange tokens, since what gloo's threads let go of makes no event.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.common.forked import on_ranks
-from benchmarks.planning.layouts import MICROBATCHES, Case
+from benchmarks.planning.layouts import Case
+from benchmarks.planning.loads import Loads
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.plan.activations import BALANCED, Imbalance
+from mmmoe_pretrain.plan.activations import Imbalance
 from mmmoe_pretrain.plan.build import build
 from mmmoe_pretrain.plan.live import LiveTensors
 from mmmoe_pretrain.plan.peak import rank_memories
@@ -34,6 +39,7 @@ from mmmoe_pretrain.plan.workload import full_batch
 
 TIMEOUT, LEARNING_RATE = 600.0, 1e-3
 STEPS = 3
+STEP = "planned step"  # in the profiler's events
 
 
 @dataclass(frozen=True)
@@ -92,63 +98,82 @@ def measure(cases: Sequence[Case], steps: int) -> list[list[Measured]]:
 def _measure(case: Case, steps: int, device: torch.device) -> Measured:
     config = case.config()
     groups = build_groups(resolve_layout(config, dist.get_world_size()))
-    first = groups.data_rank * MICROBATCHES
-    batches = [full_batch(config, case.samples, (first + i) * case.samples) for i in range(MICROBATCHES)]
+    first = groups.data_rank * case.microbatches
+    batches = [full_batch(config, case.samples, (first + i) * case.samples) for i in range(case.microbatches)]
     gc.collect()
-    with LiveTensors() as live:
+    watch = Allocations() if config.train.compile == "blocks" else Tensors()
+    with watch:
         engine: Any = build_engine(config, groups, device)
         loads = Loads(engine)
         engine.step(batches, LEARNING_RATE)
-        found = [_step(engine, loads, live, batches) for _ in range(steps)]
-    return min(found, key=lambda step: step.peak)
+        imbalances = [_step(engine, loads, watch, batches) for _ in range(steps)]
+    peak, imbalance = min(zip(watch.peaks(), imbalances, strict=True), key=lambda step: step[0])
+    return Measured(groups.pipeline_rank, peak, imbalance)
 
 
-def _step(engine: Any, loads: Loads, live: LiveTensors, batches: list[Batch]) -> Measured:
+def _step(engine: Any, loads: Loads, watch: Tensors | Allocations, batches: list[Batch]) -> Imbalance:
     loads.forget()
     gc.collect()
-    live.reset_peak()
-    engine.step(batches, LEARNING_RATE)
-    peak = live.peak
-    return Measured(engine.groups.pipeline_rank, peak, loads.imbalance(engine.config.train.recompute == "blocks"))
+    with watch.step():
+        engine.step(batches, LEARNING_RATE)
+    return loads.imbalance(engine.config.train.recompute == "blocks")
 
 
-class Loads:
-    """Counts of assignments at the dispatchers of a rank's MoE layers: ``sent`` to each slot, by layer and forward
-    pass."""
+class Tensors(LiveTensors):
+    """Peaks of steps by the storages of tensors."""
 
-    def __init__(self, engine: Any) -> None:
-        self.groups, self.sent = engine.groups, list[list[Tensor]]()
-        layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoELayer)]
-        for layer in layers:
-            self.sent.append([])
-            listening: Any = SimpleNamespace(run=self._listen(layer, self.sent[-1]))
-            layer.dispatcher = listening
+    def __init__(self) -> None:
+        super().__init__()
+        self._peaks: list[int] = []
 
-    def _listen(self, layer: MoELayer, sent: list[Tensor]) -> Any:
-        run, slots = layer.dispatcher.run, layer.config.num_experts
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self.reset_peak()
+        yield
+        self._peaks.append(self.peak)
 
-        def listen(x_nD: Tensor, slots_nK: Tensor, *rest: Any) -> Any:
-            sent.append(torch.bincount(slots_nK.flatten(), minlength=slots + 1)[:slots])
-            return run(x_nD, slots_nK, *rest)
+    def peaks(self) -> list[int]:
+        return self._peaks
 
-        return listen
 
-    def forget(self) -> None:
-        for sent in self.sent:
-            sent.clear()
+class Allocations:
+    """Peaks of steps by what torch's allocator gave and took back since the beginning."""
 
-    def imbalance(self, of_one_layer: bool) -> Imbalance:
-        """Of the microbatch and, if ``of_one_layer``, the layer in which most came to this rank; else the mean of its
-        layers, whose activations are kept together."""
-        if not self.sent:
-            return BALANCED
-        came = [torch.stack(sent) for sent in self.sent]  # [passes, slots]
-        ranks, rank = self.groups.expert_size, self.groups.expert_rank
-        if ranks > 1:
-            for counts in came:
-                dist.all_reduce(counts, group=self.groups.expert)
-        own = torch.stack([counts.chunk(ranks, dim=1)[rank] for counts in came]).double()  # [layers, passes, slots]
-        even = torch.stack(came).double().mean(-1)  # of a slot
-        of_rank = own.mean(-1) / even
-        of_rank = of_rank.amax(0) if of_one_layer else of_rank.mean(0)
-        return Imbalance(float(of_rank.max()), float((own.amax(-1) / even).max()))
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> Self:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with record_function(STEP):
+            yield
+
+    def peaks(self) -> list[int]:
+        """In bytes, of each step in its order."""
+        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        tree = list(_depth_first(results.experimental_event_tree()))
+        steps = [(e.start_time_ns, e.end_time_ns) for e in tree if e.name == STEP]
+        memory = [e for e in tree if e.tag == _EventType.Allocation]
+        found, live, held = [0] * len(steps), 0, dict[int, int]()
+        for event in sorted(memory, key=lambda event: event.start_time_ns):
+            given = event.extra_fields
+            live -= held.pop(given.ptr, 0)  # also where its release made no event
+            if given.alloc_size > 0:
+                held[given.ptr] = given.alloc_size
+                live += given.alloc_size
+            for number, (begin, end) in enumerate(steps):
+                if begin <= event.start_time_ns <= end:
+                    found[number] = max(found[number], live)
+        return found
+
+
+def _depth_first(events: Sequence[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _depth_first(event.children)

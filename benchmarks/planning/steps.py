@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common.forked import on_ranks, over_ranks, slowest_rank
+from benchmarks.planning.loads import Loads
 from benchmarks.stepping.workload import OBJECTIVES
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import RunConfig
@@ -68,11 +69,13 @@ TRIALS = (
 @dataclass(frozen=True)
 class Steps:
     """Medians over the steps of one round: ``wall`` seconds of the slowest rank, and ``work``, seconds of CPU time of
-    all ranks together, which other processes on the machine hardly change. ``tokens``: of a rank's microbatch."""
+    all ranks together, which other processes on the machine hardly change. ``tokens``: of a rank's microbatch.
+    ``imbalance``: what came to the fullest expert rank over an even share."""
 
     wall: float
     work: float
     tokens: float
+    imbalance: float
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,12 @@ def run_trial(trial: Trial, config: RunConfig, steps: int) -> Steps:
         engine = build_engine(config, groups, device)
         number = config.train.num_microbatches
         batch = full_batch(config, config.train.global_batch_size // (number * groups.data_size))
+        loads = Loads(engine)
+        engine.step([batch] * number, LEARNING_RATE)  # warms up
+        imbalance = loads.fullest_rank()
+        loads.remove()
         walls, works = [], []
-        for _ in range(steps + 1):  # the first warms up
+        for _ in range(steps):
             dist.barrier()
             began, used = time.perf_counter(), time.process_time()
             engine.step([batch] * number, LEARNING_RATE)
@@ -149,7 +156,7 @@ def run_trial(trial: Trial, config: RunConfig, steps: int) -> Steps:
         del engine
         gc.collect()
         destroy_groups()
-    return Steps(statistics.median(walls[1:]), statistics.median(works[1:]), tokens)
+    return Steps(statistics.median(walls), statistics.median(works), tokens, imbalance)
 
 
 def measure(trials: Sequence[Trial], rounds: int, steps: int) -> dict[str, Measured]:

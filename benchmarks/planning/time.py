@@ -28,8 +28,8 @@ from mmmoe_pretrain.engines.megatron import prepare
 from mmmoe_pretrain.models.costs import ModelCosts, model_costs
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.plan.build import Build, build
-from mmmoe_pretrain.plan.calibrate import PARTS, Clock, add_links, calibrate, fit
-from mmmoe_pretrain.plan.machines import Machine
+from mmmoe_pretrain.plan.calibrate import Clock, add_links, calibrate, fit
+from mmmoe_pretrain.plan.machines import PARTS, Machine
 from mmmoe_pretrain.plan.time import StepTime, expected_microbatch, step_time
 
 LINKED_RANKS = (2, 4)
@@ -64,11 +64,12 @@ class Plans:
         self.costs: ModelCosts = model_costs(trial_config(trials[0]))
         self.builds: dict[str, Build] = {t.name: build(trial_config(t), t.ranks) for t in trials}
         self.tokens = {name: round(one.rounds[0].tokens) for name, one in measured.items()}
+        self.imbalance = {name: one.rounds[0].imbalance for name, one in measured.items()}
 
     def step(self, name: str, machine: Machine) -> StepTime:
         made = self.builds[name]
         batch = replace(expected_microbatch(made.config, made.layout), tokens=self.tokens[name])
-        return step_time(made, machine, batch, costs=self.costs)
+        return step_time(made, machine, batch, self.imbalance[name], self.costs)
 
     def seconds(self, name: str, machine: Machine) -> float:
         step = self.step(name, machine)

@@ -41,7 +41,23 @@ SIZES = (
 )
 
 
-OBJECTIVES = {
+# A model that trains in milliseconds: four blocks, every other one an MoE layer of 8 experts.
+SMALL_MODEL = {
+    "hidden_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "ffn_hidden_size": 128,
+    "embedding_size": 32,
+    "vocab_size": VOCAB_SIZE,
+}
+SMALL_MOE = {
+    "every": 2,
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_hidden_size": 64,
+    "losses": {"local_entropy": 0.01, "global_entropy": 0.01, "balance": 0.01, "z": 0.001},
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "contrastive", "pairs": {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5}},
     "captions": {"kind": "next_token", "parts": [["image", "audio"], "text"], "weight": 0.25, "fraction": 0.25},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -37,10 +38,14 @@ class StrictModel(BaseModel):
 
 # Sections whose entries do not know where they are, so that their own messages do not say it.
 UNPLACED = (("modalities",), ("representations",), ("objectives",))
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
-def explain(error: ValidationError, where: tuple[str | int, ...] = ()) -> list[str]:
-    """A message for each of pydantic's errors about the section at ``where``: the key, the value and the remedy."""
+def explain(
+    error: ValidationError, where: tuple[str | int, ...] = (), other_names: Mapping[str, str] = NO_NAMES
+) -> list[str]:
+    """A message for each of pydantic's errors about the section at ``where``: the key, the value and the remedy.
+    ``other_names``: what an unknown key is called here, by the last part of the key."""
     items = error.errors(include_url=False)
 
     def has_wrong_entries(item: Any) -> bool:
@@ -48,14 +53,17 @@ def explain(error: ValidationError, where: tuple[str | int, ...] = ()) -> list[s
         return any(len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in items)
 
     causes = [item for item in items if item["type"] != "too_short" or not has_wrong_entries(item)]
-    return [_message(item, (*where, *item["loc"]), placed=bool(where)) for item in causes]
+    return [_message(item, (*where, *item["loc"]), bool(where), other_names) for item in causes]
 
 
-def _message(item: Any, location: tuple[str | int, ...], placed: bool) -> str:
+def _message(item: Any, location: tuple[str | int, ...], placed: bool, other_names: Mapping[str, str]) -> str:
     name = ".".join(str(part) for part in location if part != "[key]")
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "unknown_key":
-        return f"unknown key {name!r}; {message}"
+        here = (
+            None if location[:1] in UNPLACED else other_names.get(str(location[-1]))
+        )  # kinds have keys of their own
+        return f"unknown key {name!r}; {f'did you mean {here}?' if here else message}"
     if item["type"] == "missing":
         return f"{name}: required, and missing"
     if item["type"] == "value_error":
@@ -99,27 +107,6 @@ def _source(path: str) -> str:
         return "::".join(part if is_url(part) or is_url(expand(part)) else expand(part) for part in path.split("::"))
     except ValueError as error:
         raise PydanticCustomError("path", "{why}", {"why": redacted(error)}) from None
-
-
-def sources(values: Any) -> Any:
-    """Of ``data.train``: a path alone is a source, and one source alone is a list of it."""
-    each = [values] if isinstance(values, str | dict) else values
-    if not isinstance(each, list | tuple) or not all(isinstance(item, str | dict | BaseModel) for item in each):
-        raise PydanticCustomError(
-            "sources",
-            "must be a path, or a list of sources; e.g. data.train=DIR or 'data.train=[{path: DIR, weight: 2}]'",
-        )
-    return [{"path": item} if isinstance(item, str) else item for item in each]
-
-
-def paths(values: Any) -> Any:
-    """A path alone is a list of it."""
-    return [values] if isinstance(values, str) else values
-
-
-def cache_settings(values: Any) -> Any:
-    """Of ``data.cache``: a path alone is its folder."""
-    return {"folder": values} if isinstance(values, str) else values
 
 
 def _extension(name: str) -> str:
@@ -244,6 +231,11 @@ class ObjectiveSettings(StrictModel):
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step (the first is 0)."""
         return value_at(self.schedule, step)
+
+    def changes_until(self, last: int) -> bool:
+        """Whether the weight is not the same in all optimizer steps up to ``last`` (the first is 0)."""
+        at = (0, last, *(step for step, _ in self.schedule if step < last))
+        return len({self.weight_at(step) for step in at}) > 1
 
     def check_names(
         self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]

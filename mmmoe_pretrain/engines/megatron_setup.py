@@ -86,7 +86,7 @@ def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConf
         overlap_param_gather=parallel.overlap_param_gather,
     )
     wrapped = [
-        DistributedDataParallel(transformer, settings, stage, disable_bucketing=i > 0)
+        DistributedDataParallel(config=transformer, ddp_config=settings, module=stage, disable_bucketing=i > 0)
         for i, stage in enumerate(stages)
     ]
     no_sync = [stage.no_sync for stage in wrapped]
@@ -97,8 +97,8 @@ def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConf
 def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
     """Over all stages of this rank; vectors do not decay. The engine does clipping and loss scaling: ``bf16`` means
     half parameters of either type with fp32 masters, without a loss scale."""
-    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamPredicate, SGDOptimizerConfig
+    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
     settings = config.optimizer
@@ -110,16 +110,19 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
         "use_distributed_optimizer": config.parallel.zero_stage == 1,
         "overlap_param_gather": config.parallel.overlap_param_gather,
     }
-    match settings.kind:
+    match settings.kind:  # by name: AdamOptimizerConfig and SGDOptimizerConfig both mean Adam from 0.18 on
         case "adamw":
             own = {f"adam_{key}": value for key, value in settings.own.items()}
-            optimizer = AdamOptimizerConfig(**common, **own)
+            optimizer = OptimizerConfig(optimizer="adam", **common, **own)
         case "sgd":
-            optimizer = SGDOptimizerConfig(**common, sgd_momentum=settings.own["momentum"])
+            optimizer = OptimizerConfig(optimizer="sgd", **common, sgd_momentum=settings.own["momentum"])
     vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=is_vector))
     with megatron_cpu.optimizer_calls():
         made = get_megatron_optimizer(
-            optimizer, wrapped, {vectors: ParamGroupOverride(wd_mult=0.0)}, use_gloo_process_groups=False
+            config=optimizer,
+            model_chunks=wrapped,
+            config_overrides={vectors: ParamGroupOverride(wd_mult=0.0)},
+            use_gloo_process_groups=False,
         )
     if config.parallel.zero_stage == 1:
         # One optimizer steps dense parameters and one experts, and each would then gather all of both.

@@ -37,6 +37,16 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What the scores need of the samples of a batch, whatever a model makes of them; as in ``HeldOut``."""
+
+    metas: tuple[SampleMeta, ...]
+    texts: tuple[str, ...]
+    content: dict[str, tuple[str, ...]]
+    damaged: int
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """The results of a batch, or of one pass over the held-out rows; row i of each array is one sample."""
 
@@ -113,7 +123,8 @@ def content_name(item: Item) -> str:
 
 def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
     outputs, routing = model(batch.to(device_of(model)))
-    found = held_out(outputs, batch, samples, model.objectives, model.config.model.vocab_size, routing)
+    its = contents(batch, samples, model.objectives)
+    found = held_out(outputs, batch, its, model.config.model.vocab_size, routing)
     for name, rows in found.features.items():
         if not (finite := np.isfinite(rows).all(axis=1)).all():
             key = batch.metas[int(np.flatnonzero(~finite)[0])].key
@@ -124,32 +135,35 @@ def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
     return found
 
 
-def held_out(
-    outputs: Outputs,
-    batch: Batch,
-    samples: Sequence[Sample],
-    objectives: Objectives,
-    vocab_size: int,
-    routing: tuple[RoutingStats, ...] = (),
-) -> HeldOut:
-    """What the scores need of ``outputs``, those of ``batch``, which is on the host and has ``samples``."""
+def contents(batch: Batch, samples: Sequence[Sample], objectives: Objectives) -> Contents:
+    """Of the ``samples`` of ``batch``, which is on the host."""
     content = {}
-    for name in outputs.features:
-        present, parts = batch.pooled[name].numpy() >= 0, objectives.representations[name].modalities
+    for name, representation in objectives.representations.items():
+        present, parts = batch.pooled[name].numpy() >= 0, representation.modalities
         content[name] = tuple(
             " ".join(content_name(item) for part in parts if (item := sample.first(part))) if here else ""
             for sample, here in zip(samples, present, strict=True)
         )
+    texts = tuple(same_text(first_text(sample)) for sample in samples)
+    return Contents(
+        tuple(sample.meta for sample in samples), texts, content, sum(not sample.items for sample in samples)
+    )
+
+
+def held_out(
+    outputs: Outputs, batch: Batch, its: Contents, vocab_size: int, routing: tuple[RoutingStats, ...] = ()
+) -> HeldOut:
+    """What the scores need of ``outputs``, those of ``batch``, which is on the host and has the contents ``its``."""
     return HeldOut(
-        metas=tuple(sample.meta for sample in samples),
-        texts=tuple(same_text(first_text(sample)) for sample in samples),
-        content=content,
+        metas=its.metas,
+        texts=its.texts,
+        content=its.content,
         features={name: _numpy(tensor) for name, tensor in outputs.features.items()},
         predicted={
             task: sums_of_targets(batch, task, nll_N, vocab_size) for task, nll_N in outputs.token_nll.items()
         },
         routing=routing,
-        damaged=sum(not sample.items for sample in samples),
+        damaged=its.damaged,
     )
 
 

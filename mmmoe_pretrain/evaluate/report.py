@@ -23,6 +23,7 @@ LEGEND = (
     "frequencies of the training targets). In brackets: 95% interval. n: queries, items or tokens."
 )
 DENSE = " Dense is a recorded run without experts."
+WIDE = 1000  # columns of a pipe or a file, in which no table is too wide
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,16 @@ def print_table(report: Report) -> None:
     from rich.table import Table
 
     console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = WIDE  # else a pipe or a file gets 80 columns, and the table is cut
     table = Table(title=f"{report.run}, step {report.step}: held-out rows", title_justify="left", box=SIMPLE_HEAD)
     hidden = {"candidates"} if console.width >= 100 else {"candidates", "95%"}  # report.md has them all
     columns = {name: cell for name, cell in _columns(report.results).items() if name not in hidden}
     for name in columns:
-        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+        if name == "metric":
+            table.add_column(name, overflow="fold")  # on a narrow terminal
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in report.results:
         if "/" not in row["metric"]:
             table.add_row(*[cell(row) for cell in columns.values()])

@@ -1,7 +1,7 @@
-"""Audio: bytes -> log-mel [n_mels, frames], and the stem that embeds it.
+"""Audio: bytes -> log-mel [n_mels, frames].
 
-Owns decoding, resampling, the log-mel spectrogram, the light training augmentation and the stem.
-Legend: n clips, F frames, D hidden size. Frames of a decoded clip are a multiple of ``patch``.
+Owns resampling, the log-mel spectrogram and the light training augmentation; ``audio_file.py`` decodes, and
+``audio_stem.py`` embeds. Frames of a decoded clip are a multiple of ``patch``.
 The whole analysis is numpy, so that a forked worker never touches torch's threads.
 
 Tempo and vocal tract are perturbed inside the analysis, at no cost: frames are taken every
@@ -14,22 +14,20 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import soxr
-import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from pydantic import Field, model_validator
 from threadpoolctl import ThreadpoolController
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.audio_file import decoders, open_audio, read_mono
-from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
-from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
+from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
+from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, quarantine
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
@@ -47,78 +45,6 @@ TIME_MASK = 0.15  # of the frames
 FREQUENCY_MASK = 0.15  # of the bands
 BLOCK = 64  # frames that are analysed at once: small arrays stay in the cache, and need no new pages of memory
 QUALITIES = {"quick": "QQ", "low": "LQ", "medium": "MQ", "high": "HQ", "very_high": "VHQ"}  # soxr's names
-KERNEL, RESIDUAL_KERNEL = 5, 3  # of the convolutional stem
-
-
-class AudioSettings(ModalitySettings):
-    """The log-mel spectrogram, and the frames of a token (``patch``).
-
-    Bands lie between ``fmin`` and ``fmax`` Hz (none: half of the sample rate), on the ``mel_scale`` of HTK, or of
-    Slaney with triangles of equal area, as librosa and Whisper have it. ``resampling``: soxr's quality.
-
-    ``normalization`` of log10 energies: per_clip (its peak at 1, less its mean), global (less ``mean``, by ``std``,
-    which are those of a data set), or none. ``trim``: without silence at both ends. ``crop``: what is taken of a clip
-    of more than ``max_seconds``, its start or, in training, a random part.
-    """
-
-    not_of_the_model = ("augment", "crop")
-
-    kind: Literal["audio"] = "audio"
-    sample_rate: int = Field(16_000, ge=4_000)  # Hz
-    resampling: Literal["quick", "low", "medium", "high", "very_high"] = "medium"
-    n_fft: int = Field(512, ge=16)
-    hop_length: int = Field(160, ge=1)  # samples between two frames
-    n_mels: int = Field(64, ge=8)
-    fmin: float = Field(30.0, ge=0)
-    fmax: float | None = Field(None, gt=0)
-    mel_scale: Literal["htk", "slaney"] = "htk"
-    normalization: Literal["per_clip", "global", "none"] = "per_clip"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
-    trim: bool = True
-    crop: Literal["start", "random"] = "start"
-    max_seconds: float = Field(4.0, gt=0)
-    patch: int = Field(8, ge=1)
-    stem: Literal["linear", "conv"] = "conv"
-    stem_channels: int = Field(64, ge=4)
-    positions: Literal["learned", "rotary"] = "rotary"
-    augment: bool = True
-
-    @property
-    def highest(self) -> float:
-        """Hz."""
-        return self.sample_rate / 2 if self.fmax is None else self.fmax
-
-    @property
-    def max_frames(self) -> int:
-        """Frames of the longest clip, a multiple of ``patch``."""
-        frames = 1 + int(self.max_seconds * self.sample_rate) // self.hop_length
-        return -(-frames // self.patch) * self.patch
-
-    @property
-    def gap(self) -> int:
-        """Tokens between two clips of a microbatch, as far as a layer of the convolutional stem sees."""
-        return -(-(KERNEL // 2) // self.patch) if self.stem == "conv" else 0
-
-    @model_validator(mode="after")
-    def _band(self) -> Self:
-        if not self.fmin < self.highest <= self.sample_rate / 2:
-            raise ValueError(
-                f"fmin {self.fmin:g} to fmax {self.highest:g} Hz is no band below half of sample_rate "
-                f"{self.sample_rate}; lower them, or raise sample_rate"
-            )
-        if self.normalization != "global" and (self.mean, self.std) != (0.0, 1.0):
-            raise ValueError(f"mean and std need normalization: global, and it is {self.normalization}")
-        return self
-
-    @model_validator(mode="after")
-    def _power_of_two(self) -> Self:
-        if self.stem == "conv" and self.patch & (self.patch - 1):
-            raise ValueError(
-                f"stem conv of audio halves the frames step by step, so patch must be a power of two, not "
-                f"{self.patch}; use 8 or stem: linear"
-            )
-        return self
 
 
 class Audio(Modality):
@@ -325,92 +251,3 @@ def _pad_frames(mel: np.ndarray, multiple: int) -> np.ndarray:
     if not missing:
         return np.ascontiguousarray(mel)
     return np.pad(mel, ((0, 0), (0, missing)), constant_values=float(mel.min()))
-
-
-class AudioEmbedder(nn.Module):
-    """Log-mel [1, n_mels, F] of n clips as ``collate`` lays them out, and their frames [n] -> [F / patch, D].
-
-    Frames that are not of a clip are zeroed before and after every layer with a receptive field of several frames,
-    and such a field is no wider than the gap between two clips: a clip's tokens do not depend on the others.
-    """
-
-    def __init__(self, config: AudioSettings, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(_conv_layers(config, hidden_size) if config.stem == "conv" else ())
-        self.project = (
-            nn.Conv1d(config.n_mels, hidden_size, config.patch, stride=config.patch)
-            if config.stem == "linear"
-            else nn.Conv1d(_widths(config, hidden_size)[-1], hidden_size, 1)
-        )
-        self.positions: nn.Parameter | None = None
-        if config.positions == "learned":
-            self.positions = nn.Parameter(0.02 * torch.randn(config.max_frames // config.patch, hidden_size))
-
-    def forward(self, log_mel: Tensor, frames_valid: Tensor) -> Tensor:
-        assert log_mel.shape[2] % self.config.patch == 0, (log_mel.shape, self.config.patch)
-        within, valid = _places(frames_valid, log_mel.shape[2], self.config)
-        x = _mask(log_mel.to(self.project.weight.dtype), valid)
-        for layer in self.layers:
-            x = layer(x)
-            if isinstance(layer, _Halve):
-                valid = valid[:: layer.stride]
-            x = _mask(x, valid)
-        tokens = self.project(x).transpose(1, 2)  # [1, F / patch, D]
-        if self.positions is not None:
-            place = within[:: self.config.patch] // self.config.patch
-            tokens = tokens + self.positions[place.clamp(max=len(self.positions) - 1)]  # of gaps: any
-        return tokens.flatten(0, 1)
-
-
-def _places(frames: Tensor, total: int, config: AudioSettings) -> tuple[Tensor, Tensor]:
-    """Of each of ``total`` frames: its number in its clip, and whether it is one of the clip's ``frames`` [n]."""
-    frame = torch.arange(total, device=frames.device)
-    if not len(frames):
-        return frame, frame < 0
-    taken = ((frames + config.patch - 1) // config.patch + config.gap) * config.patch
-    start = taken.cumsum(0) - taken
-    clip = torch.searchsorted(start, frame, right=True) - 1
-    within = frame - start[clip]
-    return within, within < frames[clip]
-
-
-class _Halve(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv1d(inputs, outputs, KERNEL, stride=stride, padding=2)
-        self.norm = ChannelNorm(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.norm(self.conv(x)))
-
-
-class _Residual1d(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, RESIDUAL_KERNEL, padding=1)
-        self.norm = ChannelNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.gelu(self.norm(self.conv(x)))
-
-
-def _widths(config: AudioSettings, hidden_size: int) -> list[int]:
-    return stem_widths(config.stem_channels, max(1, config.patch.bit_length() - 1), hidden_size)
-
-
-def _conv_layers(config: AudioSettings, hidden_size: int) -> list[nn.Module]:
-    widths = [config.n_mels, *_widths(config, hidden_size)]
-    steps, stride = len(widths) - 1, 2 if config.patch > 1 else 1
-    layers: list[nn.Module] = []
-    for i in range(steps):
-        layers.append(_Halve(widths[i], widths[i + 1], stride))
-        if i >= steps - 2:
-            layers.append(_Residual1d(widths[i + 1]))
-    return layers
-
-
-def _mask(x: Tensor, valid: Tensor) -> Tensor:
-    """``x`` [n, C, F] with zeros in the frames that are not ``valid`` [F]."""
-    return x.masked_fill(~valid, 0)

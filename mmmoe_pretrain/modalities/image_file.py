@@ -80,7 +80,7 @@ def decoders() -> str:
     """What decodes images here, for the log."""
     simplejpeg = _simplejpeg()
     with_pillow = f"Pillow {PIL.__version__}"
-    return with_pillow if simplejpeg is None else f"JPEG by simplejpeg {simplejpeg.__version__}, else {with_pillow}"
+    return with_pillow if simplejpeg is None else f"simplejpeg {simplejpeg.__version__} for JPEG, else {with_pillow}"
 
 
 @functools.cache

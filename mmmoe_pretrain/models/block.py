@@ -95,7 +95,7 @@ def is_sparse(moe: MoEConfig, index: int) -> bool:
 
 def kind_of_block(moe: MoEConfig, index: int) -> object:
     """Equal for blocks that are alike."""
-    return index if index in moe.layers else has_moe_place(moe, index)
+    return has_moe_place(moe, index), index if index in moe.layers else None
 
 
 def dense_width(model: ModelConfig, moe: MoEConfig, index: int) -> int:

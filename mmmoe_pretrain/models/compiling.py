@@ -26,6 +26,7 @@ from mmmoe_pretrain.models.block import FeedForward, RMSNorm, rms_norm
 from mmmoe_pretrain.moe.activation import swiglu
 
 OFF = "TORCHDYNAMO_DISABLE"
+FUNCTIONS = (rms_norm, prepare_heads, swiglu)  # that are compiled, in the order of ``exchange``
 
 
 def compile_blocks(model: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -36,16 +37,19 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str | Callab
     """
     if backend == "inductor":
         _check_tools(device)
-    functions = (rms_norm, prepare_heads, swiglu)
     # Without a GPU the megatron engine turns the compiler off for megatron-core's own helpers
     # (``engines/megatron_setup.py``). torch looks when ``torch.compile`` is called, and never again.
     off = os.environ.pop(OFF, None)
     try:
-        compiled: list[Any] = [torch.compile(function, dynamic=True, backend=backend) for function in functions]
+        compiled: list[Any] = [torch.compile(function, dynamic=True, backend=backend) for function in FUNCTIONS]
     finally:
         if off is not None:
             os.environ[OFF] = off
-    normalise, prepare, activate = compiled
+    exchange(model, *compiled)
+
+
+def exchange(model: nn.Module, normalise: Any, prepare: Any, activate: Any) -> None:
+    """Let the blocks in ``model`` call these in place of ``FUNCTIONS``."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.normalise = normalise

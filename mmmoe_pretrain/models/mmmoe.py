@@ -15,7 +15,7 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
-from mmmoe_pretrain.models.trunk import Trunk
+from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import Outputs, build_objectives
@@ -53,6 +53,7 @@ class MMMoE(nn.Module):
             rows = {name: nn.Parameter(torch.empty(1, hidden)) for name in modalities}
             self.modality_embedding = nn.ParameterDict(rows)
         self.trunk = Trunk(config.model, config.moe, groups, self.stage, self.names)
+        set_cpu(self.trunk, config.train.cpu)  # here: evaluation and export compute as the run did
         self.language_head: Any = None
         if self.stage.last:
             heads = {name: nn.Linear(hidden, joint, bias=False) for name in self.objectives.representations}

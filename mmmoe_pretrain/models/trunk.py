@@ -1,4 +1,5 @@
-"""The trunk: the blocks that all modalities and tasks share, or those of one pipeline stage; and recomputation."""
+"""The trunk: the blocks that all modalities and tasks share, or those of one pipeline stage; and settings of how its
+modules compute."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.models.attention import StreamPlan
 from mmmoe_pretrain.models.block import Block, RMSNorm
 from mmmoe_pretrain.moe.experts import Experts
+from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import Stage
@@ -62,3 +65,10 @@ def set_recompute(model: nn.Module, mode: str) -> None:
             module.recompute = mode == "experts"
         elif isinstance(module, Trunk):
             module.recompute = mode == "blocks"
+
+
+def set_cpu(model: nn.Module, settings: CpuConfig) -> None:
+    """Choose how experts and routers multiply on a CPU (``train.cpu``)."""
+    for module in model.modules():
+        if isinstance(module, Experts | Router):
+            module.cpu_config = settings

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.activation import weighted
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
 from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows, to_device
@@ -24,7 +25,7 @@ ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
 @dataclass(frozen=True)
 class ExpertStack:
     """Equal experts. ``up_bias_EF``: of the first products. ``recompute``: the backward pass computes the
-    activations again. ``buffers``: memory that a CPU uses again in every step."""
+    activations again. ``buffers``: memory that a CPU uses again in every step. ``cpu_config``: how it multiplies."""
 
     up_EFD: Tensor
     down_EDF: Tensor
@@ -32,6 +33,7 @@ class ExpertStack:
     up_bias_EF: Tensor | None = None
     recompute: bool = False
     buffers: Buffers = field(default_factory=Buffers)
+    cpu_config: CpuConfig = field(default_factory=CpuConfig)
 
 
 # x_mD, weights_A, plan, stack -> [m, D]: the weighted sum of each row's experts

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.cpu.blocked import blocked
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
@@ -60,6 +61,7 @@ class Experts(nn.Module):
         self.activation, self.backend = config.activation, config.expert_backend
         self.weight_on_input = config.router_weight_on_input
         self.recompute = False  # True: the backward pass computes the activations again
+        self.cpu_config = CpuConfig()  # models/trunk.set_cpu
         self.up = nn.Parameter(torch.empty(count, width, hidden_size))
         self.down = nn.Parameter(torch.empty(count, hidden_size, share))
         self.up_bias: nn.Parameter | None = None
@@ -95,7 +97,9 @@ class Experts(nn.Module):
         return sum_rows(self._weighted_sum(x_AD, torch.ones_like(weights_A), plan.one_by_one()), plan)
 
     def _weighted_sum(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
-        stack = ExpertStack(self.up, self.down, self.activation, self.up_bias, self.recompute, self._memory)
+        stack = ExpertStack(
+            self.up, self.down, self.activation, self.up_bias, self.recompute, self._memory, self.cpu_config
+        )
         y_mD = choose_backend(self.backend, x_mD, plan, stack)(x_mD, weights_A, plan, stack)
         return y_mD if self.down_bias is None else y_mD + self._down_biases(weights_A, plan).to(y_mD.dtype)
 

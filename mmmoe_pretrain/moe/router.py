@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.balance import updated_bias
 from mmmoe_pretrain.moe.cpu.matmul import linear
 from mmmoe_pretrain.moe.loss_sums import gather_stats
@@ -42,6 +43,7 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int, layer: int, names: StreamNames) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.cpu_config = CpuConfig()  # models/trunk.set_cpu
         experts = config.router_outputs
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.task_embedding: nn.ParameterDict | None = None
@@ -87,7 +89,7 @@ class Router(nn.Module):
         config = self.config
         generator = self._generator(tokens.draw, x_nD.device)
         seen_nD = self._input(x_nD, tokens, generator)
-        logits_nE = GATES[config.gate](seen_nD, self.weight.float())
+        logits_nE = GATES[config.gate](seen_nD, self.weight.float(), self.cpu_config.products)
         if self.logit_bias is not None:
             logits_nE = logits_nE + self.logit_bias.float()
         if config.wake_steps:
@@ -155,13 +157,14 @@ def _allowed(config: MoEConfig, modalities: Sequence[str]) -> Tensor:
     return torch.cat([*columns, free], dim=1)
 
 
-def laplace_gate(x_nD: Tensor, weight_ED: Tensor) -> Tensor:
+def laplace_gate(x_nD: Tensor, weight_ED: Tensor, products: str = "auto") -> Tensor:
     """-|x - w_e| (FuseMoE, arXiv 2402.03226): the nearest experts, bounded above by 0.
 
     Always by a matrix product: torch's default switches to it at 26 rows, and a token's logits would then
     depend on how many others there are. A distance near 0 is off by up to 1e-3 |x|; its gradient is finite.
+    torch chooses the library (``products`` is for other gates).
     """
     return -torch.cdist(x_nD, weight_ED, compute_mode="use_mm_for_euclid_dist")
 
 
-GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear, "laplace": laplace_gate}
+GATES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {"linear": linear, "laplace": laplace_gate}

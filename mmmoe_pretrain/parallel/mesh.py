@@ -69,8 +69,7 @@ def forget_buffers() -> None:
     """Free megatron-core's buffers, in which it gathers rows (sequence parallelism); it makes new ones."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_global_memory_buffer()
-        parallel_state._set_global_memory_buffer()
+        parallel_state.get_global_memory_buffer().buffer.clear()
 
 
 def destroy_groups(after_error: bool = False) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ import torch.distributed as dist
 COUNTS_OF_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes of this start
 OPTIONAL = (
     "(?s).*(Transformer Engine|Apex|apex|moe_ffn_hidden_size|full scope is deprecated|without fp32 routing|"
-    "sequence parallelism must be used)"
+    "sequence parallelism must be used|MimoModelConfig is experimental)"
 )
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS repeats its results (its documentation, section 2.1.4)
 RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 
 
@@ -85,6 +87,30 @@ def process_group(timeout_minutes: float, store: dist.Store | None = None) -> It
     finally:
         if finished or backend == "gloo":
             dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic_operations(wanted: bool) -> Iterator[None]:
+    """Where ``wanted``, operations that give the same bits each time (``torch.use_deterministic_algorithms``), and
+    an error from those that cannot. Enter it before the first product on a GPU: cuBLAS reads its variable then."""
+    if not wanted:
+        yield
+        return
+    given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if given not in CUBLAS_WORKSPACES:
+        raise ValueError(
+            f"train.deterministic: CUBLAS_WORKSPACE_CONFIG is {given}, with which products are not deterministic; "
+            f"unset it, or set it to {' or '.join(CUBLAS_WORKSPACES)}"
+        )
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # it would write every new tensor once more
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -24,14 +24,17 @@ from mmmoe_pretrain.batch import Batch, map_leaves
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.objectives import StepCounts
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import forget_buffers
 from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan.build import meta_models
 from mmmoe_pretrain.plan.communication import expected_routed
+from mmmoe_pretrain.plan.compiled import hold_as_compiled
 from mmmoe_pretrain.plan.gpu_paths import gpu_paths, replaced
 from mmmoe_pretrain.plan.live import LiveTensors
+from mmmoe_pretrain.plan.whole_step import NONE, WholeStep, whole_step
 
 Device = Literal["cuda", "cpu"]
 
@@ -60,10 +63,12 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class StageSizes:
-    """``buffers``: bytes that its first microbatch makes and that stay (megatron-core's, of gathered rows)."""
+    """``buffers``: bytes that its first microbatch makes and that stay (megatron-core's, of gathered rows).
+    ``whole_step``: of losses over all microbatches."""
 
     memory: StageMemory
     buffers: int
+    whole_step: WholeStep = NONE
 
 
 def stage_memory(
@@ -77,6 +82,7 @@ def stage_memory(
     """Of ``stage`` under ``groups`` (``build.pretended_groups``)."""
     (model,) = meta_models(config, groups, [stage])
     answers = Answers(config.moe, batch.num_valid, imbalance)
+    answers.follow(model)
     counts = StepCounts(batch.num_valid, dict.fromkeys(model.objectives.losses, 1))
     live = LiveTensors()
     forget_buffers()
@@ -84,6 +90,8 @@ def stage_memory(
         if device == "cuda":
             stack.enter_context(gpu_paths())
         materialise(model)
+        if config.train.compile == "blocks":
+            hold_as_compiled(model, live)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         if groups.sequence_parallel:
@@ -92,23 +100,30 @@ def stage_memory(
         buffers = live.live
         found = _pass(model, batch, counts, live, device)
     forget_buffers()
-    return StageSizes(found, buffers)
+    return StageSizes(found, buffers, whole_step(config, groups, batch) if stage.last else NONE)
 
 
 def _pass(
     model: PretrainingModel, batch: Batch, counts: StepCounts, live: LiveTensors, device: Device
 ) -> StageMemory:
-    """Forward and backward of one microbatch; its copy on a GPU counts."""
+    """Forward and backward of one microbatch; its copy on a GPU counts. Of losses over a whole step their surrogates
+    count, as in the second pass."""
     stage, rows = model.stage, batch.num_valid
     if model.groups.sequence_parallel:
         rows = -(-rows // model.groups.tensor_size)
+    shape = (rows, model.config.model.hidden_size)
     model.begin_step(0, counts)
+    if stage.last and model.objectives.whole_step:
+        model.begin_collecting()
+        with torch.no_grad():
+            model(batch, None if stage.first else torch.empty(shape, dtype=model.mmmoe.compute_dtype))
+        model.end_collecting()
+        model.begin_step(0, counts)
     with live:
         before = live.live
         live.reset_peak()
         received, sent = None, 0
         if not stage.first:
-            shape = (rows, model.config.model.hidden_size)
             received = torch.empty(shape, dtype=model.mmmoe.compute_dtype).requires_grad_()
             earlier = torch.empty_like(received)  # megatron-core's schedules hold the gradient that they sent last
             sent = earlier.nbytes
@@ -118,6 +133,7 @@ def _pass(
         output.backward(None if stage.last else torch.empty_like(output))
         backward = live.peak
         del output, report, received
+    model.end_step(None)
     return StageMemory(kept - before, forward - before, backward - before)
 
 
@@ -139,14 +155,20 @@ def materialise(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
-    """Sizes of dispatch of one MoE layer of a rank with ``tokens``, if routing were balanced. Layers that differ in
-    numbers of experts or of choices (``moe.layers``) are all answered as the section says."""
+    """Sizes of dispatch of an MoE layer of a rank with ``tokens``, if routing were balanced. ``moe``: the settings of
+    the layer that runs."""
 
     moe: MoEConfig
     tokens: int
     imbalance: Imbalance
+
+    def follow(self, model: nn.Module) -> None:
+        """Answer each MoE layer of ``model`` by its own settings (``moe.layers``)."""
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                module.register_forward_pre_hook(lambda layer, _: setattr(self, "moe", layer.config))
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -165,15 +187,18 @@ class Answers:
         if tensor.ndim == 1:  # of each local expert
             return unevenly(round(assignments), tensor.shape[0], assignments / experts * self.imbalance.expert)
         _, ranks, chunks, columns = tensor.shape  # dispatch.py: there and back; rows, then assignments by expert
-        routed = expected_routed(self.tokens / chunks, self.moe.experts_per_token, experts, ranks)
-        rows, whole = routed.rows_out / (ranks - 1), int(assignments / chunks)
 
-        def side(imbalance: Imbalance) -> list[list[list[int]]]:
-            found = []
+        def chunk(tokens: int, imbalance: Imbalance) -> Iterator[list[int]]:
+            """By rank."""
+            rows = expected_routed(tokens, self.moe.experts_per_token, experts, ranks).rows_out / (ranks - 1)
+            whole = int(tokens * self.moe.experts_per_token * self._share)
             for total in evenly(int(whole * imbalance.rank), ranks):
                 by_expert = unevenly(total, columns - 1, whole / ranks / (columns - 1) * imbalance.expert)
-                found.append([[min(round(rows * imbalance.rank), total), *by_expert]] * chunks)
-            return found
+                yield [min(round(rows * imbalance.rank), total), *by_expert]
+
+        def side(imbalance: Imbalance) -> list[list[list[int]]]:
+            by_chunk = [chunk(tokens, imbalance) for tokens in evenly(self.tokens, chunks)]
+            return [list(of_rank) for of_rank in zip(*by_chunk, strict=True)]
 
         return [side(BALANCED), side(self.imbalance)]
 

@@ -34,7 +34,7 @@ from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL,
 from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
-from mmmoe_pretrain.plan.machines import GPUS, Collective, Curve, Host, Machine, machine_of
+from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Host, Machine, machine_of
 from mmmoe_pretrain.plan.workload import full_batch
 
 Clock = Callable[[], float]
@@ -43,7 +43,7 @@ SIZES = (32, 64, 128, 256, 512, 1024)  # smallest dimension of a product; the ot
 WIDE = 512
 EXPERT_ROWS = (32, 128, 512)
 LENGTHS = (32, 128, 512)  # of segments that attend
-STREAMED = 64 << 20  # bytes of the buffer that is copied
+STREAMED, ACTIVATION = 64 << 20, 4 << 20  # bytes of the buffer that is copied
 OPTIMIZED = 1 << 22  # parameters of the optimizer that is stepped
 SPELL, SPELLS = 0.02, 3  # seconds at least, and how often
 STEPS = 9  # of a narrow model
@@ -90,8 +90,8 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
     base = _known(device)
     peak = dict(base.peak)
     if device.type == "cpu":
-        curves = [rates[0][key] for key in ("products", "grouped")]
-        peak |= {p: max(rate for curve in curves for _, rate in curve[p]) for p in curves[0]}
+        products, grouped = rates[0]["products"], rates[0]["grouped"]
+        peak |= {p: max(rate for _, rate in (*curve, *grouped.get(p, ()))) for p, curve in products.items()}
     tables = {key: {**getattr(base, key), **rates[0].pop(key)} for key in ("products", "grouped", "attention")}
     source = f"measured with torch {torch.__version__}; memory, power and links of: {base.source}"
     update = {**rates[0], **tables, "name": name, "source": source, "peak": peak, "host": _host(config, device, read)}
@@ -100,7 +100,9 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
 
 def _known(device: torch.device) -> Machine:
     if device.type == "cpu":
-        return GPUS["cpu"].model_copy(update={"cores": len(os.sched_getaffinity(0))})
+        cores = len(os.sched_getaffinity(0))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cores
+        return GPUS["cpu"].model_copy(update={"cores": cores, "memory": memory})
     machine = machine_of(torch.cuda.get_device_name(device))
     return machine or GPUS["h100"].model_copy(update={"source": "an H100, since this GPU is not in the table"})
 
@@ -109,10 +111,11 @@ def _rates(config: RunConfig, device: torch.device, clock: Clock) -> dict[str, A
     """Fields of ``Machine`` that one process measures."""
     precision = config.train.precision
     dtype = HALF_TYPES.get(precision, torch.float32)
-    streaming = 2 * STREAMED / seconds_of(_copy(device), clock)
+    experts = _experts(config, dtype, device, clock)
+    streaming = 2 * STREAMED / seconds_of(_copy(device, STREAMED), clock)
     return {
         "products": {precision: _products(dtype, device, clock)},
-        "grouped": {precision: _experts(config, dtype, device, clock)},
+        "grouped": {precision: experts} if experts else {},
         "attention": {precision: _attention(config, dtype, device, clock)},
         "streaming": streaming,
         "optimizer_bytes": _optimizer(device, clock) / OPTIMIZED * streaming,
@@ -124,16 +127,21 @@ def _products(dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
     found = []
     for size in SIZES:
         rows, wide = size, max(size, WIDE)
-        x = torch.randn(rows, wide, device=device, dtype=dtype, requires_grad=True)
-        weight = torch.randn(wide, wide, device=device, dtype=dtype, requires_grad=True)
-        grad = torch.randn(rows, wide, device=device, dtype=dtype)
-        seconds = seconds_of(lambda: torch.autograd.grad(F.linear(x, weight), (x, weight), grad), clock)  # noqa: B023
+        seconds = seconds_of(_linear(rows, wide, dtype, device), clock)
         found.append((float(size), 6 * rows * wide * wide / seconds))
     return tuple(found)
 
 
+def _linear(rows: int, wide: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    x = torch.randn(rows, wide, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(wide, wide, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(rows, wide, device=device, dtype=dtype)
+    return lambda: torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+
+
 def _experts(config: RunConfig, dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
-    """FLOP/s of the experts of the config's MoE layer, forward and backward, over the rows of an expert."""
+    """FLOP/s of the experts of the config's MoE layer, forward and backward, over the rows of an expert; none of a
+    dense model."""
     moe, hidden = config.moe, config.model.hidden_size
     if moe.dense:
         return ()
@@ -171,8 +179,8 @@ def _attention(config: RunConfig, dtype: torch.dtype, device: torch.device, cloc
     return tuple(found)
 
 
-def _copy(device: torch.device) -> Callable[[], Tensor]:
-    source = torch.ones(STREAMED // 4, device=device)
+def _copy(device: torch.device, size: int) -> Callable[[], Tensor]:
+    source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
@@ -242,47 +250,53 @@ def _narrow(config: RunConfig, blocks: int, dense: bool) -> RunConfig:
     moe = config.moe.model_copy(update={**experts, **({"num_experts": 1, "experts_per_token": 1} if dense else {})})
     parallel = type(config.parallel)(expert_parallel_size=1)
     train = config.train.model_copy(
-        update={"recompute": "none", "num_microbatches": 1, "global_batch_size": 2 * dist.get_world_size()}
+        update={
+            "recompute": "none",
+            "profile": None,
+            "num_microbatches": 1,
+            "global_batch_size": 2 * dist.get_world_size(),
+        }
     )
     return config.model_copy(update={"model": model, "moe": moe, "parallel": parallel, "train": train})
 
 
 def add_links(machine: Machine, device: torch.device, clock: Clock | None = None) -> Machine:
     """On every rank of a process group, all of which must call it: ``machine`` with collectives over all ranks and
-    over pairs. On a CPU whose cores ranks share, a rank's seconds are those of its share of them."""
-    read = clock or wall_clock(device)
+    over pairs. Where ranks outnumber a CPU's cores, the CPU time of a call counts, since others compute while a rank
+    waits, and what fewer ranks have measured stays."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if size == 1:
         raise ValueError("the links between ranks cannot be measured on one rank; start several with torchrun")
+    shared = machine.cores is not None and size > machine.cores
+    read = clock or (time.process_time if shared else wall_clock(device))
     groups = {size: dist.group.WORLD}
     if size > 2 and size % 2 == 0:
         pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
         groups[2] = pairs[rank // 2]
-    shared = 1.0 if clock or machine.cores is None else min(1.0, machine.cores / size)
-    found = list(machine.collectives)
+    known = {(one.kind, one.ranks): one for one in machine.collectives}
     for ranks, group in sorted(groups.items()):
         for kind, work in _collectives(ranks, group, device).items():
-            curve = [
-                (_sent(kind, ranks, n), shared * _slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES
-            ]
-            found = [one for one in found if (one.kind, one.ranks) != (kind, ranks)]
-            found.append(Collective(kind=kind, ranks=ranks, seconds=tuple(curve)))
-    update: dict[str, object] = {"collectives": tuple(found)}
+            if shared and ranks < size and (kind, ranks) in known:
+                continue
+            curve = [(_sent(kind, ranks, n), _slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES]
+            known[kind, ranks] = Collective(kind=kind, ranks=ranks, seconds=tuple(curve))
+    update: dict[str, object] = {"collectives": tuple(known.values())}
     if size == machine.cores:
         update["crowded"] = _crowded(device, read)
     return machine.model_copy(update=update)
 
 
-def _crowded(device: torch.device, clock: Clock) -> float:
-    """The time of products and copies while every core has a rank at work, over that of rank 0 alone."""
-    x, copy = torch.randn(WIDE, WIDE, device=device), _copy(device)
-    ratios = []
-    for work in (lambda: x @ x, copy):
+def _crowded(device: torch.device, clock: Clock) -> dict[str, float]:
+    """By what limits a part: its time while every core has a rank at work, over that of rank 0 alone. Of memory for a
+    buffer of an activation's size, which a cache may hold."""
+    linear = _linear(WIDE, WIDE, torch.float32, device)
+    found = {}
+    for limit, work in {"computation": linear, "memory": _copy(device, ACTIVATION)}.items():
         dist.barrier()
         alone = seconds_of(work, clock) if dist.get_rank() == 0 else 0.0
         dist.barrier()
-        ratios.append(_slowest(seconds_of(work, clock), device) / _slowest(alone, device))
-    return max(1.0, statistics.geometric_mean(ratios))
+        found[limit] = max(1.0, _slowest(seconds_of(work, clock), device) / _slowest(alone, device))
+    return {**found, "host": found["computation"]}
 
 
 def _seconds_of_link(work: Callable[[int], object], numbers: int, clock: Clock) -> float:
@@ -340,16 +354,8 @@ def _collectives(
     return found
 
 
-PARTS = {
-    "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
-    "memory": ("memory bound", "gradient accumulation", "optimizer"),
-    "host": ("host",),
-    "communication": ("tensor parallel", "all-to-all", "pipeline messages", "gradients", "parameters", "statistics"),
-}  # of a step's time, by what one factor corrects
-
-
 def fit(
-    machine: Machine, planned: Sequence[Callable[[Machine], float]], measured: Sequence[float], prior: float = 0.1
+    machine: Machine, planned: Sequence[Callable[[Machine], float]], measured: Sequence[float], prior: float = 0.05
 ) -> Machine:
     """``machine`` with the ``factors`` that bring ``planned`` (seconds of a step on a machine) nearest to
     ``measured``: least squares of relative errors and of ``prior`` times the logarithm of each factor, which keeps at

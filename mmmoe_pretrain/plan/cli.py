@@ -20,48 +20,69 @@ EXAMPLE = "Example: mmmoe plan configs/mmmoe_30b_a3b.yaml --gpus 64 --gpu h100 -
 def plan(
     config: Annotated[Path | None, typer.Argument(callback=given, help="The run's YAML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. parallel.zero_stage=1.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all, one a rank.")] = None,
-    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200, gb200, a100, mi300x or cpu.")] = "h100",
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: as the kind is sold.")] = None,
-    network: Annotated[str | None, typer.Option(help="Across nodes: a name or bytes a second of a GPU.")] = None,
-    tokens: Annotated[str, typer.Option(help="Budget of tokens, e.g. 300B or 2T.")] = "1T",
+    gpus: Annotated[int | None, typer.Option(min=1, help="Total number of GPUs, one per rank.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h100 (default), h200, b200, gb200, a100 (80 GB), a100-40gb, mi300x or cpu.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB of one GPU, if not those of its kind.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Default: 8 (gb200: 72).")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Between nodes: a name, e.g. infiniband-400, or GB/s per GPU.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Token budget, e.g. 300B or 2T.")] = "1T",
     imbalance: Annotated[
-        float, typer.Option(min=1, max=1000, help="Rows of the fullest expert rank over the mean.")
+        float, typer.Option(min=1, max=1000, help="Tokens of the most loaded expert rank over the mean.")
     ] = 1.0,
     machine: Annotated[
-        Path | None, typer.Option(callback=given, help="Measured efficiencies, of --calibrate.")
+        Path | None, typer.Option(callback=given, help="File with measured efficiencies, written by --calibrate.")
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank all legal layouts.")] = False,
     compare: Annotated[
-        tuple[str, str] | None, typer.Option(help="Two YAML files, or two sets of 'key=value key=value'.")
+        tuple[str, str] | None, typer.Option(help="Compare two YAML files, or two sets of 'key=value key=value'.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine into the file of --machine.")
+        bool, typer.Option("--calibrate", help="Measure this machine and write the file of --machine.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a run needs and how fast it is, without a GPU: parameters, memory, communication, time and energy.
+    """Estimate the memory, communication, time and energy of a run, without a GPU.
 
-    The real model is built on the device meta in a process group without communication. Nothing is trained, and the
-    data and the tokenizer need not be there.
+    Builds the real model on the meta device, in a process group without communication. Trains nothing. The data and
+    the tokenizer need not exist.
     """
     from mmmoe_pretrain.plan import command
     from mmmoe_pretrain.plan.machines import find_machine
     from mmmoe_pretrain.plan.report import Asked
 
     if calibrate:
-        print(command.calibrated(load(*_given(config, overrides)), machine))
+        if said := command.calibrated(load(*_given(config, overrides)), machine):
+            print(said)
         return
     if gpus is None:
-        raise ValueError("--gpus is missing; say on how many GPUs the run is planned, e.g. --gpus 64")
-    known = find_machine(str(machine or gpu), gpus_per_node, network)
+        raise ValueError("--gpus is missing; give the number of GPUs, e.g. --gpus 64")
+    known = find_machine(_one_machine(gpu, machine), gpus_per_node, network)
+    if memory is not None:
+        known = known.model_copy(update={"memory": 1e9 * memory})
     asked = Asked(gpus, known, budget_of(tokens), imbalance)
+    if compare and search:
+        raise ValueError("--compare and --search cannot be given together; search each config by itself")
     if compare:
         first, second = (_one_of(config, overrides or [], each) for each in compare)
         _print(command.compared(asked, first, second, compare), as_json)
         return
     answer = command.searched if search else command.planned
     _print(answer(asked, load(*_given(config, overrides))), as_json)
+
+
+def _one_machine(gpu: str | None, machine: Path | None) -> str:
+    """A name or a path, of which one may be given."""
+    if machine is None:
+        return gpu or "h100"
+    if gpu is not None:
+        raise ValueError(f"--gpu {gpu} and --machine {machine} both name a machine; give one of them")
+    if not machine.is_file():
+        raise ValueError(f"--machine {machine}: there is no such file; mmmoe plan CONFIG --calibrate writes it")
+    return str(machine)
 
 
 def _print(answer: tuple[dict[str, Any], str], as_json: bool) -> None:
@@ -80,7 +101,9 @@ def _one_of(config: Path | None, overrides: list[str], given: str) -> RunConfig:
     if Path(given).suffix in (".yaml", ".yml"):
         return load(Path(given), overrides)
     if config is None:
-        raise ValueError(f"--compare {given!r} is no YAML file; name two files, or give a config for its overrides")
+        raise ValueError(
+            f"--compare {given!r} is not a YAML file; give two files, or a config to which the overrides apply"
+        )
     return load(config, [*overrides, *given.split()])
 
 
@@ -98,5 +121,5 @@ def budget_of(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 1 <= number < 1e18:
-        raise ValueError(f"--tokens {text} is no number of tokens; e.g. 300B, 2T or 1e12")
+        raise ValueError(f"--tokens {text} is not a number of tokens; e.g. 300B, 2T or 1e12")
     return number

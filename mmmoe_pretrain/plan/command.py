@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch.distributed as dist
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.paths import make_folder
 from mmmoe_pretrain.plan.machines import save
 from mmmoe_pretrain.plan.report import Asked, hidden_gpus, values_of
 from mmmoe_pretrain.plan.search import search
 from mmmoe_pretrain.plan.tables import ranking_of, side_by_side, text_of
 
+log = logging.getLogger(__name__)
 DEFAULT_VOCABULARY = 32_000  # as LIMoE's (arXiv 2206.02770) and Llama 2's
 Answer = tuple[dict[str, Any], str]
 
@@ -53,17 +57,27 @@ def searched(asked: Asked, config: RunConfig) -> Answer:
 
 
 def calibrated(config: RunConfig, out: Path | None) -> str:
-    """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, too."""
+    """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, too. Says what it
+    wrote, on rank 0."""
     from mmmoe_pretrain.parallel.runtime import process_group
     from mmmoe_pretrain.plan.calibrate import add_links, calibrate
 
     if out is None:
         raise ValueError("--calibrate writes a file; name it: --machine machine.json")
+    make_folder(out.parent)  # before minutes of measuring
+    if out.is_dir():
+        raise ValueError(
+            f"--machine {out} is a folder, and --calibrate writes a file; name one: {out / 'machine.json'}"
+        )
+    cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if busy > cores / 2:
+        log.warning("this machine is busy (load %.1f on %d cores): what is measured will be slow", busy, cores)
     config, _ = with_vocabulary(config)
     with process_group(timeout_minutes=5) as device:
         machine = calibrate(config, device, name=out.stem)
         if dist.get_world_size() > 1:
             machine = add_links(machine, device)
-        if dist.get_rank() == 0:
-            save(machine, out)
+        if dist.get_rank() != 0:
+            return ""
+        save(machine, out)
     return f"wrote {out}: {machine.source}"

@@ -7,6 +7,8 @@ for itself and frees before it returns.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,20 +25,34 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
+        self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # most calls of a fake tensor
-            return func(*args)
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if self._paused or func is torch.ops.prim.device.default:  # most calls of a fake tensor
+            return func(*args, **(kwargs or {}))
+        before = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
+        self.count(out, before)
+        return out
+
+    def count(self, made: Any, before: set[int]) -> None:
+        """The storages of the tensors in ``made``, but those that were there ``before``."""
+        for x in tree_leaves(made):
             if (
                 isinstance(x, Tensor)
                 and x.device.type != "meta"
                 and id(x.untyped_storage()) not in before | self._known
             ):
                 self._see(x.untyped_storage())
-        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What operations make does not count."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def reset_peak(self) -> None:
         """From here on ``peak`` is of what is live and comes."""
@@ -52,3 +68,8 @@ class LiveTensors(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def storages(values: Any) -> set[int]:
+    """The ids of the storages of the tensors in ``values``."""
+    return {id(x.untyped_storage()) for x in tree_leaves(values) if isinstance(x, Tensor)}

@@ -21,8 +21,14 @@ from pydantic import Field, ValidationError
 from mmmoe_pretrain.config.base import StrictModel, explain
 
 GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
-VERSION = 1  # of the file format
+VERSION = 2  # of the file format
 PRECISIONS = ("fp32", "bf16", "fp16")  # train.precision
+PARTS = {
+    "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
+    "memory": ("memory bound", "gradient accumulation", "optimizer"),
+    "host": ("host",),
+    "communication": ("tensor parallel", "all-to-all", "pipeline messages", "gradients", "parameters", "statistics"),
+}  # of a step's time, by what limits them
 Positive = Annotated[float, Field(gt=0)]
 Curve = tuple[tuple[Positive, Positive], ...]  # (size, value), rising in size
 
@@ -61,13 +67,12 @@ class Host(StrictModel):
 
 class Machine(StrictModel):
     """See the module. ``products``: FLOP/s by precision over the smallest of the three dimensions of a product.
-    ``grouped``: of the experts over the rows of one, where they were measured.
-    ``attention``: FLOP/s of the scores and their mix
-    over the tokens that a token attends to. ``streaming``: bytes/s that operations without products reach.
+    ``grouped``: of the experts over the rows of one, where they were measured. ``attention``: FLOP/s of the scores
+    and their mix over the tokens that a token attends to. ``streaming``: bytes/s of operations without products.
     ``optimizer_bytes``: memory traffic of one parameter in the optimizer's step, at that rate. ``asynchronous``: the
     host runs ahead of the device. ``cores``: of a node, where ranks are threads on a CPU; more ranks share them.
-    ``crowded``: the time of a rank's work beside busy cores over its time alone. ``factors``: measured over planned
-    seconds of a part (``time.py``), from runs."""
+    ``crowded``: the time of a rank's work beside busy cores over its time alone, by what limits it (``PARTS``).
+    ``factors``: measured over planned seconds of a part (``time.py``), from runs."""
 
     name: str
     source: str
@@ -86,7 +91,7 @@ class Machine(StrictModel):
     network: Link
     collectives: tuple[Collective, ...] = ()
     cores: int | None = Field(None, ge=1)
-    crowded: float = Field(1.0, ge=1)
+    crowded: Mapping[str, Annotated[float, Field(ge=1)]] = {}
     factors: Mapping[str, Positive] = {}
 
     def product_rate(self, precision: str, size: float) -> float:
@@ -116,26 +121,37 @@ def interpolate(curve: Curve, size: float) -> float:
     return last[1]
 
 
-# Measured by this project on one H100 (benchmarks/RESULTS.md, "On a GPU"), as shares of the peak: a product of 8,192
-# 0.80, experts of 2,048 rows 0.74. Of smaller products: an assumption.
-PRODUCTS = ((64, 0.15), (128, 0.25), (256, 0.38), (512, 0.55), (1024, 0.65), (2048, 0.74), (8192, 0.80))
-# The same, ``varlen_attn`` forward and backward over segments of 51 to 196 tokens, 1,024 and 4,096. An A100 reaches
-# twice the share: FlashAttention-2's best there is 73%, on an H100 35% (arXiv 2307.08691, 2407.08608).
-ATTENTION, ON_A100 = ((145, 0.037), (1024, 0.25), (4096, 0.31)), 2.0
-STREAMING = 0.8  # of the memory's bandwidth: an assumption
-# Bytes a parameter: 33 in fused AdamW (measured on the H100, at 3 TB/s), and by hand: norm 4, scaling 8, clipping 8,
-# zeroing 4, the half copy of the weight 6.
-OPTIMIZER = 33.0 + 30.0
-# Seconds to start operations: an assumption, 5 us a launch.
+# Shares of the peak that products reach, by their smallest dimension. Sources: (o) measured by this project on one
+# H100 (benchmarks/RESULTS.md, "On a GPU"); (s) measured tables of SimuMax, configs/system/a100_pcie.json and
+# b200_bf16_ceperm.json at 4dcaae5, medians; (m) the best of all shapes, stas00/ml-engineering, compute/accelerator.
+ON_H100 = ((128, 0.185), (256, 0.247), (512, 0.52), (1024, 0.615), (2048, 0.74), (8192, 0.80))  # s: B200, B200, means
+ON_A100 = ((512, 0.594), (1024, 0.645), (2048, 0.702), (4096, 0.734), (8192, 0.859))  # s; the last m
+ON_B200 = ((128, 0.185), (256, 0.247), (512, 0.453), (1024, 0.585), (2048, 0.485))  # s; m: 0.776
+ON_MI300X = tuple((size, share * 0.60 / 0.80) for size, share in ON_H100)  # m over that of an H100
+# The same of ``varlen_attn`` forward and backward over segments of 51 to 196 tokens, 1,024 and 4,096 (o). An A100
+# reaches twice the share: FlashAttention-2's best there is 73%, on an H100 35% (arXiv 2307.08691, 2407.08608).
+ATTENTION, ATTENTION_ON_A100 = ((145, 0.037), (1024, 0.25), (4096, 0.31)), 2.0
+# Measured over planned seconds of computation in three steps on the H100 (o): small operations and gaps between those
+# that were timed alone.
+IN_A_STEP = dict.fromkeys(PARTS["computation"], 1.35)
+# Of the memory's bandwidth: fused AdamW moves 28 bytes a parameter at 2.55 TB/s on the H100 (o); s, s.
+STREAMING, STREAMING_A100, STREAMING_B200 = 0.76, 0.91, 0.67
+# Bytes a parameter: AdamW reads four numbers and writes three; norm 4, scaling 8, clipping 8, zeroing 4, the weight's
+# half copy 6.
+OPTIMIZER = 28.0 + 30.0
+# Seconds to start operations: an assumption, about 400 and 800 of them a block at 5 us each.
 HOST = Host(dense_block=2e-3, moe_block=4e-3, microbatch=5e-3, step_block=1e-3, step=10e-3)
-LINK_SHARE = 0.8  # of a link's bandwidth that collectives reach: an assumption
+# Of a link's bandwidth: NVLink of a B200 0.74 (all-reduce), 0.67 (gather) and 0.60 (all-to-all) (s); InfiniBand 43 to
+# 47 of 50 GB/s in an all-to-all over 16 and 32 H800 (deepseek-ai/DeepEP, README).
+NODE_SHARE, NETWORK_SHARE = 0.67, 0.86
 # Seconds of a hop: NCCL 2.19, src/graph/tuning.cc, hwLat of Ring/Simple over NVLink and the network.
 NVLINK_HOP, NETWORK_HOP = 3.4 * MICRO, 14.0 * MICRO
 
 
 def _gpu(
     name: str, source: str, memory_gb: float, bandwidth_gb: float, half: float, fp32: float, power: float,
-    node_gb: float, network: str, ranks_per_node: int = 8, attention: float = 1.0,
+    node_gb: float, network: str, ranks_per_node: int = 8, products: Curve = ON_H100, streaming: float = STREAMING,
+    attention: float = 1.0,
 ) -> Machine:  # fmt: skip
     peak = {"bf16": half * TFLOPS, "fp16": half * TFLOPS, "fp32": fp32 * TFLOPS}
     return Machine(
@@ -145,20 +161,21 @@ def _gpu(
         peak=peak,
         power=power,
         products={
-            precision: tuple((size, share * rate) for size, share in PRODUCTS) for precision, rate in peak.items()
+            precision: tuple((size, share * rate) for size, share in products) for precision, rate in peak.items()
         },
         attention={p: tuple((size, attention * share * peak[p]) for size, share in ATTENTION) for p in peak},
-        streaming=STREAMING * bandwidth_gb * GB,
+        streaming=streaming * bandwidth_gb * GB,
         optimizer_bytes=OPTIMIZER,
         host=HOST,
         ranks_per_node=ranks_per_node,
-        node=Link(bandwidth=LINK_SHARE * node_gb * GB, latency=NVLINK_HOP),
+        node=Link(bandwidth=NODE_SHARE * node_gb * GB, latency=NVLINK_HOP),
         network=NETWORKS[network],
+        factors=IN_A_STEP,
     )
 
 
 def _network(gigabits: float) -> Link:
-    return Link(bandwidth=LINK_SHARE * gigabits / 8 * GB, latency=NETWORK_HOP)
+    return Link(bandwidth=NETWORK_SHARE * gigabits / 8 * GB, latency=NETWORK_HOP)
 
 
 # Between nodes, of one GPU with a network card of its own.
@@ -180,14 +197,20 @@ GPUS: dict[str, Machine] = {
         _gpu("h200", "NVIDIA H200 datasheet, SXM: 141 GB, 4.8 TB/s; arithmetic, power and NVLink of the H100",
              141, 4800, 989.4, 67, 700, 450, "infiniband-400"),
         _gpu("b200", "NVIDIA HGX and DGX B200 datasheets: 180 GB, 8 TB/s, 4.5 PFLOP/s with sparsity, 1,000 W, "
-             "NVLink 1.8 TB/s both ways", 180, 8000, 2250, 75, 1000, 900, "infiniband-400"),
+             "NVLink 1.8 TB/s both ways", 180, 8000, 2250, 75, 1000, 900, "infiniband-400",
+             products=ON_B200, streaming=STREAMING_B200),
         _gpu("gb200", "NVIDIA GB200 NVL72 datasheet, a 72nd: 186 GB, 8 TB/s, 5 PFLOP/s with sparsity, 1,200 W, "
              "NVLink 1.8 TB/s both ways among 72 GPUs", 186, 8000, 2500, 80, 1200, 900, "infiniband-400",
-             ranks_per_node=72),
+             ranks_per_node=72, products=ON_B200, streaming=STREAMING_B200),
         _gpu("a100", "NVIDIA A100 80GB datasheet, SXM: 2,039 GB/s, 312 TFLOP/s, 400 W, NVLink 600 GB/s both ways",
-             80, 2039, 312, 19.5, 400, 300, "infiniband-200", attention=ON_A100),
+             80, 2039, 312, 19.5, 400, 300, "infiniband-200", products=ON_A100,
+             streaming=STREAMING_A100, attention=ATTENTION_ON_A100),
+        _gpu("a100-40gb", "NVIDIA A100 40GB datasheet, SXM: 1,555 GB/s; the rest as of 80 GB",
+             40, 1555, 312, 19.5, 400, 300, "infiniband-200", products=ON_A100,
+             streaming=STREAMING_A100, attention=ATTENTION_ON_A100),
         _gpu("mi300x", "AMD Instinct MI300X datasheet: 192 GB, 5.3 TB/s, 1,307.4 TFLOP/s, 750 W, Infinity Fabric 896 "
-             "GB/s both ways over seven links", 192, 5300, 1307.4, 163.4, 750, 448, "infiniband-400"),
+             "GB/s both ways over seven links", 192, 5300, 1307.4, 163.4, 750, 448, "infiniband-400",
+             products=ON_MI300X),
         Machine(
             name="cpu", source="assumptions for one core with AVX-512 of eight a node; --calibrate measures",
             memory=4 * GB, peak={"fp32": 0.1 * TFLOPS, "bf16": 0.2 * TFLOPS, "fp16": 0.1 * TFLOPS}, power=5,
@@ -208,7 +231,7 @@ def find_machine(name: str, ranks_per_node: int | None = None, network: str | No
     if machine is None:
         if not Path(name).is_file():
             raise ValueError(
-                f"--gpu {name!r} is not a known machine; use one of {', '.join(GPUS)}, or the path of a file that "
+                f"{name!r} is not a known machine; use one of {', '.join(GPUS)}, or the path of a file that "
                 f"mmmoe plan --calibrate wrote"
             )
         machine = load(Path(name))
@@ -221,8 +244,9 @@ def find_machine(name: str, ranks_per_node: int | None = None, network: str | No
 
 def machine_of(device_name: str) -> Machine | None:
     """The machine whose name stands in ``device_name``, such as ``NVIDIA A100-SXM4-80GB``; None for others."""
-    words = re.split(r"[^a-z0-9]+", device_name.lower())  # an RTX A1000 is no A100, and a GB200 no B200
-    return next((machine for machine in GPUS.values() if machine.name in words), None)
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))  # an RTX A1000 is no A100, and a GB200 no B200
+    known = [machine for machine in GPUS.values() if words.issuperset(machine.name.split("-"))]
+    return max(known, key=lambda machine: machine.name.count("-"), default=None)  # a100-40gb before a100
 
 
 def _link(text: str) -> Link:
@@ -269,8 +293,15 @@ def _problem(machine: Machine) -> str:
     for key in ("peak", "products", "attention"):
         if missing := [precision for precision in PRECISIONS if precision not in getattr(machine, key)]:
             return f"{key} has nothing for {', '.join(missing)}"
+    for one in machine.collectives:
+        if not _rises(one.seconds):
+            return f"collectives: {one.kind} of {one.ranks} ranks must have sizes that rise"
     for key in ("products", "grouped", "attention"):
         for precision, curve in getattr(machine, key).items():
-            if not curve or any(low >= high for (low, _), (high, _) in pairwise(curve)):
+            if not curve or not _rises(curve):
                 return f"{key}.{precision} must have sizes that rise"
     return ""
+
+
+def _rises(curve: Curve) -> bool:
+    return all(low < high for (low, _), (high, _) in pairwise(curve))

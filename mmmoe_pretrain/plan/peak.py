@@ -110,7 +110,7 @@ def sizes_of(config: RunConfig, stage: Stage, measure: Callable[[Stage], StageSi
     )
     short, added = dataclasses.astuple(one.memory), dataclasses.astuple(two.memory)
     memory = StageMemory(*(a + (repeats - 1) * (b - a) for a, b in zip(short, added, strict=True)))
-    return StageSizes(memory, one.buffers)
+    return StageSizes(memory, one.buffers, one.whole_step)
 
 
 def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], device: Device) -> RankMemory:
@@ -119,19 +119,39 @@ def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], devi
     held = in_a_step(layout, rank.parameters, own)
     if device == "cuda":
         held = on_device(config, held)
-    stages = [size.memory for size in sizes]
-    kept, transient = fullest_moment(layout, rank.pipeline_rank, config.train.num_microbatches, stages)
+    whole = sizes[-1].whole_step  # the last stage is the last one of its rank
+    kept, transient = fullest_moment(
+        layout, rank.pipeline_rank, config.train.num_microbatches, [size.memory for size in sizes]
+    )
     buffers = max(size.buffers for size in sizes) + engine_buffers(config, layout, rank.parameters)
     state = own.optimizer // max(1, len(config.optimizer.state))
     step = optimizer_transient(layout, state, rank.parameters, device)
     if layout.engine == "deepspeed" and layout.zero_stage == 2:
         step = max(step, engine_buffers(config, layout, rank.parameters))  # the last bucket is summed in a copy
-    if step > kept + transient:
-        kept, transient = 0, step
-    allowance = 0
-    if device == "cuda":
-        allowance = OUTSIDE_ALLOCATOR + round(FRAGMENTATION * (kept + transient + buffers))
-    return RankMemory(held.weights, held.gradients, held.masters, held.optimizer, kept, transient, buffers, allowance)
+    moments = [
+        _moment(held, whole.kept + kept, transient, buffers),
+        _moment(held, 0, step, buffers),
+        _moment(*_before_gradients(layout, held, whole.peak, buffers)),
+    ]
+    found = max(moments, key=lambda each: each.total)
+    if device == "cpu":
+        return found
+    spread = found.activations + found.transient + found.communication
+    return dataclasses.replace(found, allowance=OUTSIDE_ALLOCATOR + round(FRAGMENTATION * spread))
+
+
+def _moment(held: Held, activations: int, transient: int, communication: int) -> RankMemory:
+    return RankMemory(
+        held.weights, held.gradients, held.masters, held.optimizer, activations, transient, communication, 0
+    )
+
+
+def _before_gradients(layout: Layout, held: Held, needed: int, buffers: int) -> tuple[Held, int, int, int]:
+    """Between the passes of a loss over the whole step, which needs so much. DeepSpeed has no gradients then, and no
+    bucket, but ZeRO-3's shares of them."""
+    if layout.engine == "deepspeed" and layout.zero_stage < 3:
+        held, buffers = dataclasses.replace(held, gradients=0), 0
+    return held, 0, needed, buffers
 
 
 def in_a_step(layout: Layout, parameters: Sequence[Sequence[Parameter]], held: Held) -> Held:

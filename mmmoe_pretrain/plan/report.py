@@ -11,11 +11,13 @@ from typing import Any
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.order.assign import microbatch_size
+from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.plan.activations import Imbalance
 from mmmoe_pretrain.plan.build import Build, build
 from mmmoe_pretrain.plan.layouts import Choice
 from mmmoe_pretrain.plan.machines import Machine, find_machine
 from mmmoe_pretrain.plan.peak import Device, RankMemory, rank_memories
+from mmmoe_pretrain.plan.tables import MEMORY, TIME, size
 from mmmoe_pretrain.plan.time import StepTime, budget, step_time
 
 
@@ -70,17 +72,17 @@ def does_not_fit(config: RunConfig, gpus: int, gpu: str) -> str | None:
     if found.memory.total <= asked.machine.memory:
         return None
     terms = sorted(dataclasses.asdict(found.memory).items(), key=lambda term: -term[1])
-    most = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in terms[:3])
+    most = ", ".join(f"{MEMORY.get(name, name)} {value / 1e9:.1f}" for name, value in terms[:3])
     return (
-        f"{config.name} on {gpus} GPUs: those of pipeline rank {found.pipeline_rank} would need "
+        f"{config.name} on {gpus} GPUs: the GPUs of pipeline rank {found.pipeline_rank} would need "
         f"{found.memory.total / 1e9:.1f} GB ({most}), and {gpu} has {asked.machine.memory / 1e9:.0f} GB"
     )
 
 
 def values_of(asked: Asked, config: RunConfig, assumptions: Sequence[str] = ()) -> dict[str, Any]:
     """The whole plan of ``config``, by the real build."""
+    microbatch_size(config, resolve_layout(config, asked.gpus).data)  # before a build of many ranks, which is slow
     made = build(config, asked.gpus)
-    microbatch_size(config, made.layout.data)  # or it would not train
     found, taken = fullest(made, asked), step_time(made, asked.machine, imbalance=asked.imbalance)
     return {
         "config": config.name,
@@ -92,8 +94,20 @@ def values_of(asked: Asked, config: RunConfig, assumptions: Sequence[str] = ()) 
         "step": step_values(made, taken),
         "budget": budget_values(taken, asked),
         "limit": limit(found, taken, asked.machine),
-        "assumptions": list(assumptions),
+        "assumptions": [*assumptions, *_assumed_links(asked)],
     }
+
+
+def _assumed_links(asked: Asked) -> list[str]:
+    """Of a machine that was measured in one process."""
+    machine = asked.machine
+    if machine.cores is None or machine.collectives or asked.gpus == 1:
+        return []
+    link = machine.node
+    return [
+        f"links of {link.bandwidth / 1e9:g} GB/s and {1e6 * link.latency:g} us, which were not measured; run "
+        f"--calibrate by torchrun on several ranks"
+    ]
 
 
 def _layout(made: Build) -> dict[str, Any]:
@@ -153,8 +167,12 @@ def limit(found: Fullest, taken: StepTime, machine: Machine) -> str:
     spare = machine.memory - found.memory.total
     terms = dataclasses.asdict(found.memory)
     most = max(terms, key=lambda name: terms[name])
+    largest = f"{MEMORY.get(most, most)}, {size(terms[most])}"
     if spare < 0:
-        return f"memory: {-spare / 1e9:,.1f} GB too much, most of it {most}; it does not fit"
+        return f"memory: {size(-spare)} too much, so it does not fit; largest term: {largest}"
     part = max(taken.parts, key=lambda name: taken.parts[name])
     share = taken.parts[part] / taken.seconds
-    return f"time: {part}, {share:.0%} of a step; {spare / 1e9:,.1f} GB of memory stay free, and {most} take most"
+    return (
+        f"time: {TIME.get(part, part)}, {share:.0%} of a step; {size(spare)} of memory are free; "
+        f"largest term: {largest}"
+    )

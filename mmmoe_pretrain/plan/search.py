@@ -4,6 +4,7 @@ of microbatches (``coefficients.py``) and time (``time.py``)."""
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,8 +20,10 @@ from mmmoe_pretrain.plan.layouts import Candidate, Choice, legal, neighbours, re
 from mmmoe_pretrain.plan.memory import held_bytes
 from mmmoe_pretrain.plan.peak import rank_memory
 from mmmoe_pretrain.plan.report import Asked, Fullest, values_of
+from mmmoe_pretrain.plan.tables import size
 from mmmoe_pretrain.plan.time import step_time
 
+log = logging.getLogger(__name__)
 LISTED = 5
 
 
@@ -38,8 +41,10 @@ class Search:
 
     def __init__(self, asked: Asked, config: RunConfig) -> None:
         self.asked, self.config = asked, config
-        self.closed, self.costs = ClosedForm(config), model_costs(config)
-        self.activations = Coefficients(config, Imbalance(asked.imbalance, asked.imbalance), asked.device)
+        train = config.train.model_copy(update={"profile": None})  # of ranks that single blocks do not have
+        blocks = config.model_copy(update={"train": train})
+        self.closed, self.costs = ClosedForm(blocks), model_costs(blocks)
+        self.activations = Coefficients(blocks, Imbalance(asked.imbalance, asked.imbalance), asked.device)
         self._held: dict[Choice, int] = {}
 
     def by_time(self) -> tuple[list[tuple[float, Candidate]], int]:
@@ -106,7 +111,7 @@ class Search:
                 continue
             over = self.fullest(candidate).memory.total - self.asked.machine.memory
             if over > 0:
-                yield choice, f"does not fit: {over / 1e9:,.1f} GB too much"
+                yield choice, f"does not fit: {size(over)} too much"
                 continue
             slower = self.seconds(self.built(candidate)) / best.seconds - 1
             yield choice, f"fits, and a step takes {slower:.1%} longer"
@@ -121,7 +126,9 @@ def search(asked: Asked, config: RunConfig, assumptions: list[str]) -> dict[str,
     gc.collect()
     gc.freeze()  # what is alive stays so: runs on fake tensors collect garbage often
     try:
+        log.info("search: computing the step time of all legal layouts")
         timed, count = looking.by_time()
+        log.info("search: %d legal layouts, of which %d can fit; planning the fastest", count, len(timed))
         planned = ((each, values_of(asked, each.candidate.config, assumptions)) for each in looking.fitting(timed))
         ranked = list(islice((each for each in planned if each[1]["memory"]["fits"]), LISTED))
         if not ranked:
@@ -139,18 +146,19 @@ def search(asked: Asked, config: RunConfig, assumptions: list[str]) -> dict[str,
 
 
 def nothing_fits(looking: Search, count: int) -> str:
-    """The problem and a remedy."""
+    """The problem and the remedy."""
     config, asked = looking.config, looking.asked
     where = f"{config.name} on {asked.gpus} x {asked.machine.name}"
     if not count:
         train = config.train
         return (
-            f"{where}: no layout is possible; train.global_batch_size {train.global_batch_size} must divide into "
-            f"train.num_microbatches {train.num_microbatches} x the data-parallel ranks, and these times tensor and "
-            f"pipeline ranks are {asked.gpus}; plan for another number of GPUs, or change these"
+            f"{where}: no layout is possible: data x tensor x pipeline ranks must be {asked.gpus}, and "
+            f"train.global_batch_size {train.global_batch_size} a multiple of train.num_microbatches "
+            f"{train.num_microbatches} x data ranks; plan for another number of GPUs, or change these settings"
         )
     least = min(looking.held(candidate) for candidate in legal(config, asked.gpus))
     return (
-        f"{where}: none of {count} legal layouts fits {asked.machine.memory / 1e9:.0f} GB; the least that one holds "
-        f"from step to step is {least / 1e9:.1f} GB; use more GPUs, more train.num_microbatches or a smaller model"
+        f"{where}: none of {count} legal layouts fits {size(asked.machine.memory)}; weights, gradients and "
+        f"optimizer state alone need {size(least)} or more; use more GPUs, more train.num_microbatches or a "
+        f"smaller model"
     )

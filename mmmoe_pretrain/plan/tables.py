@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Values = Mapping[str, Any]  # a plan, as --json prints it
-GB = 1e9
-LEFT = 34  # columns of a row's name
+GB, MB = 1e9, 1e6
+TIGHT = 0.05  # share of the memory
+LEFT = 44  # columns of a row's name
+DETAILS = ("parameters.by_part", "step.traffic")  # not named where they are equal
+# What a person reads for the short names of --json.
+MEMORY = {
+    "masters": "master weights (fp32)",
+    "moments": "optimizer moments",
+    "transient": "temporary tensors",
+    "communication": "communication buffers",
+    "allowance": "allowance (CUDA, NCCL, fragmentation)",
+}
+TIME = {
+    "products": "dense matmuls",
+    "heads": "output heads",
+    "memory bound": "memory-bound operations",
+    "host": "host (launch overhead)",
+    "tensor parallel": "tensor-parallel collectives",
+    "pipeline messages": "pipeline send and receive",
+    "gradients": "gradient reduction",
+    "parameters": "parameter gathering",
+    "statistics": "small reductions",
+}
 
 
 def text_of(plan: Values) -> str:
@@ -23,19 +46,23 @@ def _lines(plan: Values) -> Iterator[str]:
     yield _row("", count(plan["parameters"]["total"]), count(plan["parameters"]["active"]))
     yield ""
     fullest = f"memory of the fullest GPU (pipeline rank {memory['pipeline_rank']})"
-    yield _row(fullest, "GB")
+    unit, name_of_unit = unit_of(memory["total"])
+    yield _row(fullest, name_of_unit)
     for name, value in memory["terms"].items():
-        yield _row(f"  {name}", gigabytes(value))
-    yield _row("", f"{gigabytes(memory['total'])} of {gigabytes(memory['capacity'])}")
+        yield _row(f"  {MEMORY.get(name, name)}", f"{value / unit:,.2f}")
+    yield _row("", f"{memory['total'] / unit:,.2f} of {memory['capacity'] / unit:,.2f}")
     yield ""
-    yield _row("bytes sent a step by that GPU", "GB in its node", "GB across nodes")
-    for kind, links in step["traffic"].items():
-        yield _row(f"  {kind}", *(gigabytes(links[link]) for link in ("inside", "across")))
+    sent = [(kind, [links[link] for link in ("inside", "across")]) for kind, links in step["traffic"].items()]
+    unit, name_of_unit = unit_of(max((sum(each) for _, each in sent), default=GB))
+    heads = (f"{name_of_unit} in its node", f"{name_of_unit} across nodes")
+    yield _row("sent a step by a GPU of the slowest stage", *heads)
+    for kind, each in sent:
+        yield _row(f"  {kind}", *(f"{value / unit:,.2f}" for value in each))
     yield ""
     yield _row("time of a step", "ms", "share")
     for name, seconds in sorted(step["parts"].items(), key=lambda part: -part[1]):
         if seconds > 0:
-            yield _row(f"  {name}", f"{1e3 * seconds:,.1f}", f"{seconds / step['seconds']:.1%}")
+            yield _row(f"  {TIME.get(name, name)}", f"{1e3 * seconds:,.1f}", f"{seconds / step['seconds']:.1%}")
     yield _row("", f"{1e3 * step['seconds']:,.1f}")
     yield ""
     yield from _summary(plan)
@@ -45,7 +72,9 @@ def _summary(plan: Values) -> Iterator[str]:
     step = plan["step"]
     yield _row(f"a step: {step['samples']:,} samples in {step['microbatches']} microbatches", count(step["tokens"]),
                "tokens")  # fmt: skip
-    yield _row("FLOPs a token, forward and backward", f"{step['flops_per_token'] / 1e9:,.2f}", "GFLOP")
+    unit, name_of_unit = unit_of(step["flops_per_token"])
+    flops = f"{step['flops_per_token'] / unit:,.2f}"
+    yield _row("FLOPs a token, forward and backward", flops, name_of_unit.replace("B", "FLOP"))
     yield _row("tokens a second", count(step["tokens_per_second"]))
     yield _row("MFU", f"{step['mfu']:.1%}")
     budget = plan["budget"]
@@ -70,10 +99,11 @@ def _row(name: str, *cells: str) -> str:
 
 
 def ranking_of(found: Values) -> str:
-    """The best layouts and, below, why those next to the first one are worse."""
+    """The best layouts and, below, why those one step from the first one are worse."""
     lines = [
         f"{found['config']} on {found['gpus']:,} x {found['gpu']}: {found['legal']:,} legal layouts with this "
-        f"global batch and number of microbatches; what {found['held_fits']:,} hold from step to step fits",
+        f"global batch and number of microbatches; weights, gradients and optimizer state of {found['held_fits']:,} "
+        f"fit",
         "",
         f"{'':<4}{'ms a step':>10}{'tokens/s':>12}{'MFU':>8}{'GB':>8}   layout",
     ]
@@ -81,28 +111,50 @@ def ranking_of(found: Values) -> str:
         step = plan["step"]
         lines.append(
             f"{place:<4}{1e3 * step['seconds']:>10,.1f}{count(step['tokens_per_second']):>12}{step['mfu']:>8.1%}"
-            f"{gigabytes(plan['memory']['total']):>8}   {plan['layout']['degrees']}"
+            f"{plan['memory']['total'] / GB:>8,.2f}   {plan['layout']['degrees']}{_tight(plan)}"
         )
-    lines += ["", "as overrides of the first:", "  " + " ".join(found["best"][0]["overrides"]), ""]
-    lines += [f"limit of the first: {found['best'][0]['limit']}", "", "next to the first:"]
+    if any(_tight(plan) for plan in found["best"]):
+        lines += ["", f"tight: less than {TIGHT:.0%} of the memory is free, and plans of memory are off by up to 2%"]
+    lines += ["", "overrides for the first:", "  " + " ".join(found["best"][0]["overrides"]), ""]
+    lines += [f"limit of the first: {found['best'][0]['limit']}", "", "layouts one step from the first:"]
     for each in found["beside"]:
         lines += [f"  {each['layout']}", f"      {each['why']}"]
     return "\n".join(lines)
 
 
+def _tight(plan: Values) -> str:
+    memory = plan["memory"]
+    return "  (tight)" if memory["total"] > (1 - TIGHT) * memory["capacity"] else ""
+
+
 def side_by_side(a: Values, b: Values, names: tuple[str, str]) -> str:
-    """Rows that differ first, then those that are equal."""
+    """The limits, rows that differ, and the names of those that are equal."""
     left, right = dict(_flat(a)), dict(_flat(b))
     keys = list(dict.fromkeys((*left, *right)))
-    differing = [key for key in keys if left.get(key) != right.get(key)]
-    equal = [key for key in keys if key not in differing]
+    long = [
+        key
+        for key in keys
+        if any(len(str(its.get(key))) > 30 for its in (left, right) if isinstance(its.get(key), str))
+    ]
+    equal = [key for key in keys if _alike(left.get(key), right.get(key))]
     width = max(map(len, keys))
     lines = [f"{'differs':<{width}}{names[0][-30:]:>32}{names[1][-30:]:>32}"]
-    for key in differing:
+    for key in keys:
+        if key in equal or key in long:
+            continue
         sides = left.get(key), right.get(key)
-        lines.append(f"{key:<{width}}{_shown(sides[0]):>32}{_shown(sides[1]):>32}{_ratio(*sides)}")
-    lines += ["", "equal"] + [f"{key:<{width}}{_shown(left[key]):>32}" for key in equal]
-    return "\n".join(lines)
+        lines.append(f"{key:<{width}}{_shown(sides[0], key):>32}{_shown(sides[1], key):>32}{_ratio(*sides)}")
+    for key in long:
+        if key not in equal:
+            lines += [f"{key}:", f"  {left.get(key)}", f"  {right.get(key)}"]
+    named = ", ".join(key for key in equal if not key.startswith(DETAILS))
+    return "\n".join([*lines, *textwrap.wrap(f"equal: {named}", 118, subsequent_indent="  ", break_on_hyphens=False)])
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equal in what a row shows."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
+    return math.isclose(a, b, rel_tol=5e-4) if numbers else a == b
 
 
 def _flat(values: Values, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,11 +165,17 @@ def _flat(values: Values, before: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{before}{key}", value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, key: str = "") -> str:
+    """``key``: bytes and seconds are shown in a unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.startswith(("memory.terms", "memory.total", "memory.capacity", "step.traffic")):
+            return size(value)
+        if key.startswith(("step.seconds", "step.parts")):
+            return f"{1e3 * value:,.1f} ms"
     if isinstance(value, bool) or value is None:
         return "-" if value is None else str(value).lower()
     if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) and abs(value) < 1e6 else f"{value:.4g}"
+        return count(value) if abs(value) >= 1e6 else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(_shown, value))
     return str(value)[:31]
@@ -136,6 +194,12 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def gigabytes(number: float) -> str:
-    """Bytes as GB of 10^9."""
-    return f"{number / GB:,.2f}"
+def unit_of(number: float) -> tuple[float, str]:
+    """Of bytes: GB of 10^9, or MB where they are fewer."""
+    return (GB, "GB") if number >= GB else (MB, "MB")
+
+
+def size(number: float) -> str:
+    """Bytes as 24.5 GB."""
+    unit, name = unit_of(number)
+    return f"{number / unit:,.1f} {name}"

@@ -30,7 +30,7 @@ from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan import communication as plan
 from mmmoe_pretrain.plan.communication import FP32, Microbatch, Parameter, Transfer
 from mmmoe_pretrain.plan.links import LinkTraffic, placed
-from mmmoe_pretrain.plan.machines import Machine
+from mmmoe_pretrain.plan.machines import PARTS, Machine
 from mmmoe_pretrain.plan.traffic import RankParts, rank_traffic
 
 SECONDS_A_DAY = 86_400.0
@@ -123,11 +123,7 @@ def step_time(
     batch = microbatch or expected_microbatch(config, layout)
     costs = costs or model_costs(config)
     number = config.train.num_microbatches
-    known: dict[object, _Rank] = {}  # ranks whose blocks are alike take as long
-    for rank in built.ranks:
-        if (key := _held(rank, costs)) not in known:
-            known[key] = _rank(built, rank, machine, costs, batch, imbalance)
-    ranks = [known[_held(rank, costs)] for rank in built.ranks]
+    ranks = _ranks(built, machine, costs, batch, imbalance)
     slowest = max(ranks, key=lambda rank: rank.microbatch_seconds)
     last = max(ranks, key=lambda rank: rank.step_seconds)
     parts = {name: number * seconds for name, seconds in slowest.microbatch.items()}
@@ -136,12 +132,12 @@ def step_time(
     for name, seconds in last.step.items():
         parts[name] = parts.get(name, 0.0) + seconds
     alone = sum(parts.values())
-    work = sum(number * rank.microbatch_seconds + rank.step_seconds for rank in ranks) * layout.tensor * layout.data
+    mean = _ranks(built, machine, costs, batch, 1.0) if imbalance > 1 and machine.cores else ranks
+    work = sum(number * rank.microbatch_seconds + rank.step_seconds for rank in mean) * layout.tensor * layout.data
     # Ranks that share cores take turns: the longer of the critical path and of the work over the cores (Brent 1974).
-    slower = _crowding(machine, layout.world_size)
     ranks_of_node = min(layout.world_size, machine.ranks_per_node)
     cores = machine.cores or ranks_of_node
-    shared = slower * max(alone, work / layout.world_size * ranks_of_node / cores)
+    shared = max(alone, work / layout.world_size * ranks_of_node / cores)
     parts["shared cores"] = shared - alone if machine.cores else 0.0
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     tokens = float(batch.tokens * number * layout.data)
@@ -154,8 +150,16 @@ def step_time(
         ranks=layout.world_size,
         power=machine.power * layout.world_size,
         traffic=slowest.traffic,
-        work=slower * work,
+        work=work,
     )
+
+
+def _ranks(built: Built, machine: Machine, costs: ModelCosts, batch: Microbatch, imbalance: float) -> list[_Rank]:
+    known: dict[object, _Rank] = {}  # ranks whose blocks are alike take as long
+    for rank in built.ranks:
+        if (key := _held(rank, costs)) not in known:
+            known[key] = _rank(built, rank, machine, costs, batch, imbalance)
+    return [known[_held(rank, costs)] for rank in built.ranks]
 
 
 def _held(rank: RankParts, costs: ModelCosts) -> object:
@@ -163,12 +167,12 @@ def _held(rank: RankParts, costs: ModelCosts) -> object:
     return tuple((s.first, s.last, costs.blocks[s.first_block : s.end_block]) for s in rank.stages)
 
 
-def _crowding(machine: Machine, ranks: int) -> float:
-    """How much slower a rank's work is beside the others of its node."""
-    if machine.cores is None:
-        return 1.0
+def _scales(machine: Machine, ranks: int) -> dict[str, float]:
+    """By part: the measured factor, times how much slower a rank is beside the others of its node."""
     ranks_of_node = min(ranks, machine.ranks_per_node)
-    return 1 + (machine.crowded - 1) * min(1.0, (ranks_of_node - 1) / max(1, machine.cores - 1))
+    busy = min(1.0, (ranks_of_node - 1) / max(1, (machine.cores or 1) - 1)) if machine.cores else 0.0
+    slower = {limit: 1 + busy * (machine.crowded.get(limit, 1.0) - 1) for limit in PARTS}
+    return {part: slower[limit] * machine.factors.get(part, 1.0) for limit, parts in PARTS.items() for part in parts}
 
 
 @dataclass(frozen=True)
@@ -192,21 +196,26 @@ def _rank(
     built: Built, rank: RankParts, machine: Machine, costs: ModelCosts, batch: Microbatch, imbalance: float
 ) -> _Rank:
     config, layout = built.config, built.layout
-    computed = _computed(config, layout, rank.stages, costs, batch, machine, imbalance)
+    scales = _scales(machine, layout.world_size)
+
+    def scaled(parts: dict[str, float]) -> dict[str, float]:
+        return {name: seconds * scales.get(name, 1.0) for name, seconds in parts.items()}
+
     held = [parameter for parameters in rank.parameters for parameter in parameters]
-    computed["gradient accumulation"] = _accumulated(layout, held) / machine.streaming
-    host = _host(config, rank.stages, machine)
-    device = sum(computed.values())
+    accumulated = {"gradient accumulation": _accumulated(layout, held) / machine.streaming}
+    computed = scaled({**_computed(config, layout, rank.stages, costs, batch, machine, imbalance), **accumulated})
+    host = scales["host"] * _host(config, rank.stages, machine)
     hooks = (ZERO_3_HOST - 1) * host if layout.zero_stage == 3 else 0.0
     if machine.asynchronous:
-        computed["host"] = max(_waiting(config, rank.stages, machine), host + hooks - device)
+        waiting = scales["host"] * _waiting(config, rank.stages, machine)
+        computed["host"] = max(waiting, host + hooks - sum(computed.values()))
     else:
         computed |= {"host": host, "ZeRO-3 hooks": hooks}
     each, once, traffic = _communicated(config, layout, rank, machine, batch, imbalance)
-    step = {"optimizer": _optimizer(layout, held, machine), "host": _host_of_step(rank.stages, machine)}
+    each, once = scaled(each), scaled(once)
     _overlap(config, layout, machine, computed, each, once)
-    scaled = {name: seconds * machine.factors.get(name, 1.0) for name, seconds in {**computed, **each}.items()}
-    return _Rank(scaled, {n: s * machine.factors.get(n, 1.0) for n, s in {**once, **step}.items()}, traffic)
+    step = scaled({"optimizer": _optimizer(layout, held, machine), "host": _host_of_step(rank.stages, machine)})
+    return _Rank({**computed, **each}, {**once, **step}, traffic)
 
 
 def _computed(

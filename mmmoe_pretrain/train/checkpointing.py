@@ -21,10 +21,11 @@ from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.survey import Sizes, read_sizes
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.objectives import Objectives
 from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.train.held_out import HeldOutScores, is_score
+from mmmoe_pretrain.train.held_out import HeldOutScores
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.schedule import jump_on_resume
@@ -46,6 +47,7 @@ class RunContext:
     engine: Engine
     journal: Journal  # of rank 0; elsewhere it writes nothing
     main: bool  # is this rank 0?
+    before_model: float = 0.0  # bytes of this process before it built the model
 
     @property
     def log(self) -> logging.Logger:
@@ -80,15 +82,21 @@ class CheckpointManager:
         keep = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         self._saver = Saver(context.config.checkpoint_root, context.host.storage, keep, settings.asynchronous)
         losses = ("total", *context.engine.models[0].loss_names)  # of a PretrainingModel
-        name = settings.best_metric.removeprefix(HELD_OUT)
-        if settings.keep_best and name not in losses and (name == settings.best_metric or not is_score(name)):
+        if settings.keep_best and not self.best_by_held_out and settings.best_metric not in losses:
             raise ValueError(
                 f"checkpoint.best_metric {settings.best_metric!r} is not a loss of this run: {', '.join(losses)}; or "
                 f"{HELD_OUT} and the name of a loss or score, e.g. {HELD_OUT}total or {HELD_OUT}image_to_text_r1"
             )
+        if warning := warning_of_changing_weights(context.config, context.engine.models[0].objectives):
+            context.log.warning("%s", warning)
         self._started = -1  # the step of the last save
         self._last: SaveReport | None = None
         self.failures = 0  # failed saves in a row
+
+    @property
+    def best_by_held_out(self) -> bool:
+        """Whether the best checkpoints are those with the best of a held-out loss or score."""
+        return bool(self._settings.keep_best) and self._settings.best_metric.startswith(HELD_OUT)
 
     def save(
         self, step: int, data: DataState, losses: dict[str, float], held_out: HeldOutScores | None = None
@@ -103,7 +111,7 @@ class CheckpointManager:
         """The best_metric of ``step``, the lower the better, without the weight that an objective had then, which may
         follow a schedule; None before the first step, where the weight was 0, and where it was not scored."""
         name, objectives = self._settings.best_metric, self._context.engine.models[0].objectives
-        if self._settings.keep_best and name.startswith(HELD_OUT):
+        if self.best_by_held_out:
             name = name.removeprefix(HELD_OUT)
             weight = objectives.weights(step).get(name, 1.0)
             return held_out.metric(name) / weight if held_out is not None and weight else None
@@ -173,6 +181,24 @@ class CheckpointManager:
             journal.write("cleaning_failed", step=report.step, error=report.warning)
 
 
+def warning_of_changing_weights(config: RunConfig, objectives: Objectives) -> str:
+    """Where the best checkpoints are those with the lowest total, and a weight in it changes during the run; else
+    empty."""
+    metric = config.checkpoint.best_metric
+    before = HELD_OUT if metric.startswith(HELD_OUT) else ""
+    if not config.checkpoint.keep_best or metric.removeprefix(before) != "total":
+        return ""
+    last = config.train.steps if before else config.train.steps - 1  # held-out samples have the next step's weights
+    changing = [name for name, its in objectives.items() if its.settings.changes_until(last)]
+    if not changing:
+        return ""
+    losses = [before + loss for loss, name in objectives.losses.items() if name in changing]
+    return (
+        f"checkpoint.best_metric {metric} compares totals of different weights: the weight of {', '.join(changing)} "
+        f"changes during the run; losses that are compared without their weight: {', '.join(losses)}"
+    )
+
+
 def _meta(context: RunContext, data: DataState, losses: dict[str, float]) -> dict[str, Any]:
     """Plain values saved beside the tensors of a checkpoint. Every random number of a run is a function of its seed,
     the step and the sample's position, so no generator's state is among them."""
@@ -198,6 +224,7 @@ class Restored:
     checkpoint: store.Checkpoint
     step: int  # steps done
     data: DataState  # as saved
+    losses: dict[str, float]  # of that step, as saved
 
 
 def restore(context: RunContext, candidates: Sequence[store.Checkpoint]) -> Restored:
@@ -254,7 +281,8 @@ def _load(context: RunContext, checkpoint: store.Checkpoint, meta: dict[str, Any
     )
     order, sizes = str(meta.get("data_order", "")), read_sizes(meta.get("data_sizes"))
     data = DataState(cursor, samples, streams, order, sizes, changes)
-    return Restored(checkpoint, progress.steps, data)
+    losses = {name: math.nan if value is None else value for name, value in meta.get("losses", {}).items()}
+    return Restored(checkpoint, progress.steps, data, losses)
 
 
 def _order_of_data(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from mmmoe_pretrain.progress import clock
 from mmmoe_pretrain.train.held_out import HeldOutScores
-from mmmoe_pretrain.train.metrics import GIB, StepRecord
+from mmmoe_pretrain.train.metrics import StepRecord
+from mmmoe_pretrain.train.scalars import GIB
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,7 +53,7 @@ class Console:
         self._progress = None
 
     def set_step(self, step: int) -> None:
-        """``step`` steps are done: the run resumed, or rolled back."""
+        """``step`` steps are done: the run resumed or rolled back, or has a record of this step that is not shown."""
         self._step = step
         self._show(completed=step)
 

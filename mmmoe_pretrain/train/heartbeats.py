@@ -190,7 +190,9 @@ def describe(reason: str, beats: Mapping[int, Heartbeat], silent: Collection[int
     if waited:
         lines.append(f"The others wait for {_ranks(waited)} ({why}).")
     else:
-        lines.append("No rank is behind the others: all wait, maybe for each other; compare their flight records.")
+        lines.append(
+            "No rank is behind the others: all are waiting, maybe for each other; compare their flight records."
+        )
     groups: dict[tuple[bool, tuple[int, int], tuple[str, str]], list[Heartbeat]] = defaultdict(list)
     for rank, beat in sorted(beats.items()):
         groups[rank not in waited, beat.position, _state(beat, rank in silent)].append(beat)

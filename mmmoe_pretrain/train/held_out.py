@@ -2,22 +2,25 @@
 
 The validation samples are cut into steps and microbatches as those of training are, without augmentation and in one
 order, so the losses are those of training on other samples, and equal at any layout. A rank takes every R-th sample
-of a microbatch, R being the data-parallel size. Every rank of a replica decodes them by itself. Scores are those of
-``mmmoe evaluate``, on the features of all ranks.
+of a microbatch, R being the data-parallel size. Every rank of a replica decodes them by itself, once: it keeps them.
+Scores are those of ``mmmoe evaluate``, on the features of all ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta
+from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import HELD_OUT, RunConfig
 from mmmoe_pretrain.data.decode import decode
 from mmmoe_pretrain.data.evaluation import eval_settings
@@ -31,14 +34,30 @@ from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.evaluate import scores
-from mmmoe_pretrain.evaluate.features import HeldOut, held_out, joined
+from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.objectives import Objectives, Outputs
 from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.train.watchdog import Watchdog
 
+MOST_KEPT = 512 << 20  # bytes of decoded samples that a rank keeps from one evaluation to the next
 Part = tuple[np.ndarray, HeldOut]  # numbers of samples, and what is known of them
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """Of one rank. ``numbers`` of its samples, which may lie past the last one."""
+
+    numbers: np.ndarray
+    contents: Contents
+    batch: Batch
+
+    @property
+    def nbytes(self) -> int:
+        sizes: list[int] = []
+        map_leaves(self.batch, Tensor, lambda tensor: sizes.append(tensor.nbytes))
+        return sum(sizes)
 
 
 @dataclass(frozen=True)
@@ -54,34 +73,39 @@ class HeldOutScores:
         return {**self.losses, **self.scores}
 
     def metric(self, name: str) -> float:
-        """The lower, the better. Raises ValueError where there is no loss or score of that name."""
-        known = self.by_name()
-        if name not in known:
-            raise ValueError(
-                f"checkpoint.best_metric {HELD_OUT}{name} is none of the held-out losses and scores: "
-                f"{', '.join(known)}"
-            )
-        return -known[name] if is_recall(name) else known[name]
+        """The lower, the better."""
+        value = self.by_name()[name]
+        return -value if is_recall(name) else value
 
 
 def is_recall(name: str) -> bool:
     return name.rpartition("_")[2] in {f"r{k}" for k in scores.KS}
 
 
-def is_score(name: str) -> bool:
-    """Whether a score may be called so; which ones there are depends on the data."""
-    return is_recall(name) or name.endswith("_perplexity")
-
-
 def open_validation(
-    config: RunConfig, modalities: Modalities, groups: Groups, host: HostGroups, loader: Loader | ReplicaLoader
+    config: RunConfig,
+    modalities: Modalities,
+    groups: Groups,
+    host: HostGroups,
+    loader: Loader | ReplicaLoader,
+    losses: Sequence[str],
 ) -> Validation | None:
-    """None where the config scores nothing in training. Raises ValueError on every rank where the shards cannot be
-    read, or have samples that are trained on. Collective."""
+    """None where the config scores nothing in training. ``losses``: those of the model. Raises ValueError on every
+    rank where the shards cannot be read, or have samples that are trained on, and where checkpoint.best_metric is
+    none of the losses and scores. Collective."""
     if not config.evaluate.every:
         return None
     found = Validation(config, modalities, groups, host)
     from_rank_0(host.storage, lambda: found.refuse_overlap(loader.sources))
+    wanted = config.checkpoint.best_metric
+    known = ["total", *losses]
+    if config.checkpoint.keep_best and wanted.startswith(HELD_OUT) and wanted.removeprefix(HELD_OUT) not in known:
+        known += found.score_names()
+        if wanted.removeprefix(HELD_OUT) not in known:
+            raise ValueError(
+                f"checkpoint.best_metric {wanted} is none of the held-out losses and scores of evaluate.validation: "
+                f"{', '.join(HELD_OUT + name for name in known)}"
+            )
     return found
 
 
@@ -91,6 +115,9 @@ class Validation:
     def __init__(self, config: RunConfig, modalities: Modalities, groups: Groups, host: HostGroups) -> None:
         self.config, self._modalities, self._groups, self._host = config, modalities, groups, host
         self._settings, self._files = eval_settings(config, modalities), Files(read_settings(config))
+        self._objectives = self._settings.objectives
+        self._kept: dict[int, _Microbatch] = {}  # by the number of their first sample
+        self._kept_bytes = 0
         paths = config.evaluate.validation
         listings = from_rank_0(host.storage, lambda: [list_shards(path, self._files) for path in paths])
         self._sources: list[Indexed] = agree(
@@ -114,8 +141,9 @@ class Validation:
                 f"shards"
             )
 
-    def score(self, engine: Engine, watchdog: Watchdog, step: int) -> HeldOutScores:
-        """The losses and scores of the model after ``step`` steps, equal on every rank. Collective."""
+    def score(self, engine: Engine, watchdog: Watchdog, step: int, stop: Callable[[], bool]) -> HeldOutScores | None:
+        """The losses and scores of the model after ``step`` steps, equal on every rank; None where ``stop()``, which
+        is collective and asked before each step of samples, ends it. Collective."""
         began = time.perf_counter()
         parts: list[Part] = []
         sums: defaultdict[str, float] = defaultdict(float)
@@ -123,6 +151,8 @@ class Validation:
         size = self.config.train.global_batch_size
         for start in range(0, self.samples, size):
             watchdog.beat(step, "evaluate")
+            if stop():
+                return None
             losses, terms = self._step(engine, start, parts)
             for name, value in losses.items():  # of auxiliary losses, whose terms are tokens, and of objectives
                 weight = terms.get(name, terms["tokens"])
@@ -131,10 +161,8 @@ class Validation:
         watchdog.beat(step, "evaluate")
         means = {name: sums[name] / counts[name] if counts[name] else 0.0 for name in sums}
         means["total"] = sum(value for name, value in means.items() if name != "total")
-        objectives = engine.models[0].objectives
-        found = exchange(
-            self._host.storage, lambda: _only(parts), lambda ranks: self._scores([*filter(None, ranks)], objectives)
-        )
+        # Not over ``storage``, which the thread of a save in flight may use.
+        found = exchange(self._host.control, lambda: _only(parts), lambda ranks: self._scores([*filter(None, ranks)]))
         return HeldOutScores(means, found, self.samples, time.perf_counter() - began)
 
     def _step(self, engine: Engine, start: int, parts: list[Part]) -> tuple[dict[str, float], Counter[str]]:
@@ -144,22 +172,48 @@ class Validation:
         shown = self._groups.tensor_rank == 0  # the others have the same outputs
 
         def observe(outputs: Outputs) -> None:
-            numbers, samples, batch = next(waiting)
+            its = next(waiting)
             if shown:
-                objectives, vocab_size = self._settings.objectives, self.config.model.vocab_size
-                parts.append((numbers, held_out(outputs, batch, samples, objectives, vocab_size)))
+                parts.append((its.numbers, held_out(outputs, its.batch, its.contents, self.config.model.vocab_size)))
 
-        losses, counts = engine.evaluate([batch for _, _, batch in made], observe)
+        losses, counts = engine.evaluate([its.batch for its in made], observe)
         return losses, Counter({**counts.terms, "tokens": counts.tokens})
 
-    def _microbatches(self, start: int) -> Iterator[tuple[np.ndarray, list[Sample], Batch]]:
-        """This rank's samples of each microbatch of a step, whose numbers may lie past the last sample."""
+    def score_names(self) -> list[str]:
+        """The names of all scores, which depend on the samples alone. Collective."""
+        return exchange(
+            self._host.storage, self._without_model, lambda ranks: [*self._scores([*filter(None, ranks)])]
+        )
+
+    def _without_model(self) -> Part | None:
+        """This rank's samples with features of zeros; None where another rank has the same samples."""
+        if self._groups.tensor_rank or self._groups.pipeline_rank:
+            return None
+        starts = range(0, self.samples, self.config.train.global_batch_size)
+        made = itertools.chain.from_iterable(map(self._microbatches, starts))
+        vocab_size = self.config.model.vocab_size
+        return _only(
+            [
+                (its.numbers, held_out(_zeros(its, self._objectives), its.batch, its.contents, vocab_size))
+                for its in made
+            ]
+        )
+
+    def _microbatches(self, start: int) -> Iterator[_Microbatch]:
+        """Those of a step, of this rank; the first ones that were made are kept."""
         each, ranks = microbatch_size(self.config, self._groups.data_size), self._groups.data_size
         for number in range(self.config.train.num_microbatches):
             first = start + number * each * ranks + self._groups.data_rank
-            numbers = np.arange(first, first + each * ranks, ranks)
-            samples = [self._sample(n) for n in numbers.tolist()]
-            yield numbers, samples, pack(samples, self._settings, numbers)
+            made = self._kept.get(first) or self._make(np.arange(first, first + each * ranks, ranks))
+            if first not in self._kept and self._kept_bytes + made.nbytes <= MOST_KEPT:
+                self._kept[first] = made
+                self._kept_bytes += made.nbytes
+            yield made
+
+    def _make(self, numbers: np.ndarray) -> _Microbatch:
+        samples = [self._sample(n) for n in numbers.tolist()]
+        batch = pack(samples, self._settings, numbers)
+        return _Microbatch(numbers, contents(batch, samples, self._objectives), batch)
 
     def _sample(self, number: int) -> Sample:
         """Empty where it cannot be decoded, and past the last one."""
@@ -174,19 +228,26 @@ class Validation:
         source = int(np.searchsorted(self._ends, number, side="right"))
         return source, number - int(self._ends[source - 1] if source else 0)
 
-    def _scores(self, ranks: Sequence[Part], objectives: Objectives) -> dict[str, float]:
+    def _scores(self, ranks: Sequence[Part]) -> dict[str, float]:
         """Of the parts of all ranks. Recall is NaN where a feature is not finite: no checkpoint is the best by it."""
         numbers = np.concatenate([numbers for numbers, _ in ranks])
         data = _taken(joined([part for _, part in ranks]), np.argsort(numbers)[: self.samples])
         names, settings = self.config.stream_names.modalities, self.config.evaluate
         found: dict[str, float] = {}
-        for pair in objectives.aligned:
+        for pair in self._objectives.aligned:
             known = all(np.isfinite(data.features[name]).all() for name in pair)
             for score in scores.retrieval_scores(data, pair, settings)[0]:
                 found[score.metric] = score.value if known else math.nan
         for task, predicted in data.predicted.items():
             found |= {score.metric: score.value for score in scores.perplexity_scores(task, predicted, None, names)}
         return {metric: value for metric, value in found.items() if "/" not in metric}
+
+
+def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
+    """Outputs of no model, of which scores have their names."""
+    features = {name: torch.zeros(len(its.numbers), 1) for name in objectives.representations}
+    token_nll = {task: torch.zeros(len(its.batch.targets[task].ids)) for task in objectives.predicting}
+    return Outputs(torch.zeros(0), features, token_nll)
 
 
 def _only(parts: list[Part]) -> Part | None:

@@ -28,19 +28,28 @@ from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import StepResult
 from mmmoe_pretrain.modalities import build_modalities
-from mmmoe_pretrain.parallel.agreement import BackgroundSum, agree, exchange, from_rank_0, number_from_rank_0
+from mmmoe_pretrain.parallel.agreement import (
+    BackgroundSum,
+    agree,
+    any_rank,
+    exchange,
+    from_rank_0,
+    number_from_rank_0,
+)
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.replica import build_replica_channel
-from mmmoe_pretrain.parallel.runtime import process_group
-from mmmoe_pretrain.train import start
+from mmmoe_pretrain.parallel.runtime import deterministic_operations, process_group
+from mmmoe_pretrain.train import cpu, start
 from mmmoe_pretrain.train.checkpointing import CheckpointManager, DataState, Restored, RunContext, restore
 from mmmoe_pretrain.train.held_out import HeldOutScores, Validation, open_validation
 from mmmoe_pretrain.train.journal import Journal
 from mmmoe_pretrain.train.learning import ObjectiveMonitor
 from mmmoe_pretrain.train.lock import RunLock
+from mmmoe_pretrain.train.memory import resident
 from mmmoe_pretrain.train.metrics import SampleCounts
 from mmmoe_pretrain.train.opening import check_data, open_data
+from mmmoe_pretrain.train.planned import check_machine
 from mmmoe_pretrain.train.profiling import StepProfiler
 from mmmoe_pretrain.train.replicas import check_replicas
 from mmmoe_pretrain.train.reporting import Reporter
@@ -60,11 +69,16 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
     replaces the run. Raises ValueError for a config, layout, data or checkpoints that cannot work.
     """
     torch.set_num_threads(config.train.threads_per_rank)
-    with stop_on_signals() as stop, process_group(config.parallel.timeout_minutes) as device:
+    with (
+        deterministic_operations(config.train.deterministic),
+        stop_on_signals() as stop,
+        process_group(config.parallel.timeout_minutes) as device,
+    ):
         finished = False
         try:
             host = build_host_groups(config.parallel.timeout_minutes)
             from_rank_0(host.control, lambda: check_installed(config.trackers.named))
+            from_rank_0(host.control, lambda: check_machine(config))
             # Files may be missing on one machine alone.
             modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
             start.check_same_config(config, host)
@@ -76,18 +90,23 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
                 Watchdog(config.run_dir, host.control, config.hang_seconds) as watchdog,
             ):
                 decision = start.look(config, host, lock, resume, overwrite)
+                config = cpu.settle(config, layout, host, device, decision.found)
                 groups = build_groups(layout, config.parallel.timeout_minutes)
+                before_model = resident()
                 engine = build_engine(config, groups, device)
                 main = dist.get_rank() == 0
                 for name, decoder in modalities.decoders.items() if main else ():
-                    log.info("%s is decoded by %s", name, decoder)
+                    log.info("decoder of %s: %s", name, decoder)
                 channel = build_replica_channel(groups, host.control)
                 with open_data(config, modalities, groups, host, channel) as loader:
                     check_data(config, host, loader, main)
-                    validation = open_validation(config, modalities, groups, host, loader)
+                    losses = engine.models[0].loss_names
+                    validation = open_validation(config, modalities, groups, host, loader, losses)
                     decision = start.claim(config, host, lock, decision)  # only now: everything else works
                     with closing(Journal(config.run_dir, enabled=main)) as journal:
-                        context = RunContext(config, layout, groups, host, modalities, engine, journal, main)
+                        context = RunContext(
+                            config, layout, groups, host, modalities, engine, journal, main, before_model
+                        )
                         trainer = Trainer(context, loader, stop, watchdog, validation)
                         trainer.load(decision.found)
                         code = trainer.train()
@@ -119,7 +138,8 @@ class Trainer:
         self.status_sum = BackgroundSum(context.host.control)
         self.budget = BadBudget(self.config.data.max_bad_fraction)
         self.samples = SampleCounts()
-        self.streams: stream_state.Table = {}  # as the checkpoint has them from which this start or rollback resumed
+        self.losses: dict[str, float] = {}  # of the checkpoint from which this start or rollback resumed
+        self.streams: stream_state.Table = {}  # as that checkpoint has them
         self.sizes = sizes_of([source.path for source in self.config.data.train], loader.sources)
         self.has_streams = any(is_stream(source.path) for source in self.config.data.train)
         self.faults = FaultDetector(self.config)
@@ -133,6 +153,7 @@ class Trainer:
         """Resume from the newest of ``found`` that is intact. Without any, start from step 0 and save that first: a
         run can then always roll back, and one that cannot save ends before it has trained."""
         context, journal = self.context, self.context.journal
+        facts = {"ranks": dist.get_world_size(), **cpu.facts(context.engine.device)}
         self.skipped = from_rank_0(context.host.storage, lambda: read_skipped_batches(self.config.run_dir))
         self.watchdog.beat(0, "load")
         rollback_step = self.skipped.back_to
@@ -141,10 +162,10 @@ class Trainer:
             self._take_over(restored)
             if rollback_step is not None:  # the processes ended in the middle of a rollback
                 self._finish_rollback(restored)
-            journal.write("resumed", step=self.step, path=str(restored.checkpoint), ranks=dist.get_world_size())
+            journal.write("resumed", step=self.step, path=str(restored.checkpoint), **facts)
             context.log.info("resumed from %s", restored.checkpoint)
         else:
-            journal.write("started", step=0, ranks=dist.get_world_size(), version=__version__)
+            journal.write("started", step=0, version=__version__, **facts)
         from_rank_0(context.host.storage, lambda: start.write_config(self.config, context.modalities.fingerprint))
         self._seek()
         if not found:
@@ -153,20 +174,22 @@ class Trainer:
 
     def train(self) -> int:
         """Train until all steps are done or a stop is requested; the exit code."""
-        if self.step >= self.settings.steps:
+        first, code = self.step, None
+        owed = self.reporter.owes_scores(first)  # by a start that was stopped
+        if first >= self.settings.steps and not owed:
             self.context.log.info("all %d steps are done; raise train.steps to continue", self.step)
             return exit_codes.DONE
-        first, code = self.step, None
         self.reporter.begin(first)
         with self.console:
             try:
                 self.reporter.open(first)
-                while (code := self._train_until_rollback()) is None:
-                    pass
+                code = self._add_scores() if owed else None
+                while code is None:
+                    code = self._train_until_rollback()
             finally:
                 self.reporter.close_log()
                 self.watchdog.beat(self.step, "save")
-                self.profiler.close()
+                self.profiler.close(self.step)
                 self.reporter.close_trackers(finished=code == exit_codes.DONE)
         self.checkpoints.close()
         self.objectives.raise_if_all_idle(whole_run=code == exit_codes.DONE and first == 0)
@@ -184,13 +207,28 @@ class Trainer:
             if bad_steps is not None:
                 self._roll_back(bad_steps)
                 return None
-            held_out = self.reporter.log(self.step, result, rate, self.samples, self.stopping)
+            held_out = self.reporter.log(self.step, result, rate, self.samples, self._stops)
             self._check_objectives(result)
             self._save_if_due(result, held_out)
-            if self.step < self.settings.steps and self.stopping:
+            if self.stopping and (self.step < self.settings.steps or self.reporter.owes_scores(self.step)):
                 return self._stopped()
             self._begin("data")
         return exit_codes.DONE
+
+    def _stops(self) -> bool:
+        """Whether a rank was asked to stop; equal on every rank. Collective."""
+        self.stopping = self.stopping or any_rank(self.context.host.control, self.stop.requested)
+        return self.stopping
+
+    def _add_scores(self) -> int | None:
+        """Make the held-out scores that this step owes; the exit code where a stop ends them, too."""
+        held_out = self.reporter.add_scores(self.step, self._stops)
+        if held_out is None:
+            return self._stopped()
+        if self.checkpoints.best_by_held_out and self.step % self.config.checkpoint.every == 0:
+            self.watchdog.beat(self.step, "save")
+            self.checkpoints.save(self.step, self._data_state(), self.losses, held_out)  # again, with its metric
+        return None
 
     def _begin(self, phase: str) -> None:
         """Of the next step."""
@@ -346,7 +384,7 @@ class Trainer:
         self.step = restored.step
         self.console.set_step(self.step)
         self.skipped.add(restored.data.cursor)
-        self.samples = restored.data.samples
+        self.samples, self.losses = restored.data.samples, restored.losses
         self.streams = restored.data.streams
         if (order := self._order()) and restored.data.order not in ("", order):
             found = [*changes(restored.data.sizes, self.sizes), *restored.data.changes]

@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import mmap
-import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from mmmoe_pretrain.parallel.agreement import largest
 from mmmoe_pretrain.parallel.groups import Group
 from mmmoe_pretrain.train.held_out import HeldOutScores
 from mmmoe_pretrain.train.journal import LineWriter
+from mmmoe_pretrain.train.memory import GROWN, growth, largest_resident, peak_memory
 from mmmoe_pretrain.train.planned import Planned
+from mmmoe_pretrain.train.scalars import held_out_scalars, scalars
 from mmmoe_pretrain.train.telemetry import LayerRouting, gather_routing, gather_stages, layer_json, number
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-GIB = 1 << 30
 NO_EVENTS = "TensorBoard gets no more of this run"
 
 
@@ -136,15 +137,6 @@ class Compute:
 UNKNOWN = Compute()
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Bytes, since this process began: of a GPU those of torch's allocator, else of the process (its largest
-    resident set)."""
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated": float(allocated), "reserved": float(reserved)}
-    return {"resident": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-
-
 class Recorder:
     """Turns step results into records: losses and routing are those of the logged step, so that a resumed run logs
     the same; times and tokens are summed since the record before."""
@@ -156,12 +148,18 @@ class Recorder:
         ranks: Group = None,
         device: torch.device = CPU,
         compute: Compute = UNKNOWN,
+        before_model: float = 0.0,
     ) -> None:
-        """``ranks``: all of them, on the host."""
+        """``ranks``: all of them, on the host. ``before_model``: bytes of the process before it built the model."""
         self._group, self._pipeline, self._ranks = group, pipeline, ranks
         self._device, self._compute = device, compute
+        self._before_model, self._before_steps = before_model, 0.0
         self.steps = 0  # counted so far
         self.begin_interval()
+
+    def begin_steps(self) -> None:
+        """Before the first step of this process: the model is there, and its checkpoint is loaded."""
+        self._before_steps = largest_resident()
 
     def begin_interval(self) -> None:
         """Start counting times and tokens."""
@@ -185,7 +183,7 @@ class Recorder:
     def record(self, step: int, result: StepResult, learning_rate: float, samples: SampleCounts) -> StepRecord:
         """The record of ``step`` (the first is 1), equal on every rank; begins a new interval. Collective."""
         now = time.perf_counter()
-        memory = peak_memory(self._device)
+        memory = self._memory()
         data_seconds, *peaks = largest(self._ranks, [self._data_seconds, *memory.values()])
         record = StepRecord(
             step=step,
@@ -199,12 +197,18 @@ class Recorder:
             loading_seconds=dict(self._loading_seconds),
             samples=samples,
             routing=gather_stages(gather_routing(result.routing, self._group), self._pipeline),
-            memory=dict(zip(memory, peaks, strict=True)),
+            memory={kind: peak for kind, peak in zip(memory, peaks, strict=True) if peak},
             flops_a_token=self._compute.flops_a_token,
             peak_flops=self._compute.peak_flops,
         )
         self.begin_interval()
         return record
+
+    def _memory(self) -> dict[str, float]:
+        found = peak_memory(self._device)
+        if "resident" in found and self._before_model:
+            found[GROWN] = growth(found["resident"], self._before_model, self._before_steps)
+        return found
 
 
 class MetricsLog:
@@ -227,15 +231,29 @@ class MetricsLog:
         self._drawn_step = resume_step
         self._undrawn: StepRecord | None = None
 
-    def write(self, record: StepRecord) -> None:
-        """Log one step; a killed process loses no line that was written before."""
+    def write(self, record: StepRecord) -> dict[str, Any]:
+        """Log one step; its line. A killed process loses no line that was written before."""
+        values = to_json(record)
         if self._lines is not None:
-            self._lines.write(json.dumps(to_json(record), allow_nan=False, separators=(",", ":")))
-        self._show(lambda events: _add_scalars(events, record))
+            self._lines.write(_line(values))
+        self._show(lambda events: _add_scalars(events, record.step, scalars(values)))
         if record.routing:
             self._undrawn = record
             if record.step // self.heatmap_every > self._drawn_step // self.heatmap_every:
                 self._draw()
+        return values
+
+    def add_held_out(self, step: int, found: HeldOutScores) -> dict[str, Any] | None:
+        """Give the record of ``step``, the last one, its held-out scores; its line, if it is there."""
+        path, values = self.run_dir / "metrics.jsonl", None
+        with _logging_failure("metrics.jsonl lacks the held-out scores of the last step"):
+            if record := record_of(path, step):
+                values = {**record, "held_out": held_out_json(found)}
+                truncate_after(path, step - 1)
+        if values is not None and self._lines is not None:
+            self._lines.write(_line(values))
+            self._show(lambda events: _add_scalars(events, step, held_out_scalars(values["held_out"])))
+        return values
 
     def close(self) -> None:
         """Draw the last routing, and end the files."""
@@ -281,20 +299,40 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
-            end = log.rfind(b"\n") + 1
-            while end:
-                begin = log.rfind(b"\n", 0, end - 1) + 1
-                try:
-                    past = json.loads(log[begin:end])["step"] > step
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise ValueError(
-                        f"{path}: the line at byte {begin} is not a record of a step; fix the line or move the file"
-                    ) from error
-                if not past:
-                    break
-                end = begin
+        end, _ = _last_until(path, file, step)
         file.truncate(end)
+
+
+def record_of(path: Path, step: int) -> dict[str, Any] | None:
+    """The record of ``step`` in a log of ascending steps, read from its end; None where it has none."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    with path.open("rb") as file:
+        _, record = _last_until(path, file, step)
+    return record if record is not None and record["step"] == step else None
+
+
+def _last_until(path: Path, file: BinaryIO, step: int) -> tuple[int, dict[str, Any] | None]:
+    """Where the last record of a step up to ``step`` ends, and that record."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
+        end = log.rfind(b"\n") + 1
+        while end:
+            begin = log.rfind(b"\n", 0, end - 1) + 1
+            try:
+                record = json.loads(log[begin:end])
+                past = record["step"] > step
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: the line at byte {begin} is not a record of a step; fix the line or move the file"
+                ) from error
+            if not past:
+                return end, record
+            end = begin
+    return 0, None
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, allow_nan=False, separators=(",", ":"))
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:
@@ -319,12 +357,17 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "cut": record.samples.cut,
         "routing": [layer_json(layer) for layer in record.routing],
         **({} if record.held_out is None else {"held_out": held_out_json(record.held_out)}),
-        **({} if record.planned is None else {"planned": _planned_json(record.planned)}),
+        **({} if record.planned is None else {"planned": _planned_json(record, record.planned)}),
     }
 
 
-def _planned_json(planned: Planned) -> dict[str, Any]:
-    return {"tokens_per_second": number(planned.tokens_per_second), "peak_memory": round(planned.peak_memory)}
+def _planned_json(record: StepRecord, planned: Planned) -> dict[str, Any]:
+    speed = planned.tokens_per_second
+    return {
+        "tokens_per_second": number(speed),
+        "peak_memory": round(planned.peak_memory),
+        "speed_over_plan": number(record.tokens_per_second / speed),
+    }
 
 
 def held_out_json(found: HeldOutScores) -> dict[str, Any]:
@@ -340,49 +383,6 @@ def _known(value: float | None) -> float | None:
     return None if value is None else number(value)
 
 
-def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
-    """The names and values that TensorBoard and the trackers get."""
-    for name, value in record.losses.items():
-        auxiliary = name.removeprefix("aux/")
-        yield (f"1_loss/{name}" if auxiliary == name else f"4_auxiliary_loss/{auxiliary}"), value
-    if record.routing:
-        least, most = record.load_over_even
-        yield "2_routing/load_over_even_min", least
-        yield "2_routing/load_over_even_max", most
-        yield "2_routing/dead_experts", float(record.dead_experts)
-        for name in ("entropy", "marginal_entropy", "dropped"):
-            values_LM = np.stack([getattr(layer, f"{name}_M") for layer in record.routing])
-            yield from _named(f"2_routing/{name}", record.routing[0].names.modalities, values_LM.mean(axis=0))
-    if record.held_out is not None:
-        for name, value in record.held_out.by_name().items():
-            yield f"0_held_out/{name}", value
-    for name, count in record.counts.items():
-        yield f"1_loss_counts/{name}", float(count)
-    yield "3_optimizer/learning_rate", record.learning_rate
-    yield "3_optimizer/grad_norm", record.grad_norm
-    yield "5_speed/tokens_per_second", record.tokens_per_second
-    if record.flops_per_second is not None:
-        yield "5_speed/tflops_per_second", record.flops_per_second / 1e12
-    if record.mfu is not None:
-        yield "5_speed/mfu", record.mfu
-    if record.planned is not None:
-        yield "5_speed/tokens_per_second_planned", record.planned.tokens_per_second
-        yield "5_speed/peak_memory_gib/planned", record.planned.peak_memory / GIB
-    yield "5_speed/data_wait_fraction", record.data_fraction
-    yield "5_speed/tokens_total", float(record.samples.tokens)
-    for kind, size in record.memory.items():
-        yield f"5_speed/peak_memory_gib/{kind}", size / GIB
-    yield "5_speed/bad_samples", float(record.samples.bad)
-    yield "5_speed/cut_samples", float(sum(record.samples.cut.values()))
-    for layer in record.routing:
-        prefix = f"6_layers/{layer.layer:02d}"
-        yield f"{prefix}/load_over_even_min", float(layer.load_over_even_E.min())
-        yield f"{prefix}/load_over_even_max", float(layer.load_over_even_E.max())
-        yield f"{prefix}/dead_experts", float((layer.load_over_even_E == 0).sum())
-        yield from _named(f"{prefix}/entropy", layer.names.modalities, layer.entropy_M)
-        yield from _named(f"{prefix}/marginal_entropy", layer.names.modalities, layer.marginal_entropy_M)
-
-
 def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
 
@@ -390,11 +390,6 @@ def _summary_writer(folder: Path, first_step: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
-def _add_scalars(events: SummaryWriter, record: StepRecord) -> None:
-    for tag, value in scalars(record):
-        events.add_scalar(tag, value, record.step)
-
-
-def _named(prefix: str, names: Sequence[str], values_M: np.ndarray) -> Iterator[tuple[str, float]]:
-    for name, value in zip(names, values_M, strict=True):
-        yield f"{prefix}/{name}", float(value)
+def _add_scalars(events: SummaryWriter, step: int, values: Iterable[tuple[str, float | None]]) -> None:
+    for tag, value in values:
+        events.add_scalar(tag, math.nan if value is None else value, step)

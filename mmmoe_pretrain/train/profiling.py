@@ -42,7 +42,7 @@ class StepProfiler:
         while True:
             if settings is not None and step() == settings.steps[1]:
                 phase("save")
-                self.close()
+                self.close(step())
                 phase("data")
             if settings is not None and step() + 1 == settings.steps[0] and self._own:
                 self._start()
@@ -58,11 +58,15 @@ class StepProfiler:
             self._stop()
         self._profile = None
 
-    def close(self) -> None:
-        """Stop, and write what there is."""
+    def close(self, last: int) -> None:
+        """Stop, and write the steps up to ``last``, the last one that is done; nothing where none is whole."""
         if self._profile is None or self._settings is None:
             return
-        first, last = self._settings.steps
+        first = self._settings.steps[0]
+        if last < first:
+            log.warning("train.profile: the run ended in step %d, the first of the trace; nothing is written", first)
+            self.drop()
+            return
         name = self._folder / f"steps_{first}-{last}_rank_{dist.get_rank()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

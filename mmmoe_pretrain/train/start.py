@@ -173,13 +173,9 @@ def check_same_model(
 ) -> None:
     """Compare with the config saved beside the run, or where there is none (another machine's disk) with the
     checkpoint's own. Raises ValueError that names what differs."""
-    if saved.is_file():
-        before = run_config.load(saved)
-    else:
-        values = of_checkpoint()
-        if values is None:
-            return
-        before = run_config.parse(values, where="the checkpoint's config")
+    before = config_before(saved, of_checkpoint)
+    if before is None:
+        return
     if not before.model.vocab_size:  # of an earlier version; the tokenizer's fingerprint is compared later
         before = before.with_vocabulary(config.model.vocab_size)
     if changes := list(differences(_model_settings(before), _model_settings(config))):
@@ -187,6 +183,14 @@ def check_same_model(
             f"a resumed run cannot change the model of {saved.parent}: {'; '.join(changes)}; set it back, train "
             f"under another name=, or replace the run with --overwrite"
         )
+
+
+def config_before(saved: Path, of_checkpoint: Callable[[], dict[str, Any] | None]) -> RunConfig | None:
+    """Of the starts before this one, from ``saved`` or else from the checkpoint; None where neither has it."""
+    if saved.is_file():
+        return run_config.load(saved)
+    values = of_checkpoint()
+    return None if values is None else run_config.parse(values, where="the checkpoint's config")
 
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:

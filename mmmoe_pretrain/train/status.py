@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -48,7 +48,7 @@ class Status:
     step: int = 0
     steps: int | None = None
     tokens: int | None = None
-    tokens_per_second: float | None = None  # median of the last records, as the two that follow
+    tokens_per_second: float | None = None  # median of the last records, as the four that follow
     seconds_a_step: float | None = None
     data_stall: float | None = None
     flops_per_second: float | None = None
@@ -90,6 +90,7 @@ def _status_of(folder: Path) -> Status:
     found.holder = holder.partition(", started")[0] if held else ""
     found.steps, found.events = _known(steps), last
     _add_records(found, folder / METRICS, _known(every))
+    found.step = max(found.step, _journaled_step(by_kind))
     _add_checkpoint(found, by_kind.get(SAVED))
     found.counts = {
         "restarts": counts["resumed"],
@@ -120,6 +121,18 @@ def _state(held: bool | None, by_kind: dict[str, dict[str, Any]]) -> str:
     return "failed" if held is False else "unknown"
 
 
+def _journaled_step(by_kind: Mapping[str, Mapping[str, Any]]) -> int:
+    """How far the run is as its journal tells: the step of a save or an end, of which there may be no record."""
+    step = 0
+    for kind, event in by_kind.items():  # in the order of the last one of each
+        at = _known(event.get("to_step" if kind == "rollback" else "step")) or 0
+        if kind in (*STARTS, "rollback"):
+            step = at
+        elif kind in (SAVED, *ENDS):
+            step = max(step, at)
+    return step
+
+
 def _add_records(found: Status, path: Path, every: int | None) -> None:
     records = [record for record in map(_parsed, last_lines(path, RECORDS)) if _is_record(record)]
     if not records:
@@ -128,12 +141,13 @@ def _add_records(found: Status, path: Path, every: int | None) -> None:
     found.step, found.losses = last["step"], {name: _known(value) for name, value in last["losses"].items()}
     found.record_age = max(0.0, time.time() - path.stat().st_mtime)
     found.tokens, found.counts["bad_samples"] = _known(last.get("tokens_total")), _known(last.get("bad_samples")) or 0
-    found.flops_per_second, found.mfu = _known(last.get("flops_per_second")), _known(last.get("mfu"))
+    steady = [record for record in records if record["step"] > 1] or records  # the first step is slow
+    found.flops_per_second, found.mfu = (_median_of(steady, name) for name in ("flops_per_second", "mfu"))
     sizes = last.get("peak_memory")
     known = [_known(size) for size in sizes.values()] if isinstance(sizes, dict) else []
     found.peak_memory = max((size for size in known if size is not None), default=None)
     found.dead_experts = _dead_experts(last.get("routing"))
-    timed = [(r["tokens"], r["seconds"], r["data_seconds"]) for r in records if r["seconds"] > LEAST]
+    timed = [(r["tokens"], r["seconds"], r["data_seconds"]) for r in steady if r["seconds"] > LEAST]
     if timed:
         found.tokens_per_second = median(tokens / seconds for tokens, seconds, _ in timed)
         found.data_stall = median(wait / seconds for _, seconds, wait in timed)
@@ -145,10 +159,15 @@ def _add_records(found: Status, path: Path, every: int | None) -> None:
         return
     found.seconds_a_step = median(timed_steps)
     if found.state == "running" and found.steps is not None:
-        found.seconds_left = max(0.0, (found.steps - found.step) * found.seconds_a_step - found.record_age)
+        found.seconds_left = max(0.0, (found.steps - last["step"]) * found.seconds_a_step - found.record_age)
         usual = found.seconds_a_step * max(every or 1, *spans, 1)
         if found.record_age > max(OVERDUE * usual, OVERDUE_SECONDS):
             found.note = f"no record for {clock(found.record_age)}, where one takes {clock(usual)}"
+
+
+def _median_of(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [value for record in records if (value := _known(record.get(name))) is not None]
+    return median(values) if values else None
 
 
 def _dead_experts(routing: Any) -> int | None:

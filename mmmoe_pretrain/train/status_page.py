@@ -77,7 +77,8 @@ def _lines(its: Status) -> Iterator[str]:
             yield f"  {name:<11} {text}"
     for name, state in its.trackers.items():
         failing = f", failing: {state['error']}" if state.get("error") else ""
-        yield f"  {'tracker':<11} {name}: step {state.get('step')}, {state.get('lost')} lost{failing}"
+        ended = f", its process failed {count} times" if (count := state.get("failures")) else ""
+        yield f"  {'tracker':<11} {name}: step {state.get('step')}, {state.get('lost')} lost{ended}{failing}"
     for line in its.hang.splitlines():
         yield f"  {'hang':<11} {line}"
     for event in its.events:
@@ -86,11 +87,10 @@ def _lines(its: Status) -> Iterator[str]:
 
 
 def _step(its: Status) -> str:
-    if its.record_age is None:
-        return f"no record yet{f', of {its.steps:,} steps' if its.steps else ''}"
     share = f" of {its.steps:,} ({its.step / its.steps:.0%})" if its.steps else ""
     tokens = f", {its.tokens:,} tokens" if its.tokens else ""
-    return f"{its.step:,}{share}{tokens}; {clock(its.record_age)} ago"
+    record = "no record yet" if its.record_age is None else f"last record {clock(its.record_age)} ago"
+    return f"{its.step:,}{share}{tokens}; {record}"
 
 
 def _speed(its: Status) -> str:

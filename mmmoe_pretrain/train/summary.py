@@ -16,9 +16,9 @@ def summary(context: RunContext, step: int) -> list[str]:
     stages = gather_objects(context.groups.pipeline, shapes)
     total, active = parameter_counts(config, [shape for stage in stages for shape in _weights(stage)])
     return [
-        f"run {config.name} in {config.run_dir.absolute()}: {step:,} of {config.train.steps:,} steps are done, "
-        f"a record every {config.train.log_every}, a checkpoint every {config.checkpoint.every}",
-        f"model: {short(total)} parameters, {short(active)} active a token; {_model(config)}",
+        f"run {config.name} in {config.run_dir.absolute()}: step {step:,} of {config.train.steps:,}, "
+        f"a record every {config.train.log_every} steps, a checkpoint every {config.checkpoint.every}",
+        f"model: {short(total)} parameters, {short(active)} active per token; {_model(config)}",
         f"layout: {_layout(context.layout)}",
         f"batch: {config.train.global_batch_size:,} samples in {config.train.num_microbatches} microbatch"
         f"{'es' * (config.train.num_microbatches > 1)}; data.train: "
@@ -41,12 +41,10 @@ def _model(config: RunConfig) -> str:
     experts = sorted({settings.router_outputs for settings in moe})
     chosen = sorted({settings.experts_per_token for settings in moe})
     layers = f"{config.model.num_layers} layers of width {config.model.hidden_size}"
-    sparse = (
-        f", {len(moe)} of them with {' or '.join(map(str, experts))} experts, {' or '.join(map(str, chosen))} a token"
-        if moe
-        else ", dense"
-    )
-    return f"{layers}{sparse}; {config.train.precision}"
+    if not moe:
+        return f"{layers}, dense; {config.train.precision}"
+    counts, per_token = (" or ".join(map(str, each)) for each in (experts, chosen))
+    return f"{layers}, {len(moe)} of them with {counts} experts, {per_token} per token; {config.train.precision}"
 
 
 def _layout(layout: Layout) -> str:

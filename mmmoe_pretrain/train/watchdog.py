@@ -141,7 +141,7 @@ class Watchdog:
             same = rank in self._known and self._known[rank].sequence == beat.sequence
             self._silence[rank] = self._silence.get(rank, 0.0) + passed if same else 0.0
         self._known = beats
-        reason = self._reason("no beat", heartbeats.silent_ranks(beats, self._silence, self._limit))
+        reason = self._reason("no heartbeat", heartbeats.silent_ranks(beats, self._silence, self._limit))
         if not reason and self._rank == 0:  # only rank 0 sees whether some rank is in a slow phase
             reason = self._reason("no progress", heartbeats.stalled_ranks(beats, self._limit))
         return reason
@@ -151,7 +151,7 @@ class Watchdog:
         if not ranks:
             return ""
         beat = self._own if ranks[0] == self._rank else self._known[ranks[0]]
-        limit = self._limit if what == "no beat" else heartbeats.allowed(beat, self._limit)
+        limit = self._limit if what == "no heartbeat" else heartbeats.allowed(beat, self._limit)
         return f'{what} of rank {beat.rank} for {limit:.0f} s, in step {beat.step}, "{beat.phase}"'
 
     def _end(self, reason: str) -> None:

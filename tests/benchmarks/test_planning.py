@@ -10,7 +10,7 @@ from mmmoe_pretrain.parallel.layout import resolve_layout
 
 
 def measured(*walls: float) -> Measured:
-    return Measured(tuple(Steps(wall, work=2 * wall, tokens=8) for wall in walls))
+    return Measured(tuple(Steps(wall, work=2 * wall, tokens=8, imbalance=1.0) for wall in walls))
 
 
 def test_only_pairs_that_differ_by_more_than_their_spread_must_be_in_order() -> None:

@@ -64,6 +64,16 @@ def test_the_page_has_the_values_beside_their_baselines(
     assert ("7.0%" in shown) == (dense is not None)
 
 
+def test_a_table_that_is_piped_is_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes a pipe for a terminal of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "image_and_audio_to_text_in_every_language_zero_shot_balanced"
+    scores = [Score(name, 0.0812, 0.0058, 0.0116, 173, (0.05, 0.13), 173)]
+    print_table(Report("demo", 300, "", [], rows_of(scores, {name: 0.07}), {"layers": [LAYER]}))
+    row, *_ = [line.split() for line in capsys.readouterr().out.splitlines() if "8.1%" in line]
+    assert row == [name, "8.1%", "[5.0%,", "13.0%]", "0.6%", "1.2%", "7.0%", "173"]
+
+
 def test_one_modality_alone_has_no_specialisation() -> None:
     alone = {**LAYER, "specialisation": 0.0, "specialisation_bits": 0.0, "modality_bits": 0.0}
     assert specialisation_line(alone) == "1 dead expert of 2"

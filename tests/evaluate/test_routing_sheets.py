@@ -11,7 +11,8 @@ from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.evaluate.routing import page, sheets
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken
 from mmmoe_pretrain.modalities import Modality
-from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
+from mmmoe_pretrain.modalities.audio import Audio
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.image import Image, ImageSettings
 from mmmoe_pretrain.modalities.text import Text, TextSettings
 

@@ -29,7 +29,8 @@ from mmmoe_pretrain.data_prep.shards.media import MediaOptions
 from mmmoe_pretrain.data_prep.shards.shard import shard_rows
 from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.modalities import BadSampleError, Tokenizer
-from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
+from mmmoe_pretrain.modalities.audio import Audio
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.image import Image as ImageModality
 from mmmoe_pretrain.modalities.image import ImageSettings
 from mmmoe_pretrain.untrusted import parse_json, parse_yaml

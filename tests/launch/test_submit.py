@@ -183,9 +183,10 @@ def test_what_does_not_fit_the_gpus_of_the_profile_is_refused_unless_forced(conf
     Path("gpu.yaml").write_text(yaml.safe_dump({**CLUSTER, "gpu": "cpu"}))
     assert launch(*arguments).exit_code == 0
     message = refusal(*arguments, *large)
-    assert "tiny on 1 GPUs: those of pipeline rank 0 would need " in message
+    assert "tiny on 1 GPUs: the GPUs of pipeline rank 0 would need " in message
     assert message.endswith("lists layouts that fit, and --force submits it anyway")
-    assert launch(*arguments, *large, "--force").exit_code == 0
+    forced = launch(*arguments, *large, "--force")
+    assert forced.exit_code == 0 and "submitted all the same, by --force" in forced.stderr
     assert launch(*[a.replace("gpu.yaml", "cluster.yaml") for a in arguments], *large).exit_code == 0  # says no kind
 
 

@@ -9,7 +9,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from mmmoe_pretrain.modalities import BadSampleError
 from mmmoe_pretrain.modalities import audio as audio_module
-from mmmoe_pretrain.modalities.audio import Audio, AudioEmbedder, AudioSettings
+from mmmoe_pretrain.modalities.audio import Audio
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
+from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from tests.support import audio_bytes as encoded
 
 CONFIG = AudioSettings(n_mels=40, max_seconds=1.0, patch=8, stem_channels=8)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
+from mmmoe_pretrain.modalities.audio import Audio
 from mmmoe_pretrain.modalities.audio_file import open_audio, read_mono
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 
 RATE = 16_000
 

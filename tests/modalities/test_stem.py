@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.modalities.audio import AudioEmbedder, AudioSettings
+from mmmoe_pretrain.modalities.audio_settings import AudioSettings
+from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from mmmoe_pretrain.modalities.image import ImageEmbedder, ImageSettings
 from mmmoe_pretrain.modalities.stem import ChannelNorm
 from mmmoe_pretrain.models.init import init_parameters

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmmoe_pretrain.config import MoEConfig, RunConfig
-from mmmoe_pretrain.modalities.audio import AudioEmbedder
+from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from mmmoe_pretrain.modalities.image import ImageEmbedder
 from mmmoe_pretrain.models.block import FeedForward, dense_width
 from mmmoe_pretrain.models.costs import block_costs, feed_forward_flops

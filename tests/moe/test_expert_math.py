@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.cpu import blocked as blocks
 from mmmoe_pretrain.moe.cpu.blocked import blocked
@@ -198,6 +199,29 @@ def test_two_threads_equal_one(activation: str, two_threads: None) -> None:
     case = make_case(slots, 16, activation)
     assert_equals_loop(case, **EXACT)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("products", ["torch", "onednn"])
+def test_every_product_is_by_the_library_of_the_stack_and_equals_the_loop(
+    products: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, rows_for_all = [], []
+    for name in ("matmul", "matmul_into"):
+        plain = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *of, plain=plain: used.append(of[-1]) or plain(*of))
+    spread = blocks.run_side_by_side
+    monkeypatch.setattr(blocks, "run_side_by_side", lambda *of: rows_for_all.append(of[-1]) or spread(*of))
+    case = make_case(random_slots(40, 4, 2), 4, dtype=torch.float32)
+    plan, weights_A = case.plan()
+    stack = replace(case.stack(recompute), cpu_config=CpuConfig(products=products, rows_for_all_threads=5))
+    out, loop = blocked(case.x, weights_A, plan, stack), case.loop()
+    close = {"rtol": 1e-5, "atol": 1e-5}  # fp32, as above
+    torch.testing.assert_close(out, loop, **close)
+    torch.testing.assert_close(case.gradients(out), case.gradients(loop), **close)
+    # Of each of 4 experts: two products forward; backward one for h, two for weights, one for x; again the first.
+    assert used == [products] * (4 * (6 + recompute))
+    assert rows_for_all == [5, 5]
 
 
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])

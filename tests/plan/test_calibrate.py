@@ -52,6 +52,17 @@ def test_a_calibrated_machine_plans_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_file_of_a_dense_model_plans_a_step(tmp_path: Path) -> None:
+    """Whose training is profiled, on a rank that calibration does not have."""
+    moe, train = {"num_experts": 1, "experts_per_token": 1}, {"profile": {"steps": [2, 3], "ranks": [1]}}
+    dense = tiny_config(Path("unused"), moe=moe)
+    profiled = tiny_config(Path("unused"), moe=moe, train=train)
+    machines.save(run_ranks(1, measured, profiled)[0], tmp_path / "dense.json")
+    machine = find_machine(str(tmp_path / "dense.json"))
+    assert not machine.grouped and step_time(build(dense, 1), machine).seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_links_need_ranks() -> None:
     def alone() -> str:
         with process_group(timeout_minutes=0.5) as device, pytest.raises(ValueError, match="start several") as error:

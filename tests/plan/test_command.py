@@ -4,6 +4,7 @@ side, and what is refused."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmmoe_pretrain.plan.layouts import legal
 from mmmoe_pretrain.plan.machines import GPUS
 from mmmoe_pretrain.plan.report import Asked
 from mmmoe_pretrain.plan.search import Ranked, Search
+from mmmoe_pretrain.plan.tables import MEMORY
 from tests.support import tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -62,6 +64,9 @@ def test_the_table_has_the_numbers_of_the_json(tiny: Path) -> None:
     assert f"{values['memory']['total'] / 1e9:,.2f} of 80.00" in text
     assert f"{1e3 * values['step']['seconds']:,.1f}" in text
     assert "3.00 B tokens take" in text
+    for name, value in values["memory"]["terms"].items():
+        assert re.search(rf"^  {re.escape(MEMORY.get(name, name))} +{value / 1e9:,.2f}$", text, re.MULTILINE), name
+    assert MEMORY.keys() <= values["memory"]["terms"].keys()
     assert f"limit: {values['limit']}" in text
     assert "assumed: a vocabulary of 32,000, as there is no tokenizer at" in text
 
@@ -103,21 +108,33 @@ def test_an_imbalance_without_end_is_refused(tiny: Path) -> None:
 
 def test_two_plans_side_by_side_have_their_differences_first(tiny: Path) -> None:
     text = plan(tiny, "--gpus", 2, "--compare", "parallel.zero_stage=0", "parallel.zero_stage=1").stdout
-    differs, _, equal = text.partition("\nequal\n")
+    differs, _, equal = text.partition("\nequal: ")
     assert "memory.terms.moments" in differs
     assert "parameters.total" in equal
+
+
+def test_the_memory_of_a_gpu_may_be_given_and_small_sizes_are_in_mb(tiny: Path) -> None:
+    text = plan(tiny, "--gpus", 2, "--gpu", "cpu", "--memory", 0.02, "--compare", "seed=1", "seed=2").stdout
+    assert "memory.capacity" in text.partition("equal: ")[2]
+    alone = plan(tiny, "--gpus", 2, "--gpu", "cpu", "--memory", 0.02).stdout
+    assert " of 20.00\n" in alone and "assumed: links of 1 GB/s and 100 us, which were not measured" in alone
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "2", "--gpu", "h1000"], "--gpu 'h1000' is not a known machine; use one of h100"),
+        (["--gpus", "2", "--gpu", "h1000"], "'h1000' is not a known machine; use one of h100"),
+        (["--gpus", "2", "--machine", "none.json"], "--machine none.json: there is no such file"),
+        (["--gpus", "2", "--gpu", "h100", "--machine", "none.json"], "both name a machine; give one of them"),
+        (["--gpus", "2", "--search", "--compare", "a=1", "b=2"], "--compare and --search cannot be given together"),
+        (["--gpus", "1000000"], "train.global_batch_size 16 does not divide into"),
         (["--gpus", "2", "parallel.tensor_parallel_size=4"], "does not divide the 2 that run"),
         (["--gpus", "3"], "train.global_batch_size 16 does not divide into train.num_microbatches 2 x 3"),
         (["--gpus", "7", "--search", "train.num_microbatches=16"], "no layout is possible"),
-        (["--gpus", "2", "--tokens", "many"], "--tokens many is no number of tokens"),
+        (["--gpus", "2", "--tokens", "many"], "--tokens many is not a number of tokens"),
         (["--gpus", "2", "--compare", "a", "b.yaml"], "override 'a' is not key=value"),
         ([], "--gpus is missing"),
+        (["--calibrate", "--machine", "."], "--machine . is a folder, and --calibrate writes a file"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_message(tiny: Path, arguments: list[str], message: str) -> None:

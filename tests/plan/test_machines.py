@@ -41,8 +41,8 @@ def test_a_measured_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("not json", "cannot be read as the JSON of a machine"),
         ('{"name": "h100"}', "is not the file of a machine"),
         ("[1, 2]", "is not the file of a machine"),
-        ('{"mmmoe_machine": 99}', "has version 99, and this is 1"),
-        ('{"mmmoe_machine": 1, "name": "x"}', "machine.source: required, and missing"),
+        ('{"mmmoe_machine": 99}', "has version 99, and this is 2"),
+        ('{"mmmoe_machine": 2, "name": "x"}', "machine.source: required, and missing"),
     ],
     ids=["no JSON", "foreign", "a list", "version", "incomplete"],
 )
@@ -64,6 +64,8 @@ def test_a_bad_file_is_one_line_with_the_remedy(tmp_path: Path, content: str, pr
         ({"products": dict.fromkeys(("fp32", "bf16", "fp16"), ((512, 1e9), (64, 1e9)))},
          "machine.products.fp32 must have sizes that rise"),
         ({"attention": dict.fromkeys(("fp32", "bf16", "fp16"), ())}, "machine.attention.fp32 must have sizes"),
+        ({"collectives": [{"kind": ALL_REDUCE, "ranks": 2, "seconds": [[8, 1e-3], [8, 2e-3], [9, 3e-3]]}]},
+         "machine.collectives: all-reduce of 2 ranks must have sizes that rise"),
     ],
 )  # fmt: skip
 def test_rates_that_plans_cannot_read_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
@@ -88,7 +90,8 @@ def test_what_is_not_known_is_named_beside_what_is() -> None:
 
 
 def test_a_gpu_is_known_by_the_name_that_its_driver_gives() -> None:
-    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GB200": "gb200",
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100-SXM4-40GB": "a100-40gb",
+             "NVIDIA GB200": "gb200",
              "NVIDIA B200": "b200", "AMD Instinct MI300X": "mi300x"}  # fmt: skip
     assert {name: found.name for name in names if (found := machine_of(name))} == names
     for other in ("NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000", "NVIDIA GH200 480GB", "NVIDIA A100X"):

@@ -133,6 +133,24 @@ def test_imbalance_costs_the_fullest_rank_activations(tmp_path: Path) -> None:
     assert uneven.weights == even.weights
 
 
+def test_a_layer_of_other_settings_needs_what_they_need_in_the_whole_model(tmp_path: Path) -> None:
+    """Of the two blocks the second one is the only MoE layer."""
+    moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8, "every": 2}
+    own = {"num_experts": 8, "experts_per_token": 1}
+    configs = [tiny_config(tmp_path, moe=its) for its in ({**moe, "layers": {1: own}}, {**moe, **own})]
+    found, expected = (rank_memories(build(config, 2), Workload(2))[0] for config in configs)
+    assert found == expected
+
+
+def test_chunks_of_unequal_length_are_dispatched(tmp_path: Path) -> None:
+    """One token more or less in a chunk: the sum is that of chunks as long as each other."""
+    moe = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 8}
+    config = tiny_config(tmp_path, moe={**moe, "dispatch_chunks": 4})
+    assert full_batch(config, 2).num_valid % 4 == 3
+    found, whole = (rank_memories(build(c, 2), Workload(2))[0] for c in (config, tiny_config(tmp_path, moe=moe)))
+    assert found.activations == pytest.approx(whole.activations, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("total", "parts", "largest", "found"), [(10, 3, 0, [4, 3, 3]), (10, 3, 8, [8, 1, 1]), (2, 3, 5, [2, 0, 0])]
 )

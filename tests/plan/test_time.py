@@ -16,7 +16,7 @@ from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.plan.calibrate import fit, with_factors
 from mmmoe_pretrain.plan.communication import Microbatch, Parameter
-from mmmoe_pretrain.plan.machines import GPUS, Collective, Host, Link, Machine
+from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Host, Link, Machine
 from mmmoe_pretrain.plan.time import StepTime, budget, expected_microbatch, step_time
 from tests.support import objectives, tiny_config
 
@@ -167,6 +167,25 @@ def test_the_host_is_seen_where_it_is_slower_than_the_device_or_waits_for_it() -
     assert again.parts["host"] == pytest.approx(4 / 3 * waits.parts["host"])
 
 
+def test_a_measured_factor_of_the_device_does_not_lengthen_what_the_host_takes() -> None:
+    """A step that waits for its host takes as long beside a device of half the speed."""
+    host = Host(dense_block=10_000, moe_block=0, microbatch=0, step_block=0, step=0)
+    machine, ones = ROUND.model_copy(update={"host": host}), dict.fromkeys(PARTS, 1.0)
+    behind, slower = (timed(made(), with_factors(machine, {**ones, "computation": factor})) for factor in (1.0, 2.0))
+    assert slower.parts["products"] == pytest.approx(2 * behind.parts["products"])
+    assert slower.seconds == pytest.approx(behind.seconds) == pytest.approx(4 * 2 * 10_000 + 10)
+
+
+def test_hooks_of_zero_3_take_longer_where_the_host_does() -> None:
+    host = Host(dense_block=10, moe_block=0, microbatch=0, step_block=0, step=0)
+    machine = ROUND.model_copy(update={"host": host, "asynchronous": False})
+    built = made(parallel={"engine": "deepspeed", "zero_stage": 3})
+    ones = dict.fromkeys(PARTS, 1.0)
+    plain, slower = (timed(built, with_factors(machine, {**ones, "host": factor})).parts for factor in (1.0, 2.0))
+    assert plain["ZeRO-3 hooks"] == pytest.approx((2.5 - 1) * plain["host"])
+    assert slower["ZeRO-3 hooks"] == pytest.approx(2 * plain["ZeRO-3 hooks"])
+
+
 def test_ranks_that_share_cores_take_turns() -> None:
     """4 ranks on 2 cores: the work of two; on 4 cores nothing changes but what busy cores cost one another."""
     built = made(ranks=4, parallel={"expert_parallel_size": 1})
@@ -174,9 +193,30 @@ def test_ranks_that_share_cores_take_turns() -> None:
     two, four = (timed(built, ROUND.model_copy(update={"cores": cores})) for cores in (2, 4))
     assert two.seconds == pytest.approx(2 * alone.seconds)
     assert four.seconds == pytest.approx(alone.seconds)
-    crowded = timed(built, ROUND.model_copy(update={"cores": 4, "crowded": 1.2}))
-    assert crowded.seconds == pytest.approx(1.2 * alone.seconds)
     assert two.work == pytest.approx(4 * alone.seconds)
+
+
+def test_busy_cores_slow_what_shares_their_memory() -> None:
+    """Two ranks on two cores, by what limits a part; one rank alone is not slower."""
+    crowded = ROUND.model_copy(update={"cores": 2, "crowded": {"memory": 1.5}})
+    alone, beside = (timed(made(ranks=2, parallel={"expert_parallel_size": 1}), one) for one in (ROUND, crowded))
+    assert beside.parts["memory bound"] == pytest.approx(1.5 * alone.parts["memory bound"])
+    assert beside.parts["optimizer"] == pytest.approx(1.5 * alone.parts["optimizer"])
+    assert beside.parts["products"] == pytest.approx(alone.parts["products"])
+    assert timed(made(), crowded).seconds == pytest.approx(timed(made()).seconds)
+
+
+def test_others_compute_while_the_fullest_expert_rank_keeps_one_core_waiting() -> None:
+    """Two ranks, of which one gets 1.5 times its share: on two cores both take as long as the fullest. The work of
+    both, and so the time on one core, is that of even shares."""
+    moe = {"num_experts": 4, "experts_per_token": 2, "every": 1}
+    built = made(ranks=2, moe=moe, parallel={"expert_parallel_size": 2})
+    two, one = (ROUND.model_copy(update={"cores": cores}) for cores in (2, 1))
+    even, uneven = (step_time(built, two, imbalance=imbalance) for imbalance in (1.0, 1.5))
+    assert uneven.parts["experts"] == pytest.approx(1.5 * even.parts["experts"])
+    assert uneven.seconds > even.seconds
+    assert uneven.work == pytest.approx(even.work)
+    assert step_time(built, one, imbalance=1.5).seconds == pytest.approx(2 * even.seconds)
 
 
 def test_a_budget_by_hand() -> None:

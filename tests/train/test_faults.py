@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +21,14 @@ import pytest
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.objectives import objectives_of
+from mmmoe_pretrain.train import checkpointing
 from mmmoe_pretrain.train.checkpointing import CheckpointManager
 from mmmoe_pretrain.train.loop import train
 from mmmoe_pretrain.train.rollback import FaultDetector
 from mmmoe_pretrain.train.watchdog import Watchdog
 from tests.distributed import run_ranks
-from tests.support import objectives, things, write_shards
+from tests.support import objectives, things, tiny_config, write_shards
 from tests.train.conftest import SKIPPED
 from tests.train.faulty import (
     STEPS,
@@ -307,6 +312,32 @@ def test_a_loss_is_compared_without_its_weight_and_not_where_that_is_0(tmp_path:
     best = min((3, 4, 5), key=lambda step: weighted[step - 1] * 3 / (step - 2))
     kept = {path.name for path in (config.run_dir / "checkpoints").glob("step_*")}
     assert kept == {f"step_{best:08}", "step_00000005"}
+
+
+@pytest.mark.parametrize("metric, weight, warned", [
+    ("held_out/total", [[0, 0.0], [9, 1.0]], "weight of captioning changes .* weight: held_out/captioning$"),
+    ("total", [[3, 1.0], [4, 0.5]], "weight of captioning changes during .* their weight: captioning$"),
+    ("held_out/total", 0.5, ""),
+    ("held_out/total", [[0, 0.5], [9, 0.5]], ""),
+    ("held_out/total", [[5, 1.0], [9, 2.0]], ""),  # after the last of 5 steps
+    ("held_out/total", [[4, 1.0], [9, 2.0]], "changes"),  # scored with the weight of the next step
+    ("total", [[4, 1.0], [9, 2.0]], ""),
+    ("held_out/captioning", [[0, 0.0], [9, 1.0]], ""),
+])  # fmt: skip
+def test_totals_of_different_weights_are_compared_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    metric: str, weight: Any, warned: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(checkpointing, "Saver", lambda *_: None)
+    config = tiny_config(
+        tmp_path, train={"steps": 5}, checkpoint={"every": 1, "keep_best": 1, "best_metric": metric},
+        evaluate={"validation": "x", "every": 1}, objectives=objectives(captioning={"weight": weight}),
+    )  # fmt: skip
+    model = SimpleNamespace(loss_names=("captioning",), objectives=objectives_of(config))
+    context = SimpleNamespace(config=config, engine=SimpleNamespace(models=[model]),
+                              host=SimpleNamespace(storage=None), log=logging.getLogger("run"))  # fmt: skip
+    checkpointing.CheckpointManager(context, print)
+    assert bool(caplog.text) == bool(warned) and re.search(warned, caplog.text.strip())
 
 
 def test_a_metric_that_is_no_loss_is_refused_before_the_first_step(tmp_path: Path, tiny_data: Path) -> None:

@@ -31,6 +31,7 @@ def test_a_finished_run_stays_as_it_is_until_it_is_replaced_by_what_can_work(
         ("data", {"tokenizer": str(same_size)}, "resume",
          r"was trained with another tokenizer .* e.g. the copy in .*tiny/tokenizer.model"),
         ("train", {"global_batch_size": 9, "num_microbatches": 2}, "overwrite", "batch_size 9 does not divide"),
+        ("train", {"machine": str(tmp_path / "gone.json")}, "overwrite", "train.machine: .* is not a known machine"),
     ]  # fmt: skip
     for section, changes, option, message in refused:
         other = config_in(tmp_path, tiny_data, **{section: {**getattr(config, section).model_dump(), **changes}})

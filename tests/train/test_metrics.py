@@ -27,9 +27,11 @@ from mmmoe_pretrain.train.metrics import (
     Recorder,
     SampleCounts,
     StepRecord,
-    scalars,
+    to_json,
     truncate_after,
 )
+from mmmoe_pretrain.train.planned import Planned
+from mmmoe_pretrain.train.scalars import scalars
 from mmmoe_pretrain.train.telemetry import gather_routing, layer_json
 from tests.distributed import run_ranks
 
@@ -156,7 +158,7 @@ def test_layers_may_have_unlike_numbers_of_experts(tmp_path: Path) -> None:
     with closing(MetricsLog(tmp_path, heatmap_every=1)) as log:
         log.write(both)
     assert [len(layer["load"]["image"]) for layer in read_log(tmp_path)[0]["routing"]] == [4, 6]
-    assert dict(scalars(both))["2_routing/dead_experts"] == 1 + 3
+    assert dict(scalars(to_json(both)))["2_routing/dead_experts"] == 1 + 3
 
 
 def test_sums_of_a_step_become_numbers_and_coactivation_is_summed_over_ranks() -> None:
@@ -234,19 +236,25 @@ def test_a_foreign_line_behind_the_last_step_is_refused_and_named(tmp_path: Path
 def test_tensorboard_gets_derived_values_under_ordered_groups() -> None:
     # Assignments by expert: 300, 100 + 100, 200 + 100, 0 of 800, and an even share is 200.
     np.testing.assert_allclose(layer_routing().load_over_even_E, [1.5, 1.0, 1.5, 0.0])
-    values = dict(scalars(record(10)))
+    values = dict(scalars(to_json(record(10))))
     assert values["1_loss/total"] == 3.0
     assert values["1_loss/contrastive/image-text"] == 2.5
     assert values["4_auxiliary_loss/global_entropy/image"] == 0.5
     assert values["2_routing/load_over_even_max"] == 1.5
     assert values["2_routing/dead_experts"] == 1
-    assert values["2_routing/dropped/image"] == 1 / 6
+    assert values["2_routing/dropped/image"] == pytest.approx(1 / 6, rel=1e-5)
     assert values["6_layers/01/entropy/text"] == pytest.approx(0.562335)
     assert values["5_speed/tokens_per_second"] == 2000
     assert values["5_speed/data_wait_fraction"] == 0.25
     assert values["5_speed/tflops_per_second"] == 4.0 and values["5_speed/mfu"] == 0.125
     assert values["5_speed/peak_memory_gib/resident"] == 1.5
     assert values["6_layers/01/dead_experts"] == 1
+
+
+def test_a_record_has_its_speed_over_the_planned_one() -> None:
+    planned = Planned(tokens_per_second=8000.0, peak_memory=1e9, lines=())
+    found = to_json(dataclasses.replace(record(10), planned=planned))  # 2,000 tokens/s
+    assert found["planned"] == {"tokens_per_second": 8000, "peak_memory": 10**9, "speed_over_plan": 0.25}
 
 
 def test_a_record_tells_the_memory_of_the_fullest_rank_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +271,22 @@ def test_a_record_tells_the_memory_of_the_fullest_rank_and_the_longest_wait(monk
 
     for found in run_ranks(2, of_rank):
         assert (found.memory, found.data_seconds) == ({"allocated": 6.0, "reserved": 9.0}, 2.0)
+
+
+def test_the_growth_of_a_process_is_told_where_its_steps_are_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 units before the model; a checkpoint's loading took up to 7; the steps take 6, then 9."""
+
+    def memory_at(largest: float) -> dict[str, float]:
+        monkeypatch.setattr(metrics, "peak_memory", lambda device: {"resident": largest})
+        result = StepResult({"total": 1.0}, 1.0, StepCounts(100, {}), ())
+        recorder.add(result, LoadStats(4))
+        return recorder.record(1, result, 0.1, SampleCounts()).memory
+
+    recorder = Recorder(before_model=3.0)
+    monkeypatch.setattr(metrics, "largest_resident", lambda: 7.0)
+    recorder.begin_steps()
+    assert memory_at(7.0) == {"resident": 7.0}
+    assert memory_at(9.0) == {"resident": 9.0, "grown": 6.0}
 
 
 def test_events_can_be_read_by_tensorboard(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.train.faulty import config_in, logged
+from tests.train.faulty import config_in, faulty, logged, signalled
 
 
 def test_a_trace_has_the_spans_of_its_steps_and_changes_no_number(tmp_path: Path, tiny_data: Path) -> None:
@@ -33,6 +34,16 @@ def test_a_trace_has_the_spans_of_its_steps_and_changes_no_number(tmp_path: Path
     assert [name for name in spans if name in step] == step * 2
     operators = {event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op"}
     assert "aten::mm" in operators
+
+
+@pytest.mark.parametrize("stop, names", [(2, ["steps_2-2_rank_0.json.gz"]), (1, [])])
+def test_a_trace_that_a_stop_cuts_short_is_named_after_the_steps_that_it_has(
+    tmp_path: Path, tiny_data: Path, stop: int, names: list[str]
+) -> None:
+    profile = {"steps": [2, 5], "ranks": [0]}
+    config = config_in(tmp_path, tiny_data, train={"steps": 6, "profile": profile})
+    run_ranks(1, faulty, config, partial(signalled, stop))
+    assert [path.name for path in (config.run_dir / "profile").glob("*")] == names
 
 
 @pytest.mark.parametrize("profile, message", [

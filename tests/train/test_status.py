@@ -74,13 +74,15 @@ def held(folder: Path) -> Iterator[int]:
 def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -> None:
     """Records of 4, 5 and 60 s for 800 tokens in 10 steps: the median step takes 0.5 s, and 900 steps are left."""
     routing = [{"load_over_even": [0.0, 2.0]}, {"load_over_even": [1.0, 1.0]}]
-    records = [record(70), record(80, 4.0), record(90, 5.0), record(100, 60.0, routing=routing, peak_memory={"a": 8})]
+    records = [record(70), record(80, 4.0, flops_per_second=3e9), record(90, 5.0, flops_per_second=2e9, mfu=0.5),
+               record(100, 60.0, routing=routing, peak_memory={"a": 8}, flops_per_second=1e7, mfu=0.1)]  # fmt: skip
     folder = write_run(tmp_path / "runs" / "one", EVENTS, records, HALF)
     with held(folder) as pid:
         found = status_of(folder)
     assert (found.state, found.step, found.steps, found.tokens) == ("running", 100, 1000, 8000)
     assert found.holder == f"process {pid} on {socket.gethostname()}"
     assert (found.seconds_a_step, found.tokens_per_second) == (0.5, pytest.approx((200 + 160) / 2))
+    assert (found.flops_per_second, found.mfu) == (2e9, 0.3)
     assert found.seconds_left == pytest.approx(450, abs=5) and found.note == ""
     assert (found.losses, found.dead_experts, found.peak_memory) == ({"total": 2.5, "aux/z": None}, 1, 8)
     assert (found.checkpoint_step, found.checkpoint) == (90, "x/step_00000090")
@@ -119,6 +121,25 @@ def test_the_state_follows_from_the_lock_and_the_journal(
         assert status_of(folder).state == state
 
 
+@pytest.mark.parametrize("events, steps, step", [
+    ([("started", 0), ("saved", 0), ("preempted", 1), ("saved", 1)], [], 1),  # stopped before the first record
+    ([("started", 0), ("saved", 0), ("saved", 15)], [10], 15),
+    ([("started", 0), ("saved", 10)], [10, 20], 20),
+    ([("started", 0), ("saved", 15), ("rollback", 17), ("spike", 18)], [], 4),
+    ([("started", 0), ("saved", 15), ("resumed", 9)], [], 9),  # the checkpoint of step 15 was damaged
+    ([], [], 0),
+])  # fmt: skip
+def test_the_step_is_the_latest_of_records_and_journal(
+    tmp_path: Path, events: list[Any], steps: list[int], step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = [(9, kind, {"step": at, "to_step": 4}) for kind, at in events]
+    folder = write_run(tmp_path / "one", told, [record(each) for each in steps])
+    assert status_of(folder).step == step
+    command([folder], as_json=False)
+    since = "last record 0:00 ago" if steps else "no record yet"
+    assert f"  step        {step} of 1,000 ({step / 1000:.0%})" in (page := capsys.readouterr().out) and since in page
+
+
 def test_the_message_of_a_hang_is_shown_until_the_run_starts_again(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", [(60, "started", {})], [])
     message = folder / "hangs" / "20260101T000000" / "message.txt"
@@ -146,8 +167,11 @@ def test_what_is_no_run_is_an_error_alone_and_a_row_among_others(
         "no",
         "run",
     ]
+    (one / "trackers").mkdir()
+    (one / "trackers" / "mlflow.json").write_text('{"step": 990, "lost": 3, "failures": 2, "error": ""}')
     command([one], as_json=False)
     page = capsys.readouterr().out
+    assert "mlflow: step 990, 3 lost, its process failed 2 times\n" in page
     assert "1,000 of 1,000 (100%), 80,000 tokens" in page and "?[31m" in page
     command([one], as_json=True)
     assert json.loads(capsys.readouterr().out)["checkpoint_step"] == 90

@@ -1,24 +1,20 @@
 """Trackers: they get the numbers of metrics.jsonl, each step once, and no failure of theirs reaches the run.
 
-Fast tests put a library of our own in the place of MLflow, on PYTHONPATH, where the process of a tracker finds it.
-Others need the real ones, and are skipped without them.
+The tests put a library of our own in the place of MLflow, on PYTHONPATH, where the process of a tracker finds it;
+``test_real_trackers.py`` has the real ones.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
-import struct
 import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +22,21 @@ from typing import Any
 import pytest
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.watching import TrackersConfig
 from mmmoe_pretrain.train.loop import train
 from mmmoe_pretrain.train.trackers import feed, kinds, relay
-from mmmoe_pretrain.train.trackers.kinds import KINDS, Kind, Line, Wandb, check_installed, is_installed
-from tests.distributed import free_port, run_ranks
-from tests.train.faulty import at_step, codes, config_in, faulty, logged
+from mmmoe_pretrain.train.trackers.kinds import (
+    KINDS,
+    Kind,
+    Line,
+    Wandb,
+    check_installed,
+)
+from tests.distributed import run_ranks
+from tests.support import things, write_shards
+from tests.train.faulty import at_step, codes, config_in, faulty, logged, signalled
 
 MLFLOW = '''
 import json, os, pathlib
@@ -125,19 +129,45 @@ def test_a_restarted_run_goes_on_in_the_trackers_run_and_repeats_no_step(
     ]
 
 
+def test_a_tracker_gets_the_scores_that_a_stop_put_off_with_the_record_of_their_step(
+    tmp_path: Path, tiny_data: Path, libraries: Path
+) -> None:
+    write_shards(tmp_path / "validation", things(72)[48:])
+    evaluation = {"validation": str(tmp_path / "validation"), "every": 2}
+    config = config_in(tmp_path, tiny_data, train={"steps": 4}, evaluate=evaluation,
+                       trackers={"mlflow": {"uri": "http://127.0.0.1:1"}})  # fmt: skip
+    assert codes(1, config, partial(signalled, 2)) == [exit_codes.STOPPED]
+    assert totals(libraries) == records(config)[:1]
+    assert codes(1, config) == [0]
+    assert totals(libraries) == records(config) and len(records(config)) == 4
+    held_out = [(step, value) for call in calls(libraries) for name, value, step in call.get("metrics", ())
+                if name == "0_held_out/total"]  # fmt: skip
+    assert held_out == [(r["step"], r["held_out"]["losses"]["total"]) for r in logged(config) if "held_out" in r]
+    assert [step for step, _ in held_out] == [2, 4]
+
+
 def test_a_tracker_that_is_not_installed_is_one_error_before_anything_is_trained(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "not_a_library").mkdir()  # as the folder of files called wandb
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(kinds.KINDS, "wandb", Kind(Wandb, "not_a_library", "wandb"))
-    monkeypatch.setitem(kinds.KINDS, "mlflow", Kind(Wandb, "no_such_library", "mlflow-skinny"))
-    with pytest.raises(ValueError, match=r"trackers.wandb, trackers.mlflow: .* pip install wandb mlflow-skinny, or"):
+    monkeypatch.setitem(kinds.KINDS, "wandb", Kind(Wandb, "not_a_library", "wandb", "trackers"))
+    monkeypatch.setitem(kinds.KINDS, "mlflow", Kind(Wandb, "no_such_library", "mlflow-skinny", "trackers"))
+    with pytest.raises(
+        ValueError, match=r"trackers.wandb, trackers.mlflow: .*'mmmoe\[trackers\]', or wandb mlflow-skinny"
+    ):
         check_installed(["wandb", "mlflow"])
     config = config_in(tmp_path, tiny_data, trackers={"wandb": {}})
-    with pytest.raises(AssertionError, match=r"trackers.wandb: not installed .*; pip install wandb, or leave it out"):
+    with pytest.raises(AssertionError, match=r"trackers.wandb: not installed .*, or wandb alone, or leave it out"):
         run_ranks(2, train, config)
     assert not config.run_dir.exists()
+
+
+def test_the_extra_of_a_tracker_has_its_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for kind in kinds.KINDS.values():
+        names = [re.split("[<>=]", wanted)[0] for wanted in project["optional-dependencies"][kind.extra]]
+        assert kind.package in names
 
 
 @pytest.mark.parametrize("trackers, message", [
@@ -161,14 +191,51 @@ def test_a_process_that_takes_nothing_never_holds_up_the_run(
     os.kill(feeds._feeds[0]._process.pid, signal.SIGSTOP)
     began = time.monotonic()
     for step in range(200):
-        feeds.write(step, {f"value_{i}": i / 7 for i in range(400)})
+        feeds.write(step, [(f"value_{i}", i / 7) for i in range(400)])
     assert time.monotonic() - began < 2.0
     feeds.close(finished=False)
-    lost = feeds._feeds[0].lost
-    assert 0 < lost < 200
     assert feeds._feeds[0]._process.poll() == -signal.SIGKILL
     assert sum("takes no records" in message for message in caplog.messages) == 1
-    assert f"{lost} records did not reach it" in caplog.text
+    assert "199 records did not reach it" in caplog.text, "all but step 0, which is none"
+
+
+def test_a_process_that_ends_or_cannot_start_is_started_again_and_what_is_lost_is_counted(
+    tmp_path: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Step 1 arrives, and its process is killed; the one of step 2 cannot start, the one of step 3 can."""
+    monkeypatch.setattr(feed, "PAUSE", 0.0)
+    (tmp_path / "config.yaml").write_text("{name: x, trackers: {mlflow: {uri: 'http://127.0.0.1:9', experiment: a}}}")
+    path, spawn = tmp_path / "trackers" / "mlflow.json", subprocess.Popen
+
+    def reaches(step: int) -> None:
+        deadline = time.monotonic() + 20
+        while relay.read_state(path).step < step:
+            assert time.monotonic() < deadline, "nothing arrives"
+            time.sleep(0.01)
+
+    def cannot(*_: Any, **__: Any) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    feeds = feed.Feeds(["mlflow"], tmp_path)
+    feeds.write(1, [("1_loss/total", 1.0)])
+    reaches(1)
+    process = feeds._feeds[0]._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(subprocess, "Popen", cannot)
+    feeds.write(2, [("1_loss/total", 2.0)])
+    monkeypatch.setattr(subprocess, "Popen", spawn)
+    feeds.write(3, [("1_loss/total", 3.0)])
+    reaches(3)
+    feeds.close(finished=True)
+    assert totals(libraries) == [(1, 1.0), (3, 3.0)]
+    assert [call for call in calls(libraries) if "created" in call or "status" in call] == [
+        {"created": "x"}, {"id": "the run", "status": "RUNNING"}, {"id": "the run", "status": "FINISHED"},
+    ]  # fmt: skip
+    state = relay.read_state(path)
+    assert (state.sent, state.lost, state.failures) == (2, 1, 2)
+    assert "its process ended with code -9" in caplog.text and "cannot start: [Errno 11]" in caplog.text
 
 
 class Failing:
@@ -224,154 +291,27 @@ def test_a_failed_line_is_sent_again_in_order_and_what_is_left_at_the_end_is_cou
     assert "2 records are lost" in caplog.text
 
 
-def wandb_history(folder: Path) -> dict[int, dict[str, float]]:
-    """The values by step in the file of an offline run: records of wandb's protocol in LevelDB's log format, blocks
-    of 32 KiB behind a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, record, found = path.read_bytes(), 7, b"", {}
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            parsed = wandb_internal_pb2.Record.FromString(record)
-            if parsed.WhichOneof("record_type") == "history":
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in parsed.history.item}
-                found[parsed.history.step.num] = {k: json.loads(v) for k, v in items.items() if not k.startswith("_")}
-            record = b""
-    return found
-
-
-def of_mlflow(uri: str, run_id: str) -> dict[int, dict[str, float]]:
-    from mlflow import MlflowClient
-
-    client, found = MlflowClient(tracking_uri=uri), {}
-    for name in client.get_run(run_id).data.metrics:
-        for metric in client.get_metric_history(run_id, name):
-            assert name not in found.setdefault(metric.step, {}), "a step twice"
-            found[metric.step][name] = metric.value
-    return found
-
-
-def of_trackio(folder: Path, name: str) -> dict[int, dict[str, float]]:
-    import trackio.utils
-    from trackio import sqlite_storage
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trackio.utils, "TRACKIO_DIR", folder)
-        patch.setattr(sqlite_storage, "TRACKIO_DIR", folder)
-        rows = sqlite_storage.SQLiteStorage.get_logs("mmmoe", name)
-    return {row.pop("step"): {k: v for k, v in row.items() if k != "timestamp"} for row in rows}
-
-
-def expected(config: RunConfig) -> dict[int, dict[str, float]]:
-    """What metrics.jsonl has of the values whose place there needs no computing."""
-    return {
-        record["step"]: {
-            **{f"1_loss/{k}": v for k, v in record["losses"].items() if not k.startswith("aux/")},
-            **{f"4_auxiliary_loss/{k[4:]}": v for k, v in record["losses"].items() if k.startswith("aux/")},
-            "3_optimizer/grad_norm": record["grad_norm"],
-            "3_optimizer/learning_rate": record["learning_rate"],
-            "5_speed/tokens_per_second": record["tokens_per_second"],
-            "5_speed/data_wait_fraction": record["data_stall"],
-        }
-        for record in logged(config)
-    }
-
-
-def test_the_real_trackers_hold_the_numbers_of_the_log(
-    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that are installed."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for what reads it here
-    mlruns, rows = tmp_path / "mlruns", tmp_path / "trackio"
-    places: dict[str, dict[str, str]] = {
-        "wandb": {"mode": "offline"}, "mlflow": {"uri": str(mlruns)}, "trackio": {"folder": str(rows)},
-    }  # fmt: skip
-    readers: dict[str, Callable[[str], dict[int, dict[str, float]]]] = {
-        "wandb": lambda _: wandb_history(folder),
-        "mlflow": lambda run_id: of_mlflow(str(mlruns), run_id),
-        "trackio": lambda run_id: of_trackio(rows, f"tiny-{run_id}"),
-    }
-    installed = [name for name in places if is_installed(KINDS[name].module)]
-    if not installed:
-        pytest.skip("no tracker is installed")
-    config = config_in(tmp_path, tiny_data, trackers={name: places[name] for name in installed})
-    run_ranks(1, train, config)
-    folder, want = config.run_dir / "trackers", expected(config)
-    for name in installed:
-        held = readers[name](relay.read_state(folder / f"{name}.json").id)
-        assert {step: {key: values[key] for key in want[step]} for step, values in held.items()} == want, name
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder)],
-        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < deadline and server.poll() is None, "the server does not start"
-                time.sleep(0.2)
-        yield server
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-@pytest.mark.slow
-def test_an_mlflow_server_that_is_killed_in_the_middle_ends_no_training(
-    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for library in ("mlflow.server", "sqlalchemy", "alembic"):
-        pytest.importorskip(library)
-    monkeypatch.setattr(feed, "KILL_SECONDS", 15.0)
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    with mlflow_server(tmp_path, port) as server:
-        config = config_in(tmp_path, tiny_data, train={"steps": 60}, trackers={"mlflow": {"uri": uri}})
-        state = config.run_dir / "trackers" / "mlflow.json"
-
-        def kill(_: object) -> None:
-            deadline = time.monotonic() + 30
-            while relay.read_state(state).sent < 5:
-                assert time.monotonic() < deadline, "nothing arrives"
-                time.sleep(0.1)
-            os.killpg(server.pid, signal.SIGKILL)
-
-        run_ranks(1, faulty, config, partial(at_step, 30, kill))
-        assert len(records(config)) == 60
-        ended = relay.read_state(state)
-        assert ended.sent >= 5 and ended.lost == 60 - ended.sent > 0 and ended.error
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    held, want = of_mlflow(uri, ended.id), expected(config)
-    assert held and all({k: held[step][k] for k in want[step]} == want[step] for step in list(held)[:-1])
-
-
 @pytest.mark.parametrize("taken, message", [
     ("trackers", "trackers.mlflow cannot start: "), ("trackers/mlflow.json/a", "cannot write "),
 ])  # fmt: skip
 def test_files_that_cannot_be_written_are_one_line_of_a_tracker(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, taken: str, message: str
+    tmp_path: Path,
+    libraries: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    taken: str,
+    message: str,
 ) -> None:
-    monkeypatch.setattr(feed, "STOPPED_SECONDS", 2.5)
+    monkeypatch.setattr(feed, "STOPPED_SECONDS", 0.5)
     (tmp_path / "config.yaml").write_text("{name: x, trackers: {mlflow: {uri: 'http://127.0.0.1:9', experiment: a}}}")
     (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / taken).write_text("")
     feeds = feed.Feeds(["mlflow"], tmp_path)
-    feeds.write(1, {"a": 1.0})
+    feeds.write(1, [("a", 1.0)])
+    told, deadline = "", time.monotonic() + 40
+    while message not in told and time.monotonic() < deadline:
+        time.sleep(0.05)
+        told += capfd.readouterr().err
     feeds.close(finished=False)
-    told = capfd.readouterr().err
+    told += capfd.readouterr().err
     assert "Traceback" not in told and told.count(message) == 1

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.cpu import activation
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
 from mmmoe_pretrain.moe.cpu.matmul import matmul, matmul_into
 from mmmoe_pretrain.moe.cpu.padding import pad_plan
-from mmmoe_pretrain.moe.cpu.threads import run_side_by_side
+from mmmoe_pretrain.moe.cpu.threads import ROWS_FOR_ALL_THREADS, run_side_by_side
 from mmmoe_pretrain.moe.expert_math import ExpertStack
 from mmmoe_pretrain.moe.plan import ExpertPlan
 
@@ -52,7 +53,7 @@ class _Blocked(torch.autograd.Function):
         stack: ExpertStack,
         keep: bool,
     ) -> Tensor:
-        buffers = stack.buffers
+        buffers, products = stack.buffers, stack.cpu_config.products
         pad = x_mD.device.type == "cpu" and x_mD.dtype is not torch.float64
         padded = pad_plan(plan, weights_A.detach(), _most_rows(up_EFD), pad)
         rows = padded.plan.rows_A.split(padded.lengths)
@@ -62,14 +63,15 @@ class _Blocked(torch.autograd.Function):
 
         def compute(index: int) -> None:
             piece = padded.pieces[index]
-            up = _first_product(x_mD.index_select(0, rows[index]), ups[piece.expert], biases[piece.expert])
+            x = x_mD.index_select(0, rows[index])
+            up = _first_product(x, ups[piece.expert], biases[piece.expert], products)
             h = activation.forward(stack.activation, up)
-            matmul_into(y_PD[piece.start : piece.end], h, downs[piece.expert].t())
+            matmul_into(y_PD[piece.start : piece.end], h, downs[piece.expert].t(), products)
             if keep:
                 kept[index] = up
 
-        run_side_by_side(compute, padded.lengths, x_mD.device)
-        ctx.padded, ctx.activation, ctx.buffers = padded, stack.activation, buffers
+        run_side_by_side(compute, padded.lengths, x_mD.device, _rows_for_all_threads(stack.cpu_config))
+        ctx.padded, ctx.activation, ctx.buffers, ctx.cpu_config = padded, stack.activation, buffers, stack.cpu_config
         ctx.save_for_backward(x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *(kept if keep else ()))
         return padded.plan.sum_by_row(y_PD, padded.weights_P)
 
@@ -77,7 +79,7 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
         x_mD, up_EFD, down_EDF, up_bias_EF, y_PD, *kept = ctx.saved_tensors
-        padded, buffers = ctx.padded, ctx.buffers
+        padded, buffers, products = ctx.padded, ctx.buffers, ctx.cpu_config.products
         pieces_of: dict[int, list[int]] = {}
         counts = [0] * up_EFD.shape[0]
         for index, piece in enumerate(padded.pieces):
@@ -94,25 +96,27 @@ class _Blocked(torch.autograd.Function):
         grad_bias = torch.zeros_like(up_bias_EF) if needs_bias else None
 
         def one_expert(e: int) -> None:
-            into_up, into_down = (_Accumulator(None if grad is None else grad[e]) for grad in (grad_up, grad_down))
+            into_up = _Accumulator(None if grad_up is None else grad_up[e], products)
+            into_down = _Accumulator(None if grad_down is None else grad_down[e], products)
             for index in pieces_of[e]:
                 here = slice(padded.pieces[index].start, padded.pieces[index].end)
                 grad_y = grad_mD.index_select(0, rows[index])
                 grad_weights_P[here] = (grad_y * y_PD[here]).sum(-1, dtype=grad_weights_P.dtype)
                 grad_y.mul_(scale_P1[here])  # and so padding is 0 from here on
                 x = x_mD.index_select(0, rows[index])
-                up = kept[index] if kept else _first_product(x, ups[e], biases[e])
-                h, grad = activation.backward(ctx.activation, matmul(grad_y, downs[e]), up)
+                up = kept[index] if kept else _first_product(x, ups[e], biases[e], products)
+                h, grad = activation.backward(ctx.activation, matmul(grad_y, downs[e], products), up)
                 into_down.add_product(grad_y.t(), h)
                 into_up.add_product(grad.t(), x)
                 if grad_bias is not None:
                     grad_bias[e] += grad.sum(0, dtype=grad_bias.dtype)
-                matmul_into(grad_x_PD[here], grad, ups[e])
+                matmul_into(grad_x_PD[here], grad, ups[e], products)
             into_up.close()
             into_down.close()
 
         busy = list(pieces_of)
-        run_side_by_side(lambda i: one_expert(busy[i]), [counts[e] for e in busy], x_mD.device)
+        lengths = [counts[e] for e in busy]
+        run_side_by_side(lambda i: one_expert(busy[i]), lengths, x_mD.device, _rows_for_all_threads(ctx.cpu_config))
         grad_weights_A = grad_weights_P.index_select(0, padded.position_A)
         return padded.plan.sum_by_row(grad_x_PD), grad_weights_A, grad_up, grad_down, grad_bias, None, None, None
 
@@ -121,30 +125,35 @@ class _Accumulator:
     """Sums products into ``out``, if it is not None; in fp32 where several would be rounded to a half type in
     between."""
 
-    def __init__(self, out: Tensor | None) -> None:
-        self.out, self.products = out, 0
+    def __init__(self, out: Tensor | None, products: str) -> None:
+        self.out, self.products, self.count = out, products, 0
         self.wide: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         if self.out is None:
             return
-        self.products += 1
-        if self.products == 1:
-            matmul_into(self.out, a, b)
+        self.count += 1
+        if self.count == 1:
+            matmul_into(self.out, a, b, self.products)
         elif self.out.dtype.itemsize >= 4:
-            self.out += matmul(a, b)
+            self.out += matmul(a, b, self.products)
         else:
             if self.wide is None:
                 self.wide = self.out.float()
-            self.wide += matmul(a, b)
+            self.wide += matmul(a, b, self.products)
 
     def close(self) -> None:
         if self.out is not None and self.wide is not None:
             self.out.copy_(self.wide)
 
 
-def _first_product(x_nD: Tensor, up_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    up_nF = matmul(x_nD, up_FD.t())
+def _rows_for_all_threads(settings: CpuConfig) -> int:
+    rows = settings.rows_for_all_threads
+    return ROWS_FOR_ALL_THREADS if rows is None else rows
+
+
+def _first_product(x_nD: Tensor, up_FD: Tensor, bias_F: Tensor | None, products: str) -> Tensor:
+    up_nF = matmul(x_nD, up_FD.t(), products)
     return up_nF if bias_F is None else up_nF.add_(bias_F)
 
 

@@ -23,11 +23,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 ROWS_FOR_ALL_THREADS = 24  # a thread; an expert with more gives each of them enough to do
 
 
-def run_side_by_side(work: Callable[[int], None], rows: Sequence[int], device: torch.device) -> None:
-    """``work(i)`` for every i, in any order; ``rows[i]`` says how large it is. An error in one is
-    raised here, after the others have ended."""
+def run_side_by_side(
+    work: Callable[[int], None],
+    rows: Sequence[int],
+    device: torch.device,
+    rows_for_all_threads: int = ROWS_FOR_ALL_THREADS,
+) -> None:
+    """``work(i)`` for every i, in any order; ``rows[i]`` says how large it is. From ``rows_for_all_threads`` a thread
+    on, it gets all threads (0: always). An error in one is raised here, after the others have ended."""
     threads = 1 if device.type != "cpu" or is_in_torch_dispatch_mode() else torch.get_num_threads()
-    small = [i for i, n in enumerate(rows) if n < ROWS_FOR_ALL_THREADS * threads]
+    small = [i for i, n in enumerate(rows) if n < rows_for_all_threads * threads]
     if threads == 1 or len(small) < 2 * threads or 2 * sum(rows[i] for i in small) < sum(rows):
         small = []
     for i in sorted(set(range(len(rows))) - set(small)):

@@ -134,12 +134,13 @@ class Kind:
     make: Callable[[Subject], Tracker]
     module: str
     package: str  # that pip installs
+    extra: str  # of mmmoe, which has it
 
 
 KINDS = {
-    "wandb": Kind(Wandb, "wandb", "wandb"),
-    "mlflow": Kind(Mlflow, "mlflow", "mlflow-skinny"),
-    "trackio": Kind(Trackio, "trackio", "trackio"),
+    "wandb": Kind(Wandb, "wandb", "wandb", "trackers"),
+    "mlflow": Kind(Mlflow, "mlflow", "mlflow-skinny", "trackers"),
+    "trackio": Kind(Trackio, "trackio", "trackio", "trackio"),
 }  # kind of config/watching.py -> how records get there
 
 
@@ -147,10 +148,12 @@ def check_installed(kinds: Sequence[str]) -> None:
     """Raises ValueError that names those of ``kinds`` whose library is not there, and how to install it."""
     missing = [name for name in kinds if not is_installed(KINDS[name].module)]
     if missing:
-        keys, packages = (", ".join(f"trackers.{name}" for name in missing), [KINDS[k].package for k in missing])
+        keys, found = ", ".join(f"trackers.{name}" for name in missing), [KINDS[name] for name in missing]
+        extras = ",".join(dict.fromkeys(kind.extra for kind in found))
+        packages, pronoun = " ".join(kind.package for kind in found), "it" if len(missing) == 1 else "them"
         raise ValueError(
-            f"{keys}: not installed on the machine of rank 0; pip install {' '.join(packages)}, or leave "
-            f"{'it' if len(missing) == 1 else 'them'} out of the config"
+            f"{keys}: not installed on the machine of rank 0; pip install 'mmmoe[{extras}]', or {packages} alone, or "
+            f"leave {pronoun} out of the config"
         )
 
 

@@ -49,6 +49,7 @@ class State:
     step: int = 0  # the last one that the tracker has
     sent: int = 0  # records, over all starts
     lost: int = 0
+    failures: int = 0  # processes of this tracker that could not start, or ended before the run
     error: str = ""  # why the last attempt failed; empty where it did not
 
     def write(self, path: Path) -> None:
@@ -74,7 +75,7 @@ class Inbox:
         self._lines: deque[Line] = deque()
         self._changed = threading.Condition()
         self.ended = self.finished = False
-        self.dropped = 0
+        self.dropped = self.failures = 0  # records, and processes before this one, that the state does not count yet
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self, seconds: float | None) -> list[Line]:
@@ -89,6 +90,8 @@ class Inbox:
         while message := self._socket.recv(MESSAGE):
             value = json.loads(message)
             with self._changed:
+                self.dropped += value.pop("lost", 0)
+                self.failures += value.pop("failures", 0)
                 if "finished" in value:
                     self.finished = value["finished"]
                     continue
@@ -140,7 +143,8 @@ class Relay:
             self._pending.popleft()
             self._state.lost += 1
         self._state.lost += self._inbox.dropped
-        self._inbox.dropped = 0
+        self._state.failures += self._inbox.failures
+        self._inbox.dropped = self._inbox.failures = 0
 
     def _send(self) -> bool:
         """Send what waits; whether all of it arrived."""
@@ -221,11 +225,13 @@ def main() -> None:
         signal.signal(stop, signal.SIG_IGN)  # rank 0 decides when the run ends
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     name, run_dir, number = sys.argv[1:]
+    code = 0
     try:
         relay(KINDS[name], name, Path(run_dir), socket.socket(fileno=int(number)))
     except (OSError, ValueError) as error:  # a full disk, or a config that is gone
-        log.error("trackers.%s cannot start: %s; training continues without it", name, error)
-    os._exit(0)  # no exit handler of a library may keep the process
+        log.error("trackers.%s cannot start: %s; training continues, and it is tried again", name, error)
+        code = 1
+    os._exit(code)  # no exit handler of a library may keep the process
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""The complete config of a run, and the checks between its sections."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from mmmoe_pretrain import kinds
+from mmmoe_pretrain.config.base import (
+    FolderText,
+    ModalitySettings,
+    ObjectiveSettings,
+    StreamNames,
+    StrictModel,
+    check_pair,
+)
+from mmmoe_pretrain.config.data import DataConfig
+from mmmoe_pretrain.config.evaluate import HELD_OUT, EvaluateConfig
+from mmmoe_pretrain.config.model import ModelConfig
+from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.config.optimizer import OptimizerConfig
+from mmmoe_pretrain.config.parallel import ParallelConfig
+from mmmoe_pretrain.config.train import CheckpointConfig, FaultsConfig, TrainConfig
+from mmmoe_pretrain.config.watching import TrackersConfig
+
+HANG_SHARE = 0.8  # of parallel.timeout_minutes
+WAIT_SHARE = 0.4  # of the hang limit, for one item of a data worker
+READ_SHARE = 0.75  # of that, for one read with its retries, whose error is clearer than that of a hung worker
+LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Name = Annotated[str, BeforeValidator(kinds.check_name)]
+AnyModality = Annotated[SerializeAsAny[ModalitySettings], BeforeValidator(kinds.MODALITIES.settings)]
+AnyObjective = Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(kinds.OBJECTIVES.settings)]
+
+
+class RunConfig(StrictModel):
+    """The complete config of a run; saved in its folder and its checkpoints."""
+
+    name: str = Field(pattern=RUN_NAME)  # of the run's folder
+    runs_dir: FolderText = "runs"
+    seed: int = 0
+    data: DataConfig
+    modalities: dict[Name, AnyModality] = Field(min_length=1)
+    representations: dict[Name, tuple[str, ...]] = Field({})  # name: modalities whose tokens are pooled together
+    objectives: dict[Name, AnyObjective] = Field(min_length=1)
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    trackers: TrackersConfig = TrackersConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _names(self) -> RunConfig:
+        """Names in one section that refer to an entry of another."""
+        for name, parts in self.representations.items():
+            self._known(parts, f"representations.{name}")
+            if name in self.modalities or not parts or len(set(parts)) < len(parts):
+                raise ValueError(
+                    f"representations.{name} {list(parts)}: every modality is a representation under its own name; "
+                    f"choose another name, and name one modality or more, each once"
+                )
+        for where, names in self.moe.modalities_named:
+            self._known(names, where)
+        claimed = Counter(member for modality in self.modalities.values() for member in modality.members)
+        if twice := [member for member, count in claimed.items() if count > 1]:
+            raise ValueError(
+                f"modalities: members names {', '.join(twice)} more than once, and a file is read as one modality; "
+                f"keep it in one of them"
+            )
+        for name, modality in self.modalities.items():
+            modality.check_names(name, self.modalities)
+        every = {**{name: (name,) for name in self.modalities}, **self.representations}
+        for key in self.evaluate.rows:
+            check_pair(key, every, "evaluate.rows")
+        if unknown := [key for key in self.evaluate.by if key not in every]:
+            raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
+        for name, objective in self.objectives.items():
+            if name in LOSSES_OF_ALL:
+                raise ValueError(f"objectives.{name}: the name is that of other losses; choose e.g. {name}_1")
+            objective.check_names(name, self.modalities, every)
+        for layer in (self.moe, *map(self.moe.for_layer, self.moe.layers)):
+            layer.check_modalities(tuple(self.modalities))
+        if not any(objective.on for objective in self.objectives.values()):
+            raise ValueError(
+                f"objectives: none of {', '.join(self.objectives)} has a weight, so there is nothing to learn; give "
+                f"one a weight above 0"
+            )
+        return self
+
+    def _known(self, names: Iterable[str], where: str) -> None:
+        unknown = [name for name in names if name not in self.modalities]
+        if unknown:
+            hint = kinds.nearest(unknown[0], self.modalities, "the modalities are")
+            raise ValueError(f"{where}: there is no modality {', '.join(unknown)}; {hint}")
+
+    @model_validator(mode="after")
+    def _some_sparse_block(self) -> RunConfig:
+        if not self.moe.dense and self.moe.every > self.model.num_layers:
+            raise ValueError(
+                f"moe.every {self.moe.every} exceeds model.num_layers {self.model.num_layers}, so no block has "
+                f"experts; lower moe.every, or set moe.num_experts: 1 and moe.experts_per_token: 1 for a dense model"
+            )
+        absent = [index for index in self.moe.layers if index >= self.model.num_layers]
+        if absent:
+            raise ValueError(
+                f"moe.layers.{absent[0]}: there is no such block; model.num_layers is {self.model.num_layers}"
+            )
+        routers = {self.moe.for_layer(i).router for i in range(self.model.num_layers)}
+        causal = [name for name, its in self.objectives.items() if its.on and kinds.OBJECTIVES.load(its.kind).causal]
+        if "expert_choice" in routers and causal:
+            raise ValueError(
+                f"moe.router expert_choice lets later tokens affect the routing of earlier ones, and the segments of "
+                f"objectives.{causal[0]} are causal; set objectives.{causal[0]}.weight: 0, or choose softmax_top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> RunConfig:
+        settings, every = self.checkpoint, self.evaluate.every
+        held_out = settings.keep_best and settings.best_metric.startswith(HELD_OUT)
+        if held_out and (not every or settings.every % every):
+            raise ValueError(
+                f"checkpoint.best_metric {settings.best_metric} is known every evaluate.every {every} steps, and "
+                f"checkpoints are saved every {settings.every}; set evaluate.every to a divisor of checkpoint.every"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hang_before_timeout(self) -> RunConfig:
+        hang, timeout = self.faults.hang_minutes, self.parallel.timeout_minutes
+        if hang >= timeout:
+            raise ValueError(
+                f"faults.hang_minutes {hang:g} is not below parallel.timeout_minutes {timeout}: collectives would "
+                f"end the job first, without naming the hung rank; set hang_minutes: "
+                f"{HANG_SHARE * timeout:g} or timeout_minutes: {int(hang) + 1}"
+            )
+        return self
+
+    @property
+    def hang_seconds(self) -> float:
+        """Seconds without progress of a rank before the job ends: less than the timeout of the collectives, whose
+        errors are less clear."""
+        return 60.0 * (self.faults.hang_minutes or HANG_SHARE * self.parallel.timeout_minutes)
+
+    @model_validator(mode="after")
+    def _reads_end_before_their_worker(self) -> RunConfig:
+        if self.data.read_timeout > self._wait_seconds:
+            raise ValueError(
+                f"data.read_timeout {self.data.read_timeout:g} exceeds the {self._wait_seconds:g} seconds after "
+                f"which a data worker counts as hung; lower it, or raise data.worker_timeout, faults.hang_minutes "
+                f"and parallel.timeout_minutes"
+            )
+        return self
+
+    @property
+    def _wait_seconds(self) -> float:
+        return min(self.data.worker_timeout or math.inf, WAIT_SHARE * self.hang_seconds)
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds that one read of the training data may take, with all its retries."""
+        return self.data.read_timeout or READ_SHARE * self._wait_seconds
+
+    @property
+    def stream_names(self) -> StreamNames:
+        """Names of the modalities and the objectives with a weight; their order defines their ids."""
+        return StreamNames(tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on))
+
+    def with_vocabulary(self, vocab_size: int) -> RunConfig:
+        """The config with ``vocab_size`` of its tokenizer, 0 where no modality reads text. Raises ValueError where it
+        has another."""
+        if self.model.vocab_size and not vocab_size:
+            raise ValueError(f"no modality reads text, but model.vocab_size is {self.model.vocab_size}; set it to 0")
+        if self.model.vocab_size not in (0, vocab_size):
+            raise ValueError(
+                f"the tokenizer {self.data.tokenizer} has vocabulary size {vocab_size}, and model.vocab_size is "
+                f"{self.model.vocab_size}; set data.tokenizer to the file that the run started with, or for a new "
+                f"run model.vocab_size: 0"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def checkpoint_root(self) -> str:
+        """Where the checkpoints of the run are: a path or an fsspec URL."""
+        return self.checkpoints_of(self.run_dir)
+
+    def checkpoints_of(self, run_dir: Path) -> str:
+        """The checkpoints of a run folder that may have been moved; ``checkpoint.folder`` has a folder for each run's
+        name."""
+        folder = self.checkpoint.folder
+        return f"{folder.rstrip('/')}/{self.name}" if folder else str(run_dir / "checkpoints")
