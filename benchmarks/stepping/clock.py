@@ -134,6 +134,7 @@ def time_parts(engine: MegatronEngine) -> Clock:
         layer.dispatcher = SimpleNamespace(run=timed(clock, DISPATCH, layer.dispatcher.run))
         charge(layer.experts, "forward", EXPERTS)
     charge(engine.transformer, "finalize_model_grads_func", REDUCE, outer=REST)
-    for owner, name in ((wrapped, "zero_grad_buffer"), (engine.optimizer, "step"), (engine.optimizer, "zero_grad")):
+    of_optimizer = [(engine.optimizer, name) for name in ("zero_grad", "prepare_grads", "get_grad_norm")]
+    for owner, name in ((wrapped, "zero_grad_buffer"), *of_optimizer, (engine, "_update")):
         charge(owner, name, OPTIMIZER, outer=REST)
     return clock

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import step
 from benchmarks.common.start_deepspeed import prepare_deepspeed, start_deepspeed
-from benchmarks.stepping.clock import DISPATCH, EXPERTS, PARTS, REST, Clock, mark, time_parts, timed
+from benchmarks.stepping.clock import DISPATCH, EXPERTS, OPTIMIZER, PARTS, REST, Clock, mark, time_parts, timed
 from benchmarks.stepping.peers import DEEPSPEED, MEGATRON
 from benchmarks.stepping.workload import SIZES, Size, random_batch, step_config, valid_tokens
 from mmmoe_pretrain.engines.megatron import MegatronEngine
@@ -64,6 +64,7 @@ def test_the_clock_finds_every_part_and_changes_no_loss() -> None:
     for shares, timed_losses, losses in run_ranks(2, shares_and_losses):
         assert math.isclose(sum(shares.values()), 1.0)
         assert set(shares) == set(PARTS) and all(share > 0 for share in shares.values()), shares
+        assert shares[OPTIMIZER] > 0.02, shares  # its step, not only its zero_grad
         assert timed_losses == losses
 
 
