@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # before torch: these tests fork, and are of gloo on CPUs
 if not os.environ["CUDA_VISIBLE_DEVICES"]:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton: it runs kernels on CPU tensors then
+
+import torch
 
 from tests.support import things, write_shards, write_tokenizer
 
@@ -25,3 +28,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards(root / "train", things(48))
     write_tokenizer(root / "tokens.model")
     return root
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -46,15 +46,15 @@ def _lines(plan: Values) -> Iterator[str]:
     yield _row("", count(plan["parameters"]["total"]), count(plan["parameters"]["active"]))
     yield ""
     fullest = f"memory of the fullest GPU (pipeline rank {memory['pipeline_rank']})"
-    unit, name_of_unit = unit_of(memory["total"])
-    yield _row(fullest, name_of_unit)
+    unit, prefix = unit_of(memory["total"])
+    yield _row(fullest, f"{prefix}B")
     for name, value in memory["terms"].items():
         yield _row(f"  {MEMORY.get(name, name)}", f"{value / unit:,.2f}")
     yield _row("", f"{memory['total'] / unit:,.2f} of {memory['capacity'] / unit:,.2f}")
     yield ""
     sent = [(kind, [links[link] for link in ("inside", "across")]) for kind, links in step["traffic"].items()]
-    unit, name_of_unit = unit_of(max((sum(each) for _, each in sent), default=GB))
-    heads = (f"{name_of_unit} in its node", f"{name_of_unit} across nodes")
+    unit, prefix = unit_of(max((sum(each) for _, each in sent), default=GB))
+    heads = (f"{prefix}B in its node", f"{prefix}B across nodes")
     yield _row("sent a step by a GPU of the slowest stage", *heads)
     for kind, each in sent:
         yield _row(f"  {kind}", *(f"{value / unit:,.2f}" for value in each))
@@ -72,9 +72,9 @@ def _summary(plan: Values) -> Iterator[str]:
     step = plan["step"]
     yield _row(f"a step: {step['samples']:,} samples in {step['microbatches']} microbatches", count(step["tokens"]),
                "tokens")  # fmt: skip
-    unit, name_of_unit = unit_of(step["flops_per_token"])
+    unit, prefix = unit_of(step["flops_per_token"])
     flops = f"{step['flops_per_token'] / unit:,.2f}"
-    yield _row("FLOPs a token, forward and backward", flops, name_of_unit.replace("B", "FLOP"))
+    yield _row("FLOPs a token, forward and backward", flops, f"{prefix}FLOP")
     yield _row("tokens a second", count(step["tokens_per_second"]))
     yield _row("MFU", f"{step['mfu']:.1%}")
     budget = plan["budget"]
@@ -128,15 +128,12 @@ def _tight(plan: Values) -> str:
 
 
 def side_by_side(a: Values, b: Values, names: tuple[str, str]) -> str:
-    """The limits, rows that differ, and the names of those that are equal."""
+    """Rows that differ, texts that differ in full, and the names of what is equal."""
     left, right = dict(_flat(a)), dict(_flat(b))
     keys = list(dict.fromkeys((*left, *right)))
-    long = [
-        key
-        for key in keys
-        if any(len(str(its.get(key))) > 30 for its in (left, right) if isinstance(its.get(key), str))
-    ]
     equal = [key for key in keys if _alike(left.get(key), right.get(key))]
+    texts = [value for its in (left, right) for value in its.items() if isinstance(value[1], str)]
+    long = {key for key, text in texts if len(text) > 30}.difference(equal)
     width = max(map(len, keys))
     lines = [f"{'differs':<{width}}{names[0][-30:]:>32}{names[1][-30:]:>32}"]
     for key in keys:
@@ -144,9 +141,8 @@ def side_by_side(a: Values, b: Values, names: tuple[str, str]) -> str:
             continue
         sides = left.get(key), right.get(key)
         lines.append(f"{key:<{width}}{_shown(sides[0], key):>32}{_shown(sides[1], key):>32}{_ratio(*sides)}")
-    for key in long:
-        if key not in equal:
-            lines += [f"{key}:", f"  {left.get(key)}", f"  {right.get(key)}"]
+    for key in filter(long.__contains__, keys):
+        lines += [f"{key}:", f"  {left.get(key)}", f"  {right.get(key)}"]
     named = ", ".join(key for key in equal if not key.startswith(DETAILS))
     return "\n".join([*lines, *textwrap.wrap(f"equal: {named}", 118, subsequent_indent="  ", break_on_hyphens=False)])
 
@@ -195,11 +191,11 @@ def count(number: float) -> str:
 
 
 def unit_of(number: float) -> tuple[float, str]:
-    """Of bytes: GB of 10^9, or MB where they are fewer."""
-    return (GB, "GB") if number >= GB else (MB, "MB")
+    """10^9 and its prefix, or 10^6 where ``number`` is less."""
+    return (GB, "G") if number >= GB else (MB, "M")
 
 
 def size(number: float) -> str:
     """Bytes as 24.5 GB."""
-    unit, name = unit_of(number)
-    return f"{number / unit:,.1f} {name}"
+    unit, prefix = unit_of(number)
+    return f"{number / unit:,.1f} {prefix}B"

@@ -170,7 +170,7 @@ def _held(rank: RankParts, costs: ModelCosts) -> object:
 def _scales(machine: Machine, ranks: int) -> dict[str, float]:
     """By part: the measured factor, times how much slower a rank is beside the others of its node."""
     ranks_of_node = min(ranks, machine.ranks_per_node)
-    busy = min(1.0, (ranks_of_node - 1) / max(1, (machine.cores or 1) - 1)) if machine.cores else 0.0
+    busy = min(1.0, (ranks_of_node - 1) / max(1, machine.cores - 1)) if machine.cores else 0.0
     slower = {limit: 1 + busy * (machine.crowded.get(limit, 1.0) - 1) for limit in PARTS}
     return {part: slower[limit] * machine.factors.get(part, 1.0) for limit, parts in PARTS.items() for part in parts}
 

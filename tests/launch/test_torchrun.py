@@ -82,6 +82,16 @@ def trained(config: RunConfig) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def beside_python(folder: Path, shell: str) -> tuple[Path, dict[str, str]]:
+    """A copy of the script beside no virtual environment, and the variables with which ``shell`` is its python."""
+    script, python = folder / "launch" / "torchrun.sh", folder / "python"
+    script.parent.mkdir()
+    shutil.copy(SCRIPT, script)
+    python.write_text(shell)
+    python.chmod(0o755)
+    return script, {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 def run_of(root: Path, tiny_data: Path, steps: int = 10_000) -> RunConfig:
     """At a learning rate that does not depend on the number of steps."""
     return config_in(root, tiny_data, train={"steps": steps}, checkpoint={"every": 5},
@@ -176,18 +186,14 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path: Path, tiny_data: Path
 
 def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path) -> None:
     """torchrun ends while the trap of a signal still runs: the script waits for a reader of its output."""
-    (tmp_path / "launch").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")  # beside no environment
-    (tmp_path / "python").write_text("#!/bin/sh\ntouch here\nsleep 1\nexit 7\n")
-    (tmp_path / "python").chmod(0o755)
+    script, environment = beside_python(tmp_path, "#!/bin/sh\ntouch here\nsleep 1\nexit 7\n")
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
         while True:
             os.write(writer, bytes(4096))
     os.set_blocking(writer, True)
-    process = subprocess.Popen([tmp_path / "launch" / "torchrun.sh", "1", "train"], stderr=writer, cwd=tmp_path,
-                               env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    process = subprocess.Popen([script, "1", "train"], stderr=writer, cwd=tmp_path, env=environment)
     os.close(writer)
     try:
         wait_until((tmp_path / "here").exists, process)
@@ -203,12 +209,8 @@ def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path)
 
 
 def test_a_torchrun_that_is_killed_is_a_failure(tmp_path: Path) -> None:
-    (tmp_path / "launch").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")
-    (tmp_path / "python").write_text("#!/bin/sh\nkill -KILL $$\n")
-    (tmp_path / "python").chmod(0o755)
-    result = subprocess.run([tmp_path / "launch" / "torchrun.sh", "1", "train"], text=True, capture_output=True,
-                            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)  # fmt: skip
+    script, environment = beside_python(tmp_path, "#!/bin/sh\nkill -KILL $$\n")
+    result = subprocess.run([script, "1", "train"], text=True, capture_output=True, env=environment, check=False)
     assert result.returncode == 1
     assert "torchrun was killed (exit code 137)" in result.stderr
 
@@ -225,12 +227,8 @@ def test_the_code_is_the_scripts_and_not_that_of_the_working_folder(tmp_path: Pa
 
 def test_a_torchrun_that_is_stopped_may_go_on_and_the_script_be_edited(tmp_path: Path) -> None:
     """As a debugger does it."""
-    (tmp_path / "launch").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "launch" / "torchrun.sh")
-    (tmp_path / "python").write_text("#!/bin/sh\necho $$ > pid\nmv pid stopped\nkill -STOP $$\nexit 7\n")
-    (tmp_path / "python").chmod(0o755)
-    process = subprocess.Popen([tmp_path / "launch" / "torchrun.sh", "1", "train"], text=True, cwd=tmp_path,
-                               env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    script, environment = beside_python(tmp_path, "#!/bin/sh\necho $$ > pid\nmv pid stopped\nkill -STOP $$\nexit 7\n")
+    process = subprocess.Popen([script, "1", "train"], text=True, cwd=tmp_path, env=environment)
     try:
         wait_until((tmp_path / "stopped").exists, process)
         time.sleep(2.0)

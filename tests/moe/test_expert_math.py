@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -93,14 +92,6 @@ def assert_equals_loop(case: Case, backend: str = "blocked", **tolerance: float)
     torch.testing.assert_close(ours, loop, **tolerance)
     for mine, theirs in zip(case.gradients(ours), case.gradients(loop), strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 ROUTINGS = {

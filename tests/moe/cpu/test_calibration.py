@@ -1,6 +1,6 @@
 """The choice follows the measured times; no time is measured here: the clock is advanced by the work itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,14 +44,6 @@ class Clock:
             self.done.append(name)
 
         return act
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("onednn, choice", [(0.9, "onednn"), (0.96, "torch"), (1.0, "torch"), (1.2, "torch")])
