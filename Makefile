@@ -14,16 +14,16 @@ IMAGE_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity reshard chaos fuzz cluster image gpu bench compare clean
+.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench compare clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Fetch real data, train on two processes, evaluate, and show the report
 	launch/demo.sh
 
-test: $(STAMP) ## Run the tests (not the slow ones, nor those that need a network or a GPU)
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not network and not gpu"
+test: $(STAMP) ## Run the tests (not the slow ones, nor those that need a network, a GPU or a browser)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not network and not gpu and not browser"
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
@@ -31,6 +31,11 @@ check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/hadolint Dockerfile
+
+page-check: $(STAMP) ## Open the page of mmmoe routing in headless Chromium, and look at what it shows; says what it needs
+	@if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then \
+	  echo "make page-check needs Chromium; on Debian: apt-get install chromium" >&2; exit 1; fi
+	$(BIN)/python -m pytest -q -m browser tests/evaluate/test_routing_browser.py
 
 parity: $(STAMP) ## Train every layout against one process (15 minutes on 2 cores); write docs/parallelism.md
 	@$(BIN)/python -W ignore -m tests.layouts.parity --write docs/parallelism.md

@@ -1,19 +1,27 @@
 """Seconds that a save stops training, and the rate at which it writes, beside torch.save and the disk itself.
 
 A state as a model has it (large expert weights, matrices, many small vectors; fp32 weights and Adam's two
-moments) is cut over forked gloo ranks. In turns that rotate, in the same processes and on the same disk: dd of
-as many bytes (one dd a rank, conv=fdatasync); an asynchronous save, with matrix products beside it until it is
-committed; a synchronous save, the same code; and torch.save of each rank's part to a file of its own, synced.
-Every file is deleted before the next turn. Medians over repeats, of the slowest rank; a first round warms up.
+moments) is cut over forked gloo ranks. In turns that rotate, in the same processes and on the same disk: the copy
+to host memory, by itself and in a thread beside matrix products; dd of as many bytes (one dd a rank,
+conv=fdatasync); an asynchronous save, with matrix products between it and the wait for its copy, in place of the
+forward and backward passes before an update, and until it is committed; a synchronous save, the same code; and
+torch.save of each rank's part to a file of its own, synced. Every file is deleted before the next turn. Medians
+over repeats, of the slowest rank; a first round warms up.
 
-Legend. stopped: seconds until ``save`` returns. whole: until the checkpoint is committed. products: their rate
-while a save is written beside them, over that alone.
+The passes between are ``PASSES`` times as long as the copy by itself. Those of a model are longer: they take six
+operations a parameter and token, and the copy 12 bytes a parameter.
+
+Legend. captured: seconds in ``save``. waited: in ``wait_for_copy``. stopped: both. slowed: seconds that products
+lost while a copy ran beside them. whole: until the checkpoint is committed. products: their rate from the end of the
+copy until then, over that alone.
 
 Prints a table and, as its last line, one JSON object, of the worst number of ranks: ``blocking_vs_sync``, stopped
-by an asynchronous save over a synchronous one whole (lower is better; the aim is at most 0.1); ``vs_disk``, bytes
-a second of the synchronous save, copying, hashing and committing included, over dd's (higher is better; the aim
-is at least 0.7); ``vs_torch_save``, stopped by an asynchronous save over torch.save (lower is better);
-``sync_vs_torch_save``, a synchronous save whole over torch.save (lower is better); and ``points``, what is behind.
+by an asynchronous save over a synchronous one whole (lower is better; the aim is at most 0.05); ``cost_vs_sync``, the
+same of stopped and slowed together (lower is better); ``copy_vs_sync``, the same of the copy by itself, as long as a
+save would stop without passes beside its copy; ``vs_disk``, bytes a second of the synchronous save, copying, hashing
+and committing included, over dd's (higher is better; the aim is at least 0.7); ``vs_torch_save``, stopped by an
+asynchronous save over torch.save (lower is better); ``sync_vs_torch_save``, a synchronous save whole over torch.save
+(lower is better); and ``points``, what is behind.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 from benchmarks.common.forked import on_ranks, over_ranks, slowest_rank
 from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
+from mmmoe_pretrain.checkpoint.staging import Staging
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor, model_key, optimizer_key
 from mmmoe_pretrain.parallel.mesh import build_host_groups
 from mmmoe_pretrain.parallel.runtime import process_group
@@ -49,6 +59,7 @@ BLOCK = 16 << 20  # bytes that dd writes at once
 SHAPES = ((16, 512, 512), *[(512, 512)] * 4, *[(512,)] * 8)  # of a layer: experts, matrices, vectors; 21 MB
 PRODUCT = 384  # rows and columns of a matrix product beside a save
 ALONE = 0.5  # seconds of products by themselves
+PASSES = 5.0  # seconds of products between a save and the next update, by those of the copy by itself
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,20 @@ class Point:
 
     ranks: int
     nbytes: int  # of the checkpoint's tensors, all ranks
+    copy: float  # by itself
+    slowed: float  # products beside a copy
     dd: float
-    stopped: float  # by an asynchronous save
+    captured: float  # by an asynchronous save
+    waited: float  # for its copy
     whole: float  # an asynchronous save, until it is committed
     sync: float
     torch_save: float
     products: float
+
+    @property
+    def stopped(self) -> float:
+        """Seconds that an asynchronous save stops training."""
+        return self.captured + self.waited
 
 
 def state_of(nbytes: int, rank: int, ranks: int) -> ShardedState:
@@ -94,6 +113,26 @@ class Turns:
         self.later = Saver(folder / "later", group, keep)
         self.at_once = Saver(folder / "at_once", group, keep, asynchronous=False)
         self.matrix = torch.rand(PRODUCT, PRODUCT)
+        self.tensors = [piece for tensor in state.values() for piece in tensor.pieces.values()]
+        self.staging = Staging(self.tensors)
+        self.passes = 0.0  # seconds
+
+    def copy(self) -> tuple[float, float]:
+        """Seconds of the copy by itself, and those that products lose beside it."""
+        steady = [True] * len(self.tensors)
+        copying = self.staging.start(self.tensors, steady)
+        began = settled()
+        copying.run()
+        seconds = time.perf_counter() - began
+        self.passes = PASSES * slowest_rank(seconds)
+        alone = self._products(lambda seconds: seconds >= ALONE)
+        thread = threading.Thread(target=self.staging.start(self.tensors, steady).run)
+        began, done = settled(), 0
+        thread.start()
+        while thread.is_alive():
+            torch.mm(self.matrix, self.matrix)
+            done += 1
+        return seconds, time.perf_counter() - began - done / alone
 
     def dd(self) -> float:
         path = self.folder / f"dd_{self.rank}"
@@ -123,12 +162,17 @@ class Turns:
         self._delete("at_once")
         return seconds
 
-    def asynchronous(self) -> tuple[float, float, float]:
-        """Seconds stopped and whole, and the rate of products beside it over that alone."""
+    def asynchronous(self) -> tuple[float, float, float, float]:
+        """Seconds captured, waited and whole, and the rate of products beside it over that alone."""
         alone = self._products(lambda seconds: seconds >= ALONE)
-        began = settled()
+        begin = settled()
         self.later.save(1, self.state, {})
-        stopped = time.perf_counter() - began
+        captured = time.perf_counter() - begin
+        for _ in range(round(alone * self.passes)):
+            torch.mm(self.matrix, self.matrix)
+        begin = time.perf_counter()
+        self.later.wait_for_copy()
+        waited = time.perf_counter() - begin
         reports: list[SaveReport] = []
 
         def committed(_: float) -> bool:
@@ -138,7 +182,8 @@ class Turns:
         beside = self._products(committed)
         succeeded(self.later, reports)
         self._delete("later")
-        return stopped, reports[0].seconds_blocked + reports[0].seconds_writing, beside / alone
+        in_save = reports[0].seconds_blocked - reports[0].seconds_before_update
+        return captured, waited, in_save + reports[0].seconds_writing, beside / alone
 
     def _products(self, enough: Callable[[float], bool]) -> float:
         """Their rate until it is enough."""
@@ -196,6 +241,7 @@ def measure(nbytes: int, repeats: int, folder: Path) -> Point:
     with process_group(timeout_minutes=10):
         turns = Turns(folder, state_of(nbytes, dist.get_rank(), dist.get_world_size()))
         work = [
+            turns.copy,
             lambda: (turns.dd(),),
             turns.asynchronous,
             lambda: (turns.synchronous(),),
@@ -209,14 +255,17 @@ def measure(nbytes: int, repeats: int, folder: Path) -> Point:
             rows.append([slowest_rank(value) for index in range(len(work)) for value in seconds[index]])
         total = int(over_ranks(turns.nbytes))
         ranks = dist.get_world_size()
-    dd, stopped, whole, products, sync, torch_save = map(statistics.median, zip(*rows[1:], strict=True))
-    return Point(ranks, total, dd, stopped, whole, sync, torch_save, products)
+    copy, slowed, dd, *asynchronous, sync, torch_save = map(statistics.median, zip(*rows[1:], strict=True))
+    captured, waited, whole, products = asynchronous
+    return Point(ranks, total, copy, slowed, dd, captured, waited, whole, sync, torch_save, products)
 
 
 def summary(points: list[Point]) -> dict[str, object]:
     """Of the worst point each."""
     return {
         "blocking_vs_sync": round(max(p.stopped / p.sync for p in points), 4),
+        "cost_vs_sync": round(max((p.stopped + p.slowed) / p.sync for p in points), 4),
+        "copy_vs_sync": round(max(p.copy / p.sync for p in points), 4),
         "vs_disk": round(min(p.dd / p.sync for p in points), 3),
         "vs_torch_save": round(max(p.stopped / p.torch_save for p in points), 4),
         "sync_vs_torch_save": round(max(p.sync / p.torch_save for p in points), 3),
@@ -225,13 +274,15 @@ def summary(points: list[Point]) -> dict[str, object]:
 
 
 def print_points(points: list[Point]) -> None:
-    print(f"{'ranks':>5} {'MB':>6}  {'':<18}{'seconds':>9}{'MB/s':>8}{'of dd':>8}{'stopped s':>11}{'products':>10}")
+    print(f"{'ranks':>5} {'MB':>6}  {'':<18}{'seconds':>9}{'MB/s':>8}{'of dd':>8}{'stopped s':>11}"
+          f"{'captured':>10}{'waited':>8}{'slowed':>8}{'products':>10}")  # fmt: skip
     for p in points:
-        rows = [("dd", p.dd, p.dd), ("asynchronous save", p.whole, p.stopped), ("synchronous save", p.sync, p.sync),
-                ("torch.save", p.torch_save, p.torch_save)]  # fmt: skip
+        rows = [("dd", p.dd, p.dd), ("copy alone", p.copy, p.copy), ("asynchronous save", p.whole, p.stopped),
+                ("synchronous save", p.sync, p.sync), ("torch.save", p.torch_save, p.torch_save)]  # fmt: skip
         for name, whole, stopped in rows:
             columns = f"{stopped:>11.3f}" if name != "dd" else ""
-            columns += f"{p.products:>10.2f}" if whole is p.whole else ""
+            if whole is p.whole:
+                columns += f"{p.captured:>10.3f}{p.waited:>8.3f}{p.slowed:>8.3f}{p.products:>10.2f}"
             print(f"{p.ranks:>5} {p.nbytes / 1e6:>6.0f}  {name:<18}{whole:>9.3f}{p.nbytes / 1e6 / whole:>8.0f}"
                   f"{p.dd / whole:>8.2f}{columns}")  # fmt: skip
 

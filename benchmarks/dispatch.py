@@ -9,9 +9,14 @@ least that can be, a row there and back for each (token, other rank that has an 
 / theirs: below 1, we send less. time theirs / ours: above 1, we are faster. On gloo ranks that share a
 machine a transfer is a copy in memory, so times say little of a network.
 
-Prints a table and, as its last line, one JSON object: ``bytes_vs_bound`` (ours / bound),
+The second table is of skewed routing without and with lending of experts (dispatching/lending.py): rows of the
+fullest rank over the mean, the experts that are lent, the bytes of their weights and gradients, all bytes, and time.
+
+Prints both tables and, as its last line, one JSON object: ``bytes_vs_bound`` (ours / bound),
 ``bytes_vs_megatron`` and ``bytes_vs_deepspeed`` (ours / theirs), ``time_vs_megatron`` and
-``time_vs_deepspeed`` (theirs / ours): geometric means over the points.
+``time_vs_deepspeed`` (theirs / ours): geometric means over the points. Of the recorded routing in the second table
+``imbalance_before`` and ``imbalance_after`` (max/mean, geometric means) and ``lent_bytes`` (weights and gradients of
+lent experts, all points).
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from benchmarks.dispatching.contenders import (
     Task,
     available,
 )
+from benchmarks.dispatching.lending import COLUMNS, Lent, measure_lending, print_lending, summary_of_lending
 from benchmarks.dispatching.traffic import least_bytes
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.counting import CollectiveCounter
@@ -164,7 +170,13 @@ def main() -> None:
         results = on_ranks(ranks, measure, tasks, repeats, timeout=TIMEOUT)
         print_rows(ranks, results)
         points += results.values()
-    print(json.dumps(summary(points)))
+    print(f"\n{'ranks':>5} {'':<18}" + "".join(f"{column:>9}" for column in COLUMNS))
+    recorded: list[Lent] = []
+    for ranks in RANKS:
+        lent = on_ranks(ranks, measure_lending, repeats, timeout=TIMEOUT)
+        print_lending(ranks, lent)
+        recorded += (row for name, row in lent.items() if name.startswith("recorded"))
+    print(json.dumps(summary(points) | summary_of_lending(recorded)))
 
 
 if __name__ == "__main__":

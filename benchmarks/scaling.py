@@ -34,8 +34,9 @@ from benchmarks.common.forked import on_ranks
 from benchmarks.growth.layouts import FAMILIES, SAMPLES, Family, layout_config
 from benchmarks.growth.measured import Comparison, Totals, compare
 from mmmoe_pretrain.engines.megatron import prepare
+from mmmoe_pretrain.parallel.agreement import gather_objects
 from mmmoe_pretrain.parallel.counting import ALL_TO_ALL, Total
-from mmmoe_pretrain.parallel.mesh import destroy_groups
+from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 
 RANKS, TIMEOUT = (1, 2, 4, 8), 300.0  # seconds for all layouts of a number of ranks
@@ -66,9 +67,7 @@ def measure(families: Sequence[Family]) -> dict[str, Row]:
     with process_group(timeout_minutes=2):
         for family in families:
             own = compare(layout_config(family, dist.get_world_size()), SAMPLES * family.sharing)
-            everyone: list[Comparison | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-            found[family.name] = make_row([item for item in everyone if item is not None])
+            found[family.name] = make_row(gather_objects(build_host_groups(timeout_minutes=2).control, own))
             destroy_groups()
     return found
 

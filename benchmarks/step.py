@@ -9,11 +9,12 @@ sizes; the expert layer and the engine are swapped:
 Two gloo ranks with one thread each, experts spread over both, K = 2, fp32. All contenders take a step of the
 same batch in turn, in one run; a ratio is the median over the repeats of (their seconds / ours), of the
 slower rank. Before they are timed, all must have the same weights outside of the experts and the same
-losses over some steps. Our library of products is measured as in a run, and printed. ``where`` says on what our
-step spends its time, as shares of the wall clock.
+losses over some steps. Our library of products is measured as in a run, and printed. The parts are where our step
+spends its time, in percent of the wall clock and, in the line below, in milliseconds of the median step.
 
 Prints a table and, as its last line, one JSON object: ``vs_deepspeed`` and ``vs_megatron`` (geometric
-means over the sizes, above 1 in our favour), ``worst``, and ``shares`` (means over the sizes).
+means over the sizes, above 1 in our favour), ``worst``, ``shares`` (means over the sizes) and ``milliseconds`` (by
+size).
 
     python benchmarks/step.py            about six minutes on two cores
     python benchmarks/step.py --quick    fewer samples and repeats
@@ -94,6 +95,12 @@ class Row:
         """Their seconds over ours."""
         pairs = zip(self.seconds[name], self.seconds[OURS], strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Of our median step, by part."""
+        whole = 1e3 * statistics.median(self.seconds[OURS])
+        return {part: share * whole for part, share in self.shares.items()}
 
     def rate(self, name: str) -> float:
         """Tokens a second."""
@@ -200,6 +207,7 @@ def summary(rows: Mapping[str, Row]) -> dict[str, object]:
         "worst": worst and round(ratios[worst], 3),
         "worst_point": worst and f"{worst[1]} {worst[0]}",
         "shares": {part: round(statistics.mean(row.shares[part] for row in rows.values()), 4) for part in PARTS},
+        "milliseconds": {name: {p: round(ms, 1) for p, ms in row.milliseconds.items()} for name, row in rows.items()},
         "sizes": len(rows),
         "device": "cpu",
         "torch": torch.__version__,
@@ -212,8 +220,9 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 def line(size: Size, row: Row) -> str:
     peers = "".join(f"{row.rate(name):>11,.0f}{row.against(name):>7.2f}" for name in row.seconds if name != OURS)
-    where = "".join(f"{100 * row.shares[part]:>8.0f}" for part in PARTS)
-    return f"{size.name:<22}{row.tokens:>7}{row.rate(OURS):>11,.0f}{peers}{where}"
+    start = f"{size.name:<22}{row.tokens:>7}{row.rate(OURS):>11,.0f}{peers}"
+    percent = "".join(f"{100 * row.shares[part]:>8.0f}" for part in PARTS)
+    return f"{start}{percent}\n{'ms':>{len(start)}}{''.join(f'{row.milliseconds[part]:>8.1f}' for part in PARTS)}"
 
 
 def header(names: Sequence[str]) -> str:

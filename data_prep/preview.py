@@ -20,8 +20,8 @@ from rich.table import Column, Table
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import BadSample
-from mmmoe_pretrain.data.loader import Made, MicrobatchDataset, keep_slot
+from mmmoe_pretrain.data.decode import BadSample, keep_slot
+from mmmoe_pretrain.data.loader import Made, MicrobatchDataset
 from mmmoe_pretrain.data.order.assign import Assignment
 from mmmoe_pretrain.data.order.blend import most_dividing
 from mmmoe_pretrain.data.pack import origins

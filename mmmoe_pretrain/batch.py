@@ -177,15 +177,16 @@ class Batch:
         return int(self.task_ids.shape[0])
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on ``device``. To a GPU from pinned memory: a copy from other memory would
-        wait for all work that the device has been given."""
-        if device.type != "cuda":
-            return map_leaves(self, Tensor, lambda tensor: tensor.to(device))
-        return map_leaves(self, Tensor, lambda tensor: _pinned(tensor).to(device, non_blocking=True))
+        """The same batch with every tensor on ``device`` (``send``)."""
+        return map_leaves(self, Tensor, lambda tensor: send(tensor, device))
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_cuda else tensor.pin_memory()
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. To an accelerator from pinned memory: a copy from other memory would make the host
+    wait for all work that the device has been given."""
+    if tensor.device.type != "cpu" or device.type in ("cpu", "meta"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def map_leaves(value: Any, kind: type, function: Any) -> Any:
@@ -202,3 +203,18 @@ def map_leaves(value: Any, kind: type, function: Any) -> Any:
         fields = {f.name: map_leaves(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
+
+
+def to_arrays(item: object) -> Any:
+    """Tensors as arrays, which cross processes without torch."""
+    return map_leaves(item, Tensor, Tensor.numpy)
+
+
+def to_tensors(item: object) -> Any:
+    """The inverse of ``to_arrays``; the memory is shared."""
+    return map_leaves(item, np.ndarray, torch.from_numpy)
+
+
+def to_pinned(item: object) -> Any:
+    """Arrays as tensors in pinned memory."""
+    return map_leaves(to_tensors(item), Tensor, Tensor.pin_memory)

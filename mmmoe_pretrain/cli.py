@@ -2,11 +2,12 @@
 ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
-print one line and exit with code 2; other errors are bugs and show their traceback.
+print one line and exit with code 2, a full disk one and code 1; other errors are bugs and show their traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ from mmmoe_pretrain.plan.cli import EXAMPLE as PLAN_EXAMPLE
 from mmmoe_pretrain.plan.cli import plan
 from mmmoe_pretrain.surgery.cli import experts
 
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -109,6 +111,8 @@ Test = Annotated[
     typer.Option(callback=given, help="Held-out shards (repeat it for several); default: evaluate.test."),
 ]
 
+Device = Annotated[str, typer.Option(help="What computes: auto (a GPU where there is one), cpu or cuda.")]
+
 
 @app.command()
 def evaluate(
@@ -119,11 +123,12 @@ def evaluate(
     dense_results: Annotated[
         Path | None, typer.Option(callback=given, help="Recorded results of a dense model, shown next to the scores.")
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Score a trained model on held-out data and report its routing."""
     from mmmoe_pretrain.evaluate.run import evaluate_command
 
-    evaluate_command(run, test or [], dense_results, out, overrides or [])
+    evaluate_command(run, test or [], dense_results, out, overrides or [], device)
 
 
 @app.command()
@@ -131,13 +136,14 @@ def routing(
     run: Run,
     overrides: Overrides = None,
     test: Test = None,
-    out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN/routing.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN.")] = None,
     top: Annotated[int, typer.Option(help="Top-activating tokens shown for each expert and modality.")] = 8,
+    device: Device = "auto",
 ) -> None:
-    """Show where the router sends tokens, and each expert's top-activating tokens."""
+    """Show where the router sends tokens, and each expert's top-activating tokens, in one page: RUN/routing.html."""
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
-    routing_command(run, test or [], out, top, overrides or [])
+    routing_command(run, test or [], out, top, overrides or [], device)
 
 
 @configs.command("upgrade")
@@ -183,12 +189,23 @@ def main() -> None:
         sys.exit(exit_codes.DONE)
     exit_codes.forget_earlier()
     try:
-        app()
+        try:
+            app()
+        finally:
+            print(end="", flush=True)  # Python's own flush, at its end, prints a traceback
     except ValueError as error:
         exit_codes.tell(error)
         passing = isinstance(error, exit_codes.Restartable | OSError)  # a storage that does not respond
         code = exit_codes.FAULT if passing else exit_codes.USER_ERROR
         sys.exit(exit_codes.record(code))
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        if error.errno != errno.EPIPE:  # else who read the output has ended
+            where = error.filename or "the output, or a file"
+            print(f"mmmoe: cannot write {where}: {error.strerror}; make room, or write elsewhere", file=sys.stderr)
+        sys.exit(exit_codes.record(exit_codes.FAULT))
 
 
 if __name__ == "__main__":

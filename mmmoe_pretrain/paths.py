@@ -82,6 +82,8 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
 def new_file(out: Path) -> Iterator[Path]:
     """A file ``OUT.tmp`` to write, which becomes ``out`` where the block succeeds, else nothing is left of it."""
     draft = out.with_name(f"{out.name}.tmp")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder, and a file is to be written there; remove it, or choose another --out")
     make_folder(out.parent)
     try:
         yield draft

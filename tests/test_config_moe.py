@@ -74,6 +74,10 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"layers": {3: {"router": "hash"}}}, "moe.layers.3: there is no such block", "model.num_layers is 2"),
     ({"router": "softmax"}, "there is no router 'softmax'", "did you mean softmax_top_k?"),
     ({"jitter": 1.0}, "got 1.0", "less than 1"),
+    ({"lending": {}, "dispatch_chunks": 2}, "moe.dispatch_chunks 2", "set dispatch_chunks: 1, or lending: null"),
+    ({"lending": {}, "expert_groups": [IMAGE_ALONE, OTHERS]}, "moe.expert_groups has 2", "remove expert_groups"),
+    ({"lending": {"threshold": 0.5}}, "got 0.5", "greater than or equal to 1"),
+    ({"layers": {1: {"lending": {}}}}, "moe.layers.1.lending holds for all layers", "set moe.lending instead"),
 ])  # fmt: skip
 def test_impossible_moe_settings_are_refused_with_the_value_and_the_remedy(
     moe: dict[str, Any], value: str, remedy: str

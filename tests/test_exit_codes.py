@@ -1,7 +1,11 @@
 """What a process tells its launcher."""
 
+import io
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -80,3 +84,32 @@ def test_training_elsewhere_than_on_linux_is_refused_in_one_line(monkeypatch: py
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="training runs on Linux, and this is darwin"):
         cli.train(Path("run.yaml"))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether a write fails or the last flush; where the reader of a pipe has ended, nothing is said."""
+    monkeypatch.delenv("MMMOE_EXIT_FILE", raising=False)
+
+    def ended(answer: Callable[[], object], stdout: TextIO) -> tuple[object, str]:
+        monkeypatch.setattr(cli, "app", answer)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        stdout.close()
+        return raised.value.code, capsys.readouterr().err
+
+    for size in (10, 100_000):  # the buffer has 8 kB
+        code, said = ended(lambda size=size: print("x" * size), Path("/dev/full").open("w"))  # noqa: SIM115 (closed there)
+        assert code == exit_codes.FAULT
+        assert said == (
+            "mmmoe: cannot write the output, or a file: No space left on device; make room, or write elsewhere\n"
+        )
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert ended(lambda: print("x"), os.fdopen(writer, "w")) == (exit_codes.FAULT, "")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(cli, "app", lambda: os.close(-1))
+    with pytest.raises(OSError, match="Bad file descriptor"):  # a bug shows its traceback
+        cli.main()

@@ -15,7 +15,8 @@ import mmmoe_pretrain.cli
 import mmmoe_pretrain.data_prep.cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.engines.deepspeed_config import _own_swap_folder
-from mmmoe_pretrain.paths import expand, given, make_folder
+from mmmoe_pretrain.evaluate.rows import place_of_report
+from mmmoe_pretrain.paths import expand, given, make_folder, new_file
 from tests.support import tiny_values
 
 PATHS = (("runs_dir",), ("data", "tokenizer"), ("data", "train", 0, "path"), ("evaluate", "test", 0),
@@ -139,3 +140,14 @@ def test_a_folder_for_results_that_cannot_be_made_is_named(tmp_path: Path, monke
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ValueError, match="a cannot be written; choose another --out"):
         make_folder(tmp_path / "a")
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "routing.json").mkdir()
+    assert place_of_report(tmp_path, "routing.json", ["shards"], None) == tmp_path  # no report of other shards
+    with (
+        pytest.raises(ValueError, match=r"routing\.json is a folder, and a file"),
+        new_file(tmp_path / "routing.json"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.json"]

@@ -8,7 +8,7 @@ import yaml
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
-from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.config.moe import LendingConfig, MoEConfig
 from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -23,10 +23,11 @@ def test_the_run_of_the_tour_is_a_valid_config() -> None:
     assert run_config.parse(yaml.safe_load(block)).train.precision == "bf16"
 
 
-def test_the_mixture_of_the_layer_s_page_is_valid() -> None:
+def test_the_settings_of_the_layer_s_page_are_valid_and_its_defaults_are_ours() -> None:
     page = (Path(__file__).parents[1] / "docs" / "expert_layer.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert MoEConfig.model_validate(yaml.safe_load(block)["moe"]).for_layer(3).experts_per_token == 4
+    mixture, lending = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert MoEConfig.model_validate(yaml.safe_load(mixture)["moe"]).for_layer(3).experts_per_token == 4
+    assert MoEConfig.model_validate(yaml.safe_load(lending)["moe"]).lending == LendingConfig()
 
 
 def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_an_installed_wheel_works_outside_of_the_checkout(wheel: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "site").iterdir() if path.is_dir()) == [
         "bin", "mmmoe-0.1.0.dist-info", "mmmoe_pretrain",
     ], "no name that others use"  # fmt: skip
+    assert (tmp_path / "site/mmmoe_pretrain/evaluate/routing/page.html").is_file(), "the template of mmmoe routing"
     run_config.dump(config_in(tmp_path, tiny_data), tmp_path / "run.yaml")
     environment = {"PYTHONPATH": str(tmp_path / "site")}
     where = "import mmmoe_pretrain; print(mmmoe_pretrain.__file__)"

@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "benchmarks/moe_layer.py", "--device", "cuda",
     ),
     "Attention over packed segments": ("benchmarks/attention.py", "--device", "cuda"),
+    "A run with loader, checkpoints, resume and evaluation": ("benchmarks/training.py",),
 }  # fmt: skip
 SECONDS = 240  # at most, for a part
 

@@ -46,7 +46,7 @@ class Comparison:
 
 class Routes:
     """Counts at the dispatchers of a rank's MoE layers: rows and assignments to each rank of the expert
-    group, by MoE layer and forward pass."""
+    group, by MoE layer and microbatch."""
 
     def __init__(self, engine: Engine) -> None:
         self.groups = engine.groups
@@ -61,6 +61,8 @@ class Routes:
         run, local = layer.dispatcher.run, layer.config.num_experts // self.groups.expert_size
 
         def listen(x_nD: Tensor, slots_nK: Tensor, *rest: Any) -> Any:
+            if torch._C._current_graph_task_id() != -1:  # a backward pass computes the layer again
+                return run(x_nD, slots_nK, *rest)
             rank_nK = slots_nK // local
             per_rank_nR = torch.nn.functional.one_hot(rank_nK, self.groups.expert_size).sum(1)
             sent.append(torch.stack([(per_rank_nR > 0).sum(0), per_rank_nR.sum(0)], dim=1))
@@ -72,9 +74,9 @@ class Routes:
         for sent in self.sent:
             sent.clear()
 
-    def routed(self, passes: int) -> list[list[Routed]]:
-        """By microbatch, then MoE layer. ``passes``: forward passes of a microbatch."""
-        return [[self._routed(sent[i]) for sent in self.sent] for i in range(0, len(self.sent[0]), passes)]
+    def routed(self) -> list[list[Routed]]:
+        """By microbatch, then MoE layer."""
+        return [[self._routed(sent[i]) for sent in self.sent] for i in range(len(self.sent[0]))]
 
     def _routed(self, out_R2: Tensor) -> Routed:
         own = self.groups.expert_rank
@@ -101,8 +103,7 @@ def compare(config: RunConfig, samples: int) -> Comparison:
     with CollectiveCounter() as counter:
         engine.step(batches, 1e-3)
 
-    passes = 2 if config.train.recompute == "blocks" else 1
-    routed = routes.routed(passes) if routes.sent else [[] for _ in batches]
+    routed = routes.routed() if routes.sent else [[] for _ in batches]
     names = ranks_of_groups(groups)
 
     def planned(routing: Sequence[Sequence[Routed]]) -> Totals:

@@ -17,7 +17,7 @@ from mmmoe_pretrain.plan.activations import BALANCED, Imbalance
 
 class Loads:
     """Counts of assignments at the dispatchers of a rank's MoE layers: ``sent`` to each slot, by layer and forward
-    pass."""
+    pass, without those that a backward pass repeats."""
 
     def __init__(self, engine: Any) -> None:
         self.groups, self.sent = engine.groups, list[list[Tensor]]()
@@ -33,7 +33,8 @@ class Loads:
         run, slots = layer.dispatcher.run, layer.config.num_experts
 
         def listen(x_nD: Tensor, slots_nK: Tensor, *rest: Any) -> Any:
-            sent.append(torch.bincount(slots_nK.flatten(), minlength=slots + 1)[:slots])
+            if torch._C._current_graph_task_id() == -1:  # not within a backward pass
+                sent.append(torch.bincount(slots_nK.flatten(), minlength=slots + 1)[:slots])
             return run(x_nD, slots_nK, *rest)
 
         return listen

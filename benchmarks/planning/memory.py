@@ -28,8 +28,9 @@ from benchmarks.planning.layouts import Case
 from benchmarks.planning.loads import Loads
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.engines.apply import build_engine
+from mmmoe_pretrain.parallel.agreement import gather_objects
 from mmmoe_pretrain.parallel.layout import resolve_layout
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.plan.activations import Imbalance
 from mmmoe_pretrain.plan.build import build
@@ -88,9 +89,8 @@ def measure(cases: Sequence[Case], steps: int) -> list[list[Measured]]:
     found = []
     with process_group(timeout_minutes=2) as device:
         for case in cases:
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, _measure(case, steps, device))
-            found.append(everyone)
+            own = _measure(case, steps, device)
+            found.append(gather_objects(build_host_groups(timeout_minutes=2).control, own))
             destroy_groups()
     return found
 

@@ -53,7 +53,7 @@ def _alone(clock: Clock | None) -> Machine:
 def _linked(machine: Machine, clock: Clock | None) -> Machine:
     torch.set_num_threads(1)
     with process_group(timeout_minutes=2) as device:
-        return add_links(machine, device, clock)
+        return add_links(machine, trial_config(TRIALS[0]), device, clock)
 
 
 class Plans:

@@ -134,7 +134,8 @@ def time_parts(engine: MegatronEngine) -> Clock:
         layer.dispatcher = SimpleNamespace(run=timed(clock, DISPATCH, layer.dispatcher.run))
         charge(layer.experts, "forward", EXPERTS)
     charge(engine.transformer, "finalize_model_grads_func", REDUCE, outer=REST)
-    of_optimizer = [(engine.optimizer, name) for name in ("zero_grad", "prepare_grads", "get_grad_norm")]
-    for owner, name in ((wrapped, "zero_grad_buffer"), *of_optimizer, (engine, "_update")):
+    of_optimizer = [(engine.optimizer, name) for name in ("zero_grad", "prepare_grads")]
+    of_engine = [(engine, name) for name in ("_squared_norms", "_update")]
+    for owner, name in ((wrapped, "zero_grad_buffer"), *of_optimizer, *of_engine):
         charge(owner, name, OPTIMIZER, outer=REST)
     return clock

@@ -19,7 +19,7 @@ from benchmarks.layer.peers import SwiGLU, make_megatron_layer
 from benchmarks.layer.workload import Point
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.base import StepResult, step_losses
+from mmmoe_pretrain.engines.base import StepResult, loss_sums, losses_of
 from mmmoe_pretrain.models.block import Block
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.experts import Experts
@@ -175,5 +175,6 @@ class DeepSpeedEngine:
             loss = loss + self.balance * auxiliary
         self.engine.backward(loss)
         self.engine.step()
-        losses = step_losses([report], list(report.losses), self.groups, loss.device)
-        return StepResult(losses, math.nan, counts, ())
+        names = list(report.losses)
+        sums = loss_sums([report], names, self.groups, loss.device)
+        return StepResult(losses_of(sums.tolist(), names, self.groups), math.nan, counts, ())

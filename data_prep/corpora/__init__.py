@@ -17,6 +17,7 @@ Build = Callable[[Path, Sequence[str]], tuple[list[Row], dict[str, int]]]
 CORPORA = {
     "tuxpaint": "stamps of Tux Paint: images, names in 77 languages, speech, sound effects (GPL-2, 161 MB)",
     "emoji": "Noto, Twitter and Fluent emoji with their names (Apache-2.0, CC-BY-4.0, MIT; 159 MB)",
+    "cldr-emoji": "those emoji in 91 languages; pairs of emoji and language are held out (also Unicode-DFS-2016)",
     "asterisk": "spoken prompts with transcripts in en, es, fr, it, ru (CC-BY-SA-3.0, 98 MB)",
     "gcide": "entries of a dictionary: English text alone (GPL-2+, 4.8 million words, 15 MB)",
     "mini": "a small mix that ships with the repository, for tests and demos without a network",
@@ -27,5 +28,5 @@ def build(name: str) -> Build:
     """The function that builds a corpus, imported here."""
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
-    function: Build = importlib.import_module(f"mmmoe_pretrain.data_prep.corpora.{name}").build
+    function: Build = importlib.import_module(f"mmmoe_pretrain.data_prep.corpora.{name.replace('-', '_')}").build
     return function

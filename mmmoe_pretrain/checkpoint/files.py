@@ -105,6 +105,33 @@ def digest_of(storage: Storage, path: str, nbytes: int) -> str:
     return digest.hexdigest()
 
 
+def read_ranges(storage: Storage, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """The bytes of each range (begin, end) of a file. Neighbours less than ``storage.gap`` apart are read at once."""
+    found = [memoryview(b"")] * len(ranges)
+    if all(begin >= end for begin, end in ranges):
+        return found
+    run: list[int] = []  # numbers of ranges that are read together
+    with storage.reader(path) as read_into:
+
+        def read() -> None:
+            begin, end = ranges[run[0]][0], max(ranges[n][1] for n in run)
+            data = memoryview(bytearray(end - begin))
+            read_into(begin, data)
+            for n in run:
+                found[n] = data[ranges[n][0] - begin : ranges[n][1] - begin]
+
+        reach = 0
+        for n in sorted((n for n, (begin, end) in enumerate(ranges) if begin < end), key=ranges.__getitem__):
+            if run and ranges[n][0] - reach > storage.gap:
+                read()
+                run.clear()
+            run.append(n)
+            reach = max(reach, ranges[n][1])
+        if run:
+            read()
+    return found
+
+
 def read_box(read_into: ReadInto, at: int, stored: tuple[int, ...], wanted: Box, gap: int, target: Tensor) -> None:
     """Fill ``target`` with the numbers ``wanted`` of a box of size ``stored`` that begins at byte ``at``.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.state import WholeState, persistent_buffers
 from mmmoe_pretrain.checkpoint.store import (
@@ -86,10 +88,12 @@ def open_run(run_dir: Path, overrides: Sequence[str] = (), step: int | None = No
     return SavedRun(config.with_vocabulary(vocab_size), checkpoint, meta)  # configs of earlier versions lack it
 
 
-def load_model(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[MMMoE, RunConfig, int]:
-    """The model of ``open_run``, its config and its step."""
+def load_model(
+    run_dir: Path, overrides: Sequence[str] = (), device: torch.device | None = None
+) -> tuple[MMMoE, RunConfig, int]:
+    """The model of ``open_run`` on ``device`` (default: the CPU), its config and its step."""
     run = open_run(run_dir, overrides)
-    return run.model(), run.config, run.checkpoint.step
+    return run.model().to(device), run.config, run.checkpoint.step
 
 
 def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> None:

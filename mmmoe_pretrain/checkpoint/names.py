@@ -2,7 +2,8 @@
 
 ROOT/latest                           the name of the newest checkpoint
 ROOT/step_00000100/rank_00000.safetensors ...
-                   index.json         every logical tensor: shape, dtype, and in which file its boxes are
+                   index.json         every logical tensor: shape, dtype, and where its boxes stand in boxes.bin
+                   boxes.bin          in which file each box is, and where (boxes.py)
                    meta.json          facts of the run
                    manifest.json      sizes and hashes of the others; written last, it makes the whole complete
 ROOT/step_00000100.tmp                a draft
@@ -16,11 +17,11 @@ import re
 from dataclasses import dataclass
 
 LATEST = "latest"
-INDEX, META, MANIFEST = "index.json", "meta.json", "manifest.json"
+INDEX, BOXES, META, MANIFEST = "index.json", "boxes.bin", "meta.json", "manifest.json"
 DRAFT, OLD, GONE = ".tmp", ".old.tmp", ".gone.tmp"
 FOLDER = re.compile(r"step_(\d{8,18})")
 LEFTOVER = re.compile(rf"{FOLDER.pattern}(\.old|\.gone)?\.tmp")
-FILE = re.compile(r"rank_\d{5,9}\.safetensors|index\.json|meta\.json|manifest\.json")
+FILE = re.compile(r"rank_\d{5,9}\.safetensors|index\.json|boxes\.bin|meta\.json|manifest\.json")
 
 
 @dataclass(frozen=True)

@@ -4,42 +4,38 @@
     tensors = plan.views(state)          # live memory, in the order of plan.entries; a copy of these may be written
     write_checkpoint(storage, step, plan, tensors, meta, group)
 
-Nothing is gathered but descriptions of boxes. What several ranks hold is written by one of them.
+Nothing is gathered but descriptions of boxes. What several ranks hold is written by one of them (``writers.py``).
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmmoe_pretrain.checkpoint.files import DTYPES, NAMES, Entry, FileRecord, header_of, write_hashed, write_tensors
-from mmmoe_pretrain.checkpoint.index import (
-    Index,
-    Manifest,
-    StoredBox,
-    StoredTensor,
-    fill,
-    index_json,
-    manifest_json,
-    meta_json,
-    refuse_unreadable,
-    tiles,
+from mmmoe_pretrain.checkpoint.files import Entry, FileRecord, header_of, write_hashed, write_tensors
+from mmmoe_pretrain.checkpoint.index import Manifest, index_json, manifest_json, meta_json
+from mmmoe_pretrain.checkpoint.names import (
+    BOXES,
+    INDEX,
+    LATEST,
+    MANIFEST,
+    META,
+    Checkpoint,
+    folder_name,
+    rank_file,
 )
-from mmmoe_pretrain.checkpoint.names import INDEX, LATEST, MANIFEST, META, Checkpoint, folder_name, rank_file
 from mmmoe_pretrain.checkpoint.state import Shape, ShardedState
 from mmmoe_pretrain.checkpoint.storage import Storage, StorageError
-from mmmoe_pretrain.parallel.agreement import exchange, from_rank_0
-from mmmoe_pretrain.parallel.placement import Box
+from mmmoe_pretrain.checkpoint.writers import Offer, Tables, Writers
+from mmmoe_pretrain.parallel.agreement import exchange, exchange_distinct, exchange_each, from_rank_0
 
 RETRY = 1.0  # seconds
 
@@ -50,7 +46,7 @@ class SavePlan:
 
     file: str
     entries: tuple[Entry, ...]  # in the order of the file
-    index: bytes | None = field(default=None, repr=False)  # index.json, of all ranks' files; on rank 0 alone
+    index: tuple[bytes, bytes] | None = field(default=None, repr=False)  # index.json, boxes.bin; on rank 0 alone
 
     @property
     def nbytes(self) -> int:
@@ -63,9 +59,9 @@ class SavePlan:
         }
         return [held[entry.key] for entry in self.entries]
 
-
-_Boxes = list[tuple[Box, torch.dtype]]
-_Offers = dict[str, tuple[Shape, _Boxes]]  # what a rank holds, by key of the logical tensor
+    def state_keys(self) -> list[str]:
+        """Of the logical tensors of ``entries``, in their order."""
+        return [entry.key.rpartition("@")[0] for entry in self.entries]
 
 
 def _name(key: str, offset: Shape) -> str:
@@ -74,27 +70,45 @@ def _name(key: str, offset: Shape) -> str:
 
 
 def plan_save(state: ShardedState, group: ProcessGroup | None) -> SavePlan:
-    """Collective: who writes what. Only rank 0 gets the boxes of all ranks. Raises ValueError on every rank if the
-    pieces of all ranks do not cover each tensor, if replicas have different boxes, or if the result would be too
-    large to be read.
+    """Collective: who writes what. A rank sends its boxes to rank 0, and gets a bit for each. Keys and shapes, which
+    many ranks have alike, are sent once. Raises ValueError on every rank if the pieces of all ranks do not cover each
+    tensor, if replicas have different boxes, or if the result would be too large to be read.
     """
+    tables: list[Tables] = []  # on rank 0
+    writers: list[Writers] = []
+    kept: list[tuple[bytes, bytes]] = []
 
-    def offer() -> _Offers:
-        return {key: (tensor.shape, tensor.boxes()) for key, tensor in state.items()}
+    def plan(offers: list[Offer]) -> list[np.ndarray]:
+        writers.append(Writers(tables[0], offers))
+        return writers[0].chosen
 
-    plans: list[SavePlan] = []  # of all ranks, on rank 0
-    kept: list[bytes] = []
+    def keep(heads: list[int]) -> None:
+        index = writers[0].index(heads)
+        assert index.rows is not None
+        kept.append((index_json(index), index.rows))
 
-    def combine(offers: list[_Offers]) -> None:
-        found, index = _plans(offers)
-        kept.append(index_json(index))  # stays here: every message of a scatter is as long as the longest
-        plans.extend(found)
+    exchange_distinct(
+        group,
+        lambda: [(key, tensor.shape) for key, tensor in state.items()],
+        lambda found, which: tables.append(Tables(found, which)),
+    )
+    chosen = exchange_each(group, lambda: Offer.of(state), plan)
+    entries = _entries(state, chosen)
+    exchange(group, lambda: len(header_of(entries)[0]), keep)
+    rank = 0 if group is None else dist.get_rank(group)
+    return SavePlan(rank_file(rank), entries, kept[0] if kept else None)
 
-    exchange(group, offer, combine)
-    own: list[Any] = plans[:1] or [None]
-    if group is not None:
-        dist.scatter_object_list(own, plans or None, group=group, group_src=0)
-    return replace(own[0], index=kept[0]) if kept else own[0]
+
+def _entries(state: ShardedState, chosen: np.ndarray) -> tuple[Entry, ...]:
+    """Of the boxes of ``state`` those for which ``chosen`` has a bit, in the order of the file."""
+    bits = iter(np.unpackbits(chosen).tolist())
+    entries = [
+        Entry(_name(key, box.offset), dtype, box.size)
+        for key, tensor in state.items()
+        for box, dtype in tensor.boxes()
+        if next(bits)
+    ]
+    return tuple(sorted(entries, key=lambda entry: -entry.dtype.itemsize))  # for alignment
 
 
 def write_checkpoint(
@@ -147,6 +161,7 @@ def commit(
     Runs resume from it once ``point_to`` has been called (``folders.candidates``).
     """
     assert plan.index is not None, "only rank 0 commits"
+    index, rows = plan.index
     there = storage.sizes(draft)
     for record in records:
         if there.get(record.name) != record.nbytes:
@@ -155,7 +170,8 @@ def commit(
                 f"{there.get(record.name, 'no such file')}; checkpoint.folder must be one that all nodes share"
             )
     more = [
-        write_hashed(storage, draft, INDEX, [plan.index]),
+        write_hashed(storage, draft, INDEX, [index]),
+        write_hashed(storage, draft, BOXES, [rows]),
         write_hashed(storage, draft, META, [meta_json(step, meta)]),
     ]
     files = {record.name: record for record in (*records, *more)}
@@ -179,72 +195,3 @@ def point_to(storage: Storage, checkpoint: Checkpoint) -> None:
                 f"{checkpoint} is written, but {LATEST} may still name the one before, and runs resume from that: "
                 f"{error}"
             ) from error
-
-
-def _plans(offers: list[_Offers]) -> tuple[list[SavePlan], Index]:
-    """The plan of each rank, and the index."""
-    shapes = _refuse_holes(offers)
-    items: list[list[_Item]] = [[] for _ in offers]
-    for item, rank in _writers(offers).items():
-        items[rank].append(item)
-    plans, boxes = [], defaultdict[str, list[StoredBox]](list)
-    dtypes: dict[str, torch.dtype] = {}
-    for rank, mine in enumerate(items):
-        mine.sort(key=lambda item: -item[2].itemsize)  # for alignment; the order is else that of the state
-        entries = tuple(Entry(_name(key, box.offset), dtype, box.size) for key, box, dtype in mine)
-        plans.append(SavePlan(rank_file(rank), entries))
-        _, begins = header_of(entries)
-        for (key, box, dtype), at in zip(mine, begins, strict=True):
-            boxes[key].append(StoredBox(box, rank_file(rank), at))
-            dtypes[key] = dtype
-    index = {key: StoredTensor(shape, dtypes[key], tuple(boxes[key])) for key, shape in shapes.items()}
-    return plans, index
-
-
-def _refuse_holes(offers: list[_Offers]) -> dict[str, Shape]:
-    """Check that the ranks cover every tensor, with equal shapes and types of replicas. Returns the shapes by key."""
-    shapes: dict[str, set[Shape]] = defaultdict(set)
-    boxes: dict[str, set[Box]] = defaultdict(set)
-    dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
-    for mine in offers:
-        for key, (shape, held) in mine.items():
-            shapes[key].add(shape)
-            boxes[key].update(box for box, _ in held)
-            dtypes[key].update(dtype for _, dtype in held)
-    problems = []
-    for key in sorted(shapes):
-        for shape in shapes[key]:
-            refuse_unreadable(key, shape)
-        if len(shapes[key]) > 1 or len(dtypes[key]) > 1:
-            values = [*sorted(shapes[key]), *sorted(map(str, dtypes[key]))]
-            problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, values))}")
-        elif not tiles(boxes[key], next(iter(shapes[key]))):
-            problems.append(f"hold {fill(boxes[key], next(iter(shapes[key])))} of {key}")
-        elif not dtypes[key] <= NAMES.keys():
-            problems.append(f"hold {key} as {next(iter(dtypes[key]))}; files have {', '.join(DTYPES)}")
-    if problems:
-        raise ValueError(
-            f"no checkpoint is written: the ranks {'; '.join(problems[:3])} ({len(problems)} such in all); "
-            f"earlier checkpoints are unchanged"
-        )
-    return {key: next(iter(found)) for key, found in shapes.items()}
-
-
-_Item = tuple[str, Box, torch.dtype]  # a box of the logical tensor of that key
-
-
-def _writers(offers: list[_Offers]) -> dict[_Item, int]:
-    """The rank that writes each box: those of one holder first, then the largest first, to the holder with
-    the fewest bytes so far."""
-    holders: dict[_Item, list[int]] = defaultdict(list)
-    for rank, mine in enumerate(offers):
-        for key, (_, held) in mine.items():
-            for box, dtype in held:
-                holders[key, box, dtype].append(rank)
-    nbytes = {(key, box, dtype): math.prod(box.size) * dtype.itemsize for key, box, dtype in holders}
-    written = [0] * len(offers)
-    writer: dict[_Item, int] = {}
-    for item in sorted(holders, key=lambda item: (len(holders[item]) > 1, -nbytes[item])):
-        writer[item] = min(holders[item], key=written.__getitem__)
-        written[writer[item]] += nbytes[item]
-    return {item: writer[item] for item in holders}

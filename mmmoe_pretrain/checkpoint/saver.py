@@ -1,8 +1,9 @@
-"""Saves a run while it trains: training waits for a copy to host memory, a thread does the rest.
+"""Saves a run while it trains: a thread copies the state to host memory during the next forward pass, and writes it.
 
-``Saver.save`` copies what this rank writes and returns. A daemon thread writes and hashes the copy, agrees with the
-other ranks, has rank 0 commit, and deletes what is no longer kept. At most one save is in flight: the next waits
-for it. A save that fails leaves the checkpoints before it and says why, on every rank, in its report.
+``Saver.save`` copies what a forward pass may change and returns. A daemon thread copies the rest, writes and hashes
+the copy, agrees with the other ranks, has rank 0 commit, and deletes what is no longer kept. Training waits for the
+copy (``wait_for_copy``) before it updates weights. At most one save is in flight: the next waits for it. A save that
+fails leaves the checkpoints before it and says why, on every rank, in its report.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import atexit
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import Retention
 from mmmoe_pretrain.checkpoint.save_plan import SavePlan, plan_save, write_checkpoint
+from mmmoe_pretrain.checkpoint.staging import Copying, Staging
 from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.checkpoint.storage import open_storage
 from mmmoe_pretrain.parallel.agreement import agree, any_rank
@@ -32,9 +33,6 @@ from mmmoe_pretrain.parallel.agreement import agree, any_rank
 RESTARTABLE = (OSError, RuntimeError, MemoryError)  # of a disk, a service or another rank
 FAILURES = (*RESTARTABLE, ValueError)  # not of this program
 REST = 1.0  # seconds
-# Bytes. Torch rounds pinned memory up to a power of two, which one large block may double; of small parts any block
-# but the last is full up to a part.
-BLOCK, PART = 2**28, 2**24
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,14 @@ class SaveReport:
 
     step: int
     path: str  # of the checkpoint; empty if there is none
-    seconds_blocked: float  # that ``save`` took: waiting, planning (once a run) and copying
+    seconds_blocked: float  # that training waited, in ``save`` (planning once a run) and in ``wait_for_copy``
     seconds_waited: float  # of those, for the save before it
-    seconds_writing: float  # from then until it was committed
+    seconds_writing: float  # from when ``save`` returned until it was committed, copying included
     bytes: int  # that this rank wrote
     error: str | None = None  # why there is no checkpoint
     restartable: bool = False  # the error is a disk's, a service's or a peer's: a later start may do better
     warning: str | None = None  # on rank 0: the checkpoint is complete, but old ones could not be deleted
+    seconds_before_update: float = 0.0  # of those blocked, in ``wait_for_copy``
 
 
 class Saver:
@@ -73,6 +72,8 @@ class Saver:
         self._plan: SavePlan | None = None
         self._staging: Staging | None = None
         self._thread: _Thread | None = None
+        self._copying: Copying | None = None  # of the save in flight
+        self._copy_waited = 0.0  # seconds of training, for it
         self._reports: list[SaveReport] = []
         self._cleaned = False
         # A thread that is inside torch when the interpreter ends aborts the process (up to Python 3.13).
@@ -93,8 +94,8 @@ class Saver:
         self._layout, self._plan = layout, plan
 
     def save(self, step: int, state: ShardedState, meta: Mapping[str, Any], metric: float | None = None) -> None:
-        """Copy ``state`` and start to write it; a report has the result, failures included. ``metric``: for
-        ``Retention.best``, the lower the better. Collective.
+        """Start to save ``state``; a report has the result, failures included. Its steady tensors must not change
+        until ``wait_for_copy`` has returned. ``metric``: for ``Retention.best``, the lower the better. Collective.
         """
         began = time.perf_counter()
         self.wait()
@@ -106,14 +107,21 @@ class Saver:
             self._reports.append(SaveReport(step, "", blocked, waited, 0.0, 0, str(error), restartable))
             return
         assert self._plan is not None and self._staging is not None
-        tensors = self._staging.fill(self._plan.views(state))
+        steady = [state[key].steady for key in self._plan.state_keys()]
+        copying = self._staging.start(self._plan.views(state), steady)
         facts = copy.deepcopy(dict(meta) if metric is None else {**meta, "metric": metric})
         blocked = time.perf_counter() - began
-        self._thread = _Thread(partial(self._write, step, self._plan, tensors, facts, blocked, waited))
+        self._thread = _Thread(partial(self._write, step, self._plan, copying, facts, blocked, waited))
         self._thread.start()
+        self._copying = copying
         if not self._asynchronous:
             self.wait()
             self._reports[-1] = replace(self._reports[-1], seconds_blocked=time.perf_counter() - began)
+
+    def wait_for_copy(self) -> None:
+        """Return once the state of the last save may change. The report has the copy's errors."""
+        if self._copying is not None:
+            self._copy_waited += self._copying.wait()
 
     def poll(self) -> list[SaveReport]:
         """The saves that ended since the last call. Raises unexpected errors of the thread."""
@@ -125,8 +133,12 @@ class Saver:
     def wait(self) -> None:
         """Wait for the save in flight; ``poll`` then has the report. Raises unexpected errors of the thread."""
         thread, self._thread = self._thread, None
-        if thread is not None:
-            self._reports.append(thread.result())
+        if thread is None:
+            return
+        report, seconds = thread.result(), self._copy_waited
+        self._copying, self._copy_waited = None, 0.0
+        blocked = report.seconds_blocked + seconds
+        self._reports.append(replace(report, seconds_blocked=blocked, seconds_before_update=seconds))
 
     def close(self) -> None:
         """Wait, and give the host memory back."""
@@ -138,17 +150,21 @@ class Saver:
         """Let the thread end, or reach a write or a wait for another rank."""
         if self._thread is not None:
             self._thread.join(REST)
+        if self._copying is not None:
+            self._copying.abandon()
+            self._copying.wait(REST)
 
     def _write(
-        self, step: int, plan: SavePlan, tensors: list[Tensor], meta: dict[str, Any], blocked: float, waited: float
+        self, step: int, plan: SavePlan, copying: Copying, meta: dict[str, Any], blocked: float, waited: float
     ) -> SaveReport:
         """In the thread."""
         began = time.perf_counter()
         path, error, restartable, warning = "", None, False, None
-        if self._first and not self._cleaned:
-            self._cleaned = True
-            warning = _warning(lambda: store.clean(self._root))
         try:
+            tensors = agree(self._group, lambda: _copied(plan, copying))
+            if self._first and not self._cleaned:
+                self._cleaned = True
+                warning = _warning(lambda: store.clean(self._root))
             path = str(write_checkpoint(self._storage, step, plan, tensors, meta, self._group))
         except FAILURES as failure:
             error, restartable = str(failure), isinstance(failure, RESTARTABLE)
@@ -185,6 +201,21 @@ class _Thread(threading.Thread):
         return self._report
 
 
+def _copied(plan: SavePlan, copying: Copying) -> list[Tensor]:
+    """The whole copy, for ``write_checkpoint``. Raises ValueError where it may be of two steps."""
+    tensors = copying.run()
+    if copying.changed:
+        keys = plan.state_keys()
+        first, *others = sorted({keys[place] for place in copying.changed})
+        more = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"no checkpoint is written: {first}{more} changed before the update of the step, while it was copied; "
+            f"change parameters only in the optimizer's update (state that a forward pass changes belongs in "
+            f"buffers), or set checkpoint.asynchronous: false"
+        )
+    return tensors
+
+
 def _layout(state: ShardedState) -> Any:
     """The properties that a plan and its host memory depend on; equal for states that can share them. Without
     tensors."""
@@ -200,57 +231,3 @@ def _warning(deletes: Callable[[], object]) -> str | None:
     except FAILURES as error:
         return str(error)
     return None
-
-
-class Staging:
-    """Copies of tensors in memory that is allocated once: pinned where one of them is on a GPU.
-
-    Small tensors are adjacent, as in the file, so that many of them are written at once. A copy has the type and
-    shape of its tensor and is contiguous; that of a large one is in several parts, which follow each other.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        pinned = any(tensor.is_cuda for tensor in tensors)
-        self._copies: list[Tensor] = []
-        for run in _runs(part for tensor in tensors for part in _parts(tensor)):
-            block = torch.empty(sum(t.nbytes for t in run), dtype=torch.uint8, pin_memory=pinned)
-            block.zero_()  # its pages are there before training waits for them
-            begin = 0
-            for tensor in run:
-                part = block[begin : begin + tensor.nbytes]
-                self._copies.append(part.view(tensor.dtype).view(tensor.shape))
-                begin += tensor.nbytes
-
-    @torch.no_grad()
-    def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The copies, once the numbers of ``tensors`` are in them; they hold until the next call."""
-        for copied, part in zip(self._copies, (part for t in tensors for part in _parts(t)), strict=True):
-            copied.copy_(part, non_blocking=True)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-        return self._copies
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most ``PART`` bytes, in the order of the numbers."""
-    if tensor.nbytes <= PART:
-        yield tensor
-        return
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor
-    dim = next(d for d, n in enumerate(flat.shape) if n > 1)
-    for part in flat.split(max(1, PART * flat.shape[dim] // flat.nbytes), dim):
-        yield from _parts(part)
-
-
-def _runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours that can share a block: of at most ``BLOCK`` bytes, each aligned to its type."""
-    run: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if run and (size + tensor.nbytes > BLOCK or size % tensor.element_size()):
-            yield run
-            run, size = [], 0
-        run.append(tensor)
-        size += tensor.nbytes
-    if run:
-        yield run

@@ -24,19 +24,21 @@ Pieces = dict[Shape, Tensor]  # by offset in the logical tensor
 @dataclass(frozen=True, eq=False)
 class ShardedTensor:
     """The rectangles of a logical tensor of ``shape`` that a rank holds, perhaps none. Several ranks may hold the
-    same."""
+    same. ``steady``: nothing but the update of a step changes them; others may change in its forward and backward
+    pass, so that a save copies them before it returns."""
 
     shape: Shape
     pieces: Pieces
+    steady: bool = True
 
     def __post_init__(self) -> None:
         held = {at: piece for at, piece in self.pieces.items() if piece.numel() or piece.shape == self.shape}
         object.__setattr__(self, "pieces", held)  # an empty piece is nowhere
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> ShardedTensor:
+    def whole(cls, tensor: Tensor, steady: bool = True) -> ShardedTensor:
         """A tensor that this process holds in full."""
-        return cls(tuple(tensor.shape), {(0,) * tensor.dim(): tensor})
+        return cls(tuple(tensor.shape), {(0,) * tensor.dim(): tensor}, steady)
 
     def boxes(self) -> list[tuple[Box, torch.dtype]]:
         return [(Box(at, tuple(piece.shape)), piece.dtype) for at, piece in self.pieces.items()]
@@ -58,7 +60,7 @@ class ShardedTensor:
             piece.copy_(other.pieces[at])
 
     def _with(self, make: Callable[[Tensor], Tensor]) -> ShardedTensor:
-        return ShardedTensor(self.shape, {at: make(piece) for at, piece in self.pieces.items()})
+        return ShardedTensor(self.shape, {at: make(piece) for at, piece in self.pieces.items()}, self.steady)
 
 
 ShardedState = dict[str, ShardedTensor]  # by key

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmmoe_pretrain.checkpoint.files import digest_of, read_box
+from mmmoe_pretrain.checkpoint.files import FileRecord, digest_of
 from mmmoe_pretrain.checkpoint.folders import (
     Retention,
     candidates,
@@ -26,27 +25,16 @@ from mmmoe_pretrain.checkpoint.folders import (
     complete,
     find_latest,
     prune,
-    read_file,
     read_meta,
     rewind,
 )
-from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, StoredBox, fill, parse_index, tiles
-from mmmoe_pretrain.checkpoint.names import INDEX, Checkpoint
+from mmmoe_pretrain.checkpoint.index import Index
+from mmmoe_pretrain.checkpoint.load_plan import Reads, fill_pieces, plan_load, read_index
+from mmmoe_pretrain.checkpoint.names import Checkpoint
 from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
-from mmmoe_pretrain.checkpoint.state import (
-    Shape,
-    ShardedState,
-    ShardedTensor,
-    WholeState,
-    intersection,
-    model_key,
-    split_key,
-    view,
-    within,
-)
-from mmmoe_pretrain.checkpoint.storage import Storage, open_storage
-from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
-from mmmoe_pretrain.parallel.placement import Box
+from mmmoe_pretrain.checkpoint.state import Shape, ShardedState, ShardedTensor, WholeState, model_key, split_key
+from mmmoe_pretrain.checkpoint.storage import open_storage
+from mmmoe_pretrain.parallel.agreement import agree, exchange, exchange_distinct, exchange_each, from_rank_0
 
 __all__ = [
     "Checkpoint", "Retention", "candidates", "checkpoints", "clean", "find_latest", "load", "load_weights", "prune",
@@ -55,13 +43,18 @@ __all__ = [
 
 
 def verify(checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
-    """Read every file and compare its hash, the ranks sharing the files. Rank 0 alone lists the folder.
+    """Read every file and compare its hash. Rank 0 alone lists the folder, and gives each rank its share of the
+    files.
 
     Raises ValueError on every rank; it names the damaged files.
     """
-    files = from_rank_0(group, lambda: complete(open_storage(checkpoint.root), checkpoint)).files
-    ordered = sorted(files.values(), key=lambda record: (-record.nbytes, record.name))
-    mine = ordered if group is None else ordered[dist.get_rank(group) :: dist.get_world_size(group)]
+
+    def shares(ranks: list[None]) -> list[list[FileRecord]]:
+        files = complete(open_storage(checkpoint.root), checkpoint).files.values()
+        ordered = sorted(files, key=lambda record: (-record.nbytes, record.name))
+        return [ordered[rank :: len(ranks)] for rank in range(len(ranks))]
+
+    mine = exchange_each(group, lambda: None, shares)
 
     def damaged() -> list[str]:
         storage = open_storage(checkpoint.root)
@@ -98,8 +91,8 @@ def load_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
 
 def read_state(checkpoint: Checkpoint) -> WholeState:
     """Everything that a checkpoint holds, in full, in one process."""
-    index = _index(checkpoint)
-    tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in index.items()}
+    index = read_index(open_storage(checkpoint.root), checkpoint)
+    tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in index.tensors.items()}
     _read(checkpoint, {key: ShardedTensor.whole(tensor) for key, tensor in tensors.items()}, None, exactly=True)
     return tensors
 
@@ -113,33 +106,44 @@ def write_state(root: str | Path, step: int, state: WholeState, meta: Mapping[st
 
 
 def _read(checkpoint: Checkpoint, state: ShardedState, group: ProcessGroup | None, exactly: bool) -> None:
-    """Fill the pieces of ``state``. Rank 0 checks the requests of all ranks before anything is read."""
+    """Fill the pieces of ``state``."""
+    reads = plan_reads(checkpoint, state, group, exactly)
+    agree(group, lambda: fill_pieces(open_storage(checkpoint.root), checkpoint, reads))
+
+
+def plan_reads(
+    checkpoint: Checkpoint, state: ShardedState, group: ProcessGroup | None, exactly: bool = True
+) -> Reads:
+    """What this rank reads for the pieces of ``state``. Rank 0 checks the keys and shapes of all ranks.
+    Collective."""
     storage = agree(group, lambda: open_storage(checkpoint.root))
-    index = from_rank_0(group, lambda: _index(checkpoint))
-    exchange(
+    index = from_rank_0(group, lambda: read_index(storage, checkpoint))
+    exchange_distinct(
         group,
-        lambda: {key: tensor.shape for key, tensor in state.items()},
-        lambda ranks: _refuse_other_model(checkpoint, index, ranks, exactly),
+        lambda: [(key, tensor.shape) for key, tensor in state.items()],
+        lambda asked, _: _refuse_other_model(checkpoint, index, asked, exactly),
     )
-    agree(group, lambda: _fill(storage, checkpoint, index, state))
+    return agree(group, lambda: plan_load(storage, checkpoint, index, state))
 
 
-def _refuse_other_model(checkpoint: Checkpoint, index: Index, ranks: list[dict[str, Shape]], exactly: bool) -> None:
+def _refuse_other_model(
+    checkpoint: Checkpoint, index: Index, asked: Sequence[Sequence[tuple[str, Shape]]], exactly: bool
+) -> None:
     """ValueError for keys that are not there, other shapes, and, if ``exactly``, keys that no rank asks for."""
+    stored = {key: tensor.shape for key, tensor in index.tensors.items()}
     wanted: dict[str, set[Shape]] = defaultdict(set)
-    for key, shape in itertools.chain.from_iterable(rank.items() for rank in ranks):
+    for key, shape in itertools.chain.from_iterable(asked):
         wanted[key].add(shape)
-    problems = [f"lacks {key}" for key in sorted(wanted.keys() - index.keys())]
+    problems = [f"lacks {key}" for key in sorted(wanted.keys() - stored.keys())]
     if exactly:
-        problems += [f"has {key}, which this model does not have" for key in sorted(index.keys() - wanted.keys())]
-    for key in sorted(wanted.keys() & index.keys()):
-        stored = index[key].shape
-        others = sorted(wanted[key] - {stored})
-        problems += [f"has {key} as {list(stored)}, and this model {list(other)}" for other in others]
-    kept, asked = (sorted({tensor for key in keys if (tensor := split_key(key)[1])}) for keys in (index, wanted))
-    if exactly and kept != asked:
+        problems += [f"has {key}, which this model does not have" for key in sorted(stored.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & stored.keys()):
+        others = sorted(wanted[key] - {stored[key]})
+        problems += [f"has {key} as {list(stored[key])}, and this model {list(other)}" for other in others]
+    kept, of_run = (sorted({tensor for key in keys if (tensor := split_key(key)[1])}) for keys in (stored, wanted))
+    if exactly and kept != of_run:
         raise ValueError(
-            f"{checkpoint} has the optimizer state {kept}, and the optimizer of this run keeps {asked}; set "
+            f"{checkpoint} has the optimizer state {kept}, and the optimizer of this run keeps {of_run}; set "
             f"optimizer.kind (and momentum) as its meta.json has them"
         )
     if problems:
@@ -147,38 +151,3 @@ def _refuse_other_model(checkpoint: Checkpoint, index: Index, ranks: list[dict[s
             f"{checkpoint} is of another model: it {'; '.join(problems[:3])} ({len(problems)} such in "
             f"all); its meta.json has the config that it was saved under"
         )
-
-
-def _fill(storage: Storage, checkpoint: Checkpoint, index: Index, state: ShardedState) -> None:
-    """Read the overlap of the pieces of ``state`` with the stored boxes; each file once, forwards."""
-    reads: dict[str, list[tuple[StoredBox, Box, torch.dtype, Tensor]]] = defaultdict(list)
-    for key, tensor in state.items():
-        for (mine, _), piece in zip(tensor.boxes(), tensor.pieces.values(), strict=True):
-            for stored in index[key].boxes:
-                common = intersection(mine, stored.box)
-                if common is not None:
-                    target = view(piece.detach(), within(common, mine))
-                    reads[stored.file].append((stored, within(common, stored.box), index[key].dtype, target))
-    for file, wanted in reads.items():
-        wanted.sort(key=lambda read: read[0].at)
-        with storage.reader(f"{checkpoint.name}/{file}") as read_into:
-            for stored, box, dtype, target in wanted:
-                alike = target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype)
-                read_box(read_into, stored.at, stored.box.size, box, storage.gap, alike)
-                if alike is not target:
-                    target.copy_(alike)
-
-
-def _index(checkpoint: Checkpoint) -> Index:
-    """What a complete checkpoint holds. Raises ValueError where the boxes of a tensor do not make up the whole."""
-    storage = open_storage(checkpoint.root)
-    sizes = {name: record.nbytes for name, record in complete(storage, checkpoint).files.items()}
-    index = parse_index(read_file(storage, checkpoint, INDEX, MAX_INDEX), sizes, str(checkpoint))
-    for key, tensor in index.items():
-        boxes = {stored.box for stored in tensor.boxes}
-        if len(boxes) != len(tensor.boxes) or not tiles(boxes, tensor.shape):
-            raise ValueError(
-                f"{checkpoint} is damaged: it holds {fill(boxes, tensor.shape)} of {key}; "
-                f"delete that folder to resume from the one before"
-            )
-    return index

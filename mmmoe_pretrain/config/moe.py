@@ -15,7 +15,7 @@ from mmmoe_pretrain.config.base import StrictModel, explain
 
 RouterName = Annotated[str, AfterValidator(kinds.ROUTERS.check)]
 RoutingTerm = Literal["importance", "load", "balance", "z"]
-WHOLE_MODEL_KEYS = ("every", "layers", "losses")  # one value for all layers
+WHOLE_MODEL_KEYS = ("every", "layers", "lending", "losses")  # one value for all layers
 
 
 class RoutingLossConfig(StrictModel):
@@ -93,6 +93,17 @@ class BiasBalancingConfig(StrictModel):
         return self.rate is not None
 
 
+class LendingConfig(StrictModel):
+    """Where the fullest rank of an expert group has more than ``threshold`` times the mean number of rows, ranks with
+    fewer rows than the mean compute some of its rows with a copy of the expert's weights (after least-loaded expert
+    parallelism, arXiv 2601.17111). At least ``min_rows`` rows of an expert go to one rank (``moe/lending.py`` has the
+    rule), and a rank computes for at most ``max_experts`` experts of others."""
+
+    threshold: float = Field(1.25, ge=1)
+    min_rows: int = Field(1536, ge=1)
+    max_experts: int = Field(2, ge=1)
+
+
 class MoEConfig(StrictModel):
     """One MoE layer; ``layers`` overrides single settings by block index."""
 
@@ -123,6 +134,7 @@ class MoEConfig(StrictModel):
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
     wake_steps: int = Field(0, ge=0)  # over which the dormancy of added experts falls to 0; 0: no dormant experts
     dispatch_chunks: int = Field(1, ge=1)  # pieces whose transfers overlap; each reads all weights again
+    lending: LendingConfig | None = None  # None: every rank computes all rows of its own experts
     expert_backend: Literal["auto", "blocked", "grouped_mm"] = "auto"
     losses: RoutingLossConfig = RoutingLossConfig()
     layers: dict[int, dict[str, Any]] = Field({})  # block index -> settings that differ there
@@ -136,6 +148,12 @@ class MoEConfig(StrictModel):
         """Experts that a token can choose, those without computation included; these come last: identity experts,
         then null experts."""
         return self.num_experts + self.identity_experts + self.null_experts
+
+    @property
+    def dropless(self) -> bool:
+        """Every choice of a token is computed by an expert."""
+        takes_all = self.capacity_factor is None and self.router != "expert_choice"
+        return takes_all and self.router_outputs == self.num_experts
 
     @property
     def groups(self) -> tuple[ExpertGroupConfig, ...]:
@@ -179,9 +197,24 @@ class MoEConfig(StrictModel):
                 "moe.shared_expert_gate weighs a shared expert, and moe.shared_expert_hidden_size is 0; set its "
                 "hidden size, or shared_expert_gate: false"
             )
+        self._check_lending()
         self._check_groups()
         self._check_router()
         return self
+
+    def _check_lending(self) -> None:
+        if self.lending is None:
+            return
+        if self.dispatch_chunks > 1:
+            raise ValueError(
+                f"moe.lending sends the weights of an expert once a layer, and moe.dispatch_chunks "
+                f"{self.dispatch_chunks} computes a layer in parts; set dispatch_chunks: 1, or lending: null"
+            )
+        if self.expert_groups:
+            raise ValueError(
+                f"moe.lending shares the rows of one stack of equal experts, and moe.expert_groups has "
+                f"{len(self.expert_groups)}; set lending: null, or remove expert_groups"
+            )
 
     def _check_groups(self) -> None:
         if not self.expert_groups:

@@ -78,6 +78,7 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "moe.expert_hidden_size": ("moe_ffn_hidden_size", "moe_intermediate_size", "expert_hidden_size"),
     "moe.shared_expert_hidden_size": ("n_shared_experts", "moe_shared_expert_intermediate_size", "shared_experts"),
     "moe.capacity_factor": ("moe_expert_capacity_factor", "expert_capacity_factor", "capacity_factor"),
+    "moe.lending": ("redundant_experts", "num_redundant_experts", "enable_eplb", "least_loaded"),
     "moe.every": ("moe_layer_freq", "moe_frequency"),
     "moe.losses.balance": (
         "aux_loss", "aux_loss_coef", "aux_loss_coeff", "moe_aux_loss_coeff", "router_aux_loss_coef",

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from mmmoe_pretrain.batch import META_FIELDS, Item, Sample, SampleMeta
+from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.sources.members import CLASS, META, RawSample, names
 from mmmoe_pretrain.limits import MAX_META_BYTES, has_lone_surrogate, use_aliases
 from mmmoe_pretrain.modalities import BadSampleError, Modalities, format_of
@@ -79,16 +80,11 @@ def decode(
 def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt: str) -> Sample:
     row = read_row(raw)
     meta = _meta(raw, row)
-    if PARTS in row:
-        parts = [
-            (part.name, raw.members[part.member] if part.string is None else part.string.encode(), part.loss)
-            for part in document(row, raw.members, modalities)
-        ]
-    else:
-        content = contents(raw, row, modalities)
-        if draws is not None and meta.label:
-            content, meta = _label_as_text(content, meta, modalities, draws, prompt)
+    if PARTS not in row and draws is not None and meta.label:
+        content, meta = _label_as_text(contents(raw, row, modalities), meta, modalities, draws, prompt)
         parts = [(name, data, True) for name, data in content.items()]
+    else:
+        parts = _parts(raw, row, modalities)
     items = []
     for number, (name, data, loss) in enumerate(parts):
         purpose = modalities.streams[name] if PARTS not in row else f"{modalities.streams[name]}/{number}"
@@ -99,6 +95,23 @@ def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt:
         members = (*raw.members, *raw.unread)
         raise BadSampleError(f"no {' or '.join(modalities)} in it (members: {names(members) or 'none'})")
     return Sample(meta, tuple(items), document=PARTS in row)
+
+
+def _parts(raw: RawSample, row: dict[str, Any], modalities: Modalities) -> list[tuple[str, bytes, bool]]:
+    """The modality and the bytes of each item, and whether its tokens can be targets."""
+    if PARTS not in row:
+        return [(name, data, True) for name, data in contents(raw, row, modalities).items()]
+    return [
+        (part.name, raw.members[part.member] if part.string is None else part.string.encode(), part.loss)
+        for part in document(row, raw.members, modalities)
+    ]
+
+
+def bytes_of_item(raw: RawSample, modalities: Modalities, number: int) -> bytes:
+    """The bytes of item ``number`` of the sample that ``decode`` makes of ``raw`` without ``draws``."""
+    parts = _parts(raw, read_row(raw), modalities)
+    found = (data for name, data, _ in parts if modalities[name].decode(data) is not None)
+    return next(itertools.islice(found, number, None))
 
 
 def _cut(document: Sample, most: int, modalities: Modalities) -> Sample:
@@ -235,3 +248,20 @@ def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
         if name not in META_FIELDS and isinstance(value, str) and len(value) <= MAX_TAG
     }
     return SampleMeta(raw.key, shard=raw.shard, tags=tags, **known)
+
+
+def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
+    """The most that a document keeps. Raises ValueError where one item may take more."""
+    most = config.data.max_tokens_per_document
+    longest, name = max((modality.max_tokens, name) for name, modality in modalities.items())
+    if most is not None and most < longest:
+        raise ValueError(
+            f"data.max_tokens_per_document {most} leaves no room for the {longest} tokens that one {name} may have; "
+            f"raise it to {longest}, or lower the limits of modalities.{name}"
+        )
+    return most
+
+
+def keep_slot(item: Sample | BadSample) -> Sample:
+    """The sample, or an empty one in the place of a bad one."""
+    return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))

@@ -9,8 +9,8 @@ from pathlib import Path
 from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.decode import BadSample, decode
-from mmmoe_pretrain.data.loader import LoadStats, keep_slot
+from mmmoe_pretrain.data.decode import BadSample, decode, keep_slot
+from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files, read_settings

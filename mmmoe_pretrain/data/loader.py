@@ -8,18 +8,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import xxhash
 
-from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
+from mmmoe_pretrain.batch import Batch, Sample, to_arrays, to_pinned, to_tensors
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.cursor import Cursor
-from mmmoe_pretrain.data.decode import BadSample, Draws, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, decode, document_tokens, keep_slot
 from mmmoe_pretrain.data.order.assign import Assignment, Share
 from mmmoe_pretrain.data.order.positions import Places
 from mmmoe_pretrain.data.pack import PackSettings, pack
@@ -31,7 +31,9 @@ from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import LaneState, Stream
 from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, Workers, more_than_cores
-from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.data.workers.server import WorkerServer
+from mmmoe_pretrain.data.workers.worker import Process, run_worker
+from mmmoe_pretrain.modalities import Modalities, build_modalities
 
 SHARE_OF_HANG = 0.8  # a rank that waits for data makes no progress: workers are replaced before it counts as hanging
 
@@ -173,23 +175,6 @@ class MicrobatchDataset:
         return raw, (number, lane, state)
 
 
-def document_tokens(config: RunConfig, modalities: Modalities) -> int | None:
-    """The most that a document keeps. Raises ValueError where one item may take more."""
-    most = config.data.max_tokens_per_document
-    longest, name = max((modality.max_tokens, name) for name, modality in modalities.items())
-    if most is not None and most < longest:
-        raise ValueError(
-            f"data.max_tokens_per_document {most} leaves no room for the {longest} tokens that one {name} may have; "
-            f"raise it to {longest}, or lower the limits of modalities.{name}"
-        )
-    return most
-
-
-def keep_slot(item: Sample | BadSample) -> Sample:
-    """The sample, or an empty one in the place of a bad one."""
-    return item if isinstance(item, Sample) else Sample(SampleMeta(item.key))
-
-
 class Loader:
     """Iterates over the ``StepData`` of the steps from ``start_step`` up to ``stop_step`` (train.steps unless given),
     whose batches ``cursor`` chooses (by default all, in order).
@@ -211,7 +196,10 @@ class Loader:
         stop_step: int | None = None,
         cursor: Cursor | None = None,
         found: Found | None = None,
+        pinned: bool = False,
+        server: WorkerServer | None = None,
     ) -> None:
+        """``pinned``: batches are in memory that a GPU copies from by itself. ``server``: it forks the workers."""
         dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, found=found)
         self._dataset, self._count = dataset, config.train.num_microbatches
         self._train, self._dp_size, self._num_workers = config.train, dp_size, config.data.num_workers
@@ -233,7 +221,17 @@ class Loader:
             together=self._count,
             patience=SHARE_OF_HANG * config.hang_seconds,
         )
-        self._reader = ReadAhead(_Microbatches(dataset, self._cursor, self._count), self._numbers(), workers)
+        finish = to_pinned if pinned else to_tensors
+        self._server = server
+        if server is not None:
+            server.open(open_for_workers, config, dp_rank, dp_size, found)
+        self._reader = ReadAhead(
+            _Microbatches(dataset, self._cursor, self._count),
+            self._numbers(),
+            workers,
+            finish,
+            None if server is None else self._fork,
+        )
 
     @property
     def sources(self) -> list[Indexed | Stream]:
@@ -283,7 +281,7 @@ class Loader:
         began, restarts = time.perf_counter(), self._reader.restarts
         transferred = self._reader.transfer_seconds
         while len(self._items) < self._count:  # kept, should a signal's handler raise in between
-            self._items.append(to_tensors(next(self._reader)))
+            self._items.append(next(self._reader))
         items, self._items = self._items, []
         read = sum((stats for _, stats in items), LoadStats())
         stats = dataclasses.replace(
@@ -327,6 +325,12 @@ class Loader:
         """The worker processes that run now."""
         return self._reader.pids
 
+    def _fork(self, descriptors: Sequence[int]) -> Process:
+        """A worker that goes on from the state of this loader, made by the server."""
+        assert self._server is not None
+        state = WorkerState(self._cursor, self._count, self._step * self._count, self.stream_states)
+        return self._server.fork(state, descriptors)
+
     def _numbers(self) -> range:
         return range(self._step * self._count, self._stop * self._count)
 
@@ -361,11 +365,27 @@ class _Microbatches:
         return self.cursor.batch(step) * self.parts + part
 
 
-def to_arrays(item: object) -> Any:
-    """Tensors as arrays, which cross processes without torch."""
-    return map_leaves(item, torch.Tensor, torch.Tensor.numpy)
+@dataclass(frozen=True)
+class WorkerState:
+    """Of a loader, for a new worker. ``first``: the next item of ``_Microbatches``."""
+
+    cursor: Cursor
+    parts: int
+    first: int
+    streams: stream_state.Table
 
 
-def to_tensors(item: object) -> Any:
-    """The inverse of ``to_arrays``; the memory is shared."""
-    return map_leaves(item, np.ndarray, torch.from_numpy)
+def open_for_workers(
+    config: RunConfig, dp_rank: int, dp_size: int, found: Found | None
+) -> Callable[[WorkerState], Callable[[Sequence[int]], None]]:
+    """For a ``WorkerServer``: opens the data; gives what makes the main function of a worker of ``Loader._fork``."""
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    dataset = MicrobatchDataset(config, modalities, dp_rank=dp_rank, dp_size=dp_size, found=found)
+
+    def prepare(state: WorkerState) -> Callable[[Sequence[int]], None]:
+        stream_state.start(dataset.streams, state.streams, dataset.assignment.blend, 0)  # the table has all of them
+        source = _Microbatches(dataset, state.cursor, state.parts)
+        source.describe(state.first, 0)  # before the fork, so that workers share what it computes
+        return partial(run_worker, source)
+
+    return prepare

@@ -11,6 +11,7 @@ import torch
 
 from mmmoe_pretrain.doctor.peer import Peer
 from mmmoe_pretrain.doctor.result import Problem, Reports, Verdict, mismatch, names
+from mmmoe_pretrain.parallel.runtime import sees_one_gpu
 
 FIELDS = "index,name,clocks.max.sm,clocks_{}_reasons.active,ecc.errors.uncorrected.volatile.total"
 NAMES = ("event", "throttle")  # of the reasons: by drivers from 535 on, and before
@@ -21,7 +22,8 @@ THROTTLED = {0x08: "hardware slowdown", 0x20: "too hot (software)", 0x40: "too h
 
 
 def measure(peer: Peer) -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch.cuda.device_count(), "ranks": peer.ranks_here, "gpus": [], "problem": ""}
+    ranks = 1 if sees_one_gpu() else peer.ranks_here  # that share what this process sees
+    found: dict[str, Any] = {"torch": torch.cuda.device_count(), "ranks": ranks, "gpus": [], "problem": ""}
     found["hidden"] = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     if shutil.which("nvidia-smi") is None:
         return found

@@ -48,7 +48,7 @@ def build_models(config: RunConfig, groups: Groups, stages: Sequence[Stage]) -> 
     """One model a stage, on torch's default device; its parameters have the types that the engine's have."""
     models = [PretrainingModel(config, groups, stage) for stage in stages]
     for model in models:
-        set_recompute(model, config.train.recompute)
+        set_recompute(model, config.train.recompute, hooks_after_modules=config.parallel.zero_stage == 3)
         dtype = HALF_TYPES.get(config.train.precision)
         if dtype is None:
             continue

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
+from mmmoe_pretrain.engines.ahead import CopiedAhead, copy_stream
 from mmmoe_pretrain.engines.state import EngineState
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
@@ -90,14 +92,17 @@ class Progress:
 
 class Engine(ABC):
     """Steps ``models``: the stages of this rank in the order of the forward pass, with their working weights. A
-    subclass has ``_state``, ``step`` and ``_forward``."""
+    subclass has ``_state``, ``step`` and ``_forward``, and calls ``_begin_update`` before it writes steady tensors of
+    ``export_state``."""
 
     _state: EngineState
 
     def __init__(self, models: Sequence[PretrainingModel], config: RunConfig, device: torch.device) -> None:
         self.config, self.device, self.groups = config, device, models[0].groups
         self.models = [model.to(device) for model in models]
+        self._copies = copy_stream(device)
         self._progress = first_progress(config.train)
+        self._before_update: Callable[[], object] | None = None
 
     @abstractmethod
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
@@ -121,7 +126,7 @@ class Engine(ABC):
             model.train()
             model.observe = None
             model.end_step(None)
-        return self._losses(reports), counts
+        return losses_of(self._loss_sums(reports).tolist(), self.models[0].loss_names, self.groups), counts
 
     @abstractmethod
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
@@ -142,8 +147,20 @@ class Engine(ABC):
 
     def import_state(self, state: ShardedState, progress: Progress) -> None:
         """Import a state with the same pieces as ``export_state``, and resume after ``progress.steps``."""
+        self._begin_update()
         self._progress = resumed(progress, self.config.train)
         self._state.load(state, progress.updates)
+
+    def before_update(self, call: Callable[[], object]) -> None:
+        """Have ``call()`` run once, before weights and optimizer state change next; forward and backward passes run
+        before it. For what still reads the steady tensors of ``export_state``."""
+        self._before_update = call
+
+    def _begin_update(self) -> None:
+        call, self._before_update = self._before_update, None
+        if call is not None:
+            with record_function("before_update"):
+                call()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shapes by name, of the parameters of this rank's stages."""
@@ -158,11 +175,19 @@ class Engine(ABC):
         for model in self.models:
             model.end_collecting()
 
-    def _losses(self, reports: Sequence[LossReport]) -> dict[str, float]:
-        return step_losses(reports, self.models[0].loss_names, self.groups, self.device)
+    def _on_device(self, batches: Sequence[Batch]) -> CopiedAhead:
+        return CopiedAhead(batches, self.device, self._copies)
 
-    def _is_finite(self, *numbers: float) -> bool:
-        return finite_everywhere(numbers, self.groups, self.device)
+    def _loss_sums(self, reports: Sequence[LossReport]) -> Tensor:
+        return loss_sums(reports, self.models[0].loss_names, self.groups, self.device)
+
+    def _read(self, sums: Tensor, more: Tensor) -> tuple[dict[str, float], list[float], bool]:
+        """The losses of ``_loss_sums``, the numbers ``more`` [n], and whether all of them are finite on every rank of
+        the job. The host waits for the results of a step here alone."""
+        numbers = torch.cat([sums, more.to(sums.dtype)])
+        *values, bad = torch.cat([numbers, not_finite(numbers, self.groups).to(sums.dtype)]).tolist()
+        losses = losses_of(values[: len(sums)], self.models[0].loss_names, self.groups)
+        return losses, values[len(sums) :], not bad
 
     def _gradient_factor(self, norm: float) -> float:
         """Unscales gradients and clips them to ``clip_norm`` (0: does not), ``norm`` being the unscaled one."""
@@ -217,12 +242,9 @@ def next_scale(scale: LossScale, overflow: bool, settings: LossScaleConfig) -> L
     return LossScale(scale.scale * 2, 0, settings.hysteresis)
 
 
-def step_losses(
-    reports: Sequence[LossReport], names: Sequence[str], groups: Groups, device: torch.device
-) -> dict[str, float]:
-    """The losses of a step by name, and their ``total``: sums over the stages and microbatches of means over the
-    data-parallel ranks. Equal on every rank of the job, but for the last bit, since groups of ranks may add up in
-    another order.
+def loss_sums(reports: Sequence[LossReport], names: Sequence[str], groups: Groups, device: torch.device) -> Tensor:
+    """[losses] in fp64: sums over the stages, the microbatches and the data-parallel ranks. Equal on every rank of
+    the job, but for the last bit, since groups of ranks may add up in another order.
 
     ``reports``: of every stage of this rank, with sums over the microbatches (``add_reports``). ``names``: every
     loss of the model.
@@ -235,7 +257,12 @@ def step_losses(
     for group in (groups.data, groups.pipeline):
         if group_size(group) > 1:
             dist.all_reduce(sums, group=group)
-    losses = {name: value / groups.data_size for name, value in zip(names, sums.tolist(), strict=True)}
+    return sums
+
+
+def losses_of(sums: Sequence[float], names: Sequence[str], groups: Groups) -> dict[str, float]:
+    """The losses of a step by name, means over the data-parallel ranks, and their ``total``."""
+    losses = {name: value / groups.data_size for name, value in zip(names, sums, strict=True)}
     return {"total": sum(losses.values()), **losses}
 
 
@@ -249,10 +276,10 @@ def add_reports(sums: LossReport | None, report: LossReport) -> LossReport:
     return LossReport({name: sums.losses[name] + loss for name, loss in losses.items()}, routing)
 
 
-def finite_everywhere(numbers: Sequence[float], groups: Groups, device: torch.device) -> bool:
-    """Whether the numbers of every rank of the job are finite; equal on all ranks."""
-    bad = torch.tensor(float(not all(map(math.isfinite, numbers))), device=device)
+def not_finite(numbers: Tensor, groups: Groups) -> Tensor:
+    """[1]: 1 where a number of some rank of the job is not finite, else 0; equal on all ranks."""
+    bad = (~numbers.isfinite()).any().float().view(1)
     for group in (groups.tensor, groups.data, groups.pipeline):
         if group_size(group) > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    return not bool(bad)
+    return bad

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import record_function
 
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports
-from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
+from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports, losses_of, not_finite
+from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json, updates_in_backward
 from mmmoe_pretrain.engines.deepspeed_modules import complete_gathering, hold
 from mmmoe_pretrain.engines.deepspeed_setup import (
     adopt_experts,
     join_process_group,
     join_tensor_ranks,
+    local_rank_of,
     make_optimizer,
     need_async_io,
     prepare,
@@ -53,14 +55,17 @@ class DeepSpeedEngine(Engine):
         mpu = join_process_group(deepspeed, self.groups)
         adopt_experts(model, self.groups)
         join_tensor_ranks(model, self.groups)
-        self._state: DeepSpeedState = DeepSpeedState(model, self.stage, config.optimizer.state)
-        self._engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model, config.optimizer, self.groups),
-            config=settings,
-            mpu=mpu,
-            dist_init_required=False,
-        )[0]
+        self._state: DeepSpeedState = DeepSpeedState(
+            model, self.stage, config.optimizer.state, updates_in_backward(settings)
+        )
+        with local_rank_of(device):
+            self._engine: Any = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(model, config.optimizer, self.groups),
+                config=settings,
+                mpu=mpu,
+                dist_init_required=False,
+            )[0]
         assert self._engine.has_moe_layers or self.groups.expert_size == 1, "it would average different experts"
         if self.stage == 3:
             complete_gathering(model)
@@ -79,13 +84,12 @@ class DeepSpeedEngine(Engine):
         self.model.begin_step(self.steps_done, counts)
         with record_function("forward_backward"):
             report = self._forward_backward(microbatches)
-        losses = self._losses([report])
-        self._total = losses["total"]
+        self._sums = self._loss_sums([report])
         with record_function("optimizer"):
-            grad_norm = self._clip() if self.stage == 0 else None
+            self._begin_update()
+            found = self._clip() if self.stage == 0 else None
             self._engine.step()
-        if grad_norm is None:
-            grad_norm = self._norm()
+        losses, grad_norm = found or self._results()
         return self._end_step([report], losses, grad_norm, counts, skipped=not math.isfinite(grad_norm))
 
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
@@ -93,8 +97,11 @@ class DeepSpeedEngine(Engine):
             hold(self.model.tasks.parameters())
         self.model.begin_step(self.steps_done, counts)
         sums: LossReport | None = None
-        for batch in microbatches:
-            sums = add_reports(sums, self._engine(batch.to(self.device))[1])
+        on_device = self._on_device(microbatches)
+        for batch in on_device:
+            report = self._engine(batch)[1]
+            on_device.copy_next()
+            sums = add_reports(sums, report)
         assert sums is not None
         return [sums]
 
@@ -105,9 +112,11 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer.override_loss_scale(self._progress.scale)
         scale = 1.0 if self.stage else self._progress.scale
         sums: LossReport | None = None
-        for number, batch in enumerate(batches, start=1):
+        on_device = self._on_device(batches)
+        for number, batch in enumerate(on_device, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            loss, report = self._engine(batch.to(self.device))
+            loss, report = self._engine(batch)
+            on_device.copy_next()
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             sums = add_reports(sums, report)
         assert sums is not None
@@ -121,20 +130,23 @@ class DeepSpeedEngine(Engine):
             norm_of = optimizer.scaled_global_norm
 
             def checked_norm() -> Any:
-                norm = norm_of()
-                return norm if self._is_finite(self._total, float(norm)) else torch.full_like(norm, math.inf)
+                return self._infinite_if_bad([norm_of()])[0]
 
             optimizer.scaled_global_norm = checked_norm
         elif self.stage == 3:
             norms_of = optimizer._get_norm_groups
 
             def checked_norms() -> list[Any]:
-                norms = norms_of()
-                invalid = any(float(norm) < 0 for norm in norms)  # -1 means not finite
-                fine = self._is_finite(self._total, math.nan if invalid else sum(map(float, norms)))
-                return norms if fine else [torch.full_like(norm, math.inf) for norm in norms]
+                # ZeRO-3 says -1 of a norm that is not finite.
+                return self._infinite_if_bad([norm.masked_fill(norm < 0, math.inf) for norm in norms_of()])
 
             optimizer._get_norm_groups = checked_norms
+
+    def _infinite_if_bad(self, norms: list[Tensor]) -> list[Tensor]:
+        """``norms``, or infinite ones where a loss or a norm of any rank is not finite. The host does not wait."""
+        found = [send(norm, self.device).to(self._sums.dtype).view(1) for norm in norms]
+        bad = not_finite(torch.cat([self._sums, *found]), self.groups).bool().squeeze()
+        return [norm.masked_fill(bad.to(norm.device), math.inf) for norm in norms]  # offloaded ones are on the host
 
     @torch.no_grad()
     def _bound_parameters(self) -> None:
@@ -144,19 +156,23 @@ class DeepSpeedEngine(Engine):
             return
         for parameter, bound in self.model.upper_bounds():
             for masters in self._state.masters(iter([parameter])):
-                masters.clamp_(max=bound)
+                masters.data.clamp_(max=bound)  # no new version of the flat tensor, which may be being copied
         if self.stage == 3:
             hold(self.model.tasks.parameters())
 
-    def _norm(self) -> float:
-        """The gradient norm of the last step; infinite if it was skipped, when ZeRO still has an earlier norm."""
-        return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+    def _results(self) -> tuple[dict[str, float], float]:
+        """The losses and the gradient norm of the last step. The norm is infinite if the step was skipped, when ZeRO
+        still has an earlier one."""
+        norm = send(torch.as_tensor(self._engine.get_global_grad_norm()), self.device)
+        *sums, norm_on_host = torch.cat([self._sums, norm.to(self._sums.dtype).view(1)]).tolist()
+        losses = losses_of(sums, self.model.loss_names, self.groups)
+        return losses, math.inf if self._engine.optimizer.overflow else norm_on_host
 
     @torch.no_grad()
-    def _clip(self) -> float:
-        """The norm of the reduced gradient, unscaled and clipped to; gradients are dropped where the step is to be
-        skipped, and the norm is then infinite. DeepSpeed's own at stage 0 averages the norms of different
-        experts (its issue 8475)."""
+    def _clip(self) -> tuple[dict[str, float], float]:
+        """The losses, and the norm of the reduced gradient, unscaled and clipped to; gradients are dropped where the
+        step is to be skipped, and the norm is then infinite. DeepSpeed's own at stage 0 averages the norms of
+        different experts (its issue 8475)."""
         gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of experts, and of all else
         for parameter, grad in gradients:
@@ -166,11 +182,12 @@ class DeepSpeedEngine(Engine):
             dist.all_reduce(squares[:1], group=self.groups.expert)
         if self.groups.tensor_size > 1:
             dist.all_reduce(squares, group=self.groups.tensor)
-        norm = float(squares.sum().sqrt()) / self._progress.scale
-        if not self._is_finite(self._total, norm):
+        losses, (norm,), finite = self._read(self._sums, squares.sum().sqrt().view(1))
+        norm /= self._progress.scale
+        if not finite:
             self._engine.zero_grad()  # torch's optimizers pass over parameters without a gradient
-            return math.inf
+            return losses, math.inf
         factor = self._gradient_factor(norm)
         if factor != 1.0:
             torch._foreach_mul_([grad for _, grad in gradients], factor)
-        return norm
+        return losses, norm

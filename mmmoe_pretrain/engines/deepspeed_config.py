@@ -132,6 +132,12 @@ def deepspeed_json(config: RunConfig, groups: Groups, num_parameters: int) -> di
     return merged
 
 
+def updates_in_backward(settings: Mapping[str, Any]) -> bool:
+    """Whether weights are updated beside the passes of a step: ZenFlow and SuperOffload do that on the CPU."""
+    zero = settings["zero_optimization"]
+    return bool(zero.get("zenflow")) or bool((zero.get("offload_optimizer") or {}).get("super_offload"))
+
+
 def _own_swap_folder(offload: dict[str, Any], run: str) -> None:
     """DeepSpeed names its files by rank alone, and two runs may share a disk."""
     if not offload.get("nvme_path"):

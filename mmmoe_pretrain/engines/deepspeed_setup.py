@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +87,18 @@ def join_process_group(deepspeed: Any, groups: Groups) -> Any:
             of_groups[expert_group_name(groups)] = group
             of_ranks[expert_group_name(groups)] = dist.get_process_group_ranks(group)
     return mpu
+
+
+@contextmanager
+def local_rank_of(device: torch.device) -> Iterator[None]:
+    """Around ``deepspeed.initialize``, which takes the GPU of number LOCAL_RANK. A rank that sees one GPU alone has
+    number 0 (``runtime.local_device``)."""
+    before = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = before if device.index is None else str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def _all_experts(groups: Groups) -> Group:

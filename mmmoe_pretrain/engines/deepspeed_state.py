@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmmoe_pretrain.engines.state import EngineState, Flat, Stretch
+from mmmoe_pretrain.models.pretraining import PretrainingModel
 
 
 class DeepSpeedState(EngineState):
     """The state of an engine's model and optimizer. Make it before ``deepspeed.initialize`` and ``attach`` the engine
-    after."""
+    after. ``early_updates``: weights are updated during the passes of a step, too."""
 
-    def __init__(self, model: nn.Module, stage: int, names: Sequence[str]) -> None:
+    def __init__(self, model: PretrainingModel, stage: int, names: Sequence[str], early_updates: bool) -> None:
         super().__init__([model], names)
-        self._stage = stage
+        self._stage, self._early_updates = stage, early_updates
         self._optimizer: Any = None
 
     def attach(self, engine: Any) -> None:
@@ -44,6 +45,9 @@ class DeepSpeedState(EngineState):
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self._stage:
             optimizer.update_lp_params()
+
+    def _changes_in_updates_alone(self, parameter: nn.Parameter) -> bool:
+        return not self._early_updates and super()._changes_in_updates_alone(parameter)
 
     def masters(self, parameters: Iterator[nn.Parameter]) -> Iterator[Tensor]:
         """What this rank holds of their master weights, flat, to be changed one after the other."""

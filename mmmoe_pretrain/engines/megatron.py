@@ -7,7 +7,8 @@ is averaged over the data-parallel ranks; megatron-core does both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch.profiler import record_function
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
+from mmmoe_pretrain.engines.ahead import CopiedAhead
 from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports
 from mmmoe_pretrain.engines.megatron_setup import (
     data_parallel,
     inner_optimizers,
     make_optimizer,
     prepare,
+    squared_norms,
     transformer_config,
 )
 from mmmoe_pretrain.engines.megatron_state import MegatronState
@@ -64,18 +67,21 @@ class MegatronEngine(Engine):
                 self._collect(lambda: self._forward(microbatches, counts))
         with record_function("forward_backward"):
             reports = self._run(microbatches, counts)
-        losses = self._losses(reports)
         with record_function("optimizer"), megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm()) / self._progress.scale
-            skipped = not self._is_finite(losses["total"], grad_norm)
-            if not skipped:
+            losses, squares, finite = self._read(self._loss_sums(reports), self._squared_norms())
+            grad_norm = math.sqrt(sum(squares)) / self._progress.scale
+            if finite:
                 self._update(grad_norm)
-        return self._end_step(reports, losses, grad_norm, counts, skipped)
+        return self._end_step(reports, losses, grad_norm, counts, skipped=not finite)
+
+    def _squared_norms(self) -> Tensor:
+        return squared_norms(self.optimizer, self.device)
 
     @torch.no_grad()
     def _update(self, grad_norm: float) -> None:
         """Unscale and clip the gradients, and step the optimizer."""
+        self._begin_update()
         factor = self._gradient_factor(grad_norm)
         mains = [main for inner in inner_optimizers(self.optimizer) for main in inner.get_parameters()]
         gradients = [main.grad for main in mains if main.grad is not None]
@@ -94,13 +100,14 @@ class MegatronEngine(Engine):
             model.begin_step(self.steps_done, counts, self._progress.scale)
         reports: list[LossReport | None] = [None for _ in self.models]
 
-        def forward_step(batch_iterator: Iterator[Batch], wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            output, report = wrapped(next(batch_iterator).to(self.device))
+        def forward_step(on_device: CopiedAhead, wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            output, report = wrapped(next(on_device))
+            on_device.copy_next()
             chunk = next(i for i, other in enumerate(self.wrapped) if other is wrapped)
             reports[chunk] = add_reports(reports[chunk], report)
             return output, lambda loss: (loss * len(batches), None)  # the schedule divides it by their number
 
-        iterators = [iter(batches) for _ in self.models]
+        iterators = [self._on_device(batches) for _ in self.models]
         rows = max(rows_of(batch, self.groups) for batch in batches)
         for stage in self.stages:
             stage.rows = rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
@@ -140,6 +140,25 @@ def fuse_adam(optimizer: Any) -> None:
         for group in optimizer.param_groups:
             if all(parameter.device.type == "cuda" for parameter in group["params"]):
                 group["fused"] = True
+
+
+@torch.no_grad()
+def squared_norms(optimizer: Any, device: torch.device) -> Tensor:
+    """The squares of the norms of dense gradients and of those of experts, or of all together, over the ranks that
+    have shares of them. megatron-core's ``get_grad_norm`` on the device: its own reads a number from there for each
+    parameter where Transformer Engine and Apex are missing, and one for each inner optimizer in any case."""
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [(inner.get_main_grads_for_grad_norm(), inner.get_grad_stats_parallel_group()) for inner in optimizers]
+    if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
+        parts = [([grad for grads, _ in parts for grad in grads], optimizer.get_grad_stats_parallel_group())]
+    squares = []
+    for grads, group in parts:
+        square = torch.zeros(1, device=device)
+        if grads:
+            square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).square().view(1)
+        dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.cat(squares)
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from mmmoe_pretrain.checkpoint.state import (
     persistent_buffers,
     pieces_of_range,
 )
+from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
 
 Flat = list[Tensor]  # a flat master weight, and what the optimizer keeps for it, in the order of the names
@@ -55,8 +56,9 @@ class EngineState(ABC):
     """``names``: of the tensors that the optimizer keeps for each parameter (``OptimizerConfig.state``); they exist
     from the start, as zeros."""
 
-    def __init__(self, models: Sequence[nn.Module], names: Sequence[str]) -> None:
+    def __init__(self, models: Sequence[PretrainingModel], names: Sequence[str]) -> None:
         self._models, self._names = models, names
+        self._bounded = {parameter for model in models for parameter, _ in model.upper_bounds()}
         self._parts: dict[nn.Parameter, Part] = {}
         for model in models:
             placed = placements(model)
@@ -115,7 +117,13 @@ class EngineState(ABC):
                 tensors = map(stretch.of, copies.get(stretch.flat) or self._live(stretch.flat))
                 pieces = [pieces_of_range(held, stretch.start, part.shape, part.placement) for held in tensors]
             shape = logical_shape(part.shape, part.placement)
-            found |= {key: ShardedTensor(shape, held) for key, held in zip(keys, pieces, strict=True)}
+            steady = self._changes_in_updates_alone(parameter)
+            found |= {key: ShardedTensor(shape, held, steady) for key, held in zip(keys, pieces, strict=True)}
         for model in self._models:
-            found |= {model_key(name): ShardedTensor.whole(b) for name, b in persistent_buffers(model).items()}
+            for name, buffer in persistent_buffers(model).items():
+                found[model_key(name)] = ShardedTensor.whole(buffer, steady=False)
         return found
+
+    def _changes_in_updates_alone(self, parameter: nn.Parameter) -> bool:
+        """Its master weight and the optimizer's tensors. Forward passes keep ``upper_bounds``."""
+        return parameter not in self._bounded

@@ -118,7 +118,10 @@ def heat(ax: Axes, share: np.ndarray, top: float, title: str, **options: Any) ->
     many. ``options``: of ``imshow``."""
     ax.set_facecolor(ABSENT)
     colours = ax.imshow(100 * share, cmap="viridis", vmin=0, vmax=top, interpolation="nearest", **options)
-    style_heat(ax, len(share), title)
+    ax.set_title(title, color=INK, fontsize=10)
+    ax.set_yticks(range(0, len(share), 1 if len(share) <= MAX_ANNOTATED else 8))
+    ax.tick_params(which="both", length=0, labelsize=8, colors=QUIET)
+    ax.spines[:].set_visible(False)
     if len(share) <= MAX_ANNOTATED:
         for (row, column), value in np.ndenumerate(100 * share):
             if not np.isnan(value):
@@ -126,14 +129,6 @@ def heat(ax: Axes, share: np.ndarray, top: float, title: str, **options: Any) ->
                 colour = INK if value > 0.6 * top else "white"
                 ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return colours
-
-
-def style_heat(ax: Axes, experts: int, title: str) -> None:
-    """Title and numbers of the experts of a heat map."""
-    ax.set_title(title, color=INK, fontsize=10)
-    ax.set_yticks(range(0, experts, 1 if experts <= MAX_ANNOTATED else 8))
-    ax.tick_params(which="both", length=0, labelsize=8, colors=QUIET)
-    ax.spines[:].set_visible(False)
 
 
 def _panel(ax: Axes, panel: Panel, top: float) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmoe_pretrain.evaluate.scores import Score
+from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.untrusted import brief, read_json
 
 JSON, PAGE = "report.json", "report.md"
@@ -70,8 +71,9 @@ def rows_of(scores: Sequence[Score], dense: dict[str, float] | None) -> list[dic
 def write(report: Report, directory: Path) -> None:
     """``report.json`` and ``report.md``, replacing those of an earlier evaluation."""
     text = json.dumps(asdict(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / JSON).write_text(text + "\n", encoding="utf-8")
-    (directory / PAGE).write_text(markdown(report), encoding="utf-8")
+    for name, content in ((JSON, text + "\n"), (PAGE, markdown(report))):
+        with new_file(directory / name) as draft:
+            draft.write_text(content, encoding="utf-8")
 
 
 def markdown(report: Report) -> str:

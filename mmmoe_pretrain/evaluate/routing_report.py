@@ -54,19 +54,26 @@ def summarise_layer(stats: RoutingStats, untrained: RoutingStats) -> dict[str, A
         "dead": dead_experts(share_ME),
         "tokens": _by_name(names, tokens_M),
         "share": {name: row.tolist() for name, row in zip(names, share_ME, strict=True)},
-        "experts_used": _by_name(names, np.exp(_entropy(share_ME))),
+        "experts_used": _by_name(names, experts_used(share_ME)),
         "entropy_bits": _by_name(names, array(stats.entropy_M)[seen] / tokens_M / math.log(2)),
         "dropped": _by_name(names, array(stats.dropped_M)[seen] / chosen_M),
     }
 
 
-def summarise_tasks(counts_MXE: np.ndarray, names: StreamNames) -> dict[str, dict[str, float]]:
-    """``specialisation_by_task``: specialisation over each task's tokens alone, where at least two
-    modalities have some. ``task_specialisation``: by modality, how much of the task the expert determines: the
-    mutual information of task and expert over the bits that name a task, where two tasks have tokens."""
+def summarise_tasks(counts_MXE: np.ndarray, names: StreamNames) -> dict[str, dict[str, Any]]:
+    """``share_by_task``: each expert's share of a task's assignments. ``specialisation_by_task``: specialisation over
+    each task's tokens alone, where at least two modalities have some. ``task_specialisation``: by modality, how much
+    of the task the expert determines: the mutual information of task and expert over the bits that name a task,
+    where two tasks have tokens."""
+    counts_XE = counts_MXE.sum(0)
     by_task = {task: specialisation(counts_MXE[:, x]) for x, task in enumerate(names.tasks)}
     by_modality = {name: specialisation(counts_MXE[m]) for m, name in enumerate(names.modalities)}
     return {
+        "share_by_task": {
+            task: (counts_XE[x] / counts_XE[x].sum()).tolist()
+            for x, task in enumerate(names.tasks)
+            if counts_XE[x].any()
+        },
         "specialisation_by_task": {task: score for task, score in by_task.items() if score is not None},
         "task_specialisation": {name: score for name, score in by_modality.items() if score is not None},
     }
@@ -89,6 +96,11 @@ def specialisation(counts_CE: np.ndarray) -> float | None:
     return max(0.0, nats) / math.log(len(share_CE))
 
 
+def experts_used(share: np.ndarray) -> np.ndarray:
+    """The number of experts that an even use would need, over the last axis; NaN where a share is."""
+    return np.exp(_entropy(share))
+
+
 def dead_experts(share_ME: np.ndarray) -> list[int]:
     """Experts that no modality uses."""
     if len(share_ME) == 0:
@@ -102,7 +114,7 @@ def _share(counts_ME: np.ndarray) -> np.ndarray:
 
 def _entropy(share: np.ndarray) -> np.ndarray:
     """Entropy in nats over the last axis, with 0 log 0 = 0."""
-    return -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    return -(share * np.log(np.where(share == 0, 1.0, share))).sum(axis=-1)
 
 
 def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float]:

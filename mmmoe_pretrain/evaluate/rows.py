@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
@@ -118,9 +120,9 @@ def open_rows(run_dir: Path, config: RunConfig, test_paths: Sequence[str] | None
     return HeldOutRows(paths, config, modalities, LeakFilter(compared, modalities, Files(read_settings(config))))
 
 
-def untrained_routing(rows: HeldOutRows) -> tuple[RoutingStats, ...]:
+def untrained_routing(rows: HeldOutRows, device: torch.device) -> tuple[RoutingStats, ...]:
     """The routing of the run's model before its first step, on the same rows."""
-    untrained = PretrainingModel(rows.config).mmmoe.eval()
+    untrained = PretrainingModel(rows.config).mmmoe.eval().to(device)
     return collect_routing(untrained, rows.batches())
 
 
@@ -144,7 +146,7 @@ def _other_shards(report: Path, paths: Sequence[str]) -> list[str]:
     """The folders of an earlier report, if they differ from ``paths``."""
     try:
         before = [str(path) for path in read_json(report).get("test", ())]
-    except (ValueError, TypeError, FileNotFoundError):  # no report, or a damaged one
+    except (ValueError, TypeError, FileNotFoundError, IsADirectoryError):  # no report, or a damaged one
         return []
     same = {Path(path).resolve() for path in before} == {Path(path).resolve() for path in paths}
     return [] if same else before

@@ -15,14 +15,14 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
-from mmmoe_pretrain.evaluate import report, routing_report, scores
-from mmmoe_pretrain.evaluate.features import HeldOut, collect, encode
+from mmmoe_pretrain.evaluate import figures, report, routing_report, scores
+from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
-from mmmoe_pretrain.evaluate.routing import figures
 from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows, open_rows, place_of_report, untrained_routing
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.parallel.runtime import named_device
 
 FIGURE = "routing.png"
 
@@ -33,19 +33,21 @@ def evaluate(
     dense_results: Path | None = None,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    device: str = "auto",
 ) -> Report:
     """Score the newest checkpoint of ``run_dir``; write report.json, report.md and routing.png to ``out`` (default:
     ``run_dir``, unless a report of other shards is there).
 
-    ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``).
+    ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``). ``device``: of
+    ``named_device``.
     """
-    model, config, step = load_model(run_dir, overrides)
+    model, config, step = load_model(run_dir, overrides, named_device(device))
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     dense = report.read_dense(dense_results, rows.paths)
     data = collect(model, rows.batches())
     found, notes = _score(data, model, rows)
-    before = untrained_routing(rows) if data.routing else ()
+    before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
     result = Report(
@@ -62,10 +64,15 @@ def evaluate(
 
 
 def evaluate_command(
-    run_dir: Path, test: list[str], dense_results: Path | None, out: Path | None, overrides: Sequence[str]
+    run_dir: Path,
+    test: list[str],
+    dense_results: Path | None,
+    out: Path | None,
+    overrides: Sequence[str],
+    device: str = "auto",
 ) -> None:
     """``mmmoe evaluate``: evaluate and show the table."""
-    result = evaluate(run_dir, test, dense_results, out, overrides)
+    result = evaluate(run_dir, test, dense_results, out, overrides, device)
     report.print_table(result)
     written = [report.PAGE, report.JSON, *filter(None, [result.routing["figure"]])]
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")

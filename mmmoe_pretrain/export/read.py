@@ -72,8 +72,9 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
             f"train it with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 
 
-def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Modalities]:
-    """The model of an export in eval mode and fp32, its config, and its modalities, which decode what goes in.
+def load_export(folder: Path, device: torch.device | None = None) -> tuple[MMMoE, RunConfig, Modalities]:
+    """The model of an export in eval mode and fp32 on ``device`` (default: the CPU), its config, and its modalities,
+    which decode what goes in.
 
     Raises ValueError as ``import_run`` does.
     """
@@ -90,7 +91,7 @@ def load_export(folder: Path) -> tuple[MMMoE, RunConfig, Modalities]:
     for weight, value in _read(folder, places, weights, described["format_version"]):
         if weight.name in own:  # the others are of the objectives
             own[weight.name].copy_(value)
-    return model.eval(), config, modalities
+    return model.eval().to(device), config, modalities
 
 
 def _described(folder: Path) -> dict[str, Any]:

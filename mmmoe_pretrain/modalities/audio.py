@@ -108,9 +108,6 @@ class Audio(Modality):
     def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
         return {"seconds": [round(second, 4) for second in self._seconds(token)]}
 
-    def caption(self, value: np.ndarray, token: int) -> str:
-        return "{:.2f} to {:.2f} s".format(*self._seconds(token))
-
     def draw(self, value: np.ndarray, token: int) -> tuple[PIL.Image.Image, tuple[float, float, float, float]] | None:
         """The spectrogram: low pitch at the bottom, loud is dark."""
         low, high = float(value.min()), float(value.max())
@@ -120,6 +117,14 @@ class Audio(Modality):
         )
         left, right = (min(1.0, share) for share in shares)
         return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB"), (left, 0.0, right, 1.0)
+
+    def sound(self, data: bytes) -> tuple[np.ndarray, int] | None:
+        """The clip that the spectrogram is of: without silent ends, and at the configured rate."""
+        with quarantine("audio"):
+            wave = self._prepared(*self._read(data, None))
+        peak = max(1.0, float(np.abs(wave).max(initial=0)))
+        rate = self.settings.sample_rate
+        return wave[: int(self.settings.max_seconds * rate)] / np.float32(peak), rate
 
     def _seconds(self, token: int) -> tuple[float, float]:
         """Start and end of a token in the clip without its silent ends: frame f is at f hops."""

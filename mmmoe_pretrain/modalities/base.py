@@ -7,7 +7,6 @@ forked worker never touches torch's threads; nothing here imports torch, so that
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 if TYPE_CHECKING:
     from torch import nn
-
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 
 
 class BadSampleError(Exception):
@@ -50,11 +47,6 @@ class Collated:
 
     arrays: dict[str, np.ndarray]
     starts: np.ndarray
-
-
-def in_markdown(text: str) -> str:
-    """Plain text for Markdown, also for a cell of a table."""
-    return MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
 
 
 class Modality(abc.ABC):
@@ -125,13 +117,18 @@ class Modality(abc.ABC):
     def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
         """The position of token number ``token`` in ``value``, for a report in JSON."""
 
-    def caption(self, value: np.ndarray, token: int) -> str:
-        """A short description of the token in Markdown."""
-        return in_markdown(", ".join(f"{name} {content}" for name, content in self.describe(value, token).items()))
+    def excerpt(self, value: np.ndarray, token: int) -> tuple[str, str, str] | None:
+        """A few words before the token, its own text, and a few words after it; None where a value is not a text."""
+        return None
 
     def draw(self, value: np.ndarray, token: int) -> tuple[PILImage, tuple[float, float, float, float]] | None:
         """An image of ``value``, and the box (left, top, right, bottom) of the token in it as shares of its sides;
-        None where the words of ``caption`` are enough."""
+        None where the words of ``describe`` are enough."""
+        return None
+
+    def sound(self, data: bytes) -> tuple[np.ndarray, int] | None:
+        """The sound in a file's bytes, float32 [samples] between -1 and 1, and its rate; None for other kinds.
+        ``describe`` then gives the ``seconds`` at which a token begins and ends in it."""
         return None
 
     @abc.abstractmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
-from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, in_markdown
+from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import vocab_embedding
@@ -110,8 +110,8 @@ class Text(Modality):
     def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
         return {"piece": self._shown(int(value[token])), "of": self.tokenizer.decode(value)}
 
-    def caption(self, value: np.ndarray, token: int) -> str:
-        """The piece in bold within its text, in Markdown; marks are named."""
+    def excerpt(self, value: np.ndarray, token: int) -> tuple[str, str, str] | None:
+        """See ``Modality.excerpt``; at most ``CONTEXT`` characters on either side, and marks are named."""
         pieces = [self._piece(int(token_id)) for token_id in value]
         before, after = ("".join(pieces[part]) for part in (slice(1, max(1, token)), slice(token + 1, -1)))
         piece = pieces[token]
@@ -119,8 +119,7 @@ class Text(Modality):
         before = before.lstrip()
         before = before if len(before) <= CONTEXT else "…" + before[-CONTEXT:]
         after = after if len(after) <= CONTEXT else after[:CONTEXT] + "…"
-        word = self._shown(int(value[token]))
-        return f"{in_markdown(before)}{gap}**{in_markdown(word)}**{in_markdown(after)}"
+        return before + gap, self._shown(int(value[token])), after
 
     def _shown(self, token_id: int) -> str:
         return self._piece(token_id).strip() or "␣"  # a piece can be the space alone

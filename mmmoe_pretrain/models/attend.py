@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmoe_pretrain.batch import AttentionBlocks
+from mmmoe_pretrain.batch import AttentionBlocks, send
 
 VARLEN_TYPES = (torch.bfloat16, torch.float16)
 VARLEN_HEAD_SIZES = range(8, 257, 8)
@@ -130,7 +130,7 @@ class AttentionPlan:
         return Varlen(tuple(calls), self._tensor(within_n >= np.repeat(full_S, length_S)))
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self.device)
+        return send(torch.from_numpy(numbers), self.device)
 
 
 def attend(q_nHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, plan: AttentionPlan) -> Tensor:

@@ -68,8 +68,11 @@ class Attention(nn.Module):
 
     def forward(self, x_tD: Tensor, plan: StreamPlan) -> Tensor:
         """[t, D] -> [t, D]."""
-        qkv = self.qkv(x_tD)[: plan.num_valid].unflatten(1, (-1, self.head_size))
-        mixed = attend(*self.prepare(qkv, self.num_kv_heads, plan.cos_nh, plan.sin_nh), plan.attention)
+        qkv = self.qkv(x_tD)
+        if qkv.shape[0] > plan.num_valid:  # else no slice, whose gradient would be copied
+            qkv = qkv[: plan.num_valid]
+        heads = qkv.unflatten(1, (-1, self.head_size))
+        mixed = attend(*self.prepare(heads, self.num_kv_heads, plan.cos_nh, plan.sin_nh), plan.attention)
         return self.out(pad_rows(mixed, self.groups))
 
 

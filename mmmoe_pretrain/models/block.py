@@ -45,6 +45,19 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps=EPS).to(x.dtype)
 
 
+class ResidualNorm(RMSNorm):
+    """Adds a branch to the residual stream and normalises the sum."""
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[t, D] and none or [t, D] -> the stream after the branch, and its normalised rows."""
+        if self.normalise is rms_norm and kernels.usable(x):
+            from mmmoe_pretrain.kernels import rms_norm as fused
+
+            return fused.add_rms_norm(x, branch, self.weight, EPS)
+        total = x if branch is None else x + branch
+        return total, self.normalise(total, self.weight)
+
+
 class FeedForward(nn.Module):
     """Dense SwiGLU (arXiv 2002.05202), the shape of one expert."""
 
@@ -65,9 +78,9 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, groups: Groups, names: StreamNames) -> None:
         super().__init__()
         size = model.hidden_size
-        self.attention_norm = RMSNorm(size, groups)
+        self.attention_norm = ResidualNorm(size, groups)
         self.attention = Attention(size, model.num_heads, model.kv_heads, groups)
-        self.ffn_norm = RMSNorm(size, groups)
+        self.ffn_norm = ResidualNorm(size, groups)
         self.ffn: MoELayer | FeedForward
         if is_sparse(moe, index):
             self.ffn = MoELayer(moe, size, index, groups, names)
@@ -76,8 +89,8 @@ class Block(nn.Module):
 
     def forward(self, x_tD: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats | None]:
         """[t, D] -> ([t, D], routing sums of a sparse block)."""
-        x_tD = x_tD + self.attention(self.attention_norm(x_tD), plan)
-        h_tD = self.ffn_norm(x_tD)
+        x_tD, h_tD = self.attention_norm(x_tD)
+        x_tD, h_tD = self.ffn_norm(x_tD, self.attention(h_tD, plan))
         if isinstance(self.ffn, MoELayer):
             y_tD, stats = self.ffn(h_tD, plan.tokens)
             return x_tD + y_tD, stats

@@ -3,6 +3,10 @@ modules compute."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +33,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.groups, self.stage = groups, stage
         self.recompute = False
+        # An exchange that began has to be waited for, by all ranks.
+        self.stop_early = groups.expert_size == groups.tensor_size == 1
         self.blocks = nn.ModuleDict({str(i): Block(model, moe, i, groups, names) for i in stage.blocks})
         self.norm = RMSNorm(model.hidden_size, groups) if stage.last else None
 
@@ -37,13 +43,12 @@ class Trunk(nn.Module):
         if self.stage.first:
             x_nD = enter_trunk(x_nD, self.groups)
         routing = []
-        for block in self.blocks.values():
-            if self.recompute and torch.is_grad_enabled():
-                # To its end, though its last sums are not needed again: an exchange that began has to be waited for,
-                # and hooks that gather parameters before a module release them after it (ZeRO-3).
+        for index, block in zip(self.stage.blocks, self.blocks.values(), strict=True):
+            if self.recompute and index in self.stage.recomputed and torch.is_grad_enabled():
                 x_nD, stats = checkpoint(
-                    block, x_nD, plan, use_reentrant=False, preserve_rng_state=False, early_stop=False
-                )
+                    block, x_nD, plan, use_reentrant=False, preserve_rng_state=False, early_stop=self.stop_early,
+                    context_fn=partial(_contexts, block),
+                )  # fmt: skip
             else:
                 x_nD, stats = block(x_nD, plan)
             if stats is not None:
@@ -53,18 +58,39 @@ class Trunk(nn.Module):
         return x_nD, tuple(routing)
 
 
-def set_recompute(model: nn.Module, mode: str) -> None:
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of a block's forward pass, and of the pass that computes it again."""
+    return nullcontext(), _recomputing(block)
+
+
+@contextmanager
+def _recomputing(block: nn.Module) -> Iterator[None]:
+    """While a block is computed again for what its backward pass needs, which is not its output."""
+    stacks = [module for module in block.modules() if isinstance(module, Experts)]
+    for experts in stacks:
+        experts.output_is_needed = False
+    try:
+        yield
+    finally:
+        for experts in stacks:
+            experts.output_is_needed = True
+
+
+def set_recompute(model: nn.Module, mode: str, hooks_after_modules: bool = False) -> None:
     """Choose what the backward pass computes again instead of keeping it (arXiv 1604.06174).
 
     ``experts``: the widest activations of an MoE layer (``moe/expert_math.py``). ``blocks``: all of a block but its
-    input; the ranks repeat its communication in the order of the forward pass. It may run twice because it is a
-    function of its input, its parameters and the plan: a router's noise is drawn from (seed, ``TokenInfo.draw``).
+    input, in all blocks but the last (``Stage.recomputed``); the ranks repeat its communication in the order of the
+    forward pass. It may run twice because it is a function of its input, its parameters and the plan: noise of a
+    router is drawn from (seed, ``TokenInfo.draw``). It stops where the last kept tensor has been made, unless ranks
+    exchange rows or ``hooks_after_modules`` have to run: those of ZeRO-3 release there what they gathered before.
     """
     for module in model.modules():
         if isinstance(module, Experts):
             module.recompute = mode == "experts"
         elif isinstance(module, Trunk):
             module.recompute = mode == "blocks"
+            module.stop_early = module.stop_early and not hooks_after_modules
 
 
 def set_cpu(model: nn.Module, settings: CpuConfig) -> None:

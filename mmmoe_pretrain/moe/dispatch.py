@@ -1,6 +1,6 @@
 """Dispatchers: they move tokens to their experts and bring the results back.
 
-Both dispatchers have one interface and give the same result. A *slot* is the position of an expert in the order
+All dispatchers have one interface and give the same result. A *slot* is the position of an expert in the order
 (rank, local index); slot E means that the assignment is not sent (dropped, or an expert without computation).
 
 All-to-all: a token that goes to several experts of one rank is sent there once. With each row go 8 bytes an
@@ -22,28 +22,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.moe.plan import Compute, ExpertPlan, plan_of_runs, plan_of_slots, sum_rows, take_rows
+from mmmoe_pretrain.config.moe import LendingConfig, MoEConfig
+from mmmoe_pretrain.moe.lending import Loans, slots_with_lending
+from mmmoe_pretrain.moe.plan import (
+    Compute,
+    ExpertPlan,
+    plan_of_runs,
+    plan_of_slots,
+    plan_on_device,
+    sum_rows,
+    take_rows,
+    zero_unused,
+)
 from mmmoe_pretrain.parallel.collectives import RowExchange, exchange_counts
 from mmmoe_pretrain.parallel.groups import Groups
 
 Overlap = Callable[[], Tensor]
+Dispatched = tuple[Tensor, Tensor | None, Tensor | None]
+LendingCompute = Callable[[Tensor, Tensor, ExpertPlan, Loans | None], Tensor]
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """All experts are in this process: assignments are only sorted."""
+    """All experts are in this process: assignments are only sorted. ``dropless``: no slot is nowhere.
+    ``counts_on_host``: they are needed there; on a CPU they always are."""
 
     num_slots: int
+    dropless: bool = False
+    counts_on_host: bool = True
 
     def run(
         self, x_nD: Tensor, slots_nK: Tensor, weights_nK: Tensor, compute: Compute, overlap: Overlap | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The weighted sum of each token's experts [n, D], and the result of ``overlap``, which is called while
-        tokens are in transfer."""
-        plan, order_A = plan_of_slots(slots_nK, self.num_slots)
-        weights_A = weights_nK.reshape(-1).index_select(0, order_A)
-        return compute(x_nD, weights_A, plan), overlap() if overlap else None
+    ) -> Dispatched:
+        """The weighted sum of each token's experts [n, D]; the result of ``overlap``, which is called while tokens
+        are in transfer; and what lending did (``Shares.summary``), where it is on."""
+        if self.counts_on_host or slots_nK.device.type == "cpu":
+            plan, order_A = plan_of_slots(slots_nK, self.num_slots)
+        else:
+            plan, order_A = plan_on_device(slots_nK, self.num_slots, self.dropless)
+        weights_A = zero_unused(weights_nK.reshape(-1).index_select(0, order_A), plan)
+        return compute(x_nD, weights_A, plan), overlap() if overlap else None, None
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class AllToAllDispatcher:
 
     def run(
         self, x_nD: Tensor, slots_nK: Tensor, weights_nK: Tensor, compute: Compute, overlap: Overlap | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Dispatched:
         """See ``LocalDispatcher.run``. Weights are sent in fp32."""
         sizes = [len(part) for part in slots_nK.tensor_split(self.num_chunks)]
         split = zip(x_nD.split(sizes), slots_nK.split(sizes), weights_nK.float().split(sizes), strict=True)
@@ -70,7 +88,38 @@ class AllToAllDispatcher:
         for chunk in chunks:
             chunk.compute(compute)
         parts = [chunk.gather() for chunk in chunks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), extra
+        return parts[0] if len(parts) == 1 else torch.cat(parts), extra, None
+
+
+@dataclass(frozen=True)
+class LendingDispatcher:
+    """All-to-all where ranks with few rows compute some of the experts of ranks with many (``lending.py``)."""
+
+    num_slots: int
+    groups: Groups
+    config: LendingConfig
+
+    def run(
+        self,
+        x_nD: Tensor,
+        slots_nK: Tensor,
+        weights_nK: Tensor,
+        compute: LendingCompute,
+        overlap: Overlap | None = None,
+    ) -> Dispatched:
+        """See ``AllToAllDispatcher.run``."""
+        local, ranks = self.num_slots // self.groups.expert_size, self.groups.expert_size
+        slots_nK, shares = slots_with_lending(slots_nK, self.num_slots, self.config, self.groups)
+        chunk = _Chunk(x_nD, slots_nK, weights_nK.float(), ranks * shares.slots_per_rank, self.groups)
+        counts = (chunk.counts_RL, exchange_counts(chunk.counts_RL, self.groups.expert), shares.borrowed_RS)
+        table = np.asarray(torch.cat(counts, dim=1).tolist(), dtype=np.int64)  # the only place where the host waits
+        width = 1 + shares.slots_per_rank
+        loans = Loans.of(table[:, 2 * width :], local, self.groups)
+        chunk.send(table[:, :width], table[:, width : 2 * width])
+        extra = overlap() if overlap else None
+        chunk.expert_counts = chunk.expert_counts[: local + (loans.num_borrowed if loans else 0)]
+        chunk.compute(lambda x_mD, weights_A, plan: compute(x_mD, weights_A, plan, loans))
+        return chunk.gather(), extra, shares.summary
 
 
 class _Chunk:
@@ -136,11 +185,15 @@ def _scatter(places: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(values.numel() + 1).scatter_(0, places, values)
 
 
-Dispatcher = LocalDispatcher | AllToAllDispatcher
+Dispatcher = LocalDispatcher | AllToAllDispatcher | LendingDispatcher
 
 
 def make_dispatcher(config: MoEConfig, groups: Groups) -> Dispatcher:
     """Local where this process holds every expert, else all-to-all."""
     if groups.expert_size == 1:
-        return LocalDispatcher(config.num_experts)
+        # Groups are stacks of their own, and expert choice has E slots a token, most of them nowhere.
+        counted = bool(config.expert_groups) or config.router == "expert_choice"
+        return LocalDispatcher(config.num_experts, config.dropless, counted)
+    if config.lending is not None:
+        return LendingDispatcher(config.num_experts, groups, config.lending)
     return AllToAllDispatcher(config.num_experts, groups, config.dispatch_chunks)

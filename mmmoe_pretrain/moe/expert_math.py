@@ -1,23 +1,30 @@
 """The computation of a stack of experts by grouped products, for GPUs; ``cpu/blocked.py`` is for CPUs.
 
-Shapes: x_mD rows, weights_A routing weights in the plan's order, up_EFD [E, width F, D], down_EDF [E, D, F].
+For the backward pass are kept the rows [m, D] and, of each assignment, the first product and the routing weight; the
+gathered rows and the input of the second product are made again without a product, as in SonicMoE (arXiv 2512.14080).
+With ``recompute`` the first product is not kept either, but computed again. docs/expert_layer.md has the bytes.
+
+Shapes: x_mD rows, weights_A routing weights in the plan's order, up_EFD [E, width F, D], down_EDF [E, D, F], ends_E
+where each expert's assignments end.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from mmmoe_pretrain import kernels
 from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.activation import weighted
+from mmmoe_pretrain.moe.cpu import activation as by_hand
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
-from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows, to_device
+from mmmoe_pretrain.moe.plan import ExpertPlan
 
 ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
 
@@ -25,13 +32,15 @@ ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
 @dataclass(frozen=True)
 class ExpertStack:
     """Equal experts. ``up_bias_EF``: of the first products. ``recompute``: the backward pass computes the
-    activations again. ``buffers``: memory that a CPU uses again in every step. ``cpu_config``: how it multiplies."""
+    first product again. ``output_is_needed``: else only what the backward pass needs may be computed, and any
+    output returned. ``buffers``: memory that a CPU uses in every step. ``cpu_config``: how it multiplies."""
 
     up_EFD: Tensor
     down_EDF: Tensor
     activation: str
     up_bias_EF: Tensor | None = None
     recompute: bool = False
+    output_is_needed: bool = True
     buffers: Buffers = field(default_factory=Buffers)
     cpu_config: CpuConfig = field(default_factory=CpuConfig)
 
@@ -42,20 +51,101 @@ ExpertMath = Callable[[Tensor, Tensor, ExpertPlan, ExpertStack], Tensor]
 
 def grouped_mm(x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, stack: ExpertStack) -> Tensor:
     """See ``ExpertMath``. Two products over all experts at once (torch.nn.functional.grouped_mm)."""
-    ends = to_device(list(itertools.accumulate(plan.counts)), torch.int32, x_mD.device)
+    keep = torch.is_grad_enabled() and not stack.recompute  # gradients are never enabled inside the function
+    return _Grouped.apply(x_mD, weights_A, stack.up_EFD, stack.down_EDF, stack.up_bias_EF, plan, stack, keep)
 
-    def products(x_mD: Tensor, weights_A: Tensor, up_EFD: Tensor, down_EDF: Tensor, bias: Tensor | None) -> Tensor:
-        up_AF = F.grouped_mm(take_rows(x_mD, plan), up_EFD.transpose(1, 2), offs=ends)
-        if bias is not None:
-            up_AF = up_AF + bias.to(up_AF.dtype).index_select(0, plan.experts_A)
-        return F.grouped_mm(weighted(stack.activation, up_AF, weights_A), down_EDF.transpose(1, 2), offs=ends)
 
-    tensors = (x_mD, weights_A, stack.up_EFD, stack.down_EDF, stack.up_bias_EF)
-    if stack.recompute:  # it stops before the second product, of which only the inputs are needed
-        y_AD = checkpoint(products, *tensors, use_reentrant=False, preserve_rng_state=False)
-    else:
-        y_AD = products(*tensors)
-    return sum_rows(y_AD, plan)
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_mD: Tensor,
+        weights_A: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        up_bias_EF: Tensor | None,
+        plan: ExpertPlan,
+        stack: ExpertStack,
+        keep: bool,
+    ) -> Tensor:
+        ends_E = plan.ends_E
+        up_AF = _first_product(x_mD, up_EFD, up_bias_EF, plan, ends_E)
+        ctx.plan, ctx.activation = plan, stack.activation
+        ctx.save_for_backward(x_mD, weights_A, up_EFD, down_EDF, up_bias_EF, ends_E, up_AF if keep else None)
+        if not stack.output_is_needed:
+            return torch.zeros_like(x_mD)
+        h_AF = weighted(stack.activation, up_AF, weights_A)
+        return plan.sum_by_row(_zero_unused(F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends_E), plan))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mD: Tensor) -> tuple[Tensor | None, ...]:
+        x_mD, weights_A, up_EFD, down_EDF, up_bias_EF, ends_E, up_AF = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # the first product is needed no longer than its gradient takes
+        plan: ExpertPlan = ctx.plan
+        needs_x, needs_weights, needs_up, needs_down, needs_bias = ctx.needs_input_grad[:5]
+        grad_x = grad_weights = grad_up = grad_down = grad_bias = grad_up_AF = None
+        if up_AF is None:
+            up_AF = _first_product(x_mD, up_EFD, up_bias_EF, plan, ends_E)
+        grad_y_AD = grad_mD.index_select(0, plan.rows_A)
+        if needs_x or needs_weights or needs_up or needs_bias:
+            grad_h_AF = F.grouped_mm(grad_y_AD, down_EDF, offs=ends_E)
+            h_AF, grad_up_AF, grad_weights = _weighted_backward(
+                ctx.activation, grad_h_AF, up_AF, weights_A, needs_down
+            )
+            del grad_h_AF
+        else:
+            h_AF = weighted(ctx.activation, up_AF, weights_A)
+        del up_AF
+        if needs_down:
+            assert h_AF is not None
+            grad_down = F.grouped_mm(grad_y_AD.t(), h_AF, offs=ends_E)
+        del h_AF, grad_y_AD
+        if grad_up_AF is not None and needs_up:
+            grad_up = F.grouped_mm(grad_up_AF.t(), x_mD.index_select(0, plan.rows_A), offs=ends_E)
+        if grad_up_AF is not None and needs_bias:
+            grad_bias = torch.zeros_like(up_bias_EF).index_add_(
+                0, plan.experts_A, _zero_unused(grad_up_AF, plan).to(up_bias_EF.dtype)
+            )
+        if grad_up_AF is not None and needs_x:
+            grad_x = plan.sum_by_row(_zero_unused(F.grouped_mm(grad_up_AF, up_EFD, offs=ends_E), plan))
+        if grad_weights is not None:
+            grad_weights = _zero_unused(grad_weights, plan)
+        return grad_x, grad_weights if needs_weights else None, grad_up, grad_down, grad_bias, None, None, None
+
+
+def _first_product(
+    x_mD: Tensor, up_EFD: Tensor, up_bias_EF: Tensor | None, plan: ExpertPlan, ends_E: Tensor
+) -> Tensor:
+    up_AF = F.grouped_mm(x_mD.index_select(0, plan.rows_A), up_EFD.transpose(1, 2), offs=ends_E)
+    return up_AF if up_bias_EF is None else up_AF.add_(up_bias_EF.to(up_AF.dtype).index_select(0, plan.experts_A))
+
+
+def _zero_unused(x_A: Tensor, plan: ExpertPlan) -> Tensor:
+    """``x_A`` [A, ...] with zeros for assignments to nowhere, in place: products leave their rows unwritten, and a
+    row's sum includes them."""
+    if plan.unused_A is None:
+        return x_A
+    return x_A.masked_fill_(plan.unused_A.view(-1, *[1] * (x_A.ndim - 1)), 0)
+
+
+def _weighted_backward(
+    activation: str, grad_AF: Tensor, up_AF: Tensor, weights_A: Tensor, with_output: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``weighted`` again (if ``with_output``; it may overwrite ``grad_AF``), and the gradients of ``up_AF`` and the
+    weights."""
+    if activation == "swiglu" and kernels.usable(up_AF):
+        from mmmoe_pretrain.kernels import swiglu as fused
+
+        h_AF = grad_AF if with_output else None  # written over it: memory peaks here
+        grad_up_AF, grad_weights_A = fused.backward(grad_AF, up_AF, weights_A, h_AF)
+        assert grad_weights_A is not None
+        return h_AF, grad_up_AF, grad_weights_A
+    scale_A1 = weights_A[:, None].to(up_AF.dtype)
+    h_AF, grad_up_AF = torch.empty_like(grad_AF), torch.empty_like(up_AF)
+    by_hand.GRADIENTS[activation](up_AF, grad_AF * scale_A1, h_AF, grad_up_AF)  # all rows at once
+    grad_weights_A = (grad_AF * h_AF).sum(-1, dtype=weights_A.dtype)
+    return h_AF.mul_(scale_A1), grad_up_AF, grad_weights_A
 
 
 def grouped_mm_fits(x_mD: Tensor, plan: ExpertPlan, stack: ExpertStack) -> bool:

@@ -20,7 +20,8 @@ from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.cpu.blocked import blocked
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
 from mmmoe_pretrain.moe.expert_math import ExpertMath, ExpertStack, grouped_mm, grouped_mm_fits
-from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows
+from mmmoe_pretrain.moe.lending import Loans, keep_in_graph
+from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows, zero_unused
 from mmmoe_pretrain.parallel.cuts import expert_cut, mark_cut, mark_stacked, tensor_cut, tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.placement import Placement
@@ -61,6 +62,7 @@ class Experts(nn.Module):
         self.activation, self.backend = config.activation, config.expert_backend
         self.weight_on_input = config.router_weight_on_input
         self.recompute = False  # True: the backward pass computes the activations again
+        self.output_is_needed = True  # not where a block is computed again (models/trunk.py)
         self.cpu_config = CpuConfig()  # models/trunk.set_cpu
         self.up = nn.Parameter(torch.empty(count, width, hidden_size))
         self.down = nn.Parameter(torch.empty(count, hidden_size, share))
@@ -89,28 +91,49 @@ class Experts(nn.Module):
         super().__setstate__(state)
         self._mark()  # copy.deepcopy drops the attributes of a parameter
 
-    def forward(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
-        """[m, D] -> [m, D]: each row's experts, weighted and summed."""
-        if not self.weight_on_input:
-            return self._weighted_sum(x_mD, weights_A, plan)
-        x_AD = take_rows(x_mD, plan) * weights_A[:, None].to(x_mD.dtype)
-        return sum_rows(self._weighted_sum(x_AD, torch.ones_like(weights_A), plan.one_by_one()), plan)
+    def forward(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, loans: Loans | None = None) -> Tensor:
+        """[m, D] -> [m, D]: each row's experts, weighted and summed. ``loans``: experts that this rank lends and
+        borrows; the plan then has the borrowed ones after its own. Their weights arrive while its own compute."""
+        stacks: list[Tensor] = [self.up, self.down]
+        if self.up_bias is not None and self.down_bias is not None:
+            stacks += [self.up_bias, self.down_bias]
+        if loans is None:
+            return self._experts(x_mD, weights_A, plan, stacks)
+        stacks, arriving = loans.start(stacks)
+        if not loans.num_borrowed:
+            y_mD = self._experts(x_mD, weights_A, plan, stacks)
+            return keep_in_graph(y_mD, [transfer.wait() for transfer in arriving])
+        own, borrowed = (plan.counts[part] for part in (slice(len(self.up)), slice(len(self.up), None)))
+        split, end = sum(own), plan.num_assignments
+        y_mD = self._experts(x_mD, weights_A[:split], plan.part(0, split, own), stacks)
+        stacks = [transfer.wait() for transfer in arriving]
+        return y_mD + self._experts(x_mD, weights_A[split:], plan.part(split, end, borrowed), stacks)
 
-    def _weighted_sum(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
+    def _experts(self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, stacks: list[Tensor]) -> Tensor:
+        """By these experts: ``up``, ``down`` and, if there are any, their biases."""
+        if not self.weight_on_input:
+            return self._weighted_sum(x_mD, weights_A, plan, *stacks)
+        x_AD = take_rows(x_mD, plan) * weights_A[:, None].to(x_mD.dtype)
+        ones_A = zero_unused(torch.ones_like(weights_A), plan)  # an assignment to nowhere adds no bias
+        return sum_rows(self._weighted_sum(x_AD, ones_A, plan.one_by_one(), *stacks), plan)
+
+    def _weighted_sum(
+        self, x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, up: Tensor, down: Tensor,
+        up_bias: Tensor | None = None, down_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         stack = ExpertStack(
-            self.up, self.down, self.activation, self.up_bias, self.recompute, self._memory, self.cpu_config
+            up, down, self.activation, up_bias, self.recompute, self.output_is_needed, self._memory, self.cpu_config
         )
         y_mD = choose_backend(self.backend, x_mD, plan, stack)(x_mD, weights_A, plan, stack)
-        return y_mD if self.down_bias is None else y_mD + self._down_biases(weights_A, plan).to(y_mD.dtype)
+        return y_mD if down_bias is None else y_mD + self._down_biases(weights_A, plan, down_bias).to(y_mD.dtype)
 
-    def _down_biases(self, weights_A: Tensor, plan: ExpertPlan) -> Tensor:
+    def _down_biases(self, weights_A: Tensor, plan: ExpertPlan, down_bias: Tensor) -> Tensor:
         """[m, D]: the sum of w b_e over each row's experts, 0 outside this tensor rank's share of D. Uses a gather,
         so that a row's gradient reaches only its own experts (0 times NaN is NaN)."""
-        assert self.down_bias is not None
-        weights = weights_A.to(self.down_bias.dtype)[plan.place_A]
+        weights = weights_A.to(down_bias.dtype)[plan.place_A]
         experts = plan.experts_A[plan.place_A]
-        share = F.embedding_bag(experts, self.down_bias, plan.offsets_m, mode="sum", per_sample_weights=weights)
-        width, rank = self.down_bias.shape[1], self.groups.tensor_rank
+        share = F.embedding_bag(experts, down_bias, plan.offsets_m, mode="sum", per_sample_weights=weights)
+        width, rank = down_bias.shape[1], self.groups.tensor_rank
         return F.pad(share, (rank * width, (self.groups.tensor_size - rank - 1) * width))
 
 

@@ -6,6 +6,8 @@ once, after the dispatcher. t: rows of this rank, n or under sequence parallelis
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ class MoELayer(nn.Module):
         num_slots = self.config.num_experts
         slots_nK = self.get_buffer("slot_E")[routing.expert_ids_nK].masked_fill(~routing.kept_nK, num_slots)
         shared = self.shared
-        out_nD, shared_nD = self.dispatcher.run(
+        out_nD, shared_nD, lending = self.dispatcher.run(
             x_nD, slots_nK, weights_nK, self.experts, None if shared is None else lambda: shared(x_nD, alike_nD)
         )
         if shared_nD is not None:
@@ -51,7 +53,7 @@ class MoELayer(nn.Module):
         if self.config.identity_experts and self.groups.tensor_rank == 0:  # not a partial sum: added on one rank only
             identity_n = self._identity_weight(routing.expert_ids_nK, weights_nK)
             out_nD = out_nD + identity_n[:, None].to(x_nD.dtype) * x_nD
-        return leave_parts(out_nD, self.groups), routing.stats
+        return leave_parts(out_nD, self.groups), replace(routing.stats, lending=lending)
 
     def _identity_weight(self, ids_nK: Tensor, weights_nK: Tensor) -> Tensor:
         """[n]: the sum of the weights of each token's identity experts."""

@@ -6,13 +6,40 @@ ranks. Shapes: m rows, A assignments.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmmoe_pretrain import kernels
+from mmmoe_pretrain.batch import send
+
+
+class DeviceCounts(Sequence[int]):
+    """The assignments of each local expert, of which a device has ``ends_E``, the int32 sums up to each expert. The
+    host waits for them when it first reads one; for their number it does not."""
+
+    def __init__(self, ends_E: Tensor) -> None:
+        self.ends_E = ends_E
+
+    @functools.cached_property
+    def on_host(self) -> list[int]:
+        return self.ends_E.diff(prepend=self.ends_E.new_zeros(1)).tolist()
+
+    def __len__(self) -> int:
+        return self.ends_E.shape[0]
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self.on_host[index]
 
 
 @dataclass(frozen=True)
@@ -21,13 +48,16 @@ class ExpertPlan:
 
     ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local expert.
     ``place_A``: the positions in that order of row 0's assignments, then of row 1's, and so on; ``offsets_m``:
-    where each row's begin in ``place_A``.
+    where each row's begin in ``place_A``. ``unused_A``: True for assignments to nowhere, which come after all others
+    and which the sums over a row's assignments include: their results must be 0 (``zero_unused``). None: there are
+    none.
     """
 
     rows_A: Tensor
-    counts: list[int]
+    counts: Sequence[int]
     place_A: Tensor
     offsets_m: Tensor
+    unused_A: Tensor | None = None
 
     @property
     def num_assignments(self) -> int:
@@ -38,8 +68,18 @@ class ExpertPlan:
         return self.offsets_m.shape[0]
 
     @property
+    def ends_E(self) -> Tensor:
+        """Where each local expert's assignments end, int32 on the device."""
+        if isinstance(self.counts, DeviceCounts):
+            return self.counts.ends_E
+        return to_device(list(itertools.accumulate(self.counts)), torch.int32, self.rows_A.device)
+
+    @property
     def experts_A(self) -> Tensor:
-        """The local expert of each assignment."""
+        """The local expert of each assignment; of one to nowhere any."""
+        if isinstance(self.counts, DeviceCounts):
+            place_A = torch.arange(self.num_assignments, dtype=torch.int32, device=self.rows_A.device)
+            return torch.searchsorted(self.ends_E, place_A, right=True).clamp_(max=len(self.counts) - 1)
         counts = to_device(self.counts, torch.int64, self.rows_A.device)
         experts = torch.arange(len(self.counts), device=counts.device)
         return experts.repeat_interleave(counts, output_size=self.num_assignments)
@@ -47,9 +87,13 @@ class ExpertPlan:
     def one_by_one(self) -> ExpertPlan:
         """The plan where each assignment has a row of its own, in the order of ``take_rows``."""
         rows_A = torch.arange(self.num_assignments, device=self.rows_A.device)
-        return ExpertPlan(rows_A, self.counts, rows_A, rows_A)
+        return ExpertPlan(rows_A, self.counts, rows_A, rows_A, self.unused_A)
 
-    def part(self, start: int, end: int, counts: list[int]) -> ExpertPlan:
+    def without_unused(self) -> ExpertPlan:
+        """The assignments to experts alone; the host waits for their number where some may go nowhere."""
+        return self if self.unused_A is None else self.part(0, sum(self.counts), self.counts)
+
+    def part(self, start: int, end: int, counts: Sequence[int]) -> ExpertPlan:
         """Only the assignments ``start`` to ``end``, of the experts that ``counts`` are of."""
         inside_A = (self.place_A >= start) & (self.place_A < end)
         before = F.pad(inside_A.cumsum(0), (1, 0))
@@ -60,6 +104,10 @@ class ExpertPlan:
         """[A, D] -> [m, D]: each row's assignments summed, times ``weights_A`` if given. No gradient."""
         if self.num_rows == 0:
             return y_AD.new_zeros(0, y_AD.shape[1])
+        if kernels.usable(y_AD):
+            from mmmoe_pretrain.kernels import sum_rows as fused
+
+            return fused.sum_rows(y_AD, self.place_A, self.offsets_m, weights_A)
         weights = None if weights_A is None else weights_A.to(y_AD.dtype).index_select(0, self.place_A)
         return F.embedding_bag(self.place_A, y_AD, self.offsets_m, mode="sum", per_sample_weights=weights)
 
@@ -81,6 +129,18 @@ def plan_of_slots(slots_nK: Tensor, num_slots: int) -> tuple[ExpertPlan, Tensor]
     position_nK = sent_nK.reshape(-1).cumsum(0).view_as(sent_nK) - sent_nK  # among what is sent, row by row
     place_A = inverse(position_nK.reshape(-1)[order_A])
     return ExpertPlan(order_A // slots_nK.shape[1], counts, place_A, position_nK[:, 0]), order_A
+
+
+def plan_on_device(slots_nK: Tensor, num_slots: int, dropless: bool) -> tuple[ExpertPlan, Tensor]:
+    """``plan_of_slots`` without a wait of the host, which then knows no counts: A is n K, and assignments to nowhere
+    stay in the plan as unused. ``dropless``: there are none."""
+    slots, order_A = slots_nK.reshape(-1).sort(stable=True)
+    numbers = torch.arange(num_slots, device=slots.device, dtype=slots.dtype)
+    ends_E = torch.searchsorted(slots, numbers, right=True, out_int32=True)
+    top_k = slots_nK.shape[1]
+    offsets_n = torch.arange(0, slots.numel(), top_k, device=slots.device)
+    unused_A = None if dropless else slots == num_slots
+    return ExpertPlan(order_A // top_k, DeviceCounts(ends_E), inverse(order_A), offsets_n, unused_A), order_A
 
 
 def plan_of_runs(experts_A: Tensor, first_A: Tensor, counts: list[int], num_rows: int) -> tuple[ExpertPlan, Tensor]:
@@ -134,8 +194,14 @@ def sum_rows(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
     return _SumRows.apply(y_AD, plan)
 
 
+def zero_unused(x_A: Tensor, plan: ExpertPlan) -> Tensor:
+    """[A, ...] with zeros where ``plan`` uses nothing, forward and backward. ``grouped_mm`` leaves those rows
+    unwritten in its result and in the gradient of its input."""
+    if plan.unused_A is None:
+        return x_A
+    return x_A.masked_fill(plan.unused_A.view(-1, *[1] * (x_A.ndim - 1)), 0)
+
+
 def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small table from the host, without waiting for the device: a copy from memory that is not pinned would wait
-    for all work that the device has been given."""
-    table = torch.tensor(values, dtype=dtype)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    """A small table from the host, without waiting for the device."""
+    return send(torch.tensor(values, dtype=dtype), device)

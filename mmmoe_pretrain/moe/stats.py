@@ -28,10 +28,10 @@ class RoutingStats:
     E sum_e f_e P_e, and the number of segments; zeros unless that scope is on) carry gradients; the
     others are counts as floats. ``counts_MXE`` are assignments (a token counts K times) before any drop.
 
-    ``coactivation_MEE`` (how often two experts served one token; symmetric, diagonal 0) stays this
-    rank's own: it is reduced where it is logged. ``orthogonality`` is of the router's weights, the same
-    on every rank. ``names``: of the M modalities and X tasks. ``allowed_ME`` is True where a modality may choose an
-    expert.
+    ``coactivation_MEE`` (how often two experts served one token; symmetric, diagonal 0) and ``lending``
+    (``lending.Shares.summary``, where it is on) stay this rank's own: they are reduced where they are
+    logged. ``orthogonality`` is of the router's weights, the same on every rank. ``names``: of the M modalities
+    and X tasks. ``allowed_ME`` is True where a modality may choose an expert.
     """
 
     probability_MXE: Tensor
@@ -47,6 +47,7 @@ class RoutingStats:
     names: StreamNames
     allowed_ME: Tensor
     layer: int = 0
+    lending: Tensor | None = None
 
     @property
     def probability_ME(self) -> Tensor:
@@ -95,5 +96,6 @@ class RoutingStats:
     def __add__(self, other: RoutingStats) -> RoutingStats:
         """The sum of two microbatches of the same layer."""
         assert self.layer == other.layer, (self.layer, other.layer)
-        summed = {name: getattr(self, name) + getattr(other, name) for name in (*REDUCED, "coactivation_MEE")}
+        names = (*REDUCED, "coactivation_MEE", *(() if self.lending is None else ("lending",)))
+        summed = {name: getattr(self, name) + getattr(other, name) for name in names}
         return dataclasses.replace(self, **summed)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import Modality, build_modalities
 from mmmoe_pretrain.objectives.base import Objective, ObjectiveModule, ObjectiveSettings, Outputs, Representation
@@ -112,7 +112,7 @@ def step_counts(batches: Sequence[Batch], objectives: Objectives, group: Group, 
                 terms[loss] += count
     counts = [sum(batch.num_valid for batch in batches), *terms.values()]
     if group_size(group) > 1:
-        sums = torch.tensor(counts, device=device)
+        sums = send(torch.tensor(counts), device)
         dist.all_reduce(sums, group=group)
         counts = sums.tolist()
     return StepCounts(counts[0], dict(zip(terms, counts[1:], strict=True)))

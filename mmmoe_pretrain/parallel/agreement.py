@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from mmmoe_pretrain.parallel.groups import Group
 
@@ -44,16 +45,54 @@ def exchange(group: Group, action: Callable[[], T], combine: Callable[[list[T]],
     order. Errors as in ``from_rank_0``; of several ranks' the first one's."""
     if group is None:
         return from_rank_0(None, lambda: combine([action()]))
-    mine, result = _attempt(group, action)
-    results: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-    _meet(group)
-    dist.gather_object(result, results, group=group, group_dst=0)
-    answer = None
-    if results is not None:
-        answer = next((failure for failure in results if isinstance(failure, _Failure)), None)
-        if answer is None:
-            mine, answer = _attempt(group, lambda: combine(results))
+    mine, answer = _combined(group, action, combine)
     return _receive(group, answer, mine)
+
+
+def exchange_each(group: Group, action: Callable[[], T], combine: Callable[[list[T]], Sequence[R]]) -> R:
+    """As ``exchange``, but rank r gets entry r of what ``combine`` returns, and no other one. For entries of about
+    equal length: every message of a scatter is as long as the longest."""
+    if group is None:
+        return from_rank_0(None, lambda: combine([action()])[0])
+    mine, answer = _combined(group, action, combine)
+    answers = [answer] * dist.get_world_size(group) if isinstance(answer, _Failure) else answer
+    received: list[Any] = [None]
+    _meet(group)
+    dist.scatter_object_list(received, answers, group=group, group_src=0)
+    return _result(received[0], mine)
+
+
+def exchange_distinct(group: Group, action: Callable[[], T], combine: Callable[[list[T], list[int]], R]) -> R:
+    """As ``exchange``, for results that many ranks have alike: each different one is sent once. ``combine`` gets the
+    different results, and for each rank the number of its own among them. Equal ones are those of equal ``repr``."""
+    kept: list[T] = []
+    which: list[int] = []
+
+    def digest() -> bytes:
+        kept.append(action())
+        return xxhash.xxh3_128_digest(repr(kept[0]).encode())
+
+    def first_of_each(digests: list[bytes]) -> list[int]:
+        firsts: dict[bytes, int] = {}
+        for rank, each in enumerate(digests):
+            firsts.setdefault(each, rank)
+        numbers = {each: number for number, each in enumerate(firsts)}
+        which.extend(numbers[each] for each in digests)
+        return list(firsts.values())
+
+    senders = exchange(group, digest, first_of_each)
+    different = kept
+    if group is not None and dist.get_rank(group) == 0:
+        different = [kept[0], *(_received_from(group, rank) for rank in senders[1:])]
+    elif group is not None and dist.get_rank(group) in senders:  # a gather's messages are all as long as the longest
+        dist.send_object_list(kept, group=group, group_dst=0)
+    return from_rank_0(group, lambda: combine(different, which))
+
+
+def _received_from(group: dist.ProcessGroup, rank: int) -> Any:
+    received = [None]
+    dist.recv_object_list(received, group=group, group_src=rank)
+    return received[0]
 
 
 def agree(group: Group, action: Callable[[], T]) -> T:
@@ -76,6 +115,20 @@ def _attempt(group: Group, action: Callable[[], Any]) -> tuple[Exception | None,
         return error, _Failure(RuntimeError, f"rank {dist.get_rank(group)}: {type(error).__name__}: {error}")
 
 
+def _combined(
+    group: dist.ProcessGroup, action: Callable[[], T], combine: Callable[[list[T]], Any]
+) -> tuple[Exception | None, Any]:
+    """This rank's error, and on rank 0 what ``combine`` makes of all ranks' results, or the first _Failure."""
+    mine, result = _attempt(group, action)
+    results: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    _meet(group)
+    dist.gather_object(result, results, group=group, group_dst=0)
+    if results is None:
+        return mine, None
+    failure = next((failure for failure in results if isinstance(failure, _Failure)), None)
+    return (mine, failure) if failure else _attempt(group, lambda: combine(results))
+
+
 def _receive(group: Group, answer: Any, mine: Exception | None) -> Any:
     """Rank 0's ``answer``, or its error from that of this rank."""
     if group is not None:
@@ -83,6 +136,11 @@ def _receive(group: Group, answer: Any, mine: Exception | None) -> Any:
         _meet(group)
         dist.broadcast_object_list(received, group=group, group_src=0)
         answer = received[0]
+    return _result(answer, mine)
+
+
+def _result(answer: Any, mine: Exception | None) -> Any:
+    """``answer``, or its error from that of this rank."""
     if isinstance(answer, _Failure):
         raise answer.kind(answer.message) from mine
     return answer
@@ -91,11 +149,17 @@ def _receive(group: Group, answer: Any, mine: Exception | None) -> Any:
 def _meet(group: dist.ProcessGroup) -> None:
     """Wait until every rank is here. Long waits use Python's sleep: a thread of a save that wakes inside torch while
     its process ends, because a peer died, turns the exit status into an abort (up to Python 3.13)."""
+    _check_on_host(group)
     arrived, pause = dist.barrier(group=group, async_op=True), 1e-4
     while not arrived.is_completed():
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
     arrived.wait()
+
+
+def _check_on_host(group: dist.ProcessGroup) -> None:
+    """Objects through NCCL would be copied to the device and back, with waits of the host."""
+    assert dist.get_backend(group) == "gloo", f"objects go through gloo, not {dist.get_backend(group)}"
 
 
 def number_from_rank_0(group: Group, number: float) -> float:
@@ -129,6 +193,7 @@ def gather_objects(group: Group, value: T) -> list[T]:
     """``value`` of every rank, in rank order, on every rank. Pickled: for small and rare messages."""
     if group is None:
         return [value]
+    _check_on_host(group)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found

@@ -49,14 +49,16 @@ class Groups:
 
 @dataclass(frozen=True)
 class HostGroups:
-    """All ranks of the job, communicating through host memory (gloo), independent of the model's groups.
+    """Groups that communicate through host memory (gloo), independent of the model's; of all ranks but the last.
 
     ``control``: small messages of the main thread. ``storage``: saving, loading and deleting checkpoints; a
-    thread of a save in flight may own it. Collectives of two threads on one group would mix.
+    thread of a save in flight may own it. Collectives of two threads on one group would mix. ``pipeline``: the ranks
+    of ``Groups.pipeline`` (``mesh.host_pipeline``).
     """
 
     control: Group = None
     storage: Group = None
+    pipeline: Group = None
 
 
 SINGLE = Groups()

@@ -202,6 +202,24 @@ def _offload(config: RunConfig, layout: Layout) -> str | None:
     )
 
 
+def _lending(config: RunConfig, layout: Layout) -> str | None:
+    if config.moe.lending is None:
+        return None
+    if layout.expert == 1:
+        legal = [n for n in divisors(layout.data)[1:] if not any(count % n for count in config.moe.group_sizes)]
+        remedy = f"use expert_parallel_size {_or(legal)}" if legal else "start more data-parallel ranks"
+        return (
+            f"moe.lending moves rows between the ranks of an expert group, and parallel.expert_parallel_size is 1; "
+            f"{remedy}, or set moe.lending: null"
+        )
+    if layout.zero_stage == 3:
+        return (
+            "moe.lending holds the weights of a layer's experts from its forward to its backward pass, and "
+            "parallel.zero_stage 3 is there to free them; use zero_stage 0, 1 or 2, or set moe.lending: null"
+        )
+    return None
+
+
 def _switch(layout: Layout, able: Callable[[Capabilities], bool]) -> str:
     """A remedy: the engines that are able."""
     return " or ".join(_engine(name, layout) for name, engine in ENGINES.items() if able(engine))
@@ -238,4 +256,5 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _offload,
     _precision,
     _profiled_ranks,
+    _lending,
 )

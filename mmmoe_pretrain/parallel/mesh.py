@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mmmoe_pretrain.parallel.degrees import Layout
-from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.parallel.runtime import silence_calls, silence_megatron
+from mmmoe_pretrain.parallel.groups import Group, Groups, HostGroups
+from mmmoe_pretrain.parallel.runtime import silence_calls, silence_megatron, unbound_device
 
 STORAGE_TIMEOUT = timedelta(hours=6)  # a rank may write a large share to a slow target while the others wait
 
@@ -28,6 +29,21 @@ def build_host_groups(timeout_minutes: float) -> HostGroups:
         control=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes), group_desc="control"),
         storage=dist.new_group(backend="gloo", timeout=STORAGE_TIMEOUT, group_desc="storage"),
     )
+
+
+def host_pipeline(groups: Groups, control: Group, timeout_minutes: float) -> Group:
+    """A group on the host of the ranks of ``groups.pipeline``, for objects that stages exchange; None where that is
+    one rank. Collective over all ranks, which ``control`` has."""
+    if groups.pipeline_size == 1:
+        return None
+    own = torch.tensor(dist.get_process_group_ranks(groups.pipeline))
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own, group=control)
+    pipelines = [list(ranks) for ranks in sorted({tuple(ranks.tolist()) for ranks in found})]
+    with unbound_device():
+        return dist.new_subgroups_by_enumeration(
+            pipelines, timedelta(minutes=timeout_minutes), backend="gloo", group_desc="host pipeline"
+        )[0]
 
 
 def build_groups(layout: Layout, timeout_minutes: float = 5.0) -> Groups:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.parallel.groups import Group, Groups
+from mmmoe_pretrain.parallel.runtime import unbound_device
 
 HEADER = 64  # bytes; the content behind it is aligned
 _LENGTH = struct.Struct("<q")
@@ -105,5 +106,6 @@ def build_replica_channel(groups: Groups, control: Group) -> ReplicaChannel | No
     replicas = [
         [rank for rank, of in enumerate(data_ranks) if int(of) == number] for number in range(groups.data_size)
     ]
-    group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=TIMEOUT, backend="gloo", group_desc="replica")
+    with unbound_device():
+        group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=TIMEOUT, backend="gloo", group_desc="replica")
     return ReplicaChannel(group)

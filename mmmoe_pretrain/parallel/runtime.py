@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+DEVICES = ("auto", "cpu", "cuda")  # auto: a GPU where there is one
 COUNTS_OF_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes of this start
 OPTIONAL = (
     "(?s).*(Transformer Engine|Apex|apex|moe_ffn_hidden_size|full scope is deprecated|without fp32 routing|"
@@ -28,12 +30,57 @@ def local_device() -> torch.device:
     gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if not gpus:
         return torch.device("cpu")
+    if sees_one_gpu():
+        return torch.device("cuda", 0)
     if rank >= gpus:
         raise ValueError(
             f"local rank {rank} has no GPU: this machine has {gpus}; start {gpus} rank{'s' * (gpus > 1)} "
             f"(launch/torchrun.sh {gpus} ...), or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     return torch.device("cuda", rank)
+
+
+def named_device(name: str) -> torch.device:
+    """The device that ``--device`` names, of a process that runs a model alone: "auto", "cpu" or "cuda"."""
+    if name not in DEVICES:
+        raise ValueError(f"--device {name}: choose one of {', '.join(DEVICES)}")
+    gpus = torch.cuda.device_count()
+    if name == "cuda" and not gpus:
+        build = "sees none" if torch.version.cuda or torch.version.hip else "is a build for CPUs"
+        raise ValueError(
+            f"--device cuda: there is no GPU to use, torch {torch.__version__} {build}; use --device cpu, or install "
+            f"a torch for the driver of this machine and see what CUDA_VISIBLE_DEVICES hides"
+        )
+    if name == "cpu" or not gpus:
+        return torch.device("cpu")
+    _set_gpu(device := torch.device("cuda", 0))
+    return device
+
+
+def _set_gpu(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    # It makes a plan for every new shape of a masked call, 90 ms each (measured on an H100).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def sees_one_gpu() -> bool:
+    """Whether the launcher shows this process one GPU by CUDA_VISIBLE_DEVICES, as Slurm's --gpus-per-task=1 does:
+    each rank of a machine may then have its own (``_refuse_shared_gpu``)."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return len(named) == 1 and torch.cuda.device_count() == 1
+
+
+def _refuse_shared_gpu(gpu: str, store: dist.Store) -> None:
+    """ValueError where an earlier rank of this machine has the same ``gpu``; NCCL would fail later."""
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    store.set(f"gpu of rank {rank}", gpu)
+    for other in range(rank - local, rank):
+        if store.get(f"gpu of rank {other}").decode() == gpu:
+            raise ValueError(
+                f"ranks {other} and {rank} have the same GPU, the only one that they see: CUDA_VISIBLE_DEVICES is "
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES')}; show each rank a GPU of its own, or all of them to every "
+                f"rank, or start one rank"
+            )
 
 
 def _refuse_many_alone() -> None:
@@ -46,7 +93,7 @@ def _refuse_many_alone() -> None:
             )
 
 
-def _allow_many_files() -> None:
+def allow_many_files() -> None:
     """Each gloo group of all ranks is a socket to every other rank: 1,000 ranks exceed the usual limit of 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -67,17 +114,21 @@ def process_group(timeout_minutes: float, store: dist.Store | None = None) -> It
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
-        torch.cuda.set_device(device)
-        # It makes a plan for every new shape of a masked call, 90 ms each (measured on an H100).
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        _set_gpu(device)
     timeout = timedelta(minutes=timeout_minutes)
     _refuse_many_alone()
-    _allow_many_files()
+    allow_many_files()
+    bound = device if backend == "nccl" else None  # it connects at once, and no barrier guesses its device
     if "WORLD_SIZE" in os.environ:
+        if bound is not None and sees_one_gpu():
+            if store is None:  # as init_process_group makes it
+                store = dist.PrefixStore("default_pg", next(dist.rendezvous("env://", timeout=timeout))[0])
+                store.set_timeout(timeout)
+            _refuse_shared_gpu(str(torch.cuda.get_device_properties(device).uuid), store)
         rank, size = (int(os.environ[name]) if store else -1 for name in ("RANK", "WORLD_SIZE"))
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=bound)
     finished = False
     try:
         if backend == "gloo":
@@ -87,6 +138,18 @@ def process_group(timeout_minutes: float, store: dist.Store | None = None) -> It
     finally:
         if finished or backend == "gloo":
             dist.destroy_process_group()
+
+
+@contextmanager
+def unbound_device() -> Iterator[None]:
+    """Around the making of gloo groups of some ranks: with a device bound to the default group the others would split
+    NCCL's communicator for them, and wait for ranks that do not (pytorch issue 145376)."""
+    world: Any = distributed_c10d._get_default_group()
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 @contextmanager

@@ -23,6 +23,12 @@ class Stage:
     def blocks(self) -> range:
         return range(self.first_block, self.end_block)
 
+    @property
+    def recomputed(self) -> range:
+        """The blocks that ``train.recompute: blocks`` computes again: all but the model's last one, whose backward
+        pass comes next, so that it would be computed twice for little memory."""
+        return range(self.first_block, self.end_block - self.last)
+
 
 def whole(num_blocks: int) -> Stage:
     """One stage that holds everything."""

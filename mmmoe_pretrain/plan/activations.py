@@ -10,8 +10,8 @@ buffers of its own.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,17 +78,20 @@ def stage_memory(
     batch: Batch,
     imbalance: Imbalance = BALANCED,
     device: Device = "cuda",
+    live: LiveTensors | None = None,
+    paths: Callable[[], AbstractContextManager[None]] = gpu_paths,
 ) -> StageSizes:
-    """Of ``stage`` under ``groups`` (``build.pretended_groups``)."""
+    """Of ``stage`` under ``groups`` (``build.pretended_groups``). ``live`` sees all operations of both passes;
+    ``paths`` are entered for them on a GPU."""
     (model,) = meta_models(config, groups, [stage])
     answers = Answers(config.moe, batch.num_valid, imbalance)
     answers.follow(model)
     counts = StepCounts(batch.num_valid, dict.fromkeys(model.objectives.losses, 1))
-    live = LiveTensors()
+    live = live or LiveTensors()
     forget_buffers()
     with FakeTensorMode(allow_non_fake_inputs=True), answers.given(), ExitStack() as stack:
         if device == "cuda":
-            stack.enter_context(gpu_paths())
+            stack.enter_context(paths())
         materialise(model)
         if config.train.compile == "blocks":
             hold_as_compiled(model, live)

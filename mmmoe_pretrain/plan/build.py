@@ -100,9 +100,14 @@ def pretended_groups(layout: Layout) -> Iterator[Groups]:
 
 
 def meta_models(config: RunConfig, groups: Groups, stages: Sequence[Stage]) -> list[PretrainingModel]:
-    """The models of one rank without memory for their parameters."""
+    """The models of one rank without memory for their parameters, and without lending."""
     with torch.device("meta"):
-        return build_models(config, groups, stages)
+        return build_models(without_lending(config), groups, stages)
+
+
+def without_lending(config: RunConfig) -> RunConfig:
+    """What lending moves depends on the routing of each step: plans leave it out (``report.assumed_lending``)."""
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"lending": None})})
 
 
 def _build(config: RunConfig, layout: Layout, groups: Groups) -> Build:

@@ -1,8 +1,8 @@
 """Measures the machine at hand for ``mmmoe plan --calibrate``: a ``Machine`` that ``machines.save`` writes.
 
 ``calibrate`` takes well under two minutes: products by size and type as the model uses them, the
-experts' grouped product, attention, memory bandwidth, the optimizer's step, and what the host takes to start the
-operations of a block, a microbatch and a step. ``add_links`` runs on several ranks and adds collectives by kind.
+experts' grouped product, attention, memory bandwidth, the optimizer's step, and the host's times (``host_time.py``).
+``add_links`` runs on several ranks and adds collectives by kind.
 ``fit`` compares plans with measured steps of a few layouts and sets ``Machine.factors``.
 
 Of several spells the shortest counts, since other work on a machine only adds; of steps the median. A clock of CPU
@@ -12,7 +12,6 @@ time measures a busy machine; on a GPU it is the wall's.
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,19 +24,16 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import AttentionBlocks
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import HALF_TYPES
 from mmmoe_pretrain.models.attend import AttentionPlan, attend
 from mmmoe_pretrain.moe.experts import make_experts
 from mmmoe_pretrain.moe.plan import ExpertPlan
+from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
 from mmmoe_pretrain.parallel.groups import SINGLE
-from mmmoe_pretrain.parallel.layout import resolve_layout
-from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
-from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Host, Machine, machine_of
-from mmmoe_pretrain.plan.workload import full_batch
-
-Clock = Callable[[], float]
+from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
+from mmmoe_pretrain.plan.host_time import Clock, dispatch_time, host_times
+from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Machine, machine_of
 
 SIZES = (32, 64, 128, 256, 512, 1024)  # smallest dimension of a product; the others are WIDE or more
 WIDE = 512
@@ -46,7 +42,6 @@ LENGTHS = (32, 128, 512)  # of segments that attend
 STREAMED, ACTIVATION = 64 << 20, 4 << 20  # bytes of the buffer that is copied
 OPTIMIZED = 1 << 22  # parameters of the optimizer that is stepped
 SPELL, SPELLS = 0.02, 3  # seconds at least, and how often
-STEPS = 9  # of a narrow model
 MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 22)  # numbers in those that are timed
 MOST_CALLS, SPELLS_OF_LINKS = 16, 5  # as many on every rank
 LIMITS = (0.1, 10.0)  # of fitted factors
@@ -84,18 +79,17 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
     rank 0 measures while the others wait, and they step together for what the host takes. What cannot be measured
     (memory, power, links, the vendor's peak) is that of the known GPU, or of ``cpu``."""
     read = clock or wall_clock(device)
-    rates = [_rates(config, device, read) if dist.get_rank() == 0 else {}]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(rates, device=device)
+    rates = from_rank_0(build_host_groups(timeout_minutes=60).storage, lambda: _rates(config, device, read))
+    destroy_groups()
     base = _known(device)
     peak = dict(base.peak)
     if device.type == "cpu":
-        products, grouped = rates[0]["products"], rates[0]["grouped"]
+        products, grouped = rates["products"], rates["grouped"]
         peak |= {p: max(rate for _, rate in (*curve, *grouped.get(p, ()))) for p, curve in products.items()}
-    tables = {key: {**getattr(base, key), **rates[0].pop(key)} for key in ("products", "grouped", "attention")}
+    tables = {key: {**getattr(base, key), **rates.pop(key)} for key in ("products", "grouped", "attention")}
     source = f"measured with torch {torch.__version__}; memory, power and links of: {base.source}"
-    update = {**rates[0], **tables, "name": name, "source": source, "peak": peak, "host": _host(config, device, read)}
-    return base.model_copy(update=update)
+    host = host_times(config, device, read)
+    return base.model_copy(update={**rates, **tables, "name": name, "source": source, "peak": peak, "host": host})
 
 
 def _known(device: torch.device) -> Machine:
@@ -202,68 +196,10 @@ def _optimizer(device: torch.device, clock: Clock) -> float:
     return seconds_of(work, clock)
 
 
-def _host(config: RunConfig, device: torch.device, clock: Clock) -> Host:
-    """From steps of a narrow model, whose arithmetic takes no time: with 2 and 6 blocks, dense and of experts, and 1
-    and 3 microbatches. A step of L blocks and m microbatches takes step + L step_block + m (microbatch + L block)."""
-    few, many, one, three = 2, 6, 1, 3
-
-    def steps(blocks: int, dense: bool) -> list[float]:
-        narrow = _narrow(config, blocks, dense)
-        engine = build_engine(narrow, build_groups(resolve_layout(narrow, dist.get_world_size())), device)
-        batch, found = full_batch(narrow, 2), []
-        for microbatches in (one, three):
-            seconds = []
-            for _ in range(STEPS + 1):  # as many on every rank; the first warms up
-                began = clock()
-                engine.step([batch] * microbatches, 1e-4)
-                seconds.append(clock() - began)
-            found.append(statistics.median(seconds[1:]))
-        destroy_groups()
-        return found
-
-    found = {(blocks, dense): steps(blocks, dense) for blocks in (few, many) for dense in (True, False)}
-
-    def each(blocks: int, dense: bool) -> float:  # of a microbatch
-        first, last = found[blocks, dense]
-        return (last - first) / (three - one)
-
-    def once(blocks: int, dense: bool) -> float:
-        return found[blocks, dense][0] - each(blocks, dense)
-
-    block = {dense: (each(many, dense) - each(few, dense)) / (many - few) for dense in (True, False)}
-    step_block = (once(many, True) - once(few, True)) / (many - few)
-    return Host(
-        dense_block=max(0.0, block[True]),
-        moe_block=max(0.0, block[False]),
-        microbatch=max(0.0, each(few, True) - few * block[True]),
-        step_block=max(0.0, step_block),
-        step=max(0.0, once(few, True) - few * step_block),
-    )
-
-
-def _narrow(config: RunConfig, blocks: int, dense: bool) -> RunConfig:
-    model = config.model.model_copy(
-        update={"hidden_size": 32, "num_heads": 2, "num_kv_heads": None, "num_layers": blocks, "ffn_hidden_size": 32,
-                "embedding_size": 16, "vocab_size": max(64, min(config.model.vocab_size, 256))}
-    )  # fmt: skip
-    experts = {"expert_hidden_size": 16, "every": 1, "layers": {}, "expert_groups": ()}
-    moe = config.moe.model_copy(update={**experts, **({"num_experts": 1, "experts_per_token": 1} if dense else {})})
-    parallel = type(config.parallel)(expert_parallel_size=1)
-    train = config.train.model_copy(
-        update={
-            "recompute": "none",
-            "profile": None,
-            "num_microbatches": 1,
-            "global_batch_size": 2 * dist.get_world_size(),
-        }
-    )
-    return config.model_copy(update={"model": model, "moe": moe, "parallel": parallel, "train": train})
-
-
-def add_links(machine: Machine, device: torch.device, clock: Clock | None = None) -> Machine:
+def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: Clock | None = None) -> Machine:
     """On every rank of a process group, all of which must call it: ``machine`` with collectives over all ranks and
-    over pairs. Where ranks outnumber a CPU's cores, the CPU time of a call counts, since others compute while a rank
-    waits, and what fewer ranks have measured stays."""
+    over pairs, and ``Host.dispatch``. Where ranks outnumber a CPU's cores, the CPU time of a call counts, since
+    others compute while a rank waits, and what fewer ranks have measured stays."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if size == 1:
         raise ValueError("the links between ranks cannot be measured on one rank; start several with torchrun")
@@ -283,7 +219,11 @@ def add_links(machine: Machine, device: torch.device, clock: Clock | None = None
     update: dict[str, object] = {"collectives": tuple(known.values())}
     if size == machine.cores:
         update["crowded"] = _crowded(device, read)
-    return machine.model_copy(update=update)
+    machine = machine.model_copy(update=update)
+    if shared or config.moe.dense or config.moe.num_experts % size:
+        return machine
+    host = machine.host.model_copy(update={"dispatch": dispatch_time(config, machine, device, read)})
+    return machine.model_copy(update={"host": host})
 
 
 def _crowded(device: torch.device, clock: Clock) -> dict[str, float]:

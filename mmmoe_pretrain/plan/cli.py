@@ -50,7 +50,9 @@ def plan(
     Builds the real model on the meta device, in a process group without communication. Trains nothing. The data and
     the tokenizer need not exist.
     """
+    from mmmoe_pretrain.parallel.layout import resolve_layout
     from mmmoe_pretrain.plan import command
+    from mmmoe_pretrain.plan.links import refuse_split_groups
     from mmmoe_pretrain.plan.machines import find_machine
     from mmmoe_pretrain.plan.report import Asked
 
@@ -64,14 +66,22 @@ def plan(
     if memory is not None:
         known = known.model_copy(update={"memory": 1e9 * memory})
     asked = Asked(gpus, known, budget_of(tokens), imbalance)
+    if gpus_per_node is not None:
+        refuse_split_groups(gpus, gpus_per_node)
     if compare and search:
         raise ValueError("--compare and --search cannot be given together; search each config by itself")
     if compare:
         first, second = (_one_of(config, overrides or [], each) for each in compare)
+        if gpus_per_node is not None:
+            for each in (first, second):
+                refuse_split_groups(gpus, gpus_per_node, resolve_layout(each, gpus))
         _print(command.compared(asked, first, second, compare), as_json)
         return
+    loaded = load(*_given(config, overrides))
+    if gpus_per_node is not None and not search:
+        refuse_split_groups(gpus, gpus_per_node, resolve_layout(loaded, gpus))
     answer = command.searched if search else command.planned
-    _print(answer(asked, load(*_given(config, overrides))), as_json)
+    _print(answer(asked, loaded), as_json)
 
 
 def _one_machine(gpu: str | None, machine: Path | None) -> str:

@@ -68,7 +68,11 @@ class Coefficients:
     def sizes(self, layout: Layout, recompute: str, stage: Stage, samples: int) -> StageSizes:
         """As ``stage_memory`` would give them."""
         run = Run(layout.engine, layout.tensor, layout.sequence_parallel, layout.expert, recompute, samples)
-        blocks = [self._block(kind_of_block(self.config.moe, index), run) for index in stage.blocks]
+        kept_whole = replace(run, recompute="none") if recompute == "blocks" else run
+        blocks = [
+            self._block(kind_of_block(self.config.moe, index), run if index in stage.recomputed else kept_whole)
+            for index in stage.blocks
+        ]
         kept, forward, backward = 0.0, 0.0, 0.0
         for place, block in enumerate(blocks):
             forward, backward = max(forward, kept + block.alone[1]), max(backward, kept + block.alone[2])

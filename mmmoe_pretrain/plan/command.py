@@ -13,8 +13,9 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.paths import make_folder
+from mmmoe_pretrain.plan.build import without_lending
 from mmmoe_pretrain.plan.machines import save
-from mmmoe_pretrain.plan.report import Asked, hidden_gpus, values_of
+from mmmoe_pretrain.plan.report import Asked, assumed_lending, hidden_gpus, values_of
 from mmmoe_pretrain.plan.search import search
 from mmmoe_pretrain.plan.tables import ranking_of, side_by_side, text_of
 
@@ -52,7 +53,8 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
 def searched(asked: Asked, config: RunConfig) -> Answer:
     """The fastest layouts that fit."""
     with hidden_gpus():
-        values = search(asked, *with_vocabulary(config))
+        known, assumed = with_vocabulary(config)
+        values = search(asked, without_lending(known), [*assumed, *assumed_lending(asked, config)])
     return values, ranking_of(values)
 
 
@@ -72,11 +74,11 @@ def calibrated(config: RunConfig, out: Path | None) -> str:
     cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if busy > cores / 2:
         log.warning("this machine is busy (load %.1f on %d cores): what is measured will be slow", busy, cores)
-    config, _ = with_vocabulary(config)
+    config = without_lending(with_vocabulary(config)[0])
     with process_group(timeout_minutes=5) as device:
         machine = calibrate(config, device, name=out.stem)
         if dist.get_world_size() > 1:
-            machine = add_links(machine, device)
+            machine = add_links(machine, config, device)
         if dist.get_rank() != 0:
             return ""
         save(machine, out)

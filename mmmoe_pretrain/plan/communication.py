@@ -144,13 +144,13 @@ def _stage(
 ) -> Iterator[Transfer]:
     """One microbatch through one stage, forward and backward."""
     element, hidden = _element(config), config.model.hidden_size
-    passes = 2 if config.train.recompute == "blocks" else 1
     sequence = layout.sequence_parallel and layout.tensor > 1
     rows = padded(batch.tokens, layout.tensor) if sequence else batch.tokens
     if stage.first:
         yield from _embedding(config, layout, batch, rows * hidden * element if sequence else 0)
     moe_layers = [index for index in stage.blocks if is_sparse(config.moe, index)]
     for index in stage.blocks:
+        passes = 2 if config.train.recompute == "blocks" and index in stage.recomputed else 1
         yield from matrices(layout, rows * hidden * element, passes)
         if index not in moe_layers:
             yield from matrices(layout, rows * hidden * element, passes)
@@ -187,12 +187,17 @@ def dispatch(
 
 
 def expected_routed(tokens: float, top_k: int, num_experts: int, ranks: int) -> Routed:
-    """If every set of K experts were equally likely. A token is sent to a rank, once, unless
-    all its K experts are among the E - E / R others: probability 1 - C(E - E / R, K) / C(E, K)."""
-    elsewhere = num_experts - num_experts // ranks
-    visits = 1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
-    rows, assignments = tokens * (ranks - 1) * visits, tokens * top_k * (ranks - 1) / ranks
+    """If every set of K experts were equally likely: ``ranks_of_token`` ranks, of which one is its own."""
+    rows = tokens * (ranks - 1) / ranks * ranks_of_token(top_k, num_experts, ranks)
+    assignments = tokens * top_k * (ranks - 1) / ranks
     return Routed(rows, rows, assignments, assignments)
+
+
+def ranks_of_token(top_k: int, num_experts: int, ranks: int) -> float:
+    """The mean number of ranks that have an expert of a token, where every set of K experts is equally likely. A rank
+    has none if all K are among the E - E / R others: probability C(E - E / R, K) / C(E, K)."""
+    elsewhere = num_experts - num_experts // ranks
+    return ranks * (1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k))
 
 
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:

@@ -23,18 +23,20 @@ from mmmoe_pretrain.moe import experts
 from mmmoe_pretrain.moe.expert_math import ExpertMath, ExpertStack, grouped_mm, grouped_mm_fits
 from mmmoe_pretrain.moe.plan import ExpertPlan
 
-KERNELS = ("heads", "rms_norm", "swiglu")
+# The name of a kernel that would be launched, and its arguments.
+Launched = Callable[[str, tuple[Any, ...]], None]
+KERNELS = ("heads", "rms_norm", "sum_rows", "swiglu")
 
 
 @contextmanager
-def gpu_paths() -> Iterator[None]:
+def gpu_paths(launched: Launched = lambda name, arguments: None) -> Iterator[None]:
     """Within a FakeTensorMode, whose numbers nobody reads."""
     with ExitStack() as stack:
         stack.enter_context(replaced(kernels, "usable", lambda x: x.dtype in kernels.TYPES))
         stack.enter_context(replaced(attend, "_varlen_fits", _varlen_fits))
         stack.enter_context(replaced(experts, "choose_backend", _choose_backend))
         for name in KERNELS:
-            stack.enter_context(replaced(kernels, name, _without_launches(name)))
+            stack.enter_context(replaced(kernels, name, _without_launches(name, launched)))
         yield
 
 
@@ -62,12 +64,12 @@ def _choose_backend(name: str, x_mD: Tensor, plan: ExpertPlan, stack: ExpertStac
     return grouped_mm if half and name in ("auto", "grouped_mm") else experts.blocked
 
 
-def _without_launches(name: str) -> ModuleType:
+def _without_launches(name: str, launched: Launched) -> ModuleType:
     """A module of ``kernels/``, whose kernels need no Triton and do nothing."""
     spec = importlib.util.spec_from_file_location(f"{__name__}.{name}", Path(kernels.__file__).parent / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    triton, language = _Triton("triton"), ModuleType("triton.language")
+    triton, language = _Triton(name, launched), ModuleType("triton.language")
     known = {key: sys.modules.get(key) for key in (triton.__name__, language.__name__)}
     sys.modules |= {triton.__name__: triton, language.__name__: language}
     try:
@@ -82,13 +84,17 @@ def _without_launches(name: str) -> ModuleType:
 
 
 class _Triton(ModuleType):
-    """What ``kernels/`` use of Triton on the host."""
+    """What the module ``name`` of ``kernels/`` uses of Triton on the host."""
 
     language = ModuleType("triton.language")
 
-    @staticmethod
-    def jit(function: Callable[..., None]) -> _Kernel:
-        return _Kernel()
+    def __init__(self, name: str, launched: Launched) -> None:
+        super().__init__("triton")
+        self._name, self._launched = name, launched
+
+    def jit(self, function: Callable[..., None]) -> _Kernel:
+        """``rms_norm forward`` of ``forward_kernel`` in ``rms_norm.py``."""
+        return _Kernel(f"{self._name} {function.__name__.removesuffix('_kernel')}", self._launched)
 
     @staticmethod
     def cdiv(a: int, b: int) -> int:
@@ -100,5 +106,8 @@ class _Triton(ModuleType):
 
 
 class _Kernel:
+    def __init__(self, name: str, launched: Launched) -> None:
+        self._name, self._launched = name, launched
+
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self._launched(self._name, arguments)

@@ -46,6 +46,25 @@ def strides(layout: Layout) -> dict[str, tuple[int, int]]:
     }
 
 
+def refuse_split_groups(gpus: int, ranks_per_node: int, layout: Layout | None = None) -> None:
+    """ValueError where nodes of this size are not filled, or divide the ranks of ``layout`` that share matrices and
+    experts unevenly: ``on_one_node`` counts such groups as if they began with a node."""
+    if gpus <= ranks_per_node:
+        return
+    if gpus % ranks_per_node:
+        raise ValueError(
+            f"--gpus {gpus} does not fill nodes of --gpus-per-node {ranks_per_node}; give a multiple, e.g. --gpus "
+            f"{gpus // ranks_per_node * ranks_per_node}, or another --gpus-per-node"
+        )
+    together = 1 if layout is None else layout.tensor * layout.expert
+    if layout is not None and together % ranks_per_node and ranks_per_node % together:
+        raise ValueError(
+            f"--gpus-per-node {ranks_per_node} splits the {together} ranks that share matrices and experts (tensor "
+            f"{layout.tensor} x expert {layout.expert}) unevenly over nodes; give one that divides {together} or is "
+            f"a multiple of it, or another parallel.expert_parallel_size"
+        )
+
+
 def on_one_node(stride: int, size: int, ranks_per_node: int) -> int:
     """The fewest members of a group that share a node with each other."""
     return max(1, min(size, ranks_per_node // stride))

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from mmmoe_pretrain.config.base import StrictModel, explain
 
 GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
-VERSION = 2  # of the file format
+VERSION = 3  # of the file format
 PRECISIONS = ("fp32", "bf16", "fp16")  # train.precision
 PARTS = {
     "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
@@ -54,12 +54,13 @@ class Collective(StrictModel):
 
 
 class Host(StrictModel):
-    """Seconds that the host takes to start operations, forward and backward: of a dense and of an MoE block, of the
-    rest of a microbatch (embedders, heads, losses), and once a step for each block (the optimizer of its parameters)
-    and for the rest."""
+    """Seconds that the host takes to start operations, forward and backward: of a dense and of an MoE block, of what
+    an MoE block has more where its experts are on several ranks, of the rest of a microbatch (embedders, heads,
+    losses), and once a step for each block (the optimizer of its parameters) and for the rest."""
 
     dense_block: float = Field(ge=0)
     moe_block: float = Field(ge=0)
+    dispatch: float = Field(0.0, ge=0)  # measured on several ranks
     microbatch: float = Field(ge=0)
     step_block: float = Field(ge=0)
     step: float = Field(ge=0)
@@ -133,14 +134,19 @@ ON_MI300X = tuple((size, share * 0.60 / 0.80) for size, share in ON_H100)  # m o
 ATTENTION, ATTENTION_ON_A100 = ((145, 0.037), (1024, 0.25), (4096, 0.31)), 2.0
 # Measured over planned seconds of computation in three steps on the H100 (o): small operations and gaps between those
 # that were timed alone.
-IN_A_STEP = dict.fromkeys(PARTS["computation"], 1.35)
+IN_A_STEP = dict.fromkeys(PARTS["computation"], 1.45)
 # Of the memory's bandwidth: fused AdamW moves 28 bytes a parameter at 2.55 TB/s on the H100 (o); s, s.
 STREAMING, STREAMING_A100, STREAMING_B200 = 0.76, 0.91, 0.67
 # Bytes a parameter: AdamW reads four numbers and writes three; norm 4, scaling 8, clipping 8, zeroing 4, the weight's
 # half copy 6.
 OPTIMIZER = 28.0 + 30.0
-# Seconds to start operations: an assumption, about 400 and 800 of them a block at 5 us each.
-HOST = Host(dense_block=2e-3, moe_block=4e-3, microbatch=5e-3, step_block=1e-3, step=10e-3)
+# Seconds to start an operation, forward or backward: in narrow models on one core of an AMD EPYC 7.6 us (dense blocks
+# of 149 operations) and 9.3 us (MoE blocks of 469). pytorch/pytorch#41383 reports 7 us for a product with a scalar.
+OPERATION = 8 * MICRO
+# Operations of a block and a microbatch on a GPU's paths (tests/plan/test_host_time.py counts them); a Triton kernel
+# is launched from Python and counts as three, which is assumed. Once a step: as measured with those narrow models.
+OPERATIONS = {"dense_block": 60, "moe_block": 190, "dispatch": 60, "microbatch": 450}
+HOST = Host(**{part: number * OPERATION for part, number in OPERATIONS.items()}, step_block=0.2e-3, step=4e-3)
 # Of a link's bandwidth: NVLink of a B200 0.74 (all-reduce), 0.67 (gather) and 0.60 (all-to-all) (s); InfiniBand 43 to
 # 47 of 50 GB/s in an all-to-all over 16 and 32 H800 (deepseek-ai/DeepEP, README).
 NODE_SHARE, NETWORK_SHARE = 0.67, 0.86

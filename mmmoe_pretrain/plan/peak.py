@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.deepspeed_config import BUCKET
 from mmmoe_pretrain.engines.megatron import prepare
 from mmmoe_pretrain.parallel.degrees import Layout
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan.activations import BALANCED, Device, Imbalance, StageMemory, StageSizes, stage_memory
 from mmmoe_pretrain.plan.build import Build, RankBuild, pretended_groups
@@ -70,12 +72,16 @@ class RankMemory:
 
 
 def rank_memories(
-    build: Build, work: Workload | None = None, imbalance: Imbalance = BALANCED, device: Device = "cuda"
+    build: Build,
+    work: Workload | None = None,
+    imbalance: Imbalance = BALANCED,
+    device: Device = "cuda",
+    groups: Groups | None = None,
 ) -> tuple[RankMemory, ...]:
     """Of each pipeline rank (its data-parallel rank 0, which has no less than others). ``work``: a microbatch of a
-    rank; by default that of the config with every modality at full length.
+    rank; by default that of the config with every modality at full length. ``groups``: pretended ones.
 
-    Raises ValueError in a process that has process groups, or a GPU.
+    Raises ValueError in a process that has a GPU, and without ``groups`` in one that has process groups.
     """
     if torch.cuda.is_available():
         raise ValueError("a plan of memory runs the model on the CPU; start it with CUDA_VISIBLE_DEVICES= in front")
@@ -83,8 +89,8 @@ def rank_memories(
         prepare()
     work = work or Workload.of(build.config, build.layout.data)
     batch = full_batch(build.config, work.samples)
-    with pretended_groups(build.layout) as groups:
-        measure = functools.cache(lambda stage: stage_memory(build.config, groups, stage, batch, imbalance, device))
+    with pretended_groups(build.layout) if groups is None else nullcontext(groups) as made:
+        measure = functools.cache(lambda stage: stage_memory(build.config, made, stage, batch, imbalance, device))
         return tuple(
             rank_memory(build, rank, [sizes_of(build.config, stage, measure) for stage in rank.stages], device)
             for rank in build.ranks

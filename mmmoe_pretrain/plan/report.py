@@ -11,9 +11,11 @@ from typing import Any
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.order.assign import microbatch_size
+from mmmoe_pretrain.moe.lending import rows_that_pay
+from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.plan.activations import Imbalance
-from mmmoe_pretrain.plan.build import Build, build
+from mmmoe_pretrain.plan.build import Build, build, pretended_groups
 from mmmoe_pretrain.plan.layouts import Choice
 from mmmoe_pretrain.plan.machines import Machine, find_machine
 from mmmoe_pretrain.plan.peak import Device, RankMemory, rank_memories
@@ -43,9 +45,10 @@ class Fullest:
     memory: RankMemory
 
 
-def fullest(made: Build, asked: Asked) -> Fullest:
-    """Over the pipeline ranks."""
-    found = rank_memories(made, imbalance=Imbalance(asked.imbalance, asked.imbalance), device=asked.device)
+def fullest(made: Build, asked: Asked, groups: Groups | None = None) -> Fullest:
+    """Over the pipeline ranks. ``groups``: those of the build, where they are still there."""
+    imbalance = Imbalance(asked.imbalance, asked.imbalance)
+    found = rank_memories(made, imbalance=imbalance, device=asked.device, groups=groups)
     rank = max(range(len(found)), key=lambda number: found[number].total)
     return Fullest(rank, found[rank])
 
@@ -72,18 +75,21 @@ def does_not_fit(config: RunConfig, gpus: int, gpu: str) -> str | None:
     if found.memory.total <= asked.machine.memory:
         return None
     terms = sorted(dataclasses.asdict(found.memory).items(), key=lambda term: -term[1])
-    most = ", ".join(f"{MEMORY.get(name, name)} {value / 1e9:.1f}" for name, value in terms[:3])
+    most = ", ".join(f"{MEMORY.get(name, name)} {size(value)}" for name, value in terms[:3])
     return (
         f"{config.name} on {gpus} GPUs: the GPUs of pipeline rank {found.pipeline_rank} would need "
-        f"{found.memory.total / 1e9:.1f} GB ({most}), and {gpu} has {asked.machine.memory / 1e9:.0f} GB"
+        f"{size(found.memory.total)} ({most}), and {gpu} has {size(asked.machine.memory)}"
     )
 
 
 def values_of(asked: Asked, config: RunConfig, assumptions: Sequence[str] = ()) -> dict[str, Any]:
     """The whole plan of ``config``, by the real build."""
-    microbatch_size(config, resolve_layout(config, asked.gpus).data)  # before a build of many ranks, which is slow
-    made = build(config, asked.gpus)
-    found, taken = fullest(made, asked), step_time(made, asked.machine, imbalance=asked.imbalance)
+    layout = resolve_layout(config, asked.gpus)
+    microbatch_size(config, layout.data)  # before a build of many ranks, which is slow
+    with pretended_groups(layout) as groups:  # of 16,384 ranks they take 5 s
+        made = build(config, asked.gpus, groups)
+        found = fullest(made, asked, groups)
+    taken = step_time(made, asked.machine, imbalance=asked.imbalance)
     return {
         "config": config.name,
         "gpus": asked.gpus,
@@ -94,8 +100,23 @@ def values_of(asked: Asked, config: RunConfig, assumptions: Sequence[str] = ()) 
         "step": step_values(made, taken),
         "budget": budget_values(taken, asked),
         "limit": limit(found, taken, asked.machine),
-        "assumptions": [*assumptions, *_assumed_links(asked)],
+        "assumptions": [*assumptions, *assumed_lending(asked, config), *_assumed_links(asked)],
     }
+
+
+def assumed_lending(asked: Asked, config: RunConfig) -> list[str]:
+    """Of a config that lends experts."""
+    lending, machine, precision = config.moe.lending, asked.machine, config.train.precision
+    if lending is None:
+        return []
+    rate = machine.product_rate(precision, min(config.model.hidden_size, config.moe.expert_hidden_size))
+    element = 4 if precision == "fp32" else 2
+    pays = [f"{rows_that_pay(rate, link.bandwidth, element):,.0f}" for link in (machine.node, machine.network)]
+    return [
+        f"no lending of experts, which depends on the routing of each step; on {machine.name} it pays from about "
+        f"{pays[0]} rows of an expert inside a node and {pays[1]} across nodes (moe.lending.min_rows is "
+        f"{lending.min_rows:,})"
+    ]
 
 
 def _assumed_links(asked: Asked) -> list[str]:

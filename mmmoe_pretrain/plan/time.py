@@ -204,10 +204,10 @@ def _rank(
     held = [parameter for parameters in rank.parameters for parameter in parameters]
     accumulated = {"gradient accumulation": _accumulated(layout, held) / machine.streaming}
     computed = scaled({**_computed(config, layout, rank.stages, costs, batch, machine, imbalance), **accumulated})
-    host = scales["host"] * _host(config, rank.stages, machine)
+    host = scales["host"] * _host(config, layout, rank.stages, machine)
     hooks = (ZERO_3_HOST - 1) * host if layout.zero_stage == 3 else 0.0
     if machine.asynchronous:
-        waiting = scales["host"] * _waiting(config, rank.stages, machine)
+        waiting = scales["host"] * _waiting(config, layout, rank.stages, machine)
         computed["host"] = max(waiting, host + hooks - sum(computed.values()))
     else:
         computed |= {"host": host, "ZeRO-3 hooks": hooks}
@@ -235,7 +235,7 @@ def _computed(
             block = _block(config, layout, index, costs.blocks[index], batch, machine, imbalance)
             for name, seconds in block.items():
                 forward[name] += seconds
-            recomputed += _recomputed(config, index, block)
+            recomputed += _recomputed(config, machine, stage, index, block)
         rate = machine.product_rate(config.train.precision, min(batch.tokens, config.model.hidden_size))
         forward["embedders"] += stage.first * batch.tokens * costs.first_extra / rate
         forward["heads"] += stage.last * batch.tokens * costs.last_extra / layout.tensor / rate
@@ -278,7 +278,9 @@ def _block(
 def _streamed(config: RunConfig, layout: Layout, index: int) -> float:
     """Bytes a token that a block's operations without products move, forward: norms and residual sums (read and write
     of [t, D]: 10 D in all), heads prepared (read and written once), activations (two read, one written of each
-    hidden unit), and an MoE layer's rows permuted and combined (2 K D, and K D + D)."""
+    hidden unit), and an MoE layer's rows permuted and combined (2 K D, and K D + D). Where experts are on several
+    ranks, a token has a row for each of r ranks, which are gathered (2 r D) and added up twice: those of one rank's
+    experts (r D instead of D) and those of all ranks (r D + D)."""
     model, tensor = config.model, layout.tensor
     element = FP32 if config.train.precision == "fp32" else 2
     hidden = model.hidden_size
@@ -289,18 +291,25 @@ def _streamed(config: RunConfig, layout: Layout, index: int) -> float:
     moe = config.moe.for_layer(index)
     k, widths = moe.experts_per_token, ACTIVATIONS[moe.activation].width + 1
     units = k * moe.expert_hidden_size + moe.shared_expert_hidden_size
-    return element * (rows + heads + widths * units / tensor + (3 * k + 1) * hidden)
+    sent = plan.ranks_of_token(k, moe.num_experts, layout.expert) if layout.expert > 1 else 0.0
+    return element * (rows + heads + widths * units / tensor + (3 * k + 1 + 4 * sent) * hidden)
 
 
-def _recomputed(config: RunConfig, index: int, block: dict[str, float]) -> float:
-    """Seconds of a block that the backward pass computes again: all of it, or of experts the first product (width of
-    the activation + 1 of the products)."""
-    if config.train.recompute == "blocks":
-        return sum(block.values())
-    if config.train.recompute == "experts" and is_sparse(config.moe, index):
+def _runs_again(config: RunConfig, stage: Stage, index: int) -> bool:
+    return config.train.recompute == "blocks" and index in stage.recomputed
+
+
+def _recomputed(config: RunConfig, machine: Machine, stage: Stage, index: int, block: dict[str, float]) -> float:
+    """Seconds of a block that the backward pass computes again: all of it, on GPUs without the experts' second
+    product; or of experts the first product (width of the activation + 1 of the products)."""
+    first_products = 0.0
+    if is_sparse(config.moe, index):
         width = ACTIVATIONS[config.moe.for_layer(index).activation].width
-        return block["experts"] * width / (width + 1)
-    return 0.0
+        first_products = block["experts"] * width / (width + 1)
+    if _runs_again(config, stage, index):
+        needed = {**block, "experts": first_products} if machine.asynchronous else block
+        return sum(needed.values())
+    return first_products if config.train.recompute == "experts" else 0.0
 
 
 def _accumulated(layout: Layout, held: Sequence[Parameter]) -> float:
@@ -311,21 +320,26 @@ def _accumulated(layout: Layout, held: Sequence[Parameter]) -> float:
     return sum(p.numel for p in held) * (FP32 + SUMMED + copied)
 
 
-def _host(config: RunConfig, stages: Sequence[Stage], machine: Machine) -> float:
+def _host(config: RunConfig, layout: Layout, stages: Sequence[Stage], machine: Machine) -> float:
     """Seconds of one microbatch that the host takes to start its operations."""
-    sparse = [is_sparse(config.moe, index) for stage in stages for index in stage.blocks]
-    blocks = sum(machine.host.moe_block if one else machine.host.dense_block for one in sparse)
-    again = (1 + 1 / (1 + BACKWARD)) if config.train.recompute == "blocks" else 1.0
+    moe_block = machine.host.moe_block + (machine.host.dispatch if layout.expert > 1 else 0.0)
+    blocks = 0.0
+    for stage in stages:
+        for index in stage.blocks:
+            once = moe_block if is_sparse(config.moe, index) else machine.host.dense_block
+            blocks += once * (1 + _runs_again(config, stage, index) / (1 + BACKWARD))
     ends = machine.host.microbatch * sum(stage.first + stage.last for stage in stages) / 2
-    return again * blocks + ends
+    return blocks + ends
 
 
-def _waiting(config: RunConfig, stages: Sequence[Stage], machine: Machine) -> float:
-    """Seconds of one microbatch in which a device idles: each MoE layer waits for the sizes of its exchange, and then
-    for the host to start its forward operations (a third of all)."""
-    sparse = sum(is_sparse(config.moe, index) for stage in stages for index in stage.blocks)
-    passes = 2 if config.train.recompute == "blocks" else 1
-    return passes * sparse * machine.host.moe_block / (1 + BACKWARD)
+def _waiting(config: RunConfig, layout: Layout, stages: Sequence[Stage], machine: Machine) -> float:
+    """Seconds of one microbatch in which a device idles: each MoE layer with experts on several ranks waits for the
+    sizes of its exchange, and then for the host to start its forward operations (a third of all)."""
+    if layout.expert == 1:
+        return 0.0
+    sparse = [(stage, index) for stage in stages for index in stage.blocks if is_sparse(config.moe, index)]
+    passes = sum(1 + _runs_again(config, stage, index) for stage, index in sparse)
+    return passes * (machine.host.moe_block + machine.host.dispatch) / (1 + BACKWARD)
 
 
 def _host_of_step(stages: Sequence[Stage], machine: Machine) -> float:

@@ -101,10 +101,11 @@ class CheckpointManager:
     def save(
         self, step: int, data: DataState, losses: dict[str, float], held_out: HeldOutScores | None = None
     ) -> None:
-        """Start to save ``step``; training may continue when this returns. ``held_out``: its scores, where they are
-        due."""
-        state, meta = self._context.engine.export_state(), _meta(self._context, data, losses)
-        self._saver.save(step, state, meta, self._metric(step, losses, held_out))
+        """Start to save ``step``; training may continue when this returns: it waits for the copy before its next
+        update. ``held_out``: its scores, where they are due."""
+        engine, meta = self._context.engine, _meta(self._context, data, losses)
+        self._saver.save(step, engine.export_state(), meta, self._metric(step, losses, held_out))
+        engine.before_update(self._saver.wait_for_copy)
         self._started = step
 
     def _metric(self, step: int, losses: dict[str, float], held_out: HeldOutScores | None) -> float | None:
@@ -174,6 +175,7 @@ class CheckpointManager:
         journal.write(
             "saved", step=report.step, path=report.path, bytes=report.bytes,
             seconds_blocked=round(report.seconds_blocked, 4), seconds_waited=round(report.seconds_waited, 4),
+            seconds_before_update=round(report.seconds_before_update, 4),
             seconds_writing=round(report.seconds_writing, 4),
         )  # fmt: skip
         if report.warning is not None:

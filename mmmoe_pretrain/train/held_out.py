@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import HELD_OUT, RunConfig
-from mmmoe_pretrain.data.decode import decode
+from mmmoe_pretrain.data.decode import decode, keep_slot
 from mmmoe_pretrain.data.evaluation import eval_settings
-from mmmoe_pretrain.data.loader import Loader, keep_slot
+from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.data.sources.listing import list_shards

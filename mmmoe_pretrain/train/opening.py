@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain.config import RunConfig
@@ -16,27 +18,51 @@ from mmmoe_pretrain.data.sources.listing import is_absent
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.survey import refuse_useless, survey
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
+from mmmoe_pretrain.data.workers.server import WorkerServer
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
 from mmmoe_pretrain.parallel.replica import ReplicaChannel
+from mmmoe_pretrain.parallel.runtime import allow_many_files
 
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def worker_server(config: RunConfig) -> Iterator[WorkerServer | None]:
+    """The process that forks this rank's data workers. Enter it before the process uses a GPU or starts a thread."""
+    if not config.data.num_workers:
+        yield None
+        return
+    allow_many_files()  # the workers have the limit of now
+    with WorkerServer() as server:
+        yield server
+
+
 def open_data(
-    config: RunConfig, modalities: Modalities, groups: Groups, host: HostGroups, channel: ReplicaChannel | None
+    config: RunConfig,
+    modalities: Modalities,
+    groups: Groups,
+    host: HostGroups,
+    channel: ReplicaChannel | None,
+    device: torch.device | None = None,
+    server: WorkerServer | None = None,
 ) -> Loader | ReplicaLoader:
-    """The loader of each rank. Rank 0 lists the shards, and one rank of each machine looks at them. Collective."""
+    """The loader of each rank. Rank 0 lists the shards, and one rank of each machine looks at them. ``device``: that
+    batches go to. ``server``: it forks the data workers, or this rank does. Collective."""
     reads = channel is None or channel.is_source
+    if server is not None and not reads:
+        server.close()
     found = from_rank_0(host.storage, lambda: shared.find(config, modalities, groups.data_size))
     first = exchange(host.storage, lambda: socket.gethostname() if reads else None, _first_of_other_machines)
     looks = dist.get_rank() in first
     agree(host.storage, lambda: shared.look(config, modalities, found) if looks else None)
 
     def open_here() -> Loader:
-        return Loader(config, modalities, dp_rank=groups.data_rank, dp_size=groups.data_size, found=found)
+        rank, size = groups.data_rank, groups.data_size
+        pinned = device is not None and device.type == "cuda"
+        return Loader(config, modalities, dp_rank=rank, dp_size=size, found=found, pinned=pinned, server=server)
 
     return agree(
         host.storage,

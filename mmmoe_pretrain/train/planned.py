@@ -18,6 +18,7 @@ from typing import Any, Self
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.paths import python_path
 from mmmoe_pretrain.plan.machines import find_machine
+from mmmoe_pretrain.plan.tables import MEMORY
 from mmmoe_pretrain.progress import clock
 from mmmoe_pretrain.train.memory import GROWN
 
@@ -49,7 +50,7 @@ class Planned:
             memory["total"] - terms[ALLOWANCE],
             (
                 f"planned on {values['gpus']} x {values['gpu']}: {memory['total'] / GB:.1f}{room} GB on the fullest, "
-                f"most in {largest}",
+                f"most in {MEMORY.get(largest, largest)}",
                 f"planned: {step['seconds']:.3g} s a step of {step['tokens']:,.0f} tokens, "
                 f"{step['tokens_per_second']:,.0f} tok/s, MFU {step['mfu']:.1%}; {values['limit']}",
                 *(left if steps_left else ()),

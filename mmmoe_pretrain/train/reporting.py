@@ -33,7 +33,7 @@ class Reporter:
         groups, compute = context.groups, Compute(model_costs(context.config).training, self._peak_flops())
         device = context.engine.device
         self._recorder = Recorder(
-            groups.data, groups.pipeline, context.host.control, device, compute, context.before_model
+            groups.data, context.host.pipeline, context.host.control, device, compute, context.before_model
         )
         self._metrics: MetricsLog | None = None
         self._trackers = Feeds((), context.config.run_dir)

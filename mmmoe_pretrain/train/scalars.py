@@ -48,6 +48,8 @@ def _routing_scalars(layers: Sequence[Mapping[str, Any]]) -> Scalars:
         yield f"{prefix}/load_over_even_min", min(load)
         yield f"{prefix}/load_over_even_max", max(load)
         yield f"{prefix}/dead_experts", float(load.count(0))
+        for name, value in layer.get("lending", {}).items():
+            yield f"{prefix}/lending/{name}", value
         for name in ("entropy", "marginal_entropy"):
             for modality, value in layer[name].items():
                 yield f"{prefix}/{name}/{modality}", value

@@ -27,7 +27,7 @@ from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
 from mmmoe_pretrain.config import RUN_NAME, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.objectives import objectives_of
-from mmmoe_pretrain.parallel.agreement import any_rank, exchange, from_rank_0
+from mmmoe_pretrain.parallel.agreement import any_rank, exchange, exchange_distinct, from_rank_0
 from mmmoe_pretrain.parallel.groups import HostGroups
 from mmmoe_pretrain.train.journal import EVENTS, read_events, replacing
 from mmmoe_pretrain.train.lock import LOCK, RunLock
@@ -38,7 +38,7 @@ JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same in all starts of a jo
 SHARED_WITHIN = 30.0  # seconds until a new folder shows on another machine: NFS may keep its view for so long
 REPLACED_BY = "replaced_by"  # a file that names the job that replaced an older run here
 MOST_CHANGES = 4  # that a message about machines with different configs names
-NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter")  # MoE settings of how it is computed
+NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter", "lending")  # MoE settings of how it is computed
 
 
 def config_to_train(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -241,7 +241,9 @@ def _of_dicts(value: Any) -> bool:
 def check_same_config(config: RunConfig, host: HostGroups) -> None:
     """Raises ValueError on every rank where a machine was started with another config: its weights would drift from
     the others', or its ranks run other steps. Paths may differ between machines. Collective."""
-    exchange(host.control, lambda: (socket.gethostname(), _of_all_machines(config)), _refuse_different_configs)
+    other = exchange_distinct(host.control, lambda: _of_all_machines(config), _first_other_config)
+    if other is not None:
+        exchange(host.control, socket.gethostname, lambda hosts: _refuse_other_config(hosts, *other))
 
 
 def _of_all_machines(config: RunConfig) -> dict[str, Any]:
@@ -253,15 +255,19 @@ def _of_all_machines(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def _refuse_different_configs(told: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Of all ranks, on rank 0."""
-    (first_host, first), *_ = told
-    for rank, (host, values) in enumerate(told):
-        if keys := [change.partition(" ")[0] for change in differences(first, values)]:
-            raise ValueError(
-                f"rank {rank} on {host} has another {', '.join(keys[:MOST_CHANGES])} than rank 0 on {first_host}; "
-                f"start every machine with the same config and overrides"
-            )
+def _first_other_config(configs: Sequence[dict[str, Any]], which: Sequence[int]) -> tuple[int, list[str]] | None:
+    """The first rank whose config is not rank 0's, and the keys that differ; on rank 0."""
+    for number, config in enumerate(configs):
+        if keys := [change.partition(" ")[0] for change in differences(configs[0], config)]:
+            return which.index(number), keys
+    return None
+
+
+def _refuse_other_config(hosts: Sequence[str], rank: int, keys: Sequence[str]) -> None:
+    raise ValueError(
+        f"rank {rank} on {hosts[rank]} has another {', '.join(keys[:MOST_CHANGES])} than rank 0 on {hosts[0]}; "
+        f"start every machine with the same config and overrides"
+    )
 
 
 def claim(config: RunConfig, host: HostGroups, lock: RunLock, start: Start) -> Start:

@@ -13,7 +13,7 @@ from mmmoe_pretrain.train.console import short
 def summary(context: RunContext, step: int) -> list[str]:
     """``step``: how many are done. Collective over the pipeline, whose stages have the parameters."""
     config, shapes = context.config, context.engine.parameter_shapes()
-    stages = gather_objects(context.groups.pipeline, shapes)
+    stages = gather_objects(context.host.pipeline, shapes)
     total, active = parameter_counts(config, [shape for stage in stages for shape in _weights(stage)])
     return [
         f"run {config.name} in {config.run_dir.absolute()}: step {step:,} of {config.train.steps:,}, "

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.evaluate.routing_report import strongest_pairs
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.agreement import gather_objects
-from mmmoe_pretrain.parallel.collectives import all_reduce_sum, group_size
+from mmmoe_pretrain.parallel.collectives import all_reduce_sum
 from mmmoe_pretrain.parallel.groups import Group
 
 # Of a RoutingStats, in the order of the fields of LayerRouting.
@@ -42,6 +43,7 @@ class LayerRouting:
     entropy_MX: np.ndarray  # nats
     dropped_MX: np.ndarray  # assignments for which the expert was over capacity
     coactivation_MEE: np.ndarray  # tokens that both experts served
+    lending: np.ndarray | None = None  # lending.Shares.summary
 
     @property
     def tokens_M(self) -> np.ndarray:
@@ -86,25 +88,33 @@ class LayerRouting:
 
 
 def gather_routing(routing: Sequence[RoutingStats], group: Group) -> tuple[LayerRouting, ...]:
-    """Numbers on the host, from the sums of a step. ``reduce_stats`` has reduced all of them except co-activation,
-    which is summed over ``group`` here, for all layers at once. Every rank must call it."""
+    """Numbers on the host, from the sums of a step. ``reduce_stats`` has reduced all of them except co-activation and
+    lending, which are summed over ``group`` here, for all layers at once. Every rank must call it."""
     if not routing:
         return ()
-    pairs = all_reduce_sum(torch.cat([s.coactivation_MEE.detach().double().reshape(-1) for s in routing]), group)
+    own = [_own_sums(stats) for stats in routing]
     sums = torch.cat([s.flatten().detach().double() for s in routing])
-    host = torch.cat([sums, pairs]).cpu()  # one transfer
-    sizes = [s.flatten().numel() for s in routing] + [s.coactivation_MEE.numel() for s in routing]
-    parts = host.split(sizes)
+    host = torch.cat([sums, all_reduce_sum(torch.cat(own), group)]).cpu()  # one transfer
+    parts = host.split([s.flatten().numel() for s in routing] + [part.numel() for part in own])
     layers = []
-    for stats, part, pairs in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True):
+    for stats, part, rest in zip(routing, parts[: len(routing)], parts[len(routing) :], strict=True):
+        pairs, lending = rest.split([stats.coactivation_MEE.numel(), rest.numel() - stats.coactivation_MEE.numel()])
         layer = dataclasses.replace(stats.unflatten(part), coactivation_MEE=pairs.view_as(stats.coactivation_MEE))
-        layers.append(LayerRouting(layer.layer, layer.names, *(getattr(layer, name).numpy() for name in SUMS)))
+        made = LayerRouting(layer.layer, layer.names, *(getattr(layer, name).numpy() for name in SUMS))
+        layers.append(dataclasses.replace(made, lending=lending.numpy() if len(lending) else None))
     return tuple(layers)
 
 
+def _own_sums(stats: RoutingStats) -> Tensor:
+    """Those that ``reduce_stats`` leaves to each rank."""
+    own = (stats.coactivation_MEE,) if stats.lending is None else (stats.coactivation_MEE, stats.lending)
+    return torch.cat([sums.detach().double().reshape(-1) for sums in own])
+
+
 def gather_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[LayerRouting, ...]:
-    """The layers of every pipeline stage in the order of the trunk; a few kB, only at logged steps. Collective."""
-    if group_size(pipeline) == 1:
+    """The layers of every pipeline stage in the order of the trunk; ``pipeline`` is a group on the host. Only at
+    logged steps. Collective."""
+    if pipeline is None:
         return layers
     stages = gather_objects(pipeline, layers)
     return tuple(sorted((layer for stage in stages for layer in stage), key=lambda layer: layer.layer))
@@ -131,6 +141,7 @@ def layer_json(routing: LayerRouting) -> dict[str, Any]:
         "coactivation": {
             modalities[m]: [[a, b, number(share, SHARE_DIGITS)] for a, b, share in _pairs(routing, m)] for m in seen
         },
+        **({} if routing.lending is None else {"lending": _lending(routing.lending)}),
         "tasks": {
             task: {modalities[m]: _cell(routing, m, x) for m in np.flatnonzero(routing.tokens_MX[:, x]).tolist()}
             for x, task in enumerate(routing.names.tasks)
@@ -147,6 +158,14 @@ def number(value: float, digits: int = SIGNIFICANT_DIGITS) -> float | None:
 
 def shares(values_E: np.ndarray) -> list[float | None]:
     return [number(value, SHARE_DIGITS) for value in values_E.tolist()]
+
+
+def _lending(sums_4: np.ndarray) -> dict[str, float | None]:
+    """Rows of the fullest expert rank over the mean, without and with lending; and the experts that were lent in the
+    step, of all its microbatches and expert groups."""
+    without, lending, mean, lent = sums_4.tolist()
+    even = max(mean, 1.0)
+    return {"max_over_mean": number(without / even), "with_lending": number(lending / even), "experts": number(lent)}
 
 
 def _pairs(routing: LayerRouting, modality: int) -> list[tuple[int, int, float]]:

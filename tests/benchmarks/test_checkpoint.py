@@ -25,10 +25,14 @@ def test_the_disk_is_given_as_many_bytes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_ratios_are_of_the_worst_point() -> None:
-    fast = Point(1, 100, dd=1.0, stopped=0.1, whole=1.1, sync=1.25, torch_save=2.5, products=0.9)
-    slow = Point(2, 100, dd=1.0, stopped=0.2, whole=1.6, sync=1.6, torch_save=1.6, products=0.8)
+    fast = Point(1, 100, copy=0.2, slowed=0.025, dd=1.0, captured=0.04, waited=0.06, whole=1.1, sync=1.25,
+                 torch_save=2.5, products=0.9)  # fmt: skip
+    slow = Point(2, 100, copy=0.32, slowed=0.12, dd=1.0, captured=0.2, waited=0.0, whole=1.6, sync=1.6,
+                 torch_save=1.6, products=0.8)  # fmt: skip
     found = summary([fast, slow])
     assert found["blocking_vs_sync"] == 0.125  # 0.2 / 1.6, and 0.1 / 1.25 = 0.08
+    assert found["cost_vs_sync"] == 0.2  # 0.32 / 1.6, and 0.125 / 1.25 = 0.1
+    assert found["copy_vs_sync"] == 0.2  # 0.32 / 1.6, and 0.16
     assert found["vs_disk"] == 0.625  # 1.0 / 1.6, and 0.8
     assert found["vs_torch_save"] == 0.125  # 0.2 / 1.6, and 0.04
     assert found["sync_vs_torch_save"] == 1.0
@@ -37,5 +41,8 @@ def test_the_ratios_are_of_the_worst_point() -> None:
 def test_two_ranks_save_in_turns_and_leave_nothing(tmp_path: Path) -> None:
     point = on_ranks(2, measure, 1, 1, tmp_path, timeout=60.0)
     assert point.ranks == 2 and point.nbytes == bytes_of(state_of(1, 0, 1))
-    assert 0 < point.stopped < point.whole and min(point.dd, point.sync, point.torch_save, point.products) > 0
+    assert (
+        0 < point.stopped < point.whole
+        and min(point.copy, point.dd, point.sync, point.torch_save, point.products) > 0
+    )
     assert list(tmp_path.iterdir()) == []

@@ -129,6 +129,7 @@ def test_ratios_are_medians_of_pairs_and_the_worst_point_is_named() -> None:
     assert (found["vs_megatron"], found["vs_deepspeed"]) == (1.0, 3.0)
     assert (found["worst"], found["worst_point"]) == (0.5, "large megatron")
     assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-3) and found["sizes"] == 2
+    assert found["milliseconds"]["large"] == dict.fromkeys(PARTS, 400.0)  # a tenth of 4 s each
 
 
 def test_without_peers_there_is_still_a_last_line() -> None:

@@ -1,14 +1,21 @@
-"""A small state by hand, cut over ranks; saving in one call; and damage done to checkpoints."""
+"""A small state by hand, cut over ranks; saving in one call or late; and damage done to checkpoints."""
 
+import contextlib
 import json
+import struct
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import xxhash
 
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.save_plan import plan_save, write_checkpoint
+from mmmoe_pretrain.checkpoint.saver import Saver
+from mmmoe_pretrain.checkpoint.staging import Copying
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import open_storage
 from mmmoe_pretrain.parallel.agreement import agree, from_rank_0
@@ -32,12 +39,70 @@ def save(
     return checkpoint
 
 
+@contextlib.contextmanager
+def late_copies() -> Iterator[None]:
+    """The threads of saves copy nothing before training waits for them, as late as a busy machine can make it."""
+    kept = {"run": Copying.run, "wait": Copying.wait}
+    with mock.patch.multiple(Copying, **kept), mock.patch.object(Saver, "wait", Saver.wait):
+        delay_copies()
+        yield
+
+
+def delay_copies() -> None:
+    """``late_copies`` until this process ends."""
+    run, wait, wait_for_save = Copying.run, Copying.wait, Saver.wait
+    asked: dict[Copying, threading.Event] = {}
+
+    def late(copying: Copying) -> list[torch.Tensor]:
+        there = asked.setdefault(copying, threading.Event()).wait(20)
+        copies = run(copying)
+        assert there, "training did not wait for the copy"
+        return copies
+
+    def waiting(copying: Copying, timeout: float | None = None) -> float:
+        asked.setdefault(copying, threading.Event()).set()
+        return wait(copying, timeout)
+
+    def waiting_for_save(saver: Saver) -> None:
+        if saver._copying is not None:
+            asked.setdefault(saver._copying, threading.Event()).set()
+        wait_for_save(saver)
+
+    Copying.run, Copying.wait, Saver.wait = late, waiting, waiting_for_save  # type: ignore[method-assign]
+
+
 def rewrite(path: Path, data: bytes) -> None:
     """Replace a file of a checkpoint, and have the manifest agree with it: what hashes cannot see."""
     path.write_bytes(data)
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["files"][path.name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def boxes_in(folder: Path) -> dict[str, list[list[Any]]]:
+    """By key what version 1 has as ``boxes``, read by struct alone as the format says: rows of int64."""
+    index, data = json.loads((folder / "index.json").read_text()), (folder / "boxes.bin").read_bytes()
+    found: dict[str, list[list[Any]]] = {}
+    for key, entry in index["tensors"].items():
+        (at, count), dims = entry["boxes"], len(entry["shape"])
+        rows = struct.iter_unpack(f"<{2 + 2 * dims}q", data[at : at + count * 8 * (2 + 2 * dims)])
+        found[key] = [[row[0], row[1], list(row[2 : 2 + dims]), list(row[2 + dims :])] for row in rows]
+    return found
+
+
+def as_version_1(folder: Path) -> None:
+    """Make a checkpoint one of the first version of the format, which had the boxes in index.json."""
+    index = json.loads((folder / "index.json").read_text())
+    boxes = boxes_in(folder)
+    index["tensors"] = {
+        key: {"shape": entry["shape"], "dtype": entry["dtype"], "boxes": boxes[key]}
+        for key, entry in index["tensors"].items()
+    }
+    rewrite(folder / "index.json", json.dumps(index).encode())
+    (folder / "boxes.bin").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["boxes.bin"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
 
 
 def numbers(shape: tuple[int, ...], start: float = 0.0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from mmmoe_pretrain.checkpoint.state import ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import LocalStorage, ReadInto
 from mmmoe_pretrain.parallel.placement import Box
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.checkpoint.support import numbers, save, small_state
+from tests.checkpoint.support import boxes_in, numbers, save, small_state
 from tests.distributed import run_ranks
 
 
@@ -105,14 +105,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_boxes_of_four_ranks_stand_where_the_index_says(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == [
-        "index.json", "manifest.json", "meta.json", *(f"rank_0000{r}.safetensors" for r in range(4)),
+        "boxes.bin", "index.json", "manifest.json", "meta.json", *(f"rank_0000{r}.safetensors" for r in range(4)),
     ]  # fmt: skip
     index = json.loads((saved / "index.json").read_text())
     assert len(index["tensors"]) == 7
+    boxes = boxes_in(saved)
     seen = 0
     for key, tensor in index["tensors"].items():
         whole = torch.full(tensor["shape"], torch.nan)
-        for file, at, offset, size in tensor["boxes"]:
+        for file, at, offset, size in boxes[key]:
             name = f"{key}@{','.join(map(str, offset))}"
             with safe_open(saved / index["files"][file], "pt") as opened:
                 box = opened.get_tensor(name)
@@ -173,7 +174,7 @@ def test_a_rank_reads_little_more_than_what_it_asks_for(saved: Path, monkeypatch
     assert checkpoint is not None
     rows = torch.zeros(8, 6)
     store.load_weights(checkpoint, {"rows": rows})
-    assert torch.equal(rows, numbers((8, 6))) and sum(read) == 4 * 48
+    assert torch.equal(rows, numbers((8, 6))) and sum(read) == 4 * 48 + 4 * 6 * 8  # rows of boxes.bin
     with pytest.raises(ValueError, match=r"is of another model: it lacks model/unheard_of \(1 such"):
         store.load_weights(checkpoint, {"unheard_of": torch.zeros(1)})
 
@@ -182,3 +183,11 @@ def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path: Path) -> None:
     odd = {"model/z": ShardedTensor.whole(torch.zeros(5, dtype=torch.complex64))}
     with pytest.raises(ValueError, match=r"hold model/z as torch\.complex64"):
         save(tmp_path, 1, odd)
+
+
+@pytest.mark.parametrize("shapes", [[()], [(), (3, 2)], [(0, 4)], []])
+def test_numbers_empty_tensors_and_no_tensors_are_saved(tmp_path: Path, shapes: list[tuple[int, ...]]) -> None:
+    state = {f"model/{number}": numbers(shape, 2.5) for number, shape in enumerate(shapes)}
+    found = store.read_state(store.write_state(tmp_path, 1, state, {}))
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())

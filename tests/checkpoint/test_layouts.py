@@ -6,7 +6,7 @@ the engines resume each other's runs, in tests/layouts/test_reshard.py.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import tempfile
 import zlib
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -21,11 +22,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.index import tiles
+from mmmoe_pretrain.checkpoint.boxes import tiles
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor, view
 from mmmoe_pretrain.parallel.placement import Box
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.checkpoint.support import assert_same, save
+from tests.checkpoint.support import assert_same, boxes_in, save
 from tests.checkpoint.support import numbers as counted
 from tests.distributed import run_ranks
 
@@ -166,11 +167,9 @@ def save_copies(folder: Path) -> None:
 
 def test_copies_are_written_once_and_spread_over_the_writers(tmp_path: Path) -> None:
     run_ranks(2, save_copies, tmp_path)
-    index = json.loads((tmp_path / "step_00000001" / "index.json").read_text())
     held: Counter[int] = Counter()  # numbers by file; each rank writes one
-    for tensor in index["tensors"].values():
-        for file, _, _, size in tensor["boxes"]:
-            held[file] += math.prod(size)
+    for file, _, _, size in itertools.chain.from_iterable(boxes_in(tmp_path / "step_00000001").values()):
+        held[file] += math.prod(size)
     # Value and two of the optimizer's tensors of all, one more of experts and one less of qkv, once.
     assert held.total() == 3 * sum(math.prod(shape) for shape in SHAPES.values()) + 384 - 120
     assert len(held) == 2
@@ -196,4 +195,8 @@ def test_boxes_tile_a_tensor_if_each_number_is_counted_once(
         counts[tuple(slice(o, o + n) for o, n in zip(box.offset, box.size, strict=True))] += 1
     expected = torch.zeros_like(counts)
     expected[tuple(slice(n) for n in shape)] = 1
-    assert tiles(parts, shape) == torch.equal(counts, expected)
+    offset, size = (
+        np.asarray([getattr(box, of) for box in parts], dtype=np.int64).reshape(len(parts), len(shape))
+        for of in ("offset", "size")
+    )
+    assert tiles(offset, size, shape) == torch.equal(counts, expected)

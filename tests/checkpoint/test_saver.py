@@ -20,13 +20,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmmoe_pretrain.checkpoint import save_plan, store
+from mmmoe_pretrain.checkpoint import save_plan, staging, store
 from mmmoe_pretrain.checkpoint.folders import Retention
-from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport, Staging
+from mmmoe_pretrain.checkpoint.saver import Saver, SaveReport
+from mmmoe_pretrain.checkpoint.staging import Staging
 from mmmoe_pretrain.checkpoint.state import ShardedState, ShardedTensor
 from mmmoe_pretrain.checkpoint.storage import LocalStorage, StorageError
 from mmmoe_pretrain.parallel.runtime import process_group
-from tests.checkpoint.support import assert_same, small_state
+from tests.checkpoint.support import assert_same, late_copies, small_state
 from tests.distributed import run_ranks
 
 KEEP = Retention(last=2, every=0, best=0)
@@ -90,17 +91,22 @@ def two_ranks(root: Path) -> dict[str, Any]:
             "moment": the_moment(Saver(root / "moment", group, KEEP), state),
             "retention": retention(Saver(root / "retention", group, Retention(last=1, best=1)), state),
             "failure": failure(Saver(root / "failure", group, KEEP), rank),
+            "copy": failures_of_the_copy(Saver(root / "copy", group, KEEP), rank),
             "layout": layout(Saver(root / "layout", group, KEEP), rank),
             "deletion": deletion(Saver(root / "deletion", group, KEEP, asynchronous=False), state),
         }
 
 
 def the_moment(saver: Saver, state: ShardedState) -> list[SaveReport]:
-    """Training changes the state and the progress before a byte is written."""
+    """A forward pass changes ``bias`` before anything else is copied, and training all else before a byte is
+    written."""
     changed, meta = threading.Event(), {"progress": {"steps": 1}}
-    with writing(lambda path: None if changed.wait(20) else no_space(path)):
+    state["model/bias"] = ShardedTensor(state["model/bias"].shape, state["model/bias"].pieces, steady=False)
+    with late_copies(), writing(lambda path: None if changed.wait(20) else no_space(path)):
         saver.save(1, state, meta)
-        train(state)
+        train({"model/bias": state["model/bias"]})
+        saver.wait_for_copy()
+        train({key: tensor for key, tensor in state.items() if key != "model/bias"})
         meta["progress"]["steps"] = 2
         assert saver.poll() == []  # still in flight
         changed.set()
@@ -122,6 +128,30 @@ def failure(saver: Saver, rank: int) -> list[SaveReport]:
         saver.wait()
     saver.save(3, small_state(rank, RANKS, 3.0), META)  # the same layout in other memory, as after a rollback
     saver.close()
+    return saver.poll()
+
+
+def failures_of_the_copy(saver: Saver, rank: int) -> list[SaveReport]:
+    """Of four saves, the thread of rank 1 cannot copy at the second, and at the third rank 0 changes a weight before
+    it is copied."""
+
+    def broken(pairs: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("CUDA error")
+
+    for step in (1, 2, 3, 4):
+        state = small_state(rank, RANKS, float(step))
+        with contextlib.ExitStack() as faults:
+            if (step, rank) == (2, 1):
+                faults.enter_context(mock.patch.object(staging, "_copy", broken))
+            if step == 3:
+                faults.enter_context(late_copies())
+            saver.save(step, state, META)
+            if (step, rank) == (3, 0):
+                train({"model/rows": state["model/rows"]})
+            saver.wait_for_copy()
+            train(state)
+            saver.wait()
     return saver.poll()
 
 
@@ -201,6 +231,33 @@ def test_if_one_rank_fails_no_rank_commits_and_every_rank_reports_why(stories: S
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001", "step_00000003"]
     saved_value(root / "step_00000001", 1.0)
     saved_value(root / "step_00000003", 3.0)
+
+
+def test_a_copy_that_fails_or_may_be_of_two_steps_fails_the_save_on_every_rank(stories: Stories) -> None:
+    root = stories[0] / "copy"
+    for _, broken, mixed, last in reports_of(stories, "copy"):
+        assert "rank 1: RuntimeError: CUDA error" in str(broken.error) and broken.restartable
+        assert "model/rows changed before the update of the step" in str(mixed.error) and not mixed.restartable
+        assert mixed.path == "" and last.error is None
+    assert kept(root) == [1, 4]
+    saved_value(root / "step_00000001", 1.0)
+    saved_value(root / "step_00000004", 4.0)
+
+
+def test_seconds_that_an_update_waits_for_the_copy_count_as_blocked(tmp_path: Path) -> None:
+    saver, run = Saver(tmp_path, None, KEEP), staging.Copying.run
+
+    def slow(copying: staging.Copying) -> list[torch.Tensor]:
+        time.sleep(0.3)
+        return run(copying)
+
+    with mock.patch.object(staging.Copying, "run", slow):
+        saver.save(1, small_state(add=1.0), META)
+        saver.wait_for_copy()
+        saver.wait_for_copy()  # it is over
+    (report,) = ended(saver)
+    assert 0.2 < report.seconds_before_update <= report.seconds_blocked
+    assert report.seconds_waited < 0.1
 
 
 def test_a_layout_that_changes_on_one_rank_is_planned_anew_on_all(stories: Stories) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.data.decode import BadSample, Draws, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, bytes_of_item, decode
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import has_text
@@ -249,5 +249,7 @@ def test_a_document_is_its_parts_in_their_order(raw: RawSample, modalities: Moda
     assert [item.loss for item in sample.items] == [True, True, False, True, True, True]
     assert texts(sample, modalities) == ["red", "blue"]
     np.testing.assert_array_equal(sample.items[1].value, sample.items[3].value)
+    png, wav = raw.members["png"], raw.members["wav"]
+    assert [bytes_of_item(page, modalities, i) for i in range(6)] == [b"red", png, b" blue ", png, wav, png]
     drawn = good(decode(page, modalities, Draws(0, 0)))
     assert not np.array_equal(drawn.items[1].value, drawn.items[3].value), "each part is perturbed by itself"

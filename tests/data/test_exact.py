@@ -13,6 +13,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from mmmoe_pretrain.data.cursor import Cursor
 from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
+from mmmoe_pretrain.data.workers.server import WorkerServer
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.data.servers import every, http_server, s3_server, upload
 from tests.support import things, tiny_config, tiny_values, write_shards, write_tokenizer
@@ -219,12 +221,21 @@ def test_the_global_batches_are_the_same_before_and_after_a_restart(
     assert (tmp_path / "cache").exists() == (case.cache and case.store != "local" and case.sources != "stream")
 
 
+@pytest.mark.parametrize("served", [False, True], ids=["forked by the rank", "by a server"])
 def test_a_loader_whose_workers_are_killed_reads_the_same_batches(
-    root: Path, modalities: Modalities, undisturbed: Mapping[str, Read], caplog: pytest.LogCaptureFixture
+    root: Path,
+    modalities: Modalities,
+    undisturbed: Mapping[str, Read],
+    caplog: pytest.LogCaptureFixture,
+    served: bool,
 ) -> None:
     """The samples of a sub-lane have one worker each: another one takes its stream over."""
     found, restarts, config = Read(), 0, local(root, "blend", num_workers=2, prefetch=1)
-    with caplog.at_level(logging.WARNING), Loader(config, modalities, stop_step=STEPS) as loader:
+    with (
+        caplog.at_level(logging.WARNING),
+        WorkerServer() if served else nullcontext() as server,
+        Loader(config, modalities, stop_step=STEPS, server=server) as loader,
+    ):
         for data in loader:
             collect(found, data, data.step)
             restarts += data.stats.worker_restarts
@@ -234,12 +245,15 @@ def test_a_loader_whose_workers_are_killed_reads_the_same_batches(
     assert sum("a data worker died (SIGKILL)" in message for message in caplog.messages) == restarts >= 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers, served", [(0, False), (2, False), (2, True)])
 def test_a_skipped_window_is_left_out_from_the_start_and_after_going_back(
-    root: Path, modalities: Modalities, undisturbed: Mapping[str, Read], workers: int
+    root: Path, modalities: Modalities, undisturbed: Mapping[str, Read], workers: int, served: bool
 ) -> None:
     config = local(root, "blend", num_workers=workers)
-    with Loader(config, modalities, stop_step=3) as loader:
+    with (
+        WorkerServer() if served else nullcontext() as server,
+        Loader(config, modalities, stop_step=3, server=server) as loader,
+    ):
         first, saved = next(loader), stream_state.to_json(loader.stream_states)
         next(loader)
         assert loader.seek(1, Cursor().skip(0, 3, step=1), stream_state.from_json(saved)) == []

@@ -19,7 +19,7 @@ from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.blocks import NEAR
 from mmmoe_pretrain.data.storage.files import CacheSettings, Files, MissingError, ReadSettings, StorageError
 from mmmoe_pretrain.data.storage.retry import Retries
-from mmmoe_pretrain.data.workers.worker import _close_sockets
+from mmmoe_pretrain.data.workers.worker import close_sockets
 from mmmoe_pretrain.urls import UnavailableError
 from tests.data.servers import HttpServer, every, http_server, never, s3_server, upload
 from tests.support import in_forks
@@ -90,7 +90,7 @@ def test_a_worker_that_closed_the_sockets_of_its_rank_closes_no_file_of_its_own(
     files, url = Files(ReadSettings(QUICK)), f"{served.url}/a.tar"
 
     def work() -> None:
-        _close_sockets(own=-1)
+        close_sockets(own=-1)
         own = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]  # some get the numbers of the sockets
         assert files.read(url, 3, 5) == CONTENT[3:8]
         assert {os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in own} == {"/dev/null"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -24,7 +25,7 @@ import pytest
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
 from mmmoe_pretrain.data.storage.stores import ChangedError
 from mmmoe_pretrain.data.workers.arena import STRIDE
-from mmmoe_pretrain.data.workers.dispatch import CREDIT
+from mmmoe_pretrain.data.workers.dispatch import CREDIT, Dispatcher
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, WorkerDied, Workers
 from mmmoe_pretrain.data.workers.worker import _received
 from mmmoe_pretrain.exit_codes import Restartable
@@ -179,7 +180,7 @@ def test_what_was_delivered_is_freed_with_its_last_view_and_outlives_the_workers
     for number, (values, _) in enumerate(reader):
         del values
         if number > 10:
-            assert shared() - maps <= 2  # ``first`` and the latest
+            assert shared() - maps <= 3  # ``first``, the latest, and the one after it
             assert len(descriptors() - before) <= 20  # of 60
             memory = (
                 os.stat(f"/proc/self/fd/{reader._running[0].arenas[1]}").st_blocks * 512 if reader._running else 0
@@ -244,6 +245,21 @@ def test_a_sample_that_kills_every_worker_ends_the_run_and_is_named(
     with pytest.raises(WorkerDied, match=rf"died \(SIGSEGV\) at batch 1, sample {expected}; 3 died on this rank"):
         list(loader)  # whether or not what was read before had been taken
     assert loader.worker_pids == []
+
+
+def test_a_worker_that_cannot_be_started_again_is_not_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise Restartable("the server has ended")
+
+    items = Items(Blocks(), range(10**9), Workers(1, 2))
+    next(items)
+    monkeypatch.setattr(ReadAhead, "_fork", fails)
+    os.kill(items.pids[0], signal.SIGKILL)
+    with caplog.at_level(logging.WARNING), pytest.raises(Restartable, match="the server has ended"):
+        list(items)
+    assert "started again" not in caplog.text and not items.pids
 
 
 def test_deaths_that_lie_further_apart_than_the_window_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,3 +475,83 @@ def test_workers_end_with_their_rank_however_it_ends(end: Callable[[], None]) ->
     while running := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, running
         time.sleep(0.02)
+
+
+class Unpickled:
+    """Notes the thread that unpickles it."""
+
+    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
+        return thread_name, ()
+
+
+def thread_name() -> str:
+    return threading.current_thread().name
+
+
+class Named(Blocks):
+    def pack(self, k: int, samples: list[Any]) -> Any:
+        return k, Unpickled()
+
+
+def test_items_are_unpickled_and_finished_by_another_thread_and_few_are_held() -> None:
+    finished: list[int] = []
+
+    def finish(item: tuple[int, str]) -> tuple[int, str]:
+        finished.append(item[0])
+        return item[0], f"{item[1]}, {thread_name()}"
+
+    reader: ReadAhead[Any] = ReadAhead(Named(), range(12), Workers(2, ahead=6, together=2), finish)
+    got = [next(reader)]
+    deadline = time.monotonic() + 20
+    while len(finished) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert sorted(finished) == [0, 1, 2]  # the one taken, and the two of a step
+    assert reader.is_ready(2) and not reader.is_ready(3)
+    assert got + list(reader) == [(k, "data reading, data reading") for k in range(12)]
+
+
+def test_an_error_of_the_thread_that_finishes_reaches_the_one_that_waits() -> None:
+    def finish(item: tuple[int, str]) -> tuple[int, str]:
+        if item[0] == 3:
+            raise MemoryError("no pinned memory")
+        return item
+
+    reader: ReadAhead[Any] = ReadAhead(Named(), range(12), Workers(2), finish)
+    with pytest.raises(RuntimeError, match=r"(?s)the dispatch of data failed: .*MemoryError: no pinned memory"):
+        list(reader)
+    assert not reader.pids
+
+
+@pytest.mark.parametrize("name", ["_pump", "_to_load"])
+def test_an_abandoned_reader_that_a_thread_of_its_own_collects_ends(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader: Any = ReadAhead(Blocks(), range(10**9), Workers(2, 4))
+    next(reader)
+    dispatcher, pids = reader._running[0], reader.pids
+    reader.itself = reader  # so that only the garbage collector finds it
+    plain, forgotten = getattr(Dispatcher, name), threading.Event()
+
+    def collecting(its: Dispatcher) -> Any:
+        if forgotten.is_set() and threading.current_thread() in dispatcher._threads:
+            gc.collect()  # as any allocation may, here under the lock
+        return plain(its)
+
+    monkeypatch.setattr(Dispatcher, name, collecting)
+    gc.disable()
+    try:
+        del reader
+        forgotten.set()
+        dispatcher._wake()
+        with dispatcher.changed:
+            dispatcher.changed.notify_all()
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(pids[0], signal.SIGKILL)  # the end of a worker is an answer
+        deadline = time.monotonic() + 10
+        while any(thread.is_alive() for thread in dispatcher._threads) or any(map(is_running, pids)):
+            assert time.monotonic() < deadline, [thread.name for thread in dispatcher._threads if thread.is_alive()]
+            time.sleep(0.01)
+    finally:
+        gc.enable()

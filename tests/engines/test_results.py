@@ -8,7 +8,7 @@ import torch
 
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.engines.apply import build_engine
-from mmmoe_pretrain.engines.base import add_reports, finite_everywhere
+from mmmoe_pretrain.engines.base import add_reports, not_finite
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.mesh import destroy_groups
@@ -22,6 +22,11 @@ def test_reports_add_up_as_they_come(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     model = PretrainingModel(config)
     reports = [model(random_batch(config, ["iat", "it", "a"], seed=seed))[1] for seed in range(3)]
+    for number, report in enumerate(reports):  # as if experts had been lent
+        lent = torch.full((4,), 1.0 + number)
+        reports[number] = LossReport(
+            report.losses, tuple(dataclasses.replace(r, lending=lent) for r in report.routing)
+        )
     sums: LossReport | None = None
     for report in reports:
         sums = add_reports(sums, report)
@@ -58,17 +63,18 @@ def test_a_cached_objective_that_is_off_changes_nothing() -> None:
     assert plain["captioning"] > 0 and cached == [plain, plain]
 
 
-def one_rank_finds_no_number() -> list[list[bool]]:
+def one_rank_finds_no_number() -> list[list[list[float]]]:
     found = []
     with process_group(timeout_minutes=0.5) as device:
         for degrees in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"expert_parallel_size": 2}):
             groups = groups_of(ParallelConfig.model_validate(degrees), 4)
             rank = groups.data_rank + groups.tensor_rank + groups.pipeline_rank
             numbers = (2.0, float("nan") if rank == 1 else 2.0, float("inf") if rank == 0 else 2.0)
-            found.append([finite_everywhere((1.0, number), groups, device) for number in numbers])
+            bad = [not_finite(torch.tensor([1.0, number], device=device), groups).tolist() for number in numbers]
+            found.append(bad)
             destroy_groups()
     return found
 
 
 def test_what_one_rank_finds_all_know() -> None:
-    assert run_ranks(2, one_rank_finds_no_number) == [[[True, False, False]] * 4] * 2
+    assert run_ranks(2, one_rank_finds_no_number) == [[[[0.0], [1.0], [1.0]]] * 4] * 2

@@ -95,3 +95,9 @@ def test_malformed_record_is_refused_not_read_as_missing(tmp_path: Path, text: s
     path.write_text(text)
     with pytest.raises(ValueError, match="records no dense run"):
         read_dense(path, [])
+
+
+def test_a_folder_in_the_place_of_a_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(ValueError, match=r"report\.json is a folder"):
+        write(Report("run", 1, "today", ["test"], [], {"layers": []}), tmp_path)

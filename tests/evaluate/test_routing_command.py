@@ -3,17 +3,17 @@ weights; and of runs that have less to show."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from mmmoe_pretrain.checkpoint import load_model
@@ -22,7 +22,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
 from mmmoe_pretrain.data.pack import origins
 from mmmoe_pretrain.evaluate import rows
-from mmmoe_pretrain.evaluate.routing import command
+from mmmoe_pretrain.evaluate.routing import command, page
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.router import Router
@@ -65,7 +65,7 @@ def report(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
         patch.setattr(rows, "BATCH_SIZE", 5)
         result = CliRunner().invoke(app, ["routing", str(trained.run_dir), "--out", str(out), "--top", str(TOP)])
     assert result.exit_code == 0, result.output
-    assert f"wrote {out / 'index.md'}" in result.output.replace("\n", "")
+    assert f"wrote {out / 'routing.html'}, {out / 'routing.json'}" in result.output.replace("\n", "")
     return out
 
 
@@ -132,12 +132,15 @@ def test_tokens_are_given_in_pixels_seconds_and_pieces(report: Path) -> None:
     for layer in numbers(report)["layers"]:
         for found in layer["top_tokens"]:
             for token in found.get("image", []):
-                assert token["pixels"] == boxes[token["token"]]
+                assert token["position"]["pixels"] == boxes[token["token"]]
+                assert token["box"] == [side / 16 for side in boxes[token["token"]]]
             for token in found.get("audio", []):
-                start, end = token["seconds"]
+                start, end = token["position"]["seconds"]
                 assert (start, end) == pytest.approx((0.08 * token["token"], 0.08 * (token["token"] + 1)))
             for token in found.get("text", []):
-                assert token["piece"] in ("⟨begin⟩", "⟨end⟩", "␣") or token["piece"] in token["of"]
+                piece, text = token["position"]["piece"], token["position"]["of"]
+                assert piece in ("⟨begin⟩", "⟨end⟩", "␣") or piece in text
+                assert token["excerpt"][1] == piece
             seen |= found.keys()
     assert seen == set(MODALITIES)
 
@@ -160,17 +163,42 @@ def test_numbers_of_the_layers_are_those_of_the_tokens(trained: RunConfig, repor
         assert set(layer["specialisation_by_task"]) == TASKS
 
 
-def test_pages_show_every_file_that_they_name(report: Path) -> None:
-    pages = {"index.md", "layer_00.md", "layer_01.md"}
-    assert pages == {path.name for path in report.glob("*.md")}
-    named: set[str] = set()
-    for name in pages:
-        named |= set(re.findall(r"\]\(([^)]+)\)", (report / name).read_text()))
-    files = {path.name for path in report.iterdir()}
-    assert named == files - {"routing.json"}  # all figures are shown, and none is missing
-    assert {"load.png", "coactivation.png", "training_load.png", "training_change.png"} <= named
-    for path in report.glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
+def test_the_page_is_that_of_the_json(report: Path) -> None:
+    assert sorted(path.name for path in report.iterdir()) == ["routing.html", "routing.json"]
+    text = (report / "routing.html").read_text()
+    assert text == page.render(numbers(report))
+    for layer in (0, 1):
+        assert f'id="load-{layer}"' in text and f'id="slider-{layer}"' in text
+    assert numbers(report)["left_out"] == {"layers": 0, "tokens": 0, "thumbnails": 0, "sounds": 0}
+
+
+def test_history_is_that_of_the_log(trained: RunConfig, report: Path) -> None:
+    records = [json.loads(line) for line in (trained.run_dir / "metrics.jsonl").read_text().splitlines()]
+    for number, layer in enumerate(numbers(report)["history"]):
+        assert layer["steps"] == layer["load_steps"] == [record["step"] for record in records]
+        logged = [[record["routing"][number]["load"][m] for m in layer["modalities"]] for record in records]
+        np.testing.assert_allclose(layer["load"], logged, rtol=1e-5)  # of six digits
+
+
+def test_sounds_are_those_of_the_shards(report: Path) -> None:
+    """A tone of the row's own pitch, a quarter of a second; each once, whatever the number of its tokens."""
+    hertz = {row["key"]: row["hertz"] for row in things(12)}
+    sounds = [its for its in numbers(report)["media"] if its["modality"] == "audio"]
+    for its in sounds:
+        wave, rate = soundfile.read(io.BytesIO(base64.b64decode(its["sound"]["uri"].partition(",")[2])))
+        assert len(wave) / rate == its["sound"]["seconds"] == pytest.approx(0.25, abs=0.01)
+        peak = np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave)
+        assert peak == pytest.approx(hertz[its["sample"]], abs=rate / len(wave)), "within one bin"
+    assert sounds and len({its["sound"]["uri"] for its in sounds}) == len(sounds)
+    assert all(its["sound"] is None for its in numbers(report)["media"] if its["modality"] == "image")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "routing"])
+def test_a_gpu_that_is_asked_for_and_absent_is_an_error(command: str, trained: RunConfig, tmp_path: Path) -> None:
+    arguments = [command, str(trained.run_dir), "--device", "cuda", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="--device cuda: there is no GPU to use"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
 
 
 def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,38 +207,32 @@ def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
 
 
-def test_a_second_report_of_less_leaves_nothing_of_the_first(
+def test_a_report_of_less_replaces_the_first(
     trained: RunConfig, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One MoE layer, one expert a token, no audio and no log."""
-    out = tmp_path / "out"
-    shutil.copytree(report, out)
-    (out / "mine.txt").write_text("kept")
+    (tmp_path / "routing.html").write_bytes((report / "routing.html").read_bytes())
     moe = trained.moe.model_copy(update={"every": 2, "experts_per_token": 1})
     random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
     silent = held_out(tmp_path / "silent", lacking=("audio",))
-    command.write_report(tmp_path / "no run", [str(silent)], out=out)
-    left = {path.name for path in out.iterdir()}
-    assert not {"layer_00.md", "coactivation.png", "training_load.png", "training_change.png"} & left
-    assert {"layer_01.md", "mine.txt"} <= left
-    assert not any("audio" in name for name in left)
-    (layer,) = numbers(out)["layers"]
+    command.write_report(tmp_path / "no run", [str(silent)], out=tmp_path)
+    (layer,) = numbers(tmp_path)["layers"]
     assert set(layer["share"]) == {"image", "text"}
     assert not any("audio" in found for found in layer["top_tokens"])
-    text = (out / "index.md").read_text()
-    assert "Every token has one expert" in text
-    assert "has no two records" in text
+    assert (layer["pairs"], numbers(tmp_path)["history"]) == ({"image": [], "text": []}, [])
+    text = (tmp_path / "routing.html").read_text()
+    assert 'id="load-0"' not in text and "has no two records" in text and "<audio" not in text
 
 
-def test_many_experts_stay_legible(trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_without_computation_are_named(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moe = trained.moe.model_copy(update={"num_experts": 128, "null_experts": 2, "experts_per_token": 8, "every": 2})
     random_run(trained.model_copy(update={"moe": moe}), monkeypatch)
-    out = command.write_report(tmp_path, trained.evaluate.test, top=1)
-    assert out == tmp_path / "routing"
-    sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
-    assert len([name for name in sizes if name.startswith("layer_01_image")]) > 1
-    assert max(max(size) for size in sizes.values()) < 3000, sizes
-    assert "null: 128, 129" in (out / "layer_01.md").read_text()
+    assert command.write_report(tmp_path, trained.evaluate.test, top=1) == tmp_path
+    text = (tmp_path / "routing.html").read_text()
+    assert "Experts without computation (<bdi>null</bdi>): 128, 129." in text
+    assert text.count('<tr><th scope="row"><a href="#layer-1-expert-') > 64
 
 
 def test_dense_runs_and_missing_shards_are_refused_with_a_remedy(

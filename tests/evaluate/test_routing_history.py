@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.evaluate.routing import figures, history
+from mmmoe_pretrain.evaluate.routing import history
 
 
 def record(step: int, *layers: dict[str, Any]) -> str:
@@ -78,19 +78,30 @@ def test_long_logs_are_drawn_in_bins() -> None:
     steps = np.arange(1, 241)
     values = np.where(steps % 2 == 0, np.nan, steps).astype(float)[:, None]
     values[2:4] = np.nan
-    drawn, means = figures.binned(steps, values)
+    drawn, means = history.binned(steps, values)
     assert drawn.tolist() == list(range(2, 241, 2))  # 120 bins of two
     assert means[0] == 1 and np.isnan(means[1]) and means[2] == 5
-    np.testing.assert_array_equal(figures.binned(steps[:5], values[:5])[0], steps[:5])
+    np.testing.assert_array_equal(history.binned(steps[:5], values[:5])[0], steps[:5])
 
 
-def test_smoothing_is_the_mean_of_the_neighbours() -> None:
-    found = figures.smoothed(np.array([0.0, 7, 0, 0, np.nan, 0, 0, 0, 7, 0]))
-    assert found[3] == pytest.approx(7 / 6)  # of records 0 to 6, one of them unknown
-    assert found[0] == pytest.approx(7 / 4)  # of records 0 to 3
+def test_the_report_keeps_lines_by_modality_and_the_loads_of_each_step(tmp_path: Path) -> None:
+    path = log_of(
+        tmp_path, record(10, layer([0.5, 0.5, 0], [0.5, 0.5, 0])), record(20, layer([0.2, 0.5, 0.3], [0, 0, 1]))
+    )
+    (found,) = history.in_json(history.read(path))
+    assert (found["layer"], found["modalities"], found["steps"]) == (1, ["image", "audio", "text"], [10, 20])
+    assert found["load_steps"] == [10, 20] and found["load"][1][2] == [0, 0, 1]
+    image, audio, text = found["change"]
+    assert np.isnan([image[0], *audio, text[0]]).all() and (image[1], text[1]) == pytest.approx((0.3, 1.0))
+    image, audio, text = found["experts_used"]
+    assert (image[0], *text) == pytest.approx((2, 2, 1)) and np.isnan(audio).all()
 
 
-def test_partners_are_shares_of_a_row() -> None:
-    found = figures.partners(np.array([[0.0, 3, 1], [3, 0, 0], [1, 0, 0]]))
-    np.testing.assert_allclose(found, [[np.nan, 0.75, 0.25], [1, np.nan, 0], [1, 0, np.nan]])
-    assert np.isnan(figures.partners(np.zeros((2, 2)))).all()
+def test_loads_of_many_experts_are_kept_of_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, load_RME = np.arange(100), np.full((100, 2, 5), 0.2)
+    layers = [history.LayerHistory(number, ("image", "text"), steps, load_RME) for number in range(3)]
+    assert [len(found["load"]) for found in history.in_json(layers)] == [history.MAX_LOAD_STEPS] * 3
+    monkeypatch.setattr(history, "MAX_LOADS", 240)  # 30 numbers a step
+    found = history.in_json(layers)
+    assert [len(its["load"]) for its in found] == [8] * 3 and found[0]["load_steps"][-1] == 99
+    assert len(found[0]["steps"]) == 100

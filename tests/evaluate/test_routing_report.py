@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmmoe_pretrain.config.base import StreamNames
-from mmmoe_pretrain.evaluate.routing.figures import expert_order, shares
+from mmmoe_pretrain.evaluate.figures import expert_order, shares
 from mmmoe_pretrain.evaluate.routing_report import (
     dead_experts,
     strongest_pairs,
@@ -79,6 +79,7 @@ def test_tasks_are_scored_one_by_one_and_against_each_other() -> None:
     counts[0] = [[8, 0], [0, 2]]  # image: pairs to expert 0, captions to expert 1
     counts[2] = [[0, 4], [0, 9]]  # text: expert 1 whatever the task
     found = summarise_tasks(counts, NAMES)
+    assert found["share_by_task"] == {"pairs": pytest.approx([8 / 12, 4 / 12]), "captions": pytest.approx([0, 1])}
     # Tokens of pairs: the expert tells image from text. Those of captions: all go to expert 1.
     assert found["specialisation_by_task"] == pytest.approx({"pairs": 1.0, "captions": 0.0})
     assert found["task_specialisation"] == pytest.approx({"image": 1.0, "text": 0.0})

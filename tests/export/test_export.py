@@ -354,7 +354,7 @@ def moe_layer_of(model: Any, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]
     tokens = TokenInfo.of_modalities(torch.full_like(ids, model.names.modalities.index("text")), model.names)
     with torch.inference_mode():
         rows = model.embedders["text"](ids, torch.arange(len(ids))) + model.modality_embedding["text"]
-        h_nD = block.ffn_norm(rows)
+        _, h_nD = block.ffn_norm(rows)
         routing = block.ffn.router(h_nD, tokens)
         output, _ = block.ffn(h_nD, tokens)
     return routing.expert_ids_nK.numpy(), output.numpy()

@@ -81,7 +81,7 @@ def test_kinds_of_another_package_train_resume_and_are_reported(outside: Path) -
 
     evaluate_command(straight.run_dir, [str(outside / "test")], None, None, [])
     routing_command(straight.run_dir, [str(outside / "test")], None, 2, [])
-    layers = json.loads((straight.run_dir / "routing" / "routing.json").read_text())["layers"]
+    layers = json.loads((straight.run_dir / "routing.json").read_text())["layers"]
     assert list(layers[0]["share"]) == ["clouds"]
 
 

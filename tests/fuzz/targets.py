@@ -19,8 +19,7 @@ import numpy as np
 
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import BadSample, Draws, decode
-from mmmoe_pretrain.data.loader import keep_slot
+from mmmoe_pretrain.data.decode import BadSample, Draws, decode, keep_slot
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.modalities import Modalities, build_modalities

@@ -55,6 +55,7 @@ YAML = ("yaml.safe_load", "yaml.safe_load_all", "yaml.safe_dump", "yaml.safe_dum
         "yaml.dump_all", "yaml.SafeDumper")  # fmt: skip
 ALLOWED = {
     "mmmoe_pretrain/data/workers/worker.py": "pickle",  # between processes of one run that forked each other; no file
+    "mmmoe_pretrain/data/workers/server.py": "pickle",  # likewise
     "mmmoe_pretrain/data/workers/arena.py": "pickle",  # in their memory, and between the ranks of a job
     "mmmoe_pretrain/doctor/peer.py": "dist.TCPStore",  # between the hosts of a job
     "mmmoe_pretrain/exit_codes.py": "dist.TCPStore",  # a client of torchrun's own
@@ -265,7 +266,9 @@ def test_yaml_anchors_and_merges_of_people_are_read() -> None:
                                                                           "e": {"b": 1}}  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["index.json", "meta.json", "manifest.json", "rank_00000.safetensors", "latest"])
+@pytest.mark.parametrize(
+    "file", ["index.json", "boxes.bin", "meta.json", "manifest.json", "rank_00000.safetensors", "latest"]
+)
 def test_nothing_is_unpickled_from_a_checkpoint(tmp_path: Path, file: str) -> None:
     folders.write_checkpoint(tmp_path)
     marker = tmp_path / "marker"

@@ -55,7 +55,7 @@ class Case:
         """The same run in one process, without what saves memory or time."""
         one = dataclasses.replace(self, layout="one process", ranks=1, engine="megatron", zero_stage=0, parallel={})
         train = {key: value for key, value in self.train.items() if key != "recompute"}
-        moe = {key: value for key, value in self.moe.items() if key != "dispatch_chunks"}
+        moe = {key: value for key, value in self.moe.items() if key not in ("dispatch_chunks", "lending")}
         return dataclasses.replace(one, train=train, moe=moe)
 
     def config(self, root: Path = Path()) -> RunConfig:
@@ -82,9 +82,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and the degrees
     "PP2 x VPP2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
     "TP2 x EP2": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     "PP2 x EP2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "EP4 + lending": (4, {"expert_parallel_size": 4}),
+    "TP2 x EP2 + lending": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     "TP2 + SP x PP2 x EP2": (8, {"tensor_parallel_size": 2, "sequence_parallel": True, "pipeline_parallel_size": 2,
                             "expert_parallel_size": 2}),
 }  # fmt: skip
+LENDING = {"lending": {"threshold": 1.0, "min_rows": 1}}  # almost any routing is out of balance
+
+
+def moe_of(layout: str) -> dict[str, Any]:
+    """More settings of the section ``moe`` that belong to the layout."""
+    return LENDING if layout.endswith("+ lending") else {}
 
 
 def all_cases() -> list[Case]:
@@ -92,13 +100,15 @@ def all_cases() -> list[Case]:
     fp16 where something is cut in each way, and under every ZeRO stage."""
     cases = []
     for layout, (ranks, degrees) in LAYOUTS.items():
-        cases += [Case(layout, ranks, "megatron", zero, degrees) for zero in (0, 1)]
-        cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16", moe=FIXED_ROUTING)]
+        moe = moe_of(layout)
+        cases += [Case(layout, ranks, "megatron", zero, degrees, moe=moe) for zero in (0, 1)]
+        cases += [Case(layout, ranks, "megatron", 1, degrees, "bf16", moe={**FIXED_ROUTING, **moe})]
         cases += [in_fp16(layout, stage, engine) for engine, stage in FP16.get(layout, ())]
         if "pipeline_parallel_size" in degrees:
             continue  # refused: pipelines belong to the other engine
-        cases += [Case(layout, ranks, "deepspeed", zero, degrees) for zero in (1, 2, 3)]
-        cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16", moe=FIXED_ROUTING)]
+        stages = (1, 2) if moe else (1, 2, 3)  # the others are refused
+        cases += [Case(layout, ranks, "deepspeed", zero, degrees, moe=moe) for zero in stages]
+        cases += [Case(layout, ranks, "deepspeed", 2, degrees, "bf16", moe={**FIXED_ROUTING, **moe})]
     return cases
 
 

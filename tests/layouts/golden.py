@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.layouts.cases import ALONE, LAYOUTS, Case
+from tests.layouts.cases import ALONE, LAYOUTS, Case, moe_of
 from tests.layouts.train import Outcome, start_ranks, train_alone
 
 STEPS = 100
@@ -25,9 +25,9 @@ def golden_cases() -> list[Case]:
     """Every layout: ZeRO-1 under megatron, and ZeRO-2 under DeepSpeed where there is no pipeline."""
     cases = []
     for layout, (ranks, degrees) in LAYOUTS.items():
-        cases.append(Case(layout, ranks, "megatron", 1, degrees))
+        cases.append(Case(layout, ranks, "megatron", 1, degrees, moe=moe_of(layout)))
         if "pipeline_parallel_size" not in degrees:
-            cases.append(Case(layout, ranks, "deepspeed", 2, degrees))
+            cases.append(Case(layout, ranks, "deepspeed", 2, degrees, moe=moe_of(layout)))
     return cases
 
 

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmmoe_pretrain.moe.lending import Loans
+from mmmoe_pretrain.parallel.groups import Groups
+from mmmoe_pretrain.parallel.runtime import process_group
+from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import ALONE, FIXED_ROUTING, LAYOUTS, OTHER_BLOCKS, SGD, Case
-from tests.layouts.train import reference, start_ranks
+from tests.layouts.cases import ALONE, FIXED_ROUTING, LAYOUTS, LENDING, MICROBATCHES, OTHER_BLOCKS, SGD, Case
+from tests.layouts.train import reference, start_ranks, train_case
 
 STEPS = 2  # the second is made with weights, moments and prefetch orders that the first has left
 
@@ -94,6 +98,17 @@ MOE_CASES = [
     case("EP2", 1, precision="bf16", moe=IN_HALF),
 ]
 
+# The expert groups of EP2 x EDP2 see different loads: one of them has no token, and lends nothing.
+ON_TWO_RANKS = ("iat", "it", "ia", "iat", "", "", "", "")
+LENDING_CASES = [
+    case("EP2", train=BLOCKS, moe=LENDING, one_expert=True),
+    case("EP2", 2, "deepspeed", moe=LENDING, one_expert=True),
+    case("PP2 x EP2", 1, moe={**OTHER_BLOCKS, **LENDING}, train={"recompute": "experts"}),
+    case("EP2", 1, precision="bf16", moe={**IN_HALF, **LENDING}),
+    case("EP2", 2, "deepspeed", train=BLOCKS, precision="bf16", moe={**IN_HALF, **LENDING}),
+    case("EP2 x EDP2", 1, **GATHERED, moe={**LENDING, "expert_backend": "grouped_mm"}, samples=ON_TWO_RANKS),
+]
+
 # Ranks that have less to do than others, or nothing: the second step begins with what such a one has left.
 DATA = [("EP2", 1, "megatron"), ("EP2", 2, "deepspeed"), ("DP2", 3, "deepspeed")]
 MODEL = [("PP2", 0, "megatron"), ("PP2 x VPP2", 1, "megatron"), ("TP2 + SP", 0, "megatron"), ("TP2", 1, "deepspeed")]
@@ -118,6 +133,7 @@ FAMILIES = {
     "levers of deepspeed": DEEPSPEED_LEVERS,
     "SGD with momentum": SGD_CASES,
     "MoE layers of every kind": MOE_CASES,
+    "lent experts": LENDING_CASES,
     "uneven work": list(itertools.chain.from_iterable(UNEVEN.values())),
 }
 
@@ -127,6 +143,29 @@ FAMILIES = {
 def test_it_trains_like_one_process(family: str) -> None:
     comparisons = matrix.run(FAMILIES[family], STEPS)
     assert all(comparison.passed for comparison in comparisons), [v for v in comparisons if not v.passed]
+
+
+def lent_in(case: Case) -> list[int]:
+    """The number of experts that any rank of the group lends, of each MoE layer and microbatch of a step."""
+    found, make = [], Loans.of
+
+    def noted(borrowed_RS: np.ndarray, local: int, groups: Groups) -> Loans | None:
+        found.append(int((borrowed_RS < local * groups.expert_size).sum()))
+        return make(borrowed_RS, local, groups)
+
+    with process_group(timeout_minutes=1) as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loans, "of", noted)
+        train_case(case, 1, device)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_experts_are_lent_in_every_layer_and_microbatch(number: int) -> None:
+    case = LENDING_CASES[number]
+    first, other = run_ranks(case.ranks, lent_in, case)
+    assert first == other and all(first)
+    again = int(case.train == BLOCKS)  # of two MoE layers, the last of which is in the last block and kept
+    assert len(first) == (2 + again) * MICROBATCHES
 
 
 def test_the_references_have_what_is_compared() -> None:

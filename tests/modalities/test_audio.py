@@ -249,3 +249,22 @@ def test_filters_cover_the_band_without_a_gap() -> None:
     # neighbouring triangles sum to 1 between the first and the last centre
     inner = filters.sum(axis=0)[5:235]
     np.testing.assert_allclose(inner, 1, atol=1e-5)
+
+
+def test_a_sound_is_the_clip_that_the_spectrogram_is_of() -> None:
+    """Half a second of a quiet tone between silences: 0.05 s of those stay, the peak is 1, and a frame is 10 ms."""
+    silence = np.zeros(RATE // 2)
+    data = encoded(np.concatenate([silence, 0.25 * tone(500), silence]), subtype="FLOAT")
+    found = Audio("audio", CONFIG).sound(data)
+    assert found is not None
+    wave, rate = found
+    assert (rate, len(wave) / rate) == (RATE, pytest.approx(0.6, abs=0.01))
+    assert np.abs(wave).max() == pytest.approx(1.0, abs=1e-6)
+    assert decode(data).shape[1] == pytest.approx(len(wave) / rate * 100, abs=CONFIG.patch)
+
+
+def test_a_sound_is_no_longer_than_what_is_read_and_no_louder_than_files_can_be() -> None:
+    loud = CONFIG.model_copy(update={"normalization": "none"})
+    wave, rate = Audio("audio", loud).sound(encoded(5 * tone(500, seconds=3.0), subtype="FLOAT")) or (np.zeros(0), 0)
+    assert len(wave) == rate == RATE  # max_seconds is 1
+    assert np.abs(wave).max() == pytest.approx(1.0, abs=1e-6)

@@ -102,3 +102,36 @@ def test_learned_positions_reach_the_end_mark_of_the_longest_text() -> None:
     last = torch.tensor([7])  # begin mark, six tokens, end mark: positions 0 to 7
     expected = embedder.table.weight[3] + embedder.positions[7]
     torch.testing.assert_close(embedder(torch.tensor([3]), last)[0], expected)
+
+
+class Pieces:
+    """A vocabulary of five pieces and two marks."""
+
+    bos_id, eos_id = 5, 6
+
+    def piece(self, token_id: int) -> str:
+        return ["▁a", "▁re", "d*", "▁", "dog", "<s>", "</s>"][token_id]
+
+
+def excerpt(ids: list[int], place: int) -> tuple[str, str, str] | None:
+    return Text("text", TextSettings(), Pieces()).excerpt(np.array(ids), place)  # type: ignore[arg-type]
+
+
+SENTENCE = [5, 0, 1, 2, 3, 4, 6]
+
+
+def test_a_piece_is_found_in_its_sentence() -> None:
+    assert excerpt(SENTENCE, 1) == ("", "a", " red* dog")
+    assert excerpt(SENTENCE, 2) == ("a ", "re", "d* dog")  # the space stands before the piece
+    assert excerpt(SENTENCE, 3) == ("a re", "d*", " dog")
+    assert excerpt(SENTENCE, 5) == ("a red* ", "dog", "")
+
+
+def test_marks_and_spaces_have_names() -> None:
+    assert excerpt(SENTENCE, 0) == ("", "⟨begin⟩", " a red* dog")
+    assert excerpt(SENTENCE, 4) == ("a red* ", "␣", "dog")
+    assert excerpt(SENTENCE, 6) == ("a red* dog", "⟨end⟩", "")
+
+
+def test_a_long_text_is_cut_around_its_piece() -> None:
+    assert excerpt([5] + [4] * 80 + [6], 40) == ("…" + "dog" * 16, "dog", "dog" * 16 + "…")

@@ -61,7 +61,7 @@ def messages() -> dict[str, list[int]]:
         x, slots, weights = tokens(SLOTS_OF_RANK[groups.expert_rank])
         log: dict[str, list[int]] = {"forward": [], "backward": [], "no_grad": []}
         with sent_bytes(log["forward"]):
-            out, _ = dispatcher.run(x, slots, weights, scale)
+            out, *_ = dispatcher.run(x, slots, weights, scale)
         with sent_bytes(log["backward"]):
             out.sum().backward()
         with sent_bytes(log["no_grad"]), torch.no_grad():
@@ -117,7 +117,7 @@ def steps_of(chunks: int) -> list[str]:
         x, slots, weights = tokens(SLOTS_OF_RANK[0] if groups.expert_rank == 0 else [])
         with mock.patch.multiple(RowExchange, __init__=noted_make, issue=noted_issue, arrive=noted_arrive):
             dispatcher = AllToAllDispatcher(4, groups, chunks)
-            out, extra = dispatcher.run(x, slots, weights, compute, lambda: Note.apply(x, "overlap"))
+            out, extra, _ = dispatcher.run(x, slots, weights, compute, lambda: Note.apply(x, "overlap"))
             log.append("backward")
             assert extra is not None
             (out + extra).sum().backward()
@@ -176,7 +176,7 @@ class ListReads(TorchFunctionMode):
 def test_the_host_waits_once_forward_and_never_backward(dispatcher: Dispatcher) -> None:
     x, slots, weights = tokens(SLOTS_OF_RANK[0])
     with HostReads() as operations, ListReads() as methods:
-        out, _ = dispatcher.run(x, slots, weights, scale)
+        out, *_ = dispatcher.run(x, slots, weights, scale)
         assert (methods.seen, operations.seen) == (["tolist"], [])
         forward = operations.total
         out.sum().backward()

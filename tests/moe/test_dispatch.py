@@ -83,7 +83,7 @@ def through_dispatcher(case: Case, dispatcher: Dispatcher, local: range, x: Tens
     up, down = weights_of_all(case)
     experts.up.data, experts.down.data = up[local.start : local.stop], down[local.start : local.stop]
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out, beside = dispatcher.run(x, slots, weights, experts, lambda: x * 2)
+    out, beside, _ = dispatcher.run(x, slots, weights, experts, lambda: x * 2)
     (out.float().square().sum() + beside.float().sum()).backward()
     grads = {"x": x.grad, "weights": weights.grad, "up": experts.up.grad, "down": experts.down.grad}
     return {"out": out.detach(), **grads}
@@ -131,7 +131,7 @@ def test_one_process_computes_the_weighted_sum_of_experts(case: Case, tokens: in
 
 
 def test_a_group_of_one_rank_needs_no_transport() -> None:
-    assert make_dispatcher(MoEConfig(num_experts=6), SINGLE) == LocalDispatcher(6)
+    assert isinstance(make_dispatcher(MoEConfig(num_experts=6), SINGLE), LocalDispatcher)
 
 
 UNLIKE = (
@@ -139,6 +139,7 @@ UNLIKE = (
     ExpertGroupConfig(modalities=("audio", "text"), num_experts=4),
     ExpertGroupConfig(num_experts=4, expert_hidden_size=8),
 )
+LEND = {"threshold": 1, "min_rows": 1, "max_experts": 3}
 BASE = MoEConfig(num_experts=8, expert_hidden_size=HIDDEN)
 LAYERS: list[dict[str, Any]] = [
     {"num_experts": 128, "experts_per_token": 8, "dispatch_chunks": 2},
@@ -158,7 +159,11 @@ LAYERS: list[dict[str, Any]] = [
         "shared_expert_gate": True,
     },
     {"identity_experts": 2, "null_experts": 2, "experts_per_token": 4},
-]
+    {"lending": LEND, "num_experts": 128, "experts_per_token": 8},
+    {"lending": LEND, "capacity_factor": 0.6, "shared_expert_hidden_size": 12},
+    {"lending": LEND, "experts_per_token": 3, "activation": "clamped_swiglu", "expert_biases": True,
+     "router_weight_on_input": True, "null_experts": 2},
+]  # fmt: skip
 
 
 def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.config.train import CpuConfig
+from mmmoe_pretrain.moe import dispatch
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.cpu import blocked as blocks
 from mmmoe_pretrain.moe.cpu.blocked import blocked
 from mmmoe_pretrain.moe.cpu.padding import pad_plan
 from mmmoe_pretrain.moe.expert_math import ExpertStack
 from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS, choose_backend
-from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots
+from mmmoe_pretrain.moe.layer import MoELayer
+from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, plan_on_device, zero_unused
+from mmmoe_pretrain.moe.tokens import TokenInfo
+from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.moe.plain_experts import weighted_experts
 
 D, FF = 8, 16  # rows of 16 bytes and more in bf16: grouped_mm takes them
@@ -117,6 +124,103 @@ def test_both_back_ends_equal_a_loop_over_experts(routing: str, activation: str)
         assert names == {"auto": blocked, **EXPERT_BACKENDS}  # on a CPU
         # Chains of sums of up to 40 terms near 1, each a unit or two of 6e-8 off.
         assert_equals_loop(single, "grouped_mm", rtol=1e-5, atol=1e-5)
+
+
+class _Unwritten(torch.autograd.Function):
+    """Rows from ``end`` on become NaN in the result, in the gradient, or in both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, end: int, forward: bool) -> Tensor:
+        ctx.end, ctx.forward = end, forward
+        return _with_nan(x, end) if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad if ctx.forward else _with_nan(grad, ctx.end)), None, None
+
+
+def _with_nan(x: Tensor, end: int) -> Tensor:
+    out = x.clone()
+    out[end:] = torch.nan
+    return out
+
+
+@pytest.fixture
+def rows_past_the_last_end_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU leaves unwritten may be anything; in ``grouped_mm``'s result and in the gradient of its input."""
+    plain = F.grouped_mm
+
+    def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        if weight.ndim == 2:  # a gradient of weights, which has no such rows
+            return plain(x, weight, offs=offs)
+        end = int(offs[-1])
+        return _Unwritten.apply(plain(_Unwritten.apply(x, end, False), weight, offs=offs), end, True)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+
+
+@pytest.mark.usefixtures("rows_past_the_last_end_are_nan")
+@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
+@pytest.mark.parametrize("routing", [name for name, (slots, _) in ROUTINGS.items() if len(slots)])
+def test_counts_that_stay_on_the_device_change_nothing(routing: str, backend: str) -> None:
+    slots, num_experts = ROUTINGS[routing]
+    case = make_case(slots, num_experts, dtype=torch.float32)
+    for dropless in (False, True) if (slots < num_experts).all() else (False,):
+        plan, order_A = plan_on_device(slots, num_experts, dropless)
+        assert plan.num_assignments == slots.numel()
+        assert list(plan.counts) == [int((slots == e).sum()) for e in range(num_experts)]
+        weights_A = zero_unused(case.weights.reshape(-1)[order_A], plan)
+        out, loop = EXPERT_BACKENDS[backend](case.x, weights_A, plan, case.stack()), case.loop()
+        for ours, theirs in zip((out, *case.gradients(out)), (loop, *case.gradients(loop)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # as above
+
+
+DROPS: dict[str, dict[str, Any]] = {
+    "capacity": {"capacity_factor": 0.5, "expert_biases": True},
+    "capacity, weight on input": {"capacity_factor": 0.5, "router_weight_on_input": True},
+    "capacity, weight on input, biases": {
+        "capacity_factor": 0.5,
+        "router_weight_on_input": True,
+        "expert_biases": True,
+    },
+    "null and identity experts": {"null_experts": 2, "identity_experts": 1, "experts_per_token": 3},
+    "dropless": {"expert_biases": True},
+}
+
+
+@pytest.mark.usefixtures("rows_past_the_last_end_are_nan")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("drops", DROPS)
+def test_a_layer_without_counts_on_the_host_gives_the_same_gradients(
+    drops: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the layer plans on the device; every parameter, biases included."""
+    config = MoEConfig(num_experts=4, expert_hidden_size=16, expert_backend="grouped_mm", **DROPS[drops])
+    torch.manual_seed(5)
+    layer, x = MoELayer(config, D, 0, SINGLE), torch.randn(40, D)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    layer.experts.recompute = recompute
+    tokens = TokenInfo.of_modalities(torch.zeros(40, dtype=torch.int64))
+
+    def gradients() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        out, _ = layer(leaf, tokens)
+        return [out, *torch.autograd.grad(out.square().sum(), [leaf, *layer.parameters()])]
+
+    expected = gradients()
+    used: list[bool] = []
+
+    def on_device(slots_nK: Tensor, num_slots: int) -> tuple[ExpertPlan, Tensor]:
+        plan, order_A = plan_on_device(slots_nK, num_slots, config.dropless)
+        used.append(plan.unused_A is not None and bool(plan.unused_A.any()))
+        return plan, order_A
+
+    monkeypatch.setattr(dispatch, "plan_of_slots", on_device)
+    found = gradients()
+    assert used == [drops != "dropless"]  # the layer drops what it is meant to
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # as above
 
 
 @pytest.mark.parametrize("backend", ["blocked", "grouped_mm"])

@@ -184,7 +184,7 @@ def test_the_dispatcher_computes_each_assignment_once_and_nothing_else(case: tup
         computed.extend(zip(plan.experts_A.tolist(), plan.rows_A.tolist(), weights_A.tolist(), strict=True))
         return experts(x_mD, weights_A, plan)
 
-    out, overlapped = LocalDispatcher(num_experts).run(x, slots, weights, compute, lambda: x + 1)
+    out, overlapped, _ = LocalDispatcher(num_experts).run(x, slots, weights, compute, lambda: x + 1)
     wanted = [(slot, n, w) for n, row in enumerate(zip(slots.tolist(), weights.tolist(), strict=True))
               for slot, w in zip(*row, strict=True) if slot < num_experts]  # fmt: skip
     assert sorted(computed) == sorted(wanted)

@@ -1,5 +1,9 @@
 """Values and errors that ranks share: from rank 0, of any rank, gathered, or summed beside other work."""
 
+import ast
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch.distributed as dist
 
@@ -10,6 +14,8 @@ from mmmoe_pretrain.parallel.agreement import (
     agree,
     any_rank,
     exchange,
+    exchange_distinct,
+    exchange_each,
     from_rank_0,
     gather_objects,
     number_from_rank_0,
@@ -17,6 +23,8 @@ from mmmoe_pretrain.parallel.agreement import (
 from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
+
+SEND = dist.send_object_list
 
 
 def only_on_rank_0() -> str:
@@ -39,6 +47,33 @@ def error_of_rank_1(group: dist.ProcessGroup) -> str:
     with pytest.raises(RuntimeError) as raised:
         exchange(group, lambda: 1 / (1 - dist.get_rank()), lambda ranks: fail(ValueError))
     return str(raised.value)
+
+
+def distinct() -> tuple[object, list[str], int]:
+    """What rank 0 is given of values that ranks have alike, what this rank sent, and its own answer."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    sent: list[str] = []
+    with mock.patch.object(
+        dist, "send_object_list", lambda values, **kwargs: (sent.append(values[0]), SEND(values, **kwargs))
+    ):
+        found = exchange_distinct(group, lambda: "ab"[rank == 1], lambda values, which: (values, which))
+    with pytest.raises(ValueError, match="the disk is gone"):
+        exchange_distinct(group, lambda: fail(OSError) if rank == 2 else None, lambda values, which: None)
+    with pytest.raises(ValueError, match="the disk is gone"):
+        exchange_each(group, lambda: None, lambda ranks: fail(OSError))
+    return found, sent, exchange_each(group, lambda: 10 * rank, lambda ranks: [sum(ranks) + r for r in ranks])
+
+
+def separate() -> tuple[object, list[str], int]:
+    with process_group(0.5):
+        return distinct()
+
+
+def test_a_value_that_several_ranks_have_is_sent_once_and_each_rank_gets_its_own_answer() -> None:
+    for rank, (found, sent, own) in enumerate(run_ranks(4, separate)):
+        assert found == (["a", "b"], [0, 1, 0, 0])
+        assert sent == (["b"] if rank == 1 else [])
+        assert own == 60 + 10 * rank  # the sum of 0, 10, 20 and 30, and its own
 
 
 def talk() -> tuple[list[list[float]], list[object], list[object]]:
@@ -76,4 +111,35 @@ def test_one_process_agrees_with_itself() -> None:
     assert any_rank(None, True)
     assert (number_from_rank_0(None, 0.5), gather_objects(None, "x")) == (0.5, ["x"])
     assert (exchange(None, lambda: 2, sum), agree(None, lambda: 3)) == (2, 3)
+    assert exchange_each(None, lambda: 2, lambda ranks: [str(ranks)]) == "[2]"
+    assert exchange_distinct(None, lambda: 2, lambda values, which: (values, which)) == ([2], [0])
     assert (error_of(None, OSError), error_of(None, KeyError)) == (ValueError, KeyError)
+
+
+def test_objects_are_exchanged_by_one_module_alone_and_over_gloo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would copy them to the device and back."""
+    root, callers = Path(__file__).parents[2], set()
+    for folder in ("mmmoe_pretrain", "benchmarks", "launch"):
+        for path in (root / folder).rglob("*.py"):
+            names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            if names & set(OBJECT_COLLECTIVES):
+                callers.add(path.relative_to(root).as_posix())
+    stand_in = "benchmarks/control/ranks.py"  # for those functions; it sends nothing
+    assert callers == {"mmmoe_pretrain/parallel/agreement.py", stand_in}
+    with process_group(1):
+        group = dist.group.WORLD
+        assert (gather_objects(group, 1), from_rank_0(group, lambda: 2)) == ([1], 2)
+        monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+        for action in (
+            lambda: gather_objects(group, 1),
+            lambda: from_rank_0(group, lambda: 1),
+            lambda: exchange(group, lambda: 1, sum),
+        ):
+            with pytest.raises(AssertionError, match="objects go through gloo, not nccl"):
+                action()
+
+
+OBJECT_COLLECTIVES = (
+    "all_gather_object", "broadcast_object_list", "gather_object", "recv_object_list", "scatter_object_list",
+    "send_object_list",
+)  # fmt: skip

@@ -183,6 +183,15 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         1, {}, {"train": {"num_microbatches": 1, "global_batch_size": 1}},
         "no negatives, .*; use train.global_batch_size 2 or more, or objectives.contrastive.weight: 0$",
     ),
+    "lending without expert ranks": (
+        4, {**PP2, "expert_parallel_size": 1}, {"moe": {"lending": {}}},
+        r"moe.lending moves rows .*expert_parallel_size is 1; use expert_parallel_size 2, or set moe.lending: null",
+    ),
+    "lending in one process": (1, {}, {"moe": {"lending": {}}}, "start more data-parallel ranks, or set moe.lending"),
+    "lending under ZeRO 3": (
+        2, {**DEEPSPEED, "zero_stage": 3}, {"moe": {"lending": {}}},
+        "moe.lending holds .*parallel.zero_stage 3 .*use zero_stage 0, 1 or 2, or set moe.lending: null",
+    ),
     "pipeline under DeepSpeed": (
         4, {**DEEPSPEED, **PP2}, {},
         "pipeline_parallel_size 2 with parallel.engine deepspeed: .*set engine: megatron, or pipeline_parallel",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.parallel.groups import Groups, HostGroups
-from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
+from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups, host_pipeline
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
 from tests.support import tiny_config
@@ -64,6 +64,9 @@ def look_around() -> dict[str, tuple[dict[str, list[int]], dict[str, Any]]]:
         for name, (parallel, _) in CASES.items():
             groups = groups_of(ParallelConfig.model_validate(parallel), NUM_EXPERTS)
             met = {kind: ranks_met(getattr(groups, kind)) for kind in KINDS}
+            pipeline = host_pipeline(groups, build_host_groups(timeout_minutes=0.5).control, timeout_minutes=0.5)
+            assert (pipeline is None) == (groups.pipeline_size == 1)
+            assert pipeline is None or ranks_met(pipeline) == met["pipeline"]
             numbers = {field: value for field, value in vars(groups).items() if isinstance(value, int)}
             seen[name] = (met, numbers)
             destroy_groups()

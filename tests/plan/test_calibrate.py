@@ -11,7 +11,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.plan import calibrate as calibration
-from mmmoe_pretrain.plan import machines
+from mmmoe_pretrain.plan import host_time, machines
 from mmmoe_pretrain.plan.build import build
 from mmmoe_pretrain.plan.machines import Machine, find_machine
 from mmmoe_pretrain.plan.time import step_time
@@ -21,11 +21,11 @@ from tests.support import tiny_config
 
 def measured(config: RunConfig) -> Machine:
     calibration.SIZES, calibration.EXPERT_ROWS, calibration.LENGTHS = (32, 64), (32,), (16,)  # of this fork
-    calibration.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
+    host_time.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
     calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
     with process_group(timeout_minutes=0.5) as device:
         machine = calibration.calibrate(config, device, name="here")
-        return calibration.add_links(machine, device) if dist.get_world_size() > 1 else machine
+        return calibration.add_links(machine, config, device) if dist.get_world_size() > 1 else machine
 
 
 def config() -> RunConfig:
@@ -66,7 +66,7 @@ def test_the_file_of_a_dense_model_plans_a_step(tmp_path: Path) -> None:
 def test_links_need_ranks() -> None:
     def alone() -> str:
         with process_group(timeout_minutes=0.5) as device, pytest.raises(ValueError, match="start several") as error:
-            calibration.add_links(machines.GPUS["cpu"], device)
+            calibration.add_links(machines.GPUS["cpu"], config(), device)
         return str(error.value)
 
     assert "torchrun" in run_ranks(1, alone)[0]

@@ -48,7 +48,9 @@ def test_a_layout_put_together_from_blocks_is_the_one_that_is_built(tmp_path: Pa
     ids=str,
 )
 def test_the_peak_from_single_blocks_is_that_of_whole_stages(choice: Choice, tmp_path: Path) -> None:
-    """Within 2% of the run of the whole model on fake tensors, at other samples than the blocks were run at."""
+    """Of the run of the whole model on fake tensors, at other samples than the blocks were run at. Within 2.5%: where
+    blocks are recomputed the embedders are a quarter of this small model's peak, and not quite linear in few samples.
+    """
     train = {"global_batch_size": 64, "num_microbatches": 2, "precision": "bf16"}
     model = {"hidden_size": 64, "num_layers": 6, "num_heads": 4, "ffn_hidden_size": 128, "embedding_size": 32}
     config = tiny_config(tmp_path, model=model, moe={**MOE, "layers": {}}, train=train)
@@ -57,7 +59,7 @@ def test_the_peak_from_single_blocks_is_that_of_whole_stages(choice: Choice, tmp
     planned = fullest(build(found.config, 8), looking.asked)
     closed = looking.fullest(found)
     assert closed.pipeline_rank == planned.pipeline_rank
-    assert closed.memory.tensors == pytest.approx(planned.memory.tensors, rel=0.02)
+    assert closed.memory.tensors == pytest.approx(planned.memory.tensors, rel=0.025)
 
 
 @pytest.mark.parametrize("expert", [2, 4, 8])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.cli import app
+from mmmoe_pretrain.plan import build as build_module
 from mmmoe_pretrain.plan.layouts import legal
 from mmmoe_pretrain.plan.machines import GPUS
 from mmmoe_pretrain.plan.report import Asked
@@ -101,6 +102,15 @@ def test_a_search_leaves_out_what_the_real_build_does_not_fit(tiny: Path, monkey
     assert found["beside"][0]["layout"] == str(ranked[1].candidate.choice)
 
 
+def test_groups_of_many_ranks_are_made_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are most of the time of a plan of thousands of ranks."""
+    made = []
+    original = build_module.build_groups
+    monkeypatch.setattr(build_module, "build_groups", lambda layout: made.append(layout) or original(layout))
+    assert found(tiny, "--gpus", 4, "--gpus-per-node", 2)["layout"]["data"] == 4
+    assert len(made) == 1
+
+
 def test_an_imbalance_without_end_is_refused(tiny: Path) -> None:
     result = plan(tiny, "--gpus", 2, "--imbalance", "inf")
     assert result.exit_code == 2 and "--imbalance" in result.output
@@ -134,6 +144,12 @@ def test_the_memory_of_a_gpu_may_be_given_and_small_sizes_are_in_mb(tiny: Path) 
         (["--gpus", "2", "--tokens", "many"], "--tokens many is not a number of tokens"),
         (["--gpus", "2", "--compare", "a", "b.yaml"], "override 'a' is not key=value"),
         ([], "--gpus is missing"),
+        (["--gpus", "9", "--gpus-per-node", "4"], "--gpus 9 does not fill nodes of --gpus-per-node 4"),
+        (["--gpus", "9", "--gpus-per-node", "4", "--search"], "e.g. --gpus 8, or another --gpus-per-node"),
+        (["--gpus", "6", "--gpus-per-node", "3", "moe.num_experts=8", "parallel.expert_parallel_size=2",
+          "train.global_batch_size=12"], "splits the 2 ranks that share matrices and experts (tensor 1 x expert 2)"),
+        (["--gpus", "6", "--gpus-per-node", "3", "train.global_batch_size=12", "--compare", "seed=1",
+          "parallel.expert_parallel_size=2"], "--gpus-per-node 3 splits the 2 ranks"),
         (["--calibrate", "--machine", "."], "--machine . is a folder, and --calibrate writes a file"),
     ],
 )  # fmt: skip
@@ -142,3 +158,15 @@ def test_bad_input_is_one_clear_message(tiny: Path, arguments: list[str], messag
     assert isinstance(result.exception, ValueError), result.output
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_lending_is_left_out_and_the_rows_from_which_it_pays_are_told(tiny: Path) -> None:
+    # Products of 16 numbers on an H100: 989.4 TFLOP/s x 0.185 x 16 / 128 = 22.88, and 2 x 2 bytes / 6 of that are
+    # 15.25 TB/s. Divided by 0.67 x 450 GB/s inside a node, and by 0.86 x 50 GB/s across nodes.
+    moe = ["moe.num_experts=4", "moe.expert_hidden_size=16", "moe.lending={min_rows: 7}", "model.vocab_size=48"]
+    lent, unlent = found(tiny, *moe, "--gpus", 2), found(tiny, *moe, "moe.lending=null", "--gpus", 2)
+    (told,) = (line for line in lent["assumptions"] if "lending" in line)
+    assert "about 51 rows of an expert inside a node and 355 across nodes (moe.lending.min_rows is 7)" in told
+    assert lent["memory"] == unlent["memory"] and lent["step"] == unlent["step"]
+    searched = found(tiny, *moe, "--gpus", 2, "--search")
+    assert all(told in each["assumptions"] for each in searched["best"])

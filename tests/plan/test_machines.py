@@ -41,8 +41,8 @@ def test_a_measured_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("not json", "cannot be read as the JSON of a machine"),
         ('{"name": "h100"}', "is not the file of a machine"),
         ("[1, 2]", "is not the file of a machine"),
-        ('{"mmmoe_machine": 99}', "has version 99, and this is 2"),
-        ('{"mmmoe_machine": 2, "name": "x"}', "machine.source: required, and missing"),
+        ('{"mmmoe_machine": 99}', "has version 99, and this is 3"),
+        ('{"mmmoe_machine": 3, "name": "x"}', "machine.source: required, and missing"),
     ],
     ids=["no JSON", "foreign", "a list", "version", "incomplete"],
 )

@@ -27,6 +27,7 @@ from mmmoe_pretrain.train.checkpointing import CheckpointManager
 from mmmoe_pretrain.train.loop import train
 from mmmoe_pretrain.train.rollback import FaultDetector
 from mmmoe_pretrain.train.watchdog import Watchdog
+from tests.checkpoint.support import delay_copies
 from tests.distributed import run_ranks
 from tests.support import objectives, things, tiny_config, write_shards
 from tests.train.conftest import SKIPPED
@@ -86,7 +87,7 @@ def test_a_run_that_is_stopped_and_loses_a_worker_and_a_checkpoint_ends_bit_by_b
     stop = partial(signalled, 6, signal.SIGUSR1, rank=1)
     assert run_ranks(2, faulty, config, SKIPPED, kill, stop) == [exit_codes.STOPPED] * 2
     assert [event["workers"] for event in events(config, "worker_restarted")] == [1]
-    assert run_ranks(2, faulty, config, SKIPPED, partial(signalled, 10)) == [exit_codes.STOPPED] * 2
+    assert run_ranks(2, faulty, config, SKIPPED, delay_copies, partial(signalled, 10)) == [exit_codes.STOPPED] * 2
     damage(store.checkpoints(config.checkpoint_root)[-1])
     assert run_ranks(2, faulty, config, SKIPPED) == [exit_codes.DONE] * 2
     kinds = ("started", "skipped_step", "preempted", "resumed", "checkpoint_damaged", "finished")
@@ -116,7 +117,8 @@ def test_a_run_never_starts_from_step_0_over_damaged_checkpoints(tmp_path: Path,
 def test_too_many_bad_steps_roll_the_run_back_and_their_batches_are_skipped(tmp_path: Path, tiny_data: Path) -> None:
     faults = {"max_skipped_steps": 2, "skip_margin": 1}
     config = config_in(tmp_path, tiny_data, data={"num_workers": 1}, faults=faults)
-    run_ranks(2, faulty, config, partial(poison, [6, 7, 8], rank=1), partial(keep_batches, tmp_path / "b"))
+    poisoned, noted = partial(poison, [6, 7, 8], rank=1), partial(keep_batches, tmp_path / "b")
+    run_ranks(2, faulty, config, poisoned, noted, delay_copies)
     (rollback,) = events(config, "rollback")
     # Steps 7, 8 and 9 read batches 6, 7 and 8; the checkpoint knows batches 0 to 3, so a margin fits before them.
     assert (rollback["step"], rollback["to_step"], rollback["skipped_batches"]) == (9, 4, [5, 10])

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.data.loader import Loader
+from mmmoe_pretrain.train import loop
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import objectives, things, write_shards, write_tokenizer
-from tests.train.faulty import STEPS, config_in, copied, events, logged, steps_of
+from tests.train.faulty import STEPS, at_step, config_in, copied, events, logged, steps_of
 
 
 def test_a_finished_run_stays_as_it_is_until_it_is_replaced_by_what_can_work(
@@ -98,3 +108,35 @@ def test_a_run_that_learns_nothing_is_an_error(tmp_path: Path, tiny_data: Path) 
     with pytest.raises(AssertionError, match=r"there is nothing to learn: .*no negatives for audio-text in 2 steps"):
         run_ranks(1, train, config)
     assert [record["counts"]["contrastive/audio-text"] for record in logged(config)] == [8, 8]
+
+
+def who_forks(config: RunConfig) -> tuple[list[str], list[tuple[int, int]], int]:
+    """On a rank: the processes that it has when it begins to use a device, and of its data workers in step 2 (after a
+    kill in step 1) the parent and that one's threads; and the server."""
+    children: list[BaseProcess] = []
+    parents: list[tuple[int, int]] = []
+
+    @contextmanager
+    def process_group(*args: float, plain: Any = loop.process_group) -> Iterator[torch.device]:
+        children.extend(multiprocessing.active_children())
+        with plain(*args) as device:
+            yield device
+
+    def look(loader: Loader) -> None:
+        for pid in loader.worker_pids:
+            (parent,) = re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+            parents.append((int(parent), len(os.listdir(f"/proc/{parent}/task"))))
+
+    loop.process_group = process_group  # type: ignore[assignment]
+    at_step(1, lambda loader: os.kill(loader.worker_pids[0], signal.SIGKILL))
+    at_step(2, look)
+    assert train(config) == exit_codes.DONE
+    return [child.name for child in children], parents, children[0].pid or 0
+
+
+def test_data_workers_are_forked_by_a_process_that_is_older_than_the_use_of_a_device(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    config = config_in(tmp_path, tiny_data, data={"num_workers": 1, "prefetch": 1}, train={"steps": 3})
+    ((names, parents, server),) = run_ranks(1, who_forks, config)
+    assert (names, parents) == (["data worker server"], [(server, 1)])

@@ -161,13 +161,22 @@ def test_layers_may_have_unlike_numbers_of_experts(tmp_path: Path) -> None:
     assert dict(scalars(to_json(both)))["2_routing/dead_experts"] == 1 + 3
 
 
-def test_sums_of_a_step_become_numbers_and_coactivation_is_summed_over_ranks() -> None:
+def test_lending_is_logged_as_rows_of_the_fullest_rank_over_the_mean() -> None:
+    lent = dataclasses.replace(layer_routing(3), lending=np.array([300.0, 130.0, 100.0, 5.0]))
+    assert "lending" not in layer_json(layer_routing())
+    assert layer_json(lent)["lending"] == {"max_over_mean": 3.0, "with_lending": 1.3, "experts": 5.0}
+    values = dict(scalars(to_json(dataclasses.replace(record(1), routing=(layer_routing(1), lent)))))
+    assert values["6_layers/03/lending/with_lending"] == 1.3 and "6_layers/01/lending/experts" not in values
+
+
+def test_sums_of_a_step_become_numbers_and_what_ranks_keep_is_summed_over_them() -> None:
     """Two layers of 2 and 3 experts. What ``reduce_stats`` has summed already is the same on both
     ranks and must not be added again; the pairs of rank r count r + 1 times, 1 + 2 in all."""
 
     def gather() -> list[tuple[int, list[float], float, float]]:
         with process_group(timeout_minutes=1):
             layers = gather_routing((sums(0, 2), sums(1, 3)), dist.group.WORLD)
+        assert layers[0].lending is None and layers[1].lending.tolist() == [6.0, 3.0, 3.0, 1.0]
         return [(r.layer, r.tokens_M.tolist(), r.counts_MXE.sum(), r.coactivation_MEE[0, 0, 1]) for r in layers]
 
     def sums(layer: int, experts: int) -> RoutingStats:
@@ -175,7 +184,8 @@ def test_sums_of_a_step_become_numbers_and_coactivation_is_summed_over_ranks() -
         pairs[0, 0, 1] = pairs[0, 1, 0] = (dist.get_rank() + 1) * 10.0**layer
         return dataclasses.replace(
             zero_stats(experts), layer=layer, tokens_MX=torch.full((3, 2), 2.0 + layer),
-            counts_MXE=torch.ones(3, 2, experts, requires_grad=True), coactivation_MEE=pairs)  # fmt: skip
+            counts_MXE=torch.ones(3, 2, experts, requires_grad=True), coactivation_MEE=pairs,
+            lending=torch.tensor([3.0, 1.5, 1.5, 0.5]) if layer else None)  # fmt: skip
 
     expected = [(0, [4.0, 4.0, 4.0], 12.0, 3.0), (1, [6.0, 6.0, 6.0], 18.0, 30.0)]
     assert run_ranks(2, gather) == [expected, expected]

@@ -16,7 +16,7 @@ from tests.support import tiny_config
 
 VALUES = {
     "gpus": 64, "gpu": "h100", "limit": "time: experts, 22% of a step",
-    "memory": {"total": 50e9, "capacity": 80e9, "terms": {"weights": 30e9, "activations": 12e9, "allowance": 8e9}},
+    "memory": {"total": 50e9, "capacity": 80e9, "terms": {"moments": 30e9, "activations": 12e9, "allowance": 8e9}},
     "step": {"seconds": 4.0, "tokens": 8000.0, "tokens_per_second": 2000.0, "mfu": 0.25},
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_three_lines_and_what_was_measured_beside_them(monkeypatch: pytest.Monke
     found = answer([sys.executable, "-c", script])
     assert found is not None
     assert found.lines == (
-        "planned on 64 x h100: 50.0 of 80 GB on the fullest, most in weights",
+        "planned on 64 x h100: 50.0 of 80 GB on the fullest, most in optimizer moments",
         "planned: 4 s a step of 8,000 tokens, 2,000 tok/s, MFU 25.0%; time: experts, 22% of a step",
         "planned: 1.0 days for the 21,600 steps that are left",
     )

@@ -141,7 +141,7 @@ def test_the_real_trackers_hold_the_numbers_of_the_log_though_a_server_is_killed
     step 20."""
     for library in ("mlflow", "flask", "sqlalchemy", "alembic"):
         pytest.importorskip(library)
-    rows, port = tmp_path / "trackio", free_port()
+    rows, pid_file, port = tmp_path / "trackio", tmp_path / "server.pid", free_port()
     uri = f"http://127.0.0.1:{port}"
     places = of_installed({"wandb": {"mode": "offline"}, "mlflow": {"uri": uri}, "trackio": {"folder": str(rows)}})
     config = config_in(tmp_path, tiny_data, train={"steps": 24}, trackers=places)
@@ -158,10 +158,15 @@ def test_the_real_trackers_hold_the_numbers_of_the_log_though_a_server_is_killed
 
         def start_again(_: object) -> None:
             until(lambda: bool(state().error), "the tracker sees no failure")
-            servers.enter_context(mlflow_server(tmp_path, port))
+            again = servers.enter_context(mlflow_server(tmp_path, port))
+            pid_file.write_text(str(again.pid))  # this is a fork, which ends without its context managers
             until(lambda: state().sent >= 18, "nothing arrives at the new server")
 
-        run_ranks(1, faulty, config, partial(at_step, 10, kill), partial(at_step, 20, start_again))
+        try:
+            run_ranks(1, faulty, config, partial(at_step, 10, kill), partial(at_step, 20, start_again))
+        finally:
+            if pid_file.exists():
+                os.killpg(int(pid_file.read_text()), signal.SIGKILL)
     want = expected(config)
     assert list(want) == list(range(1, 25))
     readers: dict[str, Callable[[str], dict[int, dict[str, float]]]] = {

@@ -41,9 +41,10 @@ def saved(tmp_path: Path) -> Path:
 def test_how_an_moe_layer_is_computed_and_its_losses_may_change_but_not_its_experts(
     tmp_path: Path, saved: Path
 ) -> None:
-    computed = {"dispatch_chunks": 3, "losses": {"z": 0.1},
+    computed = {"lending": {}, "losses": {"z": 0.1},
                 "layers": {1: {"num_experts": 8, "expert_backend": "grouped_mm"}}}  # fmt: skip
     check_same_model(tiny_config(tmp_path, moe={**MOE, **computed}), saved)
+    check_same_model(tiny_config(tmp_path, moe={**MOE, **computed, "lending": None, "dispatch_chunks": 3}), saved)
     with pytest.raises(ValueError, match=r"moe.layers.1.num_experts was 8 and is 16"):
         check_same_model(tiny_config(tmp_path, moe={**MOE, "layers": {1: {"num_experts": 16}}}), saved)
 

@@ -1,7 +1,7 @@
 """Who makes what: cuts the items to be read ahead into tasks, gives them to the workers, and collects the results.
 
-A thread of the rank waits for answers and passes the next task on; each costs it some 200 microseconds. All state is
-behind one lock; the main thread forks workers and takes items.
+A thread of the rank waits for answers and passes the next task on; each costs it some 200 microseconds. Another reads
+what is packed out of shared memory. All state is behind one lock; the main thread forks workers and takes items.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import select
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from mmmoe_pretrain.data.workers.worker import Done, Failed, Make, Pack, Source,
 CREDIT = 2  # tasks of samples that a worker has, and of packing: the next one is there when it ends one
 TASK_SECONDS = 0.05  # cheap samples go to a worker several at a time
 MAX_TASKS = 512  # of an item, so that the message that packs it stays small
+REST = 1.0  # seconds that a thread waits before it looks again
 
 
 @dataclass(order=True)
@@ -46,29 +47,41 @@ class _Item:
     waiting: int  # tasks to be done before it is packed
     parts: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
     packed: int | None = None  # the slot
+    bytes: int = 0  # in it
+    value: Any = None
+    loaded: bool = False
     failed: Failed | None = None
     transfer: float = 0.0
 
     @property
     def ready(self) -> bool:
-        return self.packed is not None or self.failed is not None
+        return self.loaded or self.failed is not None
 
 
 class Dispatcher:
     """The items of ``source`` at ``numbers`` from ``first`` on, made by workers, which the owner adds and replaces.
 
     ``ahead`` items are made ahead of the next one; later ones than that are only begun while all that is ready takes
-    less than ``most_bytes``.
+    less than ``most_bytes``. The next ``held`` items are unpickled, and go through ``finish``, before they are taken.
     """
 
     def __init__(
-        self, source: Source[Any], numbers: range, first: int, count: int, ahead: int, most_bytes: int
+        self,
+        source: Source[Any],
+        numbers: range,
+        first: int,
+        count: int,
+        ahead: int,
+        most_bytes: int,
+        held: int = 1,
+        finish: Callable[[Any], Any] = lambda item: item,
     ) -> None:
         self.changed = threading.Condition()
         self.workers: list[Worker] = []
         self.broken = ""  # the traceback of the thread
         self._source, self._numbers, self._count = source, numbers, count
         self._next, self._planned, self._ahead, self._most = first, first, ahead, most_bytes
+        self._held, self._finish = held, finish
         self._items: dict[int, _Item] = {}
         self._sent = 0  # tasks, by which their answers are numbered
         self._packs: list[_Task] = []  # a heap
@@ -79,7 +92,10 @@ class Dispatcher:
         self._left: list[tuple[Worker, Arena, int]] = []  # slots into which a lost worker may have written
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._ending = False
-        self._thread = threading.Thread(target=self._run, name="data dispatch", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=f"data {name}", daemon=True)
+            for name, work in (("dispatch", self._collect), ("reading", self._load))
+        ]
 
     @property
     def arenas(self) -> tuple[int, int]:
@@ -92,8 +108,9 @@ class Dispatcher:
             for lost in self.workers[slot : slot + 1]:
                 self._recover(lost)
             self.workers[slot : slot + 1] = [worker]
-            if self._thread.ident is None:
-                self._thread.start()
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
             self._pump()
         self._wake()
 
@@ -114,11 +131,12 @@ class Dispatcher:
             found = self._items[item]
             if found.failed is not None:
                 return found.failed
-            assert found.packed is not None and item == self._next
-            value = arena.load(self._packed.lend(found.packed))
+            assert found.loaded and item == self._next
             del self._items[item]
             self._next = item + 1
             self._pump()
+            self.changed.notify_all()  # the next one may be read
+            value, found.value = found.value, None
             return value, found.transfer
 
     def end(self) -> None:
@@ -127,11 +145,20 @@ class Dispatcher:
             if self._ending:
                 return
             self._ending = True
+            self.changed.notify_all()
         self._wake()
         for worker in self.workers:
             worker.process.kill()  # all first, then wait
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()  # it waits for nothing but the lock
+        if threading.current_thread() in self._threads:
+            # The garbage collector found the owner in it, perhaps under the lock, which the other one waits for.
+            threading.Thread(target=self._clean_up, name="data end").start()
+        else:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()  # it waits for nothing but the lock
         for worker in self.workers:
             worker.end()
         self._samples.close()
@@ -142,10 +169,10 @@ class Dispatcher:
     def _wake(self) -> None:
         os.write(self._wake_writer, b"x")
 
-    def _run(self) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
             while not self._ending:
-                self._collect()
+                work()
         except Exception:  # noqa: BLE001  # raised where the rank waits
             with self.changed:
                 self.broken = traceback.format_exc()
@@ -172,6 +199,26 @@ class Dispatcher:
                 if any(workers[descriptor].lost for descriptor in found):
                     self.changed.notify_all()
                     return
+
+    def _load(self) -> None:
+        """Read the next item that is packed, if there is one that may be held."""
+        with self.changed:
+            # Not for ever: where the garbage collector ends the dispatcher in this thread, it misses its own call.
+            self.changed.wait_for(lambda: self._to_load() is not None or self._ending, REST)
+            found = self._to_load()
+            if self._ending or found is None:
+                return
+            assert found.packed is not None
+            content = self._packed.lend(found.packed)
+        found.value = self._finish(arena.load(content))
+        del content  # it would keep the memory until this thread goes on
+        with self.changed:
+            found.loaded = True
+            self.changed.notify_all()
+
+    def _to_load(self) -> _Item | None:
+        held = (self._items.get(item) for item in range(self._next, self._next + self._held))
+        return next((its for its in held if its is not None and its.packed is not None and not its.loaded), None)
 
     def _receive(self, worker: Worker) -> None:
         received = worker.receive()
@@ -201,7 +248,7 @@ class Dispatcher:
 
     def _take_packed(self, item: _Item, task: _Task, answer: Done) -> None:
         self._packed.written(task.slot, answer.length)
-        item.packed = task.slot
+        item.packed, item.bytes = task.slot, answer.length
         for _, slot, _ in item.parts:
             self._samples.give_back(slot)
         self.changed.notify_all()
@@ -246,7 +293,8 @@ class Dispatcher:
                         self._give(worker, heap)
 
     def _may_begin(self, heap: list[_Task]) -> bool:
-        return heap[0].item == self._next or self._samples.used + self._packed.used < self._most
+        held = sum(item.bytes for item in self._items.values() if item.loaded)
+        return heap[0].item == self._next or self._samples.used + self._packed.used + held < self._most
 
     def _give(self, worker: Worker, heap: list[_Task]) -> None:
         """Give the first task of ``heap`` to the worker, if its connection has room."""

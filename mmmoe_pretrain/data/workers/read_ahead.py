@@ -11,13 +11,13 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import util
 from typing import Generic, TypeVar
 
 from mmmoe_pretrain.data.workers.dispatch import Dispatcher
-from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Source, Worker, kind_of
+from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Fork, Source, Worker, kind_of
 
 logger = logging.getLogger(__name__)
 _AT_EXIT = 10  # before multiprocessing joins its children: it would wait for these workers forever
@@ -62,11 +62,21 @@ class ReadAhead(Generic[T]):
 
     What ``source`` raises ends the iteration: a ValueError or Restartable as such, else a RuntimeError. The
     workers start with the first item and end with the last one, with ``close``, with this object,
-    or within a second of this process, however it ends. They are forked by the thread that iterates.
+    or within a second of this process, however it ends. They are forked by the thread that iterates. What they send
+    is unpickled by another one, and goes through ``finish`` there.
     """
 
-    def __init__(self, source: Source[T], numbers: range, workers: Workers) -> None:
+    def __init__(
+        self,
+        source: Source[T],
+        numbers: range,
+        workers: Workers,
+        finish: Callable[[T], T] = lambda item: item,
+        fork: Fork | None = None,
+    ) -> None:
+        """``fork``: see ``Worker``; what it makes has the same items."""
         self._source, self._numbers, self._settings = source, numbers, workers
+        self._finish, self._forks = finish, fork
         self._done = 0  # items delivered: all that there is to resume from
         self._patience = workers.patience  # what is left of it
         self._running: list[Dispatcher] = []  # at most one
@@ -115,7 +125,7 @@ class ReadAhead(Generic[T]):
     def _read_here(self, number: int) -> T:
         try:
             samples = self._source.samples(number, range(self._source.count(number)))
-            return self._source.pack(number, list(samples))
+            return self._finish(self._source.pack(number, list(samples)))
         except ValueError as error:  # of the same kind, and so with the same exit code, as of a worker
             self.close()
             raise kind_of(error)(str(error)) from error
@@ -142,14 +152,15 @@ class ReadAhead(Generic[T]):
         settings = self._settings
         self._source.describe(self._numbers[self._done], 0)  # before the forks, which share what it computes
         dispatcher = Dispatcher(
-            self._source, self._numbers, self._done, settings.count, settings.ahead, settings.ahead_bytes
-        )
+            self._source, self._numbers, self._done, settings.count, settings.ahead, settings.ahead_bytes,
+            settings.together, self._finish,
+        )  # fmt: skip
         self._running.append(dispatcher)
         for slot in range(settings.count):
             dispatcher.set_worker(slot, self._fork(dispatcher))
 
     def _fork(self, dispatcher: Dispatcher) -> Worker:
-        return Worker(self._source, dispatcher.arenas, dispatcher.workers)
+        return Worker(self._source, dispatcher.arenas, dispatcher.workers, self._forks)
 
     def _wait(self, dispatcher: Dispatcher) -> None:
         """Until the next item is there.
@@ -210,10 +221,11 @@ class ReadAhead(Generic[T]):
                 f"does not answer, or a sample takes longer than data.worker_timeout and faults.hang_minutes allow. "
                 f"Where it is the same sample each time, it crashes a decoder: leave it out. Then start the run again"
             )
+        other = self._fork(dispatcher)
         logger.warning(
             "%s; started again (%d of %d within an hour)", what, len(self._latest), self._settings.max_restarts
         )
-        dispatcher.set_worker(slot, self._fork(dispatcher))
+        dispatcher.set_worker(slot, other)
 
 
 def _lost(dispatcher: Dispatcher) -> Sequence[int]:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
+from mmmoe_pretrain.batch import to_arrays, to_tensors
 from mmmoe_pretrain.data.cursor import Cursor
-from mmmoe_pretrain.data.loader import Loader, LoadStats, StepData, to_arrays, to_tensors
+from mmmoe_pretrain.data.loader import Loader, LoadStats, StepData
 from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import Stream

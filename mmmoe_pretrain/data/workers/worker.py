@@ -23,7 +23,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -33,6 +32,7 @@ from mmmoe_pretrain.exit_codes import Restartable
 
 _AT = struct.Struct("<qq")  # the item and the sample that a worker makes, shared with it
 _PACKS = struct.Struct("<q")  # behind it: the item that it packs
+_SHARED = _AT.size + _PACKS.size
 _NONE = -1
 _PARENT_CHECK_SECONDS = 0.2  # an orphan holds its rank's sockets open: the other ranks would wait for it
 KILL_SECONDS = 5.0  # a killed process may be stuck in the kernel, on a dead network disk: it is left there
@@ -104,26 +104,46 @@ def kind_of(error: ValueError) -> type[ValueError]:
     return Restartable if isinstance(error, Restartable) else ValueError
 
 
+class Process(Protocol):
+    """What is used of a ``multiprocessing.Process``."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def join(self, timeout: float) -> None: ...
+    def kill(self) -> None: ...
+
+
+# descriptors of a worker's connection, of what it shares with the rank and of the arenas -> a process with them
+Fork = Callable[[Sequence[int]], Process]
+
+
 class Worker:
     """A process, as the rank sees it."""
 
-    def __init__(self, source: Source[Any], arenas: tuple[int, int], others: Sequence[Worker]) -> None:
+    def __init__(
+        self, source: Source[Any], arenas: tuple[int, int], others: Sequence[Worker], fork: Fork | None = None
+    ) -> None:
+        """``fork``: in place of a fork of this process; ``run_worker`` is then the process's main function."""
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.tasks: dict[int, Any] = {}  # those it has and has not answered, by their number, oldest first
         self.since = 0.0  # when it last answered, or got a task while it had none
         self.lost = False
-        self._at = mmap.mmap(-1, _AT.size + _PACKS.size)
+        at = os.memfd_create("mmmoe worker")
+        os.ftruncate(at, _SHARED)
+        self._at = mmap.mmap(at, _SHARED)
         _AT.pack_into(self._at, 0, _NONE, _NONE)
         _PACKS.pack_into(self._at, _AT.size, _NONE)
-        inherited = [self.socket, *(other.socket for other in others if not other.lost)]
-        self.process: BaseProcess = multiprocessing.get_context("fork").Process(
-            target=_work, args=(source, arenas, theirs, self._at, inherited, os.getpid()), name="data worker",
-            daemon=True,
-        )  # fmt: skip
         try:
-            self.process.start()
+            if fork is None:
+                inherited = [self.socket, *(other.socket for other in others if not other.lost)]
+                self.process: Process = _forked(source, arenas, theirs, self._at, inherited)
+            else:
+                self.process = fork((theirs.fileno(), at, *arenas))
         finally:
             theirs.close()  # so that the connection ends with the worker
+            os.close(at)
 
     def send(self, number: int, task: Make | Pack) -> bool:
         """Whether the worker was given ``task``, whose answer will have ``number``; never waits."""
@@ -174,6 +194,22 @@ class Worker:
         self.socket.close()
 
 
+def _forked(
+    source: Source[Any], arenas: tuple[int, int], theirs: socket.socket, at: mmap.mmap, inherited: list[socket.socket]
+) -> Process:
+    process = multiprocessing.get_context("fork").Process(
+        target=_work, args=(source, arenas, theirs, at, inherited, os.getpid()), name="data worker", daemon=True
+    )
+    process.start()
+    return process
+
+
+def run_worker(source: Source[Any], descriptors: Sequence[int]) -> None:
+    """In a process that ``fork`` of ``Worker`` made, with its ``descriptors``."""
+    own, at, samples, packed = descriptors
+    _work(source, (samples, packed), socket.socket(fileno=own), mmap.mmap(at, _SHARED), [], os.getppid())
+
+
 def _work(
     source: Source[Any], arenas: tuple[int, int], own: socket.socket, at: mmap.mmap, inherited: list[socket.socket],
     parent: int,
@@ -184,7 +220,7 @@ def _work(
         signal.signal(name, signal.SIG_IGN)
     for other in inherited:
         other.close()
-    _close_sockets(own.fileno())
+    close_sockets(own.fileno())
     gc.freeze()  # no destructor of the rank's objects runs here, and its pages stay shared
     torch.set_num_threads(1)  # the threads of a forked OpenMP pool are not there
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -257,7 +293,7 @@ def _pack(source: Source[Any], task: Pack, slots: tuple[Slots, Slots]) -> Done:
     return Done(length, ended - loaded, loaded - began + time.perf_counter() - ended)
 
 
-def _close_sockets(own: int) -> None:
+def close_sockets(own: int) -> None:
     """Those of the rank (not 0 to 2: a service's output may be one), so that other ranks see the rank end even if a
     worker that cannot be killed still runs."""
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():

@@ -1,8 +1,9 @@
 """``mmmoe routing``: one pass of a trained model over held-out rows, and the report of its routing.
 
-Owns the order of the steps and ``routing.json``, which holds every number of the pages:
-``{"run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts", "pairs",
-"mean_probability", "specialisation_by_task", "task_specialisation", "top_tokens"], "notes"}``.
+Owns the order of the steps and ``routing.json``, of which ``page.py`` makes ``routing.html``:
+``{"version", "run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts",
+"pairs", "mean_probability", "shown", "top_tokens"], "history", "media", "left_out", "notes"}``. The page
+docs/expert_layer.md describes each.
 """
 
 from __future__ import annotations
@@ -12,34 +13,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import origins, pack
-from mmmoe_pretrain.evaluate import heatmap, routing_report
+from mmmoe_pretrain.evaluate import routing_report
 from mmmoe_pretrain.evaluate.features import add_routing, device_of
-from mmmoe_pretrain.evaluate.routing import figures, history, page, sheets
-from mmmoe_pretrain.evaluate.routing.top_tokens import TopToken, TopTokens, watch
+from mmmoe_pretrain.evaluate.routing import history, page, selection
+from mmmoe_pretrain.evaluate.routing.html import rounded
+from mmmoe_pretrain.evaluate.routing.media import Media
+from mmmoe_pretrain.evaluate.routing.top_tokens import TopTokens, watch
 from mmmoe_pretrain.evaluate.routing_report import array
 from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, place_of_report, untrained_routing
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import token_info
+from mmmoe_pretrain.parallel.runtime import named_device
+from mmmoe_pretrain.paths import new_file
 
-REPORT = "routing/routing.json"
+REPORT, PAGE = "routing.json", "routing.html"
 STRONGEST_PAIRS = 5  # of experts, a modality
 TOP = 8  # tokens of an expert and modality
 
 
 def routing_command(
-    run_dir: Path, test: Sequence[str], out: Path | None, top: int, overrides: Sequence[str] = ()
+    run_dir: Path,
+    test: Sequence[str],
+    out: Path | None,
+    top: int,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
 ) -> None:
-    """Write the report, and print its folder."""
-    folder = write_report(run_dir, test, out, top, overrides)
-    print(f"wrote {folder / 'index.md'}")
+    """Write the report, and print where it is."""
+    folder = write_report(run_dir, test, out, top, overrides, device)
+    print(f"wrote {folder / PAGE}, {folder / REPORT}")
 
 
 def write_report(
@@ -48,15 +57,16 @@ def write_report(
     out: Path | None = None,
     top: int = TOP,
     overrides: Sequence[str] = (),
+    device: str = "auto",
 ) -> Path:
-    """The report of the newest checkpoint in ``out`` (default: ``run_dir``/routing, unless a report of other shards
-    is there); returns the folder.
+    """The report of the newest checkpoint in ``out`` (default: ``run_dir``, unless a report of other shards is
+    there); returns the folder. ``device``: of ``named_device``.
 
     ValueError for a dense run, and where no held-out shards are named or they hold no sample.
     """
     if top < 1:
         raise ValueError(f"--top {top} would list nothing; give 1 or more")
-    model, config, step = load_model(run_dir, overrides)
+    model, config, step = load_model(run_dir, overrides, named_device(device))
     if config.moe.dense:
         raise ValueError(
             f"{run_dir} is a dense model (moe.num_experts: 1): it has no routing to "
@@ -65,19 +75,19 @@ def write_report(
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
     samples, routing, top_tokens = run_pass(model, rows, top)
-    layers = [_summary(*pair, config) for pair in zip(routing, untrained_routing(rows), strict=True)]
-    report = {
-        "run": config.name, "step": step, "test": rows.paths, "samples": samples, "layers": layers,
+    layers = [
+        _summary(*pair, config) for pair in zip(routing, untrained_routing(rows, device_of(model)), strict=True)
+    ]
+    report = rounded({
+        "version": page.VERSION, "run": config.name, "step": step, "test": rows.paths, "samples": samples,
+        "layers": layers, "history": history.in_json(history.read(run_dir / "metrics.jsonl")),
         "notes": rows.notes(overrides),
-    }  # fmt: skip
-    for old in (*folder.glob("layer_*"), *folder.glob("training_*.png"), folder / "coactivation.png"):
-        old.unlink(missing_ok=True)  # of an earlier report with more layers or experts
-    together, training = _figures(routing, layers, run_dir, folder)
-    for layer in layers:
-        _layer_page(layer, top_tokens, rows, folder)
-    (folder / "index.md").write_text(page.index(report, together, training), encoding="utf-8")
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / Path(REPORT).name).write_text(text + "\n", encoding="utf-8")
+    })  # fmt: skip
+    html = selection.fill(report, top_tokens, Media(rows), rows.modalities)
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for name, content in ((REPORT, text + "\n"), (PAGE, html)):
+        with new_file(folder / name) as draft:
+            draft.write_text(content, encoding="utf-8")
     return folder
 
 
@@ -115,63 +125,4 @@ def _summary(stats: RoutingStats, untrained: RoutingStats, config: RunConfig) ->
             name: routing_report.strongest_pairs(array(stats.coactivation_MEE[m]), tokens_M[m], STRONGEST_PAIRS)
             for m, name in seen
         },
-    }
-
-
-def _figures(
-    routing: Sequence[RoutingStats], layers: Sequence[dict[str, Any]], run_dir: Path, folder: Path
-) -> tuple[bool, list[str]]:
-    """Whether there is a figure of experts that work together, and the names of the figures of training."""
-    modalities = routing[0].names.modalities
-    panels = [
-        heatmap.Panel(
-            f"layer {layer['layer']}",
-            np.stack([layer["share"].get(m, [np.nan] * layer["experts"]) for m in modalities], axis=1),
-            modalities,
-        )
-        for layer in layers
-    ]
-    heatmap.save(heatmap.draw(panels, "Where each modality's tokens go"), folder / "load.png")
-    pairs = [(stats.layer, array(stats.coactivation_MEE.sum(0))) for stats in routing]
-    together = figures.coactivation(pairs, folder / "coactivation.png")
-    past = history.read(run_dir / "metrics.jsonl")
-    if not past:
-        return together, []
-    figures.change_over_steps(past, folder / "training_change.png")
-    return together, [*figures.load_over_steps(past, folder), "training_change.png"]
-
-
-def _layer_page(layer: dict[str, Any], search: TopTokens, rows: HeldOutRows, folder: Path) -> None:
-    """The layer's page and sheets; its top-activating tokens go into ``layer`` too."""
-    number = layer["layer"]
-    found = [
-        {  # modalities that the expert serves with more than a tenth of an even share
-            modality: tokens
-            for modality, tokens in search.of(number, expert).items()
-            if sheets.worth_a_look(layer["share"][modality][expert], layer["experts"])
-        }
-        for expert in range(layer["experts"])
-    ]
-    names: dict[str, list[str]] = {}
-    for name, share_E in layer["share"].items():
-        lines = [sheets.Row(expert, share_E[expert], by[name]) for expert, by in enumerate(found) if name in by]
-        title = f"Layer {number}: top-activating tokens of {name}"
-        drawn = sheets.draw(title, rows.modalities[name], lines)
-        names[name] = [f"layer_{number:02d}_{name}_{i}.png" for i in range(len(drawn))]
-        for file, image_HWC in zip(names[name], drawn, strict=True):
-            heatmap.save(image_HWC, folder / file)
-    layer["top_tokens"] = [{m: [_plain(top, rows) for top in tokens] for m, tokens in by.items()} for by in found]
-    text = page.layer_page(layer, found, names, rows.modalities)
-    (folder / page.page_name(number)).write_text(text, encoding="utf-8")
-
-
-def _plain(top: TopToken, rows: HeldOutRows) -> dict[str, Any]:
-    return {
-        "sample": top.sample.meta.key,
-        "item": top.number,
-        "token": top.token,
-        "probability": top.probability,
-        "log_probability": top.log_p,
-        "task": top.task,
-        **rows.modalities[top.modality].describe(top.item.value, top.token),
     }

@@ -5,14 +5,20 @@ Shapes: R records (logged steps), M modalities, E experts.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmmoe_pretrain.evaluate.routing_report import specialisation
+from mmmoe_pretrain.evaluate.routing_report import experts_used, specialisation
 from mmmoe_pretrain.untrusted import brief, parse_json
+
+MAX_POINTS = 120  # of a line; a point is the mean of its records beyond that
+MAX_LOAD_STEPS = 40  # steps whose loads are kept
+MAX_LOADS = 250_000  # numbers of all layers: a megabyte of the page
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,43 @@ def read(path: Path) -> list[LayerHistory]:
         why = brief(f"{type(error).__name__}: {error}")
         raise ValueError(f"{path} has invalid routing records ({why}); move the file away") from error
     return [layer for layer in layers if len(layer.steps_R) > 1]
+
+
+def in_json(history: Sequence[LayerHistory]) -> list[dict[str, Any]]:
+    """What the report keeps of each layer: lines by modality over all ``steps``, and the ``load`` by step, modality
+    and expert at fewer ``load_steps``."""
+    numbers = sum(layer.load_RME[0].size for layer in history)
+    most = max(2, min(MAX_LOAD_STEPS, MAX_LOADS // max(1, numbers)))
+    return [_layer_in_json(layer, most) for layer in history]
+
+
+def _layer_in_json(layer: LayerHistory, load_steps: int) -> dict[str, Any]:
+    steps, score = binned(layer.steps_R, layer.specialisation_R)
+    change_RM = np.concatenate([np.full((1, len(layer.modalities)), np.nan), layer.change_RM])
+    _, change = binned(layer.steps_R, change_RM)
+    _, used = binned(layer.steps_R, experts_used(layer.load_RME))
+    at, load = binned(layer.steps_R, layer.load_RME, load_steps)
+    return {
+        "layer": layer.layer,
+        "modalities": list(layer.modalities),
+        "steps": steps.tolist(),
+        "specialisation": score.tolist(),
+        "change": change.T.tolist(),
+        "experts_used": used.T.tolist(),
+        "load_steps": at.tolist(),
+        "load": load.tolist(),
+    }
+
+
+def binned(steps_R: np.ndarray, values_R: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``most`` rows: the last step of each bin, and the mean of its values that are numbers."""
+    if len(steps_R) <= most:
+        return steps_R, values_R
+    parts = np.array_split(np.arange(len(steps_R)), most)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over NaN alone, which is NaN
+        means = [np.nanmean(values_R[part], axis=0) for part in parts]
+    return steps_R[[part[-1] for part in parts]], np.stack(means)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

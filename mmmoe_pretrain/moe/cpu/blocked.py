@@ -36,6 +36,9 @@ BLOCK_BYTES = 16 << 20  # of a piece's widest tensor: malloc recycles that size,
 
 def blocked(x_mD: Tensor, weights_A: Tensor, plan: ExpertPlan, stack: ExpertStack) -> Tensor:
     """See ``ExpertMath``."""
+    if plan.unused_A is not None:
+        plan = plan.without_unused()
+        weights_A = weights_A[: plan.num_assignments]
     keep = torch.is_grad_enabled() and not stack.recompute  # gradients are never enabled inside the function
     return _Blocked.apply(x_mD, weights_A, stack.up_EFD, stack.down_EDF, stack.up_bias_EF, plan, stack, keep)
 

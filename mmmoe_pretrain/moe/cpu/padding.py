@@ -13,6 +13,7 @@ Shapes: A assignments, P of them with padding.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +82,7 @@ def padded_length(count: int) -> int:
     return -(-count // step) * step
 
 
-def _pieces(counts: list[int], most_rows: int, pad: bool) -> list[Piece]:
+def _pieces(counts: Sequence[int], most_rows: int, pad: bool) -> list[Piece]:
     pieces, end = [], 0
     for expert, count in enumerate(counts):
         for done in range(0, count, most_rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmmoe_pretrain.data_prep import corpora
-from mmmoe_pretrain.data_prep.corpora import asterisk, emoji, gcide, tuxpaint
+from mmmoe_pretrain.data_prep.corpora import asterisk, cldr_emoji, emoji, gcide, tuxpaint
 
 
 def stamp(root: Path, name: str, text: str, *sounds: str, image: str = ".png") -> None:
@@ -195,6 +195,59 @@ def test_variants_of_an_emoji_are_one_family(one: str, other: str, same: bool):
     assert (emoji.Emoji(one, "x", {}).family == emoji.Emoji(other, "x", {}).family) == same
 
 
+def annotations(common: Path, folder: str, language: str, names: dict[str, str]) -> None:
+    """A file as CLDR has it: keywords beside each name."""
+    lines = [f'<annotation cp="{cp}">a | b</annotation><annotation cp="{cp}" type="tts">{name}</annotation>'
+             for cp, name in names.items()]  # fmt: skip
+    path = common / folder / f"{language}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<ldml><annotations>{''.join(lines)}</annotations></ldml>", encoding="utf-8")
+
+
+CATALOGUE = {code: emoji.Emoji(code, "animals & nature", {}) for code in ("1f404", "1f402", "1f408-200d-2b1b")}
+
+
+@pytest.fixture
+def cldr(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """A cow, an ox and a black cat (two code points and a joiner)."""
+    single, sequences = cldr_emoji.FOLDERS
+    annotations(tmp_path, single, "de", {"🐄": "Kuh", "🐂": "Ochse", "{": "geschweifte Klammer"})
+    annotations(tmp_path, sequences, "de", {"🐈\u200d⬛": "schwarze Katze"})
+    annotations(tmp_path, single, "nn", {"🐄": "ku", "🐂": cldr_emoji.INHERITED})
+    annotations(tmp_path, single, "de_CH", {"🐄": "Kuh", "🐂": "Ochs"})
+    annotations(tmp_path, single, "lb", {"🐄": "Kuh", "🐂": "Kuh"})
+    annotations(tmp_path, sequences, "lb", {"🐈\u200d⬛": "schwaarz  Kaz"})
+    return cldr_emoji.read_names(tmp_path)
+
+
+def test_names_of_cldr_are_of_emoji_in_languages_that_name_nearly_all(cldr: dict[str, dict[str, str]]):
+    found = cldr_emoji.chosen(cldr, CATALOGUE, ())
+    assert found == {
+        "de": {"1f404": "Kuh", "1f402": "Ochse", "1f408-200d-2b1b": "schwarze Katze"},
+        "lb": {"1f404": "Kuh", "1f402": "Kuh", "1f408-200d-2b1b": "schwaarz Kaz"},
+    }
+    assert cldr_emoji.chosen(cldr, CATALOGUE, ("nn",)) == {"nn": {"1f404": "ku"}}
+    with pytest.raises(ValueError, match="no emoji names in xx; it has de, de_CH, lb, nn"):
+        cldr_emoji.chosen(cldr, CATALOGUE, ("de", "xx"))
+
+
+def test_pairs_with_one_name_share_a_group(cldr: dict[str, dict[str, str]]):
+    """The cow is "Kuh" in both languages, and so is the ox in one of them."""
+    groups = cldr_emoji.group_pairs(CATALOGUE, {name: cldr[name] for name in ("de", "lb")})
+    assert groups["1f404-de"] == groups["1f404-lb"] == groups["1f402-lb"]
+    assert groups["1f402-de"] != groups["1f404-de"]
+
+
+def test_a_package_without_names_says_that_its_layout_changed(tmp_path: Path):
+    with pytest.raises(ValueError, match="its layout has changed"):
+        cldr_emoji.read_names(tmp_path)
+
+
+@pytest.mark.parametrize("name", corpora.CORPORA)
+def test_every_corpus_has_its_file(name: str):
+    assert callable(corpora.build(name))
+
+
 def test_an_unknown_corpus_names_those_there_are():
-    with pytest.raises(ValueError, match="tuxpaint, emoji, asterisk, gcide, mini"):
+    with pytest.raises(ValueError, match="tuxpaint, emoji, cldr-emoji, asterisk, gcide, mini"):
         corpora.build("laion")
