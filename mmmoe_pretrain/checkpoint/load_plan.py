@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.checkpoint import boxes
+from mmmoe_pretrain.checkpoint.boxes import fill, overlaps, rows_near, tiles
 from mmmoe_pretrain.checkpoint.files import read_box, read_ranges
 from mmmoe_pretrain.checkpoint.folders import complete, read_file
 from mmmoe_pretrain.checkpoint.index import MAX_INDEX, Index, StoredTensor, parse_index, refuse_bad_rows
@@ -53,7 +53,7 @@ def plan_load(storage: Storage, checkpoint: Checkpoint, index: Index, state: Sha
         key: held for key, tensor in state.items() if (held := [b for b, _ in tensor.boxes() if math.prod(b.size)])
     }
     near = {
-        key: boxes.rows_near(stored.blocks, stored.count, held, stored.shape)
+        key: rows_near(stored.blocks, stored.count, held, stored.shape)
         for key, held in wanted.items()
         for stored in (index.tensors[key],)
     }
@@ -86,11 +86,11 @@ def _reads(
     dims = len(stored.shape)
     offset, size = rows[:, 2 : 2 + dims], rows[:, 2 + dims :]
     for (mine, _), piece in zip(tensor.boxes(), tensor.pieces.values(), strict=True):
-        which, begin, length = boxes.overlaps(offset, size, mine)
+        which, begin, length = overlaps(offset, size, mine)
         where = "" if mine.size == stored.shape else f" at {list(mine.offset)}"
         if not _covers(begin - np.asarray(mine.offset, dtype=np.int64), length, mine.size):
             raise ValueError(
-                f"{checkpoint} is damaged: it holds {boxes.fill(length, mine.size)} of {key}{where}; delete that "
+                f"{checkpoint} is damaged: it holds {fill(length, mine.size)} of {key}{where}; delete that "
                 f"folder to resume from the one before"
             )
         for row, start, extent in zip(which.tolist(), begin.tolist(), length.tolist(), strict=True):
@@ -103,7 +103,7 @@ def _reads(
 def _covers(offset: np.ndarray, size: np.ndarray, whole: Shape) -> bool:
     if size.prod(axis=1).sum() != math.prod(whole):
         return False
-    return len(size) < 2 or boxes.tiles(offset, size, whole)  # one of its size inside of it is all of it
+    return len(size) < 2 or tiles(offset, size, whole)  # one of its size inside of it is all of it
 
 
 def fill_pieces(storage: Storage, checkpoint: Checkpoint, reads: Reads) -> None:

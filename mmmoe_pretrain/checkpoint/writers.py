@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmmoe_pretrain.checkpoint import boxes
+from mmmoe_pretrain.checkpoint.boxes import fill, strides, untiled
 from mmmoe_pretrain.checkpoint.files import DTYPES, NAMES
 from mmmoe_pretrain.checkpoint.index import Index, make_index, refuse_unreadable
 from mmmoe_pretrain.checkpoint.names import rank_file
@@ -107,7 +107,7 @@ class Writers:
         rank = np.repeat(np.arange(len(offers)), [len(keys) for keys, *_ in held])
         key, dtype, offset, size = (np.concatenate(its, dtype=np.int64) for its in zip(*held, strict=True))
         shapes = np.asarray([(1,) * (tables.dims - len(shape)) + shape for shape in tables.shapes], dtype=np.int64)
-        start = np.einsum("nd,nd->n", offset, boxes.strides(shapes.reshape(len(tables.shapes), tables.dims))[key])
+        start = np.einsum("nd,nd->n", offset, strides(shapes.reshape(len(tables.shapes), tables.dims))[key])
         order = np.lexsort((start, key))  # stable: of equal boxes the first rank's comes first
         self._place = order  # that each box had; from here on they are in the order of keys and starts
         self._rank, self._key, self._dtype = rank[order], key[order], dtype[order]
@@ -175,7 +175,7 @@ class Writers:
                 problems.append(f"disagree on the shape or type of {key}: {', '.join(map(str, values))}")
             elif number in uncovered:
                 held = unique[self._key[unique] == number]
-                said = boxes.fill(
+                said = fill(
                     self._size[held, self._tables.dims - len(self._tables.shapes[number]) :],
                     self._tables.shapes[number],
                 )
@@ -208,7 +208,7 @@ class Writers:
             rows = np.concatenate([np.arange(bounds[number], bounds[number + 1]) for number in firsts])
             group = np.repeat(np.arange(len(firsts)), [bounds[number + 1] - bounds[number] for number in firsts])
             skip, shapes = self._tables.dims - dims, [self._tables.shapes[number] for number in firsts]
-            for number in boxes.untiled(group, offset[rows, skip:], size[rows, skip:], shapes):
+            for number in untiled(group, offset[rows, skip:], size[rows, skip:], shapes):
                 found.update(groups[number])
         return found
 

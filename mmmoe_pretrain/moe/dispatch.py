@@ -32,7 +32,7 @@ from mmmoe_pretrain.moe.plan import (
     plan_on_device,
     sum_rows,
     take_rows,
-    zero_unused,
+    zero_unused_,
 )
 from mmmoe_pretrain.parallel.collectives import RowExchange, exchange_counts
 from mmmoe_pretrain.parallel.groups import Groups
@@ -60,7 +60,7 @@ class LocalDispatcher:
             plan, order_A = plan_of_slots(slots_nK, self.num_slots)
         else:
             plan, order_A = plan_on_device(slots_nK, self.num_slots, self.dropless)
-        weights_A = zero_unused(weights_nK.reshape(-1).index_select(0, order_A), plan)
+        weights_A = zero_unused_(weights_nK.reshape(-1).index_select(0, order_A), plan)
         return compute(x_nD, weights_A, plan), overlap() if overlap else None, None
 
 

@@ -24,7 +24,7 @@ from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.moe.activation import weighted
 from mmmoe_pretrain.moe.cpu import activation as by_hand
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
-from mmmoe_pretrain.moe.plan import ExpertPlan
+from mmmoe_pretrain.moe.plan import ExpertPlan, zero_unused_
 
 ALIGNMENT = 16  # bytes; grouped_mm wants the inner sizes to be multiples
 
@@ -75,7 +75,7 @@ class _Grouped(torch.autograd.Function):
         if not stack.output_is_needed:
             return torch.zeros_like(x_mD)
         h_AF = weighted(stack.activation, up_AF, weights_A)
-        return plan.sum_by_row(_zero_unused(F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends_E), plan))
+        return plan.sum_by_row(zero_unused_(F.grouped_mm(h_AF, down_EDF.transpose(1, 2), offs=ends_E), plan))
 
     @staticmethod
     @once_differentiable
@@ -105,12 +105,12 @@ class _Grouped(torch.autograd.Function):
             grad_up = F.grouped_mm(grad_up_AF.t(), x_mD.index_select(0, plan.rows_A), offs=ends_E)
         if grad_up_AF is not None and needs_bias:
             grad_bias = torch.zeros_like(up_bias_EF).index_add_(
-                0, plan.experts_A, _zero_unused(grad_up_AF, plan).to(up_bias_EF.dtype)
+                0, plan.experts_A, zero_unused_(grad_up_AF, plan).to(up_bias_EF.dtype)
             )
         if grad_up_AF is not None and needs_x:
-            grad_x = plan.sum_by_row(_zero_unused(F.grouped_mm(grad_up_AF, up_EFD, offs=ends_E), plan))
+            grad_x = plan.sum_by_row(zero_unused_(F.grouped_mm(grad_up_AF, up_EFD, offs=ends_E), plan))
         if grad_weights is not None:
-            grad_weights = _zero_unused(grad_weights, plan)
+            grad_weights = zero_unused_(grad_weights, plan)
         return grad_x, grad_weights if needs_weights else None, grad_up, grad_down, grad_bias, None, None, None
 
 
@@ -119,14 +119,6 @@ def _first_product(
 ) -> Tensor:
     up_AF = F.grouped_mm(x_mD.index_select(0, plan.rows_A), up_EFD.transpose(1, 2), offs=ends_E)
     return up_AF if up_bias_EF is None else up_AF.add_(up_bias_EF.to(up_AF.dtype).index_select(0, plan.experts_A))
-
-
-def _zero_unused(x_A: Tensor, plan: ExpertPlan) -> Tensor:
-    """``x_A`` [A, ...] with zeros for assignments to nowhere, in place: products leave their rows unwritten, and a
-    row's sum includes them."""
-    if plan.unused_A is None:
-        return x_A
-    return x_A.masked_fill_(plan.unused_A.view(-1, *[1] * (x_A.ndim - 1)), 0)
 
 
 def _weighted_backward(

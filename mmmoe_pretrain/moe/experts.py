@@ -21,7 +21,7 @@ from mmmoe_pretrain.moe.cpu.blocked import blocked
 from mmmoe_pretrain.moe.cpu.buffers import Buffers
 from mmmoe_pretrain.moe.expert_math import ExpertMath, ExpertStack, grouped_mm, grouped_mm_fits
 from mmmoe_pretrain.moe.lending import Loans, keep_in_graph
-from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows, zero_unused
+from mmmoe_pretrain.moe.plan import ExpertPlan, sum_rows, take_rows, zero_unused_
 from mmmoe_pretrain.parallel.cuts import expert_cut, mark_cut, mark_stacked, tensor_cut, tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.placement import Placement
@@ -114,7 +114,7 @@ class Experts(nn.Module):
         if not self.weight_on_input:
             return self._weighted_sum(x_mD, weights_A, plan, *stacks)
         x_AD = take_rows(x_mD, plan) * weights_A[:, None].to(x_mD.dtype)
-        ones_A = zero_unused(torch.ones_like(weights_A), plan)  # an assignment to nowhere adds no bias
+        ones_A = zero_unused_(torch.ones_like(weights_A), plan)  # an assignment to nowhere adds no bias
         return sum_rows(self._weighted_sum(x_AD, ones_A, plan.one_by_one(), *stacks), plan)
 
     def _weighted_sum(

@@ -49,7 +49,7 @@ class ExpertPlan:
     ``rows_A``: the row that each assignment computes on. ``counts``: assignments of each local expert.
     ``place_A``: the positions in that order of row 0's assignments, then of row 1's, and so on; ``offsets_m``:
     where each row's begin in ``place_A``. ``unused_A``: True for assignments to nowhere, which come after all others
-    and which the sums over a row's assignments include: their results must be 0 (``zero_unused``). None: there are
+    and which the sums over a row's assignments include: their results must be 0 (``zero_unused_``). None: there are
     none.
     """
 
@@ -194,12 +194,12 @@ def sum_rows(y_AD: Tensor, plan: ExpertPlan) -> Tensor:
     return _SumRows.apply(y_AD, plan)
 
 
-def zero_unused(x_A: Tensor, plan: ExpertPlan) -> Tensor:
-    """[A, ...] with zeros where ``plan`` uses nothing, forward and backward. ``grouped_mm`` leaves those rows
-    unwritten in its result and in the gradient of its input."""
+def zero_unused_(x_A: Tensor, plan: ExpertPlan) -> Tensor:
+    """``x_A`` [A, ...] with zeros for assignments to nowhere, in place; so is its gradient. Products leave their rows
+    unwritten, and a row's sum includes them."""
     if plan.unused_A is None:
         return x_A
-    return x_A.masked_fill(plan.unused_A.view(-1, *[1] * (x_A.ndim - 1)), 0)
+    return x_A.masked_fill_(plan.unused_A.view(-1, *[1] * (x_A.ndim - 1)), 0)
 
 
 def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
 from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
-from mmmoe_pretrain.plan.host_time import Clock, dispatch_time, host_times
+from mmmoe_pretrain.plan.host_time import Clock, dispatch_time, host_times, slowest
 from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Machine, machine_of
 
 SIZES = (32, 64, 128, 256, 512, 1024)  # smallest dimension of a product; the others are WIDE or more
@@ -214,7 +214,7 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
         for kind, work in _collectives(ranks, group, device).items():
             if shared and ranks < size and (kind, ranks) in known:
                 continue
-            curve = [(_sent(kind, ranks, n), _slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES]
+            curve = [(_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES]
             known[kind, ranks] = Collective(kind=kind, ranks=ranks, seconds=tuple(curve))
     update: dict[str, object] = {"collectives": tuple(known.values())}
     if size == machine.cores:
@@ -235,7 +235,7 @@ def _crowded(device: torch.device, clock: Clock) -> dict[str, float]:
         dist.barrier()
         alone = seconds_of(work, clock) if dist.get_rank() == 0 else 0.0
         dist.barrier()
-        found[limit] = max(1.0, _slowest(seconds_of(work, clock), device) / _slowest(alone, device))
+        found[limit] = max(1.0, slowest(seconds_of(work, clock), device) / slowest(alone, device))
     return {**found, "host": found["computation"]}
 
 
@@ -251,12 +251,6 @@ def _seconds_of_link(work: Callable[[int], object], numbers: int, clock: Clock) 
         if spell:
             found.append((clock() - began) / calls)
     return min(found)
-
-
-def _slowest(seconds: float, device: torch.device) -> float:
-    value = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)
 
 
 def _sent(kind: str, ranks: int, numbers: int) -> float:

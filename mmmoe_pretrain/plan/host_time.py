@@ -54,9 +54,14 @@ def dispatch_time(config: RunConfig, machine: Machine, device: torch.device, clo
     sent = dispatch(ranks, moe.num_experts, moe.dispatch_chunks, routed, narrow.model.hidden_size * element)
     messages = sum(placed(transfer, layout, machine).seconds for transfer in sent)
     local, remote = (_steps(config, False, each, device, clock).block for each in (1, ranks))
-    longer = torch.tensor(remote - local, dtype=torch.float64, device=device)
-    dist.all_reduce(longer, op=dist.ReduceOp.MAX)
-    return max(0.0, float(longer) - messages) / machine.crowded.get("host", 1.0)
+    return max(0.0, slowest(remote - local, device) - messages) / machine.crowded.get("host", 1.0)
+
+
+def slowest(seconds: float, device: torch.device) -> float:
+    """Of all ranks."""
+    value = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mmmoe_pretrain.moe.cpu.padding import pad_plan
 from mmmoe_pretrain.moe.expert_math import ExpertStack
 from mmmoe_pretrain.moe.experts import EXPERT_BACKENDS, choose_backend
 from mmmoe_pretrain.moe.layer import MoELayer
-from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, plan_on_device, zero_unused
+from mmmoe_pretrain.moe.plan import ExpertPlan, plan_of_slots, plan_on_device, zero_unused_
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.moe.plain_experts import weighted_experts
@@ -169,7 +169,7 @@ def test_counts_that_stay_on_the_device_change_nothing(routing: str, backend: st
         plan, order_A = plan_on_device(slots, num_experts, dropless)
         assert plan.num_assignments == slots.numel()
         assert list(plan.counts) == [int((slots == e).sum()) for e in range(num_experts)]
-        weights_A = zero_unused(case.weights.reshape(-1)[order_A], plan)
+        weights_A = zero_unused_(case.weights.reshape(-1)[order_A], plan)
         out, loop = EXPERT_BACKENDS[backend](case.x, weights_A, plan, case.stack()), case.loop()
         for ours, theirs in zip((out, *case.gradients(out)), (loop, *case.gradients(loop)), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # as above
