@@ -1,10 +1,11 @@
 """Emoji with their names in 91 languages, from Unicode's CLDR: subsets ``noto``, ``twitter`` and ``fluent``, as in
 ``emoji.py``.
 
-A text is ``LANGUAGE: NAME``. Pairs of (emoji, language) are held out, not emoji: a model has seen an emoji of the
-validation or test split in other languages, and the language with other emoji. Pairs with the same name, of one emoji
-in two languages or of two emoji in one language, are one group, so that no held-out name was seen for its emoji or in
-its language. All styles of a pair are in one split.
+A text is a name alone; its language is the field ``language``, which a text modality can read (docs/data_format.md).
+Pairs of (emoji, language) are held out, not emoji: a model has seen an emoji of the validation or test split in other
+languages, and the language with other emoji. Pairs with the same name, of one emoji in two languages or of two emoji in
+one language, are one group, so that no held-out name was seen for its emoji or in its language. All styles of a pair are
+in one split.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def emoji_rows(
         yield Row(
             key=f"cldr-{style.name}-{emoji.code}-{language.lower()}",
             image=image,
-            text=f"{language.lower()}: {name}",
+            text=name,
             language=language.lower(),
             label=emoji.label,
             group=group,

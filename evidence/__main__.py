@@ -1,0 +1,179 @@
+"""Trains what the studies of evidence/studies.py lack, and writes docs/evidence.md and its pictures from the records.
+
+    python -m evidence                       all studies: hours; repeat it to continue
+    python -m evidence --only captions       one study
+    python -m evidence --render              the page from the records that are there
+    python -m evidence --list                the runs, and which of them have a record
+    python -m evidence --quick               all studies in small, without a network: minutes; figures without meaning
+
+Runs go to runs/evidence, a core each, records to evidence/records. A run with a record is not repeated. Ctrl-C or
+SIGTERM ends runs at a checkpoint; the exit code is 75 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evidence import page, quick, records
+from evidence.records import Record
+from evidence.runs import Runner, Task
+from evidence.settings import changed
+from evidence.studies import ROOT, STUDIES, Study, study
+from mmmoe_pretrain.exit_codes import STOPPED
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call keeps its runs, records and page, and what holds for all of its runs."""
+
+    runs: Path = ROOT / "runs" / "evidence"
+    records: Path = records.FOLDER
+    docs: Path = ROOT / "docs"
+    data: Path | None = None  # None: where the configs have it
+    extra: tuple[str, ...] = ()
+    head: str = page.HEAD
+    runner: type[Runner] = Runner
+
+
+def quick_place(out: Path) -> Place:
+    data = out / "data"
+    return Place(out / "runs", out / "records", out, data, quick.overrides(data), quick.HEAD, quick.ForkingRunner)
+
+
+def tasks_of(
+    studies: Sequence[Study], place: Place, only: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Task]:
+    """All runs, with a record or without: the first seed of all variants before the second."""
+    return [
+        Task(each, variant, seed, place.runs, place.extra)
+        for each in studies
+        for seed in each.seeds
+        for variant in each.variants
+        if not variant.same_as and (not only or variant.name in only) and (not seeds or seed in seeds)
+    ]
+
+
+def record_path(task: Task, place: Place) -> Path:
+    return records.path_of(task.study.name, task.variant.name, task.seed, place.records)
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[each.name for each in STUDIES], help="studies")
+    parser.add_argument("--variants", nargs="+", default=[], help="only these of each study")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument("--render", action="store_true", help="train nothing")
+    parser.add_argument("--list", action="store_true", help="the runs, and which of them have a record")
+    parser.add_argument("--quick", action="store_true", help="all in small")
+    parser.add_argument("--out", type=Path, help=f"of --quick: its folder; default: {quick.OUT.relative_to(ROOT)}")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Errors that a user can fix print one line."""
+    args = arguments(given)
+    try:
+        studies, place = [study(name) for name in args.only], Place()
+        check(studies, args)
+        if args.quick:
+            studies = quick.studies_of(studies)
+            place = quick_place((args.out or quick.OUT).resolve())
+        if args.list:
+            show(studies, place)
+        elif args.render:
+            render(studies if args.quick else STUDIES, place)
+        else:
+            train(studies, place, args)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"evidence: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check(studies: Sequence[Study], args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that name nothing."""
+    for wanted, known, what in (
+        (args.variants, {variant.name for each in studies for variant in each.variants}, "variant"),
+        (args.seeds, {seed for each in studies for seed in each.seeds}, "seed"),
+    ):
+        for name in wanted:
+            if name not in known:
+                there = ", ".join(map(str, sorted(known)))
+                raise ValueError(f"there is no {what} {name} in {', '.join(args.only)}; there are {there}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs} trains nothing; give 1 or more")
+    if args.out is not None and not args.quick:
+        raise ValueError("--out is of --quick; full runs have their places in runs/, evidence/records and docs/")
+    if args.out is not None:
+        quick.check_folder(args.out)
+
+
+def otherwise(studies: Sequence[Study], place: Place) -> Iterator[tuple[Task, Record, list[str]]]:
+    """The records that were made with other settings than their study has now, and those settings."""
+    for task in tasks_of(studies, place):
+        if (path := record_path(task, place)).is_file():
+            record = records.read(path)
+            if changes := changed(record.config, task.config()):
+                yield task, record, changes
+
+
+def show(studies: Sequence[Study], place: Place) -> None:
+    for each in studies:
+        for variant in each.variants:
+            owner, name = each.owner_of(variant)
+            known = [seed for seed in each.seeds if records.path_of(owner, name, seed, place.records).is_file()]
+            of = f" (runs of {variant.same_as})" if variant.same_as else ""
+            print(f"{each.name:<12}{variant.name:<20}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
+    for task, _, changes in otherwise(studies, place):
+        print(f"{task.name} was made with other settings: {'; '.join(changes)}")
+
+
+def render(studies: Sequence[Study], place: Place) -> None:
+    """The page, which also says what was made with other settings."""
+    remarks: dict[str, list[str]] = {}
+    for task, record, changes in otherwise(studies, place):
+        told = f"Recorded with other settings than the study has now: {task.variant.label}, seed {record.seed} ("
+        remarks.setdefault(task.study.name, []).append(f"{told}{'; '.join(changes)}).")
+    print(page.write(place.docs, place.records, studies, remarks, place.head))
+
+
+def train(studies: Sequence[Study], place: Place, args: argparse.Namespace) -> None:
+    wanted = tasks_of(studies, place, args.variants, args.seeds)
+    tasks = [task for task in wanted if not record_path(task, place).is_file()]
+    print(f"{len(tasks)} runs to train of {len(wanted)}, {args.jobs} at a time", flush=True)
+    for corpus in dict.fromkeys(task.study.corpus for task in tasks):
+        make_data(corpus, place.data)
+    if args.quick:
+        quick.import_once()
+    runner = place.runner(args.jobs, place.records)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: runner.stop())
+    stopped = False
+    for task, path in runner.run(tasks):
+        stopped = stopped or path is None
+        print(f"{task.name}: {path or 'stopped; repeat the command to continue it'}", flush=True)
+    render(studies if args.quick else STUDIES, place)
+    if stopped:
+        sys.exit(STOPPED)
+
+
+def make_data(corpus: str, out: Path | None) -> None:
+    """Raises RuntimeError where it fails; it has said why then."""
+    command = [str(ROOT / "evidence" / "data.sh"), corpus, *([str(out)] if out else [])]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # has mmmoe-data
+    if code := subprocess.run(command, check=False, env={**os.environ, "PATH": path}).returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}; see above")
+
+
+if __name__ == "__main__":
+    main()

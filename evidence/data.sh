@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Corpora of the studies: evidence/data.sh emoji|gcide, or mini FOLDER, which needs no network. Fetches, shards and
+# tokenizes; what exists is kept.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/steps.sh
+source launch/steps.sh
+
+# shard CORPUS OUT OPTION...: into OUT, which exists only when it is complete; a second call resumes.
+shard() {
+  local manifest=$1/manifest.jsonl out=$2
+  shift 2
+  show mmmoe-data shard "$manifest" --out "$out.tmp" --overwrite "$@" && mv "$out.tmp" "$out"
+}
+
+# tokenizer CORPUS SIZE OUT
+tokenizer() {
+  make_once "Train a tokenizer" "$3" mmmoe-data tokenizer "$1/manifest.jsonl" --vocab-size "$2" --out "$3"
+}
+
+case "${1:-} ${2:-}" in
+  "emoji ")
+    corpus=data/corpora/cldr-emoji out=data/evidence/emoji
+    mkdir -p data/corpora "$out"
+    make_once "Fetch emoji and their names" "$corpus/manifest.jsonl" mmmoe-data corpus cldr-emoji --out "$corpus"
+    make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" --filter subset=noto --image-size 48
+    tokenizer "$corpus" 8000 "$out/tokens.model"
+    ;;
+  "gcide ")
+    corpus=data/corpora/gcide out=data/evidence/gcide
+    mkdir -p data/corpora "$out"
+    make_once "Fetch a dictionary" "$corpus/manifest.jsonl" mmmoe-data corpus gcide --out "$corpus"
+    make_once "Shard its entries" "$out/shards" shard "$corpus" "$out/shards"
+    tokenizer "$corpus" 4096 "$out/tokens.model"
+    ;;
+  "mini "?*)
+    corpus=$2/mini out=$2
+    mkdir -p "$out"
+    make_once "Unpack the small corpus of the repository" "$corpus/manifest.jsonl" \
+      mmmoe-data corpus mini --out "$corpus"
+    make_once "Shard the rows that have all modalities" "$out/shards" \
+      shard "$corpus" "$out/shards" --filter subset=constructed --image-size 16 --audio-rate 16000
+    tokenizer "$corpus" 400 "$out/tokens.model"
+    ;;
+  *)
+    echo "usage: evidence/data.sh emoji|gcide, or evidence/data.sh mini FOLDER" >&2
+    exit 2
+    ;;
+esac

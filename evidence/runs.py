@@ -1,0 +1,245 @@
+"""Trains a variant of a study, or continues it, by mmmoe train in a process of its own, and records it.
+
+A run lives in a folder of its own, which has its log and, in core_seconds.json, its cost so far.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from evidence import records
+from evidence.records import Machine, Point, Record
+from evidence.settings import refuse_other_settings
+from evidence.studies import ROOT, Study, Variant
+from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain import exit_codes
+from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.base import explain
+from mmmoe_pretrain.evaluate.routing_report import specialisation
+from mmmoe_pretrain.export.layout import Weight, parameter_counts
+from mmmoe_pretrain.models.costs import model_costs
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.train.journal import EVENTS
+from mmmoe_pretrain.untrusted import read_json
+
+COST = "core_seconds.json"  # in a run's folder
+LOG = "log.txt"
+LAST_LINES = 20  # of the log of a run that failed
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a run has one core
+# A run ends with the harness, also where that is killed, before or after the run asks for it.
+START = """import os, sys
+from mmmoe_pretrain import cli, exit_codes
+exit_codes.end_with_parent()
+if os.getppid() == {parent}:
+    cli.main()
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to train. ``extra``: overrides that hold for all runs of a call."""
+
+    study: Study
+    variant: Variant
+    seed: int
+    runs_dir: Path
+    extra: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.study.name}-{self.variant.name}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        own = (f"name={self.name}", f"seed={self.seed}", f"runs_dir={self.runs_dir}")
+        return [*self.variant.overrides, *self.extra, *own]
+
+    def config(self) -> RunConfig:
+        return run_config.load(self.study.path, self.overrides)
+
+
+@dataclass
+class Runner:
+    """Trains tasks, ``jobs`` at a time, each on one core; ``stop`` ends them at a checkpoint."""
+
+    jobs: int
+    records: Path
+    _running: list[int] = field(default_factory=list)  # process ids
+    _stopping: bool = False
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Path | None]]:
+        """Each task with its record as it ends; None where ``stop`` came first. Raises RuntimeError where one fails,
+        after the others have stopped."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self._one, task): task for task in tasks}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """Runs save and end; those that have not begun never do."""
+        self._stopping = True
+        for process in list(self._running):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGTERM)
+
+    def _one(self, task: Task) -> Path | None:
+        if self._stopping:
+            return None
+        config, code_version = task.config(), commit()
+        refuse_other_settings(config)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        cost = Cost(config.run_dir / COST)
+        cost.begin()
+        with (config.run_dir / LOG).open("ab") as log:
+            process = self._start(["train", str(task.study.path), *task.overrides], log)
+            self._running.append(process)
+            if self._stopping:  # since the check above
+                self.stop()
+            _, status, used = os.wait4(process, 0)
+            self._running.remove(process)
+        code = os.waitstatus_to_exitcode(status)
+        # Nothing was lost: it is done, has saved, or was stopped before it could train.
+        if code in (exit_codes.DONE, exit_codes.STOPPED) or (self._stopping and code == -signal.SIGTERM):
+            cost.end(used.ru_utime + used.ru_stime)
+        if code == exit_codes.DONE:
+            return records.write(record_of(task, config, cost.seconds, code_version), self.records)
+        if self._stopping:
+            return None
+        tail = (config.run_dir / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        raise RuntimeError(f"{task.name} ended with {code}; the end of {config.run_dir / LOG}:\n" + "\n".join(tail))
+
+    def _start(self, arguments: Sequence[str], log: BinaryIO) -> int:
+        """The process of ``mmmoe`` with these arguments. It has a session of its own, so that Ctrl-C in a terminal
+        reaches this process alone: a second signal would end a run before it has saved."""
+        started = subprocess.Popen(
+            [sys.executable, "-c", START.format(parent=os.getpid()), *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+        started.returncode = 0  # os.wait4 waits for it, and Popen must not
+        return started.pid
+
+
+class Cost:
+    """CPU seconds of all starts of a run, kept in its folder. Unknown once a start was not ended by ``end``: it was
+    killed or failed, and what it had computed since its last checkpoint was computed again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        found = read_json(path) if path.is_file() else {}
+        known = found.get("seconds") if not found.get("running") else None
+        self.seconds: float | None = known if path.with_name(EVENTS).is_file() else 0.0  # else it has not begun
+
+    def begin(self) -> None:
+        self._write(running=True)
+
+    def end(self, seconds: float) -> None:
+        if self.seconds is not None:
+            self.seconds += seconds
+        self._write(running=False)
+
+    def _write(self, running: bool) -> None:
+        draft = self._path.with_name(self._path.name + ".tmp")
+        draft.write_text(json.dumps({"seconds": self.seconds, "running": running}), encoding="utf-8")
+        draft.replace(self._path)
+
+
+def record_of(task: Task, config: RunConfig, core_seconds: float | None, code_version: str) -> Record:
+    """Of a run that has ended; ``code_version``: the commit that it ran. Raises ValueError where it has no scores at
+    its end, or some that are no numbers."""
+    saved = run_config.load(config.run_dir / "config.yaml")
+    total, active = _parameters(saved)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = [line for line in lines if "held_out" in line]
+    if not scored or scored[-1]["step"] != config.train.steps:
+        raise ValueError(f"{config.run_dir}/metrics.jsonl has no held-out scores of step {config.train.steps}")
+    values = saved.model_dump(mode="json")  # with the defaults, which a later version may change
+    try:
+        return Record(
+            study=task.study.name,
+            variant=task.variant.name,
+            seed=task.seed,
+            date=datetime.now(UTC).date().isoformat(),
+            commit=code_version,
+            machine=machine(),
+            config={key: value for key, value in values.items() if key != "runs_dir"},
+            parameters=total,
+            active_parameters=active,
+            flops_per_token=round(model_costs(saved).training, 1),
+            core_seconds=None if core_seconds is None else round(core_seconds, 1),
+            points=[_point(line) for line in scored],
+            load=[layer["load"] for layer in scored[-1]["routing"]],
+        )
+    except ValidationError as error:
+        raise ValueError(f"{config.run_dir}/metrics.jsonl: {explain(error)[0]}; the run has diverged") from None
+
+
+def _point(line: dict[str, Any]) -> Point:
+    layers, found = line["routing"], line["held_out"]
+    return Point(
+        step=line["step"],
+        tokens=line["tokens_total"],
+        scores={**found["losses"], **found["scores"]},
+        specialisation=[round(_specialisation(layer), 4) for layer in layers],
+        largest_load=[max(layer["load_over_even"]) for layer in layers],
+    )
+
+
+def _specialisation(layer: dict[str, Any]) -> float:
+    """0 where one modality alone has tokens."""
+    counts_ME = np.array([layer["load"][name] for name, tokens in layer["tokens"].items() if tokens])
+    return specialisation(counts_ME) or 0.0
+
+
+def _parameters(config: RunConfig) -> tuple[int, int]:
+    """All, and those that a token meets."""
+    with torch.device("meta"):
+        model = PretrainingModel(config)
+    weights = [Weight(name, tuple(p.shape), p.dtype, True) for name, p in model.named_parameters()]
+    return parameter_counts(config, weights)
+
+
+def commit() -> str:
+    """Of the checkout; with a + where tracked files were changed since."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        edited = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!evidence/records", ":!docs")
+        return git("rev-parse", "HEAD").strip() + ("+" if edited.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> Machine:
+    model = platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    if cpus.is_file():
+        names = [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return Machine(cpu=model, cores=len(os.sched_getaffinity(0)), torch=torch.__version__)
