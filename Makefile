@@ -5,7 +5,7 @@ TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SHELL_FILES := $(wildcard launch/*.sh launch/*.sbatch) .ci/run
+SHELL_FILES := $(wildcard launch/*.sh launch/*.sbatch) evidence/data.sh .ci/run
 IMAGE_TARGET ?= cpu
 IMAGE ?= mmmoe:$(IMAGE_TARGET)
 BASE ?=
@@ -14,7 +14,7 @@ IMAGE_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench compare clean
+.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench compare evidence clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,9 +75,12 @@ compare: $(STAMP) ## Train the demo's MoE model and a dense model over three see
 	launch/data.sh
 	$(BIN)/python -m mmmoe_pretrain.launch.compare
 
+evidence: $(STAMP) ## Train the studies of docs/evidence.md, ONLY="captions prose" some (hours; repeat it to continue)
+	@$(BIN)/python -m evidence $(if $(ONLY),--only $(ONLY))
+
 clean: ## Remove .venv and the caches, but not data/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find $(wildcard mmmoe_pretrain data_prep launch tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard mmmoe_pretrain data_prep launch tests benchmarks evidence) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # trackio works with Pillow 13 and asks for an older one; the dev extra has its other dependencies.
 $(STAMP): pyproject.toml constraints.txt

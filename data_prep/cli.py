@@ -38,7 +38,13 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 @app.command(epilog="Example: mmmoe-data corpus mini --out data/mini")
 def corpus(
-    name: Annotated[str, typer.Argument(help="tuxpaint, emoji, cldr-emoji, asterisk, gcide or mini.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="tuxpaint, emoji, cldr-emoji, asterisk, gcide, wordnet, debian-handbook, installation-guide, "
+            "package-descriptions or mini."
+        ),
+    ],
     out: Annotated[Path, typer.Option(callback=given, help="Folder for the files and manifest.jsonl.")],
     language: Annotated[
         list[str] | None,

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,15 +157,25 @@ def train(studies: Sequence[Study], place: Place, args: argparse.Namespace) -> N
     if args.quick:
         quick.import_once()
     runner = place.runner(args.jobs, place.records)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: runner.stop())
     stopped = False
-    for task, path in runner.run(tasks):
-        stopped = stopped or path is None
-        print(f"{task.name}: {path or 'stopped; repeat the command to continue it'}", flush=True)
+    with stopping(runner):
+        for task, path in runner.run(tasks):
+            stopped = stopped or path is None
+            print(f"{task.name}: {path or 'stopped; repeat the command to continue it'}", flush=True)
     render(studies if args.quick else STUDIES, place)
     if stopped:
         sys.exit(STOPPED)
+
+
+@contextmanager
+def stopping(runner: Runner) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM stop ``runner``."""
+    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_data(corpus: str, out: Path | None) -> None:

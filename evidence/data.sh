@@ -31,7 +31,7 @@ case "${1:-} ${2:-}" in
     mkdir -p data/corpora "$out"
     make_once "Fetch a dictionary" "$corpus/manifest.jsonl" mmmoe-data corpus gcide --out "$corpus"
     make_once "Shard its entries" "$out/shards" shard "$corpus" "$out/shards"
-    tokenizer "$corpus" 4096 "$out/tokens.model"
+    tokenizer "$corpus" 512 "$out/tokens.model"
     ;;
   "mini "?*)
     corpus=$2/mini out=$2
@@ -39,7 +39,7 @@ case "${1:-} ${2:-}" in
     make_once "Unpack the small corpus of the repository" "$corpus/manifest.jsonl" \
       mmmoe-data corpus mini --out "$corpus"
     make_once "Shard the rows that have all modalities" "$out/shards" \
-      shard "$corpus" "$out/shards" --filter subset=constructed --image-size 16 --audio-rate 16000
+      shard "$corpus" "$out/shards" --filter subset=constructed --image-size 16 --workers 1
     tokenizer "$corpus" 400 "$out/tokens.model"
     ;;
   *)

@@ -28,6 +28,7 @@ How to read the tables:
   without a difference one shows one by chance.
 - All variants of a study have the same data, order, steps and recipe, except where a row says so.
 - In the pictures a band is the 95% interval of the mean. It may reach beyond the axis.
+- If a record was made with other settings than its study has now, the section ends with them.
 """
 NOTHING: Mapping[str, Sequence[str]] = {}
 

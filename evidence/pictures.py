@@ -30,23 +30,29 @@ NARROW = 3.0  # ratio of the ends of an axis up to which its ticks are evenly sp
 
 
 def draw(study: Study, runs: Runs, path: Path) -> None:
-    """All panels of ``study``, two or three side by side, with one legend under them."""
     import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": study.name, "svg.fonttype": "path", "font.size": 9}):
+        metadata = {"Date": None, "Creator": None}
+        figure_of(study, runs).savefig(path, format="svg", metadata=metadata, facecolor="white")
+
+
+def figure_of(study: Study, runs: Runs) -> Figure:
+    """All panels of ``study``, two or three side by side, with one legend under them."""
     from matplotlib.figure import Figure
 
     number = len(study.panels)
     columns = 2 if number in (2, 4) else min(number, 3)
     rows = math.ceil(number / columns)
-    with matplotlib.rc_context({"svg.hashsalt": study.name, "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows + 0.4), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax, name in zip(axes, study.panels, strict=False):
-            PANELS[name](ax, study, runs)
-            _style(ax)
-        for ax in axes[number:]:
-            ax.axis("off")
-        _legend(figure, SIZE[0] * columns)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax, name in zip(axes, study.panels, strict=False):
+        PANELS[name](ax, study, runs)
+        _style(ax)
+    for ax in axes[number:]:
+        ax.axis("off")
+    _legend(figure, SIZE[0] * columns)
+    return figure
 
 
 def _legend(figure: Figure, inches: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be made: {error.strerror}; choose another --out") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written; choose another --out, or change its owner or mode")
+    try:
+        tempfile.TemporaryFile(dir=path).close()  # root has access by every mode, and some file systems hold no files
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror}; choose another --out, or change its owner or mode"
+        ) from None
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def test_help_is_quick_and_loads_no_torch(module: str) -> None:
 
 
 def python_files() -> list[Path]:
-    folders = (*PACKAGES, "tests", "benchmarks")
+    folders = (*PACKAGES, "tests", "benchmarks", "evidence")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -189,7 +189,7 @@ def test_files_and_functions_stay_small() -> None:
 
 def text_files() -> Iterator[Path]:
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")  # a file in a worktree
-    for folder in (*PACKAGES, "tests", "benchmarks", "configs", "docs", ".ci"):
+    for folder in (*PACKAGES, "tests", "benchmarks", "evidence", "configs", "docs", ".ci"):
         yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
 
 

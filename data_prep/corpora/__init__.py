@@ -20,6 +20,10 @@ CORPORA = {
     "cldr-emoji": "those emoji in 91 languages; pairs of emoji and language are held out (also Unicode-DFS-2016)",
     "asterisk": "spoken prompts with transcripts in en, es, fr, it, ru (CC-BY-SA-3.0, 98 MB)",
     "gcide": "entries of a dictionary: English text alone (GPL-2+, 4.8 million words, 15 MB)",
+    "wordnet": "words of one meaning with glosses and examples: English text alone (WordNet-3.0, 7 MB)",
+    "debian-handbook": "Debian's handbook in 26 languages: text alone (GPL-2+ or CC-BY-SA-3.0, 35 MB)",
+    "installation-guide": "Debian's installation guide in 19 languages: text alone (GPL-2, 18 MB)",
+    "package-descriptions": "what Debian's packages are, in 22 languages: text alone (the packages' licences, 27 MB)",
     "mini": "a small mix that ships with the repository, for tests and demos without a network",
 }
 

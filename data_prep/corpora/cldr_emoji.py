@@ -3,9 +3,9 @@
 
 A text is a name alone; its language is the field ``language``, which a text modality can read (docs/data_format.md).
 Pairs of (emoji, language) are held out, not emoji: a model has seen an emoji of the validation or test split in other
-languages, and the language with other emoji. Pairs with the same name, of one emoji in two languages or of two emoji in
-one language, are one group, so that no held-out name was seen for its emoji or in its language. All styles of a pair are
-in one split.
+languages, and the language with other emoji. Pairs with the same name, of one emoji in two languages or of two emoji
+in one language, are one group, so that no held-out name was seen for its emoji or in its language. All styles of a
+pair are in one split.
 """
 
 from __future__ import annotations

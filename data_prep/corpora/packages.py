@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmmoe_pretrain.data_prep.corpora.download import MissingFileError, Remote, download
 from mmmoe_pretrain.progress import Progress
@@ -44,6 +44,37 @@ def fetch_debian(package: str, work: Path) -> tuple[Path, str]:
     folder = work / "files" / package
     _unpack_once(folder, remote, unpack)
     return folder, remote.name.split("_")[1].replace("%3a", ":")
+
+
+class Translations(NamedTuple):
+    """A list of descriptions of a Debian release's packages in one language."""
+
+    language: str  # as Debian spells it: pt_BR
+    release: str
+    path: Path
+
+
+def fetch_translations(languages: Sequence[str], work: Path) -> list[Translations]:
+    """apt's lists of the descriptions of Debian's packages, in ``languages`` as far as there are any.
+
+    They are fetched into ``work``, whatever languages the machine's configuration names.
+    """
+    apt = _client("apt-get", "descriptions of packages are fetched")
+    private = _private_apt(work / "apt-translations")
+    config = work / "apt-translations" / "apt.conf"  # a list of options cannot be replaced on the command line
+    names = " ".join(f'"{language}";' for language in languages)
+    config.write_text(f"#clear Acquire::Languages;\nAcquire::Languages {{ {names} }};\n")
+    options = [*private, "-c", str(config.resolve()), "-o", "Acquire::GzipIndexes=false"]
+    options += ["-o", "Acquire::IndexTargets::deb::Packages::DefaultEnabled=false"]
+    updated = _call([apt, *options, "update"], timeout=600)
+    form = "$(LANGUAGE)\t$(CODENAME)\t$(FILENAME)"
+    listed = _call([apt, *options, "indextargets", "--format", form, "Created-By: Translations", "Origin: Debian"])
+    lines = [line.split("\t") for line in listed.stdout.splitlines()]
+    found = [Translations(name, release, Path(path)) for name, release, path in lines if name in languages]
+    if not found:
+        reason = _last_line(updated) or "no answer"
+        raise ValueError(f"apt-get has no descriptions of packages ({reason}); is the network up? {_OFFLINE}")
+    return found
 
 
 def fetch_npm(package: str, version: str, work: Path) -> Path:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+LEAST_NEAR_WORDS = 6  # of texts that are compared but for one word
 VAL_FRACTION = 0.09
 TEST_FRACTION = 0.21
 
@@ -21,6 +22,13 @@ def normalise_text(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = re.sub(r"[^\w\s]", " ", folded).split()
     return " ".join(words) or folded.strip()
+
+
+def near_tokens(text: str) -> list[str]:
+    """Tokens of ``text``: texts share one where they are equal, or differ in one word and are not short."""
+    words = normalise_text(text).split()
+    fewer = range(len(words)) if len(words) >= LEAST_NEAR_WORDS else range(0)
+    return [" ".join(words), *(" ".join((*words[:at], *words[at + 1 :])) for at in fewer)]
 
 
 def file_token(path: Path) -> str:

@@ -325,11 +325,11 @@ class Loader:
         """The worker processes that run now."""
         return self._reader.pids
 
-    def _fork(self, descriptors: Sequence[int]) -> Process:
-        """A worker that goes on from the state of this loader, made by the server."""
+    def _fork(self, descriptors: Sequence[int], seconds: float) -> Process:
+        """A worker that goes on from the state of this loader, made by the server within ``seconds``."""
         assert self._server is not None
         state = WorkerState(self._cursor, self._count, self._step * self._count, self.stream_states)
-        return self._server.fork(state, descriptors)
+        return self._server.fork(state, descriptors, seconds)
 
     def _numbers(self) -> range:
         return range(self._step * self._count, self._stop * self._count)

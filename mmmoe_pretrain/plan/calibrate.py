@@ -5,13 +5,15 @@ experts' grouped product, attention, memory bandwidth, the optimizer's step, and
 ``add_links`` runs on several ranks and adds collectives by kind.
 ``fit`` compares plans with measured steps of a few layouts and sets ``Machine.factors``.
 
-Of several spells the shortest counts, since other work on a machine only adds; of steps the median. A clock of CPU
+Of several spells of computation, and of steps, the shortest counts, since other work on a machine only adds. Of calls
+between ranks the middle half counts, since the placement of their threads varies, in runs as here. A clock of CPU
 time measures a busy machine; on a GPU it is the wall's.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,7 +45,8 @@ STREAMED, ACTIVATION = 64 << 20, 4 << 20  # bytes of the buffer that is copied
 OPTIMIZED = 1 << 22  # parameters of the optimizer that is stepped
 SPELL, SPELLS = 0.02, 3  # seconds at least, and how often
 MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 22)  # numbers in those that are timed
-MOST_CALLS, SPELLS_OF_LINKS = 16, 5  # as many on every rank
+MOST_CALLS, SPELLS_OF_LINKS = 8, 12  # as many on every rank
+BETWEEN = 128  # rows of the products between two calls
 LIMITS = (0.1, 10.0)  # of fitted factors
 
 
@@ -56,6 +59,12 @@ def wall_clock(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return read
+
+
+def host_clock(device: torch.device) -> Clock:
+    """Of the host's time: on a CPU that of this thread, which runs all operations, without its waits for messages and
+    for other processes. On a GPU, whose backward pass has a thread of its own, the wall's."""
+    return time.thread_time if device.type == "cpu" else wall_clock(device)
 
 
 def seconds_of(work: Callable[[], object], clock: Clock) -> float:
@@ -88,7 +97,7 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
         peak |= {p: max(rate for _, rate in (*curve, *grouped.get(p, ()))) for p, curve in products.items()}
     tables = {key: {**getattr(base, key), **rates.pop(key)} for key in ("products", "grouped", "attention")}
     source = f"measured with torch {torch.__version__}; memory, power and links of: {base.source}"
-    host = host_times(config, device, read)
+    host = host_times(config, device, host_clock(device))
     return base.model_copy(update={**rates, **tables, "name": name, "source": source, "peak": peak, "host": host})
 
 
@@ -209,12 +218,15 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
     if size > 2 and size % 2 == 0:
         pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
         groups[2] = pairs[rank // 2]
+    between = _linear(BETWEEN, WIDE, HALF_TYPES.get(config.train.precision, torch.float32), device)
     known = {(one.kind, one.ranks): one for one in machine.collectives}
     for ranks, group in sorted(groups.items()):
         for kind, work in _collectives(ranks, group, device).items():
             if shared and ranks < size and (kind, ranks) in known:
                 continue
-            curve = [(_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, read), device)) for n in MESSAGES]
+            curve = [
+                (_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, between, read), device)) for n in MESSAGES
+            ]
             known[kind, ranks] = Collective(kind=kind, ranks=ranks, seconds=tuple(curve))
     update: dict[str, object] = {"collectives": tuple(known.values())}
     if size == machine.cores:
@@ -222,7 +234,7 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
     machine = machine.model_copy(update=update)
     if shared or config.moe.dense or config.moe.num_experts % size:
         return machine
-    host = machine.host.model_copy(update={"dispatch": dispatch_time(config, machine, device, read)})
+    host = machine.host.model_copy(update={"dispatch": dispatch_time(config, machine, device, host_clock(device))})
     return machine.model_copy(update={"host": host})
 
 
@@ -239,18 +251,34 @@ def _crowded(device: torch.device, clock: Clock) -> dict[str, float]:
     return {**found, "host": found["computation"]}
 
 
-def _seconds_of_link(work: Callable[[int], object], numbers: int, clock: Clock) -> float:
-    """Of a call; all ranks make the same number of calls."""
+def _seconds_of_link(
+    work: Callable[[int], object], numbers: int, between: Callable[[], object], clock: Clock
+) -> float:
+    """Of a call: what it adds to products that run before each, as in a step, and at least the shortest of calls in a
+    row, which leave a core to each thread of gloo. All ranks make the same number of calls."""
     calls = max(2, min(MOST_CALLS, MESSAGES[-1] // numbers))
-    found = []
-    for spell in range(SPELLS_OF_LINKS + 1):  # the first warms up
+
+    def call() -> object:
+        return work(numbers)
+
+    def spell(*parts: Callable[[], object]) -> float:
         dist.barrier()
         began = clock()
         for _ in range(calls):
-            work(numbers)
-        if spell:
-            found.append((clock() - began) / calls)
-    return min(found)
+            for part in parts:
+                part()
+        return (clock() - began) / calls
+
+    spell(between, call)  # warms up
+    in_turn = [(spell(call), spell(between, call) - spell(between)) for _ in range(SPELLS_OF_LINKS)]
+    in_a_row, added = zip(*in_turn, strict=True)
+    return max(min(in_a_row), middle(added))
+
+
+def middle(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter: for times that a machine now and then doubles."""
+    cut = len(values) // 4
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def _sent(kind: str, ranks: int, numbers: int) -> float:

@@ -118,6 +118,21 @@ def test_a_server_that_was_killed_ends_the_run_restartably(server: WorkerServer)
     os.close(tells)
 
 
+@pytest.mark.parametrize("length", [0, 3_000_000], ids=["no answer", "the request is not read"])
+def test_a_server_that_is_stopped_ends_the_run_restartably_within_the_given_time(
+    server: WorkerServer, length: int
+) -> None:
+    server.open(opened, 0)
+    assert answer_of(server)["sum"] == 0
+    assert server.pid
+    os.kill(server.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(Restartable, match=rf"\(process {server.pid}\) did not answer for 0.5 s: .*Start the run"):
+        server.fork({"text": "x" * length}, [0], seconds=0.5)
+    assert 0.5 <= time.monotonic() - began < 10
+    assert not is_running(server.pid)
+
+
 def test_the_server_ends_with_its_rank_however_that_ends(tmp_path: Path) -> None:
     def rank(end: Callable[[], object]) -> None:
         server = WorkerServer()

@@ -16,18 +16,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmmoe_pretrain import cli, exit_codes
 from mmmoe_pretrain.data.loader import Loader, Made, MicrobatchDataset
 from mmmoe_pretrain.data.storage.stores import ChangedError
 from mmmoe_pretrain.data.workers.arena import STRIDE
 from mmmoe_pretrain.data.workers.dispatch import CREDIT, Dispatcher
 from mmmoe_pretrain.data.workers.read_ahead import ReadAhead, WorkerDied, Workers
-from mmmoe_pretrain.data.workers.worker import _received
+from mmmoe_pretrain.data.workers.worker import Fork, _received, run_worker
 from mmmoe_pretrain.exit_codes import Restartable
 from mmmoe_pretrain.urls import UnavailableError
 from tests.data.test_loader import built, config_with
@@ -65,8 +67,8 @@ class Blocks:
 class Items:
     """A ``ReadAhead`` of blocks, compared by content."""
 
-    def __init__(self, source: Blocks, numbers: range, workers: Workers) -> None:
-        self.reader = ReadAhead(source, numbers, workers)
+    def __init__(self, source: Blocks, numbers: range, workers: Workers, fork: Fork | None = None) -> None:
+        self.reader = ReadAhead(source, numbers, workers, fork=fork)
 
     def __iter__(self) -> Items:
         return self
@@ -283,6 +285,34 @@ def test_without_restarts_the_first_death_ends_the_run() -> None:
     with pytest.raises(WorkerDied, match=r"died \(exit code 3\) at sample 2 of block 4; 1 died"):
         list(items)
     assert list(items) == []
+
+
+def test_the_command_tells_that_workers_died_in_one_line_and_may_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = Items(Blocks(lambda k, s: os._exit(3)), range(9), Workers(1, 1, max_restarts=0))
+    monkeypatch.setattr(cli, "app", lambda: list(items))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == exit_codes.FAULT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mmmoe: a data worker died (exit code 3) at sample 0 of block 0; 1 died on this rank")
+
+
+def test_starting_a_worker_may_take_the_patience_for_a_step_and_replacing_one_a_fourth_of_it() -> None:
+    given = []
+
+    def fork(descriptors: Sequence[int], seconds: float) -> BaseProcess:
+        given.append(seconds)
+        process = multiprocessing.get_context("fork").Process(target=run_worker, args=(Blocks(), descriptors))
+        process.start()
+        return process
+
+    items = Items(Blocks(), range(9), Workers(1, 1, patience=40.0), fork)
+    got = [next(items)]
+    os.kill(items.pids[0], signal.SIGKILL)
+    assert got + list(items) == plain(range(9))
+    assert given == [40.0, 10.0]
 
 
 @pytest.mark.parametrize("workers", [

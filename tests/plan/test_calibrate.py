@@ -22,6 +22,7 @@ from tests.support import tiny_config
 def measured(config: RunConfig) -> Machine:
     calibration.SIZES, calibration.EXPERT_ROWS, calibration.LENGTHS = (32, 64), (32,), (16,)  # of this fork
     host_time.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
+    calibration.SPELLS_OF_LINKS, calibration.BETWEEN = 2, 4
     calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
     with process_group(timeout_minutes=0.5) as device:
         machine = calibration.calibrate(config, device, name="here")
@@ -70,3 +71,36 @@ def test_links_need_ranks() -> None:
         return str(error.value)
 
     assert "torchrun" in run_ranks(1, alone)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("after_products", "expected"), [(3, 3), (0.5, (0.5 + 7) / 8)])
+def test_a_call_takes_what_it_adds_to_products_and_at_least_its_time_in_a_row(
+    after_products: float, expected: float
+) -> None:
+    """Products of 5 s, after which a call takes 3 s or half a second, and after another call 1 s. Of eight calls in a
+    row only the first comes after products. In a quarter of the spells of both one call hangs for 100 s."""
+    assert calibration.MOST_CALLS == 8
+
+    def measured() -> float:
+        now, calls, after = [0.0], [0], [False]
+
+        def products() -> None:
+            now[0] += 5
+            after[0] = True
+
+        def work(numbers: int) -> None:
+            calls[0] += after[0]
+            now[0] += after_products if after[0] else 1
+            now[0] += 100 * (after[0] and calls[0] % (4 * calibration.MOST_CALLS) == 0)
+            after[0] = False
+
+        with process_group(timeout_minutes=0.5):
+            return calibration._seconds_of_link(work, 64, products, lambda: now[0])
+
+    assert run_ranks(1, measured) == [pytest.approx(expected)]
+
+
+def test_the_middle_half_counts() -> None:
+    assert calibration.middle([100, 1, 3, 2]) == 2.5
+    assert calibration.middle([7]) == 7

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 
 from mmmoe_pretrain.data.workers.dispatch import Dispatcher
 from mmmoe_pretrain.data.workers.worker import KILL_SECONDS, Failed, Fork, Source, Worker, kind_of
+from mmmoe_pretrain.exit_codes import Restartable
 
 logger = logging.getLogger(__name__)
 _AT_EXIT = 10  # before multiprocessing joins its children: it would wait for these workers forever
@@ -53,7 +54,7 @@ def more_than_cores(count: int, dp_size: int) -> str | None:
     )
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(Restartable):
     """Data workers died or hung more often than allowed within RESTARTS_WITHIN."""
 
 
@@ -157,10 +158,10 @@ class ReadAhead(Generic[T]):
         )  # fmt: skip
         self._running.append(dispatcher)
         for slot in range(settings.count):
-            dispatcher.set_worker(slot, self._fork(dispatcher))
+            dispatcher.set_worker(slot, self._fork(dispatcher, self._patience))
 
-    def _fork(self, dispatcher: Dispatcher) -> Worker:
-        return Worker(self._source, dispatcher.arenas, dispatcher.workers, self._forks)
+    def _fork(self, dispatcher: Dispatcher, seconds: float) -> Worker:
+        return Worker(self._source, dispatcher.arenas, dispatcher.workers, self._forks, seconds)
 
     def _wait(self, dispatcher: Dispatcher) -> None:
         """Until the next item is there.
@@ -221,7 +222,7 @@ class ReadAhead(Generic[T]):
                 f"does not answer, or a sample takes longer than data.worker_timeout and faults.hang_minutes allow. "
                 f"Where it is the same sample each time, it crashes a decoder: leave it out. Then start the run again"
             )
-        other = self._fork(dispatcher)
+        other = self._fork(dispatcher, self._patience / 4)
         logger.warning(
             "%s; started again (%d of %d within an hour)", what, len(self._latest), self._settings.max_restarts
         )

@@ -15,13 +15,11 @@ from mmmoe_pretrain.data.sources import stream_state
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.data.sources.stream import Stream
 from mmmoe_pretrain.data.workers.arena import dump, load
-from mmmoe_pretrain.data.workers.read_ahead import WorkerDied
 from mmmoe_pretrain.exit_codes import Restartable
 
 _KINDS: dict[str, type[Exception]] = {  # the first that fits counts
     "Restartable": Restartable,
     "ValueError": ValueError,
-    "WorkerDied": WorkerDied,
     "RuntimeError": RuntimeError,
 }
 

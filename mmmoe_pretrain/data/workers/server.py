@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -91,13 +92,23 @@ class WorkerServer:
         """Let the server call ``opener(*args)``, while the rank does other things."""
         _send(self._socket, (opener, args))
 
-    def fork(self, given: object, descriptors: Sequence[int]) -> ForkedByServer:
+    def fork(self, given: object, descriptors: Sequence[int], seconds: float = math.inf) -> ForkedByServer:
         """A worker for ``given``, with its own numbers of ``descriptors``. Raises RuntimeError with the traceback if
-        the server could not open the data or prepare the worker, and Restartable if it has ended."""
+        the server could not open the data or prepare the worker, and Restartable if it has ended, or does not answer
+        for ``seconds``, as where it is stopped."""
         told, tells = os.pipe2(os.O_CLOEXEC)
         try:
+            self._socket.settimeout(None if seconds == math.inf else seconds)
             _send(self._socket, given, [*descriptors, tells])
             pid, error = pickle.loads(_received(self._socket)[0])
+        except TimeoutError as silent:
+            os.close(told)
+            self.close()  # an answer that comes later would be taken for that of another request
+            raise Restartable(
+                f"the process that starts data workers (process {self.pid}) did not answer for {seconds:.3g} s: it "
+                "was stopped, or the disk of data.train does not answer. Start the run again; if the disk is slow, "
+                "first raise faults.hang_minutes and parallel.timeout_minutes"
+            ) from silent
         except (OSError, EOFError) as ended:
             os.close(told)
             raise Restartable(

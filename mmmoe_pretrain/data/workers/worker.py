@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import mmap
 import multiprocessing
 import os
@@ -115,17 +116,24 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-# descriptors of a worker's connection, of what it shares with the rank and of the arenas -> a process with them
-Fork = Callable[[Sequence[int]], Process]
+# Descriptors of a worker's connection, of what it shares with the rank and of the arenas, and the seconds that it may
+# take -> a process with them.
+Fork = Callable[[Sequence[int], float], Process]
 
 
 class Worker:
     """A process, as the rank sees it."""
 
     def __init__(
-        self, source: Source[Any], arenas: tuple[int, int], others: Sequence[Worker], fork: Fork | None = None
+        self,
+        source: Source[Any],
+        arenas: tuple[int, int],
+        others: Sequence[Worker],
+        fork: Fork | None = None,
+        seconds: float = math.inf,
     ) -> None:
-        """``fork``: in place of a fork of this process; ``run_worker`` is then the process's main function."""
+        """``fork``: in place of a fork of this process, within ``seconds``; ``run_worker`` is then the process's main
+        function."""
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.tasks: dict[int, Any] = {}  # those it has and has not answered, by their number, oldest first
         self.since = 0.0  # when it last answered, or got a task while it had none
@@ -140,7 +148,7 @@ class Worker:
                 inherited = [self.socket, *(other.socket for other in others if not other.lost)]
                 self.process: Process = _forked(source, arenas, theirs, self._at, inherited)
             else:
-                self.process = fork((theirs.fileno(), at, *arenas))
+                self.process = fork((theirs.fileno(), at, *arenas), seconds)
         finally:
             theirs.close()  # so that the connection ends with the worker
             os.close(at)

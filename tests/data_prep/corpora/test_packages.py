@@ -97,6 +97,29 @@ def test_an_unknown_package_reports_what_apt_says(tmp_path: Path, clients: Path)
         packages._locate_debian("x", tmp_path / "state")
 
 
+def test_lists_of_translations_are_fetched_privately_in_the_languages_asked_for(tmp_path: Path, clients: Path):
+    """Here apt's configuration is ours: it lists the languages that it was told, once they were fetched."""
+    fake_client(
+        clients,
+        "apt-get",
+        r"""
+        case "$*" in *Dir::State=*" -c "*) ;; *) exit 1 ;; esac
+        while [ "$1" != -c ]; do shift; done
+        case "$*" in
+          *update) cp "$2" "$2.used" ;;
+          *indextargets*) for name in pt_BR de; do
+              grep -q "\"$name\";" "$2.used" && printf '%s\tbookworm\t/lists/%s\n' $name $name; done ;;
+        esac""",
+    )
+    found = packages.fetch_translations(("pt_BR", "xx"), tmp_path)
+    assert found == [packages.Translations("pt_BR", "bookworm", Path("/lists/pt_BR"))]
+    [config] = tmp_path.rglob("apt.conf")
+    assert config.read_text().splitlines()[0] == "#clear Acquire::Languages;"
+    fake_client(clients, "apt-get", "echo 'W: no connection' >&2")
+    with pytest.raises(ValueError, match=r"no descriptions of packages \(W: no connection\)"):
+        packages.fetch_translations(("de",), tmp_path)
+
+
 def npm_package(folder: Path, member: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
