@@ -277,6 +277,10 @@ def tokenizer(
     max_texts: Annotated[
         int, typer.Option(min=1, help="Of more distinct texts, as many are drawn by their hash: always the same.")
     ] = 5_000_000,
+    character_coverage: Annotated[
+        float,
+        typer.Option(help="Share of the texts' characters that have a piece; the rarest are written in bytes."),
+    ] = 0.9995,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
@@ -284,7 +288,7 @@ def tokenizer(
     """Train a sentencepiece model on the texts of a split; the same texts give the same model."""
     from mmmoe_pretrain.data_prep import tokenizer as work
 
-    options = work.TokenizerOptions(vocab_size, model_type, casefold, normalization, max_texts)
+    options = work.TokenizerOptions(vocab_size, model_type, casefold, normalization, max_texts, character_coverage)
     with kept(f"{out} was not written; repeat the command"):
         work.run(paths, out, split, options, overwrite, dry_run, as_json)
 

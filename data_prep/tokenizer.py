@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 NORMALIZATIONS = ("nfkc", "nfc", "identity", "nmt_nfkc")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 MODEL_TYPES = ("bpe", "unigram")
+LEAST_COVERAGE = 0.98
 SMALLEST = 4 + 256 + 1  # control pieces, byte pieces, the word mark
 _MOST_NAMED = 5  # samples that are skipped
 _AT_ONCE = 1 << 16  # texts between two removals of duplicates, at least
@@ -50,6 +51,7 @@ class TokenizerOptions:
     casefold: bool | None = None  # None: unless the normalization is identity
     normalization: str = "nfkc"
     max_texts: int = 5_000_000
+    character_coverage: float = 0.9995  # of all characters; the rarest ones are written in byte pieces
 
     def __post_init__(self) -> None:
         if self.normalization not in NORMALIZATIONS:
@@ -60,6 +62,10 @@ class TokenizerOptions:
             )
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"--model-type {self.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        if not LEAST_COVERAGE <= self.character_coverage <= 1:
+            raise ValueError(
+                f"--character-coverage {self.character_coverage:g}: sentencepiece takes {LEAST_COVERAGE} to 1"
+            )
         if self.vocab_size < SMALLEST:
             raise ValueError(
                 f"--vocab-size {self.vocab_size} is below {SMALLEST}, which 4 control and 256 byte pieces need"
@@ -184,7 +190,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, options: TokenizerOptions) 
                 vocab_size=options.vocab_size,
                 model_type=options.model_type,
                 byte_fallback=True,
-                character_coverage=0.9995,
+                character_coverage=options.character_coverage,
                 split_digits=True,
                 hard_vocab_limit=True,
                 pad_id=PAD_ID,
@@ -267,5 +273,8 @@ def _explain(message: str, vocab_size: int) -> str:
         return f"--vocab-size {vocab_size} is too large for these texts; the largest that works is {too_high[2]}"
     too_low = re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message)
     if too_low:
-        return f"--vocab-size {vocab_size} is too small for these texts' characters; use {too_low[2]} or more"
+        return (
+            f"--vocab-size {vocab_size} is too small for these texts' characters; use {too_low[2]} or more, or write "
+            f"more of the rare ones in bytes with a lower --character-coverage"
+        )
     return f"sentencepiece could not train a vocabulary of {vocab_size}: {message.strip()}"

@@ -37,6 +37,7 @@ class Place:
     runs: Path = ROOT / "runs" / "evidence"
     records: Path = records.FOLDER
     docs: Path = ROOT / "docs"
+    readme: Path | None = ROOT / "README.md"
     data: Path | None = None  # None: where the configs have it
     extra: tuple[str, ...] = ()
     head: str = page.HEAD
@@ -45,7 +46,9 @@ class Place:
 
 def quick_place(out: Path) -> Place:
     data = out / "data"
-    return Place(out / "runs", out / "records", out, data, quick.overrides(data), quick.HEAD, quick.ForkingRunner)
+    return Place(
+        out / "runs", out / "records", out, None, data, quick.overrides(data), quick.HEAD, quick.ForkingRunner
+    )
 
 
 def tasks_of(
@@ -119,7 +122,7 @@ def check(studies: Sequence[Study], args: argparse.Namespace) -> None:
         quick.check_folder(args.out)
 
 
-def otherwise(studies: Sequence[Study], place: Place) -> Iterator[tuple[Task, Record, list[str]]]:
+def made_with_other_settings(studies: Sequence[Study], place: Place) -> Iterator[tuple[Task, Record, list[str]]]:
     """The records that were made with other settings than their study has now, and those settings."""
     for task in tasks_of(studies, place):
         if (path := record_path(task, place)).is_file():
@@ -135,17 +138,19 @@ def show(studies: Sequence[Study], place: Place) -> None:
             known = [seed for seed in each.seeds if records.path_of(owner, name, seed, place.records).is_file()]
             of = f" (runs of {variant.same_as})" if variant.same_as else ""
             print(f"{each.name:<12}{variant.name:<20}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
-    for task, _, changes in otherwise(studies, place):
+    for task, _, changes in made_with_other_settings(studies, place):
         print(f"{task.name} was made with other settings: {'; '.join(changes)}")
 
 
 def render(studies: Sequence[Study], place: Place) -> None:
     """The page, which also says what was made with other settings."""
     remarks: dict[str, list[str]] = {}
-    for task, record, changes in otherwise(studies, place):
+    for task, record, changes in made_with_other_settings(studies, place):
         told = f"Recorded with other settings than the study has now: {task.variant.label}, seed {record.seed} ("
         remarks.setdefault(task.study.name, []).append(f"{told}{'; '.join(changes)}).")
     print(page.write(place.docs, place.records, studies, remarks, place.head))
+    if place.readme is not None:
+        page.write_readme(place.readme, place.records)
 
 
 def train(studies: Sequence[Study], place: Place, args: argparse.Namespace) -> None:

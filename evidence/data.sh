@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Corpora of the studies: evidence/data.sh emoji|gcide, or mini FOLDER, which needs no network. Fetches, shards and
+# Corpora of the studies: evidence/data.sh emoji|europe|gcide, or mini FOLDER, which needs no network. Fetches, shards and
 # tokenizes; what exists is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,18 +13,22 @@ shard() {
   show mmmoe-data shard "$manifest" --out "$out.tmp" --overwrite "$@" && mv "$out.tmp" "$out"
 }
 
-# tokenizer CORPUS SIZE OUT
+# tokenizer CORPUS SIZE OUT OPTION...
 tokenizer() {
-  make_once "Train a tokenizer" "$3" mmmoe-data tokenizer "$1/manifest.jsonl" --vocab-size "$2" --out "$3"
+  make_once "Train a tokenizer" "$3" mmmoe-data tokenizer "$1/manifest.jsonl" --vocab-size "$2" --out "$3" "${@:4}"
 }
 
 case "${1:-} ${2:-}" in
-  "emoji ")
-    corpus=data/corpora/cldr-emoji out=data/evidence/emoji
-    mkdir -p data/corpora "$out"
+  "emoji " | "europe ")
+    corpus=data/corpora/cldr-emoji out=data/evidence/$1 tokens=data/evidence/emoji/tokens.model
+    rows=(--filter subset=noto)
+    if [[ $1 == europe ]]; then
+      for language in da de en es fr it nl no pl pt ro sv; do rows+=(--filter "language=$language"); done
+    fi
+    mkdir -p data/corpora "$out" "${tokens%/*}"
     make_once "Fetch emoji and their names" "$corpus/manifest.jsonl" mmmoe-data corpus cldr-emoji --out "$corpus"
-    make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" --filter subset=noto --image-size 48
-    tokenizer "$corpus" 8000 "$out/tokens.model"
+    make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" "${rows[@]}" --image-size 48
+    tokenizer "$corpus" 2048 "$tokens" --character-coverage 0.98
     ;;
   "gcide ")
     corpus=data/corpora/gcide out=data/evidence/gcide
@@ -43,7 +47,7 @@ case "${1:-} ${2:-}" in
     tokenizer "$corpus" 400 "$out/tokens.model"
     ;;
   *)
-    echo "usage: evidence/data.sh emoji|gcide, or evidence/data.sh mini FOLDER" >&2
+    echo "usage: evidence/data.sh emoji|europe|gcide, or evidence/data.sh mini FOLDER" >&2
     exit 2
     ;;
 esac

@@ -22,7 +22,8 @@ continue), and shows only what runs gave. The runs are listed in `evidence/studi
 How to read the tables:
 
 - *Active* parameters are those that one token uses. *FLOPs* are those of the model, forward and backward, as
-  `mmmoe_pretrain/models/costs.py` counts them. *Core-hours* are CPU time, held-out scores included.
+  `mmmoe_pretrain/models/costs.py` counts them. The column includes the router, whose FLOPs grow with the number of
+  experts; models of *equal active FLOPs* are equal without it. *Core-hours* are CPU time, held-out scores included.
 - Values are the mean of the seeds and the half width of its 95% interval by Student's t; one seed has no interval.
   *Change* compares with the reference seed by seed: the ratio of the values, and its 95% interval. Of twenty rows
   without a difference one shows one by chance.
@@ -30,6 +31,8 @@ How to read the tables:
 - In the pictures a band is the 95% interval of the mean. It may reach beyond the axis.
 - If a record was made with other settings than its study has now, the section ends with them.
 """
+README_STUDY = "prose"  # whose picture and table are on the first screen
+BEGIN, END = "<!-- evidence, by python -m evidence --render -->\n", "<!-- end of evidence -->\n"
 NOTHING: Mapping[str, Sequence[str]] = {}
 
 
@@ -52,6 +55,19 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
     return path
 
 
+def write_readme(readme: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = STUDIES) -> None:
+    """Replace the picture and table between ``BEGIN`` and ``END`` by those of ``README_STUDY``, if it has runs."""
+    (study,) = (each for each in studies if each.name == README_STUDY)
+    if not (runs := records.read_study(study, folder)):
+        return
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or not after:
+        raise ValueError(f"{readme} has no place for the table: the lines {BEGIN.strip()} and {END.strip()}")
+    lines = [f"![{study.title}](docs/evidence/{study.name}.svg)", "", *_table(study, runs), "", _origin(study, runs)]
+    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
 def section(study: Study, runs: Runs, picture: Path, remarks: Sequence[str] = ()) -> str:
     lines = [f"## {study.title}", study.question, ""]
     if study.setting:
@@ -67,7 +83,7 @@ def section(study: Study, runs: Runs, picture: Path, remarks: Sequence[str] = ()
 def _table(study: Study, runs: Runs) -> list[str]:
     titles = ["", "parameters", "active", "MFLOPs a token", "core-hours"]
     for metric in study.metrics:
-        titles += [metric.title, "change"]
+        titles += [metric.title, *(["change"] if metric.compared else [])]
     rows = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for variant in study.variants:
         if variant.name in runs:
@@ -82,12 +98,16 @@ def _row(study: Study, runs: Runs, variant: Variant) -> list[str]:
     cells = [variant.label, short(one.parameters), short(one.active_parameters), f"{one.flops_per_token / 1e6:.2f}"]
     cells.append(f"{sum(seconds) / len(seconds) / 3600:.2f}" if seconds else "-")
     for metric in study.metrics:
-        cells += [_value(_final(by_seed.values(), metric), metric), _change(study, runs, variant, metric)]
+        cells.append(_value(final, metric) if (final := _final(by_seed.values(), metric)) else "-")
+        cells += [_change(study, runs, variant, metric)] if metric.compared else []
     return cells
 
 
-def _final(found: Iterable[Record], metric: Metric) -> Interval:
-    return interval([metric.scale * record.score(metric.name) for record in found])
+def _final(found: Iterable[Record], metric: Metric) -> Interval | None:
+    """None where a run has no such value, as a dense model has no load."""
+    values = [record.find(metric.name) for record in found]
+    known = [metric.scale * value for value in values if value is not None]
+    return interval(known) if len(known) == len(values) else None
 
 
 def _value(value: Interval, metric: Metric) -> str:
@@ -122,6 +142,8 @@ def _signed(value: float) -> str:
 def _reading(study: Study, runs: Runs) -> str:
     """What the table says of each variant beside the reference, in words."""
     metric = study.metrics[0]
+    if not metric.compared:
+        return ""
     told: dict[str, list[str]] = {}
     for variant in study.variants:
         if variant.name != study.reference and (found := paired(study, runs, variant.name, metric)) is not None:

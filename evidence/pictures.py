@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evidence.intervals import interval
+from evidence.intervals import Interval, interval
 from evidence.records import Record
 from evidence.studies import Metric, Study
 from mmmoe_pretrain.evaluate.figures import COLOURS
@@ -136,7 +136,7 @@ def _steps(record: Record) -> Sequence[float]:
 
 
 def _flops(record: Record) -> Sequence[float]:
-    return [record.flops_per_token * point.tokens / 1e15 for point in record.points]
+    return [record.flops_at(point) / 1e15 for point in record.points]
 
 
 def _hours(record: Record) -> Sequence[float] | None:
@@ -150,12 +150,48 @@ def _by_experts(ax: Axes, study: Study, runs: Runs) -> None:
     """The end of training over the number of experts; the dense model is that of one."""
     metric = study.metrics[0]
     found = sorted((number, variant) for variant in runs if (number := study.variant(variant).experts))
-    ys = [interval([metric.scale * record.score(metric.name) for record in runs[name].values()]) for _, name in found]
+    ys = [_at_the_end(runs[name], metric) for _, name in found]
     x = range(len(found))
     ax.errorbar(x, [y.mean for y in ys], yerr=[y.half or 0 for y in ys], color=INK, marker="o", capsize=3)
     ax.set_xticks(x, ["dense" if number == 1 else str(number) for number, _ in found])
     ax.set_xlabel("experts of an MoE layer")
     ax.set_ylabel(f"{metric.title}{', %' if metric.percent else ''}, at the end")
+
+
+def _sweep(ax: Axes, study: Study, runs: Runs) -> None:
+    """The end of training over ``Variant.x``, a line by ``Variant.line``; the axis is linear below the least x."""
+    metric = study.metrics[0]
+    points: dict[str, list[tuple[float, Interval]]] = {}
+    for variant in study.variants:
+        if variant.name in runs and variant.x is not None:
+            points.setdefault(variant.line, []).append((variant.x, _at_the_end(runs[variant.name], metric)))
+    for number, (line, found) in enumerate(points.items()):
+        found.sort(key=lambda point: point[0])
+        x, y, ends = zip(*((x, value.mean, value.half or 0) for x, value in found), strict=True)
+        ax.errorbar(x, y, yerr=ends, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, label=line)
+    xs = [x for found in points.values() for x, _ in found]
+    ax.set_xscale("symlog", linthresh=min((x for x in xs if x > 0), default=1.0))
+    ax.set_xticks(xs, [f"{x:g}" for x in xs])
+    ax.minorticks_off()
+    ax.set_xlabel(study.axis)
+    ax.set_ylabel(f"held-out {metric.title}{', %' if metric.percent else ''}")
+
+
+def _final(ax: Axes, study: Study, runs: Runs) -> None:
+    """The end of training, a row a variant in the order of the table."""
+    metric = study.metrics[0]
+    shown = [variant for variant in study.variants if variant.name in runs]
+    for row, variant in enumerate(shown):
+        value = _at_the_end(runs[variant.name], metric)
+        colour, _ = _line(study, variant.name)
+        ax.errorbar(value.mean, row, xerr=value.half or 0, color=colour, marker="o", capsize=3)
+    ax.set_yticks(range(len(shown)), [variant.label for variant in shown])
+    ax.invert_yaxis()
+    ax.set_xlabel(f"held-out {metric.title}{', %' if metric.percent else ''}")
+
+
+def _at_the_end(by_seed: Mapping[int, Record], metric: Metric) -> Interval:
+    return interval([metric.scale * record.score(metric.name) for record in by_seed.values()])
 
 
 def _specialisation(ax: Axes, study: Study, runs: Runs) -> None:
@@ -165,10 +201,6 @@ def _specialisation(ax: Axes, study: Study, runs: Runs) -> None:
     )
     ax.set_xlabel("steps")
     ax.set_ylabel("specialisation by modality, %")
-
-
-def _mean_specialisation(record: Record) -> Sequence[float]:
-    return [100 * statistics.fmean(point.specialisation) for point in record.points]
 
 
 def _load(ax: Axes, study: Study, runs: Runs) -> None:
@@ -192,6 +224,8 @@ PANELS: dict[str, Callable[[Axes, Study, Runs], None]] = {
     "flops": lambda ax, study, runs: _held_out(ax, study, runs, _flops, "training, PFLOPs of the model"),
     "hours": lambda ax, study, runs: _held_out(ax, study, runs, _hours, "training, core-hours"),
     "experts": _by_experts,
+    "sweep": _sweep,
+    "final": _final,
     "specialisation": _specialisation,
     "load": _load,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from typing import BinaryIO
 
 import torch
 
-from evidence.runs import ENVIRONMENT, Runner
+from evidence.runs import ENVIRONMENT, Call, Runner
 from evidence.studies import ROOT, Study
-from mmmoe_pretrain import cli, exit_codes
+from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.engines.megatron import prepare
 
 OUT = ROOT / "runs" / "evidence-quick"
@@ -61,22 +62,24 @@ def overrides(data: Path) -> tuple[str, ...]:
 class ForkingRunner(Runner):
     """Its runs have what this process has imported."""
 
-    def _start(self, arguments: Sequence[str], log: BinaryIO) -> int:
+    def _start(self, call: Call, log: BinaryIO) -> int:
         if process := os.fork():
             return process
         code: object = exit_codes.FAULT
         try:
+            for stop in (signal.SIGINT, signal.SIGTERM):  # the parent's handler would let this run go on
+                signal.signal(stop, signal.SIG_DFL)
             os.setsid()
             exit_codes.end_with_parent()
             for number, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(log.fileno(), number)
                 setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False, buffering=1))  # noqa: SIM115
-            sys.argv = ["mmmoe", *arguments]
+            sys.argv = ["mmmoe", *call.arguments]
             os.environ |= ENVIRONMENT
             os.chdir(ROOT)
-            cli.main()
+            importlib.import_module(call.program).main()
         except SystemExit as ended:
-            code = ended.code
+            code = exit_codes.DONE if ended.code is None else ended.code
         except BaseException:  # noqa: BLE001 - no error may leave a fork
             traceback.print_exc()
         finally:

@@ -8,13 +8,14 @@ machine hardly change it. None where it is not known, as of a run that was kille
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
+from evidence.measures import ROUTING, Routing, measure
 from evidence.studies import Study
 from mmmoe_pretrain.config.base import explain
 from mmmoe_pretrain.untrusted import read_json
@@ -62,6 +63,10 @@ class Record:
     points: Annotated[list[Point], Field(min_length=1)]
     # At the end: by MoE layer, the share of each modality's tokens by expert; None for a modality without tokens.
     load: list[dict[str, list[float | None]]]
+    dropped: list[dict[str, float | None]] = field(default_factory=list)  # likewise: the share that was dropped
+    # Of ``tokens`` those of the run that this one was made of (``studies.Start``), and the FLOPs of its training.
+    before_tokens: int = 0
+    before_flops: float = 0.0
 
     @property
     def last(self) -> Point:
@@ -71,19 +76,36 @@ class Record:
     def steps(self) -> list[int]:
         return [point.step for point in self.points]
 
+    def flops_at(self, point: Point) -> float:
+        """Of training up to ``point``, that of the run before included."""
+        return self.before_flops + self.flops_per_token * (point.tokens - self.before_tokens)
+
     def scores(self, name: str) -> list[float]:
         """Of all points. Raises ValueError where one has no such score."""
         for point in self.points:
             if name not in point.scores:
-                raise ValueError(
-                    f"the run {self.study}/{self.variant}, seed {self.seed} has no {name} at step {point.step}; "
-                    f"it has {', '.join(sorted(point.scores)) or 'none'}"
-                )
+                raise self._lacks(name, point)
         return [point.scores[name] for point in self.points]
 
+    def find(self, name: str) -> float | None:
+        """A score, a loss or a measure of routing at the end of training; None where the run has no such."""
+        if name.startswith(ROUTING):
+            last = self.last
+            return measure(name, Routing(last.specialisation, last.largest_load, self.load, self.dropped))
+        return self.last.scores.get(name)
+
     def score(self, name: str) -> float:
-        """At the end of training."""
-        return self.scores(name)[-1]
+        """``find``. Raises ValueError where it is None."""
+        value = self.find(name)
+        if value is None:
+            raise self._lacks(name, self.last)
+        return value
+
+    def _lacks(self, name: str, point: Point) -> ValueError:
+        return ValueError(
+            f"the run {self.study}/{self.variant}, seed {self.seed} has no {name} at step {point.step}; "
+            f"it has {', '.join(sorted(point.scores)) or 'none'}"
+        )
 
 
 def path_of(study: str, variant: str, seed: int, folder: Path = FOLDER) -> Path:
@@ -95,7 +117,7 @@ def write(record: Record, folder: Path = FOLDER) -> Path:
     path = path_of(record.study, record.variant, record.seed, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = asdict(record)
-    rows = {key: values.pop(key) for key in ("points", "load")}
+    rows = {key: values.pop(key) for key in ("points", "load", "dropped")}
     lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in values.items()]
     for key, row in rows.items():
         each = ",\n  ".join(_compact(value) for value in row)

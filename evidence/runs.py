@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from evidence import records
 from evidence.records import Machine, Point, Record
 from evidence.settings import refuse_other_settings
-from evidence.studies import ROOT, Study, Variant
+from evidence.studies import ROOT, TOWERS, TRAINER, Study, Variant
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
@@ -44,10 +44,11 @@ LAST_LINES = 20  # of the log of a run that failed
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a run has one core
 # A run ends with the harness, also where that is killed, before or after the run asks for it.
 START = """import os, sys
-from mmmoe_pretrain import cli, exit_codes
+from {program} import main
+from mmmoe_pretrain import exit_codes
 exit_codes.end_with_parent()
 if os.getppid() == {parent}:
-    cli.main()
+    main()
 """
 
 
@@ -72,6 +73,38 @@ class Task:
 
     def config(self) -> RunConfig:
         return run_config.load(self.study.path, self.overrides)
+
+    def before(self) -> Task | None:
+        """The run that this one is made of (``studies.Start``); None for a run from the first step. Its learning
+        rate follows the schedule of the whole."""
+        start = self.variant.start
+        if start is None:
+            return None
+        steps = self.config().train.steps
+        own = (f"train.steps={max(1, round(start.share * steps))}", f"optimizer.decay_steps={steps}")
+        variant = Variant(f"{self.variant.name}-start", "", start.overrides)
+        return Task(self.study, variant, self.seed, self.runs_dir, (*self.extra, *own, "evaluate.every=0"))
+
+    def calls(self) -> list[Call]:
+        """The commands that are left to run, one after the other."""
+        config, before, start = self.config(), self.before(), self.variant.start
+        train = Call(self.variant.program, ("train", str(self.study.path), *self.overrides), config.run_dir)
+        if before is None or start is None or config.run_dir.exists():
+            return [train]
+        (first,) = before.calls()
+        settings = (f"train.steps={config.train.steps}", f"evaluate.every={config.evaluate.every}")
+        whole = (*settings, "optimizer.decay_steps=null")  # which is train.steps
+        change = ("experts", *start.command, str(first.folder), "--out", str(config.run_dir), *whole)
+        return [first, Call(TRAINER, change, first.folder), train]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line of ``program``, whose log and cost are kept in ``folder``."""
+
+    program: str
+    arguments: tuple[str, ...]
+    folder: Path
 
 
 @dataclass
@@ -103,15 +136,25 @@ class Runner:
                 os.kill(process, signal.SIGTERM)
 
     def _one(self, task: Task) -> Path | None:
+        code_version, before, config = commit(), task.before(), task.config()
+        if before is not None:
+            refuse_other_settings(before.config())
+        if before is None or (config.run_dir / EVENTS).is_file():  # what a command made has a tokenizer of its own
+            refuse_other_settings(config)
+        for call in task.calls():
+            if not self._ended(call, task.name):
+                return None
+        return records.write(record_of(task, code_version), self.records)
+
+    def _ended(self, call: Call, name: str) -> bool:
+        """Run it; False where ``stop`` came first. Raises RuntimeError where it fails."""
         if self._stopping:
-            return None
-        config, code_version = task.config(), commit()
-        refuse_other_settings(config)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        cost = Cost(config.run_dir / COST)
+            return False
+        call.folder.mkdir(parents=True, exist_ok=True)
+        cost, path = Cost(call.folder / COST), call.folder / LOG
         cost.begin()
-        with (config.run_dir / LOG).open("ab") as log:
-            process = self._start(["train", str(task.study.path), *task.overrides], log)
+        with path.open("ab") as log:
+            process = self._start(call, log)
             self._running.append(process)
             if self._stopping:  # since the check above
                 self.stop()
@@ -121,18 +164,16 @@ class Runner:
         # Nothing was lost: it is done, has saved, or was stopped before it could train.
         if code in (exit_codes.DONE, exit_codes.STOPPED) or (self._stopping and code == -signal.SIGTERM):
             cost.end(used.ru_utime + used.ru_stime)
-        if code == exit_codes.DONE:
-            return records.write(record_of(task, config, cost.seconds, code_version), self.records)
-        if self._stopping:
-            return None
-        tail = (config.run_dir / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        raise RuntimeError(f"{task.name} ended with {code}; the end of {config.run_dir / LOG}:\n" + "\n".join(tail))
+        if code != exit_codes.DONE and not self._stopping:
+            tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+            raise RuntimeError(f"{name} ended with {code}; the end of {path}:\n" + "\n".join(tail))
+        return code == exit_codes.DONE
 
-    def _start(self, arguments: Sequence[str], log: BinaryIO) -> int:
-        """The process of ``mmmoe`` with these arguments. It has a session of its own, so that Ctrl-C in a terminal
+    def _start(self, call: Call, log: BinaryIO) -> int:
+        """The process of a command line. It has a session of its own, so that Ctrl-C in a terminal
         reaches this process alone: a second signal would end a run before it has saved."""
         started = subprocess.Popen(
-            [sys.executable, "-c", START.format(parent=os.getpid()), *arguments],
+            [sys.executable, "-c", START.format(program=call.program, parent=os.getpid()), *call.arguments],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -168,16 +209,17 @@ class Cost:
         draft.replace(self._path)
 
 
-def record_of(task: Task, config: RunConfig, core_seconds: float | None, code_version: str) -> Record:
+def record_of(task: Task, code_version: str) -> Record:
     """Of a run that has ended; ``code_version``: the commit that it ran. Raises ValueError where it has no scores at
     its end, or some that are no numbers."""
-    saved = run_config.load(config.run_dir / "config.yaml")
-    total, active = _parameters(saved)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config, before = task.config(), task.before()
+    saved, lines = _of_run(config.run_dir)
+    total, active = _parameters(saved, task.variant.program)
     scored = [line for line in lines if "held_out" in line]
     if not scored or scored[-1]["step"] != config.train.steps:
         raise ValueError(f"{config.run_dir}/metrics.jsonl has no held-out scores of step {config.train.steps}")
-    values = saved.model_dump(mode="json")  # with the defaults, which a later version may change
+    tokens, flops = (0, 0.0) if before is None else _trained(before.config().run_dir)
+    values, routing = saved.model_dump(mode="json"), scored[-1]["routing"]  # with the defaults, which may change
     try:
         return Record(
             study=task.study.name,
@@ -190,12 +232,35 @@ def record_of(task: Task, config: RunConfig, core_seconds: float | None, code_ve
             parameters=total,
             active_parameters=active,
             flops_per_token=round(model_costs(saved).training, 1),
-            core_seconds=None if core_seconds is None else round(core_seconds, 1),
+            core_seconds=_core_seconds([each for each in (task, before) if each is not None]),
             points=[_point(line) for line in scored],
-            load=[layer["load"] for layer in scored[-1]["routing"]],
+            load=[layer["load"] for layer in routing],
+            dropped=[layer["dropped"] for layer in routing],
+            before_tokens=tokens,
+            before_flops=round(flops, 1),
         )
     except ValidationError as error:
         raise ValueError(f"{config.run_dir}/metrics.jsonl: {explain(error)[0]}; the run has diverged") from None
+
+
+def _of_run(folder: Path) -> tuple[RunConfig, list[dict[str, Any]]]:
+    """Its config and its metrics."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return run_config.load(folder / "config.yaml"), [json.loads(line) for line in text.splitlines()]
+
+
+def _trained(folder: Path) -> tuple[int, float]:
+    """The tokens and FLOPs of a run so far."""
+    config, lines = _of_run(folder)
+    tokens = lines[-1]["tokens_total"]
+    return tokens, model_costs(config).training * tokens
+
+
+def _core_seconds(tasks: Sequence[Task]) -> float | None:
+    """Of all of them; None where one is not known."""
+    costs = [Cost(task.config().run_dir / COST).seconds for task in tasks]
+    known = [seconds for seconds in costs if seconds is not None]
+    return round(sum(known), 1) if len(known) == len(costs) else None
 
 
 def _point(line: dict[str, Any]) -> Point:
@@ -215,12 +280,14 @@ def _specialisation(layer: dict[str, Any]) -> float:
     return specialisation(counts_ME) or 0.0
 
 
-def _parameters(config: RunConfig) -> tuple[int, int]:
-    """All, and those that a token meets."""
+def _parameters(config: RunConfig, program: str) -> tuple[int, int]:
+    """All, and those that a token meets: of towers one."""
     with torch.device("meta"):
         model = PretrainingModel(config)
     weights = [Weight(name, tuple(p.shape), p.dtype, True) for name, p in model.named_parameters()]
-    return parameter_counts(config, weights)
+    total, active = parameter_counts(config, weights)
+    others = len(config.stream_names.modalities) - 1 if program == TOWERS else 0
+    return total + others * sum(p.numel() for p in model.mmmoe.trunk.parameters()), active
 
 
 def commit() -> str:

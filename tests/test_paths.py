@@ -136,7 +136,7 @@ def test_a_folder_for_results_that_cannot_be_made_or_written_is_named(tmp_path: 
     for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
         with pytest.raises(ValueError, match=f"^{path} cannot be made: {why}; choose another --out"):
             make_folder(path)
-    (tmp_path / "gone").symlink_to("/proc/self")  # no file can be made there, by root neither
+    (tmp_path / "gone").symlink_to("/proc/self")  # no file can be made there, not even by root
     with pytest.raises(ValueError, match=r"gone cannot be written: No such file .*; choose another --out"):
         make_folder(tmp_path / "gone")
     assert [*(tmp_path / "a").iterdir()] == [tmp_path / "a" / "b"]

@@ -110,7 +110,7 @@ def allow_many_files() -> None:
 def keep_freed_memory() -> None:
     """By default glibc returns the end of its heap to the system where more than 64 MiB of it are free, so that
     each step maps its activations anew, page by page. A small model with a vocabulary of 8,000 took a fifth less CPU
-    time a step with 1 GiB kept. Settings of malloc in the environment stand."""
+    time a step with 1 GiB kept. Settings of malloc in the environment are left as they are."""
     if any(name in os.environ for name in MALLOC_SETTINGS):
         return
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's

@@ -6,8 +6,8 @@ experts' grouped product, attention, memory bandwidth, the optimizer's step, and
 ``fit`` compares plans with measured steps of a few layouts and sets ``Machine.factors``.
 
 Of several spells of computation, and of steps, the shortest counts, since other work on a machine only adds. Of calls
-between ranks the middle half counts, since the placement of their threads varies, in runs as here. A clock of CPU
-time measures a busy machine; on a GPU it is the wall's.
+between ranks the middle half counts, since the system places their threads differently each time, also in a run. A
+clock of CPU time measures a busy machine; on a GPU it is the wall's.
 """
 
 from __future__ import annotations

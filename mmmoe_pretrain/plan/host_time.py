@@ -43,8 +43,8 @@ def host_times(config: RunConfig, device: torch.device, clock: Clock) -> Host:
 
 
 def dispatch_time(config: RunConfig, machine: Machine, device: torch.device, clock: Clock) -> float:
-    """``Host.dispatch`` with experts on all ranks: the longest of any rank. ``clock`` counts waits on an asynchronous
-    device alone: there less what ``machine`` takes for the messages."""
+    """``Host.dispatch`` with experts on all ranks: the longest of any rank. On an asynchronous device ``clock``
+    counts waits for messages too, and the time that ``machine`` has for these is subtracted."""
     ranks = dist.get_world_size()
     narrow = _narrow(config, BLOCKS[0], False, ranks)
     layout, moe, tokens = resolve_layout(narrow, ranks), narrow.moe, full_batch(narrow, SAMPLES).num_valid

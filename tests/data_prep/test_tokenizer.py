@@ -55,6 +55,20 @@ def test_a_size_that_cannot_be_filled_names_the_largest_that_can(tmp_path, model
     train_tokenizer(TEXTS, tmp_path / "t.model", largest, model_type)
 
 
+def test_rare_characters_are_bytes_under_a_lower_coverage(tmp_path):
+    """Thirty characters occur once each, among some 1,500 others."""
+    rare = [chr(0x4E00 + n) for n in range(30)]
+    with pytest.raises(ValueError, match="lower --character-coverage") as caught:
+        train_tokenizer([*TEXTS, *rare], tmp_path / "t.model", 270, character_coverage=1.0)
+    least = int(str(caught.value).split("use ")[1].split()[0])
+    with pytest.raises(ValueError, match=r"--character-coverage 0\.5: sentencepiece takes 0\.98 to 1"):
+        train_tokenizer(TEXTS, tmp_path / "t.model", 340, character_coverage=0.5)
+    train_tokenizer([*TEXTS, *rare], tmp_path / "t.model", least - 10, character_coverage=0.98)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    in_bytes = [each for each in rare if len(model.encode(each)) > 2]
+    assert len(in_bytes) >= 10 and all(model.decode(model.encode(each)) == each for each in rare)
+
+
 def test_a_size_below_the_characters_names_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=r"too small for these texts' characters; use (\d+) or more") as caught:
         train_tokenizer(TEXTS, tmp_path / "t.model", 270)

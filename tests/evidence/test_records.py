@@ -79,7 +79,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
 
 
 def test_a_score_that_a_run_lacks_is_told_with_those_it_has() -> None:
-    with pytest.raises(ValueError, match=r"names/dense, seed 1 has no loss at step 10; it has perplexity, recall"):
+    with pytest.raises(ValueError, match=r"names/dense, seed 1 has no loss at step 30; it has perplexity, recall"):
         record().score("loss")
 
 

@@ -22,6 +22,7 @@ SEED = 6  # no routing decision of 100 steps is within rounding of two experts: 
 # Of a global microbatch. With two data-parallel ranks or more the later ones see no image; one sample has
 # text alone, which no pair of the contrastive objective can use.
 GLOBAL = ("iat", "it", "ia", "iat", "t", "at", "a", "t")
+TWO_MICROBATCHES = {"num_microbatches": 2, "global_batch_size": 2 * len(GLOBAL)}
 # For half types. Where scores choose, a rounding sends a token near the edge between two experts to the other one,
 # and that moves a loss by up to 10% (one process against itself): no bound would tell it from a mistake.
 FIXED_ROUTING = {"router": "hash", "bias_balancing": {}}
@@ -122,6 +123,14 @@ def cover(cases: Sequence[Case]) -> list[Case]:
         left -= _pairs(best)
         chosen.append(best)
     return sorted(chosen, key=cases.index)
+
+
+def brief(case: Case) -> Case:
+    """With two microbatches, whose gradients are added up as those of four are. Not of pipelines: with as many
+    microbatches as stages they never alternate between forward and backward passes."""
+    if "pipeline_parallel_size" in case.parallel:
+        return case
+    return dataclasses.replace(case, train={**TWO_MICROBATCHES, **case.train})
 
 
 def _pairs(case: Case) -> set[frozenset[str]]:

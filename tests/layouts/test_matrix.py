@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.layouts import matrix
-from tests.layouts.cases import ALONE, LAYOUTS, all_cases, cover
+from tests.layouts.cases import ALONE, LAYOUTS, all_cases, brief, cover
 from tests.layouts.train import assemble, reference
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases
-CASES = cover(all_cases())
+CASES = [brief(case) for case in cover(all_cases())]
 STEPS = 2  # the second is made with weights, moments and prefetch orders that the first has left
 
 

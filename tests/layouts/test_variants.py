@@ -13,7 +13,17 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
 from tests.layouts import matrix
-from tests.layouts.cases import ALONE, FIXED_ROUTING, LAYOUTS, LENDING, MICROBATCHES, OTHER_BLOCKS, SGD, Case
+from tests.layouts.cases import (
+    ALONE,
+    FIXED_ROUTING,
+    LAYOUTS,
+    LENDING,
+    OTHER_BLOCKS,
+    SGD,
+    TWO_MICROBATCHES,
+    Case,
+    brief,
+)
 from tests.layouts.train import reference, start_ranks, train_case
 
 STEPS = 2  # the second is made with weights, moments and prefetch orders that the first has left
@@ -23,7 +33,7 @@ def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more: Any
     """``more``: fields of the case; keys that it does not have belong to its section ``parallel``."""
     ranks, degrees = LAYOUTS[layout]
     own = {key: more.pop(key) for key in list(more) if key not in Case.__dataclass_fields__}
-    return Case(layout, ranks, engine, zero_stage, {**degrees, **own}, **more)
+    return brief(Case(layout, ranks, engine, zero_stage, {**degrees, **own}, **more))
 
 
 BLOCKS = {"recompute": "blocks"}
@@ -112,7 +122,6 @@ LENDING_CASES = [
 # Ranks that have less to do than others, or nothing: the second step begins with what such a one has left.
 DATA = [("EP2", 1, "megatron"), ("EP2", 2, "deepspeed"), ("DP2", 3, "deepspeed")]
 MODEL = [("PP2", 0, "megatron"), ("PP2 x VPP2", 1, "megatron"), ("TP2 + SP", 0, "megatron"), ("TP2", 1, "deepspeed")]
-TWO_MICROBATCHES = {"num_microbatches": 2, "global_batch_size": 16}
 
 
 def uneven(layouts: list[tuple[str, int, str]], samples: tuple[str, ...], one_expert: bool = False) -> list[Case]:
@@ -125,7 +134,7 @@ UNEVEN = {
     "no valid token on the later ranks": uneven(DATA, (*SOME, "", "", "", "")),
     "no valid token on the first ranks": uneven(DATA, ("", "", "", "", *SOME)),
     "no valid token at all": uneven(DATA + MODEL, ("",) * 8),
-    "a batch cut short": uneven(DATA + MODEL[1:2], (*SOME, "it", "", "", "")),
+    "a batch cut short": uneven(DATA[:2] + MODEL[1:2], (*SOME, "it", "", "", "")),
     "every token to the same experts": uneven(DATA + MODEL, (*SOME, "t", "at", "a", "t"), one_expert=True),
 }
 FAMILIES = {
@@ -164,8 +173,8 @@ def test_experts_are_lent_in_every_layer_and_microbatch(number: int) -> None:
     case = LENDING_CASES[number]
     first, other = run_ranks(case.ranks, lent_in, case)
     assert first == other and all(first)
-    again = int(case.train == BLOCKS)  # of two MoE layers, the last of which is in the last block and kept
-    assert len(first) == (2 + again) * MICROBATCHES
+    again = int("recompute" in case.train)  # of two MoE layers, the last of which is in the last block and kept
+    assert len(first) == (2 + again) * case.config().train.num_microbatches
 
 
 def test_the_references_have_what_is_compared() -> None:

@@ -22,7 +22,7 @@ from tests.support import tiny_config
 def measured(config: RunConfig) -> Machine:
     calibration.SIZES, calibration.EXPERT_ROWS, calibration.LENGTHS = (32, 64), (32,), (16,)  # of this fork
     host_time.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
-    calibration.SPELLS_OF_LINKS, calibration.BETWEEN = 2, 4
+    calibration.SPELLS_OF_LINKS, calibration.MOST_CALLS, calibration.BETWEEN = 2, 2, 4
     calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
     with process_group(timeout_minutes=0.5) as device:
         machine = calibration.calibrate(config, device, name="here")

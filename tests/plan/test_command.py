@@ -160,7 +160,9 @@ def test_bad_input_is_one_clear_message(tiny: Path, arguments: list[str], messag
     assert "\n" not in str(result.exception)
 
 
-def test_lending_is_left_out_and_the_rows_from_which_it_pays_are_told(tiny: Path) -> None:
+def test_lending_is_left_out_and_the_rows_from_which_it_pays_are_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Products of 16 numbers on an H100: 989.4 TFLOP/s x 0.185 x 16 / 128 = 22.88, and 2 x 2 bytes / 6 of that are
     # 15.25 TB/s. Divided by 0.67 x 450 GB/s inside a node, and by 0.86 x 50 GB/s across nodes.
     moe = ["moe.num_experts=4", "moe.expert_hidden_size=16", "moe.lending={min_rows: 7}", "model.vocab_size=48"]
@@ -168,5 +170,6 @@ def test_lending_is_left_out_and_the_rows_from_which_it_pays_are_told(tiny: Path
     (told,) = (line for line in lent["assumptions"] if "lending" in line)
     assert "about 51 rows of an expert inside a node and 355 across nodes (moe.lending.min_rows is 7)" in told
     assert lent["memory"] == unlent["memory"] and lent["step"] == unlent["step"]
-    searched = found(tiny, *moe, "--gpus", 2, "--search")
-    assert all(told in each["assumptions"] for each in searched["best"])
+    monkeypatch.setattr("mmmoe_pretrain.plan.search.LISTED", 1)  # all plans have the same assumptions
+    (best,) = found(tiny, *moe, "--gpus", 2, "--search")["best"]
+    assert told in best["assumptions"]
