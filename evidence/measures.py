@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mmmoe_pretrain.evaluate import routing_report
+
 ROUTING = "routing/"  # names begin so
-DEAD_BELOW = 0.01  # of an even share, in every modality, as in the routing report
 Layers = Sequence[dict[str, Any]]  # of each MoE layer, by modality
 
 
@@ -46,22 +47,19 @@ def _rows(layer: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def experts_used(routing: Routing) -> float:
-    """The exponential of the entropy of a modality's load, mean of the layers, of the modality where it is least."""
+    """Of a modality, mean of the layers; of the modality that uses fewest."""
     used: dict[str, list[float]] = {}
     for layer in routing.load:
         for name, load_E in _rows(layer).items():
-            share_E = load_E[load_E > 0] / load_E.sum()
-            used.setdefault(name, []).append(float(np.exp(-(share_E * np.log(share_E)).sum())))
+            used.setdefault(name, []).append(float(routing_report.experts_used(load_E / load_E.sum())))
     return min(statistics.fmean(of_layers) for of_layers in used.values())
 
 
 def dead(routing: Routing) -> float:
     """The share of experts that no modality uses, of all layers."""
-    found = []
-    for layer in routing.load:
-        load_ME = np.stack(list(_rows(layer).values()))
-        found.append((load_ME < DEAD_BELOW / load_ME.shape[1]).all(axis=0))
-    return float(np.concatenate(found).mean())
+    loads = [np.stack(list(_rows(layer).values())) for layer in routing.load]
+    unused = sum(len(routing_report.dead_experts(load_ME)) for load_ME in loads)
+    return unused / sum(load_ME.shape[1] for load_ME in loads)
 
 
 MEASURES: dict[str, Callable[[Routing], float]] = {
