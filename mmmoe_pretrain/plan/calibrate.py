@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
 from mmmoe_pretrain.batch import AttentionBlocks
 from mmmoe_pretrain.config import RunConfig
@@ -48,6 +47,7 @@ MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 22)  # numbers in those that are tim
 MOST_CALLS, SPELLS_OF_LINKS = 8, 12  # as many on every rank
 BETWEEN = 128  # rows of the products between two calls
 LIMITS = (0.1, 10.0)  # of fitted factors
+Work = Callable[[], object]
 
 
 def wall_clock(device: torch.device) -> Clock:
@@ -69,9 +69,14 @@ def host_clock(device: torch.device) -> Clock:
 
 def seconds_of(work: Callable[[], object], clock: Clock) -> float:
     """Of one run, the least over spells that are long enough for the clock."""
+    return min(spells_of(work, clock, SPELLS))
+
+
+def spells_of(work: Callable[[], object], clock: Clock, spells: int) -> list[float]:
+    """Seconds of one run in each spell."""
     work()
     repeat, found = 1, list[float]()
-    while len(found) < SPELLS:
+    while len(found) < spells:
         began = clock()
         for _ in range(repeat):
             work()
@@ -80,7 +85,7 @@ def seconds_of(work: Callable[[], object], clock: Clock) -> float:
             repeat *= 4
         else:
             found.append(taken / repeat)
-    return min(found)
+    return found
 
 
 def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = None, name: str = "measured") -> Machine:
@@ -114,82 +119,74 @@ def _rates(config: RunConfig, device: torch.device, clock: Clock) -> dict[str, A
     """Fields of ``Machine`` that one process measures."""
     precision = config.train.precision
     dtype = HALF_TYPES.get(precision, torch.float32)
-    experts = _experts(config, dtype, device, clock)
+
+    def curve(sizes: Sequence[int], made: Callable[[int], tuple[Work, float]]) -> Curve:
+        """FLOP/s by size."""
+        works = ((size, *made(size)) for size in sizes)
+        return tuple((float(size), flops / seconds_of(work, clock)) for size, work, flops in works)
+
+    def product(size: int) -> tuple[Work, float]:
+        wide = max(size, WIDE)
+        return _linear(size, wide, dtype, device), 6.0 * size * wide * wide
+
+    experts = () if config.moe.dense else curve(EXPERT_ROWS, lambda rows: _experts(config, rows, dtype, device))
+    attention = curve(LENGTHS, lambda length: _attention(config, length, dtype, device))
     streaming = 2 * STREAMED / seconds_of(_copy(device, STREAMED), clock)
     return {
-        "products": {precision: _products(dtype, device, clock)},
+        "products": {precision: curve(SIZES, product)},
         "grouped": {precision: experts} if experts else {},
-        "attention": {precision: _attention(config, dtype, device, clock)},
+        "attention": {precision: attention},
         "streaming": streaming,
-        "optimizer_bytes": _optimizer(device, clock) / OPTIMIZED * streaming,
+        "optimizer_bytes": seconds_of(_optimizer(device), clock) / OPTIMIZED * streaming,
     }
 
 
-def _products(dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
-    """FLOP/s of a linear layer, forward and backward."""
-    found = []
-    for size in SIZES:
-        rows, wide = size, max(size, WIDE)
-        seconds = seconds_of(_linear(rows, wide, dtype, device), clock)
-        found.append((float(size), 6 * rows * wide * wide / seconds))
-    return tuple(found)
-
-
-def _linear(rows: int, wide: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def _linear(rows: int, wide: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """A linear layer, forward and backward."""
     x = torch.randn(rows, wide, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(wide, wide, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(rows, wide, device=device, dtype=dtype)
     return lambda: torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
 
 
-def _experts(config: RunConfig, dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
-    """FLOP/s of the experts of the config's MoE layer, forward and backward, over the rows of an expert; none of a
-    dense model."""
+def _experts(config: RunConfig, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
+    """The experts of the config's MoE layer, forward and backward, with ``rows`` each, and its FLOPs."""
     moe, hidden = config.moe, config.model.hidden_size
-    if moe.dense:
-        return ()
     experts = make_experts(moe, hidden, SINGLE).to(device=device, dtype=dtype)
     weights = list(experts.parameters())
     for weight in weights:
         torch.nn.init.normal_(weight, std=0.02)
-    found = []
-    for rows in EXPERT_ROWS:
-        number = rows * moe.num_experts
-        index = torch.arange(number, device=device)
-        plan = ExpertPlan(index, [rows] * moe.num_experts, index, index)
-        x = torch.randn(number, hidden, device=device, dtype=dtype, requires_grad=True)
-        scale, grad = torch.ones(number, device=device), torch.randn(number, hidden, device=device, dtype=dtype)
-        work = lambda: torch.autograd.grad(experts(x, scale, plan), (x, *weights), grad)  # noqa: B023, E731
-        flops = 6 * rows * sum(weight.numel() for weight in weights)
-        found.append((float(rows), flops / seconds_of(work, clock)))
-    return tuple(found)
+    number = rows * moe.num_experts
+    index = torch.arange(number, device=device)
+    plan = ExpertPlan(index, [rows] * moe.num_experts, index, index)
+    x = torch.randn(number, hidden, device=device, dtype=dtype, requires_grad=True)
+    scale, grad = torch.ones(number, device=device), torch.randn(number, hidden, device=device, dtype=dtype)
+    flops = 6.0 * rows * sum(weight.numel() for weight in weights)
+    return lambda: torch.autograd.grad(experts(x, scale, plan), (x, *weights), grad), flops
 
 
-def _attention(config: RunConfig, dtype: torch.dtype, device: torch.device, clock: Clock) -> Curve:
-    """FLOP/s of the scores and their mix, forward and backward, over segments of several lengths."""
+def _attention(config: RunConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
+    """The scores and their mix, forward and backward, over segments of this length, and its FLOPs."""
     heads, groups = config.model.num_heads, config.model.kv_heads
-    size, found = config.model.hidden_size // heads, []
-    for length in LENGTHS:
-        number = max(1, 2 * LENGTHS[-1] // length)
-        plan = AttentionPlan(AttentionBlocks((length,) * number, (length,) * number), device)
-        q, k, v = (
-            torch.randn(number * length, h, size, device=device, dtype=dtype, requires_grad=True)
-            for h in (heads, groups, groups)
-        )
-        grad = torch.randn(number * length, heads * size, device=device, dtype=dtype)
-        seconds = seconds_of(lambda: torch.autograd.grad(attend(q, k, v, plan), (q, k, v), grad), clock)  # noqa: B023
-        found.append((float(length), 3 * 4 * number * length * length * heads * size / seconds))
-    return tuple(found)
+    size, number = config.model.hidden_size // heads, max(1, 2 * LENGTHS[-1] // length)
+    plan = AttentionPlan(AttentionBlocks((length,) * number, (length,) * number), device)
+    q, k, v = (
+        torch.randn(number * length, h, size, device=device, dtype=dtype, requires_grad=True)
+        for h in (heads, groups, groups)
+    )
+    grad = torch.randn(number * length, heads * size, device=device, dtype=dtype)
+    flops = 3.0 * 4 * number * length * length * heads * size
+    return lambda: torch.autograd.grad(attend(q, k, v, plan), (q, k, v), grad), flops
 
 
-def _copy(device: torch.device, size: int) -> Callable[[], Tensor]:
+def _copy(device: torch.device, size: int) -> Work:
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
-def _optimizer(device: torch.device, clock: Clock) -> float:
-    """Seconds of AdamW's step with the gradient's norm, clipping and zeroing, over matrices of a usual size."""
+def _optimizer(device: torch.device) -> Work:
+    """AdamW's step with the gradient's norm, clipping and zeroing, over matrices of a usual size."""
     parameters = [torch.randn(1 << 18, device=device).requires_grad_() for _ in range(OPTIMIZED >> 18)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -202,35 +199,33 @@ def _optimizer(device: torch.device, clock: Clock) -> float:
         optimizer.step()
         torch._foreach_mul_(gradients, 1.0)  # as long as zeroing a buffer
 
-    return seconds_of(work, clock)
+    return work
 
 
 def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: Clock | None = None) -> Machine:
     """On every rank of a process group, all of which must call it: ``machine`` with collectives over all ranks and
-    over pairs, and ``Host.dispatch``. Where ranks outnumber a CPU's cores, the CPU time of a call counts, since
-    others compute while a rank waits, and what fewer ranks have measured stays."""
+    over pairs, ``Host.dispatch``, and on a CPU ``crowded`` of this many ranks. Where ranks outnumber the cores, CPU
+    time counts, since others compute while a rank waits."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if size == 1:
         raise ValueError("the links between ranks cannot be measured on one rank; start several with torchrun")
-    shared = machine.cores is not None and size > machine.cores
+    shared = machine.shares_cores(size)
     read = clock or (time.process_time if shared else wall_clock(device))
     groups = {size: dist.group.WORLD}
     if size > 2 and size % 2 == 0:
         pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
         groups[2] = pairs[rank // 2]
     between = _linear(BETWEEN, WIDE, HALF_TYPES.get(config.train.precision, torch.float32), device)
-    known = {(one.kind, one.ranks): one for one in machine.collectives}
+    known = {(one.kind, one.ranks, one.shared): one for one in machine.collectives}
     for ranks, group in sorted(groups.items()):
         for kind, work in _collectives(ranks, group, device).items():
-            if shared and ranks < size and (kind, ranks) in known:
-                continue
-            curve = [
+            curve = tuple(
                 (_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, between, read), device)) for n in MESSAGES
-            ]
-            known[kind, ranks] = Collective(kind=kind, ranks=ranks, seconds=tuple(curve))
+            )
+            known[kind, ranks, shared] = Collective(kind=kind, ranks=ranks, shared=shared, seconds=curve)
     update: dict[str, object] = {"collectives": tuple(known.values())}
-    if size == machine.cores:
-        update["crowded"] = _crowded(device, read)
+    if machine.cores is not None:
+        update["crowded"] = _crowded(machine, config, device, read)
     machine = machine.model_copy(update=update)
     if shared or config.moe.dense or config.moe.num_experts % size:
         return machine
@@ -238,22 +233,32 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
     return machine.model_copy(update={"host": host})
 
 
-def _crowded(device: torch.device, clock: Clock) -> dict[str, float]:
-    """By what limits a part: its time while every core has a rank at work, over that of rank 0 alone. Of memory for a
-    buffer of an activation's size, which a cache may hold."""
-    linear = _linear(WIDE, WIDE, torch.float32, device)
-    found = {}
-    for limit, work in {"computation": linear, "memory": _copy(device, ACTIVATION)}.items():
+def _crowded(machine: Machine, config: RunConfig, device: torch.device, clock: Clock) -> dict[str, Curve]:
+    """``Machine.crowded`` with the times of work like each part's on all ranks over those on rank 0 alone."""
+    dtype = HALF_TYPES.get(config.train.precision, torch.float32)
+    linear, optimizer = _linear(BETWEEN, WIDE, dtype, device), _optimizer(device)
+    works = {
+        ("products", "embedders", "heads", "recomputation", "host"): linear,
+        ("experts",): linear if config.moe.dense else _experts(config, BETWEEN, dtype, device)[0],
+        ("attention",): _attention(config, LENGTHS[len(LENGTHS) // 2], dtype, device)[0],
+        ("memory bound",): _copy(device, ACTIVATION),
+        ("optimizer", "gradient accumulation"): optimizer,
+    }
+    found = dict(machine.crowded)
+    ranks = dist.get_world_size()
+    for parts, work in works.items():
         dist.barrier()
-        alone = seconds_of(work, clock) if dist.get_rank() == 0 else 0.0
+        alone = middle(spells_of(work, clock, SPELLS_OF_LINKS)) if dist.get_rank() == 0 else 0.0
         dist.barrier()
-        found[limit] = max(1.0, slowest(seconds_of(work, clock), device) / slowest(alone, device))
-    return {**found, "host": found["computation"]}
+        beside = middle(spells_of(work, clock, SPELLS_OF_LINKS))
+        times = max(1.0, slowest(beside, device) / slowest(alone, device))
+        for part in parts:
+            others = [point for point in found.get(part, ()) if point[0] != ranks]
+            found[part] = tuple(sorted([*others, (float(ranks), times)]))
+    return found
 
 
-def _seconds_of_link(
-    work: Callable[[int], object], numbers: int, between: Callable[[], object], clock: Clock
-) -> float:
+def _seconds_of_link(work: Callable[[int], object], numbers: int, between: Work, clock: Clock) -> float:
     """Of a call: what it adds to products that run before each, as in a step, and at least the shortest of calls in a
     row, which leave a core to each thread of gloo. All ranks make the same number of calls."""
     calls = max(2, min(MOST_CALLS, MESSAGES[-1] // numbers))

@@ -25,7 +25,7 @@ from mmmoe_pretrain.plan.workload import full_batch
 
 Clock = Callable[[], float]
 
-STEPS = 15  # of each; the shortest counts
+STEPS = 30  # of each; the shortest counts
 BLOCKS, MICROBATCHES, SAMPLES = (2, 6), (1, 3), 2  # samples of a microbatch
 
 
@@ -54,7 +54,7 @@ def dispatch_time(config: RunConfig, machine: Machine, device: torch.device, clo
     messages = sum(placed(transfer, layout, machine).seconds for transfer in sent)
     waits = messages if machine.asynchronous else 0.0
     local, remote = (_steps(config, False, each, device, clock).block for each in (1, ranks))
-    return max(0.0, slowest(remote - local, device) - waits) / machine.crowded.get("host", 1.0)
+    return max(0.0, slowest(remote - local, device) - waits) / machine.slowed("host", ranks)
 
 
 def slowest(seconds: float, device: torch.device) -> float:

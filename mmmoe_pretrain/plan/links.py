@@ -87,7 +87,7 @@ def placed(transfer: Transfer, layout: Layout, machine: Machine, times: float = 
         share = 1 / near
     across = share * transfer.sent
     inside = transfer.sent - across
-    known = nearest(machine, transfer.kind, transfer.ranks)
+    known = nearest(machine, transfer.kind, transfer.ranks, machine.shares_cores(layout.world_size))
     if known is None:
         seconds = transfer.calls * _latency(transfer, near, machine)
         seconds += max(inside / machine.node.bandwidth, across / machine.network.bandwidth)  # at the same time
@@ -112,13 +112,15 @@ def _latency(transfer: Transfer, near: int, machine: Machine) -> float:
     return inside * machine.node.latency + across * machine.network.latency
 
 
-def nearest(machine: Machine, kind: str, ranks: int) -> Collective | None:
+def nearest(machine: Machine, kind: str, ranks: int, shared: bool = False) -> Collective | None:
     """The measured collective of this kind (a reduce-scatter, all-gather or broadcast else as an all-reduce, whose
-    bytes are of the same ring) with the nearest number of ranks; None where none was measured."""
+    bytes are of the same ring) with the nearest number of ranks, of those measured where cores were ``shared`` or not
+    if there are any; None where none was measured."""
     for wanted in (kind, ALL_REDUCE):
         found = [each for each in machine.collectives if each.kind == wanted]
+        alike = [each for each in found if each.shared == shared]
         if found:
-            return min(found, key=lambda each: abs(each.ranks - ranks))
+            return min(alike or found, key=lambda each: abs(each.ranks - ranks))
         if kind in (ALL_TO_ALL, POINT_TO_POINT):
             return None
     return None

@@ -16,12 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from mmmoe_pretrain.config.base import StrictModel, explain
 
 GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
-VERSION = 3  # of the file format
+VERSION = 4  # of the file format
 PRECISIONS = ("fp32", "bf16", "fp16")  # train.precision
 PARTS = {
     "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
@@ -41,10 +42,12 @@ class Link(StrictModel):
 
 
 class Collective(StrictModel):
-    """A measured collective of ``ranks``: ``seconds`` of a call over the bytes that leave a rank in it."""
+    """A measured collective of ``ranks``: ``seconds`` of a call over the bytes that leave a rank in it. ``shared``:
+    CPU time, where the ranks of a node outnumber its cores, so that others compute while one waits."""
 
     kind: str
     ranks: int = Field(ge=2)
+    shared: bool = False
     seconds: Curve = Field(min_length=1)
 
     def taken(self, sent: float) -> float:
@@ -72,7 +75,7 @@ class Machine(StrictModel):
     and their mix over the tokens that a token attends to. ``streaming``: bytes/s of operations without products.
     ``optimizer_bytes``: memory traffic of one parameter in the optimizer's step, at that rate. ``asynchronous``: the
     host runs ahead of the device. ``cores``: of a node, where ranks are threads on a CPU; more ranks share them.
-    ``crowded``: the time of a rank's work beside busy cores over its time alone, by what limits it (``PARTS``).
+    ``crowded``: by part, the time of a rank's work beside others over its time alone, over the ranks of a node.
     ``factors``: measured over planned seconds of a part (``time.py``), from runs."""
 
     name: str
@@ -92,7 +95,7 @@ class Machine(StrictModel):
     network: Link
     collectives: tuple[Collective, ...] = ()
     cores: int | None = Field(None, ge=1)
-    crowded: Mapping[str, Annotated[float, Field(ge=1)]] = {}
+    crowded: Mapping[str, Curve] = {}
     factors: Mapping[str, Positive] = {}
 
     def product_rate(self, precision: str, size: float) -> float:
@@ -102,6 +105,16 @@ class Machine(StrictModel):
     def attention_rate(self, precision: str, attended: float) -> float:
         """FLOP/s of attention where a token attends to ``attended`` tokens."""
         return interpolate(self.attention[precision], max(1.0, attended))
+
+    def shares_cores(self, ranks: int) -> bool:
+        """Whether ``ranks`` are more than a CPU node has cores."""
+        return self.cores is not None and min(ranks, self.ranks_per_node) > self.cores
+
+    def slowed(self, part: str, ranks: int) -> float:
+        """How many times as long a part takes where ``ranks`` share a node: straight lines between what was measured,
+        from 1 for a rank alone."""
+        numbers, times = zip((1.0, 1.0), *self.crowded.get(part, ()), strict=True)
+        return float(np.interp(ranks, numbers, times))
 
     def expert_rate(self, precision: str, rows: float, width: float) -> float:
         """FLOP/s of experts with ``rows`` each, whose smallest other dimension is ``width``."""
@@ -306,6 +319,9 @@ def _problem(machine: Machine) -> str:
         for precision, curve in getattr(machine, key).items():
             if not curve or not _rises(curve):
                 return f"{key}.{precision} must have sizes that rise"
+    for part, curve in machine.crowded.items():
+        if not _rises(((1.0, 1.0), *curve)):
+            return f"crowded.{part} must have numbers of ranks that rise from 2"
     return ""
 
 

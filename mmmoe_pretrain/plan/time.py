@@ -30,9 +30,6 @@ from mmmoe_pretrain.plan.machines import PARTS, Machine
 from mmmoe_pretrain.plan.traffic import RankParts, rank_traffic
 
 SECONDS_A_DAY = 86_400.0
-# The host's time under ZeRO-3, whose hooks run before and after each module, over that under ZeRO-2: measured on a
-# CPU with narrow models, 3.4 (2 dense blocks) to 1.9 (6 MoE blocks).
-ZERO_3_HOST = 2.5
 
 
 class Built(Protocol):
@@ -161,11 +158,14 @@ def _held(rank: RankParts, costs: ModelCosts) -> object:
 
 
 def _scales(machine: Machine, ranks: int) -> dict[str, float]:
-    """By part: the measured factor, times how much slower a rank is beside the others of its node."""
+    """By part: the measured factor, times how much slower a rank is beside the others of its node. That of
+    communication is of calls that wait in a step; where ranks share cores their CPU time counts."""
     ranks_of_node = min(ranks, machine.ranks_per_node)
-    busy = min(1.0, (ranks_of_node - 1) / max(1, machine.cores - 1)) if machine.cores else 0.0
-    slower = {limit: 1 + busy * (machine.crowded.get(limit, 1.0) - 1) for limit in PARTS}
-    return {part: slower[limit] * machine.factors.get(part, 1.0) for limit, parts in PARTS.items() for part in parts}
+    factors = dict(machine.factors)
+    if machine.shares_cores(ranks):
+        factors |= dict.fromkeys(PARTS["communication"], 1.0)
+    parts = [part for parts in PARTS.values() for part in parts]
+    return {part: machine.slowed(part, ranks_of_node) * factors.get(part, 1.0) for part in parts}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _rank(
     found["gradient accumulation"] = computation.accumulated_bytes(layout, held) / machine.streaming
     computed = scaled(found)
     host = scales["host"] * computation.host_seconds(config, layout, rank.stages, machine)
-    hooks = (ZERO_3_HOST - 1) * host if layout.zero_stage == 3 else 0.0
+    hooks = scales["host"] * computation.hook_seconds(layout, rank.stages, machine)
     if machine.asynchronous:
         waiting = scales["host"] * computation.waiting_seconds(config, layout, rank.stages, machine)
         computed["host"] = max(waiting, host + hooks - sum(computed.values()))

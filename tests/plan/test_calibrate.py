@@ -44,6 +44,8 @@ def test_a_calibrated_machine_plans_a_step(tmp_path: Path) -> None:
     machine = find_machine(str(tmp_path / "here.json"))
     assert machine == ranks[0] and machine.name == "here"
     assert machine.cores and not machine.asynchronous
+    assert {ranks for curve in machine.crowded.values() for ranks, _ in curve} == {2}
+    assert {"products", "experts", "attention", "memory bound", "optimizer", "host"} <= set(machine.crowded)
     assert [size for size, _ in machine.products["fp32"]] == [32, 64]
     assert machine.peak["fp32"] == max(
         rate for curve in (machine.products, machine.grouped) for _, rate in curve["fp32"]

@@ -41,8 +41,8 @@ def test_a_measured_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("not json", "cannot be read as the JSON of a machine"),
         ('{"name": "h100"}', "is not the file of a machine"),
         ("[1, 2]", "is not the file of a machine"),
-        ('{"mmmoe_machine": 99}', "has version 99, and this is 3"),
-        ('{"mmmoe_machine": 3, "name": "x"}', "machine.source: required, and missing"),
+        ('{"mmmoe_machine": 99}', "has version 99, and this is 4"),
+        ('{"mmmoe_machine": 4, "name": "x"}', "machine.source: required, and missing"),
     ],
     ids=["no JSON", "foreign", "a list", "version", "incomplete"],
 )
@@ -66,6 +66,8 @@ def test_a_bad_file_is_one_line_with_the_remedy(tmp_path: Path, content: str, pr
         ({"attention": dict.fromkeys(("fp32", "bf16", "fp16"), ())}, "machine.attention.fp32 must have sizes"),
         ({"collectives": [{"kind": ALL_REDUCE, "ranks": 2, "seconds": [[8, 1e-3], [8, 2e-3], [9, 3e-3]]}]},
          "machine.collectives: all-reduce of 2 ranks must have sizes that rise"),
+        ({"crowded": {"experts": [[4, 1.5], [2, 1.2]]}},
+         "machine.crowded.experts must have numbers of ranks that rise"),
     ],
 )  # fmt: skip
 def test_rates_that_plans_cannot_read_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:

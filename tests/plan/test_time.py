@@ -192,12 +192,14 @@ def test_a_measured_factor_of_the_device_does_not_lengthen_what_the_host_takes()
 
 
 def test_hooks_of_zero_3_take_longer_where_the_host_does() -> None:
-    host = Host(dense_block=10, moe_block=0, microbatch=0, step_block=0, step=0)
+    """Of each block twice the host's time of a dense one, of the rest 0.75 of its time."""
+    host = Host(dense_block=10, moe_block=30, microbatch=8, step_block=0, step=0)
     machine = ROUND.model_copy(update={"host": host, "asynchronous": False})
     built = made(parallel={"engine": "deepspeed", "zero_stage": 3})
+    blocks, number = built.config.model.num_layers, built.config.train.num_microbatches
     ones = dict.fromkeys(PARTS, 1.0)
     plain, slower = (timed(built, with_factors(machine, {**ones, "host": factor})).parts for factor in (1.0, 2.0))
-    assert plain["ZeRO-3 hooks"] == pytest.approx((2.5 - 1) * plain["host"])
+    assert plain["ZeRO-3 hooks"] == pytest.approx(number * (2 * 10 * blocks + 0.75 * 8))
     assert slower["ZeRO-3 hooks"] == pytest.approx(2 * plain["ZeRO-3 hooks"])
 
 
@@ -211,14 +213,32 @@ def test_ranks_that_share_cores_take_turns() -> None:
     assert two.work == pytest.approx(4 * alone.seconds)
 
 
-def test_busy_cores_slow_what_shares_their_memory() -> None:
-    """Two ranks on two cores, by what limits a part; one rank alone is not slower."""
-    crowded = ROUND.model_copy(update={"cores": 2, "crowded": {"memory": 1.5}})
-    alone, beside = (timed(made(ranks=2, parallel={"expert_parallel_size": 1}), one) for one in (ROUND, crowded))
-    assert beside.parts["memory bound"] == pytest.approx(1.5 * alone.parts["memory bound"])
-    assert beside.parts["optimizer"] == pytest.approx(1.5 * alone.parts["optimizer"])
-    assert beside.parts["products"] == pytest.approx(alone.parts["products"])
+def test_ranks_beside_one_another_are_slower_by_what_was_measured_of_each_part() -> None:
+    """On two cores: two ranks as measured, three half-way between two and four; one rank alone is not slower."""
+    slower = {"memory bound": ((2, 1.5), (4, 2.0)), "optimizer": ((2, 1.25),)}
+    crowded = ROUND.model_copy(update={"cores": 2, "crowded": slower})
+
+    def times(ranks: int) -> dict[str, float]:
+        built = made(ranks=ranks, parallel={"expert_parallel_size": 1})
+        alone, beside = (timed(built, machine).parts for machine in (ROUND, crowded))
+        return {part: beside[part] / alone[part] for part in ("products", "memory bound", "optimizer")}
+
+    assert times(2) == pytest.approx({"products": 1, "memory bound": 1.5, "optimizer": 1.25})
+    assert times(4) == pytest.approx({"products": 1, "memory bound": 2, "optimizer": 1.25})
+    assert crowded.slowed("memory bound", 3) == 1.75
     assert timed(made(), crowded).seconds == pytest.approx(timed(made()).seconds)
+
+
+def test_calls_of_ranks_that_share_cores_take_the_cpu_time_that_was_measured_so() -> None:
+    """Which the factor of communication, of calls that wait, does not change."""
+    built = made(ranks=4, parallel={"expert_parallel_size": 1})
+    calls = tuple(
+        Collective(kind=ALL_REDUCE, ranks=4, shared=shared, seconds=((1e9, seconds),))
+        for shared, seconds in ((False, 10.0), (True, 2.0))
+    )
+    machine = ROUND.model_copy(update={"collectives": calls, "asynchronous": False, "factors": {"gradients": 3.0}})
+    alone, shared = (timed(built, machine.model_copy(update={"cores": cores})).parts for cores in (4, 2))
+    assert alone["gradients"] == pytest.approx(3 * 10 / 2 * shared["gradients"]) and shared["gradients"] % 2 == 0
 
 
 def test_others_compute_while_the_fullest_expert_rank_keeps_one_core_waiting() -> None:
