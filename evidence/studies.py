@@ -181,7 +181,7 @@ STUDIES = (
         corpus="emoji",
         metrics=(CAPTIONS,),
         reference="dense",
-        variants=scaling(1340),
+        variants=scaling(4020),
         panels=("steps", "flops", "hours", "experts"),
     ),
     Study(
@@ -321,12 +321,12 @@ STUDIES = (
         reference="dense",
         variants=(
             Variant("dense", "dense", same_as="captions/dense"),
-            Variant("sparse", "16 experts, two a token", ("moe.experts_per_token=2", "train.steps=731")),
+            Variant("sparse", "16 experts, two a token", ("moe.experts_per_token=2", "train.steps=2193")),
             Variant(
                 "upcycled",
                 "dense, then 16 experts",
-                ("moe.experts_per_token=2", "train.steps=865"),
-                start=Start(500 / 865, dense(NARROW), ("upcycle", "--num-experts=16")),
+                ("moe.experts_per_token=2", "train.steps=2595"),
+                start=Start(1500 / 2595, dense(NARROW), ("upcycle", "--num-experts=16")),
             ),
         ),
         panels=("flops", "hours"),

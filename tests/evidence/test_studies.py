@@ -86,7 +86,7 @@ def test_a_run_with_a_start_is_made_by_three_commands(tmp_path: Path) -> None:
     assert change.program == TRAINER
     assert change.arguments == (
         "experts", "upcycle", "--num-experts=16", str(begun), "--out", str(grown), "train.steps=10",
-        "evaluate.every=125", "optimizer.decay_steps=null",
+        "evaluate.every=250", "optimizer.decay_steps=null",
     )  # fmt: skip
     assert last.arguments == ("train", str(task.study.path), *task.overrides)
     grown.mkdir()
