@@ -1,13 +1,15 @@
-"""Real corpora that ordinary package registries serve: one file and one function each.
+"""Real corpora that ordinary package registries serve.
 
-A corpus is ``build(out, languages) -> (rows, notes)``: it fetches into ``out`` and names its files
-relative to it; the notes count what it left out. A new one is a file here and a line in ``CORPORA``.
+A corpus is ``build(out, languages) -> (rows, notes)``: it fetches into ``out`` and names its files relative to it;
+the notes count what it left out. A new one is a file here, or an entry of ``manuals.MANUALS``, and a line in
+``CORPORA``.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mmmoe_pretrain.data_prep.rows.row import Row
@@ -32,5 +34,9 @@ def build(name: str) -> Build:
     """The function that builds a corpus, imported here."""
     if name not in CORPORA:
         raise ValueError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
+    from mmmoe_pretrain.data_prep.corpora import manuals
+
+    if name in manuals.MANUALS:
+        return partial(manuals.build_manual, manuals.MANUALS[name])
     function: Build = importlib.import_module(f"mmmoe_pretrain.data_prep.corpora.{name.replace('-', '_')}").build
     return function

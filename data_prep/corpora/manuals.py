@@ -1,5 +1,5 @@
-"""Paragraphs of a Debian manual in HTML with a folder a language: what ``debian_handbook.py`` and
-``installation_guide.py`` share.
+"""Paragraphs of Debian's manuals in HTML, with a folder a language: prose on the same subjects in many languages,
+some of it translated in part.
 
 A page and its translations are one group, so that no paragraph is in another split than its translations. Pages that
 have an anchor of the same name or a paragraph of the same words belong together: the chapters of a translation may
@@ -45,6 +45,31 @@ class Manual:
     attribution: str
 
 
+MANUALS = {
+    manual.name: manual
+    for manual in (
+        Manual(
+            name="debian-handbook",
+            package="debian-handbook",
+            folder="usr/share/doc/debian-handbook/html",
+            version="11.20220922",
+            licence="GPL-2.0-or-later OR CC-BY-SA-3.0",
+            attribution="The Debian Administrator's Handbook, (c) Raphaël Hertzog, Roland Mas, Freexian SARL, "
+            "translators",
+        ),
+        Manual(
+            name="installation-guide",
+            package="installation-guide-amd64",
+            folder="usr/share/doc/installation-guide-amd64",
+            version="20230508",
+            licence="GPL-2.0-only",
+            attribution="Debian GNU/Linux Installation Guide, (c) 2004-2023 the Debian Installer team and other "
+            "contributors",
+        ),
+    )
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """What is read of an HTML file."""
@@ -55,7 +80,7 @@ class Page:
     paragraphs: tuple[str, ...]
 
 
-def build_manual(manual: Manual, out: Path, languages: Sequence[str]) -> tuple[list[Row], dict[str, int]]:
+def build_manual(manual: Manual, out: Path, languages: Sequence[str] = ()) -> tuple[list[Row], dict[str, int]]:
     """Fetch the manual into ``out``; the rows of ``languages``, or of all. Splits do not depend on ``languages``."""
     folder, version = fetch_debian(manual.package, out)
     pages = read_pages(folder / manual.folder)

@@ -9,8 +9,6 @@ import pytest
 
 from mmmoe_pretrain.data_prep import corpora
 from mmmoe_pretrain.data_prep.corpora import (
-    debian_handbook,
-    installation_guide,
     manuals,
     package_descriptions,
     wordnet,
@@ -109,7 +107,7 @@ def manual(tmp_path: Path) -> list[manuals.Page]:
 
 def rows_of(pages: list[manuals.Page], *languages: str) -> tuple[dict[str, Row], Counter[str]]:
     notes: Counter[str] = Counter()
-    rows = manuals.rows_of(installation_guide.MANUAL, pages, set(languages), "src", notes)
+    rows = manuals.rows_of(manuals.MANUALS["installation-guide"], pages, set(languages), "src", notes)
     return {row.key: row for row in rows}, notes
 
 
@@ -131,17 +129,18 @@ def test_splits_do_not_depend_on_the_languages_asked_for(manual: list[manuals.Pa
     assert german == {key: row for key, row in everything.items() if row.language == "de"}
 
 
-@pytest.mark.parametrize("corpus", [debian_handbook, installation_guide])
-def test_a_manual_names_the_languages_it_has_and_a_changed_layout(corpus, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("name", list(manuals.MANUALS))
+def test_a_manual_names_the_languages_it_has_and_a_changed_layout(name: str, tmp_path: Path, monkeypatch):
+    build, manual = corpora.build(name), manuals.MANUALS[name]
     monkeypatch.setattr(manuals, "fetch_debian", lambda package, work: (work / package, "2"))
     with pytest.raises(ValueError, match=r"2 has no English pages in usr/share/doc/.*its layout has changed"):
-        corpus.build(tmp_path)
-    root = tmp_path / corpus.MANUAL.package / corpus.MANUAL.folder
+        build(tmp_path)
+    root = tmp_path / manual.package / manual.folder
     for language in ("en-US", "pt-BR"):
         page(root, language, "ch01", f"A paragraph in the language {language}.")
     with pytest.raises(ValueError, match="has no language fr; there are en, pt_br"):
-        corpus.build(tmp_path, ("pt-BR", "fr"))
-    rows, _ = corpus.build(tmp_path, ("pt_BR",))
+        build(tmp_path, ("pt-BR", "fr"))
+    rows, _ = build(tmp_path, ("pt_BR",))
     assert [(row.language, row.text) for row in rows] == [("pt_br", "A paragraph in the language pt-BR.")]
 
 
