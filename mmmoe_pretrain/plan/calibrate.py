@@ -106,11 +106,28 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
     return base.model_copy(update={**rates, **tables, "name": name, "source": source, "peak": peak, "host": host})
 
 
+def calibrate_ranks(config: RunConfig, device: torch.device, name: str) -> Machine:
+    """``calibrate``, and on several ranks ``add_links``. The host's times, which ``calibrate`` measures on all ranks
+    at once, become those of a rank alone, as a plan multiplies them by ``crowded``."""
+    machine, size = calibrate(config, device, name=name), dist.get_world_size()
+    if size == 1:
+        return machine
+    machine = add_links(machine, config, device)
+    slower = machine.slowed("host", size)
+    host = {key: seconds / slower for key, seconds in machine.host.model_dump(exclude={"dispatch"}).items()}
+    return machine.model_copy(update={"host": machine.host.model_copy(update=host)})
+
+
 def _known(device: torch.device) -> Machine:
+    """What is not measured. A node has the ranks that this job has on it if the job has several nodes, else at least
+    one for each core."""
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cores
-        return GPUS["cpu"].model_copy(update={"cores": cores, "memory": memory})
+        world = os.environ.get("WORLD_SIZE", "1")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        node = here if here < int(world) else max(GPUS["cpu"].ranks_per_node, cores, here)
+        return GPUS["cpu"].model_copy(update={"cores": cores, "memory": memory, "ranks_per_node": node})
     machine = machine_of(torch.cuda.get_device_name(device))
     return machine or GPUS["h100"].model_copy(update={"source": "an H100, since this GPU is not in the table"})
 
@@ -218,13 +235,14 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
     between = _linear(BETWEEN, WIDE, HALF_TYPES.get(config.train.precision, torch.float32), device)
     known = {(one.kind, one.ranks, one.shared): one for one in machine.collectives}
     for ranks, group in sorted(groups.items()):
-        for kind, work in _collectives(ranks, group, device).items():
+        messages = [-(-n // ranks) * ranks for n in MESSAGES]  # each rank gets an equal share
+        for kind, work in _collectives(ranks, messages, group, device).items():
             curve = tuple(
-                (_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, between, read), device)) for n in MESSAGES
+                (_sent(kind, ranks, n), slowest(_seconds_of_link(work, n, between, read), device)) for n in messages
             )
             known[kind, ranks, shared] = Collective(kind=kind, ranks=ranks, shared=shared, seconds=curve)
     update: dict[str, object] = {"collectives": tuple(known.values())}
-    if machine.cores is not None:
+    if machine.cores is not None and machine.ranks_per_node > 1:
         update["crowded"] = _crowded(machine, config, device, read)
     machine = machine.model_copy(update=update)
     if shared or config.moe.dense or config.moe.num_experts % size:
@@ -245,7 +263,7 @@ def _crowded(machine: Machine, config: RunConfig, device: torch.device, clock: C
         ("optimizer", "gradient accumulation"): optimizer,
     }
     found = dict(machine.crowded)
-    ranks = dist.get_world_size()
+    ranks = min(dist.get_world_size(), machine.ranks_per_node)
     for parts, work in works.items():
         dist.barrier()
         alone = middle(spells_of(work, clock, SPELLS_OF_LINKS)) if dist.get_rank() == 0 else 0.0
@@ -297,11 +315,11 @@ def _sent(kind: str, ranks: int, numbers: int) -> float:
 
 
 def _collectives(
-    ranks: int, group: dist.ProcessGroup | None, device: torch.device
+    ranks: int, messages: Sequence[int], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[str, Callable[[int], object]]:
-    whole = {numbers: torch.ones(numbers, device=device) for numbers in MESSAGES}
-    other = {numbers: torch.ones(numbers, device=device) for numbers in MESSAGES}
-    part = {numbers: torch.ones(numbers // ranks, device=device) for numbers in MESSAGES}
+    whole = {numbers: torch.ones(numbers, device=device) for numbers in messages}
+    other = {numbers: torch.ones(numbers, device=device) for numbers in messages}
+    part = {numbers: torch.ones(numbers // ranks, device=device) for numbers in messages}
     found: dict[str, Callable[[int], object]] = {
         ALL_REDUCE: lambda n: dist.all_reduce(whole[n], op=dist.ReduceOp.MAX, group=group),
         ALL_TO_ALL: lambda n: dist.all_to_all_single(other[n], whole[n], group=group),

@@ -57,6 +57,10 @@ def plan(
     from mmmoe_pretrain.plan.report import Asked
 
     if calibrate:
+        if config is not None and machine is not None and machine.resolve() == config.resolve():
+            raise ValueError(
+                f"--machine {machine} is the config, which --calibrate would overwrite; name another file"
+            )
         if said := command.calibrated(load(*_given(config, overrides)), machine):
             print(said)
         return

@@ -62,7 +62,7 @@ def calibrated(config: RunConfig, out: Path | None) -> str:
     """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, too. Says what it
     wrote, on rank 0."""
     from mmmoe_pretrain.parallel.runtime import process_group
-    from mmmoe_pretrain.plan.calibrate import add_links, calibrate
+    from mmmoe_pretrain.plan.calibrate import calibrate_ranks
 
     if out is None:
         raise ValueError("--calibrate writes a file; name it: --machine machine.json")
@@ -76,9 +76,7 @@ def calibrated(config: RunConfig, out: Path | None) -> str:
         log.warning("this machine is busy (load %.1f on %d cores): what is measured will be slow", busy, cores)
     config = without_lending(with_vocabulary(config)[0])
     with process_group(timeout_minutes=5) as device:
-        machine = calibrate(config, device, name=out.stem)
-        if dist.get_world_size() > 1:
-            machine = add_links(machine, config, device)
+        machine = calibrate_ranks(config, device, name=out.stem)
         if dist.get_rank() != 0:
             return ""
         save(machine, out)

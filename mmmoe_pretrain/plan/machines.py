@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +20,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from mmmoe_pretrain.config.base import StrictModel, explain
+from mmmoe_pretrain.parallel import counting
+from mmmoe_pretrain.untrusted import brief
 
 GB, TFLOPS, MICRO = 1e9, 1e12, 1e-6
 VERSION = 4  # of the file format
+EXTREMES = (1e-30, 1e30)  # of numbers in a file: times computed from others would not be finite
 PRECISIONS = ("fp32", "bf16", "fp16")  # train.precision
 PARTS = {
     "computation": ("products", "experts", "attention", "embedders", "heads", "recomputation"),
@@ -30,6 +33,8 @@ PARTS = {
     "host": ("host",),
     "communication": ("tensor parallel", "all-to-all", "pipeline messages", "gradients", "parameters", "statistics"),
 }  # of a step's time, by what limits them
+KINDS = (counting.ALL_REDUCE, counting.ALL_TO_ALL, counting.ALL_GATHER, counting.REDUCE_SCATTER, counting.BROADCAST,
+         counting.POINT_TO_POINT)  # fmt: skip
 Positive = Annotated[float, Field(gt=0)]
 Curve = tuple[tuple[Positive, Positive], ...]  # (size, value), rising in size
 
@@ -111,10 +116,10 @@ class Machine(StrictModel):
         return self.cores is not None and min(ranks, self.ranks_per_node) > self.cores
 
     def slowed(self, part: str, ranks: int) -> float:
-        """How many times as long a part takes where ``ranks`` share a node: straight lines between what was measured,
-        from 1 for a rank alone."""
+        """How many times as long a part takes beside the others of a node, in a job of ``ranks``: straight lines
+        between what was measured, from 1 for a rank alone."""
         numbers, times = zip((1.0, 1.0), *self.crowded.get(part, ()), strict=True)
-        return float(np.interp(ranks, numbers, times))
+        return float(np.interp(min(ranks, self.ranks_per_node), numbers, times))
 
     def expert_rate(self, precision: str, rows: float, width: float) -> float:
         """FLOP/s of experts with ``rows`` each, whose smallest other dimension is ``width``."""
@@ -292,7 +297,7 @@ def load(path: Path) -> Machine:
     again = "write it again with mmmoe plan --calibrate"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as the JSON of a machine ({error}); {again}") from None
     version = values.pop("mmmoe_machine", None) if isinstance(values, dict) else None
     if version != VERSION:
@@ -313,6 +318,8 @@ def _problem(machine: Machine) -> str:
         if missing := [precision for precision in PRECISIONS if precision not in getattr(machine, key)]:
             return f"{key} has nothing for {', '.join(missing)}"
     for one in machine.collectives:
+        if one.kind not in KINDS:
+            return f"collectives: {brief(one.kind)} is not a collective; they are {', '.join(KINDS)}"
         if not _rises(one.seconds):
             return f"collectives: {one.kind} of {one.ranks} ranks must have sizes that rise"
     for key in ("products", "grouped", "attention"):
@@ -322,7 +329,29 @@ def _problem(machine: Machine) -> str:
     for part, curve in machine.crowded.items():
         if not _rises(((1.0, 1.0), *curve)):
             return f"crowded.{part} must have numbers of ranks that rise from 2"
+        if any(times < 1 for _, times in curve):
+            return f"crowded.{part} must have times of 1 or more"
+    known = [part for parts in PARTS.values() for part in parts]
+    for key in ("crowded", "factors"):
+        if unknown := [part for part in getattr(machine, key) if part not in known]:
+            return f"{key}.{brief(unknown[0])} is not a part of a step; parts are {', '.join(known)}"
+    least, most = EXTREMES
+    for where, number in _numbers(machine.model_dump()):
+        if number and not least <= number <= most:
+            return f"{where} must be from {least:g} to {most:g} (got {brief(number)})"
     return ""
+
+
+def _numbers(value: object, where: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a machine's values, and the key of each."""
+    if isinstance(value, Mapping):
+        entries = [(f"{where}.{key}".lstrip("."), its) for key, its in value.items()]
+    else:
+        entries = [(where, its) for its in value] if isinstance(value, tuple) else []
+    for key, its in entries:
+        yield from _numbers(its, key)
+    if isinstance(value, int | float):
+        yield where, value
 
 
 def _rises(curve: Curve) -> bool:

@@ -158,14 +158,14 @@ def _held(rank: RankParts, costs: ModelCosts) -> object:
 
 
 def _scales(machine: Machine, ranks: int) -> dict[str, float]:
-    """By part: the measured factor, times how much slower a rank is beside the others of its node. That of
-    communication is of calls that wait in a step; where ranks share cores their CPU time counts."""
-    ranks_of_node = min(ranks, machine.ranks_per_node)
+    """By part: the measured factor, times how much slower a rank is beside the others of its node. The factor of
+    communication does not apply where ranks share cores: it was measured with the waits of calls, and there only
+    their CPU time counts."""
     factors = dict(machine.factors)
     if machine.shares_cores(ranks):
         factors |= dict.fromkeys(PARTS["communication"], 1.0)
     parts = [part for parts in PARTS.values() for part in parts]
-    return {part: machine.slowed(part, ranks_of_node) * factors.get(part, 1.0) for part in parts}
+    return {part: machine.slowed(part, ranks) * factors.get(part, 1.0) for part in parts}
 
 
 @dataclass(frozen=True)

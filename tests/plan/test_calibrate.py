@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+import torch
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
@@ -13,10 +13,12 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.plan import calibrate as calibration
 from mmmoe_pretrain.plan import host_time, machines
 from mmmoe_pretrain.plan.build import build
-from mmmoe_pretrain.plan.machines import Machine, find_machine
+from mmmoe_pretrain.plan.machines import Host, Machine, find_machine
 from mmmoe_pretrain.plan.time import step_time
 from tests.distributed import run_ranks
 from tests.support import tiny_config
+
+DENSE = {"num_experts": 1, "experts_per_token": 1}
 
 
 def measured(config: RunConfig) -> Machine:
@@ -25,8 +27,7 @@ def measured(config: RunConfig) -> Machine:
     calibration.SPELLS_OF_LINKS, calibration.MOST_CALLS, calibration.BETWEEN = 2, 2, 4
     calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
     with process_group(timeout_minutes=0.5) as device:
-        machine = calibration.calibrate(config, device, name="here")
-        return calibration.add_links(machine, config, device) if dist.get_world_size() > 1 else machine
+        return calibration.calibrate_ranks(config, device, name="here")
 
 
 def config() -> RunConfig:
@@ -57,12 +58,46 @@ def test_a_calibrated_machine_plans_a_step(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_file_of_a_dense_model_plans_a_step(tmp_path: Path) -> None:
     """Whose training is profiled, on a rank that calibration does not have."""
-    moe, train = {"num_experts": 1, "experts_per_token": 1}, {"profile": {"steps": [2, 3], "ranks": [1]}}
+    moe, train = DENSE, {"profile": {"steps": [2, 3], "ranks": [1]}}
     dense = tiny_config(Path("unused"), moe=moe)
     profiled = tiny_config(Path("unused"), moe=moe, train=train)
     machines.save(run_ranks(1, measured, profiled)[0], tmp_path / "dense.json")
     machine = find_machine(str(tmp_path / "dense.json"))
     assert not machine.grouped and step_time(build(dense, 1), machine).seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_host_takes_beside_others_becomes_what_it_takes_alone() -> None:
+    """On two ranks, each of which takes 1.5 times as long."""
+    host = Host(dense_block=3, moe_block=6, microbatch=9, step_block=12, step=15)
+
+    def calibrated() -> Host:
+        calibration.MESSAGES, calibration.SPELLS_OF_LINKS = (64,), 2
+        calibration.calibrate = lambda *_, **__: machines.GPUS["cpu"].model_copy(update={"host": host})
+        calibration._crowded = lambda *_: {"host": ((2.0, 1.5),)}
+        with process_group(timeout_minutes=0.5) as device:
+            return calibration.calibrate_ranks(tiny_config(Path("unused"), moe=DENSE), device, "here").host
+
+    assert run_ranks(2, calibrated)[0] == Host(dense_block=2, moe_block=4, microbatch=6, step_block=8, step=10)
+
+
+@pytest.mark.parametrize(("world", "here", "node"), [(2, 2, 8), (12, 12, 12), (12, 4, 4)])
+def test_a_node_has_the_ranks_of_the_job_on_it(
+    world: int, here: int, node: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert calibration._known(torch.device("cpu")).ranks_per_node == node
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_do_not_divide_the_messages_get_equal_shares() -> None:
+    """Of 64 and 1,024 numbers 66 and 1,026, of which two thirds leave a rank."""
+    machine = run_ranks(3, measured, config())[0]
+    found = {one.kind: [sent for sent, _ in one.seconds] for one in machine.collectives if one.ranks == 3}
+    assert set(found) == {ALL_REDUCE, ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER}
+    assert found[ALL_TO_ALL] == found[ALL_GATHER] == pytest.approx([4 * 66 * 2 / 3, 4 * 1026 * 2 / 3])
 
 
 @pytest.mark.filterwarnings("ignore")

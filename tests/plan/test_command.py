@@ -160,6 +160,13 @@ def test_bad_input_is_one_clear_message(tiny: Path, arguments: list[str], messag
     assert "\n" not in str(result.exception)
 
 
+def test_a_calibration_never_replaces_its_config(tiny: Path) -> None:
+    before = tiny.read_text(encoding="utf-8")
+    result = plan(tiny, "--calibrate", "--machine", str(tiny))
+    assert "is the config, which --calibrate would overwrite" in str(result.exception)
+    assert tiny.read_text(encoding="utf-8") == before
+
+
 def test_lending_is_left_out_and_the_rows_from_which_it_pays_are_told(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,11 +40,12 @@ def test_a_measured_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ("not json", "cannot be read as the JSON of a machine"),
         ('{"name": "h100"}', "is not the file of a machine"),
+        ("[" * 100_000, "cannot be read as the JSON of a machine"),
         ("[1, 2]", "is not the file of a machine"),
         ('{"mmmoe_machine": 99}', "has version 99, and this is 4"),
         ('{"mmmoe_machine": 4, "name": "x"}', "machine.source: required, and missing"),
     ],
-    ids=["no JSON", "foreign", "a list", "version", "incomplete"],
+    ids=["no JSON", "foreign", "nested", "a list", "version", "incomplete"],
 )
 def test_a_bad_file_is_one_line_with_the_remedy(tmp_path: Path, content: str, problem: str) -> None:
     path = tmp_path / "machine.json"
@@ -68,6 +69,14 @@ def test_a_bad_file_is_one_line_with_the_remedy(tmp_path: Path, content: str, pr
          "machine.collectives: all-reduce of 2 ranks must have sizes that rise"),
         ({"crowded": {"experts": [[4, 1.5], [2, 1.2]]}},
          "machine.crowded.experts must have numbers of ranks that rise"),
+        ({"crowded": {"experts": [[2, 0.5]]}}, "machine.crowded.experts must have times of 1 or more"),
+        ({"crowded": {"expert": [[2, 1.5]]}}, "machine.crowded.'expert' is not a part of a step; parts are "),
+        ({"factors": {"host time": 2}}, "machine.factors.'host time' is not a part of a step; parts are products, "),
+        ({"collectives": [{"kind": "all-sum", "ranks": 2, "seconds": [[8, 1e-3]]}]},
+         "machine.collectives: 'all-sum' is not a collective; they are all-reduce, "),
+        ({"streaming": 1e-308}, "machine.streaming must be from 1e-30 to 1e+30 (got 1e-308)"),
+        ({"crowded": {"experts": [[2, 1e308]]}}, "machine.crowded.experts must be from 1e-30 to 1e+30 (got 1e+308)"),
+        ({"cores": 10**400}, "machine.cores must be from 1e-30 to 1e+30 (got 1000"),
     ],
 )  # fmt: skip
 def test_rates_that_plans_cannot_read_are_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:

@@ -226,6 +226,7 @@ def test_ranks_beside_one_another_are_slower_by_what_was_measured_of_each_part()
     assert times(2) == pytest.approx({"products": 1, "memory bound": 1.5, "optimizer": 1.25})
     assert times(4) == pytest.approx({"products": 1, "memory bound": 2, "optimizer": 1.25})
     assert crowded.slowed("memory bound", 3) == 1.75
+    assert crowded.model_copy(update={"ranks_per_node": 2}).slowed("memory bound", 4) == 1.5  # two nodes
     assert timed(made(), crowded).seconds == pytest.approx(timed(made()).seconds)
 
 
