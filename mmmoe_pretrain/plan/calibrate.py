@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL,
 from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import build_host_groups, destroy_groups
 from mmmoe_pretrain.plan.host_time import Clock, dispatch_time, host_times, slowest
-from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Machine, machine_of
+from mmmoe_pretrain.plan.machines import GPUS, PARTS, Collective, Curve, Machine, load, machine_of
 
 SIZES = (32, 64, 128, 256, 512, 1024)  # smallest dimension of a product; the others are WIDE or more
 WIDE = 512
@@ -45,6 +46,7 @@ OPTIMIZED = 1 << 22  # parameters of the optimizer that is stepped
 SPELL, SPELLS = 0.02, 3  # seconds at least, and how often
 MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 22)  # numbers in those that are timed
 MOST_CALLS, SPELLS_OF_LINKS = 8, 12  # as many on every rank
+MOST_EXPERTS = 8  # that each rank holds while ranks are measured beside one another
 BETWEEN = 128  # rows of the products between two calls
 LIMITS = (0.1, 10.0)  # of fitted factors
 Work = Callable[[], object]
@@ -106,16 +108,30 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
     return base.model_copy(update={**rates, **tables, "name": name, "source": source, "peak": peak, "host": host})
 
 
-def calibrate_ranks(config: RunConfig, device: torch.device, name: str) -> Machine:
-    """``calibrate``, and on several ranks ``add_links``. The host's times, which ``calibrate`` measures on all ranks
-    at once, become those of a rank alone, as a plan multiplies them by ``crowded``."""
-    machine, size = calibrate(config, device, name=name), dist.get_world_size()
+def calibrate_ranks(config: RunConfig, device: torch.device, file: Path) -> Machine:
+    """``calibrate``, and on several ranks ``add_links``: to the machine in ``file``, if there is one. Without it the
+    host's times, which ``calibrate`` measures on all ranks at once, become those of a rank alone, as a plan
+    multiplies them by ``crowded``."""
+    size = dist.get_world_size()
     if size == 1:
-        return machine
-    machine = add_links(machine, config, device)
+        return calibrate(config, device, name=file.stem)
+    begun = from_rank_0(build_host_groups(timeout_minutes=5).storage, lambda: _read(file))
+    destroy_groups()
+    if begun is not None:
+        node = _known(device).ranks_per_node
+        return add_links(begun.model_copy(update={"ranks_per_node": node}), config, device)
+    machine = add_links(calibrate(config, device, name=file.stem), config, device)
     slower = machine.slowed("host", size)
     host = {key: seconds / slower for key, seconds in machine.host.model_dump(exclude={"dispatch"}).items()}
     return machine.model_copy(update={"host": machine.host.model_copy(update=host)})
+
+
+def _read(file: Path) -> Machine | None:
+    """None where there is no file, or one that has to be written again."""
+    try:
+        return load(file) if file.exists() else None
+    except ValueError:
+        return None
 
 
 def _known(device: torch.device) -> Machine:
@@ -254,17 +270,18 @@ def add_links(machine: Machine, config: RunConfig, device: torch.device, clock: 
 def _crowded(machine: Machine, config: RunConfig, device: torch.device, clock: Clock) -> dict[str, Curve]:
     """``Machine.crowded`` with the times of work like each part's on all ranks over those on rank 0 alone."""
     dtype = HALF_TYPES.get(config.train.precision, torch.float32)
-    linear, optimizer = _linear(BETWEEN, WIDE, dtype, device), _optimizer(device)
-    works = {
-        ("products", "embedders", "heads", "recomputation", "host"): linear,
-        ("experts",): linear if config.moe.dense else _experts(config, BETWEEN, dtype, device)[0],
-        ("attention",): _attention(config, LENGTHS[len(LENGTHS) // 2], dtype, device)[0],
-        ("memory bound",): _copy(device, ACTIVATION),
-        ("optimizer", "gradient accumulation"): optimizer,
-    }
+    few = {"num_experts": min(MOST_EXPERTS, config.moe.num_experts), "expert_groups": ()}
+    dense, fewer = config.moe.dense, config.model_copy(update={"moe": config.moe.model_copy(update=few)})
+    works: dict[tuple[str, ...], Callable[[], Work]] = {
+        ("products", "embedders", "heads", "recomputation", "host"): lambda: _linear(BETWEEN, WIDE, dtype, device),
+        ("attention",): lambda: _attention(config, LENGTHS[len(LENGTHS) // 2], dtype, device)[0],
+        ("memory bound",): lambda: _copy(device, ACTIVATION),
+        ("optimizer", "gradient accumulation"): lambda: _optimizer(device),
+    } | ({} if dense else {("experts",): lambda: _experts(fewer, BETWEEN, dtype, device)[0]})
     found = dict(machine.crowded)
     ranks = min(dist.get_world_size(), machine.ranks_per_node)
-    for parts, work in works.items():
+    for parts, make in works.items():
+        work = make()
         dist.barrier()
         alone = middle(spells_of(work, clock, SPELLS_OF_LINKS)) if dist.get_rank() == 0 else 0.0
         dist.barrier()

@@ -59,8 +59,8 @@ def searched(asked: Asked, config: RunConfig) -> Answer:
 
 
 def calibrated(config: RunConfig, out: Path | None) -> str:
-    """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, too. Says what it
-    wrote, on rank 0."""
+    """Measure this machine, as ``config`` uses it, into the file ``out``; under torchrun its links, which are added
+    to what the file has. Says what it wrote, on rank 0."""
     from mmmoe_pretrain.parallel.runtime import process_group
     from mmmoe_pretrain.plan.calibrate import calibrate_ranks
 
@@ -76,8 +76,10 @@ def calibrated(config: RunConfig, out: Path | None) -> str:
         log.warning("this machine is busy (load %.1f on %d cores): what is measured will be slow", busy, cores)
     config = without_lending(with_vocabulary(config)[0])
     with process_group(timeout_minutes=5) as device:
-        machine = calibrate_ranks(config, device, name=out.stem)
+        machine = calibrate_ranks(config, device, out)
         if dist.get_rank() != 0:
             return ""
         save(machine, out)
-    return f"wrote {out}: {machine.source}"
+    ranks = sorted({one.ranks for one in machine.collectives})
+    linked = f"; collectives of {', '.join(map(str, ranks))} ranks" if ranks else ""
+    return f"wrote {out}: {machine.source}{linked}"

@@ -21,13 +21,13 @@ from tests.support import tiny_config
 DENSE = {"num_experts": 1, "experts_per_token": 1}
 
 
-def measured(config: RunConfig) -> Machine:
+def measured(config: RunConfig, file: Path = Path("unused/here.json")) -> Machine:
     calibration.SIZES, calibration.EXPERT_ROWS, calibration.LENGTHS = (32, 64), (32,), (16,)  # of this fork
     host_time.STEPS, calibration.SPELL, calibration.MESSAGES = 1, 1e-4, (64, 1024)
     calibration.SPELLS_OF_LINKS, calibration.MOST_CALLS, calibration.BETWEEN = 2, 2, 4
     calibration.STREAMED, calibration.OPTIMIZED = 1 << 20, 1 << 18
     with process_group(timeout_minutes=0.5) as device:
-        return calibration.calibrate_ranks(config, device, name="here")
+        return calibration.calibrate_ranks(config, device, file)
 
 
 def config() -> RunConfig:
@@ -56,6 +56,21 @@ def test_a_calibrated_machine_plans_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_ranks_are_added_to_the_file_of_one_process(tmp_path: Path) -> None:
+    """Whose rates and host's times stay; that of another version is written anew."""
+    file = tmp_path / "here.json"
+    [alone] = run_ranks(1, measured, config(), file)
+    machines.save(alone, file)
+    both = run_ranks(2, measured, config(), file)[0]
+    kept = ("name", "products", "grouped", "attention", "streaming", "optimizer_bytes")
+    assert all(getattr(both, key) == getattr(alone, key) for key in kept)
+    assert both.host.model_dump(exclude={"dispatch"}) == alone.host.model_dump(exclude={"dispatch"})
+    assert not alone.collectives and {one.ranks for one in both.collectives} == {2}
+    file.write_text(file.read_text().replace('"mmmoe_machine": 4', '"mmmoe_machine": 3'))
+    assert run_ranks(2, measured, config(), file)[0].products != alone.products
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_file_of_a_dense_model_plans_a_step(tmp_path: Path) -> None:
     """Whose training is profiled, on a rank that calibration does not have."""
     moe, train = DENSE, {"profile": {"steps": [2, 3], "ranks": [1]}}
@@ -76,7 +91,9 @@ def test_what_the_host_takes_beside_others_becomes_what_it_takes_alone() -> None
         calibration.calibrate = lambda *_, **__: machines.GPUS["cpu"].model_copy(update={"host": host})
         calibration._crowded = lambda *_: {"host": ((2.0, 1.5),)}
         with process_group(timeout_minutes=0.5) as device:
-            return calibration.calibrate_ranks(tiny_config(Path("unused"), moe=DENSE), device, "here").host
+            return calibration.calibrate_ranks(
+                tiny_config(Path("unused"), moe=DENSE), device, Path("unused/here.json")
+            ).host
 
     assert run_ranks(2, calibrated)[0] == Host(dense_block=2, moe_block=4, microbatch=6, step_block=8, step=10)
 
