@@ -178,8 +178,8 @@ STUDIES = (
         title="Emoji named in 91 languages",
         question="Does a sparse model name images in many languages better than a dense one of equal active FLOPs?",
         config="captions.yaml",
-        setting="A name in one language is held out; the emoji was seen with its names in others. The learning rate is "
-        "that of the dictionary's study and was not tuned here. The router of 64 experts adds 6% to the FLOPs.",
+        setting="A name in one language is held out; the emoji was seen with its names in others. The learning rate "
+        "is that of the dictionary's study and was not tuned here. The router of 64 experts adds 6% to the FLOPs.",
         corpus="emoji",
         metrics=(CAPTIONS,),
         reference="dense",
