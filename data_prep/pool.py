@@ -9,12 +9,13 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
 _AHEAD = 4  # tasks a worker that are in flight, so memory does not grow
+_LATEST = 0.5  # seconds until a signal is answered that came just before a wait, which it does not end
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,11 +34,11 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
     try:
         for number, task in enumerate(tasks):
             with _signals_blocked():
-                waiting.append(pools[number % workers].submit(function, task))
+                waiting.append(_submit(pools[number % workers], function, task))
             if len(waiting) > _AHEAD * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
         for pool in pools:
             pool.shutdown()
     except BrokenProcessPool:
@@ -52,6 +53,20 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
         for pool in pools:
             pool.shutdown(cancel_futures=True)
         end.close()
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[T], R], task: T) -> Future[R]:
+    future = pool.submit(function, task)
+    # With this process's copy open, the executor would wait for ever for the rest of a long result whose worker was
+    # killed while it wrote it.
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    return future
+
+
+def _result(future: Future[R]) -> R:
+    while not wait([future], _LATEST).done:
+        pass
+    return future.result()
 
 
 @contextlib.contextmanager

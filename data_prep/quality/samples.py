@@ -7,6 +7,7 @@ document's key is of all its texts and files in their order.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -125,10 +126,11 @@ def read_samples(
                 file.write(_records_of(digests, kind).tobytes())
                 progress.advance(len(digests))
             work = functools.partial(fingerprint, settings=settings)
-            for data, found in map_in_order(work, _tasks(shards), workers):
-                file.write(data)
-                problems += found
-                progress.advance(len(data) // kind.itemsize)
+            with contextlib.closing(map_in_order(work, _tasks(shards), workers)) as results:
+                for data, found in results:
+                    file.write(data)
+                    problems += found
+                    progress.advance(len(data) // kind.itemsize)
             file.flush()
         except OSError as error:
             raise _disk_problem(error, total * kind.itemsize) from None
