@@ -177,7 +177,8 @@ def _origin(study: Study, runs: Runs) -> str:
     told = (
         f"`{study.path.relative_to(ROOT)}`, {' and '.join(f'{number:,}' for number in steps)} steps; {len(found)} "
         f"{'run' if len(found) == 1 else 'runs'} of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on "
-        f"{', '.join(cpus)}, {_core_hours(found)}; commit {', '.join(commits)}."
+        f"{', '.join(cpus)}, {_core_hours(found)}; {'commit' if len(commits) == 1 else 'commits'} "
+        f"{' and '.join(commits)}."
     )
     return told + (f" Not run: {'; '.join(missing)}." if missing else "")
 

@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/moe/test_gpu.py", "tests/engines/test_gpu.py", "tests/kernels", "tests/models/test_attend.py")
 PARTS: dict[str, tuple[str, ...]] = {
@@ -108,6 +110,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=Path("benchmarks/GPU.md"))
     parser.add_argument("--only", help="a word in the name of the parts to run")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(f"make gpu needs a GPU, and torch {torch.__version__} finds none; a CPU can run make test")
     chosen = {name: command for name, command in PARTS.items() if not args.only or args.only in name}
     sys.exit(report(chosen, args.write))
 

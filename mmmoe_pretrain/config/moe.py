@@ -133,7 +133,7 @@ class MoEConfig(StrictModel):
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
     wake_steps: int = Field(0, ge=0)  # over which the dormancy of added experts falls to 0; 0: no dormant experts
-    dispatch_chunks: int = Field(1, ge=1)  # pieces whose transfers overlap; each reads all weights again
+    dispatch_chunks: int = Field(1, ge=1, le=64)  # pieces whose transfers overlap; each reads all weights again
     lending: LendingConfig | None = None  # None: every rank computes all rows of its own experts
     expert_backend: Literal["auto", "blocked", "grouped_mm"] = "auto"
     losses: RoutingLossConfig = RoutingLossConfig()

@@ -33,6 +33,7 @@ PARTS = {
     "host": ("host",),
     "communication": ("tensor parallel", "all-to-all", "pipeline messages", "gradients", "parameters", "statistics"),
 }  # of a step's time, by what limits them
+ALL_PARTS = tuple(part for parts in PARTS.values() for part in parts)
 KINDS = (counting.ALL_REDUCE, counting.ALL_TO_ALL, counting.ALL_GATHER, counting.REDUCE_SCATTER, counting.BROADCAST,
          counting.POINT_TO_POINT)  # fmt: skip
 Positive = Annotated[float, Field(gt=0)]
@@ -331,10 +332,9 @@ def _problem(machine: Machine) -> str:
             return f"crowded.{part} must have numbers of ranks that rise from 2"
         if any(times < 1 for _, times in curve):
             return f"crowded.{part} must have times of 1 or more"
-    known = [part for parts in PARTS.values() for part in parts]
     for key in ("crowded", "factors"):
-        if unknown := [part for part in getattr(machine, key) if part not in known]:
-            return f"{key}.{brief(unknown[0])} is not a part of a step; parts are {', '.join(known)}"
+        if unknown := [part for part in getattr(machine, key) if part not in ALL_PARTS]:
+            return f"{key}.{brief(unknown[0])} is not a part of a step; parts are {', '.join(ALL_PARTS)}"
     least, most = EXTREMES
     for where, number in _numbers(machine.model_dump()):
         if number and not least <= number <= most:

@@ -26,7 +26,7 @@ from mmmoe_pretrain.plan import communication as plan
 from mmmoe_pretrain.plan import computation
 from mmmoe_pretrain.plan.communication import Microbatch, Transfer
 from mmmoe_pretrain.plan.links import LinkTraffic, placed
-from mmmoe_pretrain.plan.machines import PARTS, Machine
+from mmmoe_pretrain.plan.machines import ALL_PARTS, PARTS, Machine
 from mmmoe_pretrain.plan.traffic import RankParts, rank_traffic
 
 SECONDS_A_DAY = 86_400.0
@@ -164,8 +164,7 @@ def _scales(machine: Machine, ranks: int) -> dict[str, float]:
     factors = dict(machine.factors)
     if machine.shares_cores(ranks):
         factors |= dict.fromkeys(PARTS["communication"], 1.0)
-    parts = [part for parts in PARTS.values() for part in parts]
-    return {part: machine.slowed(part, ranks) * factors.get(part, 1.0) for part in parts}
+    return {part: machine.slowed(part, ranks) * factors.get(part, 1.0) for part in ALL_PARTS}
 
 
 @dataclass(frozen=True)

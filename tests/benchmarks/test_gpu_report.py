@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.common import gpu_report
 from benchmarks.common.gpu_report import PARTS, ROOT, report
 
@@ -38,3 +40,11 @@ def test_every_part_is_there() -> None:
         files = [argument for argument in arguments if argument.startswith(("tests/", "benchmarks/"))]
         assert files
         assert all((ROOT / file).exists() for file in files)
+
+
+def test_without_a_gpu_nothing_is_run_or_written(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_report", "--write", str(tmp_path / "GPU.md")])
+    with pytest.raises(SystemExit, match="make gpu needs a GPU"):
+        gpu_report.main()
+    assert not list(tmp_path.iterdir())

@@ -104,7 +104,7 @@ def test_the_origin_tells_dates_machine_commit_and_cost(tmp_path: Path) -> None:
     text = rendered(tmp_path, {"dense": [20.0, 21.0]})
     assert (
         "`evidence/configs/captions.yaml`, 30 steps; 3 runs of 2026-01-01 to 2026-01-02 on A CPU, 1.0 core-hours "
-        "without 1 of unknown cost; commit 0123456789, fedcba9876 with changes. Not run: "
+        "without 1 of unknown cost; commits 0123456789 and fedcba9876 with changes. Not run: "
     ) in text
     assert rows(text)["4 experts"][3] == "-"
 
