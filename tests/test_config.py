@@ -68,6 +68,7 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"modalities": {"image": {"size": 64}}}, "rewritten by mmmoe config upgrade FILE"),
     ({"modalities": {"image": 3}}, "modalities.image: it has no kind"),
     ({"modalities": ["image"]}, "modalities: Input should be a valid dictionary (got ['image'])"),
+    ({"train": {"cpu": True}}, "train.cpu: Input should be a mapping of settings, e.g. {} (got True)"),
     ({"modalities": {}}, "modalities: Dictionary should have at least 1 item"),
     ({"modalities": {"Image": {"kind": "image"}}}, "modalities.Image: a name is at most 40 lower-case letters, "),
     ({"modalities": {"a-b": {"kind": "image"}}}, "modalities.a-b: a name is at most 40 lower-case letters"),

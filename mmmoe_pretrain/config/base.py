@@ -68,6 +68,8 @@ def _message(item: Any, location: tuple[str | int, ...], placed: bool, other_nam
         return f"{name}: required, and missing"
     if item["type"] == "value_error":
         return f"{name}: {message}" if placed or location[:1] in UNPLACED else message
+    if item["type"] == "model_type":
+        message = "Input should be a mapping of settings, e.g. {}"
     null = item["type"] == "string_type" and item["input"] is None
     hint = "; YAML reads ~ alone as null, so write $HOME" if null else ""
     value = shown(item["input"]) if isinstance(item["input"], str) else item["input"]

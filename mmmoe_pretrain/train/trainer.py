@@ -128,6 +128,8 @@ class Trainer:
 
     def _train_until_rollback(self) -> int | None:
         """The exit code of the run, or None after a rollback."""
+        if self._stops():  # e.g. before a rank failed, and torchrun has started these: this step is saved
+            return self._stopped()
         self._begin("data")
         for data in self.profiler.steps(self.loader, lambda: self.step, self._begin):
             result, rate = self._train_step(data)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -98,6 +99,20 @@ def test_a_run_that_is_stopped_and_loses_a_worker_and_a_checkpoint_ends_bit_by_b
     assert "rank_00000.safetensors" in events(config, "checkpoint_damaged")[0]["error"]
     assert steps_of(config) == list(range(1, STEPS + 1))
     np.testing.assert_array_equal(losses(config), losses(straight))
+
+
+def test_a_run_that_is_asked_to_stop_before_its_first_step_trains_none(
+    tmp_path: Path, undisturbed: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a rank failed after the request, and torchrun starts all again."""
+    config = copied(undisturbed, tmp_path)
+    shutil.rmtree(str(store.checkpoints(config.checkpoint_root)[-1]))  # of the last step
+    before = steps_of(config)
+    (tmp_path / "stop").write_text("SIGTERM\n")
+    monkeypatch.setenv(exit_codes.STOP_FILE, str(tmp_path / "stop"))
+    assert run_ranks(2, faulty, config) == [exit_codes.STOPPED] * 2
+    assert [event["step"] for event in events(config, "preempted")] == [8]
+    assert (saved(config), steps_of(config)) == ([0, 6, 8], before[:8])
 
 
 def test_no_checkpoint_is_made_in_a_streak_of_bad_steps_but_right_behind_it(undisturbed: RunConfig) -> None:
