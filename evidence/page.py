@@ -44,7 +44,7 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
     parts = [head]
     for study in studies:
         runs = records.read_study(study, folder)
-        if runs:
+        if runs and not (list(runs) == [study.reference] and study.variant(study.reference).same_as):
             picture = Path("evidence") / f"{study.name}.svg"
             pictures.draw(study, runs, docs / picture)
             parts.append(section(study, runs, picture, remarks.get(study.name, ())))
@@ -95,7 +95,9 @@ def _row(study: Study, runs: Runs, variant: Variant) -> list[str]:
     by_seed = runs[variant.name]
     one = next(iter(by_seed.values()))
     seconds = [record.core_seconds for record in by_seed.values() if record.core_seconds is not None]
-    cells = [variant.label, short(one.parameters), short(one.active_parameters), f"{one.flops_per_token / 1e6:.2f}"]
+    few = "" if len(by_seed) == len(study.seeds) else f" ({len(by_seed)} seed{'s' * (len(by_seed) > 1)})"
+    cells = [variant.label + few, short(one.parameters), short(one.active_parameters)]
+    cells.append(f"{one.flops_per_token / 1e6:.2f}")
     cells.append(f"{sum(seconds) / len(seconds) / 3600:.2f}" if seconds else "-")
     for metric in study.metrics:
         cells.append(_value(final, metric) if (final := _final(by_seed.values(), metric)) else "-")

@@ -2,7 +2,7 @@
 
 A record has the run's config, the commit and the machine, its size and cost, and its held-out scores over training.
 ``core_seconds``: CPU time of the run's processes, data workers and held-out scores included; other programs of the
-machine hardly change it. None where it is not known, as of a run that was killed once.
+machine raise it by about a tenth. None where it is not known, as of a run that was killed once.
 """
 
 from __future__ import annotations

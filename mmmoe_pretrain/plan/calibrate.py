@@ -103,7 +103,7 @@ def calibrate(config: RunConfig, device: torch.device, clock: Clock | None = Non
         products, grouped = rates["products"], rates["grouped"]
         peak |= {p: max(rate for _, rate in (*curve, *grouped.get(p, ()))) for p, curve in products.items()}
     tables = {key: {**getattr(base, key), **rates.pop(key)} for key in ("products", "grouped", "attention")}
-    source = f"measured with torch {torch.__version__}; memory, power and links of: {base.source}"
+    source = f"measured with torch {torch.__version__}; memory, power and, without torchrun, links: {base.source}"
     host = host_times(config, device, host_clock(device))
     return base.model_copy(update={**rates, **tables, "name": name, "source": source, "peak": peak, "host": host})
 

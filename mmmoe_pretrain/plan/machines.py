@@ -237,7 +237,7 @@ GPUS: dict[str, Machine] = {
              "GB/s both ways over seven links", 192, 5300, 1307.4, 163.4, 750, 448, "infiniband-400",
              products=ON_MI300X),
         Machine(
-            name="cpu", source="assumptions for one core with AVX-512 of eight a node; --calibrate measures",
+            name="cpu", source="assumptions for a core with AVX-512, eight a node",
             memory=4 * GB, peak={"fp32": 0.1 * TFLOPS, "bf16": 0.2 * TFLOPS, "fp16": 0.1 * TFLOPS}, power=5,
             products=dict.fromkeys(("fp32", "bf16", "fp16"), ((64, 0.03 * TFLOPS), (512, 0.06 * TFLOPS))),
             attention=dict.fromkeys(("fp32", "bf16", "fp16"), ((64, 0.02 * TFLOPS),)),

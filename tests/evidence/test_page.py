@@ -19,9 +19,9 @@ def rendered(tmp_path: Path, by_variant: dict[str, list[float]], panels: tuple[s
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Cells of the table by the label of their row."""
+    """Cells of the table by the label of their row, without the number of its seeds."""
     lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {label.strip(): cells for label, *cells in lines[1:]}
+    return {label.partition(" (")[0].strip(): cells for label, *cells in lines[1:]}
 
 
 def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
@@ -68,10 +68,11 @@ def test_what_the_interval_does_not_show_is_not_said(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
-    text = rendered(tmp_path, {"dense": [20.0], "four": [18.0]})
+    text = rendered(tmp_path, {"dense": [20.0, 21.0], "four": [18.0]})
     assert rows(text)["4 experts"][4:6] == ["18.00", "-10.0%"]
+    assert "\n| dense (2 seeds) | " in text and "\n| 4 experts (1 seed) | " in text
     assert "Without an interval: 4 experts (10.0% lower)." in text
-    assert "Not run: dense (seeds 2, 3); 4 experts (seeds 2, 3); 16 experts.\n" in text
+    assert "Not run: dense (seed 3); 4 experts (seeds 2, 3); 16 experts.\n" in text
 
 
 def test_seeds_that_only_one_of_two_variants_has_do_not_count_as_change(tmp_path: Path) -> None:
@@ -129,6 +130,8 @@ def test_runs_of_another_study_count_where_they_are_the_same(tmp_path: Path) -> 
     other = replace(STUDY, name="other", variants=(replace(dense, name="base", same_as="names/dense"), *others),
                     reference="base")  # fmt: skip
     assert records.read_study(other, tmp_path / "records").keys() == {"base"}
+    assert "Not run yet" in page.write(tmp_path, tmp_path / "records", (other,)).read_text()  # a row of its own
+    records.write(replace(record("four"), study="other"), tmp_path / "records")
     assert rows(page.write(tmp_path, tmp_path / "records", (other,)).read_text())["dense"][4].startswith("20.50")
 
 
