@@ -109,6 +109,7 @@ OBJECTIVES = Kinds(
     "mmmoe.objectives",
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
+        "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
     },
 )

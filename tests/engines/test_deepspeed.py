@@ -15,7 +15,7 @@ from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.engines.deepspeed_config import deepspeed_json
 from mmmoe_pretrain.engines.deepspeed_modules import compute_in_half
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE
+from mmmoe_pretrain.objectives.pairs import MAX_LOG_SCALE
 from mmmoe_pretrain.parallel.groups import SINGLE
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group

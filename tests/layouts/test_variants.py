@@ -53,6 +53,8 @@ MEGATRON_LEVERS = [
     case("DP2", cached=True),
     case("PP2 x VPP2", cached=True),
     case("TP2 + SP", cached=True),
+    case("EP2", pairs="sigmoid_contrastive"),
+    case("PP2 x VPP2", pairs="sigmoid_contrastive", cached=True),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -64,6 +66,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 1, "deepspeed", offload_optimizer="cpu"),
     case("EP2", 3, "deepspeed", offload_optimizer="cpu"),
     case("EP2", 3, "deepspeed", cached=True),
+    case("TP2 + SP", 2, "deepspeed", pairs="sigmoid_contrastive"),
     case("TP2 x EP2", 3, "deepspeed"),
 ]
 SGD_CASES = [

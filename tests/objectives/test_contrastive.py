@@ -1,4 +1,4 @@
-"""The contrastive loss by hand, with missing modalities, and over ranks; and cached, where the loss of all samples
+"""Contrastive losses by hand, with missing modalities, and over ranks; and cached, where the loss of all samples
 of a step comes from its microbatches."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from mmmoe_pretrain.batch import Batch, SampleMeta
 from mmmoe_pretrain.config import ParallelConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.objectives import Outputs
-from mmmoe_pretrain.objectives.contrastive import MAX_LOG_SCALE, InfoNCE
+from mmmoe_pretrain.objectives.pairs import MAX_LOG_SCALE, PairModule
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
@@ -29,14 +30,17 @@ NAMES = ("image", "audio", "text")
 PAIRS = {"image-text": 1.0, "audio-text": 2.0, "image-audio": 0.5}
 
 
-def settings_of(pairs: dict[str, float] = PAIRS, **more: Any) -> PackSettings:
-    values = {"kind": "contrastive", "pairs": pairs, "initial_temperature": 1.0, **more}
+KINDS = ("contrastive", "sigmoid_contrastive")
+
+
+def settings_of(pairs: dict[str, float] = PAIRS, kind: str = "contrastive", **more: Any) -> PackSettings:
+    values = {"kind": kind, "pairs": pairs, "initial_temperature": 1.0, **more}
     return pack_settings(tiny_config(Path("unused"), objectives={"match": values}))
 
 
-def module_of(settings: PackSettings) -> InfoNCE:
+def module_of(settings: PackSettings) -> PairModule:
     module = settings.objectives["match"].module()
-    assert isinstance(module, InfoNCE)
+    assert isinstance(module, PairModule)
     return module
 
 
@@ -58,9 +62,11 @@ EYE = torch.eye(2)
 ALL = dict.fromkeys(NAMES, torch.ones(2, dtype=torch.bool))
 
 
-def loss(image: Tensor, text: Tensor, present: dict[str, Tensor], group_ids: tuple[int, ...]) -> float:
+def loss(
+    image: Tensor, text: Tensor, present: dict[str, Tensor], group_ids: tuple[int, ...], **settings: Any
+) -> float:
     """The mean over the samples that have both."""
-    module = module_of(settings_of({"image-text": 1.0}))
+    module = module_of(settings_of({"image-text": 1.0}, **settings))
     batch = batch_of(present, torch.tensor(group_ids))
     total = module(outputs_of({"image": image, "text": text}), batch, SINGLE)["match/image-text"].item()
     return total / int((present["image"] & present["text"]).sum())
@@ -85,16 +91,51 @@ def test_the_loss_by_hand(text: Tensor, has_text: list[bool], group_ids: tuple[i
     assert loss(EYE, text, present, group_ids) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_no_pair_at_all_costs_nothing_and_has_finite_gradients() -> None:
+BELONG, DO_NOT = (
+    math.log1p(math.exp(-1)),
+    math.log(2),
+)  # -log sigmoid(1) of what does, -log sigmoid(-0) of what does not
+
+
+@pytest.mark.parametrize(
+    ("has_text", "group_ids", "expected"),
+    [
+        ([True, True], (1, 2), BELONG + DO_NOT),
+        # Of two queries one is left. Its text stands alone; its image has one rival among the images.
+        ([True, False], (1, 2), BELONG + 0.5 * DO_NOT),
+        ([True, True], (7, 7), BELONG),  # samples of one group are no negatives
+    ],
+    ids=["orthogonal", "without a text", "one group"],
+)
+def test_the_sigmoid_loss_by_hand(has_text: list[bool], group_ids: tuple[int, int], expected: float) -> None:
+    present = {**ALL, "text": torch.tensor(has_text)}
+    text = EYE * present["text"][:, None]
+    found = loss(EYE, text, present, group_ids, kind="sigmoid_contrastive", initial_bias=0.0)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_sigmoid_loss_is_that_of_the_paper() -> None:
+    """Algorithm 1 of SigLIP in numpy and float64, at its initial temperature and bias."""
+    made = np.random.default_rng(0).normal(size=(2, 6, 3))
+    image, text = made / np.linalg.norm(made, axis=-1, keepdims=True)
+    labels = 2 * np.eye(6) - 1
+    expected = np.logaddexp(0, -labels * (10 * image @ text.T - 10)).sum() / 6
+    sides = (torch.tensor(side, dtype=torch.float32) for side in (image, text))
+    everyone = dict.fromkeys(NAMES, torch.ones(6, dtype=torch.bool))
+    found = loss(*sides, everyone, tuple(range(6)), kind="sigmoid_contrastive", initial_temperature=0.1)
+    assert found == pytest.approx(expected, rel=1e-5)  # fp32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pair_at_all_costs_nothing_and_has_finite_gradients(kind: str) -> None:
     image = EYE.clone().requires_grad_()
-    module = module_of(settings_of({"image-text": 1.0}))
+    module = module_of(settings_of({"image-text": 1.0}, kind))
     batch = batch_of({"image": ALL["image"], "text": ~ALL["text"]}, torch.tensor([1, 2]))
     value = module(outputs_of({"image": image, "text": torch.zeros(2, 2)}), batch, SINGLE)["match/image-text"]
     value.sum().backward()
     assert value.item() == 0
     assert image.grad is not None and not image.grad.any()
-    scale = module.log_scale["image-text"].grad
-    assert scale is not None and scale.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
 
 
 def test_a_temperature_is_brought_back_to_its_bound_and_keeps_its_gradient() -> None:
@@ -137,7 +178,7 @@ class World:
     present: dict[str, Tensor]
     group_ids: Tensor
     weights: dict[str, Tensor]
-    module: InfoNCE
+    module: PairModule
 
     @classmethod
     def make(cls, **settings: Any) -> World:
@@ -170,7 +211,7 @@ class World:
         return found
 
     def gradients(self) -> dict[str, Tensor]:
-        named = {**self.weights, **dict(self.module.log_scale.items())}
+        named = {**self.weights, **dict(self.module.named_parameters())}
         found = {name: leaf.grad for name, leaf in named.items() if leaf.grad is not None}
         assert found.keys() == named.keys()
         return found
@@ -180,9 +221,9 @@ def backward(sums: dict[str, Tensor]) -> None:
     torch.stack([FACTORS[loss] * value for loss, value in sums.items()]).sum().backward()
 
 
-def whole_batch() -> tuple[dict[str, float], dict[str, Tensor]]:
+def whole_batch(kind: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Sums by pair and gradients of the loss, of one process and one batch."""
-    world = World.make()
+    world = World.make(kind=kind)
     sums = world.sums(slice(None))
     backward(sums)
     return {pair: value.item() for pair, value in sums.items()}, world.gradients()
@@ -192,17 +233,19 @@ def slices(first: int, sizes: tuple[int, ...]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=first))]
 
 
-def plain_step(groups: Groups, first: int, size: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def plain_step(kind: str, groups: Groups, first: int, size: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """This rank's sums of one microbatch, and gradients over all ranks."""
-    world = World.make()
+    world = World.make(kind=kind)
     sums = world.sums(slice(first, first + size), groups)
     backward(sums)
     return {pair: value.item() for pair, value in sums.items()}, over_ranks(world, groups)
 
 
-def cached_step(groups: Groups, first: int, sizes: tuple[int, ...]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def cached_step(
+    kind: str, groups: Groups, first: int, sizes: tuple[int, ...]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """A step as an engine takes it: sums over microbatches, and gradients over ranks, too."""
-    world = World.make(cached=True)
+    world = World.make(kind=kind, cached=True)
     with torch.no_grad():
         for rows in slices(first, sizes):
             world.module.collect(world.outputs(rows), world.batch(rows))
@@ -237,10 +280,11 @@ def assert_same_gradients(ours: dict[str, Tensor], whole: dict[str, Tensor]) -> 
         torch.testing.assert_close(ours[name], gradient, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(12,), (4, 4, 4), (3, 8, 1)])
-def test_microbatches_together_give_the_loss_and_gradients_of_one_batch(sizes: tuple[int, ...]) -> None:
-    whole_losses, whole_gradients = whole_batch()
-    losses, gradients = cached_step(SINGLE, 0, sizes)
+def test_microbatches_together_give_the_loss_and_gradients_of_one_batch(sizes: tuple[int, ...], kind: str) -> None:
+    whole_losses, whole_gradients = whole_batch(kind)
+    losses, gradients = cached_step(kind, SINGLE, 0, sizes)
     assert losses == pytest.approx(whole_losses, rel=1e-6)
     assert_same_gradients(gradients, whole_gradients)
 
@@ -249,18 +293,20 @@ SPLITS = (((6,), (6,)), ((2, 2, 2), (2, 2, 2)), ((1, 3, 2), (4, 1, 1)))  # micro
 
 
 def steps_of_rank() -> list[tuple[dict[str, float], dict[str, object]]]:
-    """A plain step, and a cached one for each split."""
+    """Of each kind a plain step, and a cached one for each split."""
     with process_group(timeout_minutes=0.5):
         groups = groups_of(ParallelConfig(), 2)
-        first = 6 * groups.data_rank
-        made = [plain_step(groups, first, 6), *(cached_step(groups, first, s[groups.data_rank]) for s in SPLITS)]
+        first, made = 6 * groups.data_rank, []
+        for kind in KINDS:
+            made.append(plain_step(kind, groups, first, 6))
+            made += [cached_step(kind, groups, first, split[groups.data_rank]) for split in SPLITS]
         return [(losses, {name: gradient.numpy() for name, gradient in grads.items()}) for losses, grads in made]
 
 
 def test_two_ranks_give_the_loss_and_gradients_of_one_batch() -> None:
-    whole_losses, whole_gradients = whole_batch()
     ranks = run_ranks(2, steps_of_rank)
-    for case in range(1 + len(SPLITS)):
+    for case, kind in enumerate(kind for kind in KINDS for _ in range(1 + len(SPLITS))):
+        whole_losses, whole_gradients = whole_batch(kind)
         (losses, gradients), (other_losses, _) = (rank[case] for rank in ranks)
         total = {pair: value + other_losses[pair] for pair, value in losses.items()}
         assert total == pytest.approx(whole_losses, rel=1e-6)

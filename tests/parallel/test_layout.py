@@ -181,7 +181,7 @@ ILLEGAL: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     ),
     "one sample a step": (
         1, {}, {"train": {"num_microbatches": 1, "global_batch_size": 1}},
-        "no negatives, .*; use train.global_batch_size 2 or more, or objectives.contrastive.weight: 0$",
+        "no negatives and .*; use train.global_batch_size 2 or more, or objectives.contrastive.weight: 0$",
     ),
     "lending without expert ranks": (
         4, {**PP2, "expert_parallel_size": 1}, {"moe": {"lending": {}}},
