@@ -48,11 +48,12 @@ class Status:
     step: int = 0
     steps: int | None = None
     tokens: int | None = None
-    tokens_per_second: float | None = None  # median of the last records, as the four that follow
+    tokens_per_second: float | None = None  # median of the last records, as the five that follow
     seconds_a_step: float | None = None
     data_stall: float | None = None
     flops_per_second: float | None = None
     mfu: float | None = None
+    speed_over_plan: float | None = None  # 1: as fast as mmmoe plan has planned it
     peak_memory: float | None = None  # bytes
     dead_experts: int | None = None
     seconds_left: float | None = None
@@ -143,6 +144,8 @@ def _add_records(found: Status, path: Path, every: int | None) -> None:
     found.tokens, found.counts["bad_samples"] = _known(last.get("tokens_total")), _known(last.get("bad_samples")) or 0
     steady = [record for record in records if record["step"] > 1] or records  # the first step is slow
     found.flops_per_second, found.mfu = (_median_of(steady, name) for name in ("flops_per_second", "mfu"))
+    plans = [plan for record in steady if isinstance(plan := record.get("planned"), dict)]
+    found.speed_over_plan = _median_of(plans, "speed_over_plan")
     sizes = last.get("peak_memory")
     known = [_known(size) for size in sizes.values()] if isinstance(sizes, dict) else []
     found.peak_memory = max((size for size in known if size is not None), default=None)

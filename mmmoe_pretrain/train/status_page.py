@@ -96,7 +96,8 @@ def _step(its: Status) -> str:
 def _speed(its: Status) -> str:
     if its.tokens_per_second is None:
         return ""
-    parts = [f"{its.tokens_per_second:,.0f} tokens/s", f"{_number(its.seconds_a_step, '.3g')} s a step"]
+    of_plan = "" if its.speed_over_plan is None else f" ({its.speed_over_plan:.2f} of the plan)"
+    parts = [f"{its.tokens_per_second:,.0f} tokens/s{of_plan}", f"{_number(its.seconds_a_step, '.3g')} s a step"]
     if its.flops_per_second:
         parts.append(f"{its.flops_per_second:.3g} FLOP/s")
     if its.mfu:

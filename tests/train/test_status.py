@@ -75,14 +75,15 @@ def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -
     """Records of 4, 5 and 60 s for 800 tokens in 10 steps: the median step takes 0.5 s, and 900 steps are left."""
     routing = [{"load_over_even": [0.0, 2.0]}, {"load_over_even": [1.0, 1.0]}]
     records = [record(70), record(80, 4.0, flops_per_second=3e9), record(90, 5.0, flops_per_second=2e9, mfu=0.5),
-               record(100, 60.0, routing=routing, peak_memory={"a": 8}, flops_per_second=1e7, mfu=0.1)]  # fmt: skip
+               record(100, 60.0, routing=routing, peak_memory={"a": 8}, flops_per_second=1e7, mfu=0.1,
+                      planned={"speed_over_plan": 0.8})]  # fmt: skip
     folder = write_run(tmp_path / "runs" / "one", EVENTS, records, HALF)
     with held(folder) as pid:
         found = status_of(folder)
     assert (found.state, found.step, found.steps, found.tokens) == ("running", 100, 1000, 8000)
     assert found.holder == f"process {pid} on {socket.gethostname()}"
     assert (found.seconds_a_step, found.tokens_per_second) == (0.5, pytest.approx((200 + 160) / 2))
-    assert (found.flops_per_second, found.mfu) == (2e9, 0.3)
+    assert (found.flops_per_second, found.mfu, found.speed_over_plan) == (2e9, 0.3, 0.8)
     assert found.seconds_left == pytest.approx(450, abs=5) and found.note == ""
     assert (found.losses, found.dead_experts, found.peak_memory) == ({"total": 2.5, "aux/z": None}, 1, 8)
     assert (found.checkpoint_step, found.checkpoint) == (90, "x/step_00000090")
