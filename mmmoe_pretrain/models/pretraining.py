@@ -52,7 +52,10 @@ class PretrainingModel(nn.Module):
         self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
-        modules = {name: objective.module() for name, objective in self.objectives.items()} if self.stage.last else {}
+        modules: dict[str, nn.Module] = {}
+        if self.stage.last:
+            size = config.model.embedding_size
+            modules = {name: objective.module(size) for name, objective in self.objectives.items()}
         self.tasks = nn.ModuleDict(modules)
         seed, num_layers, stream_name = config.seed, config.model.num_layers, self.mmmoe.stream_name
         init_parameters(self.mmmoe, seed, num_layers, stream_name)
@@ -170,8 +173,8 @@ class PretrainingModel(nn.Module):
         """After the optimizer step: routers follow the load. ``routing``, of this stage's MoE layers, is over
         all data-parallel ranks and microbatches; None if the step was skipped."""
         self._counts, self._pass = None, "only"
-        for module in self._over_whole_step():
-            module.forget()
+        for _, module in self._task_modules():
+            module.after_step(committed=routing is not None)
         if routing is not None:
             for router, stats in zip(self.mmmoe.routers, routing, strict=True):
                 router.end_step(stats)

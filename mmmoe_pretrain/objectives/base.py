@@ -102,8 +102,8 @@ class Objective(abc.ABC):
         """How many terms each loss has in ``batch``."""
 
     @abc.abstractmethod
-    def module(self) -> ObjectiveModule:
-        """Its module on the last stage."""
+    def module(self, embedding_size: int) -> ObjectiveModule:
+        """Its module on the last stage, for features [B, embedding_size]."""
 
     @abc.abstractmethod
     def needs(self) -> dict[str, set[str]]:
@@ -141,7 +141,8 @@ class Outputs:
 
 class ObjectiveModule(nn.Module):
     """Parameters and loss of an objective. ``forward`` runs on every rank, also where a batch has nothing for it, and
-    gives every loss by name: the sum over this rank's terms, in a graph with all of the module's parameters."""
+    gives every loss by name: the sum over this rank's terms, in a graph with all of the module's parameters.
+    Persistent buffers are saved with the run. They must be equal on all ranks; ``after_step`` alone writes them."""
 
     def forward(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -149,6 +150,9 @@ class ObjectiveModule(nn.Module):
     def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that the loss keeps below a bound, in place."""
         return []
+
+    def after_step(self, committed: bool) -> None:
+        """The step is over. ``committed``: weights were updated; else it was skipped, or of held-out samples."""
 
     # Of an objective whose loss is of the whole step, in this order: collect each microbatch without gradients,
     # finish, then forward (values alone) and surrogate of each microbatch, in the same order.
@@ -163,6 +167,3 @@ class ObjectiveModule(nn.Module):
     def surrogate(self, outputs: Outputs) -> Tensor:
         """A scalar of value 0 with the gradient of the step's loss."""
         raise NotImplementedError
-
-    def forget(self) -> None:
-        """The step is over."""

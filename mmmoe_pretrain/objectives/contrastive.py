@@ -23,15 +23,15 @@ class Contrastive(PairObjective):
 
     Settings = ContrastiveSettings
 
-    def module(self) -> ObjectiveModule:
-        return InfoNCE(self)
+    def module(self, embedding_size: int) -> ObjectiveModule:
+        return InfoNCE(self, embedding_size)
 
 
 class InfoNCE(PairModule):
     """The cross-entropy of a query's own other side among its candidates."""
 
     def one_way(self, pair: str, scale: Tensor, among: Candidates) -> Tensor:
-        logits_BG = scale * among.queries_BP @ among.keys_GP.t()
-        logits_BG = logits_BG.masked_fill(~among.usable_BG, MASKED)
-        loss_B = F.cross_entropy(logits_BG, among.own_B, reduction="none")
+        logits_BN = scale * among.queries_BP @ among.keys_NP.t()
+        logits_BN = logits_BN.masked_fill(~among.usable_BN, MASKED)
+        loss_B = F.cross_entropy(logits_BN, among.own_B, reduction="none")
         return (loss_B * among.both_B).sum()

@@ -140,7 +140,7 @@ class NextToken(Objective):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {self.name: len(batch.targets[self.name])}
 
-    def module(self) -> ObjectiveModule:
+    def module(self, embedding_size: int) -> ObjectiveModule:
         return _SumOfTargets(self.name)
 
     def needs(self) -> dict[str, set[str]]:

@@ -11,15 +11,20 @@ microbatch; then the loss of all of them, and its gradient for each feature, are
 the loss's place and gives features and parameters that gradient. It is exact, as long as both passes compute the
 same features.
 
-Shapes: B samples of a microbatch, G samples of a global microbatch (or step), R representations, P joint space.
+With ``queue_size`` the features of that many samples of earlier steps are negatives, too: a memory queue (MoCo, arXiv
+1911.05722), here without a momentum encoder (XBM, arXiv 1912.06798). They have no gradient. A step whose update is
+skipped adds none, and held-out losses do not use them.
+
+Shapes: B samples of a microbatch, G samples of a global microbatch (or step), Q samples of the queue, N = G + Q,
+R representations, P joint space.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -38,11 +43,13 @@ MAX_LOG_SCALE = math.log(100.0)
 
 class PairSettings(ObjectiveSettings):
     """``pairs``: ``a-b`` of two representations (a modality is one), with its weight; a pair that is not named takes
-    no part. ``cached``: the negatives are those of the whole step, over all its microbatches."""
+    no part. ``cached``: the negatives are those of the whole step, over all its microbatches. ``queue_size``: samples
+    of earlier steps that are negatives, too; whole steps, so that all layouts have the same ones."""
 
     pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     initial_temperature: float = Field(0.07, ge=0.01)  # it never falls below 0.01
     cached: bool = False
+    queue_size: int = Field(0, ge=0)
 
     @property
     def on(self) -> bool:
@@ -58,6 +65,12 @@ class PairSettings(ObjectiveSettings):
 
     def batch_problem(self, name: str, global_batch_size: int, num_microbatches: int, data_size: int) -> str | None:
         """See ``ObjectiveSettings.batch_problem``."""
+        if self.queue_size % global_batch_size:
+            less = self.queue_size // global_batch_size * global_batch_size
+            return (
+                f"objectives.{name}.queue_size {self.queue_size} is not a multiple of train.global_batch_size "
+                f"{global_batch_size}: the queue holds whole steps; use {less} or {less + global_batch_size}"
+            )
         parts = 1 if self.cached else num_microbatches
         if not self.on or global_batch_size != parts:
             return None
@@ -115,7 +128,8 @@ class PairObjective(Objective):
         ]
 
     def flops(self, embedding_size: int, samples: float) -> float:
-        return len(self.pairs) * 2 * 2 * embedding_size * samples  # similarities, either way round
+        candidates = samples + self.settings.queue_size
+        return len(self.pairs) * 2 * 2 * embedding_size * candidates  # similarities, either way round
 
     def why_idle(self, loss: str, count: int, so_far: str) -> str:
         pair = loss.removeprefix(f"{self.name}/")
@@ -133,24 +147,32 @@ class PairObjective(Objective):
 
 @dataclass(frozen=True)
 class Features:
-    """The features of this rank's B samples in fp32, or of the G samples of all ranks."""
+    """The features of this rank's B samples in fp32, of the G samples of all ranks, or of the Q of the queue."""
 
     rows_BRP: Tensor
     present_BR: Tensor
     group_ids_B: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows_BRP, self.present_BR, self.group_ids_B
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """The queries of this rank, and their candidates: the other side of every sample of all ranks. ``own_B``: the
-    place of a query's own other side, as a mask ``is_own_BG``. ``usable_BG``: that and the negatives; none of a query
-    that lacks a side (not ``both_B``)."""
+    """The queries of this rank, and their candidates: the other side of every sample of all ranks, and of the queue.
+    ``own_B``: the place of a query's own other side, as a mask ``is_own_BN``. ``usable_BN``: that and the negatives;
+    none of a query that lacks a side (not ``both_B``)."""
 
     queries_BP: Tensor
-    keys_GP: Tensor
+    keys_NP: Tensor
     own_B: Tensor
-    is_own_BG: Tensor
-    usable_BG: Tensor
+    is_own_BN: Tensor
+    usable_BN: Tensor
     both_B: Tensor
 
 
@@ -165,19 +187,31 @@ class _Cache:
 
 
 class PairModule(ObjectiveModule):
-    """A learned temperature for each pair, and the cache of a step that runs twice. A kind has ``one_way``.
+    """A temperature for each pair, the queue, and the cache of a step that runs twice. A kind has ``one_way``.
 
     Ranks may split their samples into different microbatches, but each must have as many samples in all, as
     ``collectives.gather_rows`` asks.
     """
 
-    def __init__(self, objective: PairObjective) -> None:
+    queue_rows: Tensor  # [Q, R, P], the newest first
+    queue_present: Tensor  # bool [Q, R]; False where nothing was stored yet
+    queue_group_ids: Tensor  # int64 [Q]
+
+    def __init__(self, objective: PairObjective, embedding_size: int) -> None:
         super().__init__()
         self.name, self.sides = objective.name, objective.representations
         self.pairs = objective.pairs
         start = math.log(1.0 / objective.settings.initial_temperature)
         self.log_scale = nn.ParameterDict({pair: nn.Parameter(torch.full((1,), start)) for pair in self.pairs})
+        size, sides = objective.settings.queue_size, len(self.sides)
+        for name, empty in (
+            ("rows", torch.zeros(size, sides, embedding_size)),
+            ("present", torch.zeros(size, sides, dtype=torch.bool)),
+            ("group_ids", torch.zeros(size, dtype=torch.int64)),
+        ):
+            self.register_buffer(f"queue_{name}", empty, persistent=size > 0)
         self._cache = _Cache()
+        self._stored: list[Features] = []  # of this step, for the queue
 
     @abc.abstractmethod
     def one_way(self, pair: str, scale: Tensor, among: Candidates) -> Tensor:
@@ -196,13 +230,16 @@ class PairModule(ObjectiveModule):
     def sums(self, features: Features, groups: Groups) -> dict[str, Tensor]:
         """See ``forward``."""
         everyone = _gather(features, groups)
+        queue = Features(self.queue_rows, self.queue_present, self.queue_group_ids) if self._uses_queue else None
+        if queue is not None:
+            self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
         rows = features.group_ids_B.shape[0]
         mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
         sums = {}
         for pair, (a, b) in self.pairs.items():
             scale = _bounded(self.log_scale[pair]).float().exp()
             one, other = self.sides.index(a), self.sides.index(b)
-            ways = (_candidates(everyone, query, key, mine) for query, key in ((one, other), (other, one)))
+            ways = (_candidates(everyone, queue, query, key, mine) for query, key in ((one, other), (other, one)))
             there, back = (self.one_way(pair, scale, among) for among in ways)
             sums[f"{self.name}/{pair}"] = 0.5 * (there + back)
         return sums
@@ -224,11 +261,7 @@ class PairModule(ObjectiveModule):
         seen, self._cache.seen = self._cache.seen, []
         leaves, count = [part.rows_BRP.detach().requires_grad_() for part in seen], len(seen)
         with torch.enable_grad():
-            whole = Features(
-                torch.cat(leaves),
-                torch.cat([part.present_BR for part in seen]),
-                torch.cat([part.group_ids_B for part in seen]),
-            )
+            whole = Features.joined([replace(part, rows_BRP=leaf) for part, leaf in zip(seen, leaves, strict=True)])
             sums = self.sums(whole, groups)
             total = torch.stack([factors[loss] * value for loss, value in sums.items()]).sum()
             found = torch.autograd.grad(total, [*leaves, *self.parameters()])
@@ -247,8 +280,18 @@ class PairModule(ObjectiveModule):
             total = total + (parameter * grad).sum()
         return total - total.detach()
 
-    def forget(self) -> None:
-        self._cache = _Cache()
+    @property
+    def _uses_queue(self) -> bool:
+        return self.training and len(self.queue_rows) > 0
+
+    def after_step(self, committed: bool) -> None:
+        """The step's features become the newest of the queue."""
+        stored, self._stored, self._cache = self._stored, [], _Cache()
+        if not (committed and stored):
+            return
+        queue = Features(self.queue_rows, self.queue_present, self.queue_group_ids)
+        for buffer, values in zip(queue.tensors, Features.joined([*stored, queue]).tensors, strict=True):
+            buffer.copy_(values[: len(buffer)])
 
 
 def _bounded(log_scale: Tensor) -> Tensor:
@@ -266,12 +309,12 @@ def _gather(features: Features, groups: Groups) -> Features:
     return Features(gather_rows(features.rows_BRP, groups.data), flags_G[:, :-1].bool(), flags_G[:, -1])
 
 
-def _candidates(everyone: Features, query: int, key: int, mine: slice) -> Candidates:
-    features_GRP, present_GR, group_ids_G = everyone.rows_BRP, everyone.present_BR, everyone.group_ids_B
-    both_G = present_GR[:, query] & present_GR[:, key]
-    places_G = torch.arange(both_G.numel(), device=both_G.device)
-    is_own_BG = places_G == places_G[mine, None]
-    same_BG = group_ids_G[mine, None] == group_ids_G
-    usable_BG = present_GR[:, key] & (~same_BG | is_own_BG) & both_G[mine, None]
-    queries_BP, keys_GP = features_GRP[mine, query], features_GRP[:, key]
-    return Candidates(queries_BP, keys_GP, places_G[mine], is_own_BG, usable_BG, both_G[mine])
+def _candidates(everyone: Features, queue: Features | None, query: int, key: int, mine: slice) -> Candidates:
+    keys = everyone if queue is None else Features.joined([everyone, queue])
+    both_G = everyone.present_BR[:, query] & everyone.present_BR[:, key]
+    places_N = torch.arange(len(keys.group_ids_B), device=both_G.device)
+    own_B, both_B = places_N[mine], both_G[mine]
+    is_own_BN = places_N == own_B[:, None]
+    same_BN = everyone.group_ids_B[mine, None] == keys.group_ids_B
+    usable_BN = keys.present_BR[:, key] & (~same_BN | is_own_BN) & both_B[:, None]
+    return Candidates(everyone.rows_BRP[mine, query], keys.rows_BRP[:, key], own_B, is_own_BN, usable_BN, both_B)

@@ -31,18 +31,18 @@ class SigmoidContrastive(PairObjective):
 
     Settings = SigmoidContrastiveSettings
 
-    def module(self) -> ObjectiveModule:
-        return SigmoidLoss(self, self.settings.initial_bias)
+    def module(self, embedding_size: int) -> ObjectiveModule:
+        return SigmoidLoss(self, embedding_size, self.settings.initial_bias)
 
 
 class SigmoidLoss(PairModule):
     """A learned bias for each pair beside its temperature."""
 
-    def __init__(self, objective: PairObjective, initial_bias: float) -> None:
-        super().__init__(objective)
+    def __init__(self, objective: PairObjective, embedding_size: int, initial_bias: float) -> None:
+        super().__init__(objective, embedding_size)
         self.offset = nn.ParameterDict({pair: nn.Parameter(torch.full((1,), initial_bias)) for pair in self.pairs})
 
     def one_way(self, pair: str, scale: Tensor, among: Candidates) -> Tensor:
-        logits_BG = scale * among.queries_BP @ among.keys_GP.t() + self.offset[pair].float()
-        loss_BG = -F.logsigmoid(torch.where(among.is_own_BG, logits_BG, -logits_BG))
-        return (loss_BG * among.usable_BG).sum()
+        logits_BN = scale * among.queries_BP @ among.keys_NP.t() + self.offset[pair].float()
+        loss_BN = -F.logsigmoid(torch.where(among.is_own_BN, logits_BN, -logits_BN))
+        return (loss_BN * among.usable_BN).sum()

@@ -39,7 +39,7 @@ def whole_step(config: RunConfig, groups: Groups, batch: Batch) -> WholeStep:
         return NONE
     live, kept, peaks = LiveTensors(), 0, []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        modules = [objective.module() for objective in objectives]
+        modules = [objective.module(config.model.embedding_size) for objective in objectives]
         outputs = _outputs(config, batch, {name for each in objectives for name in each.representations})
         with live:
             with torch.no_grad():

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
 from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, names_tokenizer, with_tokenizer
 from mmmoe_pretrain.checkpoint.names import MANIFEST
+from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
 from mmmoe_pretrain.config import RUN_NAME, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
@@ -209,10 +212,15 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
         "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
         "objectives": {
-            name: [parameter for parameter, _ in objective.module().named_parameters()]
-            for name, objective in objectives.items()
+            name: _tensors(objective.module(config.model.embedding_size)) for name, objective in objectives.items()
         },
     }
+
+
+def _tensors(module: nn.Module) -> list[str]:
+    """Names of parameters; of buffers, whose sizes are settings, with their shapes."""
+    buffers = [f"{name} {tuple(buffer.shape)}" for name, buffer in persistent_buffers(module).items()]
+    return [*(name for name, _ in module.named_parameters()), *buffers]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: str = "") -> Iterator[str]:

@@ -91,7 +91,7 @@ class LabelRegression(Objective):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {self.name: int(labelled(batch, self.settings.reads).sum())}
 
-    def module(self) -> ObjectiveModule:
+    def module(self, embedding_size: int) -> ObjectiveModule:
         return _SquaredError(self.name, self.settings.reads)
 
     def needs(self) -> dict[str, set[str]]:

@@ -39,8 +39,7 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     precision: str = "fp32"
     train: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
-    pairs: str = "contrastive"  # the kind of objective between pairs of modalities
-    cached: bool = False  # its loss is over the whole step
+    contrastive: dict[str, Any] = field(default_factory=dict, hash=False)  # of the objective between pairs
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
     moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
@@ -65,7 +64,7 @@ class Case:
         if self.zero_stage == 3:  # else it would leave parameters as small as these whole
             parallel["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
         values = config_of(root, parallel, self.precision, self.train, self.optimizer).model_dump(mode="json")
-        values["objectives"]["contrastive"] |= {"kind": self.pairs, "cached": self.cached}
+        values["objectives"]["contrastive"] |= self.contrastive
         values["moe"] |= self.moe
         return run_config.parse(values)
 

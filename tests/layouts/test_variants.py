@@ -16,8 +16,10 @@ from tests.layouts import matrix
 from tests.layouts.cases import (
     ALONE,
     FIXED_ROUTING,
+    GLOBAL,
     LAYOUTS,
     LENDING,
+    MICROBATCHES,
     OTHER_BLOCKS,
     SGD,
     TWO_MICROBATCHES,
@@ -37,6 +39,8 @@ def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more: Any
 
 
 BLOCKS = {"recompute": "blocks"}
+CACHED, SIGMOID = {"cached": True}, {"kind": "sigmoid_contrastive"}
+QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
 SMALL_BUCKETS = {"zero_optimization": BUCKETS}
@@ -50,11 +54,11 @@ MEGATRON_LEVERS = [
     case("DP2", 1, **GATHERED),
     case("PP2 x VPP2", 1, **GATHERED),
     case("EP2", moe={"dispatch_chunks": 2}),
-    case("DP2", cached=True),
-    case("PP2 x VPP2", cached=True),
-    case("TP2 + SP", cached=True),
-    case("EP2", pairs="sigmoid_contrastive"),
-    case("PP2 x VPP2", pairs="sigmoid_contrastive", cached=True),
+    case("DP2", contrastive=CACHED),
+    case("PP2 x VPP2", contrastive=CACHED),
+    case("TP2 + SP", contrastive=CACHED),
+    case("EP2", contrastive={**SIGMOID, **QUEUE}),
+    case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -65,8 +69,8 @@ DEEPSPEED_LEVERS = [
     case("EP2", 3, "deepspeed", train=BLOCKS),
     case("EP2", 1, "deepspeed", offload_optimizer="cpu"),
     case("EP2", 3, "deepspeed", offload_optimizer="cpu"),
-    case("EP2", 3, "deepspeed", cached=True),
-    case("TP2 + SP", 2, "deepspeed", pairs="sigmoid_contrastive"),
+    case("EP2", 3, "deepspeed", contrastive=CACHED),
+    case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
 ]
 SGD_CASES = [

@@ -94,17 +94,22 @@ def train_case(case: Case, steps: int, device: torch.device) -> Outcome:
 def held_by_name(engine: Engine, kind: str | None = None) -> Held:
     """The weights that this rank holds, or the optimizer's tensors ``kind``: their shape, and pieces of them."""
     return {
-        split_key(key)[0]: (held.shape, [(at, p.float().cpu().numpy().copy()) for at, p in held.pieces.items()])
+        split_key(key)[0]: (held.shape, [(at, _numbers(p)) for at, p in held.pieces.items()])
         for key, held in engine.export_state().items()
         if split_key(key)[1] == kind
     }
+
+
+def _numbers(piece: torch.Tensor) -> np.ndarray:
+    """In fp32: numpy knows no bf16."""
+    return piece.detach().float().cpu().numpy().copy()
 
 
 @functools.cache
 def reference(alone: Case, steps: int) -> Outcome:
     """What layouts of a case must train like (``Case.alone``): one process, by plain torch in fp32. For half types,
     and for a loss that takes two passes, by the megatron engine; test_cuts.py compares it with plain torch."""
-    if alone.precision == "fp32" and not alone.cached:
+    if alone.precision == "fp32" and not alone.contrastive.get("cached"):
         return train_alone(alone, steps)
     return start_ranks(1, [(alone, steps)], SECONDS_ALONE)[0][0]
 
@@ -145,7 +150,7 @@ def train_alone(case: Case, steps: int) -> Outcome:
 
 def _whole(tensor: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]:
     """Of an uncut model, as ``held_by_name`` gives it."""
-    return tuple(tensor.shape), [((0,) * tensor.ndim, tensor.detach().numpy().copy())]
+    return tuple(tensor.shape), [((0,) * tensor.ndim, _numbers(tensor))]
 
 
 def torch_optimizer(model: PretrainingModel, config: RunConfig) -> torch.optim.Optimizer:

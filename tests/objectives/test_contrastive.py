@@ -38,8 +38,8 @@ def settings_of(pairs: dict[str, float] = PAIRS, kind: str = "contrastive", **mo
     return pack_settings(tiny_config(Path("unused"), objectives={"match": values}))
 
 
-def module_of(settings: PackSettings) -> PairModule:
-    module = settings.objectives["match"].module()
+def module_of(settings: PackSettings, joint: int = 2) -> PairModule:
+    module = settings.objectives["match"].module(joint)
     assert isinstance(module, PairModule)
     return module
 
@@ -159,7 +159,7 @@ def test_a_pair_is_of_any_two_representations() -> None:
     assert objective.representations == ("text", "scene")
     assert objective.needs() == {"match scene-text": {"image", "audio", "text"}}
     batch = batch_of({"scene": ALL["image"], "text": ALL["text"]}, torch.tensor([1, 2]))
-    found = objective.module()(outputs_of({"scene": EYE, "text": EYE.flip(0)}), batch, SINGLE)
+    found = objective.module(2)(outputs_of({"scene": EYE, "text": EYE.flip(0)}), batch, SINGLE)
     assert found["match/scene-text"].item() / 2 == pytest.approx(ONE_OF_TWO + 1, rel=1e-6)
 
 
@@ -189,7 +189,7 @@ class World:
         present[:, [0, 7]] = True
         groups = torch.arange(SAMPLES)
         groups[[4, 9]] = 3
-        module = module_of(settings_of(**settings))
+        module = module_of(settings_of(**settings), JOINT)
         for i, log_scale in enumerate(module.log_scale.values()):
             log_scale.data.fill_(1.0 + 0.3 * i)
         return cls(inputs, dict(zip(NAMES, present, strict=True)), groups, weights, module)
@@ -260,7 +260,7 @@ def cached_step(
         surrogate = world.module.surrogate(world.outputs(rows))
         assert surrogate.item() == 0
         surrogate.backward()
-    world.module.forget()
+    world.module.after_step(committed=True)
     assert world.sums(slice(0, 2))["match/image-text"].requires_grad, "a later step begins as a new one"
     return total, over_ranks(world, groups)
 
@@ -338,3 +338,61 @@ def test_a_batch_without_negatives_is_refused(cached: bool, sizes: tuple[int, in
     found = settings_of(cached=cached).objectives["match"].settings.batch_problem("match", *sizes)
     assert (found is None) == (problem is None)
     assert problem is None or problem in found
+
+
+def from_queue(kind: str, world: World, rows: slice, queued: slice) -> Tensor:
+    """The loss of image-text over ``rows``, with the samples ``queued`` as negatives, query by query."""
+    scale = world.module.log_scale["image-text"].exp().item()
+    outputs, earlier = world.outputs(slice(None)), range(SAMPLES)[queued]
+    total = torch.zeros(())
+    for query, key in (("image", "text"), ("text", "image")):
+        for i in range(SAMPLES)[rows]:
+            if not (world.present["image"][i] and world.present["text"][i]):
+                continue
+            rivals = [j for j in (*range(SAMPLES)[rows], *earlier)
+                      if world.present[key][j] and world.group_ids[j] != world.group_ids[i]]  # fmt: skip
+            own = scale * outputs.features[query][i] @ outputs.features[key][i]
+            others = scale * outputs.features[query][i] @ outputs.features[key][rivals].T
+            if kind == "contrastive":
+                loss = torch.logsumexp(torch.cat([own[None], others]), 0) - own
+            else:
+                loss = F.softplus(-(own - 10)) + F.softplus(others - 10).sum()
+            total = total + 0.5 * loss
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_earlier_steps_are_negatives(kind: str) -> None:
+    """A queue of two steps of four samples. Samples 3 and 4 are of one group, and 9 too."""
+    world = World.make(kind=kind, queue_size=8)
+    steps = [slice(0, 4), slice(4, 8), slice(8, 12)]
+    for number, rows in enumerate(steps):
+        found = world.sums(rows)["match/image-text"].squeeze()
+        expected = from_queue(kind, world, rows, slice(0, rows.start))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5), number
+        world.module.after_step(committed=True)
+    world.module.eval()  # held-out samples meet no queue, and do not enter it
+    alone = from_queue(kind, world, steps[0], slice(0))
+    assert world.sums(steps[0])["match/image-text"].item() == pytest.approx(alone.item(), rel=1e-5)
+    world.module.after_step(committed=False)
+    world.module.train()
+    world.sums(steps[0])
+    world.module.after_step(committed=False)  # skipped
+    latest = from_queue(kind, world, steps[0], slice(4, 12))
+    assert world.sums(steps[0])["match/image-text"].item() == pytest.approx(latest.item(), rel=1e-5)
+
+
+def test_features_of_the_queue_have_no_gradient() -> None:
+    world = World.make(queue_size=4)
+    world.sums(slice(0, 4))
+    world.module.after_step(committed=True)
+    before = world.module.queue_rows.clone()
+    backward(world.sums(slice(4, 8)))
+    assert not world.module.queue_rows.requires_grad and world.module.queue_rows.equal(before)
+
+
+def test_a_queue_of_half_a_step_is_refused() -> None:
+    settings = settings_of(queue_size=12).objectives["match"].settings
+    assert settings.batch_problem("match", 4, 1, 1) is None
+    problem = settings.batch_problem("match", 8, 1, 1)
+    assert problem is not None and problem.endswith("the queue holds whole steps; use 8 or 16")

@@ -115,6 +115,15 @@ def test_a_run_that_is_asked_to_stop_before_its_first_step_trains_none(
     assert (saved(config), steps_of(config)) == ([0, 6, 8], before[:8])
 
 
+def test_a_memory_queue_is_resumed(tmp_path: Path, tiny_data: Path) -> None:
+    queue = {"train": {"steps": 6}, "objectives": objectives({"queue_size": 16})}
+    straight, config = (config_in(tmp_path / name, tiny_data, **queue) for name in ("straight", "stopped"))
+    assert run_ranks(1, faulty, straight) == [exit_codes.DONE]
+    assert run_ranks(1, faulty, config, partial(signalled, 3)) == [exit_codes.STOPPED]
+    assert run_ranks(1, faulty, config) == [exit_codes.DONE]
+    np.testing.assert_array_equal(losses(config), losses(straight))
+
+
 def test_no_checkpoint_is_made_in_a_streak_of_bad_steps_but_right_behind_it(undisturbed: RunConfig) -> None:
     """Steps 4 and 5 are skipped, and step 4 is due to be saved."""
     assert saved(undisturbed) == [0, 6, 8, 12]

@@ -25,7 +25,7 @@ from mmmoe_pretrain.train.loop import train
 from mmmoe_pretrain.train.start import check_same_model, config_to_train, differences
 from tests.distributed import run_ranks
 from tests.export.support import make_run
-from tests.support import tiny_config, tiny_values
+from tests.support import objectives, tiny_config, tiny_values
 from tests.train.faulty import config_in, steps_of
 
 MOE = {"num_experts": 4, "expert_hidden_size": 8}
@@ -64,6 +64,14 @@ def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path, save
     told = "modalities.motion is new; objectives.captioning is missing; objectives.pages is new; set it back"
     with pytest.raises(ValueError, match=told):
         check_same_model(run_config.parse(values), saved)
+
+
+def test_a_memory_queue_of_another_size_is_refused(tmp_path: Path, saved: Path) -> None:
+    config = tiny_config(
+        tmp_path, moe={**MOE, "layers": {1: {"num_experts": 8}}}, objectives=objectives({"queue_size": 16})
+    )
+    with pytest.raises(ValueError, match=r"objectives.contrastive .* is .*'queue_rows \(16, 3, 8\)'"):
+        check_same_model(config, saved)
 
 
 def test_changed_sources_are_named_by_their_paths() -> None:
