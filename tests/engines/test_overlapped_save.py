@@ -30,7 +30,7 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.checkpoint.support import assert_same, late_copies
 from tests.distributed import run_ranks
 from tests.engines.test_skipped_steps import EP2, PP2, case, step
-from tests.layouts.cases import Case
+from tests.layouts.cases import GLOBAL, Case
 from tests.layouts.train import build
 
 deepspeed_engine.prepare()  # before the first fork
@@ -44,7 +44,7 @@ CASES = {
         case(2, "megatron", 1, {**EP2, **OVERLAPS}, cached=True),
     ],
     "deepspeed": [
-        case(2, "deepspeed", 0, {}, cached=True),
+        case(2, "deepspeed", 0, {}, cached=True, queue_size=4 * len(GLOBAL)),
         case(2, "deepspeed", 1, EP2),
         case(2, "deepspeed", 2, {}, "bf16"),
         case(2, "deepspeed", 3, EP2),

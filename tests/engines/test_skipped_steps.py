@@ -31,15 +31,16 @@ EP2, PP2, TP2 = {"expert_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"te
 
 
 def case(ranks: int, engine: str, stage: int, parallel: dict[str, Any], precision: str = "fp32",
-         cached: bool = False) -> Case:  # fmt: skip
+         **contrastive: Any) -> Case:  # fmt: skip
+    """``contrastive``: settings of that objective."""
     train = {"num_microbatches": 2, "global_batch_size": 2 * len(GLOBAL), **(SCALE if precision == "fp16" else {})}
-    return Case("", ranks, engine, stage, parallel, precision, train, cached=cached)
+    return Case("", ranks, engine, stage, parallel, precision, train, contrastive)
 
 
 CASES = {
     "megatron": [
         case(2, "megatron", 0, {}),
-        case(2, "megatron", 1, EP2, cached=True),
+        case(2, "megatron", 1, EP2, cached=True, queue_size=4 * len(GLOBAL)),
         case(2, "megatron", 1, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
         case(2, "megatron", 0, PP2, "bf16"),
         case(2, "megatron", 0, EP2, "fp16"),
