@@ -14,7 +14,7 @@ IMAGE_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench compare evidence clean
+.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench evidence clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,10 +70,6 @@ bench: $(STAMP) ## Run every benchmark with --quick, compared with other librari
 	 for file in $(wildcard benchmarks/*.py); do \
 	  echo "== $$file"; PYTHONPATH=. $(BIN)/python "$$file" --quick; \
 	done
-
-compare: $(STAMP) ## Train the demo's MoE model and a dense model over three seeds (an hour on 2 cores)
-	launch/data.sh
-	$(BIN)/python -m mmmoe_pretrain.launch.compare
 
 evidence: $(STAMP) ## Train the studies of docs/evidence.md, ONLY="captions prose" some (hours; repeat it to continue)
 	@$(BIN)/python -m evidence $(if $(ONLY),--only $(ONLY))

@@ -53,7 +53,7 @@ from benchmarks.stepping.peers import (
     replace_moe_layers,
 )
 from benchmarks.stepping.workload import SIZES, VOCAB_SIZE, Size, random_batch, step_config, valid_tokens
-from launch.compare import dense_overrides
+from evidence.studies import dense
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
@@ -250,10 +250,8 @@ def beside_dense(path: Path, quick: bool) -> dict[str, object]:
     sizes, repeats = ([16], 3) if quick else ([16, 64, 128], 9)
     torch.set_num_threads(1)
     moe = run_config.load(path).with_vocabulary(VOCAB_SIZE)
-    configs = {
-        "moe": moe,
-        "dense": run_config.load(path, dense_overrides(moe)).with_vocabulary(VOCAB_SIZE),
-    }
+    width = moe.moe.experts_per_token * moe.moe.expert_hidden_size  # of equal active FLOPs
+    configs = {"moe": moe, "dense": run_config.load(path, dense(width)).with_vocabulary(VOCAB_SIZE)}
     print(f"{'samples':>8}{'tokens':>8}{'MoE tok/s':>16}{'dense tok/s':>14}{'ratio':>8}")
     ratios = []
     with process_group(timeout_minutes=5) as device:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Corpora of the studies: evidence/data.sh emoji|europe|gcide, or mini FOLDER, which needs no network. Fetches, shards and
-# tokenizes; what exists is kept.
+# Corpora of the studies: evidence/data.sh emoji|europe|gcide|demo, or mini FOLDER, which needs no network. Fetches, shards
+# and tokenizes; what exists is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/steps.sh
@@ -37,6 +37,13 @@ case "${1:-} ${2:-}" in
     make_once "Shard its entries" "$out/shards" shard "$corpus" "$out/shards"
     tokenizer "$corpus" 512 "$out/tokens.model"
     ;;
+  "demo ")
+    launch/data.sh
+    if [[ ! -e data/demo/tuxpaint-spoken ]]; then
+      echo "the study of the demo needs the Tux Paint corpus, which could not be fetched (see above)" >&2
+      exit 1
+    fi
+    ;;
   "mini "?*)
     corpus=$2/mini out=$2
     mkdir -p "$out"
@@ -47,7 +54,7 @@ case "${1:-} ${2:-}" in
     tokenizer "$corpus" 400 "$out/tokens.model"
     ;;
   *)
-    echo "usage: evidence/data.sh emoji|europe|gcide, or evidence/data.sh mini FOLDER" >&2
+    echo "usage: evidence/data.sh emoji|europe|gcide|demo, or evidence/data.sh mini FOLDER" >&2
     exit 2
     ;;
 esac

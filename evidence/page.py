@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,8 +32,10 @@ How to read the tables:
 - In the pictures a band is the 95% interval of the mean. It may reach beyond the axis.
 - If a record was made with other settings than its study has now, the section ends with them.
 """
-README_STUDY = "prose"  # whose picture and table are on the first screen
-BEGIN, END = "<!-- evidence, by python -m evidence --render -->\n", "<!-- end of evidence -->\n"
+# What README.md has of a study: lines between these two.
+BEGIN, END = "<!-- evidence {}, by python -m evidence --render -->\n", "<!-- end of evidence -->\n"
+PLACE = re.compile(BEGIN.format(r"(\w+)") + "(.*?)" + END, re.DOTALL)
+WIDEST = 12  # columns of a table; one with more has a row a metric
 NOTHING: Mapping[str, Sequence[str]] = {}
 
 
@@ -45,9 +48,9 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
     for study in studies:
         runs = records.read_study(study, folder)
         if runs and not (list(runs) == [study.reference] and study.variant(study.reference).same_as):
-            picture = Path("evidence") / f"{study.name}.svg"
-            pictures.draw(study, runs, docs / picture)
-            parts.append(section(study, runs, picture, remarks.get(study.name, ())))
+            if study.panels:
+                pictures.draw(study, runs, docs / "evidence" / f"{study.name}.svg")
+            parts.append(section(study, runs, remarks.get(study.name, ())))
         else:
             parts.append(f"## {study.title}\n{study.question} Not run yet.\n")
     path = docs / "evidence.md"
@@ -56,23 +59,37 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
 
 
 def write_readme(readme: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = STUDIES) -> None:
-    """Replace the picture and table between ``BEGIN`` and ``END`` by those of ``README_STUDY``, if it has runs."""
-    (study,) = (each for each in studies if each.name == README_STUDY)
-    if not (runs := records.read_study(study, folder)):
-        return
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or not after:
-        raise ValueError(f"{readme} has no place for the table: the lines {BEGIN.strip()} and {END.strip()}")
-    lines = [f"![{study.title}](docs/evidence/{study.name}.svg)", "", *_table(study, runs), "", _origin(study, runs)]
-    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+    """Replace the picture and table in each place that names its study."""
+    text, by_name = readme.read_text(encoding="utf-8"), {study.name: study for study in studies}
+    found = [match[1] for match in PLACE.finditer(text)]
+    marks = [text.count(BEGIN.partition("{}")[0]), text.count(END)]
+    if not found or marks != [len(found)] * 2 or not by_name.keys() >= set(found):
+        raise ValueError(
+            f"{readme} has no place for the table of a study: the lines {BEGIN.format('STUDY').strip()} and "
+            f"{END.strip()}, with a STUDY of {', '.join(by_name)}"
+        )
+
+    def place(match: re.Match[str]) -> str:
+        study = by_name[match[1]]
+        runs = records.read_study(study, folder)
+        not_run = [f"Not run yet: `make evidence ONLY={study.name}`."]
+        lines = [*_results(study, runs, Path("docs/evidence")), _origin(study, runs)] if runs else not_run
+        return BEGIN.format(study.name) + "\n".join(lines) + "\n" + END
+
+    readme.write_text(PLACE.sub(place, text), encoding="utf-8")
 
 
-def section(study: Study, runs: Runs, picture: Path, remarks: Sequence[str] = ()) -> str:
+def _results(study: Study, runs: Runs, folder: Path) -> list[str]:
+    """The picture in ``folder``, if the study has one, and the table."""
+    picture = [f"![{study.title}]({(folder / study.name).as_posix()}.svg)", ""] if study.panels else []
+    return [*picture, *_table(study, runs), ""]
+
+
+def section(study: Study, runs: Runs, remarks: Sequence[str] = ()) -> str:
     lines = [f"## {study.title}", study.question, ""]
     if study.setting:
         lines += [study.setting, ""]
-    lines += [f"![{study.title}]({picture.as_posix()})", "", *_table(study, runs), ""]
+    lines += _results(study, runs, Path("evidence"))
     if read := _reading(study, runs):
         lines += [read, ""]
     lines.append(_origin(study, runs))
@@ -84,11 +101,11 @@ def _table(study: Study, runs: Runs) -> list[str]:
     titles = ["", "parameters", "active", "MFLOPs a token", "core-hours"]
     for metric in study.metrics:
         titles += [metric.title, *(["change"] if metric.compared else [])]
-    rows = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for variant in study.variants:
-        if variant.name in runs:
-            rows.append(f"| {' | '.join(_row(study, runs, variant))} |")
-    return rows
+    table = [titles, *(_row(study, runs, variant) for variant in study.variants if variant.name in runs)]
+    if len(titles) > WIDEST:
+        table = [list(cells) for cells in zip(*table, strict=True)]
+    head, *rows = [f"| {' | '.join(cells)} |" for cells in table]
+    return [head, f"|{'---|' * len(table[0])}", *rows]
 
 
 def _row(study: Study, runs: Runs, variant: Variant) -> list[str]:

@@ -55,6 +55,8 @@ def overrides(data: Path) -> tuple[str, ...]:
         f"data.train=[{{path: {data / 'shards' / 'train'}}}]",
         f"data.tokenizer={data / 'tokens.model'}",
         f"evaluate.validation=[{data / 'shards' / 'test'}]",
+        f"evaluate.test=[{data / 'shards' / 'test'}]",
+        "evaluate.rows={}",
         *SIZES,
     )
 

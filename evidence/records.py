@@ -1,8 +1,9 @@
 """The record of a run: a JSON file by study, variant and seed, of which the page is made.
 
 A record has the run's config, the commit and the machine, its size and cost, and its held-out scores over training.
-``core_seconds``: CPU time of the run's processes, data workers and held-out scores included; other programs of the
-machine raise it by about a tenth. None where it is not known, as of a run that was killed once.
+Its last point also has the scores of mmmoe evaluate, as test/METRIC, where the study asks for them. ``core_seconds``:
+CPU time of the run's processes, data workers, held-out scores and evaluation included; other programs of the machine
+raise it by about a tenth. None where it is not known, as of a run that was killed once.
 """
 
 from __future__ import annotations

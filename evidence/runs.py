@@ -1,4 +1,5 @@
-"""Trains a variant of a study, or continues it, by mmmoe train in a process of its own, and records it.
+"""Trains a variant of a study, or continues it, by mmmoe train in a process of its own, scores it by mmmoe evaluate
+where the study asks for that, and records it.
 
 A run lives in a folder of its own, which has its log and, in core_seconds.json, its cost so far.
 """
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,11 +27,12 @@ from pydantic import ValidationError
 from evidence import records
 from evidence.records import Machine, Point, Record
 from evidence.settings import refuse_other_settings
-from evidence.studies import ROOT, TOWERS, TRAINER, Study, Variant
+from evidence.studies import ROOT, TEST, TOWERS, TRAINER, Study, Variant
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import explain
+from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing_report import specialisation
 from mmmoe_pretrain.export.layout import Weight, parameter_counts
 from mmmoe_pretrain.models.costs import model_costs
@@ -87,11 +89,16 @@ class Task:
 
     def calls(self) -> list[Call]:
         """The commands that are left to run, one after the other."""
+        folder = self.config().run_dir
+        score = [Call(TRAINER, ("evaluate", str(folder)), folder)] if self.study.evaluated else []
+        return [*self._training(), *score]
+
+    def _training(self) -> list[Call]:
         config, before, start = self.config(), self.before(), self.variant.start
         train = Call(self.variant.program, ("train", str(self.study.path), *self.overrides), config.run_dir)
         if before is None or start is None or config.run_dir.exists():
             return [train]
-        (first,) = before.calls()
+        (first,) = before._training()
         settings = (f"train.steps={config.train.steps}", f"evaluate.every={config.evaluate.every}")
         whole = (*settings, "optimizer.decay_steps=null")  # which is train.steps
         change = ("experts", *start.command, str(first.folder), "--out", str(config.run_dir), *whole)
@@ -161,9 +168,10 @@ class Runner:
             _, status, used = os.wait4(process, 0)
             self._running.remove(process)
         code = os.waitstatus_to_exitcode(status)
-        # Nothing was lost: it is done, has saved, or was stopped before it could train.
-        if code in (exit_codes.DONE, exit_codes.STOPPED) or (self._stopping and code == -signal.SIGTERM):
+        if code in (exit_codes.DONE, exit_codes.STOPPED):  # it is done, or has saved
             cost.end(used.ru_utime + used.ru_stime)
+        elif self._stopping and code == -signal.SIGTERM:  # before it could train, or in its evaluation
+            cost.end(0.0)  # all of which is computed again
         if code != exit_codes.DONE and not self._stopping:
             tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
             raise RuntimeError(f"{name} ended with {code}; the end of {path}:\n" + "\n".join(tail))
@@ -211,7 +219,7 @@ class Cost:
 
 def record_of(task: Task, code_version: str) -> Record:
     """Of a run that has ended; ``code_version``: the commit that it ran. Raises ValueError where it has no scores at
-    its end, or some that are no numbers."""
+    its end, or some that are no numbers, and where its evaluation is missing, damaged or of an earlier step."""
     config, before = task.config(), task.before()
     saved, lines = _of_run(config.run_dir)
     total, active = _parameters(saved, task.variant.program)
@@ -219,6 +227,9 @@ def record_of(task: Task, code_version: str) -> Record:
     if not scored or scored[-1]["step"] != config.train.steps:
         raise ValueError(f"{config.run_dir}/metrics.jsonl has no held-out scores of step {config.train.steps}")
     tokens, flops = (0, 0.0) if before is None else _trained(before.config().run_dir)
+    points = [_point(line) for line in scored]
+    if task.study.evaluated:
+        points[-1] = replace(points[-1], scores={**points[-1].scores, **_evaluation(config)})
     values, routing = saved.model_dump(mode="json"), scored[-1]["routing"]  # with the defaults, which may change
     try:
         return Record(
@@ -233,7 +244,7 @@ def record_of(task: Task, code_version: str) -> Record:
             active_parameters=active,
             flops_per_token=round(model_costs(saved).training, 1),
             core_seconds=_core_seconds([each for each in (task, before) if each is not None]),
-            points=[_point(line) for line in scored],
+            points=points,
             load=[layer["load"] for layer in routing],
             dropped=[layer["dropped"] for layer in routing],
             before_tokens=tokens,
@@ -261,6 +272,17 @@ def _core_seconds(tasks: Sequence[Task]) -> float | None:
     costs = [Cost(task.config().run_dir / COST).seconds for task in tasks]
     known = [seconds for seconds in costs if seconds is not None]
     return round(sum(known), 1) if len(known) == len(costs) else None
+
+
+def _evaluation(config: RunConfig) -> dict[str, float]:
+    """The scores of mmmoe evaluate at the end of a run."""
+    found = report.read(config.run_dir)
+    if found.step != config.train.steps:
+        raise ValueError(
+            f"{config.run_dir / report.JSON} is of step {found.step}, and the run has {config.train.steps} steps; "
+            f"write it with mmmoe evaluate {config.run_dir}"
+        )
+    return {f"{TEST}{row['metric']}": row["value"] for row in found.results}
 
 
 def _point(line: dict[str, Any]) -> Point:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "evidence" / "configs"
 SEEDS = (1, 2, 3)
 
 
@@ -65,8 +64,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """``reference``: the variant that the others are compared with, seed by seed. ``corpus``: the argument of
-    evidence/data.sh. ``question`` begins its section of the page."""
+    """``config``: its path from the root of the repository. ``reference``: the variant that the others are compared
+    with, seed by seed. ``corpus``: the argument of evidence/data.sh. ``question`` begins its section of the page.
+    ``evaluated``: runs are scored by mmmoe evaluate after training; the record has these scores as test/METRIC."""
 
     name: str
     title: str
@@ -76,14 +76,15 @@ class Study:
     metrics: tuple[Metric, ...]
     reference: str
     variants: tuple[Variant, ...]
-    panels: tuple[str, ...] = ("steps", "flops", "hours")  # of pictures.PANELS
+    panels: tuple[str, ...] = ("steps", "flops", "hours")  # of pictures.PANELS; none: no picture
     setting: str = ""  # what a reader of the page must know beside the question
     seeds: tuple[int, ...] = SEEDS
     axis: str = ""  # title of the x axis of the panel "sweep"
+    evaluated: bool = False
 
     @property
     def path(self) -> Path:
-        return CONFIGS / self.config
+        return ROOT / self.config
 
     def variant(self, name: str) -> Variant:
         """Raises ValueError for an unknown one."""
@@ -131,6 +132,7 @@ def entropies(*, local: bool = True, whole: bool = True, modalities: str = "imag
     return losses(", ".join(terms))
 
 
+TEST = "test/"  # begins the scores of mmmoe evaluate, beside those on validation data over training
 CAPTIONS = Metric("captions_perplexity", "perplexity of names")
 PROSE = Metric("prose_perplexity", "perplexity")
 RECALL = Metric("text_to_image_r1", "recall@1 of the image", lower_is_better=False, percent=True)
@@ -177,7 +179,7 @@ STUDIES = (
         name="captions",
         title="Emoji named in 91 languages",
         question="Does a sparse model name images in many languages better than a dense one of equal active FLOPs?",
-        config="captions.yaml",
+        config="evidence/configs/captions.yaml",
         setting="A name in one language is held out; the emoji was seen with its names in others. The learning rate "
         "is that of the dictionary's study and was not tuned here. The router of 64 experts adds 6% to the FLOPs.",
         corpus="emoji",
@@ -190,7 +192,7 @@ STUDIES = (
         name="prose",
         title="The entries of a dictionary",
         question="Does a sparse language model predict prose better than a dense one of equal active FLOPs?",
-        config="prose.yaml",
+        config="evidence/configs/prose.yaml",
         setting="The vocabulary has 512 pieces, so that the trunk is most of the model. Of the learning rates 0.008, "
         "0.016 and 0.024 the second gave the dense model its lowest perplexity, on the same held-out entries, in "
         "trials of one seed that were not recorded. All variants have it. The router of 64 experts adds 7% to the "
@@ -206,7 +208,7 @@ STUDIES = (
         title="Emoji found by their names",
         question="Does a sparse model match emoji with their names in twelve languages of Europe better than a dense "
         "one of equal active FLOPs?",
-        config="retrieval.yaml",
+        config="evidence/configs/retrieval.yaml",
         corpus="europe",
         metrics=(RECALL, LOSS),
         reference="dense",
@@ -221,7 +223,7 @@ STUDIES = (
         title="One sparse trunk for images and texts, and its auxiliary losses",
         question="LIMoE (arXiv 2206.02770) reports that without auxiliary losses of entropy the experts of one "
         "modality collapse, and that one sparse trunk is better than two dense towers. Does it hold here?",
-        config="retrieval.yaml",
+        config="evidence/configs/retrieval.yaml",
         corpus="europe",
         metrics=(RECALL, LOSS, SPECIALISATION, EXPERTS_USED, DEAD, LARGEST_LOAD),
         reference="classic",
@@ -247,7 +249,7 @@ STUDIES = (
         title="Experts with a limited capacity",
         question="An expert takes at most its share of the tokens times a capacity factor. Is it better to drop "
         "those of which the router is least sure (batch priority, V-MoE, arXiv 2106.05974) than the last ones?",
-        config="retrieval.yaml",
+        config="evidence/configs/retrieval.yaml",
         corpus="europe",
         metrics=(RECALL, DROPPED_IMAGE, DROPPED_TEXT),
         reference="dropless",
@@ -270,7 +272,7 @@ STUDIES = (
         name="routers",
         title="Routers side by side",
         question="Which router, at equal active FLOPs?",
-        config="retrieval.yaml",
+        config="evidence/configs/retrieval.yaml",
         corpus="europe",
         metrics=(RECALL, LOSS, LARGEST_LOAD, SPECIALISATION),
         reference="softmax",
@@ -319,7 +321,7 @@ STUDIES = (
         title="A dense model that becomes sparse",
         question="Is it better to train a sparse model from the start, or to make it of a dense one (sparse "
         "upcycling, arXiv 2212.05055) that was trained with half of the FLOPs?",
-        config="captions.yaml",
+        config="evidence/configs/captions.yaml",
         corpus="emoji",
         metrics=(CAPTIONS,),
         reference="dense",
@@ -341,7 +343,7 @@ STUDIES = (
         name="rates",
         title="Learning rates by width",
         question="Which learning rate, at two widths?",
-        config="captions.yaml",
+        config="evidence/configs/captions.yaml",
         corpus="emoji",
         metrics=(dataclasses.replace(CAPTIONS, compared=False),),
         reference="w128-2e-3",
@@ -365,7 +367,7 @@ STUDIES = (
         name="balance",
         title="Weights of the balance loss",
         question="Which weight of the balance loss?",
-        config="captions.yaml",
+        config="evidence/configs/captions.yaml",
         corpus="emoji",
         metrics=(dataclasses.replace(CAPTIONS, compared=False), LARGEST_LOAD, DEAD),
         reference="b0.02",
@@ -383,6 +385,33 @@ STUDIES = (
         setting=f"16 experts, one a token. {SWEEP}",
         seeds=(1,),
         axis="weight of the balance loss",
+    ),
+    Study(
+        name="demo",
+        title="The demo: stamps, their names and their spoken names",
+        question="The demo's data are small: 785 stamps, their names in many languages, and recordings of the names. "
+        "Does sparsity pay there?",
+        config="configs/demo.yaml",
+        corpus="demo",
+        metrics=(
+            *(
+                Metric(f"{TEST}{source}_to_{target}_r10", f"{source} → {target}, recall@10", False, percent=True)
+                for source, target in (("image", "text"), ("text", "image"), ("speech", "text"), ("text", "speech"))
+            ),
+            Metric(f"{TEST}image_to_text_zero_shot", "zero-shot class", False, percent=True),
+            Metric(f"{TEST}image_to_text_zero_shot_balanced", "zero-shot class, balanced", False, percent=True),
+            Metric(f"{TEST}captions_perplexity", "perplexity of captions"),
+        ),
+        reference="dense",
+        variants=(Variant("dense", "dense", dense(512)), Variant("moe", "8 experts")),
+        panels=(),
+        setting="A token visits one of 8 experts; the dense model has one expert of the same width, so equal active "
+        "FLOPs. Scores are of `mmmoe evaluate` on the held-out stamps; `report.md` in the folder of a run has chance "
+        "and the best fixed answer beside each. A run has one process, where `make demo` has two: both compute the "
+        "same losses. The data are too small for capacity to matter much, so the study does not show what sparsity "
+        "gains on larger data. Class names are among the training texts: zero-shot is over unseen images, not over "
+        "unseen classes.",
+        evaluated=True,
     ),
 )
 

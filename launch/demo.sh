@@ -16,7 +16,7 @@ fi
 run=runs/$(setting name "$config")
 # It resumes from the newest checkpoint, if there is one.
 step "Train on two processes" launch/torchrun.sh 2 train "$config"
-step "Evaluate" mmmoe evaluate "$run" --dense-results docs/results.json
+step "Evaluate" mmmoe evaluate "$run"
 
 echo
 echo "The demo took $SECONDS s. See:"

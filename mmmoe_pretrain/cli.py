@@ -120,15 +120,15 @@ def evaluate(
     overrides: Overrides = None,
     test: Test = None,
     out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN.")] = None,
-    dense_results: Annotated[
-        Path | None, typer.Option(callback=given, help="Recorded results of a dense model, shown next to the scores.")
+    beside: Annotated[
+        Path | None, typer.Option(callback=given, help="Another run that was evaluated: a column with its scores.")
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Score a trained model on held-out data and report its routing."""
     from mmmoe_pretrain.evaluate.run import evaluate_command
 
-    evaluate_command(run, test or [], dense_results, out, overrides or [], device)
+    evaluate_command(run, test or [], beside, out, overrides or [], device)
 
 
 @app.command()

@@ -1,14 +1,14 @@
 """A report as a value: JSON for programs, Markdown for people, a table for the console.
 
 Owns the format. ``report.json`` is ``{"run", "step", "date", "test", "results": [{"metric", "value",
-"interval", "chance", "majority", "n", "candidates", "unit"}], "routing", "notes"}``. A recorded run without
-experts (``{"dense": {"test": [...], "results": [...]}}``) adds "dense" to each row, and a column to the
-tables, if it is of the same held-out shards.
+"interval", "chance", "majority", "n", "candidates", "unit"}], "routing", "notes"}``. The report of another run on the
+same held-out shards adds ``"beside": {RUN: value}`` to each row, and a column RUN to the tables.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ LEGEND = (
     "Chance answers at random. Majority gives every query the best fixed answer (perplexity: token "
     "frequencies of the training targets). In brackets: 95% interval. n: queries, items or tokens."
 )
-DENSE = " Dense is a recorded run without experts."
 WIDE = 1000  # columns of a pipe or a file, in which no table is too wide
 
 
@@ -44,28 +43,50 @@ class Report:
         return {row["metric"]: row["value"] for row in self.results}[metric]
 
 
-def read_dense(path: Path | None, test: Sequence[str]) -> dict[str, float] | None:
-    """The dense run's values by metric, or None where none are recorded for the shards ``test``."""
-    if path is None:
-        return None
-    if not path.is_file():
-        raise ValueError(f"--dense-results {path}: there is no such file")
+FIELDS = {"run": str, "step": int, "date": str, "test": list, "results": list, "routing": dict, "notes": list}
+
+
+def read(path: Path) -> Report:
+    """The report in the file ``path``, or in the folder of a run. Raises ValueError where it is missing or damaged.
+    Of its rows, metric, value and n are checked."""
+    path = path if path.is_file() or path.name == JSON else path / JSON
+    remedy = f"write it with mmmoe evaluate {path.parent}"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; {remedy}")
     try:
-        record = read_json(path)["dense"]
-        if list(record["test"]) != list(test):
-            return None
-        return {row["metric"]: float(row["value"]) for row in record["results"]}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{path} records no dense run ({brief(f'{type(error).__name__}: {error}')}); it should hold "
-            f'{{"dense": {{"test": [...], "results": [...]}}}}'
-        ) from error
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    if problem := _problem(found):
+        raise ValueError(f"{path} is not a report of mmmoe evaluate ({problem}); {remedy}")
+    return Report(**{name: found[name] for name in FIELDS})
 
 
-def rows_of(scores: Sequence[Score], dense: dict[str, float] | None) -> list[dict[str, Any]]:
-    """Scores, each with the dense run's value."""
+def _problem(found: dict[str, Any]) -> str:
+    """Why it is no report; empty where it is one."""
+    for name, kind in FIELDS.items():
+        if not isinstance(found.get(name), kind):
+            return f"{name} is {brief(found.get(name))}"
+    if not all(isinstance(folder, str) for folder in found["test"]):
+        return f"test is {brief(found['test'])}"
+    wrong = [row for row in found["results"] if not _is_row(row)]
+    return f"a row of its results is {brief(wrong[0])}" if wrong else ""
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("metric"), str) or type(row.get("n")) is not int:
+        return False
+    return type(row.get("value")) in (int, float) and abs(row["value"]) <= sys.float_info.max  # NaN is not
+
+
+def rows_of(scores: Sequence[Score], other: Report | None = None) -> list[dict[str, Any]]:
+    """Scores, each with its value in ``other``; None where that has no such score, or one of another number of
+    queries, items or tokens."""
     rows = [asdict(s) | {"interval": list(s.interval)} for s in scores]
-    return rows if dense is None else [row | {"dense": dense.get(row["metric"])} for row in rows]
+    if other is None:
+        return rows
+    values = {(row["metric"], row["n"]): row["value"] for row in other.results}
+    return [row | {"beside": {other.run: values.get((row["metric"], row["n"]))}} for row in rows]
 
 
 def write(report: Report, directory: Path) -> None:
@@ -80,8 +101,8 @@ def markdown(report: Report) -> str:
     """The report as a page of tables."""
     lines = [f"# {report.run}, step {report.step}", "", f"Evaluated {report.date} on held-out rows.", ""]
     columns = _columns(report.results)
-    lines += table(list(columns), [[cell(row) for cell in columns.values()] for row in report.results])
-    lines += ["", LEGEND + (DENSE if "dense" in columns else "")]
+    lines += table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in report.results])
+    lines += ["", LEGEND]
     if report.notes:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in report.notes]
     if report.routing["layers"]:
@@ -101,15 +122,13 @@ def print_table(report: Report) -> None:
         console.width = WIDE  # else a pipe or a file gets 80 columns, and the table is cut
     table = Table(title=f"{report.run}, step {report.step}: held-out rows", title_justify="left", box=SIMPLE_HEAD)
     hidden = {"candidates"} if console.width >= 100 else {"candidates", "95%"}  # report.md has them all
-    columns = {name: cell for name, cell in _columns(report.results).items() if name not in hidden}
-    for name in columns:
-        if name == "metric":
-            table.add_column(name, overflow="fold")  # on a narrow terminal
-        else:
-            table.add_column(name, justify="right", no_wrap=True)
+    (metric, _), *columns = [column for column in _columns(report.results) if column[0] not in hidden]
+    table.add_column(metric, overflow="fold")  # on a narrow terminal
+    for name, _ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.results:
         if "/" not in row["metric"]:
-            table.add_row(*[cell(row) for cell in columns.values()])
+            table.add_row(row["metric"], *[cell(row) for _, cell in columns])
     console.print(table)
     for line in layer_lines(report.routing["layers"]):
         console.print(line.removeprefix("- "), highlight=False)
@@ -136,21 +155,22 @@ def layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
 Row = dict[str, Any]
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """Title -> what a row shows there; "dense" only where it is recorded."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "metric": lambda row: row["metric"],
-        "value": lambda row: _number(row["value"], row["unit"]),
-        "95%": lambda row: f"[{', '.join(_number(bound, row['unit']) for bound in row['interval'])}]",
-        "chance": lambda row: _number(row["chance"], row["unit"]),
-        "majority": lambda row: _number(row["majority"], row["unit"]),
-        "dense": lambda row: _number(row["dense"], row["unit"]),
-        "n": lambda row: f"{row['n']:,}",
-        "candidates": lambda row: "-" if row["candidates"] is None else f"{row['candidates']:,}",
-    }
-    if not any("dense" in row for row in rows):
-        del columns["dense"]
-    return columns
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """The title of each, and what a row shows there; the one of another run where there is one."""
+
+    def beside(run: str) -> Callable[[Row], str]:
+        return lambda row: _number(row["beside"][run], row["unit"])
+
+    return [
+        ("metric", lambda row: row["metric"]),
+        ("value", lambda row: _number(row["value"], row["unit"])),
+        ("95%", lambda row: f"[{', '.join(_number(bound, row['unit']) for bound in row['interval'])}]"),
+        ("chance", lambda row: _number(row["chance"], row["unit"])),
+        ("majority", lambda row: _number(row["majority"], row["unit"])),
+        *((run, beside(run)) for run in (rows[0].get("beside", {}) if rows else {})),
+        ("n", lambda row: f"{row['n']:,}"),
+        ("candidates", lambda row: "-" if row["candidates"] is None else f"{row['candidates']:,}"),
+    ]
 
 
 def _number(value: float | None, unit: str) -> str:

@@ -148,8 +148,12 @@ def _other_shards(report: Path, paths: Sequence[str]) -> list[str]:
         before = [str(path) for path in read_json(report).get("test", ())]
     except (ValueError, TypeError, FileNotFoundError, IsADirectoryError):  # no report, or a damaged one
         return []
-    same = {Path(path).resolve() for path in before} == {Path(path).resolve() for path in paths}
-    return [] if same else before
+    return [] if are_same(before, paths) else before
+
+
+def are_same(folders: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether these are the same folders, in any order."""
+    return {Path(path).resolve() for path in folders} == {Path(path).resolve() for path in others}
 
 
 def _trained_on(paths: Sequence[str], config: RunConfig) -> list[str]:

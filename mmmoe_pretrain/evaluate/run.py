@@ -19,7 +19,14 @@ from mmmoe_pretrain.evaluate import figures, report, routing_report, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
-from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows, open_rows, place_of_report, untrained_routing
+from mmmoe_pretrain.evaluate.rows import (
+    BATCH_SIZE,
+    HeldOutRows,
+    are_same,
+    open_rows,
+    place_of_report,
+    untrained_routing,
+)
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.parallel.runtime import named_device
@@ -30,7 +37,7 @@ FIGURE = "routing.png"
 def evaluate(
     run_dir: Path,
     test_paths: Sequence[str] | None = None,
-    dense_results: Path | None = None,
+    beside: Path | None = None,
     out: Path | None = None,
     overrides: Sequence[str] = (),
     device: str = "auto",
@@ -38,13 +45,14 @@ def evaluate(
     """Score the newest checkpoint of ``run_dir``; write report.json, report.md and routing.png to ``out`` (default:
     ``run_dir``, unless a report of other shards is there).
 
-    ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``). ``device``: of
-    ``named_device``.
+    ``test_paths`` are folders of held-out shards (default: the run's ``evaluate.test``). ``beside``: the folder or
+    report.json of another run, whose values are shown too. ``device``: of ``named_device``.
     """
+    other = None if beside is None else report.read(beside)
     model, config, step = load_model(run_dir, overrides, named_device(device))
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
-    dense = report.read_dense(dense_results, rows.paths)
+    shown, beside_notes = _beside(other, rows.paths)
     data = collect(model, rows.batches())
     found, notes = _score(data, model, rows)
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
@@ -55,9 +63,9 @@ def evaluate(
         step=step,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         test=rows.paths,
-        results=report.rows_of(found, dense),
+        results=report.rows_of(found, shown),
         routing={"layers": layers, "figure": FIGURE if drawn else None},
-        notes=rows.notes(overrides) + _notes(rows, data, dense, dense_results) + notes,
+        notes=rows.notes(overrides) + _notes(rows, data) + beside_notes + notes,
     )
     report.write(result, folder)
     return result
@@ -66,13 +74,13 @@ def evaluate(
 def evaluate_command(
     run_dir: Path,
     test: list[str],
-    dense_results: Path | None,
+    beside: Path | None,
     out: Path | None,
     overrides: Sequence[str],
     device: str = "auto",
 ) -> None:
     """``mmmoe evaluate``: evaluate and show the table."""
-    result = evaluate(run_dir, test, dense_results, out, overrides, device)
+    result = evaluate(run_dir, test, beside, out, overrides, device)
     report.print_table(result)
     written = [report.PAGE, report.JSON, *filter(None, [result.routing["figure"]])]
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
@@ -109,7 +117,22 @@ def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarra
     return counts, [f"the perplexity baseline (column majority) is a unigram model of {samples:,} training samples"]
 
 
-def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, dense_results: Path | None) -> list[str]:
+def _beside(other: Report | None, paths: Sequence[str]) -> tuple[Report | None, list[str]]:
+    """``other`` where it is of the shards ``paths``, and what a reader must know of it."""
+    if other is None:
+        return None, []
+    if not are_same(other.test, paths):
+        return None, [
+            f"no column of {other.run}: its report is of {', '.join(other.test) or 'no shards'}, and not of "
+            f"{', '.join(paths)}"
+        ]
+    return other, [
+        f"column {other.run}: that run at step {other.step}, evaluated {other.date}; - where it has no such score, "
+        f"or one with another n"
+    ]
+
+
+def _notes(rows: HeldOutRows, data: HeldOut) -> list[str]:
     notes = []
     if data.damaged:
         notes.append(f"{data.damaged} held-out samples could not be decoded and are not scored")
@@ -119,6 +142,4 @@ def _notes(rows: HeldOutRows, data: HeldOut, dense: dict[str, float] | None, den
         for name, modality in rows.modalities.items()
         if modality.label_probability > 0
     ]
-    if dense_results and dense is None:
-        notes.append(f"{dense_results} records no dense run for these shards")
     return notes

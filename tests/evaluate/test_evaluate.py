@@ -81,10 +81,7 @@ def run_dir(tmp_path: Path, tiny: RunConfig, monkeypatch: Patch) -> Path:
 def test_evaluation_writes_every_score_with_its_baselines_and_the_routing_of_every_layer(
     run_dir: Path, tiny: RunConfig
 ) -> None:
-    record = run_dir / "results.json"
-    results = [{"metric": "image_to_text_r1", "value": 0.25}]
-    record.write_text(json.dumps({"dense": {"test": list(tiny.evaluate.test), "results": results}}))
-    run.evaluate(run_dir, dense_results=record)
+    run.evaluate(run_dir)
     raw = json.loads((run_dir / "report.json").read_text())
     rows = {row["metric"]: row for row in raw["results"]}
     names = ("image", "speech", "text")
@@ -98,7 +95,6 @@ def test_evaluation_writes_every_score_with_its_baselines_and_the_routing_of_eve
     assert rows["speech_to_text_r5"]["chance"] == pytest.approx(5 / 6)
     assert rows["image_to_text_zero_shot"]["majority"] == pytest.approx(4 / 6)
     assert rows["captioning_perplexity"]["majority"] < rows["captioning_perplexity"]["chance"] == VOCAB
-    assert (rows["image_to_text_r1"]["dense"], rows["image_to_text_r5"]["dense"]) == (0.25, None)
     layers = raw["routing"]["layers"]
     assert [layer["experts"] for layer in layers] == [4, 4]
     batch, _ = next(iterate_eval(tiny.evaluate.test, tiny, modalities_of(tiny), 64))
@@ -109,7 +105,27 @@ def test_evaluation_writes_every_score_with_its_baselines_and_the_routing_of_eve
         assert 0.0 <= layer["specialisation_untrained"] <= 1.0
     assert (run_dir / "routing.png").stat().st_size > 10_000
     page = (run_dir / "report.md").read_text()
-    assert "](routing.png)" in page and "| 25.0% |" in page
+    assert "](routing.png)" in page
+
+
+def test_another_run_is_shown_beside_where_it_was_scored_on_the_same_shards(run_dir: Path, tiny: RunConfig) -> None:
+    other, folder = run_dir / "other", tiny.evaluate.test[0]
+    results = [{"metric": "image_to_text_r1", "value": 0.25, "n": 12}]
+    values = {"run": "wide", "step": 3, "date": "today", "test": [f"{folder}/../test"], "routing": {}, "notes": []}
+    other.mkdir()
+    (other / "report.json").write_text(json.dumps({**values, "results": results}))
+    run.evaluate(run_dir, beside=other)
+    raw = json.loads((run_dir / "report.json").read_text())
+    rows = {row["metric"]: row["beside"] for row in raw["results"]}
+    assert (rows["image_to_text_r1"], rows["image_to_text_r5"]) == ({"wide": 0.25}, {"wide": None})
+    assert "| wide | n |" in (run_dir / "report.md").read_text()
+    assert any(note.startswith("column wide: that run at step 3, evaluated today") for note in raw["notes"])
+    (other / "report.json").write_text(json.dumps({**values, "results": results, "test": ["elsewhere"]}))
+    without = run.evaluate(run_dir, beside=other / "report.json")
+    assert not any("beside" in row for row in without.results)
+    assert f"no column of wide: its report is of elsewhere, and not of {folder}" in without.notes
+    with pytest.raises(ValueError, match=r"absent/report.json does not exist; .* mmmoe evaluate .*absent$"):
+        run.evaluate(run_dir, beside=run_dir / "absent")
 
 
 def test_a_report_of_other_shards_is_not_replaced_without_out(run_dir: Path, tiny: RunConfig) -> None:

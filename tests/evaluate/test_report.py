@@ -1,6 +1,7 @@
-"""The report's schema, its tables and the dense column."""
+"""The report's schema, its tables and the column of another run."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from mmmoe_pretrain.evaluate.report import (
     Report,
     print_table,
-    read_dense,
+    read,
     rows_of,
     specialisation_line,
     write,
@@ -28,15 +29,21 @@ LAYER = {
 }  # fmt: skip
 
 
-def report(dense: dict[str, float] | None = None) -> Report:
+def report(other: Report | None = None) -> Report:
     routing = {"layers": [LAYER], "figure": "routing.png"}
     return Report(
-        "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, dense), routing, ["few clips [fr]"]
+        "demo", 300, "2026-01-01T00:00:00+00:00", ["a/test"], rows_of(SCORES, other), routing, ["few clips [fr]"]
     )
 
 
+def dense(*rows: tuple[str, float, int]) -> Report:
+    """Another run's, of these metrics, values and n."""
+    results = [{"metric": metric, "value": value, "n": n} for metric, value, n in rows]
+    return Report("dense", 200, "2026-01-01", ["a/test"], results, {}, [])
+
+
 @pytest.mark.parametrize(
-    ("dense", "lines"),
+    ("other", "lines"),
     [
         (None, ["| metric | value | 95% | chance | majority | n | candidates |",
                 "| image_to_text_r1 | 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | 173 | 173 |",
@@ -44,24 +51,25 @@ def report(dense: dict[str, float] | None = None) -> Report:
                 "- few clips [fr]",
                 "layer 1: specialisation 50% (0.50 of 1.00 bits; untrained 10%), 1 dead expert of 2",
                 "| 1 | text | 10 | 1.6 of 2 | 0.80 | 25.0% | 1: 80%, 0: 20% | 1 |"]),
-        ({"image_to_text_r1": 0.07}, ["| chance | majority | dense | n |", "| 0.6% | 1.2% | 7.0% | 173 |",
-                                      "| 4,096 | 321.0 | - | 2,048 |", "Dense is a recorded run without experts"]),
+        (dense(("image_to_text_r1", 0.07, 173), ("captions_perplexity", 9.0, 2047)),
+         ["| chance | majority | dense | n |", "| 0.6% | 1.2% | 7.0% | 173 |",
+          "| 4,096 | 321.0 | - | 2,048 |"]),  # 2,047 tokens are others
     ],
 )  # fmt: skip
 def test_the_page_has_the_values_beside_their_baselines(
-    dense: dict[str, float] | None, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    other: Report | None, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(report(dense), tmp_path)
+    write(report(other), tmp_path)
     page = (tmp_path / "report.md").read_text()
     for line in lines:
         assert line in page
-    assert ("ense" in page) == (dense is not None)
+    assert ("dense" in page) == (other is not None)
     raw = json.loads((tmp_path / "report.json").read_text())
     assert raw["results"][0]["interval"] == [0.05, 0.13]
-    print_table(report(dense))
+    print_table(report(other))
     shown = capsys.readouterr().out
     assert "8.1%" in shown and "few clips [fr]" in shown
-    assert ("7.0%" in shown) == (dense is not None)
+    assert ("7.0%" in shown) == (other is not None)
 
 
 def test_a_table_that_is_piped_is_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +77,7 @@ def test_a_table_that_is_piped_is_whole(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "image_and_audio_to_text_in_every_language_zero_shot_balanced"
     scores = [Score(name, 0.0812, 0.0058, 0.0116, 173, (0.05, 0.13), 173)]
-    print_table(Report("demo", 300, "", [], rows_of(scores, {name: 0.07}), {"layers": [LAYER]}))
+    print_table(Report("demo", 300, "", [], rows_of(scores, dense((name, 0.07, 173))), {"layers": [LAYER]}))
     row, *_ = [line.split() for line in capsys.readouterr().out.splitlines() if "8.1%" in line]
     assert row == [name, "8.1%", "[5.0%,", "13.0%]", "0.6%", "1.2%", "7.0%", "173"]
 
@@ -79,22 +87,47 @@ def test_one_modality_alone_has_no_specialisation() -> None:
     assert specialisation_line(alone) == "1 dead expert of 2"
 
 
-def test_dense_column_comes_from_the_recorded_run_of_the_same_shards(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text('{"dense": {"test": ["a"], "results": [{"metric": "image_to_text_r1", "value": 0.07}]}}')
-    assert read_dense(path, ["a"]) == {"image_to_text_r1": 0.07}
-    assert read_dense(path, ["b"]) is None
-    assert read_dense(None, ["a"]) is None
-    with pytest.raises(ValueError, match="no such file"):
-        read_dense(tmp_path / "absent.json", ["a"])
+def test_a_run_with_the_name_of_a_column_has_one_of_its_own(tmp_path: Path) -> None:
+    named = replace(dense(("image_to_text_r1", 0.07, 173)), run="value")
+    write(report(named), tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["value"] == 0.0812
+    page = (tmp_path / "report.md").read_text()
+    assert "| metric | value | 95% | chance | majority | value | n |" in page
+    assert "| 8.1% | [5.0%, 13.0%] | 0.6% | 1.2% | 7.0% | 173 |" in page
 
 
-@pytest.mark.parametrize("text", ["{}", "not json", '{"dense": {"test": [], "results": [{"metric": "x"}]}}', "[]"])
-def test_malformed_record_is_refused_not_read_as_missing(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "results.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="records no dense run"):
-        read_dense(path, [])
+def test_a_report_is_read_as_it_was_written_from_its_folder_or_file(tmp_path: Path) -> None:
+    write(report(), tmp_path)
+    assert read(tmp_path) == read(tmp_path / "report.json") == report()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"step": "ten"}, "step is 'ten'"),
+        ({"run": None}, "run is None"),
+        ({"test": [1]}, r"test is \[1\]"),
+        ({"results": {}}, "results is {}"),
+        ({"results": [3]}, "a row of its results is 3"),
+        *(({"results": [{"metric": "m", "value": value, "n": 1}]}, f"a row .* 'value': {shown}")
+          for value, shown in ((None, "None"), (True, "True"), (float("nan"), "nan"), (10**400, "1000"))),
+        ({"results": [{"metric": "m", "value": 0.5}]}, "a row of its results is {'metric': 'm', 'value': 0.5}"),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_one_clear_error(changes: dict, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(asdict(report()) | changes))
+    remedy = f"write it with mmmoe evaluate {tmp_path}$"
+    with pytest.raises(ValueError, match=rf"report.json is not a report of mmmoe evaluate \({told}.*\); {remedy}"):
+        read(path)
+
+
+def test_a_report_that_is_missing_or_no_json_says_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"report.json does not exist; write it with mmmoe evaluate {tmp_path}$"):
+        read(tmp_path)
+    (tmp_path / "report.json").write_text('{"run": ')
+    with pytest.raises(ValueError, match=rf"report.json is not JSON .*; write it with mmmoe evaluate {tmp_path}$"):
+        read(tmp_path)
 
 
 def test_a_folder_in_the_place_of_a_report_is_named(tmp_path: Path) -> None:

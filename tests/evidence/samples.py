@@ -11,7 +11,8 @@ from evidence.records import Machine, Point, Record
 from evidence.studies import Metric, Study, Variant
 
 STUDY = Study(
-    name="names", title="Names of things", question="Which is better?", config="captions.yaml", corpus="mini",
+    name="names", title="Names of things", question="Which is better?", config="evidence/configs/captions.yaml",
+    corpus="mini",
     metrics=(Metric("perplexity", "perplexity of names"), Metric("recall", "recall", False, percent=True)),
     reference="dense",
     variants=(

@@ -100,6 +100,44 @@ def test_a_study_without_records_says_so(tmp_path: Path) -> None:
     assert not list((tmp_path / "docs" / "evidence").iterdir())
 
 
+def test_a_wide_table_has_a_row_a_metric_and_a_study_without_panels_no_picture(tmp_path: Path) -> None:
+    wide = replace(STUDY, metrics=STUDY.metrics * 2, panels=())  # 5 columns, and two for each of 4 metrics
+    write_study(tmp_path / "records", {"dense": [20.0], "four": [18.0]})
+    text = page.write(tmp_path, tmp_path / "records", (wide,)).read_text()
+    assert "|  | dense (1 seed) | 4 experts (1 seed) |\n|---|---|---|\n| parameters | 12.0k | 12.0k |\n" in text
+    assert "| perplexity of names | 20.00 | 18.00 |\n| change | reference | -10.0% |\n" in text
+    assert "![" not in text and not list((tmp_path / "evidence").iterdir())
+
+
+def test_the_readme_has_the_table_of_each_study_that_it_names(tmp_path: Path) -> None:
+    readme, other = tmp_path / "README.md", replace(STUDY, name="other")
+    write_study(tmp_path / "records", {"dense": [20.0]})
+    places = [page.BEGIN.format(name) + "before\n" + page.END for name in ("other", "names")]
+    readme.write_text("One\n{}Two\n{}Three\n".format(*places))
+    page.write_readme(readme, tmp_path / "records", (STUDY, other))
+    text = readme.read_text()
+    one, two = text.partition("Two\n")[::2]
+    assert one == "One\n" + places[0].replace("before", "Not run yet: `make evidence ONLY=other`.")
+    picture = "![Names of things](docs/evidence/names.svg)\n\n|  | parameters"
+    assert two.startswith(page.BEGIN.format("names") + picture) and two.endswith(page.END + "Three\n")
+    assert "before" not in two and rows(two)["dense"][4] == "20.00"
+    page.write_readme(readme, tmp_path / "records", (STUDY, other))
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Words.\n", page.BEGIN.format("names"), page.BEGIN.format("another") + page.END,
+     page.BEGIN.format("names") + page.END + page.END, 2 * page.BEGIN.format("names") + page.END],
+)  # fmt: skip
+def test_a_readme_whose_places_are_not_clear_is_refused_and_kept(text: str, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match=r"README.md has no place for the table .* with a STUDY of names$"):
+        page.write_readme(readme, tmp_path / "records", (STUDY,))
+    assert readme.read_text() == text
+
+
 def test_the_origin_tells_dates_machine_commit_and_cost(tmp_path: Path) -> None:
     records.write(record("four", commit="fedcba98765432+", core_seconds=None), tmp_path / "records")
     text = rendered(tmp_path, {"dense": [20.0, 21.0]})

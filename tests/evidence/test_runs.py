@@ -12,15 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from evidence import __main__ as command
 from evidence import quick, records
-from evidence.runs import START, Cost, Task
+from evidence.runs import START, Call, Cost, Runner, Task
 from evidence.settings import changed
 from evidence.studies import Variant, study
 from tests import distributed as _imports  # noqa: F401 - what runs import, once and not in each fork
@@ -91,6 +93,39 @@ def test_a_study_is_trained_recorded_and_shown(out: Path, capsys: pytest.Capture
     command.main(["--quick", "--only", "captions", "--variants", "dense", "e4", "--out", str(out)])
     assert "0 runs to train of 4" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "records").rglob("*.json")} == before
+
+
+def test_a_run_of_the_demo_is_trained_and_evaluated(out: Path) -> None:
+    command.main(["--quick", "--only", "demo", "--variants", "moe", "--seeds", "1", "--out", str(out)])
+    (path,) = (out / "records").rglob("*.json")
+    found = records.read(path)
+    wanted = {metric.name for metric in study("demo").metrics}
+    assert wanted <= found.last.scores.keys() and "captions_perplexity" in found.last.scores
+    assert not any(name.startswith("test/") for point in found.points[:-1] for name in point.scores)
+    report = json.loads((out / "runs/demo-moe-seed1/report.json").read_text())
+    (row,) = (row for row in report["results"] if row["metric"] == "captions_perplexity")
+    assert found.last.scores["test/captions_perplexity"] == row["value"] > 1
+    table = (out / "evidence.md").read_text()
+    assert f"| perplexity of captions | {row['value']:.1f} |\n| change | - |" in table  # a row a metric
+
+
+def test_a_command_that_a_signal_ends_is_repeated_and_its_time_does_not_count(tmp_path: Path) -> None:
+    class Busy(Runner):
+        def _start(self, call: Call, log: BinaryIO) -> int:
+            process = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+            process.returncode = 0  # os.wait4 waits for it
+            return process.pid
+
+    (tmp_path / "events.jsonl").touch()
+    path, runner = tmp_path / "core_seconds.json", Busy(1, tmp_path)
+    path.write_text('{"seconds": 5.0, "running": false}')
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(runner._ended, Call("", (), tmp_path), "a run")
+        wait_for(lambda: runner._running)
+        time.sleep(0.2)
+        runner.stop()
+        assert ended.result(60) is False
+    assert json.loads(path.read_text()) == {"seconds": 5.0, "running": False}
 
 
 def test_a_signal_ends_runs_at_a_checkpoint_and_a_second_call_continues_them(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.models.costs import model_costs
 from mmmoe_pretrain.train.journal import EVENTS
 
-VOCABULARY = {"emoji": 2048, "europe": 2048, "gcide": 512}  # by corpus, as evidence/data.sh makes them
+VOCABULARY = {"emoji": 2048, "europe": 2048, "gcide": 512, "demo": 1024}  # by corpus, as evidence/data.sh makes them
 TRAINED = [(each, variant) for each in STUDIES for variant in each.variants if not variant.same_as]
 EQUAL = 0.03  # of active FLOPs: what the router of 16 experts adds
 ROUTERS_OF_64 = 0.08  # as the page's column of FLOPs shows
@@ -66,6 +67,8 @@ def test_names_are_distinct_and_panels_and_references_exist() -> None:
         names = [variant.name for variant in each.variants]
         assert len(set(names)) == len(names) and each.reference in names
         assert set(each.panels) <= PANELS.keys()
+        assert each.path.is_file()
+        assert not each.evaluated or all(variant.program == TRAINER for variant in each.variants)
 
 
 def made_study(tmp_path: Path) -> tuple[Study, Variant]:
@@ -91,6 +94,35 @@ def test_a_run_with_a_start_is_made_by_three_commands(tmp_path: Path) -> None:
     assert last.arguments == ("train", str(task.study.path), *task.overrides)
     grown.mkdir()
     assert task.calls() == [last]  # it was made
+
+
+def test_a_run_that_is_evaluated_is_trained_first(tmp_path: Path) -> None:
+    made, variant = made_study(tmp_path)
+    *training, score = Task(replace(made, evaluated=True), variant, 3, tmp_path).calls()
+    assert training == Task(made, variant, 3, tmp_path).calls()  # and the run before it is not scored
+    folder = tmp_path / "made-grown-seed3"
+    assert (score.program, score.arguments, score.folder) == (TRAINER, ("evaluate", str(folder)), folder)
+
+
+def test_the_evaluation_of_a_run_is_in_the_last_point_of_its_record(tmp_path: Path) -> None:
+    made, _ = made_study(tmp_path)
+    task = Task(replace(made, evaluated=True), Variant("plain", "plain", ("train.steps=10",)), 3, tmp_path)
+    folder = tmp_path / "made-plain-seed3"
+    write_run(folder, task.config(), 10, 3_000, 90.5)
+    with pytest.raises(
+        ValueError, match=rf"^{folder}/report.json does not exist; write it with mmmoe evaluate {folder}$"
+    ):
+        record_of(task, "commit")
+    row = {"metric": "captions_perplexity", "value": 21.5, "n": 7}
+    for step in (10, 9):
+        report = {"run": "a", "step": step, "date": "", "test": [], "results": [row], "routing": {}, "notes": []}
+        (folder / "report.json").write_text(json.dumps(report))
+        if step == 10:
+            assert record_of(task, "commit").last.scores == {
+                "total": 3.0, "captions_perplexity": 20.0, "test/captions_perplexity": 21.5,
+            }  # fmt: skip
+    with pytest.raises(ValueError, match=r"report.json is of step 9, and the run has 10 steps; write it with mmmoe "):
+        record_of(task, "commit")
 
 
 def write_run(folder: Path, config: run_config.RunConfig, step: int, tokens: int, seconds: float) -> None:

@@ -202,7 +202,7 @@ def test_the_example_compares_an_image_and_texts_as_the_run_s_own_model_does(
 
 def test_the_card_shows_an_evaluation_of_this_step_alone(made: Made, tmp_path: Path) -> None:
     row = {"metric": "image_to_text_r1", "value": 0.125, "interval": [0.1, 0.15], "chance": 0.02, "majority": None,
-           "dense": None, "n": 64, "candidates": 64, "unit": "share"}  # fmt: skip
+           "n": 64, "candidates": 64, "unit": "share"}  # fmt: skip
     report = {"run": "tiny", "step": 10, "date": "2026-01-02", "results": [row], "routing": {}, "notes": ["a note"]}
     path = made[0] / "report.json"
     path.write_text(json.dumps(report))

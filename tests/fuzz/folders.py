@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import xxhash
 
-from launch import compare
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.state import model_key, optimizer_key
@@ -37,6 +36,7 @@ from mmmoe_pretrain.data_prep.shards.shard_files import write_shard, write_shard
 from mmmoe_pretrain.data_prep.shards.writing import ShardOptions
 from mmmoe_pretrain.evaluate import report
 from mmmoe_pretrain.evaluate.routing import history
+from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.modalities import Modalities, Tokenizer
 from mmmoe_pretrain.surgery.probe import logged_usage
 from mmmoe_pretrain.train.journal import EVENTS, read_events
@@ -235,8 +235,15 @@ LOGS: dict[str, Any] = {
         for step in range(1, 5)
     ],
     EVENTS: [{"event": "saved", "step": step} for step in range(1, 5)],
-    "report.json": {"results": [ROW, ROW]},
-    "results.json": {"dense": {"test": ["a"], "results": [ROW]}},
+    "report.json": {
+        "run": "a",
+        "step": 4,
+        "date": "today",
+        "test": ["a"],
+        "results": [ROW, ROW],
+        "routing": {},
+        "notes": [],
+    },
     SKIPPED_BATCHES: {"skipped_batches": [[3, 5], [9, 10]], "rollbacks": 1},
 }
 
@@ -248,9 +255,7 @@ def write_logs(folder: Path) -> None:
 
 def read_log(path: Path) -> None:
     if path.name == "report.json":
-        compare.summarise([compare.read_report(path)])
-    elif path.name == "results.json":
-        report.read_dense(path, ["a"])
+        report.rows_of([Score("m", 0.5, 0.1, None, 10, (0.4, 0.6))], report.read(path))
     elif path.name == SKIPPED_BATCHES:
         cursor = read_skipped_batches(path.parent).cursor
         [cursor.batch(step) for step in (0, 3, 100)]

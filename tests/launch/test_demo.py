@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DENSE = "--dense-results docs/results.json"
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def run(project: Path) -> tuple[list[str], str]:
 
 def test_the_demo_fetches_shards_trains_on_two_ranks_and_evaluates_and_keeps_what_is_there(project: Path) -> None:
     calls, said = run(project)
-    last = ["torchrun 2 train configs/demo.yaml", f"mmmoe evaluate runs/demo {DENSE}"]
+    last = ["torchrun 2 train configs/demo.yaml", "mmmoe evaluate runs/demo"]
     assert len(calls) > 2 and calls[-2:] == last
     assert "runs/demo/report.md" in said
     sharding = [line for line in said.splitlines() if line.startswith("   mmmoe-data shard data/corpora/mini/")]
@@ -54,6 +53,6 @@ def test_the_demo_fetches_shards_trains_on_two_ranks_and_evaluates_and_keeps_wha
 def test_without_a_network_the_small_corpus_stands_alone_and_the_demo_says_so(project: Path) -> None:
     (project / "offline").touch()
     calls, said = run(project)
-    assert calls[-2:] == ["torchrun 2 train configs/demo_mini.yaml", f"mmmoe evaluate runs/demo-mini {DENSE}"]
+    assert calls[-2:] == ["torchrun 2 train configs/demo_mini.yaml", "mmmoe evaluate runs/demo-mini"]
     assert not any("subset=spoken" in call for call in calls)
     assert "Tux Paint could not be fetched" in "\n".join(said.splitlines()[-3:])
