@@ -22,8 +22,8 @@ class SigmoidContrastiveSettings(PairSettings):
     """``initial_bias``: far below 0, since nearly all candidates are negatives."""
 
     kind: Literal["sigmoid_contrastive"] = "sigmoid_contrastive"
-    initial_temperature: float = Field(0.1, ge=0.01)  # it never falls below 0.01
-    initial_bias: float = -10.0
+    initial_temperature: float = Field(0.1, ge=0.01, le=100)  # it never falls below 0.01
+    initial_bias: float = Field(-10.0, ge=-100, le=0)
 
 
 class SigmoidContrastive(PairObjective):
