@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
 
@@ -44,6 +44,15 @@ def test_a_worker_that_is_killed_while_it_writes_its_result_is_an_error():
         list(map_in_order(ends, range(8), 2))
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """As in a terminal; processes of pytest-xdist ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("work", [stops, time.sleep])
 def test_an_interrupt_ends_the_wait_for_a_result(work: Callable[[int], object]):
     start = time.monotonic()
