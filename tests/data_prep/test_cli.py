@@ -130,7 +130,7 @@ def test_every_command_has_an_example_and_the_version_is_told(monkeypatch, capsy
 
 
 APP = """
-    import time, typer
+    import signal, time, typer
     from mmmoe_pretrain.data_prep import console, pool
     app = typer.Typer()
 
@@ -146,6 +146,7 @@ APP = """
             console.say("a line")
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of pytest-xdist ignore it
         console.run(app, "app")
 """
 

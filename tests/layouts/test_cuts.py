@@ -30,7 +30,8 @@ MOE = {"losses": {"z": 0.1, "local_entropy": 0, "global_entropy": 0}, "bias_bala
 def case(engine: str, stage: int, layout: str, cut: int) -> Case:
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
     train = {"num_microbatches": cut, "global_batch_size": len(SAMPLES)}
-    return Case(layout, ranks, engine, stage, degrees, "fp32", train, True, moe=MOE, optimizer={"clip_norm": 0.0})
+    more = {"contrastive": {"cached": True}, "moe": MOE, "optimizer": {"clip_norm": 0.0}}
+    return Case(layout, ranks, engine, stage, degrees, "fp32", train, **more)
 
 
 ONE_RANK = [case(engine, stage, "one process", cut) for engine, stage in (("megatron", 1), ("deepspeed", 0))
