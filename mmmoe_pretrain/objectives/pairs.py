@@ -230,7 +230,7 @@ class PairModule(ObjectiveModule):
     def sums(self, features: Features, groups: Groups) -> dict[str, Tensor]:
         """See ``forward``."""
         everyone = _gather(features, groups)
-        queue = Features(self.queue_rows, self.queue_present, self.queue_group_ids) if self._uses_queue else None
+        queue = self._queue if self.training and len(self.queue_rows) else None
         if queue is not None:
             self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
         rows = features.group_ids_B.shape[0]
@@ -281,16 +281,16 @@ class PairModule(ObjectiveModule):
         return total - total.detach()
 
     @property
-    def _uses_queue(self) -> bool:
-        return self.training and len(self.queue_rows) > 0
+    def _queue(self) -> Features:
+        return Features(self.queue_rows, self.queue_present, self.queue_group_ids)
 
     def after_step(self, committed: bool) -> None:
         """The step's features become the newest of the queue."""
         stored, self._stored, self._cache = self._stored, [], _Cache()
         if not (committed and stored):
             return
-        queue = Features(self.queue_rows, self.queue_present, self.queue_group_ids)
-        for buffer, values in zip(queue.tensors, Features.joined([*stored, queue]).tensors, strict=True):
+        joined = Features.joined([*stored, self._queue])
+        for buffer, values in zip(self._queue.tensors, joined.tensors, strict=True):
             buffer.copy_(values[: len(buffer)])
 
 
