@@ -209,6 +209,23 @@ class ModalitySettings(StrictModel):
         """Raises ValueError where the settings of the modality ``name`` name another that is not there."""
 
 
+@dataclass(frozen=True)
+class StepSizes:
+    """Sizes of a step that an objective may need: its samples, their microbatches on ``data_size`` data-parallel
+    ranks, and the numbers in a representation."""
+
+    global_batch_size: int
+    num_microbatches: int
+    data_size: int
+    embedding_size: int
+
+    @property
+    def legal_microbatches(self) -> list[int]:
+        """Every ``num_microbatches`` that these samples and ranks can have."""
+        share = self.global_batch_size // self.data_size or 1
+        return [n for n in range(1, share + 1) if share % n == 0]
+
+
 class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
@@ -249,6 +266,6 @@ class ObjectiveSettings(StrictModel):
         """The settings for held-out samples, without random draws."""
         return self
 
-    def batch_problem(self, name: str, global_batch_size: int, num_microbatches: int, data_size: int) -> str | None:
-        """Why the objective called ``name`` cannot learn from batches of these sizes, and the remedy; or None."""
+    def batch_problem(self, name: str, sizes: StepSizes) -> str | None:
+        """Why the objective called ``name`` cannot learn from steps of these sizes, and the remedy; or None."""
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.base import StepSizes
 from mmmoe_pretrain.config.engines import ENGINES, Capabilities
 from mmmoe_pretrain.parallel.degrees import Layout, divisors, refuse, resolve_degrees
 
@@ -92,8 +93,9 @@ def _interleaved_microbatches(config: RunConfig, layout: Layout) -> str | None:
 
 
 def _samples_of_objectives(config: RunConfig, layout: Layout) -> str | None:
-    sizes = config.train.global_batch_size, config.train.num_microbatches, layout.data
-    return next(filter(None, (its.batch_problem(name, *sizes) for name, its in config.objectives.items())), None)
+    train = config.train
+    sizes = StepSizes(train.global_batch_size, train.num_microbatches, layout.data, config.model.embedding_size)
+    return next(filter(None, (its.batch_problem(name, sizes) for name, its in config.objectives.items())), None)
 
 
 def _pipeline_engine(config: RunConfig, layout: Layout) -> str | None:

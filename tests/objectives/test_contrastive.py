@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, SampleMeta
 from mmmoe_pretrain.config import ParallelConfig
+from mmmoe_pretrain.config.base import StepSizes
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.objectives import Outputs
 from mmmoe_pretrain.objectives.pairs import MAX_LOG_SCALE, PairModule
@@ -335,7 +336,7 @@ def test_a_step_without_any_pair_costs_nothing() -> None:
     ],
 )
 def test_a_batch_without_negatives_is_refused(cached: bool, sizes: tuple[int, int, int], problem: str | None) -> None:
-    found = settings_of(cached=cached).objectives["match"].settings.batch_problem("match", *sizes)
+    found = settings_of(cached=cached).objectives["match"].settings.batch_problem("match", StepSizes(*sizes, 2))
     assert (found is None) == (problem is None)
     assert problem is None or problem in found
 
@@ -393,6 +394,6 @@ def test_features_of_the_queue_have_no_gradient() -> None:
 
 def test_a_queue_of_half_a_step_is_refused() -> None:
     settings = settings_of(queue_size=12).objectives["match"].settings
-    assert settings.batch_problem("match", 4, 1, 1) is None
-    problem = settings.batch_problem("match", 8, 1, 1)
+    assert settings.batch_problem("match", StepSizes(4, 1, 1, 2)) is None
+    problem = settings.batch_problem("match", StepSizes(8, 1, 1, 2))
     assert problem is not None and problem.endswith("the queue holds whole steps; use 8 or 16")
