@@ -110,6 +110,8 @@ OBJECTIVES = Kinds(
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
+        "deep_cca": "mmmoe_pretrain.objectives.deep_cca:DeepCCA",
+        "deep_gcca": "mmmoe_pretrain.objectives.deep_gcca:DeepGCCA",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
     },
 )

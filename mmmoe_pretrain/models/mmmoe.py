@@ -102,7 +102,9 @@ class MMMoE(nn.Module):
 
     def heads(self, x_nD: Tensor, batch: Batch) -> Outputs:
         """The outputs of the last stage from the trunk's output."""
-        return Outputs(x_nD, self.features(x_nD, batch), self._token_nll(x_nD, batch))
+        projected = self.projected(x_nD, batch)
+        features = {name: F.normalize(rows_BP, dim=-1, eps=1e-6) for name, rows_BP in projected.items()}
+        return Outputs(x_nD, features, self._token_nll(x_nD, batch), projected)
 
     def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
         tokens = torch.cat(
@@ -118,8 +120,8 @@ class MMMoE(nn.Module):
         x_nD = tokens.index_select(0, place) + of_modality_MD.index_select(0, plan.tokens.modality_ids_n)
         return x_nD.to(self.compute_dtype)
 
-    def features(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The projected, normalised mean of each sample's segment, by representation; zero without one."""
+    def projected(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The projected mean of each sample's segment, by representation; zero without one."""
         if not self.joint_heads:
             return {}
         num_segments = batch.num_segments
@@ -129,13 +131,13 @@ class MMMoE(nn.Module):
         length_S = torch.zeros(num_segments + 1, dtype=torch.int64, device=x_nD.device)
         length_S.scatter_add_(0, segment_n, torch.ones_like(segment_n))  # bincount would make a GPU's host wait
         mean_SD = total_SD / length_S.clamp(min=1)[:, None]
-        features = {}
+        projected = {}
         for name, head in self.joint_heads.items():
             segment_B = batch.pooled[name]
             present_B = segment_B >= 0
             pooled_BD = mean_SD.index_select(0, torch.where(present_B, segment_B, num_segments))
-            features[name] = F.normalize(head(pooled_BD), dim=-1, eps=1e-6) * present_B[:, None]
-        return features
+            projected[name] = head(pooled_BD) * present_B[:, None]
+        return projected
 
     def _token_nll(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N] by task, for its targets in the order of the stream."""

@@ -66,7 +66,7 @@ class Objective(abc.ABC):
     """One objective of a run: a kind under the user's ``name`` with its ``settings``.
 
     ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
-    one space. ``predicts``: its segments have targets.
+    one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -74,6 +74,7 @@ class Objective(abc.ABC):
     whole_step: bool = False  # its loss is of the whole step, whose microbatches run twice
     representations: tuple[str, ...] = ()
     aligned: tuple[tuple[str, str], ...] = ()
+    correlated: tuple[tuple[str, str], ...] = ()
     predicts: bool = False
 
     def __init__(
@@ -132,11 +133,12 @@ class Objective(abc.ABC):
 class Outputs:
     """The outputs of the last stage. ``hidden_nD``: the trunk's output. ``features``: by representation, [B, P] unit
     rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
-    each of its targets."""
+    each of its targets. ``projected``: ``features`` before they get unit length."""
 
     hidden_nD: Tensor
     features: dict[str, Tensor]
     token_nll: dict[str, Tensor]
+    projected: dict[str, Tensor]
 
 
 class ObjectiveModule(nn.Module):

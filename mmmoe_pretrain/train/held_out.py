@@ -247,7 +247,7 @@ def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
     """Outputs of no model, of which scores have their names."""
     features = {name: torch.zeros(len(its.numbers), 1) for name in objectives.representations}
     token_nll = {task: torch.zeros(len(its.batch.targets[task].ids)) for task in objectives.predicting}
-    return Outputs(torch.zeros(0), features, token_nll)
+    return Outputs(torch.zeros(0), features, token_nll, features)
 
 
 def _only(parts: list[Part]) -> Part | None:

@@ -40,6 +40,10 @@ def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more: Any
 
 BLOCKS = {"recompute": "blocks"}
 CACHED, SIGMOID = {"cached": True}, {"kind": "sigmoid_contrastive"}
+CORRELATED = {
+    "cca": {"kind": "deep_cca", "pairs": {"image-text": 0.1, "image-audio": 0.1}, "cached": True},
+    "gcca": {"kind": "deep_gcca", "representations": ["image", "audio", "text"], "weight": 0.1, "cached": True},
+}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -59,6 +63,7 @@ MEGATRON_LEVERS = [
     case("TP2 + SP", contrastive=CACHED),
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
+    case("DP2", objectives=CORRELATED),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -72,6 +77,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 3, "deepspeed", contrastive=CACHED),
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
+    case("EP2", 3, "deepspeed", objectives=CORRELATED),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),

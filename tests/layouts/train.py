@@ -16,7 +16,7 @@ from mmmoe_pretrain.engines import deepspeed
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.engines.base import Engine, Progress
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives import step_counts
+from mmmoe_pretrain.objectives import objectives_of, step_counts
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
@@ -109,7 +109,7 @@ def _numbers(piece: torch.Tensor) -> np.ndarray:
 def reference(alone: Case, steps: int) -> Outcome:
     """What layouts of a case must train like (``Case.alone``): one process, by plain torch in fp32. For half types,
     and for a loss that takes two passes, by the megatron engine; test_cuts.py compares it with plain torch."""
-    if alone.precision == "fp32" and not alone.contrastive.get("cached"):
+    if alone.precision == "fp32" and not objectives_of(alone.config()).whole_step:
         return train_alone(alone, steps)
     return start_ranks(1, [(alone, steps)], SECONDS_ALONE)[0][0]
 
