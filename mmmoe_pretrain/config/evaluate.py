@@ -39,6 +39,7 @@ class EvaluateConfig(StrictModel):
     by: dict[str, str] = Field({})
     within: str = ""
     min_items: int = Field(50, ge=1)
+    cca: bool = False  # retrieval also after linear CCA of training samples
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 
     @model_validator(mode="after")

@@ -1,10 +1,13 @@
-"""Held-out samples: each once, in order, not augmented; and batches of plain texts."""
+"""Held-out samples: each once, in order, not augmented; training samples to fit a baseline on; and batches of plain
+texts."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
@@ -15,7 +18,7 @@ from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.modalities import Modalities
-from mmmoe_pretrain.progress import Progress
+from mmmoe_pretrain.progress import Progress, track
 
 
 def iterate_eval(
@@ -59,6 +62,32 @@ def eval_samples(
                 yield samples, range(start, start + len(samples))
             start += len(decoded)
             progress.advance(len(decoded))
+
+
+def training_samples(
+    config: RunConfig, modalities: Modalities, limit: int, what: str
+) -> Iterator[tuple[int, Sample]]:
+    """About ``limit`` samples spread evenly over each training folder, of which each gives its share of the mix, and
+    the number of each in its folder; those that cannot be decoded are left out. ``what`` is done, for the progress."""
+    most, files = config.data.max_tokens_per_document, Files(read_settings(config))
+    for source, share in zip(config.data.train, shares_of_mix(config), strict=True):
+        folder = open_indexed(source.path, files, modalities)
+        places = spread(len(folder), limit * share)
+        for i in track(places, f"{what} of {source.path}", len(places), "samples"):
+            sample = decode(folder.read(i), modalities, most=most)
+            if not isinstance(sample, BadSample):
+                yield i, sample
+
+
+def shares_of_mix(config: RunConfig) -> list[float]:
+    """The share of each training folder in all samples of a run."""
+    weights = [source.mean_weight(config.train.steps) for source in config.data.train]
+    return [weight / sum(weights) for weight in weights]
+
+
+def spread(size: int, wanted: float) -> list[int]:
+    """About ``wanted`` of ``size`` places, one at least, spread evenly."""
+    return np.linspace(0, size - 1, min(size, max(1, round(wanted)))).astype(int).tolist()
 
 
 def eval_settings(config: RunConfig, modalities: Modalities) -> PackSettings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -57,12 +57,14 @@ class HeldOut:
     predicted: dict[str, Predicted]  # by task
     routing: tuple[RoutingStats, ...]
     damaged: int = 0  # rows that could not be decoded
+    projected: dict[str, np.ndarray] = field(default_factory=dict)  # as ``features``, of any length; those asked for
 
 
-def collect(model: MMMoE, batches: Batches) -> HeldOut:
-    """Run ``model`` once over ``batches``."""
+def collect(model: MMMoE, batches: Batches, projected: Iterable[str] = ()) -> HeldOut:
+    """Run ``model`` once over ``batches``. ``projected``: representations to keep before they get unit length."""
+    projected = tuple(projected)
     with torch.inference_mode():
-        parts = [_of_batch(model, batch, samples) for batch, samples in batches]
+        parts = [_of_batch(model, batch, samples, projected) for batch, samples in batches]
     if not parts:
         raise ValueError(
             "the held-out shards hold no sample whose text is not trained on, too; check evaluate.test or --test, or "
@@ -82,6 +84,7 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
         predicted={task: _join([part.predicted[task] for part in parts]) for task in first.predicted},
         routing=functools.reduce(add_routing, (part.routing for part in parts)),
         damaged=sum(part.damaged for part in parts),
+        projected={name: np.concatenate([part.projected[name] for part in parts]) for name in first.projected},
     )
 
 
@@ -121,10 +124,10 @@ def content_name(item: Item) -> str:
     return hashlib.blake2b(np.ascontiguousarray(item.value).tobytes(), digest_size=16).hexdigest()
 
 
-def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample]) -> HeldOut:
+def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample], projected: tuple[str, ...]) -> HeldOut:
     outputs, routing = model(batch.to(device_of(model)))
     its = contents(batch, samples, model.objectives)
-    found = held_out(outputs, batch, its, model.config.model.vocab_size, routing)
+    found = held_out(outputs, batch, its, model.config.model.vocab_size, routing, projected)
     for name, rows in found.features.items():
         if not (finite := np.isfinite(rows).all(axis=1)).all():
             key = batch.metas[int(np.flatnonzero(~finite)[0])].key
@@ -151,7 +154,12 @@ def contents(batch: Batch, samples: Sequence[Sample], objectives: Objectives) ->
 
 
 def held_out(
-    outputs: Outputs, batch: Batch, its: Contents, vocab_size: int, routing: tuple[RoutingStats, ...] = ()
+    outputs: Outputs,
+    batch: Batch,
+    its: Contents,
+    vocab_size: int,
+    routing: tuple[RoutingStats, ...] = (),
+    projected: tuple[str, ...] = (),
 ) -> HeldOut:
     """What the scores need of ``outputs``, those of ``batch``, which is on the host and has the contents ``its``."""
     return HeldOut(
@@ -164,6 +172,7 @@ def held_out(
         },
         routing=routing,
         damaged=its.damaged,
+        projected={name: _numpy(outputs.projected[name]) for name in projected},
     )
 
 

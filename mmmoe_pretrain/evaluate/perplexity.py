@@ -12,13 +12,9 @@ import numpy as np
 
 from mmmoe_pretrain.batch import IGNORE
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import BadSample, decode
-from mmmoe_pretrain.data.evaluation import eval_settings
-from mmmoe_pretrain.data.sources.source import open_indexed
-from mmmoe_pretrain.data.storage.files import Files, read_settings
+from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
 from mmmoe_pretrain.evaluate.retrieval import Z95
 from mmmoe_pretrain.modalities import Modalities
-from mmmoe_pretrain.progress import track
 
 MAX_SAMPLES = 10_000  # of which training targets are counted
 
@@ -56,30 +52,21 @@ def unigram_perplexity(heldout_V: np.ndarray, train_V: np.ndarray) -> float:
 def count_train_targets(
     config: RunConfig, modalities: Modalities, limit: int = MAX_SAMPLES
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The count of each token id as a target [V], by task; and the number of samples read: spread evenly over each
-    training folder, of which each gives its share of the mix."""
-    most = config.data.max_tokens_per_document
-    if most is None:  # otherwise the lengths of images and audio decide which texts a document keeps
+    """The count of each token id as a target [V], by task; and the number of samples read."""
+    # With a limit the lengths of images and audio decide which texts a document keeps.
+    if config.data.max_tokens_per_document is None:
         modalities = _of_targets_alone(modalities)
     settings = eval_settings(config, modalities)
     counts = {task: np.zeros(modalities.vocab_size, dtype=np.int64) for task in settings.objectives.predicting}
-    weights = [source.mean_weight(config.train.steps) for source in config.data.train]
-    read, files = 0, Files(read_settings(config))
-    for source, weight in zip(config.data.train, weights, strict=True):
-        folder = open_indexed(source.path, files, modalities)
-        wanted = min(len(folder), max(1, round(limit * weight / sum(weights))))
-        places = np.linspace(0, len(folder) - 1, wanted).astype(int).tolist()
-        for i in track(places, f"counting the tokens of {source.path}", wanted, "samples"):
-            sample = decode(folder.read(i), modalities, most=most)
-            if isinstance(sample, BadSample):
-                continue
-            read += 1
-            for task, counts_V in counts.items():
-                for segment in settings.objectives[task].segments(sample, settings.generator(i, task)):
-                    for part in segment.parts:
-                        if part.targets is not None:
-                            ids = part.targets[part.targets != IGNORE]
-                            counts_V += np.bincount(ids, minlength=len(counts_V))
+    read = 0
+    for i, sample in training_samples(config, modalities, limit, "counting the tokens"):
+        read += 1
+        for task, counts_V in counts.items():
+            for segment in settings.objectives[task].segments(sample, settings.generator(i, task)):
+                for part in segment.parts:
+                    if part.targets is not None:
+                        ids = part.targets[part.targets != IGNORE]
+                        counts_V += np.bincount(ids, minlength=len(counts_V))
     return counts, read
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
-from mmmoe_pretrain.evaluate import figures, report, routing_report, scores
+from mmmoe_pretrain.evaluate import correlated, figures, report, routing_report, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -53,7 +53,8 @@ def evaluate(
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     shown, beside_notes = _beside(other, rows.paths)
-    data = collect(model, rows.batches())
+    pairs = correlated.pairs_of(model.objectives, config.evaluate)
+    data = collect(model, rows.batches(), correlated.sides_of_all(pairs))
     found, notes = _score(data, model, rows)
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
@@ -89,6 +90,7 @@ def evaluate_command(
 def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score], list[str]]:
     settings, objectives = rows.config.evaluate, model.objectives
     parts = [scores.retrieval_scores(data, pair, settings) for pair in objectives.aligned]
+    parts += correlated.scores_of(data, model, rows)
     for source, target in [way for a, b in objectives.aligned for way in ((a, b), (b, a))]:
         (reader, *more) = objectives.representations[target].modalities
         if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone

@@ -8,7 +8,7 @@ however a step is split into microbatches and ranks, and a microbatch without te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+Pair = tuple[str, str]  # of representations
+
+
 class Objectives(dict[str, Objective]):
     """Those of a run that have a weight, by name, in the config's order, which defines the task ids in a batch."""
 
@@ -42,13 +45,17 @@ class Objectives(dict[str, Objective]):
         return {rep: its.all_representations[rep] for its in self.values() for rep in its.representations}
 
     @property
-    def aligned(self) -> tuple[tuple[str, str], ...]:
+    def aligned(self) -> tuple[Pair, ...]:
         """Pairs of representations that some objective brings into one space, each once."""
-        found: dict[frozenset[str], tuple[str, str]] = {}
-        for objective in self.values():
-            for pair in objective.aligned:
-                found.setdefault(frozenset(pair), pair)
-        return tuple(found.values())
+        return _each_once(pair for objective in self.values() for pair in objective.aligned)
+
+    @property
+    def correlated(self) -> tuple[Pair, ...]:
+        """Pairs of representations that some objective makes alike up to a linear map, and none brings into one
+        space, each once."""
+        aligned = {frozenset(pair) for pair in self.aligned}
+        every = (pair for objective in self.values() for pair in objective.correlated)
+        return _each_once(pair for pair in every if frozenset(pair) not in aligned)
 
     @property
     def predicting(self) -> tuple[str, ...]:
@@ -69,6 +76,14 @@ class Objectives(dict[str, Objective]):
     def needs(self) -> dict[str, set[str]]:
         """The needs of all objectives (``Objective.needs``)."""
         return {what: wanted for objective in self.values() for what, wanted in objective.needs().items()}
+
+
+def _each_once(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """In either order of its two names."""
+    found: dict[frozenset[str], Pair] = {}
+    for pair in pairs:
+        found.setdefault(frozenset(pair), pair)
+    return tuple(found.values())
 
 
 def build_objectives(

@@ -3,7 +3,8 @@
 The validation samples are cut into steps and microbatches as those of training are, without augmentation and in one
 order, so the losses are those of training on other samples, and equal at any layout. A rank takes every R-th sample
 of a microbatch, R being the data-parallel size. Every rank of a replica decodes them by itself, once: it keeps them.
-Scores are those of ``mmmoe evaluate``, on the features of all ranks.
+Scores are those of ``mmmoe evaluate``, on the features of all ranks. Linear CCA, of runs that it scores, is fitted on
+training samples, which pass through the model after the validation samples.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from torch import Tensor
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import HELD_OUT, RunConfig
 from mmmoe_pretrain.data.decode import decode, keep_slot
-from mmmoe_pretrain.data.evaluation import eval_settings
+from mmmoe_pretrain.data.evaluation import eval_settings, shares_of_mix, spread
 from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.data.sources.listing import list_shards
+from mmmoe_pretrain.data.sources.listing import is_stream, list_shards
+from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.overlap import overlap
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
 from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import Engine
-from mmmoe_pretrain.evaluate import scores
+from mmmoe_pretrain.evaluate import correlated, scores
 from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined
+from mmmoe_pretrain.evaluate.scores import Pair
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.objectives import Objectives, Outputs
 from mmmoe_pretrain.parallel.agreement import agree, exchange, from_rank_0
@@ -109,6 +112,21 @@ def open_validation(
     return found
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Samples of ``sources``, each by the number of its source and its number there."""
+
+    sources: list[Indexed]
+    places: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, number: int) -> RawSample:
+        source, index = self.places[number]
+        return self.sources[source].read(index)
+
+
 class Validation:
     """The validation samples of a run, and their scores. Every rank makes one and calls the same methods."""
 
@@ -118,22 +136,47 @@ class Validation:
         self._objectives = self._settings.objectives
         self._kept: dict[int, _Microbatch] = {}  # by the number of their first sample
         self._kept_bytes = 0
-        paths = config.evaluate.validation
-        listings = from_rank_0(host.storage, lambda: [list_shards(path, self._files) for path in paths])
-        self._sources: list[Indexed] = agree(
-            host.storage,
-            lambda: [open_indexed(its.spec, self._files, modalities, listing=its) for its in listings],
+        sources = self._open(config.evaluate.validation)
+        ends = np.cumsum([len(source) for source in sources])
+        self.samples = min(int(ends[-1]), config.evaluate.samples)
+        spread_evenly = (np.arange(self.samples) * int(ends[-1]) // self.samples).tolist()
+        self._held_out = _Chosen(sources, [_place(number, ends) for number in spread_evenly])
+        size = config.train.global_batch_size
+        self._first_fit = math.ceil(self.samples / size) * size  # the number of the first training sample
+        self._fit = self._training_samples()
+        self._projected = correlated.sides_of_all(self._correlated)
+
+    @property
+    def _correlated(self) -> tuple[Pair, ...]:
+        """The pairs that are scored after linear CCA."""
+        return self._objectives.correlated if len(self._fit) else ()
+
+    def _open(self, paths: Sequence[str]) -> list[Indexed]:
+        """Collective."""
+        listings = from_rank_0(self._host.storage, lambda: [list_shards(path, self._files) for path in paths])
+        return agree(
+            self._host.storage,
+            lambda: [open_indexed(its.spec, self._files, self._modalities, listing=its) for its in listings],
         )
-        self._ends = np.cumsum([len(source) for source in self._sources])
-        total = int(self._ends[-1])
-        self.samples = min(total, config.evaluate.samples)
-        self._chosen = np.arange(self.samples) * total // self.samples  # spread evenly
+
+    def _training_samples(self) -> _Chosen:
+        """Those that linear CCA is fitted on, as in ``evaluation.training_samples``; none where nothing is scored
+        after it, and of streams, which are not read by number. Collective."""
+        config = self.config
+        if not self._objectives.correlated or any(is_stream(source.path) for source in config.data.train):
+            return _Chosen([], [])
+        sources = self._open([source.path for source in config.data.train])
+        wanted = correlated.fit_samples(config.model.embedding_size)
+        shares = zip(sources, shares_of_mix(config), strict=True)
+        return _Chosen(
+            sources,
+            [(s, i) for s, (source, share) in enumerate(shares) for i in spread(len(source), wanted * share)],
+        )
 
     def refuse_overlap(self, train: Sequence[object]) -> None:
         """Raises ValueError where one of the samples is in ``train`` too, byte by byte; for rank 0."""
-        places = [self._place(number) for number in self._chosen.tolist()]
         indexed = [source for source in train if isinstance(source, Indexed)]
-        found = overlap([(self._sources[s], i) for s, i in places], indexed)
+        found = overlap([(self._held_out.sources[s], i) for s, i in self._held_out.places], indexed)
         if found is not None:
             raise ValueError(
                 f"evaluate.validation has {found.count} of {found.compared} samples that are trained on, too: "
@@ -158,11 +201,21 @@ class Validation:
                 weight = terms.get(name, terms["tokens"])
                 sums[name] += weight * value
                 counts[name] += weight
+        fit: list[Part] = []
+        for start in range(self._first_fit, self._first_fit + len(self._fit), size):
+            watchdog.beat(step, "evaluate")
+            if stop():
+                return None
+            self._step(engine, start, fit)
         watchdog.beat(step, "evaluate")
         means = {name: sums[name] / counts[name] if counts[name] else 0.0 for name in sums}
         means["total"] = sum(value for name, value in means.items() if name != "total")
         # Not over ``storage``, which the thread of a save in flight may use.
-        found = exchange(self._host.control, lambda: _only(parts), lambda ranks: self._scores([*filter(None, ranks)]))
+        found = exchange(
+            self._host.control,
+            lambda: (_only(parts), _only(fit)),
+            lambda ranks: self._scores(*([*filter(None, its)] for its in zip(*ranks, strict=True))),
+        )
         return HeldOutScores(means, found, self.samples, time.perf_counter() - began)
 
     def _step(self, engine: Engine, start: int, parts: list[Part]) -> tuple[dict[str, float], Counter[str]]:
@@ -170,11 +223,13 @@ class Validation:
         made = list(self._microbatches(start))
         waiting = iter(made)
         shown = self._groups.tensor_rank == 0  # the others have the same outputs
+        vocab_size, projected = self.config.model.vocab_size, self._projected
 
         def observe(outputs: Outputs) -> None:
             its = next(waiting)
             if shown:
-                parts.append((its.numbers, held_out(outputs, its.batch, its.contents, self.config.model.vocab_size)))
+                made = held_out(outputs, its.batch, its.contents, vocab_size, projected=projected)
+                parts.append((its.numbers, made))
 
         losses, counts = engine.evaluate([its.batch for its in made], observe)
         return losses, Counter({**counts.terms, "tokens": counts.tokens})
@@ -217,30 +272,50 @@ class Validation:
 
     def _sample(self, number: int) -> Sample:
         """Empty where it cannot be decoded, and past the last one."""
-        if number >= self.samples:
+        chosen = self._held_out
+        if number >= self._first_fit:
+            chosen, number = self._fit, number - self._first_fit
+        if number >= len(chosen):
             return Sample(SampleMeta(""))
-        source, index = self._place(int(self._chosen[number]))
         most = self.config.data.max_tokens_per_document
-        return keep_slot(decode(self._sources[source].read(index), self._modalities, most=most))
+        return keep_slot(decode(chosen.read(number), self._modalities, most=most))
 
-    def _place(self, number: int) -> tuple[int, int]:
-        """The source of sample ``number`` of all, and its number there."""
-        source = int(np.searchsorted(self._ends, number, side="right"))
-        return source, number - int(self._ends[source - 1] if source else 0)
-
-    def _scores(self, ranks: Sequence[Part]) -> dict[str, float]:
+    def _scores(self, ranks: Sequence[Part], fit: Sequence[Part] = ()) -> dict[str, float]:
         """Of the parts of all ranks. Recall is NaN where a feature is not finite: no checkpoint is the best by it."""
-        numbers = np.concatenate([numbers for numbers, _ in ranks])
-        data = _taken(joined([part for _, part in ranks]), np.argsort(numbers)[: self.samples])
+        data = _in_order(ranks, self.samples)
         names, settings = self.config.stream_names.modalities, self.config.evaluate
         found: dict[str, float] = {}
         for pair in self._objectives.aligned:
             known = all(np.isfinite(data.features[name]).all() for name in pair)
             for score in scores.retrieval_scores(data, pair, settings)[0]:
                 found[score.metric] = score.value if known else math.nan
+        for pair in self._correlated:
+            found |= self._after_cca(data, _in_order(fit, len(self._fit)) if fit else None, pair)
         for task, predicted in data.predicted.items():
             found |= {score.metric: score.value for score in scores.perplexity_scores(task, predicted, None, names)}
         return {metric: value for metric, value in found.items() if "/" not in metric}
+
+    def _after_cca(self, data: HeldOut, train: HeldOut | None, pair: Pair) -> dict[str, float]:
+        """Retrieval after linear CCA of ``train``; NaN without it, where it is too little and where a vector is not
+        finite."""
+        settings = self.config.evaluate
+        found = {score.metric: math.nan for score in scores.retrieval_scores(data, pair, settings)[0]}
+        if train is None or not all(np.isfinite(its.projected[name]).all() for its in (data, train) for name in pair):
+            return found
+        made, _ = correlated.retrieval_scores(data, train, pair, settings, alone=True)
+        return found | {score.metric: score.value for score in made}
+
+
+def _place(number: int, ends: np.ndarray) -> tuple[int, int]:
+    """The source of sample ``number`` of all, and its number there. ``ends``: of the sources."""
+    source = int(np.searchsorted(ends, number, side="right"))
+    return source, number - int(ends[source - 1] if source else 0)
+
+
+def _in_order(ranks: Sequence[Part], count: int) -> HeldOut:
+    """The first ``count`` samples by number, of all ranks."""
+    numbers = np.concatenate([numbers for numbers, _ in ranks])
+    return _taken(joined([part for _, part in ranks]), np.argsort(numbers)[:count])
 
 
 def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
@@ -266,4 +341,5 @@ def _taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
         texts=tuple(data.texts[i] for i in order),
         content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
         features={name: features[rows] for name, features in data.features.items()},
+        projected={name: projected[rows] for name, projected in data.projected.items()},
     )

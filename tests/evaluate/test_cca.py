@@ -1,9 +1,14 @@
 """Linear CCA in closed form: against scikit-learn, and by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.evaluate import cca
+from mmmoe_pretrain.batch import SampleMeta
+from mmmoe_pretrain.config import EvaluateConfig
+from mmmoe_pretrain.evaluate import cca, correlated, scores
+from mmmoe_pretrain.evaluate.features import HeldOut
 
 
 def related(samples: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -51,3 +56,36 @@ def test_a_direction_without_correlation_does_not_count() -> None:
     np.testing.assert_allclose(found.correlations_C, [1, 0], atol=1e-12)
     similarity = found.embedded(x) @ found.embedded(y, second=True).T
     np.testing.assert_allclose(similarity, np.sign(np.outer(x[:, 0], x[:, 0])), atol=1e-9)
+
+
+def rows_of(image: np.ndarray, text: np.ndarray, has_text: int) -> HeldOut:
+    """``has_text``: how many of the samples, the first ones, have a text."""
+    names = [str(i) for i in range(len(image))]
+    content = {"image": tuple(names), "text": tuple(names[:has_text] + [""] * (len(names) - has_text))}
+    unit = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in
+            (("image", image), ("text", text))}  # fmt: skip
+    return HeldOut(tuple(map(SampleMeta, names)), content["text"], content, unit, {}, (),
+                   projected={"image": image, "text": text})  # fmt: skip
+
+
+def test_vectors_that_are_equal_up_to_a_linear_map_are_found() -> None:
+    """Of training samples that have both; those of the held-out ones are not used for the fit."""
+    random = np.random.default_rng(2)
+    image, map_PP = random.normal(size=(90, 3)), random.normal(size=(3, 3))
+    text = image @ map_PP + 5
+    image[30:40] = random.normal(size=(10, 3))  # the training samples without a text
+    train, data = rows_of(image[:40], text[:40], 30), rows_of(image[40:], text[40:], 50)
+    pair, settings = ("image", "text"), EvaluateConfig()
+    plain, _ = scores.retrieval_scores(data, pair, settings)
+    found, notes = correlated.retrieval_scores(data, train, pair, settings, alone=True)
+    beside, _ = correlated.retrieval_scores(data, train, pair, settings, alone=False)
+    assert [score.metric for score in found] == [score.metric for score in plain]
+    assert [score.metric for score in beside] == [score.metric.replace("_r", "_cca_r") for score in plain]
+    assert max(score.value for score in plain if score.metric.endswith("r1")) < 0.2
+    assert [score.value for score in found] == [score.value for score in beside] == [1.0] * 6
+    assert notes == ["image and text are compared after linear CCA, fitted on 30 training samples"]
+    few = dataclasses.replace(train, content={**train.content, "text": ("a", "b", "c") + ("",) * 37})
+    assert correlated.retrieval_scores(data, few, pair, settings, alone=True) == ([], [
+        "no score of image and text after linear CCA: 3 of the 40 training samples read have both, and 3 dimensions "
+        "need more"
+    ])  # fmt: skip

@@ -144,6 +144,29 @@ def test_a_report_of_other_shards_is_not_replaced_without_out(run_dir: Path, tin
     assert json.loads((run_dir / "report.json").read_text())["test"] == others
 
 
+def test_retrieval_after_linear_cca_stands_beside_the_plain_one(
+    tmp_path: Path, tiny: RunConfig, monkeypatch: Patch
+) -> None:
+    load_random(monkeypatch, tiny, evaluate=tiny.evaluate.model_copy(update={"cca": True}))
+    report = run.evaluate(tmp_path)
+    rows = {row["metric"]: row for row in report.results}
+    plain = [name for name in rows if "_to_" in name and "zero_shot" not in name and "_cca_" not in name]
+    assert len(plain) > 18
+    for name in plain:
+        beside = rows.pop(name.replace("_r", "_cca_r"))
+        assert (beside["n"], beside["chance"]) == (rows[name]["n"], rows[name]["chance"])
+    assert not any("_cca_" in name for name in rows)
+    assert "where a name has _cca, image and text are compared after linear CCA, fitted on 12 training samples" in (
+        report.notes
+    )
+    source = tiny.data.train[0].model_copy(update={"path": str(tmp_path / "elsewhere")})
+    cca = {"evaluate": tiny.evaluate.model_copy(update={"cca": True})}
+    load_random(monkeypatch, tiny, data=tiny.data.model_copy(update={"train": (source,)}), **cca)
+    report = run.evaluate(tmp_path)
+    assert not any("_cca_" in row["metric"] for row in report.results)
+    assert any(note.startswith("no score after linear CCA: it is fitted on the training") for note in report.notes)
+
+
 def test_scores_that_a_run_cannot_have_are_absent_with_a_note(
     tmp_path: Path, tiny: RunConfig, monkeypatch: Patch
 ) -> None:

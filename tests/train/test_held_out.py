@@ -62,6 +62,27 @@ def test_scores_are_those_of_mmmoe_evaluate_and_training_is_the_same(tmp_path: P
     assert losses(plain).tolist() == [list(records[step]["losses"].values()) for step in (1, 3, 6, 8)]
 
 
+def test_deep_cca_is_scored_after_linear_cca_as_by_mmmoe_evaluate(tmp_path: Path, tiny_data: Path) -> None:
+    cca = {"kind": "deep_cca", "pairs": {"image-text": 1.0}, "cached": True}
+    best = {"every": 2, "keep_best": 1, "best_metric": "held_out/text_to_image_r1"}
+    config = scored(
+        tmp_path,
+        tiny_data,
+        objectives={"cca": cca},
+        checkpoint=best,
+        train={"steps": 2, "global_batch_size": 16, "num_microbatches": 2, "log_every": 2},
+    )
+    run_ranks(2, train, config)
+    found = logged(config)[-1]["held_out"]
+    overrides = ["evaluate.keep_seen_texts=true"]
+    report = evaluate(config.run_dir, [str(tmp_path / "validation")], out=tmp_path / "report", overrides=overrides)
+    wanted = {row["metric"]: row["value"] for row in report.results if row["metric"] in found["scores"]}
+    names = {f"{a}_to_{b}_r{k}" for a, b in (("image", "text"), ("text", "image")) for k in (1, 5, 10)}
+    assert wanted.keys() == found["scores"].keys() == names
+    assert found["scores"] == pytest.approx(wanted, rel=1e-4)
+    assert "image and text are compared after linear CCA, fitted on 48 training samples" in report.notes
+
+
 def test_the_checkpoints_with_the_best_held_out_score_are_kept(tmp_path: Path, tiny_data: Path) -> None:
     best = {"every": 2, "keep_last": 1, "keep_best": 1, "best_metric": "held_out/aux/z"}
     config = scored(tmp_path, tiny_data, checkpoint=best, optimizer={"learning_rate": 0.3, "warmup_steps": 0})
@@ -175,8 +196,8 @@ def test_an_evaluation_beside_a_save_in_flight_does_not_meet_its_messages(tmp_pa
 def train_with_a_broken_feature(config: RunConfig, value: float) -> int:
     plain = held_out.held_out
 
-    def broken(*args: Any) -> HeldOut:
-        found = plain(*args)
+    def broken(*args: Any, **more: Any) -> HeldOut:
+        found = plain(*args, **more)
         found.features["image"][0, 0] = value
         return found
 
