@@ -110,6 +110,7 @@ OBJECTIVES = Kinds(
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
+        "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
     },
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,12 +45,14 @@ def num_tokens(sample: Sample, item: int, modalities: Mapping[str, Modality]) ->
 @dataclass(frozen=True)
 class Expected:
     """Segments that a sample with every modality at its full length has, for estimates of costs: ``count`` of them
-    with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally."""
+    with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally.
+    ``contents``: numbers of contents that are predicted."""
 
     count: float
     tokens: tuple[tuple[str, int], ...]
-    targets: int = 0
+    targets: float = 0
     causal: int = 0
+    contents: float = 0
 
     @property
     def length(self) -> int:
@@ -66,7 +69,8 @@ class Objective(abc.ABC):
     """One objective of a run: a kind under the user's ``name`` with its ``settings``.
 
     ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
-    one space. ``predicts``: its segments have targets.
+    one space. ``predicts``: its segments have targets. ``hidden``: modalities of which it hides tokens; ``contents``:
+    of its losses those of their contents, each with its modality.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -75,6 +79,8 @@ class Objective(abc.ABC):
     representations: tuple[str, ...] = ()
     aligned: tuple[tuple[str, str], ...] = ()
     predicts: bool = False
+    hidden: tuple[str, ...] = ()
+    contents: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -132,11 +138,12 @@ class Objective(abc.ABC):
 class Outputs:
     """The outputs of the last stage. ``hidden_nD``: the trunk's output. ``features``: by representation, [B, P] unit
     rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
-    each of its targets."""
+    each of its targets. ``contents``: by loss, [N, C] predictions in fp32 of the contents of hidden tokens."""
 
     hidden_nD: Tensor
     features: dict[str, Tensor]
     token_nll: dict[str, Tensor]
+    contents: dict[str, Tensor]
 
 
 class ObjectiveModule(nn.Module):

@@ -57,4 +57,4 @@ def whole_step(config: RunConfig, groups: Groups, batch: Batch) -> WholeStep:
 
 def _outputs(config: RunConfig, batch: Batch, representations: set[str]) -> Outputs:
     shape = (len(batch.group_ids), config.model.embedding_size)
-    return Outputs(torch.empty(0), {name: torch.empty(shape) for name in sorted(representations)}, {})
+    return Outputs(torch.empty(0), {name: torch.empty(shape) for name in sorted(representations)}, {}, {})

@@ -40,6 +40,8 @@ def case(layout: str, zero_stage: int = 0, engine: str = "megatron", **more: Any
 
 BLOCKS = {"recompute": "blocks"}
 CACHED, SIGMOID = {"cached": True}, {"kind": "sigmoid_contrastive"}
+MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "missing": "allow",
+                     "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -59,6 +61,9 @@ MEGATRON_LEVERS = [
     case("TP2 + SP", contrastive=CACHED),
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
+    case("EP2", objectives=MASKED),
+    case("PP2 x VPP2", objectives=MASKED),
+    case("TP2 + SP", objectives=MASKED),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -72,6 +77,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 3, "deepspeed", contrastive=CACHED),
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
+    case("DP2", 3, "deepspeed", objectives=MASKED),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),
