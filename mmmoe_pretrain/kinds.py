@@ -109,6 +109,7 @@ OBJECTIVES = Kinds(
     "mmmoe.objectives",
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
+        "self_distillation": "mmmoe_pretrain.objectives.self_distillation:SelfDistillation",
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",

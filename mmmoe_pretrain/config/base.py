@@ -213,6 +213,8 @@ class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
 
+    taught: ClassVar[bool] = False  # by the model with the average of its weights (``optimizer.average``)
+
     kind: str
     weight: Weight = 1.0
 

@@ -125,6 +125,16 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _teachers(self) -> RunConfig:
+        taught = [name for name, its in self.objectives.items() if its.on and its.taught]
+        if taught and self.optimizer.average is None:
+            raise ValueError(
+                f"objectives.{taught[0]} learns from the model with the average of its weights, and the optimizer "
+                f"keeps none; set optimizer.average, e.g. 0.996"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_known(self) -> RunConfig:
         settings, every = self.checkpoint, self.evaluate.every
         held_out = settings.keep_best and settings.best_metric.startswith(HELD_OUT)

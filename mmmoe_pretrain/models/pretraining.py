@@ -48,7 +48,7 @@ class PretrainingModel(nn.Module):
         self._step = 0
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
-        self._pass: Literal["only", "collecting", "second"] = "only"  # of a step
+        self._pass: Literal["only", "teaching", "collecting", "second"] = "only"  # of a step
         self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
@@ -66,8 +66,8 @@ class PretrainingModel(nn.Module):
         hidden states for the next one, which carry the gradient of this stage's auxiliary losses. Both:
         the parts of the loss. ``received_nD`` is what the stage before sent, None on the first."""
         x_nD, own_routing = self.mmmoe.run_stage(batch, received_nD)
-        if self._pass == "collecting":
-            return self._collect(x_nD, batch), LossReport({}, ())
+        if self._pass in ("teaching", "collecting"):
+            return self._look(x_nD, batch), LossReport({}, ())
         counts = self._counts or step_counts([batch], self.objectives, self.groups.data, x_nD.device)
         routing = reduce_stats(own_routing, self.groups.data)
         losses: dict[str, Tensor] = {}
@@ -136,25 +136,34 @@ class PretrainingModel(nn.Module):
         self.window.reset()
         self.mmmoe.begin_step(seed)
 
-    def begin_collecting(self) -> None:
-        """Before a pass without gradients over all microbatches of a step, where some objective's loss is of the
-        whole step (``Objectives.whole_step``)."""
-        self._pass = "collecting"
+    def begin_look(self, purpose: Literal["teaching", "collecting"]) -> None:
+        """Before a pass without gradients over all microbatches of a step: with the average of the weights, where
+        some objective has a teacher (``Objectives.taught``), or where one's loss is of the whole step
+        (``Objectives.whole_step``)."""
+        self._pass = purpose
 
-    def end_collecting(self) -> None:
-        """After that pass: the losses of the whole step, for ``forward`` to use. ``begin_step`` has to be called
-        again after it."""
+    def end_look(self) -> None:
+        """After that pass; of the collecting one: the losses of the whole step, for ``forward`` to use.
+        ``begin_step`` has to be called again after it."""
+        if self._pass == "teaching":
+            self._pass = "only"
+            return
         assert self._pass == "collecting" and self._counts is not None
         self._pass = "second"
         for module in self._over_whole_step():
             module.finish(self.groups, self._factors(self._counts))
 
-    def _collect(self, x_nD: Tensor, batch: Batch) -> Tensor:
+    def _look(self, x_nD: Tensor, batch: Batch) -> Tensor:
         if not self.stage.last:
             return x_nD
         outputs = self.mmmoe.heads(x_nD, batch)
-        for module in self._over_whole_step():
-            module.collect(outputs, batch)
+        if self._pass == "collecting":
+            for module in self._over_whole_step():
+                module.collect(outputs, batch)
+        else:
+            for name, module in self._task_modules():
+                if self.objectives[name].settings.taught:
+                    module.teach(outputs, batch, self.groups)
         return x_nD.new_zeros(())
 
     def _task_modules(self) -> Iterator[tuple[str, ObjectiveModule]]:

@@ -72,6 +72,11 @@ class Objectives(dict[str, Objective]):
         """Some loss is of the whole step: its microbatches run twice, the first time without gradients."""
         return any(objective.whole_step for objective in self.values())
 
+    @property
+    def taught(self) -> bool:
+        """Some objective learns from the model with the average of its weights."""
+        return any(objective.settings.taught for objective in self.values())
+
     def weights(self, step: int) -> dict[str, float]:
         """Every loss by name, with its weight in the total."""
         return {

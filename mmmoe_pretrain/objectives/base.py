@@ -161,6 +161,11 @@ class ObjectiveModule(nn.Module):
     def after_step(self, committed: bool) -> None:
         """The step is over. ``committed``: weights were updated; else it was skipped, or of held-out samples."""
 
+    def teach(self, outputs: Outputs, batch: Batch, groups: Groups) -> None:
+        """Where ``Settings.taught``: before the passes of a step, each of its microbatches in their order, with the
+        outputs of the model that has the average of the weights, this module's included; without gradients."""
+        raise NotImplementedError
+
     # Of an objective whose loss is of the whole step, in this order: collect each microbatch without gradients,
     # finish, then forward (values alone) and surrogate of each microbatch, in the same order.
 
