@@ -31,7 +31,7 @@ from mmmoe_pretrain.config.watching import TrackersConfig
 HANG_SHARE = 0.8  # of parallel.timeout_minutes
 WAIT_SHARE = 0.4  # of the hang limit, for one item of a data worker
 READ_SHARE = 0.75  # of that, for one read with its retries, whose error is clearer than that of a hung worker
-LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
+LOSSES_OF_ALL = ("total", "aux", "weighting")  # in metrics.jsonl, where the losses of an objective go by its name
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Name = Annotated[str, BeforeValidator(kinds.check_name)]

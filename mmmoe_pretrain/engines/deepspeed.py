@@ -94,7 +94,7 @@ class DeepSpeedEngine(Engine):
 
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
         if self.stage == 3:
-            hold(self.model.tasks.parameters())
+            hold(self.model.loss_parameters())
         self.model.begin_step(self.steps_done, counts)
         sums: LossReport | None = None
         on_device = self._on_device(microbatches)
@@ -158,7 +158,7 @@ class DeepSpeedEngine(Engine):
             for masters in self._state.masters(iter([parameter])):
                 masters.data.clamp_(max=bound)  # no new version of the flat tensor, which may be being copied
         if self.stage == 3:
-            hold(self.model.tasks.parameters())
+            hold(self.model.loss_parameters())
 
     def _results(self) -> tuple[dict[str, float], float]:
         """The losses and the gradient norm of the last step. The norm is infinite if the step was skipped, when ZeRO

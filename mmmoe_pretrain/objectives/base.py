@@ -172,7 +172,7 @@ class ObjectiveModule(nn.Module):
     def collect(self, outputs: Outputs, batch: Batch) -> None:
         raise NotImplementedError
 
-    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+    def finish(self, groups: Groups, factors: Mapping[str, float | Tensor]) -> None:
         """``factors``: of each loss, that its sum is multiplied by."""
         raise NotImplementedError
 

@@ -256,7 +256,7 @@ class PairModule(ObjectiveModule):
         assert self._cache.sums is None, "collect after finish: a cache is of one step"
         self._cache.seen.append(self._features(outputs, batch))
 
-    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+    def finish(self, groups: Groups, factors: Mapping[str, float | Tensor]) -> None:
         """Between the passes: the loss of all that was collected. No parameter gets a gradient here."""
         seen, self._cache.seen = self._cache.seen, []
         leaves, count = [part.rows_BRP.detach().requires_grad_() for part in seen], len(seen)

@@ -44,6 +44,7 @@ MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "mis
                      "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
 TAUGHT = {"objectives": {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}},
           "optimizer": {"eps": 1e-4, "average": 0.5}}  # fmt: skip
+UNCERTAIN = {"loss_weighting": "uncertainty"}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -63,6 +64,9 @@ MEGATRON_LEVERS = [
     case("TP2 + SP", contrastive=CACHED),
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
+    case("DP2", train=UNCERTAIN, contrastive=CACHED),
+    case("PP2 x VPP2", train=UNCERTAIN),
+    case("TP2 + SP", train=UNCERTAIN),
     case("EP2", 1, **GATHERED, **TAUGHT),
     case("PP2 x VPP2", **TAUGHT),
     case("TP2 + SP", contrastive=CACHED, **TAUGHT),
@@ -86,6 +90,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 1, "deepspeed", offload_optimizer="cpu", **TAUGHT),
     case("TP2 + SP", 2, "deepspeed", **TAUGHT),
     case("EP2", 3, "deepspeed", **TAUGHT),
+    case("EP2", 3, "deepspeed", train=UNCERTAIN),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),
