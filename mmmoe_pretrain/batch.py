@@ -90,6 +90,10 @@ class Part:
     ``attention``: tokens of ``full`` parts attend to each other in both directions; those of ``causal`` parts to
     themselves and to all before them; a part that is ``alone`` attends to itself only. ``targets``: int64
     [stop - start], IGNORE where there is none. Positions count from ``first_position``.
+
+    ``view``: a value of the modality that is embedded in place of the item's, such as one without some tokens'
+    content. ``hidden``: bool [stop - start], the tokens without content; the model marks them. ``contents``: float32
+    [hidden tokens, numbers], what is to be predicted there.
     """
 
     item: int
@@ -98,6 +102,9 @@ class Part:
     attention: Literal["full", "causal", "alone"] = "full"
     targets: np.ndarray | None = None
     first_position: int = 0
+    view: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    contents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -139,6 +146,18 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """The hidden contents of one modality's tokens, for one task: int64 [N] rows of the stream, and float32 [N, C],
+    the numbers that were there, NaN where nothing was measured."""
+
+    rows: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One packed microbatch: the inputs of the embedders, by modality, and the stream made of their outputs.
 
@@ -155,9 +174,11 @@ class Batch:
     positions: Tensor  # int64 [T]: for rotary positions
     keys: Tensor  # int64 [T]: the id of a discrete token, else its number in its item
     valid: Tensor  # bool [T]
+    hidden: Tensor  # bool [T]: tokens whose content the model does not see
     task_ids: Tensor  # int64 [S]
     attention: AttentionBlocks
     targets: dict[str, Targets]  # by task, of those that predict tokens
+    contents: dict[str, Contents]  # by loss (task/modality), of those that predict contents
     pooled: dict[str, Tensor]  # by representation: int64 [B], the segment of each sample, or -1
     group_ids: Tensor  # int64 [B]: hash of the sample's group
     metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has no segment

@@ -109,9 +109,11 @@ OBJECTIVES = Kinds(
     "mmmoe.objectives",
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
+        "self_distillation": "mmmoe_pretrain.objectives.self_distillation:SelfDistillation",
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "deep_cca": "mmmoe_pretrain.objectives.deep_cca:DeepCCA",
         "deep_gcca": "mmmoe_pretrain.objectives.deep_gcca:DeepGCCA",
+        "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
     },
 )

@@ -186,6 +186,9 @@ def check_pair(pair: str, names: Iterable[str], where: str) -> None:
         raise ValueError(f"{where} {pair!r} is not two of {', '.join(known)} joined by -; e.g. {'-'.join(known[:2])}")
 
 
+NOT_OF_THE_MODEL = ("members", "field", "dropout_share", "withheld_share")  # of a modality's settings
+
+
 class ModalitySettings(StrictModel):
     """The settings of every modality. A kind adds its own.
 
@@ -193,6 +196,10 @@ class ModalitySettings(StrictModel):
     sample has, the first one is read. Empty: every file
     in a format of the kind, and where several modalities have the kind, those named after the modality (``left.*``).
     ``field``: the field of a sample's JSON that is read where it has no such file.
+
+    In training a sample loses the modality with probability ``dropout_share``, drawn anew each time (a number, or a
+    schedule such as ``[[0, 0.0], [1000, 0.5]]``), and with probability ``withheld_share``, drawn by its key and so
+    for good, to measure what missing modalities cost. One modality always stays, and documents keep all.
     """
 
     not_of_the_model: ClassVar[tuple[str, ...]] = ()  # settings that a run may change when it resumes
@@ -200,10 +207,27 @@ class ModalitySettings(StrictModel):
     kind: str
     members: tuple[Extension, ...] = ()
     field: str | None = Field(None, min_length=1)
+    dropout_share: Weight = 0.0
+    withheld_share: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        check_schedule(self._dropout_schedule, "dropout_share")
+        if any(share > 1 for _, share in self._dropout_schedule):
+            raise ValueError(f"dropout_share {self.dropout_share} is a share of the samples, at most 1; e.g. 0.3")
+        return self
+
+    @property
+    def _dropout_schedule(self) -> Schedule:
+        return self.dropout_share if isinstance(self.dropout_share, tuple) else ((0, float(self.dropout_share)),)
+
+    def dropout_at(self, step: int) -> float:
+        """``dropout_share`` at an optimizer step (the first is 0)."""
+        return value_at(self._dropout_schedule, step)
 
     def of_the_model(self) -> dict[str, Any]:
         """The settings that define what the model computes."""
-        return self.model_dump(mode="json", exclude={"members", "field", *self.not_of_the_model})
+        return self.model_dump(mode="json", exclude={*NOT_OF_THE_MODEL, *self.not_of_the_model})
 
     def check_names(self, name: str, modalities: Mapping[str, ModalitySettings]) -> None:
         """Raises ValueError where the settings of the modality ``name`` name another that is not there."""
@@ -229,6 +253,8 @@ class StepSizes:
 class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
+
+    taught: ClassVar[bool] = False  # by the model with the average of its weights (``optimizer.average``)
 
     kind: str
     weight: Weight = 1.0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmmoe_pretrain.config.base import StrictModel
+from mmmoe_pretrain.config.base import Schedule, StrictModel, Weight, check_schedule, value_at
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ OPTIMIZERS = {
     "adamw": OptimizerKind({"beta1": 0.9, "beta2": 0.98, "eps": 1e-8}, {"exp_avg": 1, "exp_avg_sq": 2}),
     "sgd": OptimizerKind({"momentum": 0.9}, {"momentum_buffer": 1}),
 }
-GRADIENT_POWER = {name: power for kind in OPTIMIZERS.values() for name, power in kind.state.items()}
+AVERAGE = "average"  # of the weights: a tensor of the optimizer's state beside those of its kind
+GRADIENT_POWER = {name: power for kind in OPTIMIZERS.values() for name, power in kind.state.items()} | {AVERAGE: 0}
 
 
 class OptimizerConfig(StrictModel):
@@ -41,6 +42,9 @@ class OptimizerConfig(StrictModel):
     eps: float | None = Field(None, gt=0)  # adamw: 1e-8
     momentum: float | None = Field(None, ge=0, lt=1)  # sgd: 0.9
     clip_norm: float = Field(1.0, ge=0)  # 0 does not clip
+    # Of a moving average of the weights, which objectives with a teacher read: the share of itself that it keeps in
+    # an update, or a schedule such as [[0, 0.99], [10000, 1.0]]. None: there is no average.
+    average: Weight | None = None
 
     @property
     def own(self) -> dict[str, float]:
@@ -49,8 +53,28 @@ class OptimizerConfig(StrictModel):
 
     @property
     def state(self) -> tuple[str, ...]:
-        """The tensors that the optimizer keeps for each parameter, by torch's names."""
-        return () if self.momentum == 0 else tuple(OPTIMIZERS[self.kind].state)
+        """The tensors that are kept for each parameter: the optimizer's by torch's names, and the average."""
+        own = () if self.momentum == 0 else tuple(OPTIMIZERS[self.kind].state)
+        return own if self.average is None else (*own, AVERAGE)
+
+    def average_at(self, step: int) -> float:
+        """The share of the average that the update of a step (the first is 0) keeps."""
+        assert self.average is not None
+        return value_at(self._average_schedule, step)
+
+    @property
+    def _average_schedule(self) -> Schedule:
+        return self.average if isinstance(self.average, tuple) else ((0, float(self.average or 0)),)
+
+    @model_validator(mode="after")
+    def _average_is_a_share(self) -> OptimizerConfig:
+        check_schedule(self._average_schedule, "optimizer.average")
+        if any(share > 1 for _, share in self._average_schedule):
+            raise ValueError(
+                f"optimizer.average {self.average} is the share of the average that an update keeps, at most 1; e.g. "
+                f"0.996"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -31,7 +31,7 @@ from mmmoe_pretrain.config.watching import TrackersConfig
 HANG_SHARE = 0.8  # of parallel.timeout_minutes
 WAIT_SHARE = 0.4  # of the hang limit, for one item of a data worker
 READ_SHARE = 0.75  # of that, for one read with its retries, whose error is clearer than that of a hung worker
-LOSSES_OF_ALL = ("total", "aux")  # in metrics.jsonl, where the losses of an objective go by its name
+LOSSES_OF_ALL = ("total", "aux", "weighting")  # in metrics.jsonl, where the losses of an objective go by its name
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Name = Annotated[str, BeforeValidator(kinds.check_name)]
@@ -121,6 +121,16 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"moe.router expert_choice lets later tokens affect the routing of earlier ones, and the segments of "
                 f"objectives.{causal[0]} are causal; set objectives.{causal[0]}.weight: 0, or choose softmax_top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers(self) -> RunConfig:
+        taught = [name for name, its in self.objectives.items() if its.on and its.taught]
+        if taught and self.optimizer.average is None:
+            raise ValueError(
+                f"objectives.{taught[0]} learns from the model with the average of its weights, and the optimizer "
+                f"keeps none; set optimizer.average, e.g. 0.996"
             )
         return self
 

@@ -41,6 +41,7 @@ class TrainConfig(StrictModel):
     num_microbatches: int = Field(1, ge=1)  # gradient accumulation
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the trunk's activations; master weights are fp32
     loss_scale: LossScaleConfig = LossScaleConfig()
+    loss_weighting: Literal["fixed", "uncertainty"] = "fixed"  # of objectives; uncertainty: times a learned weight
     recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
     compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
     deterministic: bool = False  # the same bits from the same steps on a GPU, too; slower there

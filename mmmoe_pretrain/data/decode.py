@@ -44,6 +44,7 @@ class Draws:
 
     seed: int
     position: int  # of the sample in the run's global order
+    step: int = 0  # the optimizer step that reads it
 
     def generator(self, purpose: str) -> np.random.Generator:
         """A generator that no other purpose uses. It is made when it is first asked: most purposes draw nothing."""
@@ -80,9 +81,12 @@ def decode(
 def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt: str) -> Sample:
     row = read_row(raw)
     meta = _meta(raw, row)
-    if PARTS not in row and draws is not None and meta.label:
-        content, meta = _label_as_text(contents(raw, row, modalities), meta, modalities, draws, prompt)
-        parts = [(name, data, True) for name, data in content.items()]
+    if PARTS not in row and draws is not None:
+        content = contents(raw, row, modalities)
+        if meta.label:
+            content, meta = _label_as_text(content, meta, modalities, draws, prompt)
+        kept = _kept(meta, tuple(content), modalities, draws)
+        parts = [(name, data, True) for name, data in content.items() if name in kept]
     else:
         parts = _parts(raw, row, modalities)
     items = []
@@ -167,6 +171,21 @@ def _label_as_text(
         content = {m: content[m] for m in modalities if m in held}
         meta = dataclasses.replace(meta, group=f"label {meta.label}")
     return content, meta
+
+
+def _kept(meta: SampleMeta, held: tuple[str, ...], modalities: Modalities, draws: Draws) -> tuple[str, ...]:
+    """The modalities that the sample keeps of those that it has (``dropout_share``, ``withheld_share``). If it would
+    lose all, it keeps the one with the highest draw."""
+    left, draw_of = [], {}
+    for name in held:
+        settings, stream = modalities[name].settings, modalities.streams[name]
+        withheld, dropped = settings.withheld_share, settings.dropout_at(draws.step)
+        by_key = xxhash.xxh3_64_intdigest(f"{stream}/{meta.key}".encode()) / 2**64 if withheld else 1.0
+        drawn = float(draws.generator(f"{stream}/dropout").random()) if dropped else 1.0
+        draw_of[name] = by_key if by_key < withheld else drawn
+        if by_key >= withheld and drawn >= dropped:
+            left.append(name)
+    return tuple(left or sorted(draw_of, key=lambda name: draw_of[name])[-1:])
 
 
 @dataclass(frozen=True)

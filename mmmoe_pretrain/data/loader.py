@@ -97,7 +97,7 @@ class MicrobatchDataset:
     ) -> None:
         self._most = document_tokens(config, modalities)
         self._dp_rank = dp_rank
-        self._seed = config.seed
+        self._seed, self._batch = config.seed, config.train.global_batch_size
         self._modalities, self._prompt = modalities, config.evaluate.prompt
         self.settings = PackSettings.from_config(config, modalities)
         self._files = Files(read_settings(config))
@@ -125,7 +125,8 @@ class MicrobatchDataset:
             before = self._modalities.transform_seconds
             raw, lane = self._read(share.places, i)
             read = time.perf_counter()
-            draws = Draws(self._seed, int(share.positions[i]))
+            position = int(share.positions[i])
+            draws = Draws(self._seed, position, position // self._batch)
             item = decode(raw, self._modalities, draws, self._prompt, self._most)
             cut = Counter(self._modalities.cut) - cut_before
             transform = self._modalities.transform_seconds - before

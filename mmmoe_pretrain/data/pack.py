@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Part, Sample, Segment, Targets
+from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Contents, Part, Sample, Segment, Targets
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import Draws
 from mmmoe_pretrain.modalities import Modalities
@@ -50,9 +50,44 @@ class _Runs:
     source_start: list[int] = field(default_factory=list)  # first row of the embedder's output
     first_position: list[int] = field(default_factory=list)
     keys: list[np.ndarray] = field(default_factory=list)
+    hidden: list[np.ndarray] = field(default_factory=list)  # rows of the stream
     task: list[int] = field(default_factory=list)  # [S]
     blocks: list[tuple[int, int]] = field(default_factory=list)  # of attention: lengths, and of them full
     tokens: int = 0
+
+
+_Pairs = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass
+class _Predicted:
+    """What is to be predicted, in the order of the stream: rows of it with ids, by task, and rows with contents, by
+    loss."""
+
+    ids: dict[str, _Pairs]
+    contents: dict[str, _Pairs]
+
+    @classmethod
+    def nothing(cls, settings: PackSettings) -> _Predicted:
+        sizes = {loss: settings.modalities[name].content_size for loss, name in settings.objectives.contents.items()}
+        return cls(
+            {task: [(_int64([]), _int64([]))] for task in settings.objectives.predicting},
+            {loss: [(_int64([]), np.zeros((0, size), dtype=np.float32))] for loss, size in sizes.items()},
+        )
+
+    def add(self, part: Part, task: str, modality: str, first_row: int) -> None:
+        """Of ``part``, whose tokens begin at row ``first_row``."""
+        if part.targets is not None:
+            within = np.flatnonzero(part.targets != IGNORE)
+            self.ids[task].append((first_row + within, part.targets[within]))
+        if part.contents is not None:
+            assert part.hidden is not None
+            rows = first_row + np.flatnonzero(part.hidden)
+            self.contents[f"{task}/{modality}"].append((rows, part.contents))
+
+
+def _joined(pairs: _Pairs) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*pairs, strict=True)]
 
 
 def pack(
@@ -68,7 +103,7 @@ def pack(
     """
     segments = _segments(samples, settings, _places(samples, positions))
     collated, start_of = _collate(samples, segments, settings.modalities)
-    runs, pooled, targets = _lay_out(samples, segments, start_of, settings)
+    runs, pooled, predicted = _lay_out(samples, segments, start_of, settings)
     total = max(1, -(-runs.tokens // multiple)) * multiple
     modality, position, source, keys = _tokens(runs)
     rows = {name: np.flatnonzero(modality == m) for m, name in enumerate(settings.modalities)}
@@ -81,9 +116,11 @@ def pack(
         positions=_padded(position, total, 0),
         keys=_padded(keys, total, 0),
         valid=torch.from_numpy(np.arange(total) < runs.tokens),
+        hidden=torch.from_numpy(np.isin(np.arange(total), _concatenated(runs.hidden))),
         task_ids=torch.from_numpy(_int64(runs.task)),
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
-        targets={task: Targets(*map(torch.from_numpy, rows_and_ids)) for task, rows_and_ids in targets.items()},
+        targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
+        contents={loss: Contents(*_joined(pairs)) for loss, pairs in predicted.contents.items()},
         pooled=_tensors(pooled),
         group_ids=torch.from_numpy(_group_ids(samples)),
         metas=tuple(sample.meta for sample in samples),
@@ -134,29 +171,32 @@ def _segments(samples: Sequence[Sample], settings: PackSettings, places: np.ndar
 
 def _collate(
     samples: Sequence[Sample], segments: Sequence[tuple[int, Segment]], modalities: Modalities
-) -> tuple[dict[str, Collated], dict[tuple[int, int], int]]:
-    """By modality, the embedder's input of the items that some segment uses; and of each (sample, item) the first
-    row of the embedder's output."""
-    used = sorted({(b, part.item) for b, segment in segments for part in segment.parts})
+) -> tuple[dict[str, Collated], dict[int, int]]:
+    """By modality, the embedder's input of the values that some segment uses: items, then views of them; and of each
+    value, by its ``id``, the first row of the embedder's output."""
+    parts = [(b, part) for b, segment in segments for part in segment.parts]
+    items = sorted({(b, part.item) for b, part in parts if part.view is None})
+    values = [(samples[b].items[i].modality, samples[b].items[i].value) for b, i in items]
+    views = {id(part.view): (samples[b].items[part.item].modality, part.view) for b, part in parts}
+    values += [(name, view) for name, view in views.values() if view is not None]
     collated: dict[str, Collated] = {}
-    start_of: dict[tuple[int, int], int] = {}
+    start_of: dict[int, int] = {}
     for name, modality in modalities.items():
-        own = [(b, i) for b, i in used if samples[b].items[i].modality == name]
-        collated[name] = modality.collate([samples[b].items[i].value for b, i in own])
-        start_of.update(zip(own, collated[name].starts.tolist(), strict=True))
+        own = [value for of, value in values if of == name]
+        collated[name] = modality.collate(own)
+        start_of.update(zip(map(id, own), collated[name].starts.tolist(), strict=True))
     return collated, start_of
 
 
 def _lay_out(
     samples: Sequence[Sample],
     segments: Sequence[tuple[int, Segment]],
-    start_of: dict[tuple[int, int], int],
+    start_of: dict[int, int],
     settings: PackSettings,
-) -> tuple[_Runs, dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The runs; by representation the segment of each sample, or -1; by task the rows and ids of its targets."""
-    runs, objectives = _Runs(), settings.objectives
+) -> tuple[_Runs, dict[str, np.ndarray], _Predicted]:
+    """The runs; by representation the segment of each sample, or -1; and what is to be predicted."""
+    runs, objectives, predicted = _Runs(), settings.objectives, _Predicted.nothing(settings)
     pooled = {rep: np.full(len(samples), -1, dtype=np.int64) for rep in objectives.representations}
-    targets: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task: [] for task in objectives.predicting}
     ids = {name: m for m, name in enumerate(settings.modalities)}
     tasks = {name: x for x, name in enumerate(objectives)}
     for number, (b, segment) in enumerate(segments):
@@ -166,19 +206,18 @@ def _lay_out(
             pooled[segment.representation][b] = number
         for part in segment.parts:
             item = samples[b].items[part.item]
+            value = item.value if part.view is None else part.view
             runs.modality.append(ids[item.modality])
             runs.segment.append(number)
             runs.length.append(len(part))
-            runs.source_start.append(start_of[b, part.item] + part.start)
+            runs.source_start.append(start_of[id(value)] + part.start)
             runs.first_position.append(part.first_position)
-            runs.keys.append(settings.modalities[item.modality].keys(item.value)[part.start : part.stop])
-            if part.targets is not None:
-                within = np.flatnonzero(part.targets != IGNORE)
-                targets[segment.task].append((runs.tokens + within, part.targets[within]))
+            runs.keys.append(settings.modalities[item.modality].keys(value)[part.start : part.stop])
+            if part.hidden is not None:
+                runs.hidden.append(runs.tokens + np.flatnonzero(part.hidden))
+            predicted.add(part, segment.task, item.modality, runs.tokens)
             runs.tokens += len(part)
-    joined = {task: (_concatenated([r for r, _ in found]), _concatenated([i for _, i in found]))
-              for task, found in targets.items()}  # fmt: skip
-    return runs, pooled, joined
+    return runs, pooled, predicted
 
 
 def attention_blocks(segment: Segment) -> list[tuple[int, int]]:

@@ -10,12 +10,13 @@ be unscaled by different numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+Purpose = Literal["teaching", "collecting"]  # of a pass without gradients
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the trunk, by train.precision
 
 
@@ -119,8 +121,7 @@ class Engine(ABC):
             model.eval()
             model.observe = observe
         with torch.no_grad():
-            if self.models[0].objectives.whole_step:
-                self._collect(lambda: self._forward(microbatches, counts))
+            self._prepare_losses(microbatches, counts)
             reports = self._forward(microbatches, counts)
         for model in self.models:
             model.train()
@@ -166,14 +167,40 @@ class Engine(ABC):
         """Logical shapes by name, of the parameters of this rank's stages."""
         return self._state.shapes()
 
-    def _collect(self, forward: Callable[[], object]) -> None:
-        """The first pass of a step in which some loss is of all its microbatches: ``forward`` runs them."""
+    def _prepare_losses(self, microbatches: list[Batch], counts: StepCounts) -> None:
+        """The passes without gradients that come before the one with: of the teacher, and for losses that are of all
+        microbatches of a step."""
+        objectives = self.models[0].objectives
+        if objectives.taught:
+            with record_function("teach"), self._averaged():
+                self._look(microbatches, counts, "teaching")
+        if objectives.whole_step:
+            with record_function("collect"):
+                self._look(microbatches, counts, "collecting")
+
+    def _look(self, microbatches: list[Batch], counts: StepCounts, purpose: Purpose) -> None:
         for model in self.models:
-            model.begin_collecting()
+            model.begin_look(purpose)
         with torch.no_grad():
-            forward()
+            self._forward(microbatches, counts)
         for model in self.models:
-            model.end_collecting()
+            model.end_look()
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the average of its weights."""
+        self._begin_update()
+        self._state.swap_average()
+        try:
+            yield
+        finally:
+            self._state.swap_average()
+
+    def _update_average(self) -> None:
+        """After an update."""
+        settings = self.config.optimizer
+        if settings.average is not None:
+            self._state.update_average(settings.average_at(self.steps_done))
 
     def _on_device(self, batches: Sequence[Batch]) -> CopiedAhead:
         return CopiedAhead(batches, self.device, self._copies)

@@ -78,9 +78,7 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = step_counts(microbatches, self.model.objectives, self.groups.data, self.device)
-        if self.model.objectives.whole_step:
-            with record_function("collect"):
-                self._collect(lambda: self._forward(microbatches, counts))
+        self._prepare_losses(microbatches, counts)
         self.model.begin_step(self.steps_done, counts)
         with record_function("forward_backward"):
             report = self._forward_backward(microbatches)
@@ -90,11 +88,13 @@ class DeepSpeedEngine(Engine):
             found = self._clip() if self.stage == 0 else None
             self._engine.step()
         losses, grad_norm = found or self._results()
+        if math.isfinite(grad_norm):
+            self._update_average()
         return self._end_step([report], losses, grad_norm, counts, skipped=not math.isfinite(grad_norm))
 
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
         if self.stage == 3:
-            hold(self.model.tasks.parameters())
+            hold(self.model.loss_parameters())
         self.model.begin_step(self.steps_done, counts)
         sums: LossReport | None = None
         on_device = self._on_device(microbatches)
@@ -158,7 +158,7 @@ class DeepSpeedEngine(Engine):
             for masters in self._state.masters(iter([parameter])):
                 masters.data.clamp_(max=bound)  # no new version of the flat tensor, which may be being copied
         if self.stage == 3:
-            hold(self.model.tasks.parameters())
+            hold(self.model.loss_parameters())
 
     def _results(self) -> tuple[dict[str, float], float]:
         """The losses and the gradient norm of the last step. The norm is infinite if the step was skipped, when ZeRO

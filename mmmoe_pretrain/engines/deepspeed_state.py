@@ -31,6 +31,7 @@ class DeepSpeedState(EngineState):
         """``engine``: DeepSpeed's."""
         self._optimizer = engine.optimizer
         self._reset_optimizer(0)
+        self.begin_average()
 
     def _publish(self, copies: Mapping[Tensor, Flat]) -> None:
         optimizer = self._optimizer
@@ -100,10 +101,6 @@ class DeepSpeedState(EngineState):
 
     def _stretches(self) -> Iterator[tuple[nn.Parameter, Stretch]]:
         return (self._whole, self._of_flat_groups, self._of_flat_groups, self._of_sub_groups)[self._stage]()
-
-    def _flats(self) -> list[Tensor]:
-        """Every flat tensor of this rank, also one that holds padding alone."""
-        return list(dict.fromkeys(stretch.flat for _, stretch in self._stretches()))
 
     def _whole(self) -> Iterator[tuple[nn.Parameter, Stretch]]:
         for parameter in self._parts:

@@ -62,9 +62,7 @@ class MegatronEngine(Engine):
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
-        if self.models[0].objectives.whole_step:
-            with record_function("collect"):
-                self._collect(lambda: self._forward(microbatches, counts))
+        self._prepare_losses(microbatches, counts)
         with record_function("forward_backward"):
             reports = self._run(microbatches, counts)
         with record_function("optimizer"), megatron_cpu.optimizer_calls():
@@ -88,6 +86,7 @@ class MegatronEngine(Engine):
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         self.optimizer.step_with_ready_grads()
+        self._update_average()
 
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:
         return self._run(microbatches, counts, forward_only=True)

@@ -22,8 +22,11 @@ from mmmoe_pretrain.checkpoint.state import (
     persistent_buffers,
     pieces_of_range,
 )
+from mmmoe_pretrain.config.optimizer import AVERAGE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
+
+SWAPPED = 1 << 24  # numbers that are swapped at once
 
 Flat = list[Tensor]  # a flat master weight, and what the optimizer keeps for it, in the order of the names
 
@@ -81,6 +84,38 @@ class EngineState(ABC):
         for key, mine in self._export(copies).items():
             mine.copy_(state[key])
         self._publish(copies)
+
+    @torch.no_grad()
+    def begin_average(self) -> None:
+        """The average of the weights begins as the weights; nothing to do where none is kept."""
+        for flat, average in self._averages():
+            average.copy_(flat)
+
+    @torch.no_grad()
+    def update_average(self, kept: float) -> None:
+        """After an update: the average keeps the share ``kept`` of itself."""
+        for flat, average in self._averages():
+            average.lerp_(flat, 1 - kept)
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange the weights and their average; once more, and all is as it was, bit for bit."""
+        for flat, average in self._averages():
+            for mine, other in zip(flat.view(-1).split(SWAPPED), average.view(-1).split(SWAPPED), strict=True):
+                before = mine.clone()
+                mine.copy_(other)
+                other.copy_(before)
+        self._publish({})
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each flat master weight with its average."""
+        if AVERAGE in self._names:
+            for flat in self._flats():
+                yield flat.data, self._optimizer_state(flat)[AVERAGE]  # .data: no new version, as saves may read it
+
+    def _flats(self) -> list[Tensor]:
+        """Every flat tensor of this rank, also one that holds padding alone."""
+        return list(dict.fromkeys(stretch.flat for _, stretch in self._stretches()))
 
     @abstractmethod
     def _stretches(self) -> Iterator[tuple[nn.Parameter, Stretch]]:

@@ -25,6 +25,7 @@ from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
 from mmmoe_pretrain.checkpoint.model import TOKENIZER, write_first
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.optimizer import AVERAGE
 from mmmoe_pretrain.config.upgrade import OLD_MODALITIES, OLD_TASKS, upgraded
 from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.export import layout
@@ -259,7 +260,11 @@ def _tensor(opened: Any, weight: Weight, name: str, row: int | None, file: str) 
 
 def _state(weight: Weight, value: Tensor, optimizer: Sequence[str]) -> WholeState:
     zero = torch.zeros([1] * len(weight.shape)).expand(weight.shape)  # takes no memory
-    fresh = {optimizer_key(weight.name, tensor): zero for tensor in optimizer if weight.trained}
+    fresh = {
+        optimizer_key(weight.name, tensor): value if tensor == AVERAGE else zero
+        for tensor in optimizer
+        if weight.trained
+    }
     return {model_key(weight.name): value} | fresh
 
 

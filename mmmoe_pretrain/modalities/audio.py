@@ -52,6 +52,7 @@ class Audio(Modality):
 
     Settings = AudioSettings
     formats = READS["audio"].formats
+    hideable = True
 
     def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)
@@ -89,6 +90,18 @@ class Audio(Modality):
     @property
     def max_tokens(self) -> int:
         return int(self.settings.max_frames // self.settings.patch)
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See ``Modality.hide``: hidden frames are at the mean."""
+        return np.where(hidden.repeat(self.settings.patch), np.float32(0), value)
+
+    def contents(self, value: np.ndarray) -> np.ndarray:
+        frames = value.reshape(len(value), -1, self.settings.patch)
+        return frames.swapaxes(0, 1).reshape(self.num_tokens(value), -1)
+
+    @property
+    def content_size(self) -> int:
+        return int(self.settings.n_mels * self.settings.patch)
 
     def collate(self, values: Sequence[np.ndarray]) -> Collated:
         """Clips one after the other, in whole tokens, with a gap between two: short clips cost what they hold."""

@@ -61,6 +61,7 @@ class Modality(abc.ABC):
     default_field: ClassVar[str | None] = None  # of a sample's JSON, where one modality has the kind
     needs_tokenizer: ClassVar[bool] = False
     predictable: ClassVar[bool] = False  # tokens are discrete: ``keys`` are their ids, and a head can predict them
+    hideable: ClassVar[bool] = False  # a value can be embedded without some tokens' content: ``hide``
     transform_seconds: float = 0.0
     label_probability: float = 0.0  # that a labelled sample has its class as a value, in training
     label_with: tuple[str, ...] = ()  # the modalities that it has beside, then; empty: all
@@ -93,6 +94,25 @@ class Modality(abc.ABC):
     def keys(self, value: np.ndarray) -> np.ndarray:
         """int64 [num_tokens]: an identity of each token; its number, unless tokens are discrete."""
         return np.arange(self.num_tokens(value))
+
+    def may_hide(self, value: np.ndarray) -> np.ndarray:
+        """int64: the numbers of the tokens that ``hide`` may be asked to hide."""
+        return np.arange(self.num_tokens(value))
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """A copy of ``value`` with as many tokens, of which those in ``hidden``, bool [num_tokens], say nothing about
+        what was there. Of kinds that are ``hideable``."""
+        raise NotImplementedError
+
+    def contents(self, value: np.ndarray) -> np.ndarray:
+        """float32 [num_tokens, content_size]: the numbers that each token is made of, of about unit size, NaN where
+        nothing was measured. Of kinds that are ``hideable`` and not ``predictable``."""
+        raise NotImplementedError
+
+    @property
+    def content_size(self) -> int:
+        """Numbers of a token's content; 0 of kinds that have none."""
+        return 0
 
     @abc.abstractmethod
     def collate(self, values: Sequence[np.ndarray]) -> Collated:

@@ -37,6 +37,7 @@ class Image(Modality):
 
     Settings = ImageSettings
     formats = READS["image"].formats
+    hideable = True
 
     @property
     def decoder(self) -> str:
@@ -91,13 +92,36 @@ class Image(Modality):
         patch = self.settings.patch
         patches, places = [np.zeros((0, 3 * patch**2), dtype=np.uint8)], [np.zeros((0, 2), dtype=np.int64)]
         for value in values:
-            rows, columns = value.shape[1] // patch, value.shape[2] // patch
-            grid = value.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
-            patches.append(grid.reshape(rows * columns, -1))
-            places.append(np.stack(np.divmod(np.arange(rows * columns), columns), axis=1))
+            patches.append(self._patches(value))
+            numbers = np.arange(len(patches[-1]))
+            places.append(np.stack(np.divmod(numbers, value.shape[2] // patch), axis=1))
         lengths = np.asarray([len(found) for found in patches[1:]], dtype=np.int64)
         arrays = {"patches": np.concatenate(patches), "places": np.concatenate(places)}
         return Collated(arrays, np.cumsum(lengths) - lengths)
+
+    def _patches(self, value: np.ndarray) -> np.ndarray:
+        """[tokens, 3 * patch^2]."""
+        patch = self.settings.patch
+        rows, columns = value.shape[1] // patch, value.shape[2] // patch
+        grid = value.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
+        return grid.reshape(rows * columns, -1)
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See ``Modality.hide``: hidden patches have the colour that the model sees as 0."""
+        patch = self.settings.patch
+        grid = hidden.reshape(value.shape[1] // patch, value.shape[2] // patch)
+        pixels = grid.repeat(patch, axis=0).repeat(patch, axis=1)
+        grey = np.broadcast_to(np.round(255 * np.asarray(self.settings.mean)), (3,)).astype(np.uint8)
+        return np.where(pixels, grey[:, None, None], value)
+
+    def contents(self, value: np.ndarray) -> np.ndarray:
+        mean, std = (np.broadcast_to(np.asarray(its), (3,)) for its in (self.settings.mean, self.settings.std))
+        normalized = (value / 255 - mean[:, None, None]) / std[:, None, None]
+        return self._patches(normalized.astype(np.float32))
+
+    @property
+    def content_size(self) -> int:
+        return int(3 * self.settings.patch**2)
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         if self._native:

@@ -50,6 +50,7 @@ class Series(Modality):
 
     Settings = SeriesSettings
     formats = READS["series"].formats
+    hideable = True
 
     def decode(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """See ``Modality.decode``. NumPy's ``.npy`` holds [channels, steps]; CSV has a line a step and no header."""
@@ -87,10 +88,29 @@ class Series(Modality):
     def max_tokens(self) -> int:
         return int(-(-self.settings.max_steps // self.settings.patch))
 
+    def _patches(self, value: np.ndarray) -> np.ndarray:
+        """[tokens, channels, patch]."""
+        return value.reshape(self.settings.channels, -1, self.settings.patch).swapaxes(0, 1)
+
+    def may_hide(self, value: np.ndarray) -> np.ndarray:
+        """See ``Modality.may_hide``: tokens with a measured step."""
+        return np.flatnonzero(np.isfinite(self._patches(value)).any(axis=(1, 2)))
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See ``Modality.hide``: as if its steps had not been measured."""
+        return np.where(hidden.repeat(self.settings.patch), np.float32(np.nan), value)
+
+    def contents(self, value: np.ndarray) -> np.ndarray:
+        return self._patches(value).reshape(self.num_tokens(value), -1)
+
+    @property
+    def content_size(self) -> int:
+        return int(self.settings.channels * self.settings.patch)
+
     def collate(self, values: Sequence[np.ndarray]) -> Collated:
         patch, channels = self.settings.patch, self.settings.channels
         tokens = np.asarray([self.num_tokens(value) for value in values], dtype=np.int64)
-        patches = [value.reshape(channels, -1, patch).swapaxes(0, 1) for value in values]
+        patches = [self._patches(value) for value in values]
         steps = np.concatenate([np.zeros((0, channels, patch), dtype=np.float32), *patches])
         positions = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(n) for n in tokens.tolist())])
         observed = np.isfinite(steps)

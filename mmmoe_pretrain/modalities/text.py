@@ -19,6 +19,7 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import vocab_embedding
 
 MARKS = 2  # begin and end
+HIDDEN = 0  # the id of hidden pieces, <pad> or <unk> in most tokenizers: any that says nothing about the piece
 CONTEXT = 48  # characters shown on either side of a piece in a report
 
 
@@ -64,6 +65,7 @@ class Text(Modality):
     default_field = READS["text"].field
     needs_tokenizer = True
     predictable = True
+    hideable = True
 
     def __init__(self, name: str, settings: TextSettings, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)
@@ -92,6 +94,14 @@ class Text(Modality):
 
     def keys(self, value: np.ndarray) -> np.ndarray:
         return value
+
+    def may_hide(self, value: np.ndarray) -> np.ndarray:
+        """See ``Modality.may_hide``: the pieces without the marks."""
+        return np.arange(1, len(value) - 1)
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See ``Modality.hide``: one piece stands for all that are hidden."""
+        return np.where(hidden, HIDDEN, value)
 
     def collate(self, values: Sequence[np.ndarray]) -> Collated:
         lengths = np.asarray([len(value) for value in values], dtype=np.int64)

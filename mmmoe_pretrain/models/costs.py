@@ -65,16 +65,16 @@ def model_costs(config: RunConfig) -> ModelCosts:
     Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less for
     fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's share
     of the tokens. Last: the joint heads 2 D P for each representation of a sample, what objectives compute beside,
-    and the language head 2 D V for the share of tokens that have a target.
+    the language head 2 D V for the share of tokens that have a target, and 2 D for each number of predicted contents.
     """
     objectives, model = objectives_of(config), config.model
-    tokens, scores, targets = _of_sample(objectives)
+    tokens, scores, targets, contents = _of_sample(objectives)
     projections = 4 * model.hidden_size**2 * (1 + model.kv_heads / model.num_heads)
     attention = BlockCosts(projections, 4 * scores / tokens * model.hidden_size)
     return ModelCosts(
         tuple(attention._replace(**feed_forward_parts(config, index)) for index in range(model.num_layers)),
         _stem_flops_of_sample(objectives, model.hidden_size) / tokens,
-        _head_flops_of_sample(config, objectives, targets) / tokens,
+        _head_flops_of_sample(config, objectives, targets, contents) / tokens,
     )
 
 
@@ -84,12 +84,13 @@ def block_costs(config: RunConfig) -> TrunkCosts:
     return TrunkCosts(tuple(sum(block) for block in costs.blocks), costs.first_extra, costs.last_extra)
 
 
-def _of_sample(objectives: Objectives) -> tuple[float, float, float]:
-    """Tokens, pairs of query and key, and targets."""
+def _of_sample(objectives: Objectives) -> tuple[float, float, float, float]:
+    """Tokens, pairs of query and key, targets, and numbers of predicted contents."""
     segments = [segment for objective in objectives.values() for segment in objective.expected()]
     tokens = sum(segment.count * segment.length for segment in segments)
     scores = sum(segment.count * segment.scores for segment in segments)
-    return tokens, scores, sum(segment.count * segment.targets for segment in segments)
+    targets = sum(segment.count * segment.targets for segment in segments)
+    return tokens, scores, targets, sum(segment.count * segment.contents for segment in segments)
 
 
 def feed_forward_flops(config: RunConfig, index: int) -> float:
@@ -139,11 +140,11 @@ def stem_flops(modality: Modality, hidden_size: int) -> float:
     return counter.get_total_flops() / modality.num_tokens(value)
 
 
-def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float) -> float:
+def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float, contents: float) -> float:
     model, train = config.model, config.train
     heads = len(objectives.representations) * 2 * model.hidden_size * model.embedding_size
     losses = 0.0
     for objective in objectives.values():
         parts = 1 if objective.whole_step else train.num_microbatches
         losses += objective.flops(model.embedding_size, train.global_batch_size / parts)
-    return heads + losses + 2 * model.hidden_size * model.vocab_size * targets
+    return heads + losses + 2 * model.hidden_size * (model.vocab_size * targets + contents)

@@ -22,7 +22,7 @@ RESIDUAL_OUTPUTS = re.compile(
     r"(attention\.out|ffn\.down|ffn\.shared\.down)\.weight$|ffn\.experts\.(stacks\.\d+\.)?down$"
 )
 EMBEDDING_STD = 0.02
-TABLES = ("modality_embedding", "task_embedding")  # of rows by name
+TABLES = ("modality_embedding", "mask_embedding", "task_embedding")  # of rows by name
 
 
 def init_parameters(

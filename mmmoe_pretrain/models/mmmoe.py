@@ -23,12 +23,15 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
+BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads")
+
 
 class MMMoE(nn.Module):
     """A multimodal mixture-of-experts transformer, or one pipeline stage of it.
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
-    has a joint head for each representation that an objective reads, and a language head where one predicts tokens.
+    has a joint head for each representation that an objective reads, a language head where one predicts tokens, and
+    a content head for each modality whose contents one predicts.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -42,7 +45,7 @@ class MMMoE(nn.Module):
         assert vocab_size or not readers, f"{readers} need RunConfig.with_vocabulary"
         self.objectives = build_objectives(config.objectives, modalities, config.representations)
         self._streams = {
-            **dict.fromkeys(("embedders", "modality_embedding", "joint_heads"), modalities.streams),
+            **dict.fromkeys(BY_MODALITY, modalities.streams),
             **dict.fromkeys(("tasks", "task_embedding"), self.objectives.streams),
         }
         self.compute_dtype = torch.float32
@@ -52,6 +55,9 @@ class MMMoE(nn.Module):
             self.embedders = nn.ModuleDict(embedders)
             rows = {name: nn.Parameter(torch.empty(1, hidden)) for name in modalities}
             self.modality_embedding = nn.ParameterDict(rows)
+            self.mask_embedding = nn.ParameterDict(
+                {name: nn.Parameter(torch.empty(1, hidden)) for name in self.objectives.hidden}
+            )
         self.trunk = Trunk(config.model, config.moe, groups, self.stage, self.names)
         set_cpu(self.trunk, config.train.cpu)  # here: evaluation and export compute as the run did
         self.language_head: Any = None
@@ -60,6 +66,8 @@ class MMMoE(nn.Module):
             self.joint_heads = nn.ModuleDict(heads)
             if self.objectives.predicting:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
+            sizes = {name: modalities[name].content_size for name in self.objectives.contents.values()}
+            self.content_heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in sizes.items()})
         rotary = [modality.rotary for modality in modalities.values()]
         self.register_buffer("rotary_M", torch.tensor(rotary), persistent=False)
 
@@ -104,7 +112,7 @@ class MMMoE(nn.Module):
         """The outputs of the last stage from the trunk's output."""
         projected = self.projected(x_nD, batch)
         features = {name: F.normalize(rows_BP, dim=-1, eps=1e-6) for name, rows_BP in projected.items()}
-        return Outputs(x_nD, features, self._token_nll(x_nD, batch), projected)
+        return Outputs(x_nD, features, self._token_nll(x_nD, batch), self._contents(x_nD, batch), projected)
 
     def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
         tokens = torch.cat(
@@ -118,6 +126,12 @@ class MMMoE(nn.Module):
         place[rows] = torch.arange(rows.numel(), device=rows.device)
         of_modality_MD = torch.cat([self.modality_embedding[name] for name in self.names.modalities])
         x_nD = tokens.index_select(0, place) + of_modality_MD.index_select(0, plan.tokens.modality_ids_n)
+        if self.mask_embedding:
+            no_mask = x_nD.new_zeros(1, x_nD.shape[1])
+            masks = [self.mask_embedding.get(name, no_mask) for name in self.names.modalities]
+            of_mask_MD = torch.cat(masks)
+            hidden_n1 = batch.hidden[: x_nD.shape[0], None]
+            x_nD = x_nD + hidden_n1 * of_mask_MD.index_select(0, plan.tokens.modality_ids_n)
         return x_nD.to(self.compute_dtype)
 
     def projected(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -138,6 +152,13 @@ class MMMoE(nn.Module):
             pooled_BD = mean_SD.index_select(0, torch.where(present_B, segment_B, num_segments))
             projected[name] = head(pooled_BD) * present_B[:, None]
         return projected
+
+    def _contents(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """[N, C] by loss, of its hidden tokens in the order of the stream."""
+        return {
+            loss: self.content_heads[name](x_nD.index_select(0, batch.contents[loss].rows).float())
+            for loss, name in self.objectives.contents.items()
+        }
 
     def _token_nll(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N] by task, for its targets in the order of the stream."""

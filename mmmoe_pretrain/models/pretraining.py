@@ -21,6 +21,7 @@ from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.losses import BalanceWindow, loss_names, reduce_stats, routing_losses
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import ObjectiveModule, Outputs, StepCounts, step_counts
+from mmmoe_pretrain.objectives.uncertainty import WEIGHTING, UncertaintyWeighting
 from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
@@ -48,7 +49,7 @@ class PretrainingModel(nn.Module):
         self._step = 0
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
-        self._pass: Literal["only", "collecting", "second"] = "only"  # of a step
+        self._pass: Literal["only", "teaching", "collecting", "second"] = "only"  # of a step
         self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
@@ -59,6 +60,8 @@ class PretrainingModel(nn.Module):
         self.tasks = nn.ModuleDict(modules)
         seed, num_layers, stream_name = config.seed, config.model.num_layers, self.mmmoe.stream_name
         init_parameters(self.mmmoe, seed, num_layers, stream_name)
+        learned = self.stage.last and config.train.loss_weighting == "uncertainty"
+        self.loss_weighting = UncertaintyWeighting(self.objectives.losses) if learned else None
         init_parameters(self.tasks, seed, num_layers, lambda name: stream_name(f"tasks.{name}"))
 
     def forward(self, batch: Batch, received_nD: Tensor | None = None) -> tuple[Tensor, LossReport]:
@@ -66,8 +69,8 @@ class PretrainingModel(nn.Module):
         hidden states for the next one, which carry the gradient of this stage's auxiliary losses. Both:
         the parts of the loss. ``received_nD`` is what the stage before sent, None on the first."""
         x_nD, own_routing = self.mmmoe.run_stage(batch, received_nD)
-        if self._pass == "collecting":
-            return self._collect(x_nD, batch), LossReport({}, ())
+        if self._pass in ("teaching", "collecting"):
+            return self._look(x_nD, batch), LossReport({}, ())
         counts = self._counts or step_counts([batch], self.objectives, self.groups.data, x_nD.device)
         routing = reduce_stats(own_routing, self.groups.data)
         losses: dict[str, Tensor] = {}
@@ -75,6 +78,10 @@ class PretrainingModel(nn.Module):
         if self.stage.last:
             outputs = self.mmmoe.heads(x_nD, batch)
             losses, total = self._objectives(outputs, batch, counts)
+            if self.loss_weighting is not None and self.training:
+                share = self.groups.data_size * batch.num_valid / max(1, counts.tokens)
+                losses[WEIGHTING] = self.loss_weighting.penalty(self._weighted_losses, share)
+                total = total + losses[WEIGHTING]
             if self.observe is not None:
                 self.observe(outputs)
         auxiliary = self._auxiliary(routing, counts.tokens)
@@ -90,6 +97,8 @@ class PretrainingModel(nn.Module):
     def loss_names(self) -> tuple[str, ...]:
         """Every loss of the whole model in a fixed order, on every stage."""
         names = list(self.objectives.losses)
+        if self.config.train.loss_weighting == "uncertainty":
+            names.append(WEIGHTING)
         if self._num_moe_layers:
             names += [f"aux/{name}" for name in loss_names(self.config.moe.losses, self.mmmoe.names.modalities)]
         return tuple(names)
@@ -112,10 +121,25 @@ class PretrainingModel(nn.Module):
             total = total + torch.stack(list(own.values())).sum()
         return losses, total
 
-    def _factors(self, counts: StepCounts) -> dict[str, float]:
+    def _factors(self, counts: StepCounts) -> dict[str, float | Tensor]:
         """The factors, by loss, from a rank's sum to its part of the weighted mean."""
-        weights = self.objectives.weights(self._step)
-        return {loss: w * self.groups.data_size / max(1, counts.terms[loss]) for loss, w in weights.items()}
+        weights, factors = self.objectives.weights(self._step), dict[str, float | Tensor]()
+        for loss, weight in weights.items():
+            factors[loss] = weight * self.groups.data_size / max(1, counts.terms[loss])
+            if self.loss_weighting is not None and self.training:
+                factors[loss] = factors[loss] * self.loss_weighting.factor(loss)
+        return factors
+
+    @property
+    def _weighted_losses(self) -> list[str]:
+        """Those that have a weight in this step."""
+        return [loss for loss, weight in self.objectives.weights(self._step).items() if weight]
+
+    def loss_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that objectives and their weighting use outside of any module's call."""
+        yield from self.tasks.parameters()
+        if self.loss_weighting is not None:
+            yield from self.loss_weighting.parameters()
 
     def _auxiliary(self, routing: tuple[RoutingStats, ...], tokens: int) -> dict[str, Tensor]:
         """This stage's part of the mean over all MoE layers, for a global microbatch of a step of ``tokens``."""
@@ -136,25 +160,36 @@ class PretrainingModel(nn.Module):
         self.window.reset()
         self.mmmoe.begin_step(seed)
 
-    def begin_collecting(self) -> None:
-        """Before a pass without gradients over all microbatches of a step, where some objective's loss is of the
-        whole step (``Objectives.whole_step``)."""
-        self._pass = "collecting"
+    def begin_look(self, purpose: Literal["teaching", "collecting"]) -> None:
+        """Before a pass without gradients over all microbatches of a step: with the average of the weights, where
+        some objective has a teacher (``Objectives.taught``), or where one's loss is of the whole step
+        (``Objectives.whole_step``)."""
+        self._pass = purpose
 
-    def end_collecting(self) -> None:
-        """After that pass: the losses of the whole step, for ``forward`` to use. ``begin_step`` has to be called
-        again after it."""
+    def end_look(self) -> None:
+        """After that pass; of the collecting one: the losses of the whole step, for ``forward`` to use.
+        ``begin_step`` has to be called again after it."""
+        if self._pass == "teaching":
+            self._pass = "only"
+            return
         assert self._pass == "collecting" and self._counts is not None
         self._pass = "second"
+        with torch.no_grad():
+            factors = self._factors(self._counts)
         for module in self._over_whole_step():
-            module.finish(self.groups, self._factors(self._counts))
+            module.finish(self.groups, factors)
 
-    def _collect(self, x_nD: Tensor, batch: Batch) -> Tensor:
+    def _look(self, x_nD: Tensor, batch: Batch) -> Tensor:
         if not self.stage.last:
             return x_nD
         outputs = self.mmmoe.heads(x_nD, batch)
-        for module in self._over_whole_step():
-            module.collect(outputs, batch)
+        if self._pass == "collecting":
+            for module in self._over_whole_step():
+                module.collect(outputs, batch)
+        else:
+            for name, module in self._task_modules():
+                if self.objectives[name].settings.taught:
+                    module.teach(outputs, batch, self.groups)
         return x_nD.new_zeros(())
 
     def _task_modules(self) -> Iterator[tuple[str, ObjectiveModule]]:

@@ -63,9 +63,26 @@ class Objectives(dict[str, Objective]):
         return tuple(name for name, objective in self.items() if objective.predicts)
 
     @property
+    def contents(self) -> dict[str, str]:
+        """The losses that predict contents of hidden tokens, each with the modality."""
+        return {loss: name for objective in self.values() for loss, name in objective.contents.items()}
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The modalities of which some objective hides tokens, in the order of the config."""
+        found = {name for objective in self.values() for name in objective.hidden}
+        every = (name for objective in self.values() for name in objective.modalities)
+        return tuple(name for name in dict.fromkeys(every) if name in found)
+
+    @property
     def whole_step(self) -> bool:
         """Some loss is of the whole step: its microbatches run twice, the first time without gradients."""
         return any(objective.whole_step for objective in self.values())
+
+    @property
+    def taught(self) -> bool:
+        """Some objective learns from the model with the average of its weights."""
+        return any(objective.settings.taught for objective in self.values())
 
     def weights(self, step: int) -> dict[str, float]:
         """Every loss by name, with its weight in the total."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,12 +45,14 @@ def num_tokens(sample: Sample, item: int, modalities: Mapping[str, Modality]) ->
 @dataclass(frozen=True)
 class Expected:
     """Segments that a sample with every modality at its full length has, for estimates of costs: ``count`` of them
-    with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally."""
+    with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally.
+    ``contents``: numbers of contents that are predicted."""
 
     count: float
     tokens: tuple[tuple[str, int], ...]
-    targets: int = 0
+    targets: float = 0
     causal: int = 0
+    contents: float = 0
 
     @property
     def length(self) -> int:
@@ -67,6 +70,8 @@ class Objective(abc.ABC):
 
     ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
     one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
+    ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
+    its modality.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -76,6 +81,8 @@ class Objective(abc.ABC):
     aligned: tuple[tuple[str, str], ...] = ()
     correlated: tuple[tuple[str, str], ...] = ()
     predicts: bool = False
+    hidden: tuple[str, ...] = ()
+    contents: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -133,11 +140,13 @@ class Objective(abc.ABC):
 class Outputs:
     """The outputs of the last stage. ``hidden_nD``: the trunk's output. ``features``: by representation, [B, P] unit
     rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
-    each of its targets. ``projected``: ``features`` before they get unit length."""
+    each of its targets. ``contents``: by loss, [N, C] predictions in fp32 of the contents of hidden tokens.
+    ``projected``: ``features`` before they get unit length."""
 
     hidden_nD: Tensor
     features: dict[str, Tensor]
     token_nll: dict[str, Tensor]
+    contents: dict[str, Tensor]
     projected: dict[str, Tensor]
 
 
@@ -156,13 +165,18 @@ class ObjectiveModule(nn.Module):
     def after_step(self, committed: bool) -> None:
         """The step is over. ``committed``: weights were updated; else it was skipped, or of held-out samples."""
 
+    def teach(self, outputs: Outputs, batch: Batch, groups: Groups) -> None:
+        """Where ``Settings.taught``: before the passes of a step, each of its microbatches in their order, with the
+        outputs of the model that has the average of the weights, this module's included; without gradients."""
+        raise NotImplementedError
+
     # Of an objective whose loss is of the whole step, in this order: collect each microbatch without gradients,
     # finish, then forward (values alone) and surrogate of each microbatch, in the same order.
 
     def collect(self, outputs: Outputs, batch: Batch) -> None:
         raise NotImplementedError
 
-    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+    def finish(self, groups: Groups, factors: Mapping[str, float | Tensor]) -> None:
         """``factors``: of each loss, that its sum is multiplied by."""
         raise NotImplementedError
 

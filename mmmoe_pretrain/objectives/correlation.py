@@ -24,14 +24,14 @@ from torch import Tensor
 from mmmoe_pretrain.config.base import ModalitySettings, StepSizes
 from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.objectives.base import Outputs
-from mmmoe_pretrain.objectives.pooled import PooledModule, PooledSettings
+from mmmoe_pretrain.objectives.pooled import CachedSettings, PooledModule, PooledSettings
 
 Ridge = Annotated[float, Field(ge=1e-8, le=10)]
 FP32_ROUNDING = 1e-12  # of the mean square: a variance below it is rounding
 NO_CORRELATION = 1e-9  # a singular value below it is rounding of fp64
 
 
-class CorrelationSettings(PooledSettings):
+class CorrelationSettings(PooledSettings, CachedSettings):
     """``ridge``: added to the variance in every direction, as a part of the mean variance of the representation; one
     number, or one for each representation by name."""
 

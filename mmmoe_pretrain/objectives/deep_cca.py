@@ -46,11 +46,12 @@ class DeepCCA(PairwiseObjective):
         of_all = 26 * embedding_size**3 / max(1.0, samples)  # singular vectors (Golub and Van Loan)
         return len(self.pairs) * (of_samples + of_all)
 
-    def why_zero(self, pair: str, so_far: str) -> str:
-        """See ``PairwiseObjective.why_zero``."""
+    def why_idle(self, loss: str, count: int, so_far: str) -> str:
+        if not count:
+            return super().why_idle(loss, count, so_far)
         return (
-            f"objectives.{self.name} had no correlation of {pair} {so_far}: a global microbatch never had two "
-            f"samples with both. Lower train.num_microbatches, or set objectives.{self.name}.cached: true"
+            f"objectives.{loss} had no correlation {so_far}: a global microbatch never had two samples with both. "
+            f"Lower train.num_microbatches, or set objectives.{self.name}.cached: true"
         )
 
 

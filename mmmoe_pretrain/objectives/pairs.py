@@ -25,13 +25,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmmoe_pretrain.config.base import StepSizes
-from mmmoe_pretrain.objectives.pooled import Features, PairwiseObjective, PairwiseSettings, PooledModule, gather
+from mmmoe_pretrain.objectives.pooled import (
+    CachedSettings,
+    Features,
+    PairwiseObjective,
+    PairwiseSettings,
+    PooledModule,
+    gather,
+)
 from mmmoe_pretrain.parallel.groups import Groups
 
 MAX_LOG_SCALE = math.log(100.0)
 
 
-class PairSettings(PairwiseSettings):
+class PairSettings(PairwiseSettings, CachedSettings):
     """``cached``: the negatives are those of the whole step, over all its microbatches. ``queue_size``: samples
     of earlier steps that are negatives, too; whole steps, so that all layouts have the same ones."""
 
@@ -72,8 +79,10 @@ class PairObjective(PairwiseObjective):
         candidates = samples + self.settings.queue_size
         return len(self.pairs) * 2 * 2 * embedding_size * candidates  # similarities, either way round
 
-    def why_zero(self, pair: str, so_far: str) -> str:
-        """See ``PairwiseObjective.why_zero``."""
+    def why_idle(self, loss: str, count: int, so_far: str) -> str:
+        if not count:
+            return super().why_idle(loss, count, so_far)
+        pair = loss.removeprefix(f"{self.name}/")
         return (
             f"objectives.{self.name} had no negatives for {pair} {so_far}: no sample with both met one of another "
             f"group in its global microbatch. Lower train.num_microbatches, raise train.global_batch_size, set "

@@ -32,10 +32,14 @@ from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
 
-class PooledSettings(ObjectiveSettings):
+class CachedSettings(ObjectiveSettings):
     """``cached``: the loss is over the samples of the whole step, and not of each global microbatch."""
 
     cached: bool = False
+
+
+class PooledSettings(ObjectiveSettings):
+    """Of representations that the settings name."""
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -74,7 +78,7 @@ class PooledObjective(Objective):
         super().__init__(*given)
         named = self.settings.named
         self.representations = tuple(rep for rep in self.all_representations if rep in named)
-        self.whole_step = self.settings.cached
+        self.whole_step = isinstance(self.settings, CachedSettings) and self.settings.cached
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
@@ -115,17 +119,13 @@ class PairwiseObjective(PooledObjective):
         }
 
     def why_idle(self, loss: str, count: int, so_far: str) -> str:
-        pair = loss.removeprefix(f"{self.name}/")
         if count:
-            return self.why_zero(pair, so_far)
+            return super().why_idle(loss, count, so_far)
+        pair = loss.removeprefix(f"{self.name}/")
         return (
             f"objectives.{self.name} had no sample with {' and '.join(self.pairs[pair])} {so_far}. Give the data "
             f"such samples, or take {pair} out of its pairs"
         )
-
-    @abc.abstractmethod
-    def why_zero(self, pair: str, so_far: str) -> str:
-        """See ``why_idle``; of a pair that some samples have."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class PooledModule(ObjectiveModule):
         assert self._cache.sums is None, "collect after finish: a cache is of one step"
         self._cache.seen.append(self._features(outputs, batch))
 
-    def finish(self, groups: Groups, factors: Mapping[str, float]) -> None:
+    def finish(self, groups: Groups, factors: Mapping[str, float | Tensor]) -> None:
         """Between the passes: the loss of all that was collected. No parameter gets a gradient here."""
         seen, self._cache.seen = self._cache.seen, []
         leaves, count = [part.rows_BRP.detach().requires_grad_() for part in seen], len(seen)

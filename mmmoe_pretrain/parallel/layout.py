@@ -204,6 +204,18 @@ def _offload(config: RunConfig, layout: Layout) -> str | None:
     )
 
 
+def _average(config: RunConfig, layout: Layout) -> str | None:
+    zero = config.parallel.deepspeed.get("zero_optimization") or {}
+    early = [key for key in ("zenflow", "super_offload") if key in str(zero)]
+    if config.optimizer.average is None or not (config.parallel.offload_optimizer == "nvme" or early):
+        return None
+    what = f"parallel.deepspeed {early[0]}" if early else "parallel.offload_optimizer nvme"
+    return (
+        f"optimizer.average with {what}, under which the weights cannot be swapped with their average between two "
+        f"passes; use {'another offload' if early else 'offload_optimizer: cpu'}, or set optimizer.average: null"
+    )
+
+
 def _lending(config: RunConfig, layout: Layout) -> str | None:
     if config.moe.lending is None:
         return None
@@ -256,6 +268,7 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _overlap,
     _overlap_param_gather,
     _offload,
+    _average,
     _precision,
     _profiled_ranks,
     _lending,

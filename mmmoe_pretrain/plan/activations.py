@@ -117,10 +117,10 @@ def _pass(
     shape = (rows, model.config.model.hidden_size)
     model.begin_step(0, counts)
     if stage.last and model.objectives.whole_step:
-        model.begin_collecting()
+        model.begin_look("collecting")
         with torch.no_grad():
             model(batch, None if stage.first else torch.empty(shape, dtype=model.mmmoe.compute_dtype))
-        model.end_collecting()
+        model.end_look()
         model.begin_step(0, counts)
     with live:
         before = live.live

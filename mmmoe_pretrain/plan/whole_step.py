@@ -58,4 +58,4 @@ def whole_step(config: RunConfig, groups: Groups, batch: Batch) -> WholeStep:
 def _outputs(config: RunConfig, batch: Batch, representations: set[str]) -> Outputs:
     shape = (len(batch.group_ids), config.model.embedding_size)
     vectors = {name: torch.empty(shape) for name in sorted(representations)}
-    return Outputs(torch.empty(0), vectors, {}, vectors)
+    return Outputs(torch.empty(0), vectors, {}, {}, vectors)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, split_key
 from mmmoe_pretrain.config import MoEConfig
-from mmmoe_pretrain.config.optimizer import GRADIENT_POWER
+from mmmoe_pretrain.config.optimizer import AVERAGE, GRADIENT_POWER
 
 STACKED = ("up", "down", "up_bias", "down_bias")  # of each stack of experts; biases where there are any
 
@@ -60,15 +60,16 @@ def each(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> Parameter:
 
 
 def scaled(parameter: Parameter, weight: float = 1.0, mean: float = 1.0, square: float = 1.0) -> Parameter:
-    """Value, averages of the gradient, and averages of its square, times factors of their own."""
-    factors = {1: mean, 2: square}
+    """Value and its average, averages of the gradient, and averages of its square, times factors of their own."""
+    factors = {0: weight, 1: mean, 2: square}
     kept = {name: value * factors[GRADIENT_POWER[name]] for name, value in parameter.optimizer.items()}
     return Parameter(parameter.value * weight, kept)
 
 
 def fresh(value: Tensor, optimizer: Iterable[str] = ()) -> Parameter:
-    """A parameter for which the optimizer keeps zeros under these names; without names, a buffer."""
-    return Parameter(value, {name: torch.zeros_like(value) for name in optimizer})
+    """A parameter for which the optimizer has just begun to keep these tensors; without names, a buffer."""
+    begun = {name: value.clone() if name == AVERAGE else torch.zeros_like(value) for name in optimizer}
+    return Parameter(value, begun)
 
 
 def clear_means(parameter: Parameter, rows: slice) -> None:

@@ -322,7 +322,8 @@ def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
     """Outputs of no model, of which scores have their names."""
     features = {name: torch.zeros(len(its.numbers), 1) for name in objectives.representations}
     token_nll = {task: torch.zeros(len(its.batch.targets[task].ids)) for task in objectives.predicting}
-    return Outputs(torch.zeros(0), features, token_nll, features)
+    contents = {loss: torch.zeros_like(its.batch.contents[loss].values) for loss in objectives.contents}
+    return Outputs(torch.zeros(0), features, token_nll, contents, features)
 
 
 def _only(parts: list[Part]) -> Part | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.data.decode import BadSample, Draws, bytes_of_item, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, _kept, bytes_of_item, decode
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import has_text
@@ -253,3 +253,51 @@ def test_a_document_is_its_parts_in_their_order(raw: RawSample, modalities: Moda
     assert [bytes_of_item(page, modalities, i) for i in range(6)] == [b"red", png, b" blue ", png, wav, png]
     drawn = good(decode(page, modalities, Draws(0, 0)))
     assert not np.array_equal(drawn.items[1].value, drawn.items[3].value), "each part is perturbed by itself"
+
+
+def lose(tiny_data: Path, count: int, step: int = 0, **shares: dict[str, Any]) -> list[frozenset[str]]:
+    """The modalities that samples at ``count`` positions keep, of three; ``shares``: settings of theirs."""
+    own = {"image": IMAGE, "audio": AUDIO, "text": {"kind": "text", "max_tokens": 16}}
+    modalities = modalities_of(tiny_data, **{name: {**own[name], **more} for name, more in shares.items()})
+    found = []
+    for position in range(count):
+        content = tuple(own)
+        found.append(frozenset(_kept(SampleMeta(f"key-{position}"), content, modalities, Draws(0, position, step))))
+    return found
+
+
+def test_modalities_are_dropped_by_their_shares_and_one_stays(tiny_data: Path) -> None:
+    found = lose(tiny_data, 2000, image={"dropout_share": 0.3}, audio={"dropout_share": 0.6})
+    assert all("text" in kept for kept in found)
+    with_image, with_audio = (np.mean([name in kept for kept in found]) for name in ("image", "audio"))
+    # 4 standard deviations of the mean of 2,000 draws are 0.04; the draws of two modalities are independent.
+    assert with_image == pytest.approx(0.7, abs=0.04) and with_audio == pytest.approx(0.4, abs=0.04)
+    assert np.mean([{"image", "audio"} <= kept for kept in found]) == pytest.approx(0.28, abs=0.04)
+    every = {"dropout_share": 1.0}
+    alone = lose(tiny_data, 900, image=every, audio=every, text=every)
+    assert all(len(kept) == 1 for kept in alone)
+    assert all(alone.count(frozenset({name})) == pytest.approx(300, abs=60) for name in ("image", "audio", "text"))
+
+
+def test_dropout_follows_its_schedule_and_is_drawn_anew_at_each_position(tiny_data: Path) -> None:
+    scheduled = {"dropout_share": [[10, 0.0], [20, 1.0]]}
+    lost = [np.mean(["image" not in kept for kept in lose(tiny_data, 400, step, image=scheduled)]) for step in (5, 15)]
+    assert lost[0] == 0 and lost[1] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_withheld_modality_is_so_for_good(tiny_data: Path) -> None:
+    found = [lose(tiny_data, 1000, step, image={"withheld_share": 0.6}) for step in (0, 7)]
+    assert found[0] == found[1]
+    assert np.mean(["image" not in kept for kept in found[0]]) == pytest.approx(0.6, abs=0.06)
+    most = lose(tiny_data, 1000, image={"withheld_share": 0.9})
+    assert all(kept <= before for kept, before in zip(most, found[0], strict=True)), "more are withheld, and the same"
+
+
+def test_held_out_samples_and_documents_lose_nothing(raw: RawSample, tiny_data: Path) -> None:
+    settings = {"dropout_share": 1.0, "withheld_share": 1.0}
+    shown = modalities_of(tiny_data, image={**IMAGE, **settings}, audio={**AUDIO, **settings})
+    assert len(good(decode(raw, shown)).items) == 3
+    assert [item.modality for item in good(decode(raw, shown, Draws(0, 0))).items] == ["text"]
+    row = json.dumps({"parts": [{"member": "png"}, {"text": "It is black."}]}).encode()
+    tale = RawSample("tale", {"png": raw.members["png"], "json": row})
+    assert len(good(decode(tale, shown, Draws(0, 0))).items) == 2

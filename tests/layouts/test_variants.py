@@ -44,6 +44,11 @@ CORRELATED = {
     "cca": {"kind": "deep_cca", "pairs": {"image-text": 0.1, "image-audio": 0.1}, "cached": True},
     "gcca": {"kind": "deep_gcca", "representations": ["image", "audio", "text"], "weight": 0.1, "cached": True},
 }
+MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "missing": "allow",
+                     "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
+TAUGHT = {"objectives": {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}},
+          "optimizer": {"eps": 1e-4, "average": 0.5}}  # fmt: skip
+UNCERTAIN = {"loss_weighting": "uncertainty"}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -64,6 +69,15 @@ MEGATRON_LEVERS = [
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
     case("DP2", objectives=CORRELATED),
+    case("DP2", train=UNCERTAIN, contrastive=CACHED),
+    case("PP2 x VPP2", train=UNCERTAIN),
+    case("TP2 + SP", train=UNCERTAIN),
+    case("EP2", 1, **GATHERED, **TAUGHT),
+    case("PP2 x VPP2", **TAUGHT),
+    case("TP2 + SP", contrastive=CACHED, **TAUGHT),
+    case("EP2", objectives=MASKED),
+    case("PP2 x VPP2", objectives=MASKED),
+    case("TP2 + SP", objectives=MASKED),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -78,6 +92,11 @@ DEEPSPEED_LEVERS = [
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
     case("EP2", 3, "deepspeed", objectives=CORRELATED),
+    case("DP2", 3, "deepspeed", objectives=MASKED),
+    case("EP2", 1, "deepspeed", offload_optimizer="cpu", **TAUGHT),
+    case("TP2 + SP", 2, "deepspeed", **TAUGHT),
+    case("EP2", 3, "deepspeed", **TAUGHT),
+    case("EP2", 3, "deepspeed", train=UNCERTAIN),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),

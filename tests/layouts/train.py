@@ -108,8 +108,10 @@ def _numbers(piece: torch.Tensor) -> np.ndarray:
 @functools.cache
 def reference(alone: Case, steps: int) -> Outcome:
     """What layouts of a case must train like (``Case.alone``): one process, by plain torch in fp32. For half types,
-    and for a loss that takes two passes, by the megatron engine; test_cuts.py compares it with plain torch."""
-    if alone.precision == "fp32" and not objectives_of(alone.config()).whole_step:
+    and for a loss that takes two passes, by the megatron engine; test_cuts.py and test_self_distillation.py compare
+    it with plain torch."""
+    passes = objectives_of(alone.config()).whole_step or alone.optimizer.get("average")
+    if alone.precision == "fp32" and not passes:
         return train_alone(alone, steps)
     return start_ranks(1, [(alone, steps)], SECONDS_ALONE)[0][0]
 

@@ -132,3 +132,41 @@ def test_a_modality_that_reads_text_needs_a_tokenizer(tiny_data: Path) -> None:
     assert (without.vocab_size, without.fingerprint, without.predictable) == (0, "", ())
     with pytest.raises(ValueError, match=r"no modality reads text \(left\)"):
         _ = without.tokenizer
+
+
+def test_what_is_hidden_leaves_no_trace_and_the_rest_is_as_it_was(modality: Modality) -> None:
+    if not modality.hideable:
+        pytest.skip("its tokens cannot be hidden")
+    for value in examples(modality, 3):
+        may_hide = modality.may_hide(value)
+        hidden = np.zeros(modality.num_tokens(value), dtype=bool)
+        hidden[may_hide[::2]] = True
+        seen, before = modality.hide(value, hidden), value.copy()
+        shown = modality.keys if modality.predictable else modality.contents
+        np.testing.assert_array_equal(value, before)
+        assert seen.dtype == value.dtype and modality.num_tokens(seen) == modality.num_tokens(value)
+        np.testing.assert_array_equal(shown(seen)[~hidden], shown(value)[~hidden])
+        assert (hidden.any() and hidden.sum() == len(may_hide[::2])) or not len(may_hide)
+        traces = shown(seen)[hidden]
+        np.testing.assert_array_equal(traces, np.broadcast_to(traces[:1], traces.shape))
+
+
+def test_contents_are_the_numbers_that_a_linear_stem_multiplies(modality: Modality) -> None:
+    if modality.predictable or not modality.hideable:
+        pytest.skip("it has no contents")
+    if getattr(modality.settings, "stem", "linear") != "linear" or not modality.rotary:
+        pytest.skip("its rows are not a product with its contents alone")
+    module = modality.embedder(HIDDEN, VOCAB)
+    values = examples(modality, 2)
+    contents = np.concatenate([modality.contents(value) for value in values])
+    assert contents.dtype == np.float32 and contents.shape[1] == modality.content_size
+    product = module.get_submodule("stem" if hasattr(module, "stem") else "project")
+    weight, bias = (product.get_parameter(name) for name in ("weight", "bias"))
+    numbers = np.nan_to_num(contents)
+    if "observed" in modality.collate(values).arrays:
+        numbers = np.concatenate([numbers, np.isfinite(contents)], axis=1)
+    expected = torch.from_numpy(numbers.astype(np.float32)) @ weight.flatten(1).t() + bias
+    starts = modality.collate(values).starts.tolist()
+    rows = embed(modality, module, values)
+    found = torch.cat([rows[s : s + modality.num_tokens(v)] for s, v in zip(starts, values, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # sums of up to 200 products, in another order

@@ -56,7 +56,7 @@ def batch_of(present: dict[str, Tensor], group_ids: Tensor) -> Batch:
 
 
 def outputs_of(features: dict[str, Tensor]) -> Outputs:
-    return Outputs(torch.zeros(0, 16), features, {}, {})
+    return Outputs(torch.zeros(0, 16), features, {}, {}, {})
 
 
 EYE = torch.eye(2)

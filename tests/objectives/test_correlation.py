@@ -50,7 +50,7 @@ def losses(values: dict[str, Any], projected: dict[str, Tensor], present: dict[s
     """The means of the losses over their terms."""
     objective = settings_of(its=values).objectives["its"]
     batch, size = batch_of(present), next(iter(projected.values())).shape[1]
-    sums = objective.module(size)(Outputs(torch.zeros(0, 16), {}, {}, projected), batch, SINGLE)
+    sums = objective.module(size)(Outputs(torch.zeros(0, 16), {}, {}, {}, projected), batch, SINGLE)
     return {name: value.item() / max(1, objective.counts(batch)[name]) for name, value in sums.items()}
 
 
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_finite_differences(function: Any, x: Tensor, y: 
 def gradients(values: dict[str, Any], projected: dict[str, Tensor], present: dict[str, Tensor]) -> list[Tensor]:
     leaves = {name: rows.clone().requires_grad_() for name, rows in projected.items()}
     module = settings_of(its=values).objectives["its"].module(next(iter(projected.values())).shape[1])
-    sums = module(Outputs(torch.zeros(0, 16), {}, {}, leaves), batch_of(present), SINGLE)
+    sums = module(Outputs(torch.zeros(0, 16), {}, {}, {}, leaves), batch_of(present), SINGLE)
     torch.stack(list(sums.values())).sum().backward()
     return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
 
@@ -237,7 +237,7 @@ class World:
     def given(self, rows: slice) -> tuple[Outputs, Batch]:
         present = {name: has[rows] for name, has in self.present.items()}
         projected = {name: self.inputs[name][rows] @ self.weights[name] * present[name][:, None] for name in NAMES}
-        return Outputs(torch.zeros(0, 16), {}, {}, projected), batch_of(present)
+        return Outputs(torch.zeros(0, 16), {}, {}, {}, projected), batch_of(present)
 
     def sums(self, rows: slice, groups: Groups) -> dict[str, Tensor]:
         return {k: v for module in self.modules for k, v in module(*self.given(rows), groups).items()}

@@ -38,14 +38,14 @@ def test_what_is_held_between_the_passes_is_what_a_real_step_holds(tmp_path: Pat
     model = PretrainingModel(config)
     batches = [full_batch(config, SAMPLES, i * SAMPLES) for i in range(MICROBATCHES)]
     model.begin_step(0, step_counts(batches, model.objectives, None, torch.device("cpu")))
-    model.begin_collecting()
+    model.begin_look("collecting")
     with LiveTensors() as live:
         with torch.no_grad():
             for batch in batches:
                 model(batch)
         gc.collect()
         live.reset_peak()
-        model.end_collecting()
+        model.end_look()
         gc.collect()
         kept, peak = live.live, live.peak
     with pretended_groups(resolve_layout(config, 1)) as groups:
