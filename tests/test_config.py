@@ -28,7 +28,7 @@ def parse(**sections: object) -> run_config.RunConfig:
     return run_config.parse({**tiny_values(Path("unused")), **sections})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     assert run_config.load(path).name
 
