@@ -30,7 +30,20 @@ METHODS = (
         variants=(
             Variant("baseline", "baseline", same_as="retrieval/e16"),
             Method("sigmoid_contrastive", "sigmoid loss", item="alignment", paper="SigLIP, arXiv 2303.15343"),
-            Method("memory_queue", "memory queue", item="alignment", paper="XBM, arXiv 1912.06798"),
+            Method(
+                "memory_queue",
+                "memory queue",
+                item="alignment",
+                paper="XBM, arXiv 1912.06798",
+                small=("objectives.pairs.queue_size=16",),  # two steps: it forgets some
+            ),
+            Method(
+                "masked",
+                "masked modelling",
+                item="alignment",
+                paper="SimMIM, arXiv 2111.09886; BERT, arXiv 1810.04805",
+            ),
+            Method("masked_joint", "joint masked modelling", item="alignment", paper="M3AE, arXiv 2205.14204"),
         ),
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL}",
