@@ -44,6 +44,13 @@ METHODS = (
                 paper="SimMIM, arXiv 2111.09886; BERT, arXiv 1810.04805",
             ),
             Method("masked_joint", "joint masked modelling", item="alignment", paper="M3AE, arXiv 2205.14204"),
+            Method(
+                "self_distillation",
+                "self-distillation",
+                item="alignment",
+                paper="DINO, arXiv 2104.14294",
+                also=("optimizer.average",),
+            ),
         ),
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL}",
