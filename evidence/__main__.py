@@ -107,7 +107,8 @@ def main(given: Sequence[str] | None = None) -> None:
             place = quick_place((args.out or quick.OUT).resolve())
         written = [chosen] if args.quick else list(PAGES.values())
         if args.list:
-            show([each for page in ([chosen] if args.only else written) for each in page.studies], place)
+            for each in [chosen] if args.only else written:
+                show(each.studies, place)
         elif args.render:
             render(written, place)
         else:
