@@ -55,6 +55,28 @@ METHODS = (
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL}",
     ),
+    Study(
+        name="weighting",
+        title="Emoji and their names, with masked modelling",
+        question="Which weights of several losses match emoji with their names better?",
+        config="configs/methods/uncertainty_weighting.yaml",
+        corpus="europe",
+        metrics=(RECALL,),
+        reference="fixed",
+        variants=(
+            Variant("fixed", "fixed weights", ("train.loss_weighting=fixed",)),
+            Method(
+                "uncertainty_weighting",
+                "uncertainty weighting",
+                item="imbalance",
+                paper="arXiv 1705.07115",
+                also=("train.loss_weighting",),
+            ),
+        ),
+        panels=(),
+        setting="Fixed weights are 1 each for InfoNCE, masked modelling of images and masked modelling of names. "
+        f"16 experts, one a token. {OF_ALL}",
+    ),
 )
 
 
