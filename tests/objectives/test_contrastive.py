@@ -391,6 +391,20 @@ def test_features_of_the_queue_have_no_gradient() -> None:
     assert not world.module.queue_rows.requires_grad and world.module.queue_rows.equal(before)
 
 
+def test_all_pairs_share_one_copy_of_the_queue_until_the_backward_pass() -> None:
+    world = World.make(queue_size=64)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        sums = world.sums(slice(0, 4))
+    copies = [size for size in kept.values() if size >= world.module.queue_rows.nbytes]
+    assert len(sums) == 3 and len(copies) == 1
+
+
 def test_a_queue_of_half_a_step_is_refused() -> None:
     settings = settings_of(queue_size=12).objectives["match"].settings
     assert settings.batch_problem("match", 4, 1, 1) is None
