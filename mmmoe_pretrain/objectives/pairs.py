@@ -49,7 +49,7 @@ class PairSettings(ObjectiveSettings):
     pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     initial_temperature: float = Field(0.07, ge=0.01, le=100)  # it never falls below 0.01
     cached: bool = False
-    queue_size: int = Field(0, ge=0)
+    queue_size: int = Field(0, ge=0, le=1 << 20)
 
     @property
     def on(self) -> bool:
