@@ -72,7 +72,7 @@ class PairSettings(ObjectiveSettings):
                 f"{global_batch_size}: the queue holds whole steps; use {less} or {less + global_batch_size}"
             )
         parts = 1 if self.cached else num_microbatches
-        if not self.on or global_batch_size != parts:
+        if not self.on or self.queue_size or global_batch_size != parts:  # the first step alone meets an empty queue
             return None
         remedies = [f"train.global_batch_size {2 * parts} or more"]
         if parts > 1:
