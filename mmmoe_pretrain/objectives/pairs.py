@@ -49,7 +49,7 @@ class PairSettings(ObjectiveSettings):
     pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     initial_temperature: float = Field(0.07, ge=0.01, le=100)  # it never falls below 0.01
     cached: bool = False
-    queue_size: int = Field(0, ge=0)
+    queue_size: int = Field(0, ge=0, le=1 << 20)
 
     @property
     def on(self) -> bool:
@@ -72,7 +72,7 @@ class PairSettings(ObjectiveSettings):
                 f"{global_batch_size}: the queue holds whole steps; use {less} or {less + global_batch_size}"
             )
         parts = 1 if self.cached else num_microbatches
-        if not self.on or global_batch_size != parts:
+        if not self.on or self.queue_size or global_batch_size != parts:  # the first step alone meets an empty queue
             return None
         remedies = [f"train.global_batch_size {2 * parts} or more"]
         if parts > 1:
@@ -235,11 +235,12 @@ class PairModule(ObjectiveModule):
             self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
         rows = features.group_ids_B.shape[0]
         mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
+        keys = everyone if queue is None else Features.joined([everyone, queue])
         sums = {}
         for pair, (a, b) in self.pairs.items():
             scale = _bounded(self.log_scale[pair]).float().exp()
             one, other = self.sides.index(a), self.sides.index(b)
-            ways = (_candidates(everyone, queue, query, key, mine) for query, key in ((one, other), (other, one)))
+            ways = (_candidates(everyone, keys, query, key, mine) for query, key in ((one, other), (other, one)))
             there, back = (self.one_way(pair, scale, among) for among in ways)
             sums[f"{self.name}/{pair}"] = 0.5 * (there + back)
         return sums
@@ -309,8 +310,7 @@ def _gather(features: Features, groups: Groups) -> Features:
     return Features(gather_rows(features.rows_BRP, groups.data), flags_G[:, :-1].bool(), flags_G[:, -1])
 
 
-def _candidates(everyone: Features, queue: Features | None, query: int, key: int, mine: slice) -> Candidates:
-    keys = everyone if queue is None else Features.joined([everyone, queue])
+def _candidates(everyone: Features, keys: Features, query: int, key: int, mine: slice) -> Candidates:
     both_G = everyone.present_BR[:, query] & everyone.present_BR[:, key]
     places_N = torch.arange(len(keys.group_ids_B), device=both_G.device)
     own_B, both_B = places_N[mine], both_G[mine]
