@@ -14,10 +14,10 @@ IMAGE_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check page-check parity reshard chaos fuzz cluster image gpu bench evidence clean
+.PHONY: help demo test check page-check parity reshard chaos fuzz methods-walk cluster image gpu bench evidence methods clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Fetch real data, train on two processes, evaluate, and show the report
 	launch/demo.sh
@@ -51,6 +51,9 @@ chaos: $(STAMP) ## Kill ranks of a run 50 times, with streams and with remote sh
 fuzz: $(STAMP) ## Feed 20,000 damaged files to all readers of files (10 minutes)
 	@$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
 
+methods-walk: $(STAMP) ## Train each config of configs/methods in small on one rank and two, kill, resume, export, evaluate (a minute each)
+	@$(BIN)/python -W ignore -m tests.methods.walk
+
 cluster: $(STAMP) ## As root: runs over simulated hosts, of which one fails (15 minutes); says what it needs
 	@$(BIN)/python -W ignore -m tests.cluster.run
 
@@ -73,6 +76,9 @@ bench: $(STAMP) ## Run every benchmark with --quick, compared with other librari
 
 evidence: $(STAMP) ## Train the studies of docs/evidence.md, ONLY="captions prose" some (hours; repeat it to continue)
 	@$(BIN)/python -m evidence $(if $(ONLY),--only $(ONLY))
+
+methods: $(STAMP) ## Train the methods of docs/methods.md beside their baselines, ONLY="memory_queue" some (hours; repeat it to continue)
+	@$(BIN)/python -m evidence --page methods $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove .venv and the caches, but not data/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

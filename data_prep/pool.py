@@ -16,6 +16,7 @@ from typing import TypeVar
 
 _AHEAD = 4  # tasks a worker that are in flight, so memory does not grow
 _LATEST = 0.5  # seconds until a signal is answered that came just before a wait, which it does not end
+_CUT_SHORT = ("EOFError", "got end of file")  # of a connection whose other end was closed amid a message
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +42,10 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
             yield _result(waiting.popleft())
         for pool in pools:
             pool.shutdown()
-    except BrokenProcessPool:
+    except BrokenProcessPool as broken:
+        reason = str(broken.__cause__ or _CUT_SHORT[0])
+        if not any(text in reason for text in _CUT_SHORT):
+            raise  # e.g. an exception whose class cannot be made again from its message
         raise ValueError(
             "a worker process was killed (memory that runs out is the usual reason); run the command again, which "
             "resumes, with fewer --workers"
@@ -58,8 +62,10 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
 def _submit(pool: ProcessPoolExecutor, function: Callable[[T], R], task: T) -> Future[R]:
     future = pool.submit(function, task)
     # With this process's copy open, the executor would wait for ever for the rest of a long result whose worker was
-    # killed while it wrote it.
-    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    # killed while it wrote it. It is private: a Python that has another one works, but for that.
+    writer = getattr(getattr(pool, "_result_queue", None), "_writer", None)
+    if writer is not None:
+        writer.close()
     return future
 
 

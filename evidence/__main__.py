@@ -1,13 +1,15 @@
-"""Trains what the studies of evidence/studies.py lack, and writes docs/evidence.md and its pictures from the records.
+"""Trains the runs that the studies of docs/evidence.md (studies.py) or docs/methods.md (methods.py) lack, and writes
+both pages and their pictures from the records.
 
-    python -m evidence                       all studies: hours; repeat it to continue
+    python -m evidence                       the studies of docs/evidence.md: hours; repeat it to continue
     python -m evidence --only captions       one study
-    python -m evidence --render              the page from the records that are there
+    python -m evidence --page methods        those of docs/methods.md; --only NAME: one method and its baseline
+    python -m evidence --render              the pages from the records that are there
     python -m evidence --list                the runs, and which of them have a record
     python -m evidence --quick               all studies in small, without a network: minutes; figures without meaning
 
-Runs go to runs/evidence, a core each, records to evidence/records. A run with a record is not repeated. Ctrl-C or
-SIGTERM ends runs at a checkpoint; the exit code is 75 then.
+Runs go to runs/evidence, a core each, records to evidence/records. Runs of another study that one shows are trained,
+too. A run with a record is not repeated. Ctrl-C or SIGTERM ends runs at a checkpoint; the exit code is 75 then.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evidence import page, quick, records
+from evidence.methods import study
+from evidence.pages import PAGES, Page
 from evidence.records import Record
 from evidence.runs import Runner, Task
 from evidence.settings import changed
-from evidence.studies import ROOT, STUDIES, Study, study
+from evidence.study import ROOT, Study, Variant
 from mmmoe_pretrain.exit_codes import STOPPED
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a call keeps its runs, records and page, and what holds for all of its runs."""
+    """Where a call keeps its runs, records and pages, and what holds for all of its runs."""
 
     runs: Path = ROOT / "runs" / "evidence"
     records: Path = records.FOLDER
@@ -40,28 +44,34 @@ class Place:
     readme: Path | None = ROOT / "README.md"
     data: Path | None = None  # None: where the configs have it
     extra: tuple[str, ...] = ()
-    head: str = page.HEAD
     runner: type[Runner] = Runner
 
 
 def quick_place(out: Path) -> Place:
     data = out / "data"
-    return Place(
-        out / "runs", out / "records", out, None, data, quick.overrides(data), quick.HEAD, quick.ForkingRunner
-    )
+    return Place(out / "runs", out / "records", out, None, data, quick.overrides(data), quick.ForkingRunner)
 
 
 def tasks_of(
     studies: Sequence[Study], place: Place, only: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[Task]:
-    """All runs, with a record or without: the first seed of all variants before the second."""
-    return [
-        Task(each, variant, seed, place.runs, place.extra)
+    """All runs that the studies show, with a record or without: the first seed of all variants before the second."""
+    tasks = [
+        _task(each, variant, seed, place)
         for each in studies
         for seed in each.seeds
         for variant in each.variants
-        if not variant.same_as and (not only or variant.name in only) and (not seeds or seed in seeds)
+        if (not only or variant.name in only) and (not seeds or seed in seeds)
     ]
+    return list({task.name: task for task in tasks}.values())
+
+
+def _task(of: Study, variant: Variant, seed: int, place: Place) -> Task:
+    owner, name = of.owner_of(variant)
+    if owner != of.name:
+        of, variant = study(owner), study(owner).variant(name)
+    small = variant.small if place.extra else ()
+    return Task(of, variant, seed, place.runs, (*place.extra, *small))
 
 
 def record_path(task: Task, place: Place) -> Path:
@@ -72,7 +82,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", default=[each.name for each in STUDIES], help="studies")
+    parser.add_argument("--page", choices=PAGES, default="evidence", help="whose studies; default: %(default)s")
+    parser.add_argument("--only", nargs="+", default=[], help="studies, or methods")
     parser.add_argument("--variants", nargs="+", default=[], help="only these of each study")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
@@ -87,17 +98,21 @@ def main(given: Sequence[str] | None = None) -> None:
     """Errors that a user can fix print one line."""
     args = arguments(given)
     try:
-        studies, place = [study(name) for name in args.only], Place()
-        check(studies, args)
+        chosen, place = PAGES[args.page], Place()
+        if args.only:
+            chosen = chosen.of(args.only)
+        check(chosen.studies, args)
         if args.quick:
-            studies = quick.studies_of(studies)
+            chosen = replace(chosen, studies=quick.studies_of(chosen.studies), head=quick.HEAD.format(chosen.title))
             place = quick_place((args.out or quick.OUT).resolve())
+        written = [chosen] if args.quick else list(PAGES.values())
         if args.list:
-            show(studies, place)
+            for each in [chosen] if args.only else written:
+                show(each.studies, place)
         elif args.render:
-            render(studies if args.quick else STUDIES, place)
+            render(written, place)
         else:
-            train(studies, place, args)
+            train(chosen.studies, written, place, args)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"evidence: {error}")
     except KeyboardInterrupt:
@@ -112,8 +127,8 @@ def check(studies: Sequence[Study], args: argparse.Namespace) -> None:
     ):
         for name in wanted:
             if name not in known:
-                there = ", ".join(map(str, sorted(known)))
-                raise ValueError(f"there is no {what} {name} in {', '.join(args.only)}; there are {there}")
+                there, where = ", ".join(map(str, sorted(known))), ", ".join(each.name for each in studies)
+                raise ValueError(f"there is no {what} {name} in {where}; there are {there}")
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} trains nothing; give 1 or more")
     if args.out is not None and not args.quick:
@@ -137,27 +152,34 @@ def show(studies: Sequence[Study], place: Place) -> None:
             owner, name = each.owner_of(variant)
             known = [seed for seed in each.seeds if records.path_of(owner, name, seed, place.records).is_file()]
             of = f" (runs of {variant.same_as})" if variant.same_as else ""
-            print(f"{each.name:<12}{variant.name:<20}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
+            print(f"{each.name:<12}{variant.name:<24}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
     for task, _, changes in made_with_other_settings(studies, place):
         print(f"{task.name} was made with other settings: {'; '.join(changes)}")
 
 
-def render(studies: Sequence[Study], place: Place) -> None:
-    """The page, which also says what was made with other settings."""
-    remarks: dict[str, list[str]] = {}
-    for task, record, changes in made_with_other_settings(studies, place):
-        told = f"Recorded with other settings than the study has now: {task.variant.label}, seed {record.seed} ("
-        remarks.setdefault(task.study.name, []).append(f"{told}{'; '.join(changes)}).")
-    print(page.write(place.docs, place.records, studies, remarks, place.head))
+def render(pages: Sequence[Page], place: Place) -> None:
+    """The pages, which also say what was made with other settings."""
+    for each in pages:
+        print(each.write(place.docs, place.records, each.studies, remarks(each.studies, place), each.head))
     if place.readme is not None:
         page.write_readme(place.readme, place.records)
 
 
-def train(studies: Sequence[Study], place: Place, args: argparse.Namespace) -> None:
+def remarks(studies: Sequence[Study], place: Place) -> dict[str, list[str]]:
+    """What each study shows that was made with other settings."""
+    found: dict[str, list[str]] = {}
+    for each in studies:
+        for task, record, changes in made_with_other_settings([each], place):
+            told = f"Recorded with other settings than the study has now: {task.variant.label}, seed {record.seed} ("
+            found.setdefault(each.name, []).append(f"{told}{'; '.join(changes)}).")
+    return found
+
+
+def train(studies: Sequence[Study], pages: Sequence[Page], place: Place, args: argparse.Namespace) -> None:
     wanted = tasks_of(studies, place, args.variants, args.seeds)
     tasks = [task for task in wanted if not record_path(task, place).is_file()]
     print(f"{len(tasks)} runs to train of {len(wanted)}, {args.jobs} at a time", flush=True)
-    for corpus in dict.fromkeys(task.study.corpus for task in tasks):
+    for corpus in [quick.CORPUS] * bool(tasks) if args.quick else dict.fromkeys(task.study.corpus for task in tasks):
         make_data(corpus, place.data)
     if args.quick:
         quick.import_once()
@@ -167,7 +189,7 @@ def train(studies: Sequence[Study], place: Place, args: argparse.Namespace) -> N
         for task, path in runner.run(tasks):
             stopped = stopped or path is None
             print(f"{task.name}: {path or 'stopped; repeat the command to continue it'}", flush=True)
-    render(studies if args.quick else STUDIES, place)
+    render(pages, place)
     if stopped:
         sys.exit(STOPPED)
 

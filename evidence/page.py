@@ -1,16 +1,20 @@
-"""docs/evidence.md and its pictures, made of the records alone: figures that no run gave are not there."""
+"""docs/evidence.md and its pictures, made of the records alone: figures that no run gave are not there.
+
+Sections of studies and cells of tables are made here for docs/methods.md, too (methods_page.py).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from evidence import pictures, records
 from evidence.intervals import Interval, interval, ratio
 from evidence.pictures import Runs
 from evidence.records import Record
-from evidence.studies import ROOT, STUDIES, Metric, Study, Variant
+from evidence.studies import STUDIES
+from evidence.study import Metric, Study, Variant
 from mmmoe_pretrain.train.console import short
 
 HEAD = """# Evidence
@@ -43,19 +47,24 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
           remarks: Mapping[str, Sequence[str]] = NOTHING, head: str = HEAD) -> Path:  # fmt: skip
     """Pictures go to ``docs``/evidence. ``remarks`` end the section of their study. The same records give the same
     bytes."""
-    (docs / "evidence").mkdir(parents=True, exist_ok=True)
-    parts = [head]
+    path = docs / "evidence.md"
+    path.write_text("\n".join([head, *sections(studies, folder, remarks, docs / "evidence")]), encoding="utf-8")
+    return path
+
+
+def sections(studies: Sequence[Study], folder: Path, remarks: Mapping[str, Sequence[str]], shown: Path) -> list[str]:
+    """One a study; its picture goes to ``shown``, a folder beside the page."""
+    shown.mkdir(parents=True, exist_ok=True)
+    parts = []
     for study in studies:
         runs = records.read_study(study, folder)
         if runs and not (list(runs) == [study.reference] and study.variant(study.reference).same_as):
             if study.panels:
-                pictures.draw(study, runs, docs / "evidence" / f"{study.name}.svg")
-            parts.append(section(study, runs, remarks.get(study.name, ())))
+                pictures.draw(study, runs, shown / f"{study.name}.svg")
+            parts.append(section(study, runs, remarks.get(study.name, ()), Path(shown.name)))
         else:
             parts.append(f"## {study.title}\n{study.question} Not run yet.\n")
-    path = docs / "evidence.md"
-    path.write_text("\n".join(parts), encoding="utf-8")
-    return path
+    return parts
 
 
 def write_readme(readme: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = STUDIES) -> None:
@@ -85,11 +94,12 @@ def _results(study: Study, runs: Runs, folder: Path) -> list[str]:
     return [*picture, *_table(study, runs), ""]
 
 
-def section(study: Study, runs: Runs, remarks: Sequence[str] = ()) -> str:
+def section(study: Study, runs: Runs, remarks: Sequence[str], shown: Path) -> str:
+    """``shown``: the folder of its picture, from that of the page."""
     lines = [f"## {study.title}", study.question, ""]
     if study.setting:
         lines += [study.setting, ""]
-    lines += _results(study, runs, Path("evidence"))
+    lines += _results(study, runs, shown)
     if read := _reading(study, runs):
         lines += [read, ""]
     lines.append(_origin(study, runs))
@@ -101,32 +111,39 @@ def _table(study: Study, runs: Runs) -> list[str]:
     titles = ["", "parameters", "active", "MFLOPs a token", "core-hours"]
     for metric in study.metrics:
         titles += [metric.title, *(["change"] if metric.compared else [])]
-    table = [titles, *(_row(study, runs, variant) for variant in study.variants if variant.name in runs)]
-    if len(titles) > WIDEST:
-        table = [list(cells) for cells in zip(*table, strict=True)]
-    head, *rows = [f"| {' | '.join(cells)} |" for cells in table]
-    return [head, f"|{'---|' * len(table[0])}", *rows]
+    rows = [titles, *(_row(study, runs, variant) for variant in study.variants if variant.name in runs)]
+    return table(rows if len(titles) <= WIDEST else [list(cells) for cells in zip(*rows, strict=True)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; the first row has the titles."""
+    head, *others = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [head, f"|{'---|' * len(rows[0])}", *others]
 
 
 def _row(study: Study, runs: Runs, variant: Variant) -> list[str]:
     by_seed = runs[variant.name]
     one = next(iter(by_seed.values()))
     seconds = [record.core_seconds for record in by_seed.values() if record.core_seconds is not None]
-    few = "" if len(by_seed) == len(study.seeds) else f" ({len(by_seed)} seed{'s' * (len(by_seed) > 1)})"
-    cells = [variant.label + few, short(one.parameters), short(one.active_parameters)]
+    cells = [variant.label + few_seeds(study, by_seed), short(one.parameters), short(one.active_parameters)]
     cells.append(f"{one.flops_per_token / 1e6:.2f}")
     cells.append(f"{sum(seconds) / len(seconds) / 3600:.2f}" if seconds else "-")
     for metric in study.metrics:
-        cells.append(_value(final, metric) if (final := _final(by_seed.values(), metric)) else "-")
-        cells += [_change(study, runs, variant, metric)] if metric.compared else []
+        cells.append(final(by_seed.values(), metric))
+        cells += [change(study, runs, variant, metric)] if metric.compared else []
     return cells
 
 
-def _final(found: Iterable[Record], metric: Metric) -> Interval | None:
-    """None where a run has no such value, as a dense model has no load."""
+def few_seeds(study: Study, by_seed: Collection[int]) -> str:
+    """The number of seeds where some have no record."""
+    return "" if len(by_seed) == len(study.seeds) else f" ({len(by_seed)} seed{'s' * (len(by_seed) > 1)})"
+
+
+def final(found: Iterable[Record], metric: Metric) -> str:
+    """The value at the end of training; - where a run has none, as a dense model has no load."""
     values = [record.find(metric.name) for record in found]
     known = [metric.scale * value for value in values if value is not None]
-    return interval(known) if len(known) == len(values) else None
+    return _value(interval(known), metric) if len(known) == len(values) else "-"
 
 
 def _value(value: Interval, metric: Metric) -> str:
@@ -144,7 +161,7 @@ def paired(study: Study, runs: Runs, variant: str, metric: Metric) -> tuple[floa
     return ratio(values, others) if seeds and min(*values, *others) > 0 else None
 
 
-def _change(study: Study, runs: Runs, variant: Variant, metric: Metric) -> str:
+def change(study: Study, runs: Runs, variant: Variant, metric: Metric) -> str:
     if variant.name == study.reference:
         return "reference"
     found = paired(study, runs, variant.name, metric)
@@ -194,7 +211,7 @@ def _origin(study: Study, runs: Runs) -> str:
     steps = sorted({record.last.step for record in found})
     missing = [told for variant in study.variants if (told := _missing(study, runs, variant))]
     told = (
-        f"`{study.path.relative_to(ROOT)}`, {' and '.join(f'{number:,}' for number in steps)} steps; {len(found)} "
+        f"`{study.config}`, {' and '.join(f'{number:,}' for number in steps)} steps; {len(found)} "
         f"{'run' if len(found) == 1 else 'runs'} of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on "
         f"{', '.join(cpus)}, {_core_hours(found)}; {'commit' if len(commits) == 1 else 'commits'} "
         f"{' and '.join(commits)}."

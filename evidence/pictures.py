@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from evidence.intervals import Interval, interval
 from evidence.records import Record
-from evidence.studies import Metric, Study
+from evidence.study import Metric, Study
 from mmmoe_pretrain.evaluate.figures import COLOURS
 from mmmoe_pretrain.evaluate.heatmap import INK, QUIET
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from evidence.runs import ENVIRONMENT, Call, Runner
-from evidence.studies import ROOT, Study
+from evidence.study import ROOT, Study
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.engines.megatron import prepare
 
@@ -30,7 +30,7 @@ SIZES = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "mod
          "moe.expert_hidden_size=16", "train.steps=6", "train.global_batch_size=8", "train.log_every=2",
          "optimizer.warmup_steps=2", "checkpoint.every=6", "evaluate.every=2", "evaluate.samples=16",
          "data.num_workers=0")  # fmt: skip
-HEAD = """# Evidence in small
+HEAD = """# {} in small
 
 A trial by `python -m evidence --quick`: tiny models, a few steps, the small corpus of the repository. Its figures
 mean nothing.
@@ -45,8 +45,8 @@ def check_folder(out: Path) -> None:
             raise ValueError(f"--out {out} is in {kept}, the place of full runs; name another folder")
 
 
-def studies_of(studies: Sequence[Study]) -> list[Study]:
-    return [replace(study, corpus=CORPUS, seeds=study.seeds[:SEEDS]) for study in studies]
+def studies_of(studies: Sequence[Study]) -> tuple[Study, ...]:
+    return tuple(replace(study, seeds=study.seeds[:SEEDS]) for study in studies)
 
 
 def overrides(data: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 from pydantic.dataclasses import dataclass
 
 from evidence.measures import ROUTING, Routing, measure
-from evidence.studies import Study
+from evidence.study import Study
 from mmmoe_pretrain.config.base import explain
 from mmmoe_pretrain.untrusted import read_json
 

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from evidence import records
 from evidence.records import Machine, Point, Record
 from evidence.settings import refuse_other_settings
-from evidence.studies import ROOT, TEST, TOWERS, TRAINER, Study, Variant
+from evidence.study import ROOT, TEST, TOWERS, TRAINER, Study, Variant
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.config import RunConfig
@@ -69,12 +69,17 @@ class Task:
         return f"{self.study.name}-{self.variant.name}-seed{self.seed}"
 
     @property
+    def path(self) -> Path:
+        """Of its config's file."""
+        return self.study.path_of(self.variant)
+
+    @property
     def overrides(self) -> list[str]:
         own = (f"name={self.name}", f"seed={self.seed}", f"runs_dir={self.runs_dir}")
         return [*self.variant.overrides, *self.extra, *own]
 
     def config(self) -> RunConfig:
-        return run_config.load(self.study.path, self.overrides)
+        return run_config.load(self.path, self.overrides)
 
     def before(self) -> Task | None:
         """The run that this one is made of (``studies.Start``); None for a run from the first step. Its learning
@@ -95,7 +100,7 @@ class Task:
 
     def _training(self) -> list[Call]:
         config, before, start = self.config(), self.before(), self.variant.start
-        train = Call(self.variant.program, ("train", str(self.study.path), *self.overrides), config.run_dir)
+        train = Call(self.variant.program, ("train", str(self.path), *self.overrides), config.run_dir)
         if before is None or start is None or config.run_dir.exists():
             return [train]
         (first,) = before._training()

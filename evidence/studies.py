@@ -1,103 +1,10 @@
-"""The table of studies: what is compared, on which corpus, by which metric.
-
-A study trains each of its variants over several seeds by one config; a variant overrides some of its settings. All
-variants of a seed see the same samples in the same order.
-"""
+"""The studies of docs/evidence.md: sparse models beside dense ones, and ways to route, capacity and losses."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SEEDS = (1, 2, 3)
-
-
-TRAINER, TOWERS = "mmmoe_pretrain.cli", "evidence.two_towers"  # programs that train a run
-
-
-@dataclass(frozen=True)
-class Metric:
-    """``name`` of a held-out loss or score in metrics.jsonl, or of a measure of routing (evidence/measures.py);
-    ``title`` of its column. ``compared``: whether another column has its change from the reference."""
-
-    name: str
-    title: str
-    lower_is_better: bool = True
-    percent: bool = False
-    compared: bool = True
-
-    @property
-    def scale(self) -> int:
-        """Of the numbers that are shown."""
-        return 100 if self.percent else 1
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run goes on from: another run, with ``overrides`` of the study's config, that trains the first ``share``
-    of the variant's steps and is changed by ``mmmoe experts`` with the arguments ``command``."""
-
-    share: float
-    overrides: tuple[str, ...]
-    command: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """``label`` of its row and curve. ``overrides`` of the study's config, as on the command line of mmmoe train.
-    ``experts`` where it is a point of the curve over the number of experts; ``line`` and ``x`` where it is one of the
-    panel "sweep". ``same_as``: STUDY/VARIANT of another study, trained by the same config, whose records count here
-    too. ``program``: ``TRAINER``, or a module with its command line and another model."""
-
-    name: str
-    label: str
-    overrides: tuple[str, ...] = ()
-    experts: int | None = None
-    same_as: str = ""
-    program: str = TRAINER
-    start: Start | None = None
-    line: str = ""
-    x: float | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """``config``: its path from the root of the repository. ``reference``: the variant that the others are compared
-    with, seed by seed. ``corpus``: the argument of evidence/data.sh. ``question`` begins its section of the page.
-    ``evaluated``: runs are scored by mmmoe evaluate after training; the record has these scores as test/METRIC."""
-
-    name: str
-    title: str
-    question: str
-    config: str
-    corpus: str
-    metrics: tuple[Metric, ...]
-    reference: str
-    variants: tuple[Variant, ...]
-    panels: tuple[str, ...] = ("steps", "flops", "hours")  # of pictures.PANELS; none: no picture
-    setting: str = ""  # what a reader of the page must know beside the question
-    seeds: tuple[int, ...] = SEEDS
-    axis: str = ""  # title of the x axis of the panel "sweep"
-    evaluated: bool = False
-
-    @property
-    def path(self) -> Path:
-        return ROOT / self.config
-
-    def variant(self, name: str) -> Variant:
-        """Raises ValueError for an unknown one."""
-        for variant in self.variants:
-            if variant.name == name:
-                return variant
-        known = ", ".join(variant.name for variant in self.variants)
-        raise ValueError(f"study {self.name} has no variant {name!r}; it has {known}")
-
-    def owner_of(self, variant: Variant) -> tuple[str, str]:
-        """The study and variant whose runs are those of ``variant``."""
-        owner, _, name = (variant.same_as or f"{self.name}/{variant.name}").partition("/")
-        return owner, name
+from evidence.study import TEST, TOWERS, Metric, Start, Study, Variant
 
 
 def dense(width: int) -> tuple[str, ...]:
@@ -132,7 +39,6 @@ def entropies(*, local: bool = True, whole: bool = True, modalities: str = "imag
     return losses(", ".join(terms))
 
 
-TEST = "test/"  # begins the scores of mmmoe evaluate, beside those on validation data over training
 CAPTIONS = Metric("captions_perplexity", "perplexity of names")
 PROSE = Metric("prose_perplexity", "perplexity")
 RECALL = Metric("text_to_image_r1", "recall@1 of the image", lower_is_better=False, percent=True)
@@ -414,11 +320,3 @@ STUDIES = (
         evaluated=True,
     ),
 )
-
-
-def study(name: str) -> Study:
-    """Raises ValueError for an unknown one."""
-    for found in STUDIES:
-        if found.name == name:
-            return found
-    raise ValueError(f"there is no study {name!r}; there are {', '.join(each.name for each in STUDIES)}")

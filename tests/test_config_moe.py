@@ -128,3 +128,22 @@ def test_an_override_reaches_into_a_layer_that_yaml_names_by_a_number(tmp_path: 
     path.write_text(yaml.safe_dump(values))
     layers = run_config.load(path, ["moe.layers.1.jitter=0.5"]).moe.layers
     assert layers == {1: {"num_experts": 16, "jitter": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("moe", "balance"),
+    [
+        ({}, 0.02),
+        ({"router": "sigmoid_top_k"}, 0.02),
+        ({"losses": {}}, 0.0),
+        ({"losses": {"importance": 0.1}}, 0.0),
+        ({"router": "hash"}, 0.0),
+        ({"router": "expert_choice"}, 0.0),
+        ({"bias_balancing": {"rate": 0.001}}, 0.0),
+        ({"num_experts": 1, "experts_per_token": 1}, 0.0),
+    ],
+)
+def test_the_balance_loss_is_on_where_nothing_else_balances(moe: dict[str, Any], balance: float) -> None:
+    config = MoEConfig(**moe)
+    assert config.losses.balance == balance
+    assert MoEConfig(**config.model_dump(mode="json")) == config

@@ -15,6 +15,8 @@ from mmmoe_pretrain.config.base import StrictModel, explain
 
 RouterName = Annotated[str, AfterValidator(kinds.ROUTERS.check)]
 RoutingTerm = Literal["importance", "load", "balance", "z"]
+SELF_BALANCED = ("hash", "expert_choice")  # routers
+DEFAULT_BALANCE = 0.02
 WHOLE_MODEL_KEYS = ("every", "layers", "lending", "losses")  # one value for all layers
 
 
@@ -136,8 +138,20 @@ class MoEConfig(StrictModel):
     dispatch_chunks: int = Field(1, ge=1, le=64)  # pieces whose transfers overlap; each reads all weights again
     lending: LendingConfig | None = None  # None: every rank computes all rows of its own experts
     expert_backend: Literal["auto", "blocked", "grouped_mm"] = "auto"
-    losses: RoutingLossConfig = RoutingLossConfig()
+    losses: RoutingLossConfig = RoutingLossConfig()  # of a config that names none: ``_balanced``
     layers: dict[int, dict[str, Any]] = Field({})  # block index -> settings that differ there
+
+    @model_validator(mode="before")
+    @classmethod
+    def _balanced(cls, values: Any) -> Any:
+        """Where a config says nothing of losses, the balance loss with the weight that docs/evidence.md has measured;
+        unless the router or its biases balance, or there is nothing to balance. ``losses: {}`` sets none."""
+        if not isinstance(values, dict) or "losses" in values:
+            return values
+        balanced = values.get("router") in SELF_BALANCED or values.get("bias_balancing")
+        if balanced or values.get("num_experts") == 1:
+            return values
+        return {**values, "losses": {"balance": DEFAULT_BALANCE}}
 
     @property
     def dense(self) -> bool:

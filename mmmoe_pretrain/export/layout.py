@@ -45,7 +45,8 @@ class Weight:
 
 
 def weights_of(config: RunConfig, dtype: str = "fp32") -> list[Weight]:
-    """Every tensor of the model, in its order; no memory is taken for them.
+    """Every tensor of the model, in its order; no memory is taken for them. Buffers of objectives are not among them:
+    they hold features of the samples that training saw last.
 
     ``dtype`` bf16 is what training in bf16 computes with: the trunk's matrices and the language head.
     Vectors, routers, embedders and joint heads stay fp32 there and here.
@@ -55,7 +56,8 @@ def weights_of(config: RunConfig, dtype: str = "fp32") -> list[Weight]:
     if dtype != "fp32":
         model.use_half(DTYPES[dtype])
     parameters = [Weight(n, tuple(p.shape), p.dtype, True) for n, p in model.named_parameters()]
-    return parameters + [Weight(n, tuple(b.shape), b.dtype, False) for n, b in persistent_buffers(model).items()]
+    buffers = {f"mmmoe.{name}": buffer for name, buffer in persistent_buffers(model.mmmoe).items()}
+    return parameters + [Weight(n, tuple(b.shape), b.dtype, False) for n, b in buffers.items()]
 
 
 def in_files(weights: list[Weight], file_bytes: int = FILE_BYTES) -> dict[str, list[Weight]]:

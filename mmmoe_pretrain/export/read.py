@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
@@ -32,6 +32,7 @@ from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.paths import VARIABLE, new_folder
 from mmmoe_pretrain.untrusted import brief, read_json
 
@@ -65,7 +66,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
             Tokenizer(config.data.tokenizer, expected_fingerprint=described["tokenizer_fingerprint"])
         _plausible(config, _headers(folder, places))
         weights = layout.weights_of(config)
-        state: WholeState = {}
+        state = _buffers_of_objectives(config)
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
         write_first(config, draft, 0, state, _meta(config, described))
@@ -256,6 +257,13 @@ def _tensor(opened: Any, weight: Weight, name: str, row: int | None, file: str) 
     if dtype not in ALLOWED:
         raise ValueError(f"{file}: {name} is of type {dtype}; weights are {', '.join(ALLOWED)}")
     return (opened.get_tensor(name) if row is None else piece[row : row + 1]).float()
+
+
+def _buffers_of_objectives(config: RunConfig) -> WholeState:
+    """As a new run has them."""
+    size = config.model.embedding_size
+    tasks = nn.ModuleDict({name: objective.module(size) for name, objective in objectives_of(config).items()})
+    return {model_key(f"tasks.{name}"): buffer for name, buffer in persistent_buffers(tasks).items()}
 
 
 def _state(weight: Weight, value: Tensor, optimizer: Sequence[str]) -> WholeState:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, quarantine
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.modalities.transforms import Transform, of_time
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 FLOOR = 1e-10  # of the energy in a band
@@ -90,6 +91,10 @@ class Audio(Modality):
     @property
     def max_tokens(self) -> int:
         return int(self.settings.max_frames // self.settings.patch)
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        return of_time(self.settings.patch, 0.0)
 
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: hidden frames are at the mean."""

@@ -7,7 +7,7 @@ forked worker never touches torch's threads; nothing here imports torch, so that
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from mmmoe_pretrain.config.base import ModalitySettings
 from mmmoe_pretrain.limits import decoder_reason
 from mmmoe_pretrain.modalities.image_file import IMAGE_ERRORS
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.modalities.transforms import Transform
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 if TYPE_CHECKING:
@@ -108,6 +109,11 @@ class Modality(abc.ABC):
         """float32 [num_tokens, content_size]: the numbers that each token is made of, of about unit size, NaN where
         nothing was measured. Of kinds that are ``hideable`` and not ``predictable``."""
         raise NotImplementedError
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        """Changes of a value that make a view of it, by the name that a config gives."""
+        return {}
 
     @property
     def content_size(self) -> int:

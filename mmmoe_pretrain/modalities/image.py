@@ -8,7 +8,7 @@ The convolutional stem follows "Early Convolutions Help Transformers See Better"
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mmmoe_pretrain.modalities.image_file import ImageReader, decoders
 from mmmoe_pretrain.modalities.image_settings import Fit, ImageSettings
 from mmmoe_pretrain.modalities.image_view import FILTERS, random_view, render, whole_view
 from mmmoe_pretrain.modalities.stem import ChannelNorm, stem_widths
+from mmmoe_pretrain.modalities.transforms import IMAGE, Transform
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 # A JPEG is decoded with at least this many pixels for one of the output, a side. Bound on photographs, against a
@@ -105,6 +106,10 @@ class Image(Modality):
         rows, columns = value.shape[1] // patch, value.shape[2] // patch
         grid = value.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
         return grid.reshape(rows * columns, -1)
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        return IMAGE
 
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: hidden patches have the colour that the model sees as 0."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings, quarantine
+from mmmoe_pretrain.modalities.transforms import Transform, of_time
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.untrusted import brief
 
@@ -95,6 +96,10 @@ class Series(Modality):
     def may_hide(self, value: np.ndarray) -> np.ndarray:
         """See ``Modality.may_hide``: tokens with a measured step."""
         return np.flatnonzero(np.isfinite(self._patches(value)).any(axis=(1, 2)))
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        return of_time(self.settings.patch, math.nan)
 
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: as if its steps had not been measured."""

@@ -15,6 +15,7 @@ from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.limits import MAX_TEXT_BYTES, has_text
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, ModalitySettings
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
+from mmmoe_pretrain.modalities.transforms import TEXT, Transform
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.tensor import vocab_embedding
 
@@ -98,6 +99,10 @@ class Text(Modality):
     def may_hide(self, value: np.ndarray) -> np.ndarray:
         """See ``Modality.may_hide``: the pieces without the marks."""
         return np.arange(1, len(value) - 1)
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        return TEXT
 
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: one piece stands for all that are hidden."""

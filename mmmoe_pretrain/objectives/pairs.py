@@ -43,7 +43,7 @@ class PairSettings(PairwiseSettings, CachedSettings):
     of earlier steps that are negatives, too; whole steps, so that all layouts have the same ones."""
 
     initial_temperature: float = Field(0.07, ge=0.01, le=100)  # it never falls below 0.01
-    queue_size: int = Field(0, ge=0)
+    queue_size: int = Field(0, ge=0, le=1 << 20)
 
     def batch_problem(self, name: str, sizes: StepSizes) -> str | None:
         """See ``ObjectiveSettings.batch_problem``."""
@@ -55,7 +55,8 @@ class PairSettings(PairwiseSettings, CachedSettings):
                 f"{less + sizes.global_batch_size}"
             )
         parts = 1 if self.cached else sizes.num_microbatches
-        if not self.on or sizes.global_batch_size != parts:
+        # With a queue the first step alone has no negatives.
+        if not self.on or self.queue_size or sizes.global_batch_size != parts:
             return None
         remedies = [f"train.global_batch_size {2 * parts} or more"]
         if parts > 1:
@@ -140,11 +141,12 @@ class PairModule(PooledModule):
             self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
         rows = features.group_ids_B.shape[0]
         mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
+        keys = everyone if queue is None else Features.joined([everyone, queue])
         sums = {}
         for pair, (a, b) in self.pairs.items():
             scale = _bounded(self.log_scale[pair]).float().exp()
             one, other = self.sides.index(a), self.sides.index(b)
-            ways = (_candidates(everyone, queue, query, key, mine) for query, key in ((one, other), (other, one)))
+            ways = (_candidates(everyone, keys, query, key, mine) for query, key in ((one, other), (other, one)))
             there, back = (self.one_way(pair, scale, among) for among in ways)
             sums[f"{self.name}/{pair}"] = 0.5 * (there + back)
         return sums
@@ -172,8 +174,7 @@ def _bounded(log_scale: Tensor) -> Tensor:
     return log_scale
 
 
-def _candidates(everyone: Features, queue: Features | None, query: int, key: int, mine: slice) -> Candidates:
-    keys = everyone if queue is None else Features.joined([everyone, queue])
+def _candidates(everyone: Features, keys: Features, query: int, key: int, mine: slice) -> Candidates:
     both_G = everyone.present_BR[:, query] & everyone.present_BR[:, key]
     places_N = torch.arange(len(keys.group_ids_B), device=both_G.device)
     own_B, both_B = places_N[mine], both_G[mine]

@@ -29,6 +29,7 @@ from mmmoe_pretrain.plan.activations import BALANCED, Device, Imbalance, StageMe
 from mmmoe_pretrain.plan.build import Build, RankBuild, pretended_groups
 from mmmoe_pretrain.plan.communication import FP32, Parameter, padded
 from mmmoe_pretrain.plan.memory import NCCL_ALIGNMENT, Held, held_bytes
+from mmmoe_pretrain.plan.whole_step import queue_bytes
 from mmmoe_pretrain.plan.workload import Workload, full_batch
 
 LONG = 3  # repetitions of blocks
@@ -47,10 +48,11 @@ ZERO_3 = {
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes at the fullest moment of a step. ``weights`` to ``moments``: held from step to step. ``activations``: of
-    the microbatches that are in flight, until their backward passes. ``transient``: above that, within one pass or
-    the optimizer's step: logits, gradients under way, dispatch. ``communication``: buckets and gathered parameters.
-    ``allowance``: assumed, not counted: fragmentation, and what is outside of torch's allocator."""
+    """Bytes at the fullest moment of a step. ``weights`` to ``moments``: held from step to step, memory queues among
+    the weights. ``activations``: of the microbatches that are in flight, until their backward passes. ``transient``:
+    above that, within one pass or the optimizer's step: logits, gradients under way, dispatch. ``communication``:
+    buckets and gathered parameters. ``allowance``: assumed, not counted: fragmentation, and what is outside of
+    torch's allocator."""
 
     weights: int
     gradients: int
@@ -125,6 +127,8 @@ def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], devi
     held = in_a_step(layout, rank.parameters, own)
     if device == "cuda":
         held = on_device(config, held)
+    queue = queue_bytes(config) if rank.stages[-1].last else 0
+    held = dataclasses.replace(held, weights=held.weights + queue)
     whole = sizes[-1].whole_step  # the last stage is the last one of its rank
     kept, transient = fullest_moment(
         layout, rank.pipeline_rank, config.train.num_microbatches, [size.memory for size in sizes]
@@ -136,7 +140,7 @@ def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], devi
         step = max(step, engine_buffers(config, layout, rank.parameters))  # the last bucket is summed in a copy
     moments = [
         _moment(held, whole.kept + kept, transient, buffers),
-        _moment(held, 0, step, buffers),
+        _moment(held, 0, max(step, queue), buffers),  # after the optimizer's step the queue is put together in a copy
         _moment(*_before_gradients(layout, held, whole.peak, buffers)),
     ]
     found = max(moments, key=lambda each: each.total)

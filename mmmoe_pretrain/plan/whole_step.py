@@ -1,5 +1,5 @@
 """Memory of losses over a whole step (``cached`` of contrastive objectives), by running their real modules on fake
-tensors.
+tensors; and of what objectives keep from step to step (``queue_size``).
 
 Between the two passes of such a step, all of its features and the loss's logits are there at once; through the second
 pass the gradients of the features stay. The modules need no model, only features: [B, P] of each representation.
@@ -53,6 +53,13 @@ def whole_step(config: RunConfig, groups: Groups, batch: Batch) -> WholeStep:
                 gc.collect()
             kept = live.live
     return WholeStep(kept, max(peaks))
+
+
+def queue_bytes(config: RunConfig) -> int:
+    """Of the buffers of objectives, which each rank of the last pipeline stage holds whole."""
+    with torch.device("meta"):
+        modules = [objective.module(config.model.embedding_size) for objective in objectives_of(config).values()]
+    return sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
 
 def _outputs(config: RunConfig, batch: Batch, representations: set[str]) -> Outputs:

@@ -79,6 +79,27 @@ def test_expected_tokens_are_near_the_rows_of_the_stream_and_measured_ones_neare
     assert error[True] < 0.1
 
 
+def test_the_draws_of_masked_modelling_are_known_from_lengths_alone(root: Path) -> None:
+    """Which samples take part; the tokens that they hide are of contents, which are not read."""
+    hidden = {"image": 0.5, "audio": 0.5, "text": 0.5}
+    config = tiny_config(root, objectives={"masked": {"kind": "masked", "hidden": hidden, "fraction": 0.5}})
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    folder = open_indexed(config.data.train[0].path, modalities=modalities)
+    settings = PackSettings.from_config(config, modalities)
+    path = lengths_path(folder, modalities)
+    measure_lengths(folder, modalities, path)
+    positions = np.arange(64)
+    assignment = Assignment(config, [folder], modalities, 2)
+    path.unlink()
+    places = assignment.blend.at(positions)
+    rows = []
+    for position, i in zip(positions.tolist(), places.index.tolist(), strict=True):
+        sample: Any = decode(folder.read(i), modalities)
+        rows.append(int(pack([sample], settings, [position]).valid.sum()))
+    assert 16 < rows.count(0) < 48
+    assert assignment.expected_rows(positions, places).tolist() == rows
+
+
 def test_a_rank_without_the_lengths_of_rank_0_is_refused(
     config: RunConfig, parts: tuple[Indexed, Modalities, PackSettings]
 ) -> None:

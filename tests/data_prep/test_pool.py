@@ -7,8 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 
@@ -42,6 +45,33 @@ def interrupt_in(seconds: float) -> None:
 def test_a_worker_that_is_killed_while_it_writes_its_result_is_an_error():
     with pytest.raises(ValueError, match=r"a worker process was killed .* fewer --workers"):
         list(map_in_order(ends, range(8), 2))
+
+
+class TwoArguments(Exception):
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def fails(_: int) -> None:
+    raise TwoArguments("no pixels", "x.png")
+
+
+def test_an_exception_that_cannot_be_sent_is_not_taken_for_a_killed_worker():
+    with pytest.raises(BrokenProcessPool) as error:
+        list(map_in_order(fails, range(8), 2))
+    assert "missing 1 required positional argument: 'where'" in str(error.value.__cause__)
+
+
+def test_a_python_whose_executors_have_another_queue_works(monkeypatch: pytest.MonkeyPatch):
+    submit = ProcessPoolExecutor.submit
+
+    def without(self: ProcessPoolExecutor, *args: Any) -> Future[Any]:
+        future = submit(self, *args)
+        self._result_queue = None  # type: ignore[attr-defined]
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", without)
+    assert list(map_in_order(abs, [-1, -2, -3], 2)) == [1, 2, 3]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from evidence import records
 from evidence.records import Machine, Point, Record
-from evidence.studies import Metric, Study, Variant
+from evidence.study import Metric, Study, Variant
 
 STUDY = Study(
     name="names", title="Names of things", question="Which is better?", config="evidence/configs/captions.yaml",

@@ -8,6 +8,7 @@ import pytest
 
 from evidence import __main__ as command
 from evidence import page, pictures, records
+from evidence.pages import PAGES
 from evidence.records import Record
 from tests.evidence.samples import STUDY, point, record, write_study
 
@@ -24,22 +25,23 @@ def rows(text: str) -> dict[str, list[str]]:
     return {label.partition(" (")[0].strip(): cells for label, *cells in lines[1:]}
 
 
-def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
+def test_the_committed_pages_are_those_of_the_committed_records(tmp_path: Path) -> None:
     """Else write it again: python -m evidence --render."""
     committed, readme = command.Place(), tmp_path / "README.md"
     assert committed.readme is not None
     readme.write_bytes(committed.readme.read_bytes())
-    command.render(command.STUDIES, replace(committed, docs=tmp_path, readme=readme))
+    command.render(list(PAGES.values()), replace(committed, docs=tmp_path, readme=readme))
     assert readme.read_bytes() == committed.readme.read_bytes()
-    for name in ("evidence.md", *(f"evidence/{path.name}" for path in (tmp_path / "evidence").iterdir())):
-        assert (tmp_path / name).read_bytes() == (committed.docs / name).read_bytes(), name
-    pictures = committed.docs / "evidence"
-    assert {path.name for path in pictures.glob("*")} == {path.name for path in (tmp_path / "evidence").iterdir()}
+    for name in PAGES:
+        made = {path.relative_to(tmp_path) for path in (tmp_path / name).iterdir()}
+        assert {path.relative_to(committed.docs) for path in (committed.docs / name).glob("*")} == made
+        for path in (Path(f"{name}.md"), *made):
+            assert (tmp_path / path).read_bytes() == (committed.docs / path).read_bytes(), path
 
 
 def test_every_committed_record_is_one_of_a_study() -> None:
     known = {records.path_of(task.study.name, task.variant.name, task.seed)
-             for task in command.tasks_of(command.STUDIES, command.Place())}  # fmt: skip
+             for each in PAGES.values() for task in command.tasks_of(each.studies, command.Place())}  # fmt: skip
     assert set(records.FOLDER.rglob("*.json")) <= known
 
 

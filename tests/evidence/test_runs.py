@@ -22,9 +22,10 @@ import pytest
 
 from evidence import __main__ as command
 from evidence import quick, records
+from evidence.methods import study
 from evidence.runs import START, Call, Cost, Runner, Task
 from evidence.settings import changed
-from evidence.studies import Variant, study
+from evidence.study import Variant
 from tests import distributed as _imports  # noqa: F401 - what runs import, once and not in each fork
 
 pytestmark = pytest.mark.timeout(300)  # seconds on two idle cores; many imports, so minutes on busy ones

@@ -1,4 +1,4 @@
-"""The table of studies: every variant can be trained, and what is compared costs the same."""
+"""The tables of studies: every variant can be trained, and what is compared costs the same."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from evidence.methods import METHODS, study
 from evidence.pictures import PANELS
 from evidence.runs import COST, Task, record_of
-from evidence.studies import STUDIES, TRAINER, Metric, Start, Study, Variant, study
+from evidence.studies import STUDIES
+from evidence.study import ROOT, TRAINER, Metric, Start, Study, Variant
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.models.costs import model_costs
 from mmmoe_pretrain.train.journal import EVENTS
 
 VOCABULARY = {"emoji": 2048, "europe": 2048, "gcide": 512, "demo": 1024}  # by corpus, as evidence/data.sh makes them
-TRAINED = [(each, variant) for each in STUDIES for variant in each.variants if not variant.same_as]
+EVERY = (*STUDIES, *METHODS)
+TRAINED = [(each, variant) for each in EVERY for variant in each.variants if not variant.same_as]
 EQUAL = 0.03  # of active FLOPs: what the router of 16 experts adds
 ROUTERS_OF_64 = 0.08  # as the page's column of FLOPs shows
 OTHERWISE = ("long", "wide")  # whose labels say what of theirs is equal
@@ -42,7 +45,11 @@ def test_every_variant_has_a_config(of: Study, variant: Variant, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("of", "variant"),
-    [(of, its) for of, its in TRAINED if of.name not in ("rates", "balance") and its.name not in OTHERWISE],
+    [
+        (of, its)
+        for of, its in TRAINED
+        if of in STUDIES and of.name not in ("rates", "balance") and its.name not in OTHERWISE
+    ],
     ids=lambda value: value.name,
 )
 def test_variants_cost_as_much_as_their_reference(of: Study, variant: Variant, tmp_path: Path) -> None:
@@ -54,7 +61,7 @@ def test_variants_cost_as_much_as_their_reference(of: Study, variant: Variant, t
 
 
 def test_shared_runs_exist_and_are_of_the_same_config() -> None:
-    shared = [(each, variant) for each in STUDIES for variant in each.variants if variant.same_as]
+    shared = [(each, variant) for each in EVERY for variant in each.variants if variant.same_as]
     assert shared
     for each, variant in shared:
         owner, name = each.owner_of(variant)
@@ -63,17 +70,17 @@ def test_shared_runs_exist_and_are_of_the_same_config() -> None:
 
 
 def test_names_are_distinct_and_panels_and_references_exist() -> None:
-    for each in STUDIES:
+    assert len({each.name for each in EVERY}) == len(EVERY)
+    for each in EVERY:
         names = [variant.name for variant in each.variants]
         assert len(set(names)) == len(names) and each.reference in names
         assert set(each.panels) <= PANELS.keys()
-        assert each.path.is_file()
         assert not each.evaluated or all(variant.program == TRAINER for variant in each.variants)
 
 
 def made_study(tmp_path: Path) -> tuple[Study, Variant]:
     """A study of 10 steps whose variant is dense for the first 4."""
-    config = Path(study("captions").path)
+    config = ROOT / study("captions").config
     start = Start(0.4, ("moe.num_experts=1", "moe.experts_per_token=1"), ("upcycle", "--num-experts=16"))
     variant = Variant("grown", "grown", ("moe.experts_per_token=2", "train.steps=10"), start=start)
     metric = Metric("captions_perplexity", "perplexity")
@@ -91,7 +98,7 @@ def test_a_run_with_a_start_is_made_by_three_commands(tmp_path: Path) -> None:
         "experts", "upcycle", "--num-experts=16", str(begun), "--out", str(grown), "train.steps=10",
         "evaluate.every=250", "optimizer.decay_steps=null",
     )  # fmt: skip
-    assert last.arguments == ("train", str(task.study.path), *task.overrides)
+    assert last.arguments == ("train", str(task.path), *task.overrides)
     grown.mkdir()
     assert task.calls() == [last]  # it was made
 

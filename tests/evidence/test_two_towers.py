@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evidence.runs import _parameters
-from evidence.studies import TOWERS, TRAINER
+from evidence.study import TOWERS, TRAINER
 from evidence.two_towers import Towers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models import mmmoe

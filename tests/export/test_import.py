@@ -24,7 +24,7 @@ from mmmoe_pretrain.modalities import Tokenizer
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.export.support import make_run
 from tests.frozen import baseline
-from tests.support import write_tokenizer
+from tests.support import objectives, write_tokenizer
 
 UP = "mmmoe.trunk.blocks.1.ffn.experts.up"
 
@@ -198,6 +198,20 @@ def test_a_run_is_imported_to_where_its_overrides_say(exported: Path, tmp_path: 
     other = write_tokenizer(tmp_path / "other.model", backwards=True)
     with pytest.raises(ValueError, match=f"{other} has fingerprint"):
         import_run(exported, tmp_path / "out", [f"data.tokenizer={other}"])
+
+
+def test_a_memory_queue_is_not_exported_and_empty_after_an_import(tmp_path: Path, tiny_data: Path) -> None:
+    """Its group ids are hashes of 64 bits, which fp32 does not hold."""
+    config, _ = make_run(tmp_path, tiny_data, objectives=objectives({"queue_size": 16}))
+    export_run(config.run_dir, tmp_path / "exported")
+    assert "queue" not in (tmp_path / "exported" / layout.INDEX).read_text()
+    import_run(tmp_path / "exported", tmp_path / "imported", overrides=[f"data.train.0.path={tiny_data / 'train'}"])
+    (first,) = store.checkpoints(str(tmp_path / "imported" / "checkpoints"))
+    model, state = PretrainingModel(config), store.read_state(first)
+    assert {f"model/{name}" for name in model.state_dict()} == {key for key in state if key.startswith("model/")}
+    for name, buffer in persistent_buffers(model.tasks).items():
+        found = state[f"model/tasks.{name}"]
+        assert (found.shape, found.dtype, bool(found.any())) == (buffer.shape, buffer.dtype, False), name
 
 
 def test_the_commands_are_there(exported: Path, tmp_path: Path) -> None:

@@ -170,3 +170,18 @@ def test_contents_are_the_numbers_that_a_linear_stem_multiplies(modality: Modali
     rows = embed(modality, module, values)
     found = torch.cat([rows[s : s + modality.num_tokens(v)] for s, v in zip(starts, values, strict=True)])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # sums of up to 200 products, in another order
+
+
+def test_views_are_values_of_the_modality_and_a_function_of_the_generator(modality: Modality) -> None:
+    module = modality.embedder(HIDDEN, VOCAB)
+    for value in examples(modality, 2):
+        for name, transform in modality.transforms.items():
+            before = value.copy()
+            view, again, other = (transform(value, np.random.default_rng(seed)) for seed in (1, 1, 2))
+            np.testing.assert_array_equal(value, before, err_msg=f"{name} changes its value")
+            np.testing.assert_array_equal(view, again)
+            assert view.dtype == value.dtype
+            assert 0 < modality.num_tokens(view) <= modality.num_tokens(value), name
+            assert len(embed(modality, module, [view])) >= modality.num_tokens(view), name
+            if modality.num_tokens(value) > 4:
+                assert not np.array_equal(view, other) or not np.array_equal(view, value), f"{name} changes nothing"

@@ -341,6 +341,17 @@ def test_a_batch_without_negatives_is_refused(cached: bool, sizes: tuple[int, in
     assert problem is None or problem in found
 
 
+def test_one_sample_a_microbatch_has_the_negatives_of_a_queue() -> None:
+    settings = settings_of(queue_size=8).objectives["match"].settings
+    assert settings.batch_problem("match", StepSizes(8, 8, 1, 2)) is None
+    world = World.make(queue_size=1)
+    found = []
+    for rows in (slice(0, 1), slice(7, 8)):  # these two have all modalities
+        found.append(world.sums(rows)["match/image-text"].item())
+        world.module.after_step(committed=True)
+    assert found[0] == 0 and found[1] > 0.01
+
+
 def from_queue(kind: str, world: World, rows: slice, queued: slice) -> Tensor:
     """The loss of image-text over ``rows``, with the samples ``queued`` as negatives, query by query."""
     scale = world.module.log_scale["image-text"].exp().item()
@@ -390,6 +401,20 @@ def test_features_of_the_queue_have_no_gradient() -> None:
     before = world.module.queue_rows.clone()
     backward(world.sums(slice(4, 8)))
     assert not world.module.queue_rows.requires_grad and world.module.queue_rows.equal(before)
+
+
+def test_all_pairs_share_one_copy_of_the_queue_until_the_backward_pass() -> None:
+    world = World.make(queue_size=64)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        sums = world.sums(slice(0, 4))
+    copies = [size for size in kept.values() if size >= world.module.queue_rows.nbytes]
+    assert len(sums) == 3 and len(copies) == 1
 
 
 def test_a_queue_of_half_a_step_is_refused() -> None:

@@ -91,3 +91,19 @@ def test_a_search_knows_the_loss_of_the_whole_step(tmp_path: Path) -> None:
     with pretended_groups(found.layout) as groups:
         planned = whole_step(found.config, groups, full_batch(config, found.samples))
     assert closed.memory.transient == planned.peak
+
+
+def test_a_memory_queue_is_held_by_the_last_stage(tmp_path: Path) -> None:
+    """Of 3 representations in fp32, their flags, and an id of each sample."""
+    parallel, train = {"pipeline_parallel_size": 2}, {"global_batch_size": 8, "num_microbatches": 2}
+    without, with_queue = (
+        rank_memories(
+            build(
+                tiny_config(tmp_path, objectives=objectives({"queue_size": size}), parallel=parallel, train=train), 2
+            ),
+            device="cpu",
+        )
+        for size in (0, 1 << 16)
+    )
+    more = [a.weights - b.weights for a, b in zip(with_queue, without, strict=True)]
+    assert more == [0, (1 << 16) * (3 * 8 * 4 + 3 + 8)]

@@ -142,6 +142,15 @@ class _Counted:
     def keys(self, value: np.ndarray) -> np.ndarray:
         return np.zeros(int(value[0]), dtype=np.int64)
 
+    def may_hide(self, value: np.ndarray) -> np.ndarray:
+        return np.arange(int(value[0]))
+
+    def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        return value
+
+    def contents(self, value: np.ndarray) -> np.ndarray:
+        return np.zeros((int(value[0]), self._modality.content_size), dtype=np.float32)
+
 
 class DrawnRows:
     """The rows of the stream with the random choices at each position: the objectives are asked for the segments of
