@@ -7,7 +7,7 @@ config of that folder.
 from __future__ import annotations
 
 from evidence.studies import OF_ALL, RECALL, STUDIES
-from evidence.study import Method, Study, Variant, find
+from evidence.study import TEST, Method, Metric, Study, Variant, find
 
 ITEMS = {
     "alignment": "Self-supervision and alignment",
@@ -51,9 +51,41 @@ METHODS = (
                 paper="DINO, arXiv 2104.14294",
                 also=("optimizer.average",),
             ),
+            Method(
+                "deep_cca",
+                "deep CCA",
+                item="joint",
+                paper="Andrew et al., ICML 2013",
+                small=("model.embedding_size=3",),  # fewer than the pairs of a step
+            ),
         ),
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL}",
+    ),
+    Study(
+        name="stamps",
+        title="Stamps, their names and their spoken names",
+        question="Which methods match the images, names and recordings of the demo better?",
+        config="configs/demo.yaml",
+        corpus="demo",
+        metrics=tuple(
+            Metric(f"{TEST}{source}_to_{target}_r10", f"{source} → {target}, recall@10", False, percent=True)
+            for source, target in (("image", "text"), ("text", "image"), ("speech", "text"), ("text", "speech"))
+        ),
+        reference="contrastive",
+        variants=(
+            Variant("contrastive", "InfoNCE and captions", same_as="demo/moe"),
+            Method(
+                "deep_gcca",
+                "deep generalised CCA",
+                item="joint",
+                paper="arXiv 1702.02519",
+                small=("model.embedding_size=3",),
+            ),
+        ),
+        panels=(),
+        setting="The reference is the demo's run: InfoNCE of pairs, and captions. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
     ),
     Study(
         name="weighting",

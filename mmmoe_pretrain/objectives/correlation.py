@@ -106,7 +106,7 @@ def whitened(x_NP: Tensor, counted_N: Tensor, ridge: float) -> Tensor:
     gives zero.
     """
     rows_NP = centred(x_NP, counted_N)
-    size = max(1, rows_NP.shape[1])
+    size = rows_NP.shape[1]
     squares = torch.where(counted_N[:, None], x_NP.double(), 0.0).square().sum() / size
     least = ridge * rows_NP.square().sum() / size + FP32_ROUNDING * squares + 1e-30
     identity = torch.eye(size, dtype=rows_NP.dtype, device=rows_NP.device)
