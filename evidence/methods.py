@@ -35,7 +35,15 @@ METHODS = (
                 "memory queue",
                 item="alignment",
                 paper="XBM, arXiv 1912.06798",
-                small=("objectives.pairs.queue_size=16",),  # two steps: it forgets some
+                small=("objectives.pairs.queue_size=16", "objectives.pairs.queue_start=1"),  # it forgets some
+            ),
+            Method(
+                "momentum_queue",
+                "memory queue of a momentum encoder",
+                item="alignment",
+                paper="MoCo, arXiv 1911.05722",
+                also=("optimizer.average",),
+                small=("objectives.pairs.queue_size=16",),
             ),
             Method(
                 "masked",

@@ -254,8 +254,6 @@ class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
 
-    taught: ClassVar[bool] = False  # by the model with the average of its weights (``optimizer.average``)
-
     kind: str
     weight: Weight = 1.0
 
@@ -272,6 +270,11 @@ class ObjectiveSettings(StrictModel):
     def on(self) -> bool:
         """The objective counts in some step."""
         return any(weight > 0 for _, weight in self.schedule)
+
+    @property
+    def taught(self) -> bool:
+        """It reads outputs of the model with the average of its weights (``optimizer.average``)."""
+        return False
 
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step (the first is 0)."""

@@ -159,6 +159,8 @@ class PretrainingModel(nn.Module):
         self._step, self._counts, self._loss_scale = step, counts, loss_scale
         self.window.reset()
         self.mmmoe.begin_step(seed)
+        for _, module in self._task_modules():
+            module.begin_step(step)
 
     def begin_look(self, purpose: Literal["teaching", "collecting"]) -> None:
         """Before a pass without gradients over all microbatches of a step: with the average of the weights, where

@@ -162,6 +162,9 @@ class ObjectiveModule(nn.Module):
         """Parameters that the loss keeps below a bound, in place."""
         return []
 
+    def begin_step(self, step: int) -> None:
+        """Before each pass of optimizer step ``step`` (from 0)."""
+
     def after_step(self, committed: bool) -> None:
         """The step is over. ``committed``: weights were updated; else it was skipped, or of held-out samples."""
 

@@ -5,9 +5,10 @@ The negatives are those of the global microbatch, or with ``cached`` of the whol
 lacks one of the two takes no part as a query; samples of the same group (the same thing shown or said again) are
 never negatives of each other. The loss of a pair is the mean over the samples of the step that have both.
 
-With ``queue_size`` the features of that many samples of earlier steps are negatives, too: a memory queue (MoCo, arXiv
-1911.05722), here without a momentum encoder (XBM, arXiv 1912.06798). They have no gradient. A step whose update is
-skipped adds none, and held-out losses do not use them.
+With ``queue_size`` the features of that many samples of earlier steps are negatives, too: a memory queue, of the
+model's own features (XBM, arXiv 1912.06798), or with ``queue_from_average`` of those of the model with the average of
+its weights, which changes slowly (the momentum encoder of MoCo, arXiv 1911.05722). They have no gradient. A step
+whose update is skipped adds none, and held-out losses do not use them.
 
 Shapes: B samples of a microbatch, G samples of a global microbatch (or step), Q samples of the queue, N = G + Q,
 R representations, P joint space.
@@ -18,13 +19,15 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config.base import StepSizes
+from mmmoe_pretrain.objectives.base import Outputs
 from mmmoe_pretrain.objectives.pooled import (
     CachedSettings,
     Features,
@@ -40,10 +43,27 @@ MAX_LOG_SCALE = math.log(100.0)
 
 class PairSettings(PairwiseSettings, CachedSettings):
     """``cached``: the negatives are those of the whole step, over all its microbatches. ``queue_size``: samples
-    of earlier steps that are negatives, too; whole steps, so that all layouts have the same ones."""
+    of earlier steps that are negatives, too; whole steps, so that all layouts have the same ones.
+    ``queue_from_average``: their features are those of the average of the weights (``optimizer.average``).
+    ``queue_start``: the optimizer step (the first is 0) from which on they are stored; early in training a model's
+    own features of earlier steps are unlike those of the step."""
 
     initial_temperature: float = Field(0.07, ge=0.01, le=100)  # it never falls below 0.01
     queue_size: int = Field(0, ge=0, le=1 << 20)
+    queue_from_average: bool = False
+    queue_start: int = Field(0, ge=0)
+
+    @property
+    def taught(self) -> bool:
+        """See ``ObjectiveSettings.taught``."""
+        return self.queue_from_average
+
+    @model_validator(mode="after")
+    def _has_a_queue(self) -> Self:
+        unused = [key for key in ("queue_from_average", "queue_start") if getattr(self, key) and not self.queue_size]
+        if unused:
+            raise ValueError(f"{unused[0]} without a queue; set queue_size, e.g. 8 times train.global_batch_size")
+        return self
 
     def batch_problem(self, name: str, sizes: StepSizes) -> str | None:
         """See ``ObjectiveSettings.batch_problem``."""
@@ -124,6 +144,8 @@ class PairModule(PooledModule):
             ("group_ids", torch.zeros(size, dtype=torch.int64)),
         ):
             self.register_buffer(f"queue_{name}", empty, persistent=size > 0)
+        self.taught, self.start = objective.settings.taught, objective.settings.queue_start
+        self._step = 0
         self._stored: list[Features] = []  # of this step, for the queue
 
     @abc.abstractmethod
@@ -137,8 +159,8 @@ class PairModule(PooledModule):
         """In nats, by pair; see ``PooledModule.sums``."""
         everyone = gather(features, groups)
         queue = self._queue if self.training and len(self.queue_rows) else None
-        if queue is not None:
-            self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
+        if queue is not None and not self.taught:
+            self._store(everyone)
         rows = features.group_ids_B.shape[0]
         mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
         keys = everyone if queue is None else Features.joined([everyone, queue])
@@ -150,6 +172,20 @@ class PairModule(PooledModule):
             there, back = (self.one_way(pair, scale, among) for among in ways)
             sums[f"{self.name}/{pair}"] = 0.5 * (there + back)
         return sums
+
+    def teach(self, outputs: Outputs, batch: Batch, groups: Groups) -> None:
+        """See ``ObjectiveModule.teach``: the features for the queue."""
+        everyone = gather(self._features(outputs, batch), groups)
+        if self.training:
+            self._store(everyone)
+
+    def begin_step(self, step: int) -> None:
+        self._step = step
+
+    def _store(self, everyone: Features) -> None:
+        if self._step < self.start:
+            return
+        self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
 
     @property
     def _queue(self) -> Features:

@@ -32,13 +32,16 @@ from mmmoe_pretrain.parallel.groups import Groups
 class SelfDistillationSettings(PairwiseSettings):
     """``center_momentum``: the share of itself that the centre keeps in a step."""
 
-    taught = True
-
     kind: Literal["self_distillation"] = "self_distillation"
     prototypes: int = Field(256, ge=2)
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.04, gt=0)
     center_momentum: float = Field(0.9, ge=0, lt=1)
+
+    @property
+    def taught(self) -> bool:
+        """See ``ObjectiveSettings.taught``."""
+        return True
 
 
 class SelfDistillation(PairwiseObjective):

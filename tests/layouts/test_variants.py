@@ -50,6 +50,7 @@ TAUGHT = {"objectives": {"taught": {"kind": "self_distillation", "pairs": {"imag
           "optimizer": {"eps": 1e-4, "average": 0.5}}  # fmt: skip
 UNCERTAIN = {"loss_weighting": "uncertainty"}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
+MOMENTUM = {"contrastive": {**QUEUE, "queue_from_average": True}, "optimizer": TAUGHT["optimizer"]}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
 SMALL_BUCKETS = {"zero_optimization": BUCKETS}
@@ -73,6 +74,7 @@ MEGATRON_LEVERS = [
     case("PP2 x VPP2", train=UNCERTAIN),
     case("TP2 + SP", train=UNCERTAIN),
     case("EP2", 1, **GATHERED, **TAUGHT),
+    case("PP2 x VPP2", **MOMENTUM),
     case("PP2 x VPP2", **TAUGHT),
     case("TP2 + SP", contrastive=CACHED, **TAUGHT),
     case("EP2", objectives=MASKED),
@@ -96,6 +98,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 1, "deepspeed", offload_optimizer="cpu", **TAUGHT),
     case("TP2 + SP", 2, "deepspeed", **TAUGHT),
     case("EP2", 3, "deepspeed", **TAUGHT),
+    case("DP2", 3, "deepspeed", **MOMENTUM),
     case("EP2", 3, "deepspeed", train=UNCERTAIN),
 ]
 SGD_CASES = [

@@ -422,3 +422,18 @@ def test_a_queue_of_half_a_step_is_refused() -> None:
     assert settings.batch_problem("match", StepSizes(4, 1, 1, 2)) is None
     problem = settings.batch_problem("match", StepSizes(8, 1, 1, 2))
     assert problem is not None and problem.endswith("the queue holds whole steps; use 8 or 16")
+
+
+def test_a_queue_begins_at_its_step() -> None:
+    world = World.make(queue_size=8, queue_start=3)
+    for step in range(5):
+        world.module.begin_step(step)
+        world.sums(slice(0, 4))
+        world.module.after_step(committed=True)
+        assert bool(world.module.queue_present.any()) is (step >= 3)
+
+
+def test_settings_of_a_queue_need_a_queue() -> None:
+    for key in ("queue_from_average", "queue_start"):
+        with pytest.raises(ValueError, match=f"{key} without a queue; set queue_size"):
+            settings_of(**{key: 1})
