@@ -118,7 +118,7 @@ def whitened(x_NP: Tensor, counted_N: Tensor, ridge: float) -> Tensor:
 def sum_of_singular_values(x: Tensor) -> Tensor:
     """Of a square matrix. Where one is 0 the gradient is the least of the subgradients."""
     with torch.no_grad():
-        u, values, vh = torch.linalg.svd(torch.nan_to_num(x))
+        u, values, vh = torch.linalg.svd(torch.nan_to_num(x, posinf=0.0, neginf=0.0))
         direction = (u * (values > NO_CORRELATION)) @ vh
     return (direction * x).sum()
 
@@ -126,6 +126,6 @@ def sum_of_singular_values(x: Tensor) -> Tensor:
 def sum_of_largest_eigenvalues(z_NQ: Tensor, count: int) -> Tensor:
     """The ``count`` largest of Z Z', which are those of Z'Z."""
     with torch.no_grad():
-        _, vectors_QQ = torch.linalg.eigh(torch.nan_to_num(z_NQ.t() @ z_NQ))
+        _, vectors_QQ = torch.linalg.eigh(torch.nan_to_num(z_NQ.t() @ z_NQ, posinf=0.0, neginf=0.0))
         largest_QC = vectors_QQ[:, -count:]
     return (z_NQ @ largest_QC).square().sum()
