@@ -68,9 +68,9 @@ METHODS = (
             ),
         ),
         panels=(),
-        setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL} The 8 dimensions of deep CCA were chosen "
-        "in trials with 8, 16 and 32 (one seed, not recorded, two ridges with 32) on the same held-out pairs, so its "
-        "score may be a little too high.",
+        setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL} The 8 dimensions of deep CCA were "
+        "chosen in trials with 8, 16 and 32 (one seed, not recorded, two ridges with 32) on the same held-out pairs, "
+        "so its score may be a little too high.",
     ),
     Study(
         name="stamps",

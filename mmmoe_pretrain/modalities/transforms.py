@@ -53,9 +53,9 @@ def crop(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     rows = min(height, max(1, round(height * (area / aspect) ** 0.5)))
     columns = min(width, max(1, round(width * (area * aspect) ** 0.5)))
     top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
-    image = PIL.Image.fromarray(np.ascontiguousarray(value.transpose(1, 2, 0)))
+    whole = PIL.Image.fromarray(np.ascontiguousarray(value.transpose(1, 2, 0)))
     box = (left, top, left + columns, top + rows)
-    resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
+    resized = whole.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
