@@ -22,6 +22,7 @@ R representations, P joint space.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ class PairSettings(ObjectiveSettings):
 
 
 class PairObjective(Objective):
-    """Makes the segment of every representation that a pair names. A kind has ``Settings`` and ``module``."""
+    """Makes the segments of every representation that a pair names. A kind has ``Settings`` and ``module``."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -100,9 +101,7 @@ class PairObjective(Objective):
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
         for rep in self.representations:
-            segment = self.all_representations[rep].segment(sample, self.name, self.modalities)
-            if segment is not None:
-                yield segment
+            yield from self.all_representations[rep].segments(sample, self.name, self.modalities)
 
     @property
     def losses(self) -> dict[str, float]:
@@ -115,17 +114,19 @@ class PairObjective(Objective):
         }
 
     def needs(self) -> dict[str, set[str]]:
-        return {
-            f"{self.name} {pair}": {m for side in sides for m in self.all_representations[side].modalities}
-            for pair, sides in self.pairs.items()
-            if self.settings.pairs[pair]
-        }
+        found = {}
+        for pair, sides in self.pairs.items():
+            ways = [a | b for a, b in itertools.product(*(self.all_representations[side].ways for side in sides))]
+            for way in ways if self.settings.pairs[pair] else ():
+                which = f" of {' and '.join(sorted(way))}" if len(ways) > 1 else ""
+                found[f"{self.name} {pair}{which}"] = way
+        return found
 
     def expected(self) -> list[Expected]:
-        segments = (self.all_representations[rep].modalities for rep in self.representations)
-        return [
-            Expected(1.0, tuple((name, self.modalities[name].max_tokens) for name in names)) for names in segments
-        ]
+        found: dict[str, Expected] = {}
+        for rep in self.representations:
+            found |= self.all_representations[rep].expected(self.modalities)
+        return list(found.values())
 
     def flops(self, embedding_size: int, samples: float) -> float:
         candidates = samples + self.settings.queue_size
