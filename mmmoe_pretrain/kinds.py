@@ -125,6 +125,7 @@ REPRESENTATIONS = Kinds(
         "low_rank": "mmmoe_pretrain.models.fusion.low_rank:LowRank",
         "latents": "mmmoe_pretrain.models.fusion.latents:Latents",
         "mult": "mmmoe_pretrain.models.fusion.mult:MulT",
+        "bottleneck": "mmmoe_pretrain.models.fusion.bottleneck:Bottleneck",
     },
 )
 ROUTERS = Kinds(

@@ -235,7 +235,9 @@ class RepresentationSettings(StrictModel):
 
 def representation_settings(values: Any) -> Any:
     """The settings of a representation. A list of modalities alone is early fusion of them."""
-    return REPRESENTATIONS.settings({"kind": "early", "parts": values} if isinstance(values, list) else values)
+    return REPRESENTATIONS.settings(
+        {"kind": "early", "parts": values} if isinstance(values, list | tuple) else values
+    )
 
 
 class ObjectiveSettings(StrictModel):

@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 FUSED = {
     kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
-    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult")
+    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
 }
 PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{name}-text": 1.0 for name in FUSED}}
 

@@ -20,7 +20,7 @@ ROOT = Path("unused")
 
 FUSED = {
     kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
-    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult")
+    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
 }
 FUSED_PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{kind}-text": 1.0 for kind in FUSED}}
 

@@ -102,6 +102,7 @@ class CrossBlock(nn.Module):
         )
 
     def forward(self, x_qD: Tensor, y_nD: Tensor, plan: CrossPlan) -> Tensor:
+        y_nD = _unit(y_nD)
         q, k, v = (
             linear(rows).unflatten(1, self.heads)
             for linear, rows in ((self.query, _unit(x_qD)), (self.key, y_nD), (self.value, y_nD))
@@ -123,3 +124,11 @@ def tokens_of(x_nD: Tensor, spans_P: Sequence[Spans]) -> tuple[Tensor, list[int]
     skipped = starts_BP.ravel() - (np.cumsum(lengths) - lengths)  # rows of the stream before a run, less those kept
     rows = np.arange(lengths.sum()) + np.repeat(skipped, lengths)
     return x_nD.index_select(0, send(torch.from_numpy(rows), x_nD.device)), lengths_BP.sum(axis=1).tolist()
+
+
+def means_of(x_qD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[B, D]: the means of runs of rows that follow each other; zero of a run of none."""
+    length_B = np.asarray(lengths, dtype=np.int64)
+    sample_q = send(torch.from_numpy(np.repeat(np.arange(len(length_B)), length_B)), x_qD.device)
+    total_BD = x_qD.new_zeros(len(length_B), x_qD.shape[1]).index_add(0, sample_q, x_qD)
+    return total_BD / send(torch.from_numpy(np.maximum(length_B, 1)), x_qD.device)[:, None]

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Spans, send
+from mmmoe_pretrain.batch import Spans
 from mmmoe_pretrain.config import ModelConfig
 from mmmoe_pretrain.config.base import RepresentationSettings
 from mmmoe_pretrain.models.fusion.base import Fusion
-from mmmoe_pretrain.models.fusion.cross import CrossBlock, plan_cross, tokens_of
+from mmmoe_pretrain.models.fusion.cross import CrossBlock, means_of, plan_cross, tokens_of
 
 
 class MulTSettings(RepresentationSettings):
@@ -58,13 +57,5 @@ class _Directions(nn.Module):
         own_qD, own, means = tokens[self.name], lengths[self.name], []
         for other in self.others:
             plan = plan_cross(own, lengths[other], own_qD.device)
-            means.append(_means(self.parts[other](own_qD, tokens[other], plan), own))
+            means.append(means_of(self.parts[other](own_qD, tokens[other], plan), own))
         return torch.cat(means, dim=1)
-
-
-def _means(x_qD: Tensor, lengths: list[int]) -> Tensor:
-    """[B, D]: of runs of rows that follow each other; zero of a run of none."""
-    length_B = np.asarray(lengths, dtype=np.int64)
-    sample_q = send(torch.from_numpy(np.repeat(np.arange(len(lengths)), length_B)), x_qD.device)
-    total_BD = x_qD.new_zeros(len(lengths), x_qD.shape[1]).index_add(0, sample_q, x_qD)
-    return total_BD / send(torch.from_numpy(np.maximum(length_B, 1)), x_qD.device)[:, None]

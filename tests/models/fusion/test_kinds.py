@@ -108,7 +108,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def block(w: Weights, at: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rows x that attend to rows y, head by head and row by row, then the MLP."""
-    mixed = np.zeros_like(x)
+    mixed, y = np.zeros_like(x), unit(y)
     for h, i in itertools.product(range(HEADS), range(len(x))) if len(y) else ():
         own = slice(h * HEAD, (h + 1) * HEAD)
         q = unit(w[f"{at}query.weight"][own] @ unit(x[i]))
@@ -132,6 +132,16 @@ def mult(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
     return np.concatenate(found)
 
 
+def bottleneck(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
+    shared = w["bottlenecks"]
+    for layer in range(3):
+        both = {name: np.concatenate([x, shared]) for name, x in tokens.items()}
+        both = {name: block(w, f"parts.{name}.{layer}.", x, x) for name, x in both.items()}
+        tokens = {name: x[:-2] for name, x in both.items()}
+        shared = np.mean([x[-2:] for x in both.values()], axis=0)
+    return np.mean([x.mean(axis=0) for x in tokens.values()], axis=0)
+
+
 Formula = Callable[[Weights, Tokens, tuple[str, ...]], np.ndarray]
 FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "late": (late, {}),
@@ -140,6 +150,7 @@ FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "low_rank": (low_rank, {"rank": 2, "size": 3}),
     "latents": (latents, {"num_latents": 3}),
     "mult": (mult, {}),
+    "bottleneck": (bottleneck, {"num_bottlenecks": 2, "num_layers": 3}),
 }
 
 
