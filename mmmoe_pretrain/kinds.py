@@ -126,6 +126,7 @@ REPRESENTATIONS = Kinds(
         "latents": "mmmoe_pretrain.models.fusion.latents:Latents",
         "mult": "mmmoe_pretrain.models.fusion.mult:MulT",
         "bottleneck": "mmmoe_pretrain.models.fusion.bottleneck:Bottleneck",
+        "graph": "mmmoe_pretrain.models.fusion.graph:Graph",
     },
 )
 ROUTERS = Kinds(

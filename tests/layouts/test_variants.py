@@ -135,10 +135,11 @@ FUSED = {
     "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2},
     "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "allow"},
     "mult": {"kind": "mult", "parts": ["image", "audio"], "missing": "allow"},
+    "graph": {"kind": "graph", "parts": ["audio", "image"], "edges": ["modality", "time"], "missing": "allow"},
     "bottleneck": {"kind": "bottleneck", "parts": ["image", "audio"], "num_bottlenecks": 2, "missing": "allow"},
 }
 FUSED_PAIRS = {"pairs": {"early-text": 1.0, "late-text": 1.0, "gated-text": 1.0, "tensor-low_rank": 0.5,
-                         "latents-text": 1.0, "mult-text": 0.5, "bottleneck-image": 0.5}}  # fmt: skip
+                         "latents-text": 1.0, "mult-text": 0.5, "bottleneck-graph": 0.5}}  # fmt: skip
 FUSION = {"representations": FUSED, "contrastive": FUSED_PAIRS}
 FUSION_CASES = [
     case("DP2", **FUSION),

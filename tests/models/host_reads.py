@@ -52,6 +52,8 @@ FUSED = {
     kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
     for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
 }
+FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
+                  "edges": ["modality", "time", "similarity"]}  # fmt: skip
 PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{name}-text": 1.0 for name in FUSED}}
 
 

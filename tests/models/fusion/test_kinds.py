@@ -45,7 +45,8 @@ def spans_of(parts: tuple[str, ...]) -> tuple[dict[str, Spans], int]:
 def made(kind: str, parts: tuple[str, ...], **more: Any) -> Fusion:
     """With random weights, in fp64."""
     generator = torch.Generator().manual_seed(0)
-    fusion = build_fusion(representation_settings({"kind": kind, "parts": list(parts), **more}), MODEL).double()
+    settings = representation_settings({"kind": kind.partition(" ")[0], "parts": list(parts), **more})
+    fusion = build_fusion(settings, MODEL).double()
     for parameter in fusion.parameters():
         normal = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data = normal / parameter.shape[-1] ** 0.5
@@ -142,6 +143,46 @@ def bottleneck(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray
     return np.mean([x.mean(axis=0) for x in tokens.values()], axis=0)
 
 
+def neighbours(tokens: Tokens, edges: tuple[str, ...], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes of a sample, and A[i, j]: node i receives from node j; node by node."""
+    x, of = np.concatenate(list(tokens.values())), [name for name, its in tokens.items() for _ in its]
+    count = len(x)
+    nodes = [*x, *(its.mean(axis=0) for its in tokens.values())] if "modality" in edges else [*x]
+    adjacent = np.eye(len(nodes))
+    for i, j in itertools.permutations(range(len(nodes)), 2):
+        if "time" in edges and i < count and j < count and of[i] == of[j] and abs(i - j) == 1:
+            adjacent[i, j] = 1
+        if max(i, j) >= count:
+            hubs = list(tokens)
+            belongs = min(i, j) < count and of[min(i, j)] == hubs[max(i, j) - count]
+            adjacent[i, j] = belongs or min(i, j) >= count
+    for i in range(count if "similarity" in edges else 0):
+        cosine = x @ x[i] / np.linalg.norm(x, axis=1)
+        for j in sorted((j for j in range(count) if of[j] != of[i]), key=lambda j: -cosine[j])[:most]:
+            adjacent[i, j] = 1
+    return np.array(nodes), adjacent
+
+
+def gcn(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
+    """elu(D^-1/2 A D^-1/2 X W) W' ..., with dense matrices."""
+    x, adjacent = neighbours(tokens, ("time", "similarity", "modality"), most=3)
+    scale = np.diag(adjacent.sum(axis=1) ** -0.5)
+    x = scale @ adjacent @ scale @ x @ w["layers.0.linear.weight"].T
+    x = np.where(x > 0, x, np.expm1(x))
+    return (scale @ adjacent @ scale @ x @ w["layers.1.linear.weight"].T).mean(axis=0)
+
+
+def gat(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
+    """a_ij = softmax over j of leaky_relu(a . [h_i; h_j]), by head; arXiv 1710.10903, equations 1 to 5."""
+    x, adjacent = neighbours(tokens, ("similarity",), most=2)
+    h, out = x @ w["layers.0.linear.weight"].T, np.zeros_like(x)
+    for head, i in itertools.product(range(HEADS), range(len(x))):
+        own, sources = slice(head * HEAD, (head + 1) * HEAD), np.flatnonzero(adjacent[i])
+        e = h[sources][:, own] @ w["layers.0.of_source"][head] + h[i, own] @ w["layers.0.of_target"][head]
+        out[i, own] = softmax(np.where(e > 0, e, 0.2 * e)) @ h[sources][:, own]
+    return out.mean(axis=0)
+
+
 Formula = Callable[[Weights, Tokens, tuple[str, ...]], np.ndarray]
 FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "late": (late, {}),
@@ -151,6 +192,8 @@ FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "latents": (latents, {"num_latents": 3}),
     "mult": (mult, {}),
     "bottleneck": (bottleneck, {"num_bottlenecks": 2, "num_layers": 3}),
+    "graph gcn": (gcn, {"layer": "gcn", "edges": ["time", "similarity", "modality"], "neighbours": 3}),
+    "graph gat": (gat, {"edges": ["similarity"], "neighbours": 2, "num_layers": 1}),
 }
 
 
