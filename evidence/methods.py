@@ -98,6 +98,38 @@ METHODS = (
         evaluated=True,
     ),
     Study(
+        name="fusion",
+        title="Stamps that are seen and heard",
+        question="Which fusion of an image and a recording finds the stamp's name better?",
+        config="configs/methods/fusion_early.yaml",
+        corpus="demo",
+        metrics=(
+            Metric(f"{TEST}scene_to_text_r10", "image and recording → text, recall@10", False, percent=True),
+            Metric(f"{TEST}text_to_scene_r10", "text → image and recording, recall@10", False, percent=True),
+        ),
+        reference="fusion_early",
+        variants=(
+            Method("fusion_early", "early: one segment", item="fusion", paper="-"),
+            *(
+                Method(f"fusion_{kind}", label, item="fusion", paper=paper)
+                for kind, label, paper in (
+                    ("late", "late: weighted sum", "-"),
+                    ("gated", "gated unit", "GMU, arXiv 1702.01992"),
+                    ("tensor", "tensor product", "TFN, arXiv 1707.07250"),
+                    ("low_rank", "low-rank tensor product", "LMF, arXiv 1806.00064"),
+                    ("latents", "latents", "Perceiver, arXiv 2103.03206"),
+                    ("mult", "directional cross-attention", "MulT, arXiv 1906.00295"),
+                    ("bottleneck", "bottleneck vectors", "MBT, arXiv 2107.00135"),
+                    ("graph", "graph", "GCN, arXiv 1609.02907; GAT, arXiv 1710.10903"),
+                )
+            ),
+        ),
+        panels=(),
+        setting="A vector of the image and the recording is compared with the name; both alone are, too, at half the "
+        "weight. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
+    Study(
         name="weighting",
         title="Emoji and their names, with masked modelling",
         question="Which weights of several losses match emoji with their names better?",

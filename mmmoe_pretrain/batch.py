@@ -135,6 +135,15 @@ class AttentionBlocks:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """A run of rows of the stream for each sample, known on the host: where it begins and its length, 0 of a sample
+    without one."""
+
+    starts: tuple[int, ...]  # [B]
+    lengths: tuple[int, ...]  # [B]
+
+
+@dataclass(frozen=True)
 class Targets:
     """The targets of one task: int64 [N] rows of the stream, and the token that follows each."""
 
@@ -179,9 +188,10 @@ class Batch:
     attention: AttentionBlocks
     targets: dict[str, Targets]  # by task, of those that predict tokens
     contents: dict[str, Contents]  # by loss (task/modality), of those that predict contents
-    pooled: dict[str, Tensor]  # by representation: int64 [B], the segment of each sample, or -1
+    pooled: dict[str, Tensor]  # by representation: int64 [B], the (first) segment of each sample, or -1
     group_ids: Tensor  # int64 [B]: hash of the sample's group
     metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has no segment
+    spans: dict[str, Spans] = field(default_factory=dict)  # by representation whose tokens a fusion module reads
 
     @property
     def num_tokens(self) -> int:

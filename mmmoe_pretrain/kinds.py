@@ -118,7 +118,21 @@ OBJECTIVES = Kinds(
     },
 )
 
-
+REPRESENTATIONS = Kinds(
+    "representation kind",
+    "mmmoe.representations",
+    {
+        "early": "mmmoe_pretrain.models.fusion.early:Early",
+        "late": "mmmoe_pretrain.models.fusion.late:Late",
+        "gated": "mmmoe_pretrain.models.fusion.gated:Gated",
+        "tensor": "mmmoe_pretrain.models.fusion.tensor:TensorFusion",
+        "low_rank": "mmmoe_pretrain.models.fusion.low_rank:LowRank",
+        "latents": "mmmoe_pretrain.models.fusion.latents:Latents",
+        "mult": "mmmoe_pretrain.models.fusion.mult:MulT",
+        "bottleneck": "mmmoe_pretrain.models.fusion.bottleneck:Bottleneck",
+        "graph": "mmmoe_pretrain.models.fusion.graph:Graph",
+    },
+)
 ROUTERS = Kinds(
     "router",
     "mmmoe.routers",

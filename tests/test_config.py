@@ -28,6 +28,19 @@ def parse(**sections: object) -> run_config.RunConfig:
     return run_config.parse({**tiny_values(Path("unused")), **sections})
 
 
+def fused(kind: str, *parts: str, **more: object) -> dict[str, object]:
+    return {"scene": {"kind": kind, "parts": list(parts), **more}}
+
+
+def test_a_list_of_modalities_is_early_fusion_of_them(tmp_path: Path) -> None:
+    config = parse(representations={"scene": ["image", "audio"]})
+    assert config == parse(representations=fused("early", "image", "audio"))
+    run_config.dump(config, tmp_path / "run.yaml")
+    assert run_config.load(tmp_path / "run.yaml") == config
+    overridden = run_config.load(tmp_path / "run.yaml", ["representations.scene=[audio,text]"])
+    assert overridden.representations["scene"].parts == ("audio", "text")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     assert run_config.load(path).name
@@ -96,6 +109,30 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"representations": {"text": ["image"]}}, "every modality is a representation under its own name"),
     ({"representations": {"scene": []}}, "name one modality or more"),
     ({"representations": {"scene": ["image", "image"]}}, "name one modality or more, each once"),
+    ({"representations": fused("late", "image", "adio")},
+     "representations.scene: there is no modality adio; did you mean audio?"),
+    ({"representations": fused("late", "image")}, "name two modalities or more, each once"),
+    ({"representations": fused("gated", "image", "image")}, "['image', 'image']: every modality is a representation"),
+    ({"representations": {"text": {"kind": "late", "parts": ["image", "audio"]}}}, "choose another name"),
+    ({"representations": fused("lates", "image", "audio")},
+     "representations.scene: there is no representation kind 'lates'; did you mean late?"),
+    ({"representations": {"scene": {"parts": ["image"]}}},
+     "representations.scene: it has no kind; give one of bottleneck, early"),
+    ({"representations": fused("late", "image", "audio", weight=1)},
+     "unknown key 'representations.scene.weight'; did you mean weights?"),
+    ({"representations": fused("late", "image", "audio", missing="drop")}, "representations.scene.missing: Input"),
+    ({"representations": fused("late", "image", "audio", weights={"image": 1.0})},
+     "representations.scene: weights {'image': 1.0} are not of the parts image, audio; give one to each"),
+    ({"representations": fused("late", "image", "audio", weights={"image": 1.0, "audio": 0})}, "greater than 0"),
+    ({"representations": fused("tensor", "image", "audio", "text", size=32)},
+     "size 32 with 3 parts makes (size + 1) ** 3 = 35,937 products, and 32,768 are the most; set size to 31 or less"),
+    ({"representations": fused("low_rank", "image", "audio", rank=0)}, "representations.scene.rank: Input should be"),
+    ({"representations": fused("graph", "image", "audio", edges=[])},
+     "representations.scene: edges [] join no token with one of another part; add modality or similarity"),
+    ({"representations": fused("graph", "image", "audio", edges=["time"])}, "edges ['time'] join no token"),
+    ({"representations": fused("graph", "image", "audio", edges=["space"])}, "Input should be 'modality', 'time'"),
+    ({"representations": fused("bottleneck", "image", "audio", num_layers=1)}, "greater than or equal to 2 (got 1)"),
+    ({"representations": fused("latents", "image", "audio", num_latents=0)}, "scene.num_latents: Input should be"),
     ({"modalities": {"a": {"kind": "image", "members": ["png"]}, "b": {"kind": "image", "members": [".PNG"]}}},
      "members names png more than once"),
     ({"objectives": {"total": {"kind": "next_token"}}}, "that of other losses; choose e.g. total_1"),

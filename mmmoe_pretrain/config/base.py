@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from mmmoe_pretrain.kinds import nearest
+from mmmoe_pretrain.kinds import REPRESENTATIONS, nearest
 from mmmoe_pretrain.paths import expand
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import command_has_secret, has_secret, is_url, redacted, redacted_command, shown
@@ -248,6 +248,37 @@ class StepSizes:
         """Every ``num_microbatches`` that these samples and ranks can have."""
         share = self.global_batch_size // self.data_size or 1
         return [n for n in range(1, share + 1) if share % n == 0]
+
+
+class RepresentationSettings(StrictModel):
+    """The settings of every representation: one vector of a sample, made of the first items of the modalities
+    ``parts``. A kind adds its own, and says what it makes of an absent part.
+
+    ``missing``: whether a sample that lacks some of the parts has such a vector, too (``allow``), or none (``skip``).
+    """
+
+    joined: ClassVar[bool] = False  # the parts are one segment and attend to each other; else each is a segment alone
+    reads_tokens: ClassVar[bool] = False  # and not only the mean of each segment
+
+    kind: str
+    parts: tuple[str, ...]
+    missing: Literal["skip", "allow"] = "skip"
+
+    def check_parts(self, name: str, modalities: Iterable[str]) -> None:
+        """Raises ValueError where a representation called ``name`` cannot be of these parts."""
+        least, how_many = (1, "one modality") if self.joined else (2, "two modalities")
+        if name in modalities or len(self.parts) < least or len(set(self.parts)) < len(self.parts):
+            raise ValueError(
+                f"representations.{name} {list(self.parts)}: every modality is a representation under its own name; "
+                f"choose another name, and name {how_many} or more, each once"
+            )
+
+
+def representation_settings(values: Any) -> Any:
+    """The settings of a representation. A list of modalities alone is early fusion of them."""
+    return REPRESENTATIONS.settings(
+        {"kind": "early", "parts": values} if isinstance(values, list | tuple) else values
+    )
 
 
 class ObjectiveSettings(StrictModel):

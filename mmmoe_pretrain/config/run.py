@@ -15,9 +15,11 @@ from mmmoe_pretrain.config.base import (
     FolderText,
     ModalitySettings,
     ObjectiveSettings,
+    RepresentationSettings,
     StreamNames,
     StrictModel,
     check_pair,
+    representation_settings,
 )
 from mmmoe_pretrain.config.data import DataConfig
 from mmmoe_pretrain.config.evaluate import HELD_OUT, EvaluateConfig
@@ -34,8 +36,10 @@ READ_SHARE = 0.75  # of that, for one read with its retries, whose error is clea
 LOSSES_OF_ALL = ("total", "aux", "weighting")  # in metrics.jsonl, where the losses of an objective go by its name
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
+
 Name = Annotated[str, BeforeValidator(kinds.check_name)]
 AnyModality = Annotated[SerializeAsAny[ModalitySettings], BeforeValidator(kinds.MODALITIES.settings)]
+AnyRepresentation = Annotated[SerializeAsAny[RepresentationSettings], BeforeValidator(representation_settings)]
 AnyObjective = Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(kinds.OBJECTIVES.settings)]
 
 
@@ -47,7 +51,7 @@ class RunConfig(StrictModel):
     seed: int = 0
     data: DataConfig
     modalities: dict[Name, AnyModality] = Field(min_length=1)
-    representations: dict[Name, tuple[str, ...]] = Field({})  # name: modalities whose tokens are pooled together
+    representations: dict[Name, AnyRepresentation] = Field({})  # beside the modalities, each of which is one
     objectives: dict[Name, AnyObjective] = Field(min_length=1)
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
@@ -62,13 +66,9 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _names(self) -> RunConfig:
         """Names in one section that refer to an entry of another."""
-        for name, parts in self.representations.items():
-            self._known(parts, f"representations.{name}")
-            if name in self.modalities or not parts or len(set(parts)) < len(parts):
-                raise ValueError(
-                    f"representations.{name} {list(parts)}: every modality is a representation under its own name; "
-                    f"choose another name, and name one modality or more, each once"
-                )
+        for name, representation in self.representations.items():
+            self._known(representation.parts, f"representations.{name}")
+            representation.check_parts(name, self.modalities)
         for where, names in self.moe.modalities_named:
             self._known(names, where)
         claimed = Counter(member for modality in self.modalities.values() for member in modality.members)
@@ -79,7 +79,8 @@ class RunConfig(StrictModel):
             )
         for name, modality in self.modalities.items():
             modality.check_names(name, self.modalities)
-        every = {**{name: (name,) for name in self.modalities}, **self.representations}
+        every: dict[str, tuple[str, ...]] = {name: (name,) for name in self.modalities}
+        every |= {name: representation.parts for name, representation in self.representations.items()}
         for key in self.evaluate.rows:
             check_pair(key, every, "evaluate.rows")
         if unknown := [key for key in self.evaluate.by if key not in every]:

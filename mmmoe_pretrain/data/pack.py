@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import xxhash
 
-from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Contents, Part, Sample, Segment, Targets
+from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Contents, Part, Sample, Segment, Spans, Targets
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import Draws
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.modalities.base import Collated
-from mmmoe_pretrain.objectives import Objectives, build_objectives
+from mmmoe_pretrain.objectives import Objectives, Representation, build_objectives
 
 TOKEN_MULTIPLE = 64
 
@@ -124,6 +124,7 @@ def pack(
         pooled=_tensors(pooled),
         group_ids=torch.from_numpy(_group_ids(samples)),
         metas=tuple(sample.meta for sample in samples),
+        spans={rep: _spans(runs, pooled[rep]) for rep in settings.objectives.read_by_token},
     )
 
 
@@ -196,7 +197,7 @@ def _lay_out(
 ) -> tuple[_Runs, dict[str, np.ndarray], _Predicted]:
     """The runs; by representation the segment of each sample, or -1; and what is to be predicted."""
     runs, objectives, predicted = _Runs(), settings.objectives, _Predicted.nothing(settings)
-    pooled = {rep: np.full(len(samples), -1, dtype=np.int64) for rep in objectives.representations}
+    pooled = {rep: np.full(len(samples), -1, dtype=np.int64) for rep in objectives.pooled}
     ids = {name: m for m, name in enumerate(settings.modalities)}
     tasks = {name: x for x, name in enumerate(objectives)}
     for number, (b, segment) in enumerate(segments):
@@ -217,7 +218,30 @@ def _lay_out(
                 runs.hidden.append(runs.tokens + np.flatnonzero(part.hidden))
             predicted.add(part, segment.task, item.modality, runs.tokens)
             runs.tokens += len(part)
+    for rep in objectives.representations.values():
+        if not rep.settings.joined:
+            pooled[rep.name] = _first_segments(rep, samples, pooled)
     return runs, pooled, predicted
+
+
+def _first_segments(rep: Representation, samples: Sequence[Sample], pooled: dict[str, np.ndarray]) -> np.ndarray:
+    """[B]: the first of the segments that ``rep`` is made of, or -1. Some may not be packed, if an objective wanted
+    only others of the sample; then the sample has no such vector."""
+    found = np.full(len(samples), -1, dtype=np.int64)
+    for b, sample in enumerate(samples):
+        segments = [int(pooled[name][b]) for name in rep.items(sample)]
+        if segments and min(segments) >= 0:
+            found[b] = segments[0]
+    return found
+
+
+def _spans(runs: _Runs, segment_B: np.ndarray) -> Spans:
+    length_S = np.bincount(_int64(runs.segment), weights=_int64(runs.length), minlength=len(runs.task)).astype(np.int64)
+    start_S = np.cumsum(length_S) - length_S
+    here_B = segment_B >= 0
+    starts, lengths = (np.zeros(len(segment_B), dtype=np.int64) for _ in range(2))
+    starts[here_B], lengths[here_B] = start_S[segment_B[here_B]], length_S[segment_B[here_B]]
+    return Spans(tuple(starts.tolist()), tuple(lengths.tolist()))
 
 
 def attention_blocks(segment: Segment) -> list[tuple[int, int]]:

@@ -49,7 +49,7 @@ def weights_of(config: RunConfig, dtype: str = "fp32") -> list[Weight]:
     they hold features of the samples that training saw last.
 
     ``dtype`` bf16 is what training in bf16 computes with: the trunk's matrices and the language head.
-    Vectors, routers, embedders and joint heads stay fp32 there and here.
+    Vectors, routers, embedders, fusion modules and joint heads stay fp32 there and here.
     """
     with torch.device("meta"):
         model = PretrainingModel(config)

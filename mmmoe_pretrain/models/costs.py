@@ -11,18 +11,22 @@ K experts a token, V vocabulary, P joint embedding size, G samples of the global
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.batch import Spans
+from mmmoe_pretrain.config import ModelConfig, RunConfig
 from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.block import dense_width, is_sparse
+from mmmoe_pretrain.models.fusion.base import build_fusion
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.objectives import Objectives, objectives_of
+from mmmoe_pretrain.objectives import Objectives, Representation, objectives_of
 
 BACKWARD = 2  # times the forward pass: gradients of the input and of the weight
 
@@ -64,8 +68,9 @@ def model_costs(config: RunConfig) -> ModelCosts:
 
     Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less for
     fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's share
-    of the tokens. Last: the joint heads 2 D P for each representation of a sample, what objectives compute beside,
-    the language head 2 D V for the share of tokens that have a target, and 2 D for each number of predicted contents.
+    of the tokens. Last: for each representation of a sample its joint head, 2 D P, and what fuses it; what objectives
+    compute beside, the language head 2 D V for the share of tokens that have a target, and 2 D for each number of
+    predicted contents.
     """
     objectives, model = objectives_of(config), config.model
     tokens, scores, targets, contents = _of_sample(objectives)
@@ -123,11 +128,13 @@ def _mean_expert_size(moe: MoEConfig) -> float:
 
 def _stem_flops_of_sample(objectives: Objectives, hidden_size: int) -> float:
     """Each modality that stands in some segment is embedded once."""
-    modalities = {
-        name: modality for objective in objectives.values() for name, modality in objective.modalities.items()
-    }
+    modalities = _modalities_of(objectives)
     used = {name for objective in objectives.values() for part in objective.expected() for name, _ in part.tokens}
     return sum(modalities[name].max_tokens * stem_flops(modalities[name], hidden_size) for name in sorted(used))
+
+
+def _modalities_of(objectives: Objectives) -> dict[str, Modality]:
+    return {name: modality for objective in objectives.values() for name, modality in objective.modalities.items()}
 
 
 def stem_flops(modality: Modality, hidden_size: int) -> float:
@@ -140,9 +147,23 @@ def stem_flops(modality: Modality, hidden_size: int) -> float:
     return counter.get_total_flops() / modality.num_tokens(value)
 
 
+def fusion_flops(representation: Representation, modalities: Mapping[str, Modality], model: ModelConfig) -> float:
+    """FLOPs of a representation of one sample that has all of its parts, with its joint head, counted on the device
+    ``meta``."""
+    lengths = [segment.length for segment in representation.expected(modalities).values()]
+    spans = [Spans((sum(lengths[:part]),), (length,)) for part, length in enumerate(lengths)]
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fusion = build_fusion(representation.settings, model).requires_grad_(False)
+        x_nD, mean_PBD = (torch.empty(*rows, model.hidden_size) for rows in ((sum(lengths),), (len(lengths), 1)))
+        fused_BW = fusion(x_nD, mean_PBD, torch.empty(len(lengths), 1, dtype=torch.bool), tuple(spans))
+        nn.Linear(fusion.width, model.embedding_size, bias=False)(fused_BW)
+    return counter.get_total_flops()
+
+
 def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float, contents: float) -> float:
     model, train = config.model, config.train
-    heads = len(objectives.representations) * 2 * model.hidden_size * model.embedding_size
+    modalities = _modalities_of(objectives)
+    heads = sum(fusion_flops(its, modalities, config.model) for its in objectives.representations.values())
     losses = 0.0
     for objective in objectives.values():
         parts = 1 if objective.whole_step else train.num_microbatches

@@ -15,6 +15,7 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
+from mmmoe_pretrain.models.fusion.base import PARTS, build_fusion
 from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
@@ -23,15 +24,15 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
-BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads")
+BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", PARTS)
 
 
 class MMMoE(nn.Module):
     """A multimodal mixture-of-experts transformer, or one pipeline stage of it.
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
-    has a joint head for each representation that an objective reads, a language head where one predicts tokens, and
-    a content head for each modality whose contents one predicts.
+    has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``), a
+    language head where one predicts tokens, and a content head for each modality whose contents one predicts.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -62,8 +63,10 @@ class MMMoE(nn.Module):
         set_cpu(self.trunk, config.train.cpu)  # here: evaluation and export compute as the run did
         self.language_head: Any = None
         if self.stage.last:
-            heads = {name: nn.Linear(hidden, joint, bias=False) for name in self.objectives.representations}
-            self.joint_heads = nn.ModuleDict(heads)
+            read = self.objectives.representations
+            fusions = {name: build_fusion(its.settings, config.model) for name, its in read.items()}
+            heads = {name: nn.Linear(fusion.width, joint, bias=False) for name, fusion in fusions.items()}
+            self.fusions, self.joint_heads = nn.ModuleDict(fusions), nn.ModuleDict(heads)
             if self.objectives.predicting:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
             sizes = {name: modalities[name].content_size for name in self.objectives.contents.values()}
@@ -135,22 +138,22 @@ class MMMoE(nn.Module):
         return x_nD.to(self.compute_dtype)
 
     def projected(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The projected mean of each sample's segment, by representation; zero without one."""
+        """Each sample's vector, projected, by representation; zero without one."""
         if not self.joint_heads:
             return {}
-        num_segments = batch.num_segments
-        segment_n = batch.segment_ids[: x_nD.shape[0]]
-        total_SD = x_nD.new_zeros(num_segments + 1, x_nD.shape[1], dtype=torch.float32)
-        total_SD = total_SD.index_add(0, segment_n, x_nD.float())
-        length_S = torch.zeros(num_segments + 1, dtype=torch.int64, device=x_nD.device)
-        length_S.scatter_add_(0, segment_n, torch.ones_like(segment_n))  # bincount would make a GPU's host wait
-        mean_SD = total_SD / length_S.clamp(min=1)[:, None]
+        x_nD = x_nD.float()
+        mean_SD = _segment_means(x_nD, batch)
         projected = {}
-        for name, head in self.joint_heads.items():
-            segment_B = batch.pooled[name]
-            present_B = segment_B >= 0
-            pooled_BD = mean_SD.index_select(0, torch.where(present_B, segment_B, num_segments))
-            projected[name] = head(pooled_BD) * present_B[:, None]
+        for name, representation in self.objectives.representations.items():
+            parts = representation.segment_names
+            segment_PB = torch.stack([batch.pooled[part] for part in parts])
+            present_PB = segment_PB >= 0
+            rows = torch.where(present_PB, segment_PB, batch.num_segments).flatten()
+            mean_PBD = mean_SD.index_select(0, rows).unflatten(0, segment_PB.shape)
+            spans = tuple(batch.spans[part] for part in parts) if representation.settings.reads_tokens else ()
+            fused_BW = self.fusions[name](x_nD, mean_PBD, present_PB, spans)
+            present_B = batch.pooled[name] >= 0
+            projected[name] = self.joint_heads[name](fused_BW) * present_B[:, None]
         return projected
 
     def _contents(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -168,3 +171,13 @@ class MMMoE(nn.Module):
             logits_NV = self.language_head(x_nD.index_select(0, targets.rows)).float()
             found[task] = vocab_cross_entropy(logits_NV, targets.ids, self.groups)
         return found
+
+
+def _segment_means(x_nD: Tensor, batch: Batch) -> Tensor:
+    """The mean over the tokens of each segment, and behind them a row of zeros: [S + 1, D]."""
+    num_segments = batch.num_segments
+    segment_n = batch.segment_ids[: x_nD.shape[0]]
+    total_SD = x_nD.new_zeros(num_segments + 1, x_nD.shape[1]).index_add(0, segment_n, x_nD)
+    length_S = torch.zeros(num_segments + 1, dtype=torch.int64, device=x_nD.device)
+    length_S.scatter_add_(0, segment_n, torch.ones_like(segment_n))  # bincount would make a GPU's host wait
+    return total_SD / length_S.clamp(min=1)[:, None]

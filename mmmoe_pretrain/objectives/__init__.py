@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.base import RepresentationSettings, representation_settings
 from mmmoe_pretrain.modalities import Modality, build_modalities
 from mmmoe_pretrain.objectives.base import Objective, ObjectiveModule, ObjectiveSettings, Outputs, Representation
 from mmmoe_pretrain.parallel.collectives import group_size
@@ -41,8 +42,20 @@ class Objectives(dict[str, Objective]):
 
     @property
     def representations(self) -> dict[str, Representation]:
-        """The pooled vectors that some objective reads, by name."""
+        """Those that some objective reads, by name."""
         return {rep: its.all_representations[rep] for its in self.values() for rep in its.representations}
+
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """Names of the representations that a batch says the segments of: those, and the parts of the fused ones."""
+        all_names = ((*its.segment_names, name) for name, its in self.representations.items())
+        return tuple(dict.fromkeys(name for names in all_names for name in names))
+
+    @property
+    def read_by_token(self) -> tuple[str, ...]:
+        """Names of the representations whose tokens some fusion module reads."""
+        names = (its.segment_names for its in self.representations.values() if its.settings.reads_tokens)
+        return tuple(dict.fromkeys(name for each in names for name in each))
 
     @property
     def aligned(self) -> tuple[Pair, ...]:
@@ -106,11 +119,11 @@ def _each_once(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
 def build_objectives(
     settings: Mapping[str, ObjectiveSettings],
     modalities: Mapping[str, Modality],
-    representations: Mapping[str, Sequence[str]] = {},
+    representations: Mapping[str, RepresentationSettings] = {},
 ) -> Objectives:
-    """``representations``: those that the config adds to one for each modality, with their modalities."""
-    known = {name: Representation(name, (name,)) for name in modalities}
-    known |= {name: Representation(name, tuple(parts)) for name, parts in representations.items()}
+    """``representations``: those that the config adds to one for each modality."""
+    alone = {name: representation_settings([name]) for name in modalities}
+    known = {name: Representation(name, its) for name, its in {**alone, **representations}.items()}
     on = {
         name: kinds.OBJECTIVES.load(value.kind)(name, value, modalities, known)
         for name, value in settings.items()

@@ -15,26 +15,54 @@ import numpy as np
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
-from mmmoe_pretrain.config.base import ObjectiveSettings
+from mmmoe_pretrain.config.base import ObjectiveSettings, RepresentationSettings
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
 class Representation:
-    """One vector of a sample: the mean over a segment of the first items of ``modalities``, which attend to each
-    other in both directions. A sample that lacks one of them has no such vector."""
+    """One vector of a sample: of the segment or segments that hold the first items of ``modalities``, whose tokens
+    attend to each other in both directions within a segment. Its kind (``kinds.REPRESENTATIONS``) has the module that
+    makes a vector of them; this is the host half."""
 
     name: str
-    modalities: tuple[str, ...]
+    settings: RepresentationSettings
 
-    def segment(self, sample: Sample, task: str, all_of: Mapping[str, Modality]) -> Segment | None:
-        """Its segment of ``sample``, for ``task``."""
-        items = [sample.index(name) for name in self.modalities]
-        if any(item is None for item in items):
-            return None
-        parts = [Part(item, 0, num_tokens(sample, item, all_of)) for item in items if item is not None]
-        return Segment(task, tuple(parts), self.name)
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.settings.parts
+
+    @property
+    def segment_names(self) -> tuple[str, ...]:
+        """The representations whose segments it is made of: itself, or each of its modalities."""
+        return (self.name,) if self.settings.joined else self.modalities
+
+    @property
+    def ways(self) -> list[set[str]]:
+        """Sets of modalities of which a sample must have one to have such a vector."""
+        if self.settings.missing == "skip":
+            return [set(self.modalities)]
+        return [{name} for name in self.modalities]
+
+    def items(self, sample: Sample) -> dict[str, int]:
+        """The numbers of its items, by modality; empty if ``sample`` has no such vector."""
+        found = {name: item for name in self.modalities if (item := sample.index(name)) is not None}
+        return found if any(way <= found.keys() for way in self.ways) else {}
+
+    def segments(self, sample: Sample, task: str, all_of: Mapping[str, Modality]) -> list[Segment]:
+        """Its segments of ``sample``, for ``task``; none if the sample has no such vector."""
+        parts = {name: Part(i, 0, num_tokens(sample, i, all_of)) for name, i in self.items(sample).items()}
+        if self.settings.joined:
+            return [Segment(task, tuple(parts.values()), self.name)] if parts else []
+        return [Segment(task, (part,), name) for name, part in parts.items()]
+
+    def expected(self, modalities: Mapping[str, Modality]) -> dict[str, Expected]:
+        """By ``segment_names``; see ``Expected``."""
+        tokens = [(name, modalities[name].max_tokens) for name in self.modalities]
+        if self.settings.joined:
+            return {self.name: Expected(1.0, tuple(tokens))}
+        return {name: Expected(1.0, ((name, count),)) for name, count in tokens}
 
 
 def num_tokens(sample: Sample, item: int, modalities: Mapping[str, Modality]) -> int:
@@ -68,7 +96,7 @@ class Expected:
 class Objective(abc.ABC):
     """One objective of a run: a kind under the user's ``name`` with its ``settings``.
 
-    ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
+    ``representations``: names of those that its module reads. ``aligned``: pairs of them that it brings into
     one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
     its modality.

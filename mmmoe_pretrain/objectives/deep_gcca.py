@@ -78,10 +78,7 @@ class DeepGCCA(PooledObjective):
         return {self.name: int(in_agreement(present_BR).sum())}
 
     def needs(self) -> dict[str, set[str]]:
-        return {
-            f"{self.name} {a}-{b}": {m for side in (a, b) for m in self.all_representations[side].modalities}
-            for a, b in self.correlated
-        }
+        return {what: way for pair in self.correlated for what, way in self.ways("-".join(pair), pair).items()}
 
     def module(self, embedding_size: int) -> ObjectiveModule:
         return Agreement(self)

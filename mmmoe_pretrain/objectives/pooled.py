@@ -16,6 +16,7 @@ Shapes: B samples of a microbatch, R representations, P joint space.
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -83,15 +84,21 @@ class PooledObjective(Objective):
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
         for rep in self.representations:
-            segment = self.all_representations[rep].segment(sample, self.name, self.modalities)
-            if segment is not None:
-                yield segment
+            yield from self.all_representations[rep].segments(sample, self.name, self.modalities)
 
     def expected(self) -> list[Expected]:
-        segments = (self.all_representations[rep].modalities for rep in self.representations)
-        return [
-            Expected(1.0, tuple((name, self.modalities[name].max_tokens) for name in names)) for names in segments
+        found: dict[str, Expected] = {}
+        for rep in self.representations:
+            found |= self.all_representations[rep].expected(self.modalities)
+        return list(found.values())
+
+    def ways(self, pair: str, sides: Sequence[str]) -> dict[str, set[str]]:
+        """As ``Objective.needs``: the modalities by which a sample has all of ``sides``, in each way."""
+        ways = [
+            set.union(*way) for way in itertools.product(*(self.all_representations[side].ways for side in sides))
         ]
+        which = [f" of {' and '.join(sorted(way))}" if len(ways) > 1 else "" for way in ways]
+        return {f"{self.name} {pair}{its}": way for its, way in zip(which, ways, strict=True)}
 
 
 class PairwiseObjective(PooledObjective):
@@ -112,11 +119,8 @@ class PairwiseObjective(PooledObjective):
         }
 
     def needs(self) -> dict[str, set[str]]:
-        return {
-            f"{self.name} {pair}": {m for side in sides for m in self.all_representations[side].modalities}
-            for pair, sides in self.pairs.items()
-            if self.settings.pairs[pair]
-        }
+        pairs = [(pair, sides) for pair, sides in self.pairs.items() if self.settings.pairs[pair]]
+        return {what: way for pair, sides in pairs for what, way in self.ways(pair, sides).items()}
 
     def why_idle(self, loss: str, count: int, so_far: str) -> str:
         if count:

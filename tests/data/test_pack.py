@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmmoe_pretrain.batch import Batch, Item, Part, Sample, SampleMeta, Segment
+from mmmoe_pretrain.batch import Batch, Item, Part, Sample, SampleMeta, Segment, Spans
 from mmmoe_pretrain.data.pack import PackSettings, attention_blocks, pack
 from tests.support import pack_settings, tiny_config
 
@@ -138,6 +139,55 @@ def test_modalities_are_pooled_together_where_a_representation_names_them() -> N
     start = packed.segment_ids.tolist().index(2)
     assert packed.modality_ids[start : start + 6].tolist() == [AUD] * 2 + [IMG] * 4
     assert packed.positions[start : start + 6].tolist() == [0, 1, 0, 1, 2, 3]
+
+
+def fused(*parts: str, missing: str = "skip", kind: str = "late") -> dict[str, Any]:
+    return {"kind": kind, "parts": list(parts), "missing": missing}
+
+
+def test_parts_of_fused_representations_are_segments_of_their_own_and_packed_once() -> None:
+    both, any_of = fused("image", "audio"), fused("audio", "image", missing="allow", kind="latents")
+    packed = pack(
+        SAMPLES,
+        settings_of(
+            objectives={"pairs": {"kind": "contrastive", "pairs": {"both-any_of": 1.0, "image-any_of": 1.0}}},
+            representations={"both": both, "any_of": any_of},
+        ),
+    )
+    # a image; b audio; d image, d audio (the order of the first representation that asks)
+    assert packed.attention.lengths == packed.attention.full == (4, 2, 4, 2)
+    pooled = {name: segment_B.tolist() for name, segment_B in packed.pooled.items()}
+    assert pooled == {"image": [0, -1, -1, 2], "audio": [-1, 1, -1, 3], "both": [-1, -1, -1, 2],
+                      "any_of": [0, 1, -1, 3]}  # fmt: skip
+    assert list(packed.pooled) == ["image", "audio", "both", "any_of"]
+    # Rows of the tokens, for the kind that reads them: 4 + 2 + 4 + 2.
+    assert packed.spans == {"audio": Spans((0, 4, 0, 10), (0, 2, 0, 2)), "image": Spans((0, 0, 0, 6), (4, 0, 0, 4))}
+
+
+def test_early_fusion_of_what_there_is_where_parts_may_be_missing() -> None:
+    scene = fused("image", "audio", missing="allow", kind="early")
+    packed = pack(
+        SAMPLES,
+        settings_of(objectives={"pairs": {**PAIRS, "pairs": {"scene-text": 1.0}}}, representations={"scene": scene}),
+    )
+    # a text, a scene (image), b text, b scene (audio), d scene (both)
+    assert packed.attention.lengths == (4, 4, 3, 2, 6)
+    assert packed.pooled["scene"].tolist() == [1, 3, -1, 4] and not packed.spans
+
+
+def test_a_sample_is_fused_only_if_all_that_it_has_of_the_parts_is_packed() -> None:
+    """One objective asks for images alone, and none for the audio of d: its clip would count as absent."""
+    settings = settings_of(
+        objectives={"pairs": {"kind": "contrastive", "pairs": {"any_of-text": 1.0, "image-text": 1.0}}},
+        representations={"any_of": fused("image", "audio", missing="allow")},
+    )
+    asked = settings.objectives["pairs"].segments
+
+    def without_audio(of: Sample, rng: np.random.Generator) -> Iterator[Segment]:
+        yield from (segment for segment in asked(of, rng) if segment.representation != "audio")
+
+    settings.objectives["pairs"].segments = without_audio  # type: ignore[method-assign]
+    assert pack(SAMPLES, settings).pooled["any_of"].tolist() == [0, -1, -1, -1]
 
 
 def page(*parts: list[Item], silent: tuple[int, ...] = ()) -> Sample:

@@ -1,20 +1,22 @@
-"""What a user of the framework writes in a package of their own: a modality, an objective and a router, one file each
-in real life. Entry points name them (``write_package``); nothing in mmmoe_pretrain is changed."""
+"""What a user of the framework writes in a package of their own: a modality, a representation, an objective and a
+router, a file each in real life. Entry points name them (``write_package``); nothing in mmmoe_pretrain is changed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch, Sample, Segment
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
+from mmmoe_pretrain.batch import Batch, Sample, Segment, Spans
+from mmmoe_pretrain.config import ModelConfig
+from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, RepresentationSettings
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality
+from mmmoe_pretrain.models.fusion.base import Fusion
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs
 from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -65,6 +67,26 @@ class Points(Modality):
         return rng.normal(size=(int(rng.integers(1, self.max_tokens + 1)), 2)).astype(np.float32)
 
 
+class RectifiedSettings(RepresentationSettings):
+    joined: ClassVar[bool] = True
+
+    kind: Literal["rectified"] = "rectified"
+
+
+class Rectified(Fusion):
+    """The mean over the tokens, through a layer of rectified units."""
+
+    Settings = RectifiedSettings
+
+    def __init__(self, settings: RectifiedSettings, model: ModelConfig) -> None:
+        super().__init__(settings, model)
+        self.width = 12
+        self.layer = nn.Linear(model.hidden_size, self.width)
+
+    def forward(self, x_nD: Tensor, mean_PBD: Tensor, present_PB: Tensor, spans_P: tuple[Spans, ...]) -> Tensor:
+        return self.layer(mean_PBD[0]).relu()
+
+
 class LabelSettings(ObjectiveSettings):
     kind: Literal["label_regression"] = "label_regression"
     reads: str
@@ -80,9 +102,8 @@ class LabelRegression(Objective):
         self.representations = (settings.reads,)
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
-        segment = self.all_representations[self.settings.reads].segment(sample, self.name, self.modalities)
-        if segment is not None and sample.meta.label:
-            yield segment
+        if sample.meta.label:
+            yield from self.all_representations[self.settings.reads].segments(sample, self.name, self.modalities)
 
     @property
     def losses(self) -> dict[str, float]:
@@ -95,11 +116,11 @@ class LabelRegression(Objective):
         return _SquaredError(self.name, self.settings.reads)
 
     def needs(self) -> dict[str, set[str]]:
-        return {self.name: set(self.all_representations[self.settings.reads].modalities)}
+        (needed,) = self.all_representations[self.settings.reads].ways
+        return {self.name: needed}
 
     def expected(self) -> list[Expected]:
-        names = self.all_representations[self.settings.reads].modalities
-        return [Expected(1.0, tuple((name, self.modalities[name].max_tokens) for name in names))]
+        return list(self.all_representations[self.settings.reads].expected(self.modalities).values())
 
 
 def labelled(batch: Batch, representation: str) -> Tensor:
@@ -140,6 +161,7 @@ def write_package(folder: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[mmmoe.modalities]\npoints = outside:Points\n\n[mmmoe.objectives]\n"
-        "label_regression = outside:LabelRegression\n\n[mmmoe.routers]\nround_robin = outside:round_robin\n"
+        "label_regression = outside:LabelRegression\n\n[mmmoe.routers]\nround_robin = outside:round_robin\n\n"
+        "[mmmoe.representations]\nrectified = outside:Rectified\n"
     )
     (folder / "outside.py").write_bytes(Path(__file__).read_bytes())

@@ -1,4 +1,5 @@
-"""A modality, an objective and a router of another package train, are saved, resume, are evaluated and reported."""
+"""A modality, a representation, an objective and a router of another package train, are saved, resume, are evaluated
+and reported."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def config_of(root: Path, name: str, steps: int) -> RunConfig:
         name=name,
         data={"train": [{"path": str(root / "train")}], "num_workers": 0},
         modalities={"clouds": {"kind": "points"}},
-        objectives={"labels": {"kind": "label_regression", "reads": "clouds"}},
+        representations={"shape": {"kind": "rectified", "parts": ["clouds"]}},
+        objectives={"labels": {"kind": "label_regression", "reads": "shape"}},
         moe={"num_experts": 4, "expert_hidden_size": 8, "router": "round_robin"},
         train={"steps": steps, "global_batch_size": 16, "log_every": 1},
         checkpoint={"every": 10},

@@ -41,6 +41,7 @@ class Case:
     train: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     contrastive: dict[str, Any] = field(default_factory=dict, hash=False)  # of the objective between pairs
     objectives: dict[str, Any] = field(default_factory=dict, hash=False)  # more of them
+    representations: dict[str, Any] = field(default_factory=dict, hash=False)  # the config's section
     samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
     moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
@@ -67,6 +68,7 @@ class Case:
         values = config_of(root, parallel, self.precision, self.train, self.optimizer).model_dump(mode="json")
         values["objectives"]["contrastive"] |= self.contrastive
         values["objectives"] |= self.objectives
+        values["representations"] = self.representations
         values["moe"] |= self.moe
         return run_config.parse(values)
 

@@ -154,6 +154,28 @@ LENDING_CASES = [
     case("EP2 x EDP2", 1, **GATHERED, moe={**LENDING, "expert_backend": "grouped_mm"}, samples=ON_TWO_RANKS),
 ]
 
+# Fused representations of every kind, each aligned with a modality or with another one.
+FUSED = {
+    "early": {"kind": "early", "parts": ["image", "audio"], "missing": "allow"},
+    "late": {"kind": "late", "parts": ["image", "audio"]},
+    "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow"},
+    "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "allow"},
+    "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2},
+    "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "allow"},
+    "mult": {"kind": "mult", "parts": ["image", "audio"], "missing": "allow"},
+    "graph": {"kind": "graph", "parts": ["audio", "image"], "edges": ["modality", "time"], "missing": "allow"},
+    "bottleneck": {"kind": "bottleneck", "parts": ["image", "audio"], "num_bottlenecks": 2, "missing": "allow"},
+}
+FUSED_PAIRS = {"pairs": {"early-text": 1.0, "late-text": 1.0, "gated-text": 1.0, "tensor-low_rank": 0.5,
+                         "latents-text": 1.0, "mult-text": 0.5, "bottleneck-graph": 0.5}}  # fmt: skip
+FUSION = {"representations": FUSED, "contrastive": FUSED_PAIRS}
+FUSION_CASES = [
+    case("DP2", **FUSION),
+    case("EP2", 3, "deepspeed", **FUSION),
+    case("TP2 + SP", **FUSION),
+    case("PP2", 1, **FUSION, **GATHERED),
+]
+
 # Ranks that have less to do than others, or nothing: the second step begins with what such a one has left.
 DATA = [("EP2", 1, "megatron"), ("EP2", 2, "deepspeed"), ("DP2", 3, "deepspeed")]
 MODEL = [("PP2", 0, "megatron"), ("PP2 x VPP2", 1, "megatron"), ("TP2 + SP", 0, "megatron"), ("TP2", 1, "deepspeed")]
@@ -178,6 +200,7 @@ FAMILIES = {
     "SGD with momentum": SGD_CASES,
     "MoE layers of every kind": MOE_CASES,
     "lent experts": LENDING_CASES,
+    "fused representations": FUSION_CASES,
     "uneven work": list(itertools.chain.from_iterable(UNEVEN.values())),
 }
 
@@ -220,6 +243,9 @@ def test_the_references_have_what_is_compared() -> None:
     for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
         trained = [key for key in other.moments if key.endswith(f"ffn.{name}")]
         assert trained and all(other.moments[key][1][0][1].any() for key in trained), name
+    fused = {key: held for key, held in reference(FUSION_CASES[0].alone, STEPS).moments.items() if ".fusions." in key}
+    assert {key.split(".")[2] for key in fused} == FUSED.keys() - {"early"}
+    assert all(held[1][0][1].any() for held in fused.values())
 
 
 def test_half_precision_trains_like_fp32() -> None:

@@ -28,7 +28,7 @@ from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.objectives import objectives_of, step_counts
 from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.accelerator import Host, fake_tensors, move, pretend
-from tests.support import random_batch, tiny_config
+from tests.support import objectives, random_batch, tiny_config
 
 LAYERS = 2
 # Widths at which grouped products fit: rows of 16 bytes and more in bf16.
@@ -48,8 +48,17 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(moe: dict[str, Any]) -> RunConfig:
-    return tiny_config(Path("nowhere"), model=SIZES, moe={**EXPERTS, **moe})
+FUSED = {
+    kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
+    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
+}
+FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
+                  "edges": ["modality", "time", "similarity"]}  # fmt: skip
+PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{name}-text": 1.0 for name in FUSED}}
+
+
+def config_of(moe: dict[str, Any], **sections: Any) -> RunConfig:
+    return tiny_config(Path("nowhere"), model=SIZES, moe={**EXPERTS, **moe}, **sections)
 
 
 def even(assignments: int) -> Callable[[Tensor], Any]:
@@ -67,7 +76,8 @@ def even(assignments: int) -> Callable[[Tensor], Any]:
 
 
 def run(name: str, device: torch.device) -> dict[str, Any]:
-    config = config_of(CASES[name])
+    fused = {"representations": FUSED, "objectives": objectives({"pairs": PAIRS}, {"fraction": 0.5})}
+    config = config_of(CASES[name], **(fused if name == "local" else {}))
     batch = random_batch(config, ["iat", "it", "at", "t"])
     assignments = batch.num_valid * config.moe.experts_per_token
     counts = step_counts([batch], objectives_of(config), None, device)  # of the batch on the host

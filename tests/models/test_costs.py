@@ -139,6 +139,30 @@ def test_a_cached_contrast_compares_with_the_whole_step() -> None:
     assert cached - plain == pytest.approx(3 * 2 * 2 * 8 * (16 - 8) / tokens)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("late", 2 * 16 * 8),  # the joint head alone
+        ("gated", 2 * (2 * 16 * 16 + 2 * 32 * 16) + 2 * 16 * 8),
+        ("tensor", 2 * 2 * 16 * 16 + 2 * 17**2 * 8),  # of all products, no sum
+        ("low_rank", 2 * 2 * 17 * 4 * 16 + 2 * 16 * 8),
+        # 8 latents attend to 4 + 6 tokens: queries, output and MLP; keys and values; scores and mix
+        ("latents", 2 * 16 * 16 * (4 * 8 + 2 * 10) + 2 * 2 * 8 * 10 * 16 + 2 * 16 * 8),
+        # 4 tokens attend to 6 and 6 to 4: queries, output and MLP; keys and values; scores and mix
+        ("mult", 2 * 16 * 16 * (4 * 10 + 2 * 10) + 2 * 2 * 2 * 4 * 6 * 16 + 2 * 32 * 8),
+    ],
+)
+def test_a_fused_representation_costs_what_fuses_it_and_its_head(kind: str, flops: int) -> None:
+    pairs = {"kind": "contrastive", "pairs": {"image-audio": 1.0, "text-image": 1.0}}
+    plain = config_of(objectives={"pairs": pairs})
+    more = {"kind": "contrastive", "pairs": {"image-audio": 1.0, "text-scene": 1.0}}
+    fused = config_of(
+        objectives={"pairs": more}, representations={"scene": {"kind": kind, "parts": ["image", "audio"]}}
+    )
+    tokens = 4 + AUDIO_TOKENS + 18
+    assert (block_costs(fused).last_extra - block_costs(plain).last_extra) * tokens == pytest.approx(flops)
+
+
 def test_modalities_that_no_objective_uses_cost_nothing() -> None:
     """Texts alone, of 18 tokens, one of which is a target only: no stem runs, and no joint head is there."""
     config = config_of(objectives={"reading": {"kind": "next_token", "fraction": 0.5}})

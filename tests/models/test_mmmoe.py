@@ -18,13 +18,26 @@ from tests.support import BEGIN, END, objectives, pack_settings, random_batch, r
 ROOT = Path("unused")
 
 
+FUSED = {
+    kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
+    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
+}
+FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
+                  "edges": ["modality", "time", "similarity"]}  # fmt: skip
+FUSED_PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{kind}-text": 1.0 for kind in FUSED}}
+
+
 def config(**sections: object) -> RunConfig:
-    return tiny_config(ROOT, objectives=objectives(), **sections)
+    return tiny_config(ROOT, **{"objectives": objectives(), **sections})
+
+
+def fused_config(**sections: object) -> RunConfig:
+    return config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=FUSED, **sections)
 
 
 @pytest.mark.parametrize("modalities", [["iat", "it"], ["t", "t"], ["a"], ["i", "a"], ["iat"], []])
 def test_every_parameter_gets_a_gradient_in_batches_without_some_modality(modalities: list[str]) -> None:
-    run = config()
+    run = fused_config()
     model = PretrainingModel(run)
     loss, _ = model(random_batch(run, modalities))
     loss.backward()
@@ -34,11 +47,11 @@ def test_every_parameter_gets_a_gradient_in_batches_without_some_modality(modali
 
 def features_of(model: PretrainingModel, batch: Batch) -> torch.Tensor:
     output, _ = model.mmmoe(batch)
-    return torch.stack([output.features[m] for m in ("image", "audio", "text")])
+    return torch.stack([output.features[m] for m in ("image", "audio", "text", *FUSED) if m in output.features])
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_in_the_stream() -> None:
-    run = config()
+    run = fused_config()
     model = PretrainingModel(run).eval()
     samples = [random_sample(i, has, run) for i, has in enumerate(["iat", "at", "iat", "t"])]
     together = features_of(model, pack(samples, pack_settings(run)))
@@ -75,6 +88,16 @@ def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -
     torch.testing.assert_close(norms, expected)
 
 
+def test_samples_that_lack_parts_are_fused_of_the_others_or_not_at_all() -> None:
+    batches = ["iat", "it", "a", "t"]
+    for missing, here in (("allow", [1.0, 1.0, 1.0, 0.0]), ("skip", [1.0, 0.0, 0.0, 0.0])):
+        fused = {kind: {**its, "missing": missing} for kind, its in FUSED.items()}
+        run = config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=fused)
+        output, _ = PretrainingModel(run).mmmoe(random_batch(run, batches))
+        for kind in FUSED:
+            torch.testing.assert_close(output.features[kind].norm(dim=-1), torch.tensor(here), msg=kind)
+
+
 def test_one_expert_is_a_dense_model_of_the_same_code() -> None:
     dense = config(moe={"num_experts": 1, "experts_per_token": 1, "expert_hidden_size": 16})
     model = PretrainingModel(dense)
@@ -108,8 +131,8 @@ def renamed(run: RunConfig, names: dict[str, str], **sections: object) -> RunCon
 
 def test_a_run_with_other_names_is_the_same_run() -> None:
     """Losses of the first steps; weights, packing and draws depend on kinds."""
-    run = config(moe={"num_experts": 4, "expert_hidden_size": 8, "task_conditioned": True,
-                      "losses": {"local_entropy": 0.01, "balance": 0.01}})  # fmt: skip
+    run = fused_config(moe={"num_experts": 4, "expert_hidden_size": 8, "task_conditioned": True,
+                            "losses": {"local_entropy": 0.01, "balance": 0.01}})  # fmt: skip
     names = {"image": "photo", "audio": "sound", "text": "rows", "contrastive": "text", "captioning": "image"}
     other = renamed(run, names)
     assert other.stream_names.tasks == ("text", "image") and list(other.modalities) == ["photo", "sound", "rows"]

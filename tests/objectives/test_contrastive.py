@@ -164,6 +164,19 @@ def test_a_pair_is_of_any_two_representations() -> None:
     assert found["match/scene-text"].item() / 2 == pytest.approx(ONE_OF_TWO + 1, rel=1e-6)
 
 
+def test_where_parts_may_be_missing_samples_with_any_of_them_serve_a_pair() -> None:
+    pairs = {"kind": "contrastive", "pairs": {"scene-text": 1.0, "image-text": 1.0}}
+    scene = {"kind": "late", "parts": ["image", "audio"], "missing": "allow"}
+    config = tiny_config(Path("unused"), objectives={"match": pairs}, representations={"scene": scene})
+    objective = pack_settings(config).objectives["match"]
+    assert objective.needs() == {
+        "match scene-text of image and text": {"image", "text"},
+        "match scene-text of audio and text": {"audio", "text"},
+        "match image-text": {"image", "text"},
+    }
+    assert sorted(segment.tokens[0][0] for segment in objective.expected()) == ["audio", "image", "text"], "each once"
+
+
 SAMPLES, WIDTH, JOINT = 12, 5, 4
 FACTORS = {"match/image-text": 0.3, "match/audio-text": 0.2, "match/image-audio": 0.1}  # weights over numbers
 # Sums of tens of fp32 terms near 1, in another order.

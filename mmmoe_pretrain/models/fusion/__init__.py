@@ -1,0 +1,1 @@
+"""Representations of several modalities: one file a kind (the table is ``kinds.REPRESENTATIONS``)."""
