@@ -51,6 +51,13 @@ METHODS = (
                 paper="DINO, arXiv 2104.14294",
                 also=("optimizer.average",),
             ),
+            Method(
+                "semantic_anchors",
+                "semantic anchors",
+                item="co_learning",
+                paper="DeViSE, NIPS 2013",
+                small=("objectives.anchors.vectors={data}/words.npz", "objectives.anchors.size=8"),
+            ),
         ),
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL}",

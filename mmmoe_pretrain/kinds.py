@@ -113,6 +113,7 @@ OBJECTIVES = Kinds(
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
+        "semantic_anchors": "mmmoe_pretrain.objectives.semantic_anchors:SemanticAnchors",
     },
 )
 

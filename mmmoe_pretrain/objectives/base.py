@@ -70,7 +70,7 @@ class Objective(abc.ABC):
 
     ``representations``: names of pooled vectors that its module reads. ``aligned``: pairs of them that it brings into
     one space. ``predicts``: its segments have targets. ``hidden``: modalities of which it hides tokens; ``contents``:
-    of its losses those of their contents, each with its modality.
+    of its losses those of their contents, each with its modality. ``anchor_size``: numbers of a sample's ``anchor``.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -81,6 +81,7 @@ class Objective(abc.ABC):
     predicts: bool = False
     hidden: tuple[str, ...] = ()
     contents: Mapping[str, str] = MappingProxyType({})
+    anchor_size: int = 0
 
     def __init__(
         self,
@@ -97,6 +98,10 @@ class Objective(abc.ABC):
         """The segments of ``sample`` to pack. ``rng`` is a function of the run's seed, the sample's global position
         and the objective. A representation is packed once, for the first objective that asks for it, so ``pooled`` of
         a batch may have samples that this objective did not ask for: ``counts`` and the loss leave those out."""
+
+    def anchor(self, sample: Sample) -> np.ndarray | None:
+        """Where it has an ``anchor_size``: a vector of ``sample`` as a target, float32 [anchor_size], or None."""
+        raise NotImplementedError
 
     @property
     @abc.abstractmethod
