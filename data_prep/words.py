@@ -30,7 +30,8 @@ from mmmoe_pretrain.modalities.word_vectors import words_of
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import counted, track
 
-BATCH, NOISE = 2048, 256  # pairs, and negatives that they share
+SMALLEST, LARGEST, STEPS = 64, 2048, 128  # pairs of a batch, and batches of a pass over few texts
+NOISE = 256  # negatives that the pairs of a batch share
 AT_ONCE = 1 << 20  # words of which the pairs are in memory and shuffled
 RATE = 0.05
 NOISE_POWER = 0.75
@@ -140,8 +141,9 @@ def train_both(corpus: Corpus, options: WordOptions) -> tuple[np.ndarray, np.nda
     passes = [(epoch, at) for epoch in range(options.epochs) for at in range(0, len(corpus.ids), AT_ONCE)]
     for number, (_, at) in enumerate(track(passes, "training word vectors", len(passes), "passes")):
         pairs = pairs_of(corpus, slice(at, at + AT_ONCE), options, rng)
-        for first in range(0, pairs.shape[1], BATCH):
-            centre_B, context_B = pairs[:, first : first + BATCH]
+        batch = min(max(pairs.shape[1] // STEPS, SMALLEST), LARGEST)
+        for first in range(0, pairs.shape[1], batch):
+            centre_B, context_B = pairs[:, first : first + batch]
             negative_N = np.searchsorted(noise_V, rng.random(NOISE) * noise_V[-1], side="right")
             _, slopes = loss_and_slopes(
                 centres.rows[centre_B], contexts.rows[context_B], contexts.rows[negative_N], options.negatives

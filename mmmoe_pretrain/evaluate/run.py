@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import figures, report, routing_report, scores
@@ -29,6 +29,7 @@ from mmmoe_pretrain.evaluate.rows import (
 )
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import Objective
 from mmmoe_pretrain.parallel.runtime import named_device
 
 FIGURE = "routing.png"
@@ -54,7 +55,7 @@ def evaluate(
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     shown, beside_notes = _beside(other, rows.paths)
     data = collect(model, rows.batches())
-    found, notes = _score(data, model, rows)
+    found, notes = _score(data, model, rows, run_dir)
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
@@ -86,7 +87,7 @@ def evaluate_command(
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
 
 
-def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score], list[str]]:
+def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tuple[list[Score], list[str]]:
     settings, objectives = rows.config.evaluate, model.objectives
     parts = [scores.retrieval_scores(data, pair, settings) for pair in objectives.aligned]
     for source, target in [way for a, b in objectives.aligned for way in ((a, b), (b, a))]:
@@ -94,11 +95,33 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score],
         if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone
             class_features = functools.partial(_class_features, model, rows, reader, target)
             parts.append(scores.zero_shot_scores(data, (source, target), class_features, settings))
+    parts += [
+        _anchor_scores(data, objective, rows, run_dir) for objective in objectives.values() if objective.anchor_size
+    ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():
         found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
         nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
         parts.append((found, nothing))
+    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
+
+
+def _anchor_scores(data: HeldOut, objective: Objective, rows: HeldOutRows, run_dir: Path) -> scores.Scored:
+    """Zero-shot of the representations that ``objective`` brings near anchors, by the anchors of the class names."""
+    module = objective.module(rows.config.model.embedding_size)
+    checkpoint = store.find_latest(rows.config.checkpoints_of(run_dir))
+    assert checkpoint is not None, "its model is loaded"
+    store.load_weights(
+        checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()}
+    )
+    encode = functools.partial(objective.class_features, module)
+    settings = rows.config.evaluate.model_copy(update={"prompt": "{}"})  # other words would move all anchors together
+    parts = [
+        scores.zero_shot_scores(data, (rep, objective.name), encode, settings) for rep in objective.representations
+    ]
+    classes = sorted({meta.label for meta in data.metas} - {""})
+    unknown = [name for name, row in zip(classes, encode(classes), strict=True) if not row.any()] if classes else []
+    notes = [f"no word of {', '.join(unknown[:5])} has a vector: {objective.name} scores it 0"] if unknown else []
     return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
 
 

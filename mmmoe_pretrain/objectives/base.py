@@ -6,7 +6,7 @@ from the model's outputs. A loss is a sum over its terms; it is divided by their
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -101,6 +101,11 @@ class Objective(abc.ABC):
 
     def anchor(self, sample: Sample) -> np.ndarray | None:
         """Where it has an ``anchor_size``: a vector of ``sample`` as a target, float32 [anchor_size], or None."""
+        raise NotImplementedError
+
+    def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
+        """Where it has an ``anchor_size``: float32 [classes, P], whose products with the features of its
+        representations score the classes called ``names``; zero for a name that has no anchor."""
         raise NotImplementedError
 
     @property

@@ -14,7 +14,7 @@ Shapes: B samples of a microbatch, G samples of a global microbatch, P joint spa
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -121,6 +121,13 @@ class SemanticAnchors(Objective):
         else:
             words = next((item.raw for item in sample.items if item.modality == settings.text and item.raw), "")
         return self.vectors.mean(words) if words else None
+
+    def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
+        """See ``Objective.class_features``: of the anchor a of a name, a M."""
+        empty = np.zeros(self.settings.size, dtype=np.float32)
+        found = [self.vectors.mean(name) for name in names]
+        anchors_CW = np.stack([empty if anchor is None else anchor for anchor in found])
+        return anchors_CW @ module.get_parameter("map").detach().float().cpu().numpy()
 
     @property
     def losses(self) -> dict[str, float]:

@@ -213,12 +213,12 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
         "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
         "objectives": {
-            name: _tensors(objective.module(config.model.embedding_size)) for name, objective in objectives.items()
-        },
-        "files": {
-            f"objectives.{name}.{its.file_setting}": f"the file of fingerprint {getattr(its, 'fingerprint', '')}"
-            for name, its in config.objectives.items()
-            if its.on and its.file
+            **{name: _tensors(its.module(config.model.embedding_size)) for name, its in objectives.items()},
+            **{
+                f"{name}.{its.settings.file_setting}": f"the file of fingerprint {its.settings.fingerprint}"
+                for name, its in objectives.items()
+                if its.settings.file
+            },
         },
     }
 
