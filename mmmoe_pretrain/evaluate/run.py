@@ -5,6 +5,7 @@ Owns the order of the steps; each step is in its own file.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -115,13 +116,16 @@ def _anchor_scores(data: HeldOut, objective: Objective, rows: HeldOutRows, run_d
         checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()}
     )
     encode = functools.partial(objective.class_features, module)
-    settings = rows.config.evaluate.model_copy(update={"prompt": "{}"})  # other words would move all anchors together
-    parts = [
-        scores.zero_shot_scores(data, (rep, objective.name), encode, settings) for rep in objective.representations
-    ]
     classes = sorted({meta.label for meta in data.metas} - {""})
-    unknown = [name for name, row in zip(classes, encode(classes), strict=True) if not row.any()] if classes else []
-    notes = [f"no word of {', '.join(unknown[:5])} has a vector: {objective.name} scores it 0"] if unknown else []
+    unknown = {name for name in classes if not encode([name]).any()}
+    metas = tuple(dataclasses.replace(meta, label="") if meta.label in unknown else meta for meta in data.metas)
+    known, settings = dataclasses.replace(data, metas=metas), rows.config.evaluate
+    plain = settings.model_copy(update={"prompt": "{}"})  # its words would move all anchors together
+    parts = [
+        scores.zero_shot_scores(known, (rep, objective.name), encode, plain) for rep in objective.representations
+    ]
+    named = f"{', '.join(sorted(unknown)[:5])}{', ...' * (len(unknown) > 5)}"
+    notes = [f"no word of {named} has a vector: {objective.name} does not score these classes"] if unknown else []
     return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
 
 

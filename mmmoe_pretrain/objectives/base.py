@@ -105,7 +105,7 @@ class Objective(abc.ABC):
 
     def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
         """Where it has an ``anchor_size``: float32 [classes, P], whose products with the features of its
-        representations score the classes called ``names``; zero for a name that has no anchor."""
+        representations score the classes called ``names``; zeros for a name that has no anchor."""
         raise NotImplementedError
 
     @property

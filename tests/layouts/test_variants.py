@@ -77,7 +77,6 @@ MEGATRON_LEVERS = [
     case("PP2 x VPP2", objectives=MASKED),
     case("TP2 + SP", objectives=MASKED),
     case("DP2", objectives=ANCHORS),
-    case("PP2 x VPP2", objectives=ANCHORS),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
