@@ -293,6 +293,36 @@ def tokenizer(
         work.run(paths, out, split, options, overwrite, dry_run, as_json)
 
 
+@app.command(epilog="Example: mmmoe-data words data/shards --filter language=en --out data/words.npz")
+def words(
+    paths: Annotated[
+        list[str], typer.Argument(callback=given, help="Shards, manifests, tables or folders, in any mix.")
+    ],
+    out: Annotated[Path, typer.Option(callback=given, help="The .npz file to write.")],
+    dimension: Annotated[int, typer.Option(help="Numbers of a vector.")] = 64,
+    window: Annotated[int, typer.Option(help="A word predicts others up to so many words away.")] = 5,
+    negatives: Annotated[int, typer.Option(help="Words that are no neighbours, for each that is one.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Passes over the texts.")] = 10,
+    min_count: Annotated[int, typer.Option(help="Words that come less often have no vector.")] = 2,
+    sample: Annotated[
+        float, typer.Option(help="Words of a larger share of all are left out at random; 0: none is.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 1,
+    split: Annotated[
+        str, typer.Option(help="The split to train on; samples that name none belong to train.")
+    ] = "train",
+    filter: o.Filter = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Train vectors of words by skip-gram on the texts of a split; the same texts give the same vectors."""
+    from mmmoe_pretrain.data_prep import words as work
+
+    options = work.WordOptions(dimension, window, negatives, epochs, min_count, sample, seed)
+    with kept(f"{out} was not written; repeat the command"):
+        work.run(paths, out, split, tuple(filter or ()), options, overwrite, as_json)
+
+
 @app.command(epilog="Example: mmmoe-data index data/shards/train s3://bucket/more --workers 8")
 def index(
     specs: Annotated[

@@ -16,9 +16,10 @@ import sys
 import tempfile
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -41,6 +42,7 @@ LEAST_COVERAGE = 0.98
 SMALLEST = 4 + 256 + 1  # control pieces, byte pieces, the word mark
 _MOST_NAMED = 5  # samples that are skipped
 _AT_ONCE = 1 << 16  # texts between two removals of duplicates, at least
+NO_FILTER: Mapping[str, Collection[str]] = MappingProxyType({})
 PART = 1 << 14  # characters of a text that sentencepiece is given at once: it silently skips longer ones
 
 
@@ -113,12 +115,16 @@ def run(
     answer(as_json, facts, *lines)
 
 
-def read_texts(paths: Sequence[str], split: str, texts: Texts) -> int:
-    """Add the texts of a split; how many samples and rows cannot be used, of which the first are named in the log."""
+def read_texts(
+    paths: Sequence[str], split: str, texts: Texts, wanted: Mapping[str, Collection[str]] = NO_FILTER
+) -> int:
+    """Add the texts of a split, of samples that have one of the ``wanted`` values of each field; how many samples and
+    rows cannot be used, of which the first are named in the log."""
     skipped = 0
     for sample in itertools.chain.from_iterable(map(open_samples, paths)):
         problem = sample.problem
-        if not problem and (sample.split == split or (sample.split == NO_SPLIT and split == "train")):
+        of_split = sample.split == split or (sample.split == NO_SPLIT and split == "train")
+        if not problem and of_split and all(str(sample.fields.get(k) or "") in wanted[k] for k in wanted):
             try:
                 for text in sample.texts():
                     texts.add(text)

@@ -70,7 +70,7 @@ def _task(of: Study, variant: Variant, seed: int, place: Place) -> Task:
     owner, name = of.owner_of(variant)
     if owner != of.name:
         of, variant = study(owner), study(owner).variant(name)
-    small = variant.small if place.extra else ()
+    small = quick.small(variant, place.data or Path()) if place.extra else ()
     return Task(of, variant, seed, place.runs, (*place.extra, *small))
 
 

@@ -18,6 +18,11 @@ tokenizer() {
   make_once "Train a tokenizer" "$3" mmmoe-data tokenizer "$1/manifest.jsonl" --vocab-size "$2" --out "$3" "${@:4}"
 }
 
+# words SHARDS OUT OPTION...: vectors of words
+words() {
+  make_once "Train word vectors" "$2" mmmoe-data words "$1" --out "$2" "${@:3}"
+}
+
 case "${1:-} ${2:-}" in
   "emoji " | "europe ")
     corpus=data/corpora/cldr-emoji out=data/evidence/$1 tokens=data/evidence/emoji/tokens.model
@@ -29,6 +34,7 @@ case "${1:-} ${2:-}" in
     make_once "Fetch emoji and their names" "$corpus/manifest.jsonl" mmmoe-data corpus cldr-emoji --out "$corpus"
     make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" "${rows[@]}" --image-size 48
     tokenizer "$corpus" 2048 "$tokens" --character-coverage 0.98
+    if [[ $1 == europe ]]; then words "$out/shards" "$out/words.npz"; fi
     ;;
   "gcide ")
     corpus=data/corpora/gcide out=data/evidence/gcide
@@ -52,6 +58,7 @@ case "${1:-} ${2:-}" in
     make_once "Shard the rows that have all modalities" "$out/shards" \
       shard "$corpus" "$out/shards" --filter subset=constructed --image-size 16 --workers 1
     tokenizer "$corpus" 400 "$out/tokens.model"
+    words "$out/shards" "$out/words.npz" --dimension 8 --min-count 1
     ;;
   *)
     echo "usage: evidence/data.sh emoji|europe|gcide|demo, or evidence/data.sh mini FOLDER" >&2

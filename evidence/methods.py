@@ -66,6 +66,13 @@ METHODS = (
                 paper="Andrew et al., ICML 2013",
                 small=("model.embedding_size=3",),  # fewer than the pairs of a step
             ),
+            Method(
+                "semantic_anchors",
+                "semantic anchors",
+                item="co_learning",
+                paper="DeViSE, NIPS 2013",
+                small=("objectives.anchors.vectors={data}/words.npz", "objectives.anchors.size=8"),
+            ),
         ),
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL} The 8 dimensions of deep CCA were "

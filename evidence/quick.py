@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from evidence.runs import ENVIRONMENT, Call, Runner
-from evidence.study import ROOT, Study
+from evidence.study import ROOT, Study, Variant
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.engines.megatron import prepare
 
@@ -47,6 +47,11 @@ def check_folder(out: Path) -> None:
 
 def studies_of(studies: Sequence[Study]) -> tuple[Study, ...]:
     return tuple(replace(study, seeds=study.seeds[:SEEDS]) for study in studies)
+
+
+def small(variant: Variant, data: Path) -> tuple[str, ...]:
+    """Overrides of its runs, after those of all; ``data`` as there."""
+    return tuple(override.replace("{data}", str(data)) for override in variant.small)
 
 
 def overrides(data: Path) -> tuple[str, ...]:

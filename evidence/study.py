@@ -51,7 +51,7 @@ class Variant:
     ``experts`` where it is a point of the curve over the number of experts; ``line`` and ``x`` where it is one of the
     panel "sweep". ``same_as``: STUDY/VARIANT of another study, trained by the same config, whose records count here
     too. ``program``: ``TRAINER``, or a module with its command line and another model. ``small``: overrides
-    that follow those of quick.SIZES where its run is made small."""
+    that follow those of quick.SIZES where its run is made small; ``{data}`` stands for the folder of its data."""
 
     name: str
     label: str

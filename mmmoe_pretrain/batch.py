@@ -167,6 +167,16 @@ class Contents:
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """A vector of each sample as a target: float32 [B, W], bool [B] where there is one (else zeros), and int64 [B],
+    equal where vectors are."""
+
+    vectors: Tensor
+    present: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One packed microbatch: the inputs of the embedders, by modality, and the stream made of their outputs.
 
@@ -188,6 +198,7 @@ class Batch:
     attention: AttentionBlocks
     targets: dict[str, Targets]  # by task, of those that predict tokens
     contents: dict[str, Contents]  # by loss (task/modality), of those that predict contents
+    anchors: dict[str, Anchors]  # by task, of those that have them
     pooled: dict[str, Tensor]  # by representation: int64 [B], the (first) segment of each sample, or -1
     group_ids: Tensor  # int64 [B]: hash of the sample's group
     metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has no segment

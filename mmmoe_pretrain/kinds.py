@@ -115,6 +115,7 @@ OBJECTIVES = Kinds(
         "deep_gcca": "mmmoe_pretrain.objectives.deep_gcca:DeepGCCA",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
+        "semantic_anchors": "mmmoe_pretrain.objectives.semantic_anchors:SemanticAnchors",
     },
 )
 

@@ -164,6 +164,8 @@ def in_forks(*calls: Callable[[], object], seconds: float = 30.0) -> list[int | 
 
 
 BEGIN, END = 1, 2  # marks of a text
+WORDS = ("red", "green", "blue", "grey", "yellow", "black", "pink", "brown")  # tests/assets/words.npz lacks the last
+VECTORS = Path(__file__).parent / "assets" / "words.npz"  # of 8 numbers of noise
 
 
 def random_sample(seed: int, has: str, config: RunConfig) -> Sample:
@@ -174,10 +176,11 @@ def random_sample(seed: int, has: str, config: RunConfig) -> Sample:
         if name[0] not in has:
             continue
         if modality.predictable:
+            raw = f"{WORDS[seed % 7]} {WORDS[seed % 5 + 3]}"
             value = np.asarray([BEGIN, *rng.integers(4, config.model.vocab_size, int(rng.integers(1, 8))), END])
         else:
-            value = modality.example(rng)
-        items.append(Item(name, value))
+            value, raw = modality.example(rng), ""
+        items.append(Item(name, value, raw))
     return Sample(SampleMeta(key=f"sample-{seed}", group=f"g{seed}"), tuple(items))
 
 

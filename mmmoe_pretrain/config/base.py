@@ -285,6 +285,9 @@ class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
 
+    # The setting that names a file, of which a run keeps a copy; the setting ``fingerprint`` is that file's.
+    file_setting: ClassVar[str] = ""
+
     kind: str
     weight: Weight = 1.0
 
@@ -321,6 +324,16 @@ class ObjectiveSettings(StrictModel):
     ) -> None:
         """Raises ValueError where the settings of the objective ``name`` name what is not there. ``representations``:
         every one with its modalities, those that are a modality included."""
+
+    @property
+    def file(self) -> str:
+        """The path that ``file_setting`` has; empty without."""
+        return str(getattr(self, self.file_setting)) if self.file_setting else ""
+
+    def with_file(self) -> ObjectiveSettings:
+        """The settings with the fingerprint of its file. Raises ValueError where that cannot be read, or is not the
+        one that the run started with."""
+        return self
 
     def of_every_sample(self) -> ObjectiveSettings:
         """The settings for held-out samples, without random draws."""

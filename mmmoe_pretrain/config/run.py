@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -199,6 +199,14 @@ class RunConfig(StrictModel):
                 f"run model.vocab_size: 0"
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+    def with_objectives(self, changed: Mapping[str, ObjectiveSettings]) -> RunConfig:
+        """The config with other settings of some objectives."""
+        return self.model_copy(update={"objectives": {**self.objectives, **changed}})
+
+    def with_files(self) -> RunConfig:
+        """The config with the fingerprints of the files that objectives read (``ObjectiveSettings.with_file``)."""
+        return self.with_objectives({name: its.with_file() for name, its in self.objectives.items() if its.on})
 
     @property
     def run_dir(self) -> Path:

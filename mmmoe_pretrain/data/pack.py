@@ -15,12 +15,23 @@ import numpy as np
 import torch
 import xxhash
 
-from mmmoe_pretrain.batch import IGNORE, AttentionBlocks, Batch, Contents, Part, Sample, Segment, Spans, Targets
+from mmmoe_pretrain.batch import (
+    IGNORE,
+    Anchors,
+    AttentionBlocks,
+    Batch,
+    Contents,
+    Part,
+    Sample,
+    Segment,
+    Spans,
+    Targets,
+)
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import Draws
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.modalities.base import Collated
-from mmmoe_pretrain.objectives import Objectives, Representation, build_objectives
+from mmmoe_pretrain.objectives import Objective, Objectives, Representation, build_objectives
 
 TOKEN_MULTIPLE = 64
 
@@ -121,6 +132,7 @@ def pack(
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
         targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
         contents={loss: Contents(*_joined(pairs)) for loss, pairs in predicted.contents.items()},
+        anchors={name: _anchors(samples, its) for name, its in settings.objectives.items() if its.anchor_size},
         pooled=_tensors(pooled),
         group_ids=torch.from_numpy(_group_ids(samples)),
         metas=tuple(sample.meta for sample in samples),
@@ -265,6 +277,15 @@ def _tokens(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         within + np.repeat(_int64(runs.source_start), length),
         _concatenated(runs.keys),
     )
+
+
+def _anchors(samples: Sequence[Sample], objective: Objective) -> Anchors:
+    vectors, ids = np.zeros((len(samples), objective.anchor_size), dtype=np.float32), [0] * len(samples)
+    for b, sample in enumerate(samples):
+        if (vector := objective.anchor(sample)) is not None:
+            vectors[b], ids[b] = vector, xxhash.xxh3_64_intdigest(vector.tobytes())
+    present, numbers = vectors.any(axis=1), np.asarray(ids, dtype=np.uint64).view(np.int64)
+    return Anchors(*map(torch.from_numpy, (vectors, present, numbers)))
 
 
 def _group_ids(samples: Sequence[Sample]) -> np.ndarray:

@@ -5,6 +5,7 @@ Owns the order of the steps; each step is in its own file.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import correlated, figures, report, routing_report, scores
@@ -29,6 +30,7 @@ from mmmoe_pretrain.evaluate.rows import (
 )
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import Objective
 from mmmoe_pretrain.parallel.runtime import named_device
 
 FIGURE = "routing.png"
@@ -55,7 +57,7 @@ def evaluate(
     shown, beside_notes = _beside(other, rows.paths)
     pairs = correlated.pairs_of(model.objectives, config.evaluate)
     data = collect(model, rows.batches(), correlated.sides_of_all(pairs))
-    found, notes = _score(data, model, rows)
+    found, notes = _score(data, model, rows, run_dir)
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
@@ -87,7 +89,7 @@ def evaluate_command(
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
 
 
-def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score], list[str]]:
+def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tuple[list[Score], list[str]]:
     settings, objectives = rows.config.evaluate, model.objectives
     parts = [scores.retrieval_scores(data, pair, settings) for pair in objectives.aligned]
     parts += correlated.scores_of(data, model, rows)
@@ -96,11 +98,36 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> tuple[list[Score],
         if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone
             class_features = functools.partial(_class_features, model, rows, reader, target)
             parts.append(scores.zero_shot_scores(data, (source, target), class_features, settings))
+    parts += [
+        _anchor_scores(data, objective, rows, run_dir) for objective in objectives.values() if objective.anchor_size
+    ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():
         found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
         nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
         parts.append((found, nothing))
+    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
+
+
+def _anchor_scores(data: HeldOut, objective: Objective, rows: HeldOutRows, run_dir: Path) -> scores.Scored:
+    """Zero-shot of the representations that ``objective`` brings near anchors, by the anchors of the class names."""
+    module = objective.module(rows.config.model.embedding_size)
+    checkpoint = store.find_latest(rows.config.checkpoints_of(run_dir))
+    assert checkpoint is not None, "its model is loaded"
+    store.load_weights(
+        checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()}
+    )
+    encode = functools.partial(objective.class_features, module)
+    classes = sorted({meta.label for meta in data.metas} - {""})
+    unknown = {name for name in classes if not encode([name]).any()}
+    metas = tuple(dataclasses.replace(meta, label="") if meta.label in unknown else meta for meta in data.metas)
+    known, settings = dataclasses.replace(data, metas=metas), rows.config.evaluate
+    plain = settings.model_copy(update={"prompt": "{}"})  # its words would move all anchors together
+    parts = [
+        scores.zero_shot_scores(known, (rep, objective.name), encode, plain) for rep in objective.representations
+    ]
+    named = f"{', '.join(sorted(unknown)[:5])}{', ...' * (len(unknown) > 5)}"
+    notes = [f"no word of {named} has a vector: {objective.name} does not score these classes"] if unknown else []
     return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
 
 

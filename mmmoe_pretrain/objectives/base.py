@@ -6,7 +6,7 @@ from the model's outputs. A loss is a sum over its terms; it is divided by their
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -99,7 +99,7 @@ class Objective(abc.ABC):
     ``representations``: names of those that its module reads. ``aligned``: pairs of them that it brings into
     one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
-    its modality.
+    its modality. ``anchor_size``: numbers of a sample's ``anchor``.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -111,6 +111,7 @@ class Objective(abc.ABC):
     predicts: bool = False
     hidden: tuple[str, ...] = ()
     contents: Mapping[str, str] = MappingProxyType({})
+    anchor_size: int = 0
 
     def __init__(
         self,
@@ -127,6 +128,15 @@ class Objective(abc.ABC):
         """The segments of ``sample`` to pack. ``rng`` is a function of the run's seed, the sample's global position
         and the objective. A representation is packed once, for the first objective that asks for it, so ``pooled`` of
         a batch may have samples that this objective did not ask for: ``counts`` and the loss leave those out."""
+
+    def anchor(self, sample: Sample) -> np.ndarray | None:
+        """Where it has an ``anchor_size``: a vector of ``sample`` as a target, float32 [anchor_size], or None."""
+        raise NotImplementedError
+
+    def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
+        """Where it has an ``anchor_size``: float32 [classes, P], whose products with the features of its
+        representations score the classes called ``names``; zeros for a name that has no anchor."""
+        raise NotImplementedError
 
     @property
     @abc.abstractmethod

@@ -62,6 +62,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
             start.check_same_config(config, host)
             config = config.with_vocabulary(modalities.vocab_size)
+            config = agree(host.control, config.with_files)
             layout = resolve_layout(config, dist.get_world_size())
             microbatch_size(config, layout.data)
             with (

@@ -23,7 +23,7 @@ from torch import nn
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
-from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, names_tokenizer, with_tokenizer
+from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, copy_of, names_tokenizer, with_copies, with_tokenizer
 from mmmoe_pretrain.checkpoint.names import MANIFEST
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.checkpoint.storage import StorageError, open_storage
@@ -53,6 +53,7 @@ def config_to_train(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     same_run = not {"name", "runs_dir"} & {override.partition("=")[0] for override in overrides}
     if same_run and path.name == CONFIG and _holds_a_run(folder) and config.run_dir.resolve() != folder:
         config = _moved(config, path, folder)
+    config = with_copies(config, config.run_dir, only_missing=True)
     own = config.run_dir / TOKENIZER
     named = config.data.tokenizer
     if names_tokenizer(overrides) or named is None or Path(named).is_file() or not own.is_file():
@@ -212,7 +213,12 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
         "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
         "objectives": {
-            name: _tensors(objective.module(config.model.embedding_size)) for name, objective in objectives.items()
+            **{name: _tensors(its.module(config.model.embedding_size)) for name, its in objectives.items()},
+            **{
+                f"{name}.{its.settings.file_setting}": f"the file of fingerprint {its.settings.fingerprint}"
+                for name, its in objectives.items()
+                if its.settings.file
+            },
         },
     }
 
@@ -351,7 +357,7 @@ def _clear(config: RunConfig) -> None:
     if not (run_dir / CONFIG).is_file():  # never delete a folder that is not a run
         return
     for path in sorted(run_dir.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.name == LOCK or (path.name == TOKENIZER and _owns_its_tokenizer(config)):
+        if path.name == LOCK or path.name in _own_files(config):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -359,17 +365,30 @@ def _clear(config: RunConfig) -> None:
             path.unlink()
 
 
-def _owns_its_tokenizer(config: RunConfig) -> bool:
-    """As ``mmmoe import`` makes it: ``data.tokenizer`` is the run's own file."""
-    named = config.data.tokenizer
-    return named is not None and Path(named).resolve() == (config.run_dir / TOKENIZER).resolve()
+def _files(config: RunConfig) -> dict[str, str]:
+    """The files that a run keeps a copy of: the copy's name, and where the config has the file."""
+    tokenizer = {} if config.data.tokenizer is None else {TOKENIZER: config.data.tokenizer}
+    objectives = [(name, its) for name, its in config.objectives.items() if its.on and its.file]
+    return tokenizer | {copy_of(name, its): its.file for name, its in objectives}
+
+
+def _own_files(config: RunConfig) -> set[str]:
+    """The copies that the config itself names, such as the tokenizer that ``mmmoe import`` writes."""
+    return {
+        copy for copy, named in _files(config).items() if Path(named).resolve() == (config.run_dir / copy).resolve()
+    }
 
 
 def write_config(config: RunConfig, tokenizer_fingerprint: str) -> None:
-    """Put the resolved config and the tokenizer, where it has one, into the run's folder, so that the run can be
-    moved."""
-    if tokenizer_fingerprint and config.data.tokenizer is not None and not _owns_its_tokenizer(config):
-        with replacing(config.run_dir / TOKENIZER) as draft:
-            copy_tokenizer(config.data.tokenizer, draft, tokenizer_fingerprint)
+    """Put the resolved config, and the tokenizer and the files of objectives, where it has them, into the run's
+    folder, so that the run can be moved."""
+    for name, path in _files(config).items():
+        if name in _own_files(config) or (name == TOKENIZER and not tokenizer_fingerprint):
+            continue
+        with replacing(config.run_dir / name) as draft:
+            if name == TOKENIZER:
+                copy_tokenizer(path, draft, tokenizer_fingerprint)
+            else:
+                shutil.copyfile(path, draft)
     with replacing(config.run_dir / CONFIG) as draft:
         run_config.dump(config, draft)

@@ -27,6 +27,7 @@ from tests.layouts.cases import (
     brief,
 )
 from tests.layouts.train import reference, start_ranks, train_case
+from tests.support import VECTORS
 
 STEPS = 2  # the second is made with weights, moments and prefetch orders that the first has left
 
@@ -48,6 +49,8 @@ MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "mis
                      "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
 TAUGHT = {"objectives": {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}},
           "optimizer": {"eps": 1e-4, "average": 0.5}}  # fmt: skip
+ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
+                       "vectors": str(VECTORS)}}  # fmt: skip
 UNCERTAIN = {"loss_weighting": "uncertainty"}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 MOMENTUM = {"contrastive": {**QUEUE, "queue_from_average": True}, "optimizer": TAUGHT["optimizer"]}
@@ -80,6 +83,7 @@ MEGATRON_LEVERS = [
     case("EP2", objectives=MASKED),
     case("PP2 x VPP2", objectives=MASKED),
     case("TP2 + SP", objectives=MASKED),
+    case("DP2", objectives=ANCHORS),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -100,6 +104,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 3, "deepspeed", **TAUGHT),
     case("DP2", 3, "deepspeed", **MOMENTUM),
     case("EP2", 3, "deepspeed", train=UNCERTAIN),
+    case("EP2", 3, "deepspeed", objectives=ANCHORS),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),

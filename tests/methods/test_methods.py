@@ -17,13 +17,15 @@ from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import groups_of, run_ranks
 from tests.layouts.train import microbatches_of
 from tests.methods import walk
+from tests.support import VECTORS
 
 STEPS, LEARNING_RATE = 2, 3e-3
-NOWHERE = Path("nowhere")  # samples are made up
+NOWHERE = Path("nowhere")
+DATA = VECTORS.parent  # samples are made up; word vectors are there
 
 
 def random_config(path: Path, *more: str) -> RunConfig:
-    return run_config.load(path, walk.small(path, NOWHERE, NOWHERE, "model.vocab_size=48", *more))
+    return run_config.load(path, walk.small(path, DATA, NOWHERE, "model.vocab_size=48", *more))
 
 
 def train(configs: list[RunConfig]) -> list[list[dict[str, float]]]:

@@ -61,7 +61,7 @@ def entries() -> dict[str, Method]:
 
 def small(path: Path, data: Path, runs: Path, *more: str) -> list[str]:
     """Overrides of the config at ``path``: a run in ``runs`` on the corpus in ``data``."""
-    return [*quick.overrides(data), *entries()[path.stem].small, *EXACT, f"runs_dir={runs}", *more]
+    return [*quick.overrides(data), *quick.small(entries()[path.stem], data), *EXACT, f"runs_dir={runs}", *more]
 
 
 def checks(path: Path, data: Path, folder: Path) -> dict[str, Callable[[], str]]:
