@@ -68,7 +68,7 @@ def training_samples(
     config: RunConfig, modalities: Modalities, limit: int, what: str
 ) -> Iterator[tuple[int, Sample]]:
     """About ``limit`` samples spread evenly over each training folder, of which each gives its share of the mix, and
-    the number of each in its folder; those that cannot be decoded are left out. ``what`` is done, for the progress."""
+    the number of each in its folder; those that cannot be decoded are left out. ``what``: is done, for progress."""
     most, files = config.data.max_tokens_per_document, Files(read_settings(config))
     for source, share in zip(config.data.train, shares_of_mix(config), strict=True):
         folder = open_indexed(source.path, files, modalities)

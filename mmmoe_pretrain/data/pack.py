@@ -248,7 +248,8 @@ def _first_segments(rep: Representation, samples: Sequence[Sample], pooled: dict
 
 
 def _spans(runs: _Runs, segment_B: np.ndarray) -> Spans:
-    length_S = np.bincount(_int64(runs.segment), weights=_int64(runs.length), minlength=len(runs.task)).astype(np.int64)
+    length_S = np.zeros(len(runs.task), dtype=np.int64)
+    np.add.at(length_S, _int64(runs.segment), _int64(runs.length))
     start_S = np.cumsum(length_S) - length_S
     here_B = segment_B >= 0
     starts, lengths = (np.zeros(len(segment_B), dtype=np.int64) for _ in range(2))

@@ -281,7 +281,8 @@ def test_modalities_are_dropped_by_their_shares_and_one_stays(tiny_data: Path) -
 
 def test_dropout_follows_its_schedule_and_is_drawn_anew_at_each_position(tiny_data: Path) -> None:
     scheduled = {"dropout_share": [[10, 0.0], [20, 1.0]]}
-    lost = [np.mean(["image" not in kept for kept in lose(tiny_data, 400, step, image=scheduled)]) for step in (5, 15)]
+    found = [lose(tiny_data, 400, step, image=scheduled) for step in (5, 15)]
+    lost = [np.mean(["image" not in kept for kept in its]) for its in found]
     assert lost[0] == 0 and lost[1] == pytest.approx(0.5, abs=0.1)
 
 
