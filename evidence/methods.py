@@ -53,6 +53,9 @@ METHODS = (
             ),
             Method("masked_joint", "joint masked modelling", item="alignment", paper="M3AE, arXiv 2205.14204"),
             Method(
+                "pretext_invariant", "pretext-invariant learning", item="alignment", paper="PIRL, arXiv 1912.01991"
+            ),
+            Method(
                 "self_distillation",
                 "self-distillation",
                 item="alignment",

@@ -132,6 +132,7 @@ REPRESENTATIONS = Kinds(
         "mult": "mmmoe_pretrain.models.fusion.mult:MulT",
         "bottleneck": "mmmoe_pretrain.models.fusion.bottleneck:Bottleneck",
         "graph": "mmmoe_pretrain.models.fusion.graph:Graph",
+        "view": "mmmoe_pretrain.models.fusion.view:View",
     },
 )
 ROUTERS = Kinds(

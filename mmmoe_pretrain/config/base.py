@@ -264,6 +264,11 @@ class RepresentationSettings(StrictModel):
     parts: tuple[str, ...]
     missing: Literal["skip", "allow"] = "skip"
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Transforms of its modality's kind by which its values are views of the sample's."""
+        return ()
+
     def check_parts(self, name: str, modalities: Iterable[str]) -> None:
         """Raises ValueError where a representation called ``name`` cannot be of these parts."""
         least, how_many = (1, "one modality") if self.joined else (2, "two modalities")

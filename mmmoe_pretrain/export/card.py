@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.base import NOT_OF_THE_MODEL
 from mmmoe_pretrain.data.decode import BadSampleError, read_row
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.data.sources.source import Indexed, open_indexed
@@ -195,7 +196,7 @@ def _architecture(facts: Facts) -> Iterator[str]:
     if described["vocab_size"]:
         yield f"- a vocabulary of {described['vocab_size']:,} pieces"
     for name, modality in build_modalities(facts.config.modalities, decoding=False).items():
-        settings = modality.settings.model_dump(mode="json", exclude={"kind", "members", "field"})
+        settings = modality.settings.model_dump(mode="json", exclude={"kind", *NOT_OF_THE_MODEL})
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
         yield f"- {name} (kind {modality.settings.kind}), at most {modality.max_tokens:,} tokens: {shown}"
     for index, moe in sparse_blocks(facts.config):

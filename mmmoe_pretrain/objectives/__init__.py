@@ -124,6 +124,8 @@ def build_objectives(
     """``representations``: those that the config adds to one for each modality."""
     alone = {name: representation_settings([name]) for name in modalities}
     known = {name: Representation(name, its) for name, its in {**alone, **representations}.items()}
+    for representation in known.values():
+        representation.check(modalities)
     on = {
         name: kinds.OBJECTIVES.load(value.kind)(name, value, modalities, known)
         for name, value in settings.items()

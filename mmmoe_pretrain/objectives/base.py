@@ -50,12 +50,32 @@ class Representation:
         found = {name: item for name in self.modalities if (item := sample.index(name)) is not None}
         return found if any(way <= found.keys() for way in self.ways) else {}
 
-    def segments(self, sample: Sample, task: str, all_of: Mapping[str, Modality]) -> list[Segment]:
-        """Its segments of ``sample``, for ``task``; none if the sample has no such vector."""
-        parts = {name: Part(i, 0, num_tokens(sample, i, all_of)) for name, i in self.items(sample).items()}
+    def segments(
+        self, sample: Sample, task: str, all_of: Mapping[str, Modality], rng: np.random.Generator
+    ) -> list[Segment]:
+        """Its segments of ``sample``, for ``task``; none if the sample has no such vector. ``rng``: of views."""
+        parts = {name: self._part(sample, i, all_of[name], rng) for name, i in self.items(sample).items()}
         if self.settings.joined:
             return [Segment(task, tuple(parts.values()), self.name)] if parts else []
         return [Segment(task, (part,), name) for name, part in parts.items()]
+
+    def _part(self, sample: Sample, item: int, modality: Modality, rng: np.random.Generator) -> Part:
+        value = sample.items[item].value
+        if not self.settings.changes:
+            return Part(item, 0, modality.num_tokens(value))
+        for name in self.settings.changes:
+            value = modality.transforms[name](value, rng)
+        return Part(item, 0, modality.num_tokens(value), view=value)
+
+    def check(self, modalities: Mapping[str, Modality]) -> None:
+        """Raises ValueError where a modality has no such transform."""
+        for part in self.modalities:
+            known = modalities[part].transforms
+            if unknown := [name for name in self.settings.changes if name not in known]:
+                raise ValueError(
+                    f"representations.{self.name}.transforms {', '.join(unknown)}: modality {part} has "
+                    f"{', '.join(known) or 'none'}; name of these"
+                )
 
     def expected(self, modalities: Mapping[str, Modality]) -> dict[str, Expected]:
         """By ``segment_names``; see ``Expected``."""

@@ -84,7 +84,7 @@ class PooledObjective(Objective):
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
         for rep in self.representations:
-            yield from self.all_representations[rep].segments(sample, self.name, self.modalities)
+            yield from self.all_representations[rep].segments(sample, self.name, self.modalities, rng)
 
     def expected(self) -> list[Expected]:
         found: dict[str, Expected] = {}

@@ -103,7 +103,7 @@ class LabelRegression(Objective):
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         if sample.meta.label:
-            yield from self.all_representations[self.settings.reads].segments(sample, self.name, self.modalities)
+            yield from self.all_representations[self.settings.reads].segments(sample, self.name, self.modalities, rng)
 
     @property
     def losses(self) -> dict[str, float]:

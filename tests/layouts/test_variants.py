@@ -47,13 +47,17 @@ CORRELATED = {
 }
 MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "missing": "allow",
                      "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
-TAUGHT = {"objectives": {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}},
-          "optimizer": {"eps": 1e-4, "average": 0.5}}  # fmt: skip
+TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
-UNCERTAIN = {"loss_weighting": "uncertainty"}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
-MOMENTUM = {"contrastive": {**QUEUE, "queue_from_average": True}, "optimizer": TAUGHT["optimizer"]}
+# Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
+METHODS = {
+    "objectives": {**MASKED, **TAUGHT, **ANCHORS},
+    "contrastive": {**QUEUE, "queue_from_average": True},
+    "optimizer": {"eps": 1e-4, "average": 0.5},
+    "train": {"loss_weighting": "uncertainty"},
+}
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
 SMALL_BUCKETS = {"zero_optimization": BUCKETS}
@@ -73,17 +77,6 @@ MEGATRON_LEVERS = [
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
     case("DP2", objectives=CORRELATED),
-    case("DP2", train=UNCERTAIN, contrastive=CACHED),
-    case("PP2 x VPP2", train=UNCERTAIN),
-    case("TP2 + SP", train=UNCERTAIN),
-    case("EP2", 1, **GATHERED, **TAUGHT),
-    case("PP2 x VPP2", **MOMENTUM),
-    case("PP2 x VPP2", **TAUGHT),
-    case("TP2 + SP", contrastive=CACHED, **TAUGHT),
-    case("EP2", objectives=MASKED),
-    case("PP2 x VPP2", objectives=MASKED),
-    case("TP2 + SP", objectives=MASKED),
-    case("DP2", objectives=ANCHORS),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -98,13 +91,14 @@ DEEPSPEED_LEVERS = [
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
     case("EP2", 3, "deepspeed", objectives=CORRELATED),
-    case("DP2", 3, "deepspeed", objectives=MASKED),
-    case("EP2", 1, "deepspeed", offload_optimizer="cpu", **TAUGHT),
-    case("TP2 + SP", 2, "deepspeed", **TAUGHT),
-    case("EP2", 3, "deepspeed", **TAUGHT),
-    case("DP2", 3, "deepspeed", **MOMENTUM),
-    case("EP2", 3, "deepspeed", train=UNCERTAIN),
-    case("EP2", 3, "deepspeed", objectives=ANCHORS),
+]
+METHOD_CASES = [
+    case("EP2", 1, **GATHERED, **METHODS),
+    case("PP2 x VPP2", **METHODS),
+    case("TP2 + SP", **{**METHODS, "contrastive": {**CACHED, **METHODS["contrastive"]}}),
+    case("EP2", 1, "deepspeed", offload_optimizer="cpu", **METHODS),
+    case("TP2 + SP", 2, "deepspeed", **METHODS),
+    case("EP2", 3, "deepspeed", **METHODS),
 ]
 SGD_CASES = [
     case("EP2", optimizer=SGD),
@@ -206,6 +200,7 @@ FAMILIES = {
     "MoE layers of every kind": MOE_CASES,
     "lent experts": LENDING_CASES,
     "fused representations": FUSION_CASES,
+    "all objectives": METHOD_CASES,
     "uneven work": list(itertools.chain.from_iterable(UNEVEN.values())),
 }
 

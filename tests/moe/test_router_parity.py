@@ -72,7 +72,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], bias: Tensor | None = 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(E, D, generator=generator), torch.randn(N, D, generator=generator)
     target = torch.randn(N, E, generator=generator)
-    mine = Router(MoEConfig(num_experts=E, **ours), D, layer=0, names=NAMES)
+    mine = Router(MoEConfig(**{"num_experts": E, "losses": {}, **ours}), D, layer=0, names=NAMES)
     peer = peer_router(ours.get("experts_per_token", 2), **theirs)
     with torch.no_grad():
         mine.weight.copy_(weight)

@@ -163,6 +163,6 @@ def test_orthogonality_alone_reaches_the_router_and_nothing_else_needs_gradients
 
 
 def test_without_losses_no_sum_needs_gradients() -> None:
-    stats = make_router(make_config())(torch.randn(4, D), tokens_of([0, 1, 2, 2])).stats
+    stats = make_router(make_config(losses={}))(torch.randn(4, D), tokens_of([0, 1, 2, 2])).stats
     assert not stats.flatten().requires_grad
     assert not stats.load_ME.any() and not stats.sequence_balance.any()

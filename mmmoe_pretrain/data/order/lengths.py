@@ -28,6 +28,7 @@ from mmmoe_pretrain.data.decode import decode, labels_drawn
 from mmmoe_pretrain.data.pack import PackSettings, origins
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.modalities import Modalities, Modality
+from mmmoe_pretrain.modalities.transforms import Transform
 from mmmoe_pretrain.progress import Progress
 
 PROBED = 32  # samples of each kind that are read for an estimate
@@ -141,6 +142,11 @@ class _Counted:
 
     def keys(self, value: np.ndarray) -> np.ndarray:
         return np.zeros(int(value[0]), dtype=np.int64)
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """Some change the length, which is not known here."""
+        return dict.fromkeys(self._modality.transforms, lambda value, rng: value)
 
     def may_hide(self, value: np.ndarray) -> np.ndarray:
         return np.arange(int(value[0]))
