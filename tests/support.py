@@ -193,3 +193,12 @@ def random_batch(config: RunConfig, modalities: list[str], seed: int = 0) -> Bat
     """Samples of noise, packed; e.g. ``["iat", "it", "a"]``."""
     samples = [random_sample(1000 * seed + i, has, config) for i, has in enumerate(modalities)]
     return pack(samples, pack_settings(config))
+
+
+# Representations of two modalities, by their kind.
+FUSED = {
+    kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
+    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
+}
+FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
+                  "edges": ["modality", "time", "similarity"]}  # fmt: skip

@@ -164,6 +164,11 @@ def check_schedule(schedule: Schedule, name: str) -> None:
         )
 
 
+def schedule_of(weight: Weight) -> Schedule:
+    """A number alone is its value at every step."""
+    return weight if isinstance(weight, tuple) else ((0, float(weight)),)
+
+
 def value_at(schedule: Schedule, step: float) -> float:
     """The value at a step (the first is 0)."""
     for (first, low), (last, high) in pairwise(schedule):
@@ -212,18 +217,15 @@ class ModalitySettings(StrictModel):
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
-        check_schedule(self._dropout_schedule, "dropout_share")
-        if any(share > 1 for _, share in self._dropout_schedule):
+        schedule = schedule_of(self.dropout_share)
+        check_schedule(schedule, "dropout_share")
+        if any(share > 1 for _, share in schedule):
             raise ValueError(f"dropout_share {self.dropout_share} is a share of the samples, at most 1; e.g. 0.3")
         return self
 
-    @property
-    def _dropout_schedule(self) -> Schedule:
-        return self.dropout_share if isinstance(self.dropout_share, tuple) else ((0, float(self.dropout_share)),)
-
     def dropout_at(self, step: int) -> float:
         """``dropout_share`` at an optimizer step (the first is 0)."""
-        return value_at(self._dropout_schedule, step)
+        return value_at(schedule_of(self.dropout_share), step)
 
     def of_the_model(self) -> dict[str, Any]:
         """The settings that define what the model computes."""
@@ -303,7 +305,7 @@ class ObjectiveSettings(StrictModel):
 
     @property
     def schedule(self) -> Schedule:
-        return self.weight if isinstance(self.weight, tuple) else ((0, float(self.weight)),)
+        return schedule_of(self.weight)
 
     @property
     def on(self) -> bool:

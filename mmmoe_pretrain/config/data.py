@@ -14,6 +14,7 @@ from mmmoe_pretrain.config.base import (
     StrictModel,
     Weight,
     check_schedule,
+    schedule_of,
     value_at,
 )
 from mmmoe_pretrain.urls import secret_option
@@ -52,7 +53,7 @@ class SourceConfig(StrictModel):
 
     @property
     def schedule(self) -> Schedule:
-        return self.weight if isinstance(self.weight, tuple) else ((0, float(self.weight)),)
+        return schedule_of(self.weight)
 
     def mean_weight(self, steps: int) -> float:
         """Over the first ``steps`` steps."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmmoe_pretrain.config.base import Schedule, StrictModel, Weight, check_schedule, value_at
+from mmmoe_pretrain.config.base import StrictModel, Weight, check_schedule, schedule_of, value_at
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,13 @@ class OptimizerConfig(StrictModel):
     def average_at(self, step: int) -> float:
         """The share of the average that the update of a step (the first is 0) keeps."""
         assert self.average is not None
-        return value_at(self._average_schedule, step)
-
-    @property
-    def _average_schedule(self) -> Schedule:
-        return self.average if isinstance(self.average, tuple) else ((0, float(self.average or 0)),)
+        return value_at(schedule_of(self.average), step)
 
     @model_validator(mode="after")
     def _average_is_a_share(self) -> OptimizerConfig:
-        check_schedule(self._average_schedule, "optimizer.average")
-        if any(share > 1 for _, share in self._average_schedule):
+        schedule = schedule_of(0.0 if self.average is None else self.average)
+        check_schedule(schedule, "optimizer.average")
+        if any(share > 1 for _, share in schedule):
             raise ValueError(
                 f"optimizer.average {self.average} is the share of the average that an update keeps, at most 1; e.g. "
                 f"0.996"

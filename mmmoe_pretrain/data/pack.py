@@ -127,7 +127,7 @@ def pack(
         positions=_padded(position, total, 0),
         keys=_padded(keys, total, 0),
         valid=torch.from_numpy(np.arange(total) < runs.tokens),
-        hidden=torch.from_numpy(np.isin(np.arange(total), _concatenated(runs.hidden))),
+        hidden=_marked(_concatenated(runs.hidden), total),
         task_ids=torch.from_numpy(_int64(runs.task)),
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
         targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
@@ -300,6 +300,12 @@ def _int64(values: Sequence[int]) -> np.ndarray:
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
+
+
+def _marked(rows: np.ndarray, total: int) -> torch.Tensor:
+    out = np.zeros(total, dtype=bool)
+    out[rows] = True
+    return torch.from_numpy(out)
 
 
 def _padded(values: np.ndarray, total: int, fill: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,13 @@ from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
 from mmmoe_pretrain.engines.ahead import CopiedAhead, copy_stream
 from mmmoe_pretrain.engines.state import EngineState
-from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
+from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel, Purpose
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import Outputs, StepCounts, step_counts
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-Purpose = Literal["teaching", "collecting"]  # of a pass without gradients
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the trunk, by train.precision
 
 

@@ -26,6 +26,8 @@ from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 
+Purpose = Literal["teaching", "collecting"]  # of a pass without gradients
+
 
 @dataclass(frozen=True)
 class LossReport:
@@ -49,7 +51,7 @@ class PretrainingModel(nn.Module):
         self._step = 0
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
-        self._pass: Literal["only", "teaching", "collecting", "second"] = "only"  # of a step
+        self._pass: Purpose | Literal["only", "second"] = "only"  # of a step
         self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
@@ -162,7 +164,7 @@ class PretrainingModel(nn.Module):
         for _, module in self._task_modules():
             module.begin_step(step)
 
-    def begin_look(self, purpose: Literal["teaching", "collecting"]) -> None:
+    def begin_look(self, purpose: Purpose) -> None:
         """Before a pass without gradients over all microbatches of a step: with the average of the weights, where
         some objective has a teacher (``Objectives.taught``), or where one's loss is of the whole step
         (``Objectives.whole_step``)."""

@@ -32,7 +32,7 @@ from mmmoe_pretrain.objectives.correlation import (
     sum_of_largest_eigenvalues,
     whitened,
 )
-from mmmoe_pretrain.objectives.pooled import Features, PooledObjective, gather
+from mmmoe_pretrain.objectives.pooled import Features, PooledObjective, gather, present
 from mmmoe_pretrain.parallel.groups import Groups
 
 
@@ -74,7 +74,7 @@ class DeepGCCA(PooledObjective):
         return {self.name: 1.0}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        present_BR = torch.stack([batch.pooled[rep] >= 0 for rep in self.representations], dim=1)
+        present_BR = present(batch, self.representations)
         return {self.name: int(in_agreement(present_BR).sum())}
 
     def needs(self) -> dict[str, set[str]]:

@@ -187,12 +187,10 @@ class PooledModule(ObjectiveModule):
         return self.sums(self._features(outputs, batch), groups)
 
     def _features(self, outputs: Outputs, batch: Batch) -> Features:
-        present_BR = torch.stack([batch.pooled[side] >= 0 for side in self.sides], dim=1)
-        return Features(self._rows(outputs), present_BR, batch.group_ids)
+        return Features(self._rows(outputs), present(batch, self.sides), batch.group_ids)
 
     def _rows(self, outputs: Outputs) -> Tensor:
-        vectors = self.vectors(outputs)
-        return torch.stack([vectors[side].float() for side in self.sides], dim=1)
+        return stacked(self.vectors(outputs), self.sides)
 
     def collect(self, outputs: Outputs, batch: Batch) -> None:
         """The next microbatch of pass 1."""
@@ -226,6 +224,16 @@ class PooledModule(ObjectiveModule):
     def after_step(self, committed: bool) -> None:
         """The next step begins as a new one."""
         self._cache = _Cache()
+
+
+def present(batch: Batch, sides: Sequence[str]) -> Tensor:
+    """bool [B, R]: the samples that have each of these representations."""
+    return torch.stack([batch.pooled[side] >= 0 for side in sides], dim=1)
+
+
+def stacked(vectors: Mapping[str, Tensor], sides: Sequence[str]) -> Tensor:
+    """[B, R, P] in fp32, of [B, P] by representation."""
+    return torch.stack([vectors[side].float() for side in sides], dim=1)
 
 
 def gather(features: Features, groups: Groups) -> Features:

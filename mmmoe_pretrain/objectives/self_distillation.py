@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.objectives.base import ObjectiveModule, Outputs
-from mmmoe_pretrain.objectives.pooled import PairwiseObjective, PairwiseSettings
+from mmmoe_pretrain.objectives.pooled import PairwiseObjective, PairwiseSettings, present, stacked
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -76,7 +76,7 @@ class _Student(ObjectiveModule):
         log_student_BRK = F.log_softmax(logits_BRK / self.settings.student_temperature, dim=-1)
         # Without a teacher's pass, as in a plan of memory, the student stands for it.
         teacher_BRK = self._taught.pop(0) if self._taught else self._teacher(logits_BRK.detach())
-        present_BR = self._present(batch)
+        present_BR = present(batch, self.sides)
         sums = {}
         for pair, (a, b) in self.pairs.items():
             one, other = self.sides.index(a), self.sides.index(b)
@@ -88,7 +88,7 @@ class _Student(ObjectiveModule):
 
     def teach(self, outputs: Outputs, batch: Batch, groups: Groups) -> None:
         """See ``ObjectiveModule.teach``."""
-        logits_BRK, present_BR = self._logits(outputs), self._present(batch)
+        logits_BRK, present_BR = self._logits(outputs), present(batch, self.sides)
         self._taught.append(self._teacher(logits_BRK))
         present_BR1 = present_BR[..., None].to(logits_BRK.dtype)
         sums_RK1 = torch.cat([logits_BRK * present_BR1, present_BR1], dim=-1).sum(dim=0)
@@ -97,14 +97,10 @@ class _Student(ObjectiveModule):
         self._sums.append(sums_RK1)
 
     def _logits(self, outputs: Outputs) -> Tensor:
-        features_BRP = torch.stack([outputs.features[side].float() for side in self.sides], dim=1)
-        return features_BRP @ F.normalize(self.prototypes.float(), dim=-1).t()
+        return stacked(outputs.features, self.sides) @ F.normalize(self.prototypes.float(), dim=-1).t()
 
     def _teacher(self, logits_BRK: Tensor) -> Tensor:
         return ((logits_BRK - self.center) / self.settings.teacher_temperature).softmax(dim=-1)
-
-    def _present(self, batch: Batch) -> Tensor:
-        return torch.stack([batch.pooled[side] >= 0 for side in self.sides], dim=1)
 
     def after_step(self, committed: bool) -> None:
         """The centre follows the teacher's mean logits over the samples of the step."""

@@ -28,7 +28,7 @@ from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.objectives import objectives_of, step_counts
 from mmmoe_pretrain.parallel.groups import SINGLE
 from tests.accelerator import Host, fake_tensors, move, pretend
-from tests.support import objectives, random_batch, tiny_config
+from tests.support import FUSED, objectives, random_batch, tiny_config
 
 LAYERS = 2
 # Widths at which grouped products fit: rows of 16 bytes and more in bf16.
@@ -48,12 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-FUSED = {
-    kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
-    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
-}
-FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
-                  "edges": ["modality", "time", "similarity"]}  # fmt: skip
 PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{name}-text": 1.0 for name in FUSED}}
 
 

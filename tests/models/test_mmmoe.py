@@ -13,17 +13,11 @@ from mmmoe_pretrain.batch import Batch, Item
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from tests.support import BEGIN, END, objectives, pack_settings, random_batch, random_sample, tiny_config
+from tests.support import BEGIN, END, FUSED, objectives, pack_settings, random_batch, random_sample, tiny_config
 
 ROOT = Path("unused")
 
 
-FUSED = {
-    kind: {"kind": kind, "parts": ["image", "audio"], "missing": "allow"}
-    for kind in ("early", "late", "gated", "tensor", "low_rank", "latents", "mult", "bottleneck")
-}
-FUSED["graph"] = {"kind": "graph", "parts": ["image", "audio"], "missing": "allow",
-                  "edges": ["modality", "time", "similarity"]}  # fmt: skip
 FUSED_PAIRS = {"image-text": 1.0, "audio-text": 1.0, "image-audio": 0.5, **{f"{kind}-text": 1.0 for kind in FUSED}}
 
 
