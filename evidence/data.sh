@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Corpora of the studies: evidence/data.sh emoji|europe|gcide|demo, or mini FOLDER, which needs no network. Fetches, shards
+# Corpora of the studies: evidence/data.sh emoji|europe|unseen|gcide|demo|stamps, or mini FOLDER, which needs no network. Fetches, shards
 # and tokenizes; what exists is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +23,13 @@ words() {
   make_once "Train word vectors" "$2" mmmoe-data words "$1" --out "$2" "${@:3}"
 }
 
+# some SHARDS OUT OPTION...: a part of the shards, without decoding
+some() {
+  local shards=$1 out=$2
+  shift 2
+  show mmmoe-data reshard "$shards" --out "$out.tmp" --overwrite "$@" && mv "$out.tmp" "$out"
+}
+
 case "${1:-} ${2:-}" in
   "emoji " | "europe ")
     corpus=data/corpora/cldr-emoji out=data/evidence/$1 tokens=data/evidence/emoji/tokens.model
@@ -35,6 +42,16 @@ case "${1:-} ${2:-}" in
     make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" "${rows[@]}" --image-size 48
     tokenizer "$corpus" 2048 "$tokens" --character-coverage 0.98
     if [[ $1 == europe ]]; then words "$out/shards" "$out/words.npz"; fi
+    ;;
+  "unseen ") # an eighth of the emoji, those whose code ends in 3 or 7, is in no training sample, in any language
+    "$0" europe
+    from=data/evidence/europe/shards out=data/evidence/unseen
+    mkdir -p "$out"
+    grep -oE 'cldr-noto-[^"]+' data/corpora/cldr-emoji/manifest.jsonl | sort -u > "$out/all.txt"
+    grep -E '^cldr-noto-[0-9a-f]*[37]-' "$out/all.txt" > "$out/unseen.txt"
+    grep -vE '^cldr-noto-[0-9a-f]*[37]-' "$out/all.txt" > "$out/seen.txt"
+    make_once "Shards of the emoji that are trained on" "$out/seen" some "$from" "$out/seen" --keys "$out/seen.txt"
+    make_once "Shards of the others" "$out/held_out" some "$from" "$out/held_out" --keys "$out/unseen.txt"
     ;;
   "gcide ")
     corpus=data/corpora/gcide out=data/evidence/gcide
@@ -50,6 +67,17 @@ case "${1:-} ${2:-}" in
       exit 1
     fi
     ;;
+  "stamps ") # the demo's, many names without speech, and parts of the recordings
+    "$0" demo
+    out=data/evidence/stamps
+    mkdir -p "$out"
+    make_once "Shard the translated names" "$out/named" \
+      shard data/corpora/tuxpaint "$out/named" --filter subset=translated --filter split=train --image-size 96
+    for samples in 430 43; do
+      make_once "Take $samples recordings" "$out/spoken-$samples" \
+        some data/demo/tuxpaint-spoken/train "$out/spoken-$samples" --samples "$samples"
+    done
+    ;;
   "mini "?*)
     corpus=$2/mini out=$2
     mkdir -p "$out"
@@ -61,7 +89,7 @@ case "${1:-} ${2:-}" in
     words "$out/shards" "$out/words.npz" --dimension 8 --min-count 1
     ;;
   *)
-    echo "usage: evidence/data.sh emoji|europe|gcide|demo, or evidence/data.sh mini FOLDER" >&2
+    echo "usage: evidence/data.sh emoji|europe|unseen|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2
     exit 2
     ;;
 esac

@@ -6,7 +6,7 @@ config of that folder.
 
 from __future__ import annotations
 
-from evidence.studies import OF_ALL, RECALL, STUDIES
+from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import TEST, Method, Metric, Study, Variant, find
 
 ITEMS = {
@@ -16,6 +16,15 @@ ITEMS = {
     "missing": "Missing modalities",
     "co_learning": "Zero-shot and co-learning",
     "imbalance": "Imbalance",
+}
+STAMPS_AND_SPEECH = tuple(
+    Metric(f"{TEST}{source}_to_{target}_r10", f"{source} → {target}, recall@10", False, percent=True)
+    for source, target in (("image", "speech"), ("speech", "image"))
+)
+RECORDINGS = {  # percent of them: shards
+    1: "data/evidence/stamps/spoken-43/train",
+    10: "data/evidence/stamps/spoken-430/train",
+    100: "data/demo/tuxpaint-spoken/train",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -106,6 +115,118 @@ METHODS = (
         panels=(),
         setting="The reference is the demo's run: InfoNCE of pairs, and captions. Scores are of `mmmoe evaluate`.",
         evaluated=True,
+    ),
+    Study(
+        name="unpaired",
+        title="Stamps and recordings that meet in their names alone",
+        question="Are an image and a recording alike if each was compared with names alone? Does a recording find "
+        "its class if class names were trained with images alone?",
+        config="configs/methods/unpaired.yaml",
+        corpus="demo",
+        metrics=(
+            *STAMPS_AND_SPEECH,
+            Metric(f"{TEST}speech_to_text_zero_shot", "speech, zero-shot class", False, percent=True),
+        ),
+        reference="paired",
+        variants=(
+            Variant(
+                "paired",
+                "compared with each other, too",
+                (
+                    "objectives.pairs.pairs={image-text: 1.0, audio-text: 1.0, image-audio: 1.0}",
+                    "evaluate.pairs=[]",
+                    "modalities.text.label_with=[]",
+                ),
+            ),
+            Method(
+                "unpaired",
+                "compared with names alone",
+                item="co_learning",
+                paper="ImageBind, arXiv 2305.05665",
+                also=("evaluate.pairs",),
+            ),
+        ),
+        panels=(),
+        setting="In the reference images are compared with recordings, too, and class names with both. Scores are of "
+        "`mmmoe evaluate`; `report.md` in the folder of a run has the chance of each.",
+        evaluated=True,
+    ),
+    Study(
+        name="co_learning",
+        title="Few recordings, many images",
+        question="Do images and their names help a model to understand speech, of which there is little?",
+        config="configs/methods/co_learning.yaml",
+        corpus="stamps",
+        metrics=(
+            Metric(f"{TEST}speech_to_text_r10", "speech → text, recall@10", False, percent=True),
+            Metric(f"{TEST}text_to_speech_r10", "text → speech, recall@10", False, percent=True),
+        ),
+        reference="alone-10",
+        variants=(
+            *(
+                Variant(
+                    f"alone-{share}",
+                    f"{share}% of the recordings alone",
+                    (f"data.train=[{{path: {shards}}}]", "objectives.pairs.pairs={audio-text: 1.0}"),
+                    line="recordings alone",
+                    x=share,
+                )
+                for share, shards in RECORDINGS.items()
+            ),
+            Method(
+                "co_learning",
+                "10% of the recordings, with images",
+                item="co_learning",
+                paper="survey: arXiv 1705.09406",
+                also=("data.train",),
+                line="with images",
+                x=10,
+            ),
+            *(
+                Variant(
+                    f"together-{share}",
+                    f"{share}% of the recordings, with images",
+                    (f"data.train=[{{path: {RECORDINGS[share]}}}, {{path: data/evidence/stamps/named/train}}]",),
+                    line="with images",
+                    x=share,
+                )
+                for share in (1, 100)
+            ),
+        ),
+        panels=("sweep",),
+        axis="recordings, % of 4,297",
+        setting="The 4,297 recordings, 430 or 43 of them are trained on, alone or with 5,484 images and their names "
+        "in many languages. Every run has the same steps of 64 samples; with images half of them are of images. Scores "
+        "are of `mmmoe evaluate`, of recordings of other stamps.",
+        evaluated=True,
+    ),
+    Study(
+        name="unseen",
+        title="Emoji that were never seen",
+        question="Are emoji found by their names that no training sample had, in any language?",
+        config="configs/methods/unseen_anchors.yaml",
+        corpus="unseen",
+        metrics=(
+            Metric("text_to_image_r10", "name → image, recall@10", False, percent=True),
+            Metric("image_to_text_r10", "image → name, recall@10", False, percent=True),
+        ),
+        reference="baseline",
+        variants=(
+            Variant("baseline", "baseline", ("objectives.anchors.weight=0",)),
+            Variant("dense", "dense", ("objectives.anchors.weight=0", *dense(WIDTH)), experts=1),
+            Method(
+                "unseen_anchors",
+                "semantic anchors",
+                item="co_learning",
+                paper="DeViSE, NIPS 2013",
+                small=("objectives.anchors.vectors={data}/words.npz", "objectives.anchors.size=8"),
+            ),
+        ),
+        panels=(),
+        setting="An eighth of the emoji, those whose code ends in 3 or 7, is held out in all twelve languages: 2,760 "
+        "names of 230 emoji. A name has to find its image among those of all 230, and an image one of its names. The "
+        "baseline has InfoNCE and 16 experts, one a token. The vectors of words are of the names of all emoji, as "
+        "vectors of a text corpus would be; no image of a held-out one is trained on.",
     ),
     Study(
         name="fusion",

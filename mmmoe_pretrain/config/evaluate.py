@@ -25,6 +25,9 @@ class EvaluateConfig(StrictModel):
     ``validation``: shards that training is scored on every ``every`` steps, of which ``samples`` are taken, spread
     evenly; ``test``: those of ``mmmoe evaluate``.
 
+    ``pairs``: pairs ``a-b`` of representations that are compared although no objective does, as both are in the space
+    of one that does.
+
     ``rows``: by pair ``a-b`` of representations, the values that a row of its scores has in each field. ``by``: by
     representation, a field that splits its rows: each value is scored by itself and under its own name. ``within``: a
     field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
@@ -35,6 +38,7 @@ class EvaluateConfig(StrictModel):
     every: int = Field(0, ge=0)  # steps between scores of the validation shards in training; 0: never
     samples: int = Field(1024, ge=1)  # of the validation shards, or all where they hold fewer
     prompt: str = "{}"  # {} is the name of the class
+    pairs: tuple[str, ...] = ()
     rows: dict[str, dict[str, tuple[str, ...]]] = Field({})
     by: dict[str, str] = Field({})
     within: str = ""

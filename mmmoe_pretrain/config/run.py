@@ -81,8 +81,9 @@ class RunConfig(StrictModel):
             modality.check_names(name, self.modalities)
         every: dict[str, tuple[str, ...]] = {name: (name,) for name in self.modalities}
         every |= {name: representation.parts for name, representation in self.representations.items()}
-        for key in self.evaluate.rows:
-            check_pair(key, every, "evaluate.rows")
+        for where, pairs in {"rows": self.evaluate.rows, "pairs": self.evaluate.pairs}.items():
+            for pair in pairs:
+                check_pair(pair, every, f"evaluate.{where}")
         if unknown := [key for key in self.evaluate.by if key not in every]:
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
         for name, objective in self.objectives.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import correlated, figures, report, routing_report, scores
@@ -68,7 +69,7 @@ def evaluate(
         test=rows.paths,
         results=report.rows_of(found, shown),
         routing={"layers": layers, "figure": FIGURE if drawn else None},
-        notes=rows.notes(overrides) + _notes(rows, data) + beside_notes + notes,
+        notes=rows.notes(overrides) + _notes(rows, data) + _untrained(model, config.evaluate) + beside_notes + notes,
     )
     report.write(result, folder)
     return result
@@ -91,9 +92,10 @@ def evaluate_command(
 
 def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tuple[list[Score], list[str]]:
     settings, objectives = rows.config.evaluate, model.objectives
-    parts = [scores.retrieval_scores(data, pair, settings) for pair in objectives.aligned]
+    pairs = objectives.scored(settings.pairs)
+    parts = [scores.retrieval_scores(data, pair, settings) for pair in pairs]
     parts += correlated.scores_of(data, model, rows)
-    for source, target in [way for a, b in objectives.aligned for way in ((a, b), (b, a))]:
+    for source, target in [way for a, b in pairs for way in ((a, b), (b, a))]:
         (reader, *more) = objectives.representations[target].modalities
         if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone
             class_features = functools.partial(_class_features, model, rows, reader, target)
@@ -159,6 +161,12 @@ def _beside(other: Report | None, paths: Sequence[str]) -> tuple[Report | None, 
         f"column {other.run}: that run at step {other.step}, evaluated {other.date}; - where it has no such score, "
         f"or one with another n"
     ]
+
+
+def _untrained(model: MMMoE, settings: EvaluateConfig) -> list[str]:
+    trained = {frozenset(pair) for pair in model.objectives.aligned}
+    pairs = [pair for pair in model.objectives.scored(settings.pairs) if frozenset(pair) not in trained]
+    return [f"no objective compares {a} and {b}: each is compared with others (evaluate.pairs)" for a, b in pairs]
 
 
 def _notes(rows: HeldOutRows, data: HeldOut) -> list[str]:

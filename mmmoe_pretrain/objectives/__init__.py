@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.config.base import RepresentationSettings, representation_settings
+from mmmoe_pretrain.config.base import RepresentationSettings, representation_settings, sides_of
 from mmmoe_pretrain.modalities import Modality, build_modalities
 from mmmoe_pretrain.objectives.base import Objective, ObjectiveModule, ObjectiveSettings, Outputs, Representation
 from mmmoe_pretrain.parallel.collectives import group_size
@@ -61,6 +61,18 @@ class Objectives(dict[str, Objective]):
     def aligned(self) -> tuple[Pair, ...]:
         """Pairs of representations that some objective brings into one space, each once."""
         return _each_once(pair for objective in self.values() for pair in objective.aligned)
+
+    def scored(self, more: Iterable[str]) -> tuple[Pair, ...]:
+        """The aligned pairs, and the pairs ``more`` (``evaluate.pairs``), whose two are not compared in training.
+        Raises ValueError where one of two is in no aligned pair: it has no joint head that was trained."""
+        known = {name for pair in self.aligned for name in pair}
+        for pair in more:
+            if unknown := [name for name in sides_of(pair) if name not in known]:
+                raise ValueError(
+                    f"evaluate.pairs {pair}: no objective brings {unknown[0]} into a space with others, so it has no "
+                    f"vector to compare; compared are {', '.join(sorted(known)) or 'none'}"
+                )
+        return _each_once((*self.aligned, *map(sides_of, more)))
 
     @property
     def correlated(self) -> tuple[Pair, ...]:
@@ -135,9 +147,11 @@ def build_objectives(
 
 
 def objectives_of(config: RunConfig) -> Objectives:
-    """The objectives of ``config``; no file is read."""
+    """The objectives of ``config``; no file is read. Raises ValueError where they do not suit its other sections."""
     modalities = build_modalities(config.modalities, decoding=False)
-    return build_objectives(config.objectives, modalities, config.representations)
+    objectives = build_objectives(config.objectives, modalities, config.representations)
+    objectives.scored(config.evaluate.pairs)
+    return objectives
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ class Validation:
         data = _in_order(ranks, self.samples)
         names, settings = self.config.stream_names.modalities, self.config.evaluate
         found: dict[str, float] = {}
-        for pair in self._objectives.aligned:
+        for pair in self._objectives.scored(settings.pairs):
             known = all(np.isfinite(data.features[name]).all() for name in pair)
             for score in scores.retrieval_scores(data, pair, settings)[0]:
                 found[score.metric] = score.value if known else math.nan

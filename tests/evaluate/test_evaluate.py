@@ -167,6 +167,31 @@ def test_retrieval_after_linear_cca_stands_beside_the_plain_one(
     assert any(note.startswith("no score after linear CCA: it is fitted on the training") for note in report.notes)
 
 
+def test_a_pair_that_no_objective_compares_is_scored_where_the_config_names_it(
+    tmp_path: Path, tiny: RunConfig, monkeypatch: Patch
+) -> None:
+    """The same weights have the same scores: those of a run that compares the pair."""
+    load_random(monkeypatch, tiny)
+    wanted = {row["metric"]: row["value"] for row in run.evaluate(tmp_path).results}
+    bridged = tiny.objectives["contrastive"].model_copy(update={"pairs": {"image-text": 1.0, "audio-text": 1.0}})
+    objectives = {**tiny.objectives, "contrastive": bridged}
+    for pairs in ((), ("audio-image",)):
+        scored = tiny.evaluate.model_copy(update={"pairs": pairs})
+        load_random(monkeypatch, tiny, objectives=objectives, evaluate=scored)
+        report = run.evaluate(tmp_path)
+        found = {row["metric"]: row["value"] for row in report.results}
+        left = {name: value for name, value in wanted.items() if name in found}
+        assert found == left
+        both_ways = {"image_to_speech_r1", "speech_to_image_r10"}
+        assert both_ways <= left.keys() if pairs else not both_ways & left.keys()
+        told = "no objective compares audio and image: each is compared with others (evaluate.pairs)"
+        assert (told in report.notes) == bool(pairs)
+    alone = tiny.objectives["contrastive"].model_copy(update={"pairs": {"image-text": 1.0}})
+    load_random(monkeypatch, tiny, objectives={"contrastive": alone}, evaluate=scored)
+    with pytest.raises(ValueError, match=r"evaluate\.pairs audio-image: no objective brings audio into a space with"):
+        run.evaluate(tmp_path)
+
+
 def test_scores_that_a_run_cannot_have_are_absent_with_a_note(
     tmp_path: Path, tiny: RunConfig, monkeypatch: Patch
 ) -> None:
@@ -190,6 +215,7 @@ def test_scores_that_a_run_cannot_have_are_absent_with_a_note(
     ("settings", "message"),
     [
         ({"rows": {"image": {"subset": ["named"]}}}, "evaluate.rows 'image' is not two of image, audio, text joined"),
+        ({"pairs": ["image"]}, "evaluate.pairs 'image' is not two of image, audio, text joined"),
         ({"rows": {"image-image": {}}}, "evaluate.rows 'image-image' is not two of"),
         ({"by": {"speech": "audio_kind"}}, "evaluate.by 'speech' is none of image, audio, text"),
     ],
