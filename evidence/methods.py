@@ -196,8 +196,8 @@ METHODS = (
         panels=("sweep",),
         axis="recordings, % of 4,297",
         setting="The 4,297 recordings, 430 or 43 of them are trained on, alone or with 5,484 images and their names "
-        "in many languages. Every run has the same steps of 64 samples; with images half of them are of images. Scores "
-        "are of `mmmoe evaluate`, of recordings of other stamps.",
+        "in many languages. Every run has the same steps of 64 samples; with images half of them are of images. "
+        "Scores are of `mmmoe evaluate`, of recordings of other stamps.",
         evaluated=True,
     ),
     Study(
