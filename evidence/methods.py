@@ -60,6 +60,12 @@ METHODS = (
                 item="alignment",
                 paper="SimMIM, arXiv 2111.09886; BERT, arXiv 1810.04805",
             ),
+            Method(
+                "masked_autoencoder",
+                "masked autoencoder",
+                item="alignment",
+                paper="MAE, arXiv 2111.06377; CrossMAE, arXiv 2401.14391",
+            ),
             Method("masked_joint", "joint masked modelling", item="alignment", paper="M3AE, arXiv 2205.14204"),
             Method(
                 "pretext_invariant", "pretext-invariant learning", item="alignment", paper="PIRL, arXiv 1912.01991"

@@ -111,6 +111,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Tokens of item ``item`` of a sample that a segment has no part of, and whose contents are to be predicted from
+    it: int64 [n], their numbers in the item, and float32 [n, numbers]."""
+
+    item: int
+    numbers: np.ndarray
+    contents: np.ndarray
+
+
+@dataclass(frozen=True)
 class Segment:
     """A run of tokens of one sample for one ``task``. Full parts come before causal ones, which attend to them.
     ``representation``: the name under which its tokens are pooled, or empty."""
@@ -118,6 +128,7 @@ class Segment:
     task: str
     parts: tuple[Part, ...]
     representation: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         order = ["full causal".find(part.attention) for part in self.parts if part.attention != "alone"]
@@ -155,12 +166,23 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What is known of contents that are predicted from a segment, run by run: how many of them follow each other in
+    a run, and the rows of its segment."""
+
+    counts: tuple[int, ...]
+    spans: Spans
+
+
+@dataclass(frozen=True)
 class Contents:
     """The hidden contents of one modality's tokens, for one task: int64 [N] rows of the stream, and float32 [N, C],
-    the numbers that were there, NaN where nothing was measured."""
+    the numbers that were there, NaN where nothing was measured. With ``seen`` the tokens are not in the stream, and
+    ``rows`` are their numbers in their items."""
 
     rows: Tensor
     values: Tensor
+    seen: Seen | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[0]

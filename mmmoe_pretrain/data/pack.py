@@ -21,8 +21,10 @@ from mmmoe_pretrain.batch import (
     AttentionBlocks,
     Batch,
     Contents,
+    LeftOut,
     Part,
     Sample,
+    Seen,
     Segment,
     Spans,
     Targets,
@@ -77,6 +79,7 @@ class _Predicted:
 
     ids: dict[str, _Pairs]
     contents: dict[str, _Pairs]
+    seen: dict[str, list[tuple[int, int, int]]]  # runs of contents: their number, and their segment's start and length
 
     @classmethod
     def nothing(cls, settings: PackSettings) -> _Predicted:
@@ -84,7 +87,9 @@ class _Predicted:
         return cls(
             {task: [(_int64([]), _int64([]))] for task in settings.objectives.predicting},
             {loss: [(_int64([]), np.zeros((0, size), dtype=np.float32))] for loss, size in sizes.items()},
-        )
+            {loss: [] for objective in settings.objectives.values() if objective.decoder_layers
+             for loss in objective.contents},
+        )  # fmt: skip
 
     def add(self, part: Part, task: str, modality: str, first_row: int) -> None:
         """Of ``part``, whose tokens begin at row ``first_row``."""
@@ -95,6 +100,19 @@ class _Predicted:
             assert part.hidden is not None
             rows = first_row + np.flatnonzero(part.hidden)
             self.contents[f"{task}/{modality}"].append((rows, part.contents))
+
+    def add_left_out(self, left: LeftOut, task: str, modality: str, span: tuple[int, int]) -> None:
+        """``span``: start and length of its segment."""
+        self.contents[f"{task}/{modality}"].append((left.numbers, left.contents))
+        self.seen[f"{task}/{modality}"].append((len(left.numbers), *span))
+
+    def contents_of(self, loss: str) -> Contents:
+        seen = None
+        if loss in self.seen:
+            counts, starts, lengths = zip(*self.seen[loss], strict=True) if self.seen[loss] else ((), (), ())
+            seen = Seen(counts, Spans(starts, lengths))
+        rows, values = _joined(self.contents[loss])
+        return Contents(rows, values, seen)
 
 
 def _joined(pairs: _Pairs) -> list[torch.Tensor]:
@@ -131,7 +149,7 @@ def pack(
         task_ids=torch.from_numpy(_int64(runs.task)),
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
         targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
-        contents={loss: Contents(*_joined(pairs)) for loss, pairs in predicted.contents.items()},
+        contents={loss: predicted.contents_of(loss) for loss in predicted.contents},
         anchors={name: _anchors(samples, its) for name, its in settings.objectives.items() if its.anchor_size},
         pooled=_tensors(pooled),
         group_ids=torch.from_numpy(_group_ids(samples)),
@@ -217,6 +235,7 @@ def _lay_out(
         runs.blocks += attention_blocks(segment)
         if segment.representation:
             pooled[segment.representation][b] = number
+        start = runs.tokens
         for part in segment.parts:
             item = samples[b].items[part.item]
             value = item.value if part.view is None else part.view
@@ -230,6 +249,9 @@ def _lay_out(
                 runs.hidden.append(runs.tokens + np.flatnonzero(part.hidden))
             predicted.add(part, segment.task, item.modality, runs.tokens)
             runs.tokens += len(part)
+        for left in segment.left_out:
+            modality = samples[b].items[left.item].modality
+            predicted.add_left_out(left, segment.task, modality, (start, runs.tokens - start))
     for rep in objectives.representations.values():
         if not rep.settings.joined:
             pooled[rep.name] = _first_segments(rep, samples, pooled)

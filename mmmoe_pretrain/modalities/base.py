@@ -100,6 +100,11 @@ class Modality(abc.ABC):
         """int64: the numbers of the tokens that ``hide`` may be asked to hide."""
         return np.arange(self.num_tokens(value))
 
+    @property
+    def fixed_places(self) -> bool:
+        """Whether token i is at the same place in every value."""
+        return True
+
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """A copy of ``value`` with as many tokens, of which those in ``hidden``, bool [num_tokens], say nothing about
         what was there. Of kinds that are ``hideable``."""

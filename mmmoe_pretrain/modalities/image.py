@@ -111,6 +111,10 @@ class Image(Modality):
     def transforms(self) -> Mapping[str, Transform]:
         return IMAGE
 
+    @property
+    def fixed_places(self) -> bool:
+        return not self._native
+
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: hidden patches have the colour that the model sees as 0."""
         patch = self.settings.patch

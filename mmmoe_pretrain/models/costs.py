@@ -26,7 +26,7 @@ from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.models.fusion.base import build_fusion
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
-from mmmoe_pretrain.objectives import Objectives, Representation, objectives_of
+from mmmoe_pretrain.objectives import Objective, Objectives, Representation, objectives_of
 
 BACKWARD = 2  # times the forward pass: gradients of the input and of the weight
 
@@ -66,11 +66,11 @@ class TrunkCosts(NamedTuple):
 def model_costs(config: RunConfig) -> ModelCosts:
     """FLOPs a token in the forward pass.
 
-    Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less for
-    fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's share
-    of the tokens. Last: for each representation of a sample its joint head, 2 D P, and what fuses it; what objectives
-    compute beside, the language head 2 D V for the share of tokens that have a target, and 2 D for each number of
-    predicted contents.
+    Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less
+    for fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's
+    share of the tokens. Last: for each representation of a sample its joint head, 2 D P, and what fuses it; what
+    objectives compute beside, decoders of contents (``decoder_flops``), the language head 2 D V for the share of
+    tokens that have a target, and 2 D for each number of predicted contents.
     """
     objectives, model = objectives_of(config), config.model
     tokens, scores, targets, contents = _of_sample(objectives)
@@ -160,6 +160,17 @@ def fusion_flops(representation: Representation, modalities: Mapping[str, Modali
     return counter.get_total_flops()
 
 
+def decoder_flops(objective: Objective, hidden_size: int) -> float:
+    """FLOPs a sample of its decoder without the heads: in each block 8 D^2 for a token that it predicts, 4 D^2 for
+    one of the segment (for each modality anew) and 4 D for each pair of both."""
+    total = 0.0
+    for segment in objective.expected():
+        number, seen = sum(segment.left_out), segment.length
+        rows = 8 * number * hidden_size**2 + 4 * len(segment.left_out) * seen * hidden_size**2
+        total += segment.count * objective.decoder_layers * (rows + 4 * number * seen * hidden_size)
+    return total
+
+
 def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: float, contents: float) -> float:
     model, train = config.model, config.train
     modalities = _modalities_of(objectives)
@@ -168,4 +179,5 @@ def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: fl
     for objective in objectives.values():
         parts = 1 if objective.whole_step else train.num_microbatches
         losses += objective.flops(model.embedding_size, train.global_batch_size / parts)
+    losses += sum(decoder_flops(objective, model.hidden_size) for objective in objectives.values())
     return heads + losses + 2 * model.hidden_size * (model.vocab_size * targets + contents)

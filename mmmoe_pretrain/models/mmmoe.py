@@ -15,6 +15,7 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
+from mmmoe_pretrain.models.content_decoder import ContentDecoder
 from mmmoe_pretrain.models.fusion.base import PARTS, build_fusion
 from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
@@ -32,7 +33,8 @@ class MMMoE(nn.Module):
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
     has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``), a
-    language head where one predicts tokens, and a content head for each modality whose contents one predicts.
+    language head where one predicts tokens, and a content head for each modality whose contents one predicts, or a
+    decoder where these are not in the stream.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -47,7 +49,7 @@ class MMMoE(nn.Module):
         self.objectives = build_objectives(config.objectives, modalities, config.representations)
         self._streams = {
             **dict.fromkeys(BY_MODALITY, modalities.streams),
-            **dict.fromkeys(("tasks", "task_embedding"), self.objectives.streams),
+            **dict.fromkeys(("tasks", "task_embedding", "content_decoders"), self.objectives.streams),
         }
         self.compute_dtype = torch.float32
         self._passes = 0  # forward passes since begin_step
@@ -69,8 +71,18 @@ class MMMoE(nn.Module):
             self.fusions, self.joint_heads = nn.ModuleDict(fusions), nn.ModuleDict(heads)
             if self.objectives.predicting:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
-            sizes = {name: modalities[name].content_size for name in self.objectives.contents.values()}
+            plain = [its for its in self.objectives.values() if not its.decoder_layers]
+            sizes = {name: modalities[name].content_size for its in plain for name in its.contents.values()}
             self.content_heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in sizes.items()})
+            self.content_decoders = nn.ModuleDict(
+                {
+                    name: ContentDecoder(
+                        its.decoder_layers, {m: modalities[m] for m in its.contents.values()}, config.model
+                    )
+                    for name, its in self.objectives.items()
+                    if its.decoder_layers
+                }
+            )
         rotary = [modality.rotary for modality in modalities.values()]
         self.register_buffer("rotary_M", torch.tensor(rotary), persistent=False)
 
@@ -158,10 +170,15 @@ class MMMoE(nn.Module):
 
     def _contents(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N, C] by loss, of its hidden tokens in the order of the stream."""
-        return {
-            loss: self.content_heads[name](x_nD.index_select(0, batch.contents[loss].rows).float())
-            for loss, name in self.objectives.contents.items()
-        }
+        found = {}
+        for task, objective in self.objectives.items():
+            for loss, name in objective.contents.items():
+                hidden = batch.contents[loss]
+                if objective.decoder_layers:
+                    found[loss] = self.content_decoders[task](x_nD.float(), name, hidden)
+                else:
+                    found[loss] = self.content_heads[name](x_nD.index_select(0, hidden.rows).float())
+        return found
 
     def _token_nll(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N] by task, for its targets in the order of the stream."""

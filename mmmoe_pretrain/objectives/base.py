@@ -94,13 +94,15 @@ def num_tokens(sample: Sample, item: int, modalities: Mapping[str, Modality]) ->
 class Expected:
     """Segments that a sample with every modality at its full length has, for estimates of costs: ``count`` of them
     with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally.
-    ``contents``: numbers of contents that are predicted."""
+    ``contents``: numbers of contents that are predicted. ``left_out``: tokens that a decoder predicts, of each
+    modality."""
 
     count: float
     tokens: tuple[tuple[str, int], ...]
     targets: float = 0
     causal: int = 0
     contents: float = 0
+    left_out: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -119,7 +121,8 @@ class Objective(abc.ABC):
     ``representations``: names of those that its module reads. ``aligned``: pairs of them that it brings into
     one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
-    its modality. ``anchor_size``: numbers of a sample's ``anchor``.
+    its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
+    ``anchor_size``: numbers of a sample's ``anchor``.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -131,6 +134,7 @@ class Objective(abc.ABC):
     predicts: bool = False
     hidden: tuple[str, ...] = ()
     contents: Mapping[str, str] = MappingProxyType({})
+    decoder_layers: int = 0
     anchor_size: int = 0
 
     def __init__(

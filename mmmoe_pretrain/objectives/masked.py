@@ -1,10 +1,11 @@
 """Masked modelling: some tokens of a segment lose their content, and the model predicts it from the others.
 
 Text: the pieces, by the language head (BERT, arXiv 1810.04805). Images, audio and series: the numbers of a token, by
-a linear head and the squared error (SimMIM, arXiv 2111.09886), normalised in each token as in MAE (arXiv 2111.06377).
-Hidden tokens stay in the stream, each as its position and a learned vector of its modality, so one trunk serves all
-objectives; MAE's encoder leaves them out. Several ``parts`` make one segment, in which the modalities help each other
-(M3AE, arXiv 2205.14204); a part of which nothing is hidden is seen whole.
+a linear head and the squared error (SimMIM, arXiv 2111.09886), normalised in each token as in MAE (arXiv
+2111.06377). Hidden tokens stay in the stream, each as its position and a learned vector of its modality. With
+``decoder_layers`` they are left out of it, and a decoder of that many blocks predicts them from the trunk's output
+(MAE; its blocks are of cross-attention alone, CrossMAE, arXiv 2401.14391). Several ``parts`` make one segment, in
+which the modalities help each other (M3AE, arXiv 2205.14204); a part of which nothing is hidden is seen whole.
 
 A loss is the mean over the hidden tokens of one modality in the step: of text nats, else the mean squared error.
 """
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.batch import IGNORE, Batch, Contents, Part, Sample, Segment
+from mmmoe_pretrain.batch import IGNORE, Batch, Contents, LeftOut, Part, Sample, Segment
 from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
 from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs
 from mmmoe_pretrain.parallel.groups import Groups
@@ -33,7 +34,8 @@ class MaskedSettings(ObjectiveSettings):
     order (empty: those of ``hidden``). A sample that lacks one has no segment, or with ``missing: allow`` one without
     it. ``span``: by modality, consecutive tokens that are hidden together (default 1). ``weights``: of the losses, by
     modality (default 1). ``normalize``: contents have mean 0 and standard deviation 1 in each token. ``fraction``: of
-    the samples that get such a segment, drawn at random."""
+    the samples that get such a segment, drawn at random. ``decoder_layers``: 0, or the blocks of a decoder of tokens
+    that are not in the stream."""
 
     kind: Literal["masked"] = "masked"
     hidden: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
@@ -43,6 +45,7 @@ class MaskedSettings(ObjectiveSettings):
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field({})
     normalize: bool = True
     fraction: float = Field(1.0, gt=0, le=1)
+    decoder_layers: int = Field(0, ge=0, le=32)
 
     @property
     def on(self) -> bool:
@@ -82,6 +85,12 @@ class MaskedSettings(ObjectiveSettings):
                 raise ValueError(
                     f"{where}.hidden {part}: tokens of kind {modalities[part].kind} cannot be hidden; leave it out"
                 )
+            if self.decoder_layers and kinds.MODALITIES.load(modalities[part].kind).predictable:
+                raise ValueError(
+                    f"{where}.decoder_layers {self.decoder_layers} with hidden {part}: a decoder predicts numbers, "
+                    f"and tokens of kind {modalities[part].kind} are pieces, which the language head predicts in the "
+                    f"stream; hide {part} in another objective of kind masked, without a decoder"
+                )
 
 
 class Masked(Objective):
@@ -92,10 +101,18 @@ class Masked(Objective):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         settings = self.settings
-        self.hidden = tuple(settings.hidden)
-        pieces = [name for name in self.hidden if self.modalities[name].predictable]
+        self.decoder_layers = settings.decoder_layers
+        self.hidden = () if self.decoder_layers else tuple(settings.hidden)
+        pieces = [name for name in settings.hidden if self.modalities[name].predictable]
         self.predicts = bool(pieces)
-        self.contents = {f"{self.name}/{name}": name for name in self.hidden if name not in pieces}
+        self.contents = {f"{self.name}/{name}": name for name in settings.hidden if name not in pieces}
+        for name in settings.hidden:
+            if self.decoder_layers and not self.modalities[name].fixed_places:
+                raise ValueError(
+                    f"objectives.{self.name}.decoder_layers {self.decoder_layers} with hidden {name}: a decoder "
+                    f"knows the place of a token by its number, and values of {name} have places of their own; set "
+                    f"modalities.{name}.aspect: square, or decoder_layers: 0"
+                )
         ids = {name: number for number, name in enumerate(self.modalities)}
         self.pieces = {f"{self.name}/{name}": ids[name] for name in pieces}  # losses, with the modality's id
 
@@ -106,17 +123,42 @@ class Masked(Objective):
         items = [i for i in map(sample.index, self.settings.modalities) if i is not None]
         if len(items) < len(self.settings.modalities) and self.settings.missing == "skip":
             return
-        parts = tuple(self._part(sample, i, rng) for i in items)
-        if any(part.hidden is not None for part in parts):
-            yield Segment(self.name, parts)
+        parts: list[Part] = []
+        left_out: list[LeftOut] = []
+        for number in items:
+            hidden = self._hidden(sample, number, rng)
+            if self.decoder_layers and hidden.any():
+                left_out.append(self._left_out(sample, number, hidden))
+                parts += self._visible(sample, number, hidden)
+            else:
+                parts.append(self._part(sample, number, hidden))
+        if parts and (left_out or any(part.hidden is not None for part in parts)):
+            yield Segment(self.name, tuple(parts), left_out=tuple(left_out))
 
-    def _part(self, sample: Sample, number: int, rng: np.random.Generator) -> Part:
+    def _hidden(self, sample: Sample, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Which tokens of the item are hidden, bool."""
         item = sample.items[number]
-        modality, value = self.modalities[item.modality], item.value
-        count = modality.num_tokens(value)
-        hidden = np.zeros(count, dtype=bool)
-        if item.modality in self.hidden and item.loss:
-            hidden[self._chosen(item.modality, value, rng)] = True
+        hidden = np.zeros(self.modalities[item.modality].num_tokens(item.value), dtype=bool)
+        if item.modality in self.settings.hidden and item.loss:
+            hidden[self._chosen(item.modality, item.value, rng)] = True
+        return hidden
+
+    def _left_out(self, sample: Sample, number: int, hidden: np.ndarray) -> LeftOut:
+        item = sample.items[number]
+        contents = self.modalities[item.modality].contents(item.value)
+        return LeftOut(number, np.flatnonzero(hidden), contents[hidden])
+
+    def _visible(self, sample: Sample, number: int, hidden: np.ndarray) -> list[Part]:
+        """Runs of the tokens that are not hidden, in a view in which the others say nothing: a stem may look at its
+        neighbours."""
+        item = sample.items[number]
+        view = self.modalities[item.modality].hide(item.value, hidden)
+        ends = np.flatnonzero(np.diff(np.concatenate([[True], hidden, [True]]))).reshape(-1, 2).tolist()
+        return [Part(number, start, stop, first_position=start, view=view) for start, stop in ends]
+
+    def _part(self, sample: Sample, number: int, hidden: np.ndarray) -> Part:
+        item = sample.items[number]
+        modality, value, count = self.modalities[item.modality], item.value, len(hidden)
         if not hidden.any():
             return Part(number, 0, count)
         view = modality.hide(value, hidden)
@@ -127,17 +169,19 @@ class Masked(Objective):
 
     def _chosen(self, name: str, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Numbers of the tokens to hide: the share of the setting in the mean over draws, one at least, in runs of
-        ``span``."""
+        ``span``. Of an item that is the segment's only part, a decoder sees one token at least."""
         candidates, span = self.modalities[name].may_hide(value), self.settings.span.get(name, 1)
         wanted = int(self.settings.hidden[name] * len(candidates) + rng.random())
         shift = int(rng.random() * span)
         runs = np.split(candidates, range(span - shift, len(candidates), span))
         order = np.concatenate([candidates[:0], *(runs[i] for i in rng.permutation(len(runs)))])
-        return order[: max(1, wanted)]
+        alone = self.decoder_layers and len(self.settings.modalities) == 1
+        most = self.modalities[name].num_tokens(value) - 1 if alone else len(order)
+        return order[: min(max(1, wanted), most)]
 
     @property
     def losses(self) -> dict[str, float]:
-        return {f"{self.name}/{name}": self.settings.weights.get(name, 1.0) for name in self.hidden}
+        return {f"{self.name}/{name}": self.settings.weights.get(name, 1.0) for name in self.settings.hidden}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         found = {loss: len(batch.contents[loss]) for loss in self.contents}
@@ -152,7 +196,7 @@ class Masked(Objective):
     def needs(self) -> dict[str, set[str]]:
         every = set(self.settings.modalities)
         allow = self.settings.missing == "allow"
-        return {f"{self.name} of {name}": {name} if allow else every for name in self.hidden}
+        return {f"{self.name} of {name}": {name} if allow else every for name in self.settings.hidden}
 
     def expected(self) -> list[Expected]:
         settings = self.settings
@@ -160,7 +204,10 @@ class Masked(Objective):
         tokens = {name: share * sizes[name] for name, share in settings.hidden.items()}
         targets = sum(number for name, number in tokens.items() if self.modalities[name].predictable)
         contents = sum(number * self.modalities[name].content_size for name, number in tokens.items())
-        return [Expected(settings.fraction, tuple(sizes.items()), targets, contents=contents)]
+        if self.decoder_layers:
+            sizes = {name: max(1, round(size - tokens.get(name, 0))) for name, size in sizes.items()}
+        left_out = tuple(tokens.values()) if self.decoder_layers else ()
+        return [Expected(settings.fraction, tuple(sizes.items()), targets, contents=contents, left_out=left_out)]
 
     def share(self, loss: str) -> float:
         return float(self.settings.fraction)

@@ -47,13 +47,15 @@ CORRELATED = {
 }
 MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "missing": "allow",
                      "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
+AUTOENCODER = {"autoencoder": {"kind": "masked", "parts": ["image", "audio"], "missing": "allow", "decoder_layers": 1,
+                               "hidden": {"image": 0.5, "audio": 0.5}}}  # fmt: skip
 TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 # Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
 METHODS = {
-    "objectives": {**MASKED, **TAUGHT, **ANCHORS},
+    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS},
     "contrastive": {**QUEUE, "queue_from_average": True},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmmoe_pretrain.batch import IGNORE, Contents, Item, Sample, SampleMeta
+from mmmoe_pretrain.batch import IGNORE, Contents, Item, Sample, SampleMeta, Seen, Spans
 from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.models.attention import EPS
+from mmmoe_pretrain.models.costs import decoder_flops
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.objectives.masked import squared_errors
@@ -101,6 +104,95 @@ def test_with_missing_allow_a_segment_has_the_parts_that_are_there() -> None:
     assert parts_of(settings, sample(image())) == []  # nothing to predict
 
 
+def test_with_a_decoder_hidden_tokens_are_not_in_the_stream() -> None:
+    settings = settings_of(hidden={"image": 0.5}, parts=["image", "text"], decoder_layers=1)
+    one = sample(image(), text(5, 6))
+    (segment,) = settings.objectives["masked"].segments(one, np.random.default_rng(0))
+    (left,), whole = segment.left_out, segment.parts[-1]
+    assert (whole.item, len(whole), whole.view) == (1, 4, None)
+    seen = [number for part in segment.parts[:-1] for number in range(part.start, part.stop)]
+    assert sorted([*seen, *left.numbers.tolist()]) == list(range(16)) and len(left.numbers) == 8
+    assert all(part.first_position == part.start and part.hidden is None for part in segment.parts[:-1])
+    contents = settings.modalities["image"].contents(one.items[0].value)
+    np.testing.assert_array_equal(left.contents, contents[left.numbers])
+    same_draws = dataclasses.replace(settings, generator=lambda position, purpose: np.random.default_rng(0))
+    batch = pack([sample(), one, one], same_draws)
+    assert batch.num_valid == 2 * (8 + 4) and not batch.hidden.any()
+    assert batch.keys[:12].tolist() == [*seen, 1, 5, 6, 2]
+    found = batch.contents["masked/image"]
+    assert found.rows.tolist() == left.numbers.tolist() * 2
+    assert found.seen == Seen((8, 8), Spans((0, 12), (12, 12)))
+
+
+def test_a_decoder_sees_one_token_at_least() -> None:
+    settings = settings_of(hidden={"image": 1.0}, decoder_layers=1)
+    (part,) = parts_of(settings, sample(image()))
+    assert len(part) == 1
+    settings = settings_of(hidden={"image": 1.0}, parts=["image", "text"], missing="allow", decoder_layers=1)
+    assert [part.item for part in parts_of(settings, sample(image(), text(5)))] == [1]
+    assert parts_of(settings, sample(image())) == []
+
+
+def test_a_decoder_by_hand() -> None:
+    """Each place attends to the tokens of its own segment: one block and its head, written out in float64."""
+    config = tiny_config(Path("unused"), **values_of(hidden={"image": 0.5, "audio": 0.5}, decoder_layers=1))
+    size, heads = config.model.hidden_size, config.model.num_heads
+    decoder = PretrainingModel(config).mmmoe.content_decoders["masked"].double()
+    x = torch.randn(9, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows, spans = torch.tensor([3, 0, 2]), Spans((0, 0, 5), (3, 0, 4))
+    contents = Contents(rows, torch.zeros(3, 48), Seen((1, 0, 2), spans))
+    with torch.no_grad():
+        found = decoder(x, "image", contents)
+        block, part = decoder.blocks[0], decoder.parts["image"]
+
+        def unit(values: torch.Tensor) -> torch.Tensor:
+            return values / (values.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+        for i, (place, tokens) in enumerate(((3, x[:3]), (0, x[5:]), (2, x[5:]))):
+            query = part.positions[place]
+            q, k, v = block.query(unit(query)), block.key(unit(tokens)), block.value(unit(tokens))
+            q, k, v = (values.unflatten(-1, (heads, -1)) for values in (q, k, v))
+            weights = torch.einsum("hd,nhd->hn", unit(q), unit(k)) / (size // heads) ** 0.5
+            query = query + block.out(torch.einsum("hn,nhd->hd", weights.softmax(-1), v).flatten())
+            query = query + block.down(torch.nn.functional.gelu(block.up(unit(query))))
+            torch.testing.assert_close(found[i], part.head(unit(query)))
+
+
+def test_the_flops_of_a_decoder_are_those_of_its_products() -> None:
+    config = tiny_config(
+        Path("unused"), **values_of(hidden={"image": 0.5}, parts=["image", "text"], decoder_layers=2)
+    )
+    settings, model = pack_settings(config), PretrainingModel(config).mmmoe
+    batch = pack([sample(image(), text(*range(5, 45)))], settings)
+    meta, size = torch.device("meta"), config.model.hidden_size
+    contents = batch.to(meta).contents["masked/image"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        x = torch.zeros(batch.num_valid, size, device=meta)
+        model.content_decoders["masked"].to(meta)(x, "image", contents)
+    head = 2 * size * contents.values.numel()
+    assert decoder_flops(settings.objectives["masked"], size) == counter.get_total_flops() - head
+
+
+def test_nothing_of_what_is_left_out_reaches_the_model() -> None:
+    """The stem looks at neighbours."""
+    config = tiny_config(
+        Path("unused"), **values_of(hidden={"image": 0.5}, parts=["image", "text"], decoder_layers=1)
+    )
+    settings, model = pack_settings(config), PretrainingModel(config)
+    same_draws = dataclasses.replace(settings, generator=lambda position, purpose: np.random.default_rng(0))
+    one = sample(image(), text(5, 6, 7, 8))
+    numbers = pack([one], same_draws).contents["masked/image"].rows.numpy()
+    pixels = np.isin(np.arange(16), numbers).reshape(4, 4).repeat(4, 0).repeat(4, 1)
+    other = sample(Item("image", np.where(pixels, 255 - one.items[0].value, one.items[0].value)), one.items[1])
+    batches = [pack([each], same_draws) for each in (one, other)]
+    with torch.no_grad():
+        states = [model.mmmoe(batch)[0] for batch in batches]
+        losses = [model(batch)[1].losses["masked/image"] for batch in batches]
+    torch.testing.assert_close(states[0].hidden_nD, states[1].hidden_nD, rtol=0, atol=0)
+    torch.testing.assert_close(states[0].contents["masked/image"], states[1].contents["masked/image"], rtol=0, atol=0)
+    assert losses[0] != losses[1]
+
+
 def test_nothing_of_what_is_hidden_reaches_the_model() -> None:
     config = tiny_config(Path("unused"), **values_of(hidden={"image": 0.5, "text": 0.5}))
     settings, model = pack_settings(config), PretrainingModel(config)
@@ -168,13 +260,16 @@ def test_losses_are_means_over_the_hidden_tokens_of_each_modality() -> None:
     torch.testing.assert_close(losses["masked/text"], outputs.token_nll["masked"].mean())
 
 
-def test_a_batch_without_hidden_tokens_gives_every_parameter_a_gradient_of_zeros() -> None:
-    config = tiny_config(Path("unused"), **values_of(hidden={"image": 0.5, "audio": 0.5, "text": 0.5}))
+@pytest.mark.parametrize("decoder_layers", [0, 2])
+def test_a_batch_without_hidden_tokens_gives_every_parameter_a_gradient_of_zeros(decoder_layers: int) -> None:
+    hidden = {"image": 0.5, "audio": 0.5, **({} if decoder_layers else {"text": 0.5})}
+    config = tiny_config(Path("unused"), **values_of(hidden=hidden, decoder_layers=decoder_layers))
     model = PretrainingModel(config)
     loss, report = model(pack([random_sample(0, "", config)], pack_settings(config)))
     loss.backward()
     assert {name: float(value) for name, value in report.losses.items() if "masked" in name} == {
-        "masked/image": 0, "masked/audio": 0, "masked/text": 0}  # fmt: skip
+        f"masked/{name}": 0 for name in hidden
+    }
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
@@ -190,8 +285,20 @@ def test_a_batch_without_hidden_tokens_gives_every_parameter_a_gradient_of_zeros
         ({"hidden": {"text": 0.5}, "span": {"image": 2}}, "span names image"),
         ({"hidden": {"text": 0.5}, "weights": {"image": 2}}, "weights names image"),
         ({"hidden": {"text": 0.5}, "weights": {"text": 0}}, "none of masked has a weight"),
+        (
+            {"hidden": {"text": 0.5}, "decoder_layers": 1},
+            "decoder_layers 1 with hidden text: a decoder predicts numbers",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(task: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         tiny_config(Path("unused"), **values_of(**task))
+
+
+def test_a_decoder_needs_tokens_at_fixed_places() -> None:
+    native = {"kind": "image", "size": 16, "patch": 4, "stem": "linear", "aspect": "native", "max_tokens": 16}
+    values = values_of(hidden={"image": 0.5}, decoder_layers=1)
+    config = tiny_config(Path("unused"), **{**values, "modalities": {**KINDS, "image": native}})
+    with pytest.raises(ValueError, match="values of image have places of their own; set modalities"):
+        PretrainingModel(config)
