@@ -106,7 +106,10 @@ STUDIES = (
         corpus="gcide",
         metrics=(PROSE,),
         reference="dense",
-        variants=scaling(1420),
+        variants=(
+            *scaling(1420),
+            Variant("hash", "16 experts, hash of the piece", ("moe.num_experts=16", "moe.router=hash", losses(""))),
+        ),
         panels=("steps", "flops", "hours", "experts"),
     ),
     Study(
@@ -220,7 +223,9 @@ STUDIES = (
             Variant("dense", "dense", same_as="retrieval/dense"),
         ),
         panels=("final", "load", "specialisation"),
-        setting=f"16 experts, one a token, unless a row says so. {OF_ALL} {AT_THE_END}",
+        setting="16 experts, one a token, unless a row says so. The hash learns nothing: it sends a piece of text by "
+        "its id, and a patch by its place in the image, to the same expert in every layer. The dictionary's study "
+        f"has it, too. {OF_ALL} {AT_THE_END}",
     ),
     Study(
         name="upcycling",
