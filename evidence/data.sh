@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Corpora of the studies: evidence/data.sh emoji|europe|unseen|gcide|demo|stamps, or mini FOLDER, which needs no network. Fetches, shards
+# Corpora of the studies: evidence/data.sh emoji|europe|unseen|domains|gcide|demo|stamps, or mini FOLDER, which needs no network. Fetches, shards
 # and tokenizes; what exists is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -53,6 +53,18 @@ case "${1:-} ${2:-}" in
     make_once "Shards of the emoji that are trained on" "$out/seen" some "$from" "$out/seen" --keys "$out/seen.txt"
     make_once "Shards of the others" "$out/held_out" some "$from" "$out/held_out" --keys "$out/unseen.txt"
     ;;
+  "domains ") # a second style of drawing: to train on without names, and held out with them
+    "$0" europe
+    corpus=data/corpora/cldr-emoji out=data/evidence/domains
+    mkdir -p "$out/nameless"
+    ln -sfn "$PWD/$corpus/files" "$out/nameless/files"
+    grep '"subset": "fluent"' "$corpus/manifest.jsonl" | grep '"language": "en"' \
+      | sed -E 's/"text": "([^"\\]|\\.)*"/"text": null/; s/"split": "[a-z]*"/"split": "train"/' > "$out/nameless/manifest.jsonl"
+    make_once "Shard images of another style" "$out/images" shard "$out/nameless" "$out/images" --image-size 48
+    rows=(--filter subset=fluent --filter split=test)
+    for language in da de en es fr it nl no pl pt ro sv; do rows+=(--filter "language=$language"); done
+    make_once "Shard their held-out names" "$out/named" shard "$corpus" "$out/named" "${rows[@]}" --image-size 48
+    ;;
   "gcide ")
     corpus=data/corpora/gcide out=data/evidence/gcide
     mkdir -p data/corpora "$out"
@@ -89,7 +101,7 @@ case "${1:-} ${2:-}" in
     words "$out/shards" "$out/words.npz" --dimension 8 --min-count 1
     ;;
   *)
-    echo "usage: evidence/data.sh emoji|europe|unseen|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2
+    echo "usage: evidence/data.sh emoji|europe|unseen|domains|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2
     exit 2
     ;;
 esac

@@ -123,6 +123,27 @@ METHODS = (
         evaluated=True,
     ),
     Study(
+        name="domains",
+        title="Emoji of a style that has no names",
+        question="Are emoji of one style found by names that were trained with another style?",
+        config="configs/methods/moment_alignment.yaml",
+        corpus="domains",
+        metrics=(
+            Metric("text_to_image_r1", "name → image, recall@1", False, percent=True),
+            Metric("image_to_text_r1", "image → name, recall@1", False, percent=True),
+        ),
+        reference="baseline",
+        variants=(
+            Variant("baseline", "baseline", ("objectives.domains.weight=0",)),
+            Method("moment_alignment", "moment alignment", item="missing", paper="Deep CORAL, arXiv 1607.01719"),
+            Method("domain_adversarial", "domain-adversarial", item="missing", paper="DANN, arXiv 1505.07818"),
+        ),
+        panels=(),
+        setting="Three quarters of a batch are emoji of Noto with their names, and a quarter are images of Fluent "
+        "alone. Scores are of held-out names with images of Fluent. The baseline has InfoNCE and 16 experts, one a "
+        "token; it makes nothing of the images without names.",
+    ),
+    Study(
         name="unpaired",
         title="Stamps and recordings that meet in their names alone",
         question="Are an image and a recording alike if each was compared with names alone? Does a recording find "

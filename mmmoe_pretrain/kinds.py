@@ -113,6 +113,8 @@ OBJECTIVES = Kinds(
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "deep_cca": "mmmoe_pretrain.objectives.deep_cca:DeepCCA",
         "deep_gcca": "mmmoe_pretrain.objectives.deep_gcca:DeepGCCA",
+        "domain_adversarial": "mmmoe_pretrain.objectives.domains:DomainAdversarial",
+        "moment_alignment": "mmmoe_pretrain.objectives.domains:MomentAlignment",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
         "semantic_anchors": "mmmoe_pretrain.objectives.semantic_anchors:SemanticAnchors",

@@ -181,7 +181,7 @@ def random_sample(seed: int, has: str, config: RunConfig) -> Sample:
         else:
             value, raw = modality.example(rng), ""
         items.append(Item(name, value, raw))
-    return Sample(SampleMeta(key=f"sample-{seed}", group=f"g{seed}"), tuple(items))
+    return Sample(SampleMeta(key=f"sample-{seed}", group=f"g{seed}", subset="ab"[seed % 2]), tuple(items))
 
 
 def pack_settings(config: RunConfig) -> PackSettings:

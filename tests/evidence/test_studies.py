@@ -18,7 +18,15 @@ from mmmoe_pretrain.models.costs import model_costs
 from mmmoe_pretrain.train.journal import EVENTS
 
 # By corpus, as evidence/data.sh makes them.
-VOCABULARY = {"emoji": 2048, "europe": 2048, "gcide": 512, "demo": 1024, "unseen": 2048, "stamps": 1024}
+VOCABULARY = {
+    "emoji": 2048,
+    "europe": 2048,
+    "gcide": 512,
+    "demo": 1024,
+    "unseen": 2048,
+    "domains": 2048,
+    "stamps": 1024,
+}
 EVERY = (*STUDIES, *METHODS)
 TRAINED = [(each, variant) for each in EVERY for variant in each.variants if not variant.same_as]
 EQUAL = 0.03  # of active FLOPs: what the router of 16 experts adds

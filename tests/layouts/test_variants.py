@@ -52,10 +52,12 @@ AUTOENCODER = {"autoencoder": {"kind": "masked", "parts": ["image", "audio"], "m
 TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
+DOMAINS = {"moments": {"kind": "moment_alignment", "of": "image", "field": "subset", "target": ["b"]},
+           "adversary": {"kind": "domain_adversarial", "of": "text", "field": "subset", "target": ["b"]}}  # fmt: skip
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 # Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
 METHODS = {
-    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS},
+    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS},
     "contrastive": {**QUEUE, "queue_from_average": True},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
