@@ -282,7 +282,7 @@ METHODS = (
                 )
             ),
         ),
-        panels=(),
+        panels=("final",),
         setting="A vector of the image and the recording is compared with the name; both alone are, too, at half the "
         "weight. Scores are of `mmmoe evaluate`.",
         evaluated=True,
