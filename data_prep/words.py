@@ -37,6 +37,8 @@ RATE = 0.05
 NOISE_POWER = 0.75
 FEWEST = 2  # words that a file has, at least
 MOST_TEXTS = 5_000_000
+LONGEST = 64  # letters of a word; numpy keeps every word as long as the longest one
+LARGEST_DIMENSION = 1 << 16  # as an objective can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class WordOptions:
         for name in ("dimension", "window", "negatives", "epochs", "min_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if self.dimension > LARGEST_DIMENSION:
+            raise ValueError(f"--dimension {self.dimension} is above {LARGEST_DIMENSION}")
         if self.sample < 0 or self.seed < 0:
             raise ValueError(f"--sample {self.sample:g} and --seed {self.seed} must not be negative")
 
@@ -117,8 +121,8 @@ def save(out: Path, corpus: Corpus, vectors: np.ndarray, made: dict[str, object]
 
 
 def corpus_of(texts: Iterable[str], min_count: int) -> Corpus:
-    """``texts``, which can be read twice, with the words that come ``min_count`` times."""
-    times = Counter(word for text in texts for word in words_of(text))
+    """``texts``, which can be read twice, with the words of at most LONGEST letters that come ``min_count`` times."""
+    times = Counter(word for text in texts for word in words_of(text) if len(word) <= LONGEST)
     words = sorted((word for word, n in times.items() if n >= min_count), key=lambda word: (-times[word], word))
     numbers = {word: number for number, word in enumerate(words)}
     found = [np.asarray([numbers[w] for w in words_of(text) if w in numbers], dtype=np.int32) for text in texts]

@@ -126,6 +126,7 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"representations": fused("late", "image", "audio", weights={"image": 1.0, "audio": 0})}, "greater than 0"),
     ({"representations": fused("tensor", "image", "audio", "text", size=32)},
      "size 32 with 3 parts makes (size + 1) ** 3 = 35,937 products, and 32,768 are the most; set size to 31 or less"),
+    ({"representations": fused("tensor", "image", "audio", size=10**12)}, "scene.size: Input should be less than"),
     ({"representations": fused("low_rank", "image", "audio", rank=0)}, "representations.scene.rank: Input should be"),
     ({"representations": fused("graph", "image", "audio", edges=[])},
      "representations.scene: edges [] join no token with one of another part; add modality or similarity"),

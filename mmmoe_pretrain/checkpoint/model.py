@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.checkpoint.state import WholeState, persistent_buffers
+from mmmoe_pretrain.checkpoint.state import WholeState, model_key, persistent_buffers
 from mmmoe_pretrain.checkpoint.store import (
     Checkpoint,
     checkpoints,
@@ -24,6 +25,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import ObjectiveSettings
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import objectives_of
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"  # the run's copy; every checkpoint has its fingerprint
@@ -114,6 +116,13 @@ def load_model(
     """The model of ``open_run`` on ``device`` (default: the CPU), its config and its step."""
     run = open_run(run_dir, overrides)
     return run.model().to(device), run.config, run.checkpoint.step
+
+
+def buffers_of_objectives(config: RunConfig) -> WholeState:
+    """As a new run has them."""
+    size = config.model.embedding_size
+    tasks = nn.ModuleDict({name: objective.module(size) for name, objective in objectives_of(config).items()})
+    return {model_key(f"tasks.{name}"): buffer for name, buffer in persistent_buffers(tasks).items()}
 
 
 def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> None:

@@ -223,6 +223,11 @@ class ModalitySettings(StrictModel):
             raise ValueError(f"dropout_share {self.dropout_share} is a share of the samples, at most 1; e.g. 0.3")
         return self
 
+    @property
+    def may_be_lost(self) -> bool:
+        """Some training samples lose the modality."""
+        return self.withheld_share > 0 or any(share > 0 for _, share in schedule_of(self.dropout_share))
+
     def dropout_at(self, step: int) -> float:
         """``dropout_share`` at an optimizer step (the first is 0)."""
         return value_at(schedule_of(self.dropout_share), step)

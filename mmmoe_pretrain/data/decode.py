@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,24 +81,39 @@ def decode(
 def _decode(raw: RawSample, modalities: Modalities, draws: Draws | None, prompt: str) -> Sample:
     row = read_row(raw)
     meta = _meta(raw, row)
-    if PARTS not in row and draws is not None:
+    if PARTS in row or draws is None:
+        items = list(_items(_parts(raw, row, modalities), modalities, draws, numbered=PARTS in row))
+    else:
         content = contents(raw, row, modalities)
         if meta.label:
             content, meta = _label_as_text(content, meta, modalities, draws, prompt)
-        kept = _kept(meta, tuple(content), modalities, draws)
-        parts = [(name, data, True) for name, data in content.items() if name in kept]
-    else:
-        parts = _parts(raw, row, modalities)
-    items = []
-    for number, (name, data, loss) in enumerate(parts):
-        purpose = modalities.streams[name] if PARTS not in row else f"{modalities.streams[name]}/{number}"
-        value = modalities[name].decode(data, None if draws is None else draws.generator(purpose))
-        if value is not None:
-            items.append(Item(name, value, modalities[name].raw(data), loss))
+        items = _items_kept(meta.key, content, modalities, draws)
     if not items:
         members = (*raw.members, *raw.unread)
         raise BadSampleError(f"no {' or '.join(modalities)} in it (members: {names(members) or 'none'})")
     return Sample(meta, tuple(items), document=PARTS in row)
+
+
+def _items(
+    parts: Sequence[tuple[str, bytes, bool]], modalities: Modalities, draws: Draws | None, numbered: bool = False
+) -> Iterator[Item]:
+    """Of those that are not empty. ``numbered``: each has random numbers of its own."""
+    for number, (name, data, loss) in enumerate(parts):
+        purpose = f"{modalities.streams[name]}/{number}" if numbered else modalities.streams[name]
+        value = modalities[name].decode(data, None if draws is None else draws.generator(purpose))
+        if value is not None:
+            yield Item(name, value, modalities[name].raw(data), loss)
+
+
+def _items_kept(key: str, content: dict[str, bytes], modalities: Modalities, draws: Draws) -> list[Item]:
+    """Of the modalities that the sample keeps; where these are empty, such as a blank text, of those that it would
+    keep without them."""
+    while content:
+        kept = modalities_kept(key, tuple(content), modalities, draws)
+        if items := list(_items([(name, content[name], True) for name in kept], modalities, draws)):
+            return items
+        content = {name: data for name, data in content.items() if name not in kept}
+    return []
 
 
 def _parts(raw: RawSample, row: dict[str, Any], modalities: Modalities) -> list[tuple[str, bytes, bool]]:
@@ -173,16 +188,16 @@ def _label_as_text(
     return content, meta
 
 
-def _kept(meta: SampleMeta, held: tuple[str, ...], modalities: Modalities, draws: Draws) -> tuple[str, ...]:
-    """The modalities that the sample keeps of those that it has (``dropout_share``, ``withheld_share``). If it would
-    lose all, it keeps the one with the highest draw."""
+def modalities_kept(key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws) -> tuple[str, ...]:
+    """The modalities that the sample ``key`` keeps of those that it has (``dropout_share``, ``withheld_share``). If it
+    would lose all, it keeps the one with the highest draw, and one that is withheld only where all are."""
     left, draw_of = [], {}
     for name in held:
         settings, stream = modalities[name].settings, modalities.streams[name]
         withheld, dropped = settings.withheld_share, settings.dropout_at(draws.step)
-        by_key = xxhash.xxh3_64_intdigest(f"{stream}/{meta.key}".encode()) / 2**64 if withheld else 1.0
+        by_key = xxhash.xxh3_64_intdigest(f"{stream}/{key}".encode()) / 2**64 if withheld else 1.0
         drawn = float(draws.generator(f"{stream}/dropout").random()) if dropped else 1.0
-        draw_of[name] = by_key if by_key < withheld else drawn
+        draw_of[name] = (1, drawn) if by_key >= withheld else (0, by_key)  # what is withheld stays last
         if by_key >= withheld and drawn >= dropped:
             left.append(name)
     return tuple(left or sorted(draw_of, key=lambda name: draw_of[name])[-1:])

@@ -160,7 +160,8 @@ def pack(
 
 @dataclass(frozen=True)
 class Origins:
-    """Of each valid token of a batch: its sample, its item there, and its number in the item."""
+    """Of each valid token of a batch: its sample, its item there, and its number in the item; -1 of a view that is not
+    the item with some content hidden: its tokens are of no place in the item."""
 
     sample_n: np.ndarray
     item_n: np.ndarray
@@ -176,7 +177,8 @@ def origins(
     length = _int64([len(part) for _, part in parts])
     first = np.repeat(np.cumsum(length) - length - _int64([part.start for _, part in parts]), length)
     sample_n, item_n = (np.repeat(_int64(its), length) for its in ([b for b, _ in parts], [p.item for _, p in parts]))
-    return Origins(sample_n, item_n, np.arange(len(first)) - first)
+    moved = np.repeat(np.asarray([p.view is not None and p.hidden is None for _, p in parts], dtype=bool), length)
+    return Origins(sample_n, item_n, np.where(moved, -1, np.arange(len(first)) - first))
 
 
 def _places(samples: Sequence[Sample], positions: Sequence[int] | np.ndarray | None) -> np.ndarray:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
-from mmmoe_pretrain.checkpoint.model import TOKENIZER, write_first
+from mmmoe_pretrain.checkpoint.model import TOKENIZER, buffers_of_objectives, write_first
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.optimizer import AVERAGE
@@ -32,12 +32,12 @@ from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.paths import VARIABLE, new_folder
 from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
 OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes from an untrusted file
+SECTIONS_WITH_PATHS = ("data", "objectives", "train", "trackers")  # beside evaluate, whose prompt may hold a $
 # Until version 0.12 of MMMoE, exports of format version 1 had three fixed modalities and two tasks, and what is one
 # tensor for each of them now was a row of one tensor.
 VERSION_1 = 1
@@ -66,7 +66,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
             Tokenizer(config.data.tokenizer, expected_fingerprint=described["tokenizer_fingerprint"])
         _plausible(config, _headers(folder, places))
         weights = layout.weights_of(config)
-        state = _buffers_of_objectives(config)
+        state = buffers_of_objectives(config)
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
         write_first(config, draft, 0, state, _meta(config, described))
@@ -141,7 +141,9 @@ def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: 
 def _values(described: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
     written = described["config"] if described["format_version"] == layout.VERSION else upgraded(described["config"])
     raw = {name: value for name, value in written.items() if name not in OF_A_MACHINE}
-    found = VARIABLE.search(json.dumps([_section(raw, "data"), _section(raw, "evaluate").get("test")]))
+    with_paths = [_section(raw, name) for name in SECTIONS_WITH_PATHS]
+    scored = _section(raw, "evaluate")
+    found = VARIABLE.search(json.dumps([*with_paths, scored.get("test"), scored.get("validation")]))
     if found:  # an export has none, and the environment of this machine must not enter untrusted paths
         raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
     changed = {
@@ -257,13 +259,6 @@ def _tensor(opened: Any, weight: Weight, name: str, row: int | None, file: str) 
     if dtype not in ALLOWED:
         raise ValueError(f"{file}: {name} is of type {dtype}; weights are {', '.join(ALLOWED)}")
     return (opened.get_tensor(name) if row is None else piece[row : row + 1]).float()
-
-
-def _buffers_of_objectives(config: RunConfig) -> WholeState:
-    """As a new run has them."""
-    size = config.model.embedding_size
-    tasks = nn.ModuleDict({name: objective.module(size) for name, objective in objectives_of(config).items()})
-    return {model_key(f"tasks.{name}"): buffer for name, buffer in persistent_buffers(tasks).items()}
 
 
 def _state(weight: Weight, value: Tensor, optimizer: Sequence[str]) -> WholeState:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import re
 import unicodedata
 import zipfile
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import xxhash
 
-from mmmoe_pretrain.untrusted import read_bytes
+from mmmoe_pretrain.limits import DECODER_ERRORS, has_text
+from mmmoe_pretrain.untrusted import brief, read_bytes
 
 MAX_BYTES = 1 << 32
-_WORD = re.compile(r"[^\W_]+")
+# What numpy and zipfile raise on damaged files. MemoryError: of a shape in a header; the file itself is limited.
+_DAMAGE: tuple[type[Exception], ...] = (*DECODER_ERRORS, zipfile.BadZipFile, TokenError, MemoryError)
 
 
 def words_of(text: str) -> list[str]:
-    """The runs of letters and digits of ``text``, without case."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    """The runs of letters and digits of ``text``, without case; with the marks on them, such as vowels of Hindi."""
+    letters = unicodedata.normalize("NFKC", text).casefold()
+    runs = "".join(letter if _of_word(letter) else " " for letter in letters).split()
+    return [run for run in runs if any(map(str.isalnum, run))]
+
+
+@functools.cache
+def _of_word(letter: str) -> bool:
+    """Variation selectors are marks, too, and say how an emoji is drawn."""
+    return letter.isalnum() or (unicodedata.category(letter) in ("Mn", "Mc") and has_text(letter))
 
 
 class WordVectors:
@@ -60,9 +71,10 @@ def _read(path: Path) -> bytes:
 def _parse(data: bytes, path: str | Path) -> tuple[list[str], np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            words, vectors = file["words"], file["vectors"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no file of word vectors ({error}); make one by mmmoe-data words") from None
+            words, vectors = np.asarray(file["words"]), np.asarray(file["vectors"])
+    except _DAMAGE as error:
+        why = f"{type(error).__name__}: {brief(str(error))}"
+        raise ValueError(f"{path} is no file of word vectors ({why}); make one by mmmoe-data words") from None
     is_table = words.dtype.kind == "U" and vectors.dtype == np.float32 and words.ndim == 1 and vectors.ndim == 2
     if not is_table or len(words) != len(vectors) or not vectors.size or not np.isfinite(vectors).all():
         raise ValueError(

@@ -82,7 +82,7 @@ class PretrainingModel(nn.Module):
             losses, total = self._objectives(outputs, batch, counts)
             if self.loss_weighting is not None and self.training:
                 share = self.groups.data_size * batch.num_valid / max(1, counts.tokens)
-                losses[WEIGHTING] = self.loss_weighting.penalty(self._weighted_losses, share)
+                losses[WEIGHTING] = self.loss_weighting.penalty(self._weighted_losses(counts), share)
                 total = total + losses[WEIGHTING]
             if self.observe is not None:
                 self.observe(outputs)
@@ -132,10 +132,10 @@ class PretrainingModel(nn.Module):
                 factors[loss] = factors[loss] * self.loss_weighting.factor(loss)
         return factors
 
-    @property
-    def _weighted_losses(self) -> list[str]:
-        """Those that have a weight in this step."""
-        return [loss for loss, weight in self.objectives.weights(self._step).items() if weight]
+    def _weighted_losses(self, counts: StepCounts) -> list[str]:
+        """Those that have a weight and terms in this step: without a loss the penalty alone would move its weight."""
+        weights = self.objectives.weights(self._step)
+        return [loss for loss, weight in weights.items() if weight and counts.terms[loss]]
 
     def loss_parameters(self) -> Iterator[nn.Parameter]:
         """Those that objectives and their weighting use outside of any module's call."""

@@ -50,7 +50,8 @@ def of_microbatch(
         rate = machine.product_rate(config.train.precision, min(batch.tokens, config.model.hidden_size))
         forward["embedders"] += stage.first * batch.tokens * costs.first_extra / rate
         forward["heads"] += stage.last * batch.tokens * costs.last_extra / layout.tensor / rate
-    passes = 1 + BACKWARD + objectives_of(config).whole_step
+    objectives = objectives_of(config)
+    passes = 1 + BACKWARD + objectives.whole_step + objectives.taught
     found = {name: passes * seconds for name, seconds in forward.items()}
     return {**found, "recomputation": recomputed}
 

@@ -6,21 +6,35 @@ The new run is written under ``NAME.tmp`` and renamed only if the comparison suc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, open_run, read_config, with_tokenizer, write_first
+from mmmoe_pretrain.checkpoint.model import (
+    CONFIG,
+    TOKENIZER,
+    buffers_of_objectives,
+    copy_of,
+    open_run,
+    read_config,
+    with_tokenizer,
+    write_first,
+)
 from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities import copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.paths import new_folder
-from mmmoe_pretrain.surgery.parameters import Layer, State, by_key, by_parameter
+from mmmoe_pretrain.surgery.parameters import Layer, Parameter, State, by_key, by_parameter
 from mmmoe_pretrain.surgery.probe import TOLERANCE, Usage, held_out_batch, largest_difference, noise_batch, usage
 from mmmoe_pretrain.surgery.settings import check_spread, named
 
@@ -76,7 +90,7 @@ def operate(
     if out.exists():
         raise ValueError(f"{out} exists; choose another --out, or remove it")
     source = read_source(run_dir, overrides)
-    result = make(source)
+    result = _fitted(make(source))
     config = named(result.config, out)
     check_spread(config)
     with new_folder(out) as draft:
@@ -84,6 +98,7 @@ def operate(
         if tokenizer is not None and Path(tokenizer).is_file():
             copy_tokenizer(tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
             config = with_tokenizer(config, out / TOKENIZER)
+        config = _with_files(config, draft, out)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
         write_first(config, draft, source.step, by_key(result.state), meta)
         run_config.dump(config, draft / CONFIG)
@@ -100,12 +115,72 @@ def operate(
     return [*lines, f"wrote {out}; resume with: mmmoe train {out / CONFIG} ({reached})"]
 
 
+def _fitted(result: Result) -> Result:
+    """The result with what objectives keep from step to step in the sizes that overrides give it: a queue of another
+    size begins empty. Raises ValueError where overrides ask for other weights or optimizer state than there are."""
+    config, held = result.config, result.state
+    with torch.device("meta"):
+        parameters = dict(PretrainingModel(config).named_parameters())
+    kept, did = {name: its for name, its in held.items() if not _is_buffer(name, its, parameters)}, list(result.did)
+    for name, fresh in by_parameter(buffers_of_objectives(config)).items():
+        same = name in held and held[name].value.shape == fresh.value.shape
+        kept[name] = held[name] if same else fresh
+        if not same:
+            did.append(f"{name.removeprefix('tasks.')} has another size, and begins empty")
+    buffers = {name for name, its in kept.items() if name not in parameters and not its.optimizer}
+    wrong = [name for name in parameters if name not in kept or kept[name].value.shape != parameters[name].shape]
+    wrong += [name for name in kept if name not in parameters and name not in buffers]
+    if wrong:
+        raise ValueError(
+            f"the overrides ask for other weights, such as {', '.join(wrong[:3])} ({len(wrong)} in all), and this "
+            f"command changes experts alone; leave out those of model, objectives and train.loss_weighting"
+        )
+    states = {tuple(sorted(its.optimizer)) for name, its in kept.items() if name in parameters}
+    if states != {tuple(sorted(config.optimizer.state))}:
+        raise ValueError(
+            f"the overrides ask for an optimizer that keeps {', '.join(config.optimizer.state) or 'nothing'} of each "
+            f"weight, and the checkpoint has {', '.join(next(iter(states))) or 'nothing'}; leave out optimizer.kind, "
+            f"optimizer.momentum and optimizer.average"
+        )
+    return replace(result, state=kept, did=tuple(did))
+
+
+def _is_buffer(name: str, its: Parameter, parameters: Container[str]) -> bool:
+    """Of an objective."""
+    return name.startswith("tasks.") and name not in parameters and not its.optimizer
+
+
+def _with_files(config: RunConfig, draft: Path, out: Path) -> RunConfig:
+    """With copies in the new run of the files that objectives read, so that it does not need the old one's."""
+    changed = {}
+    for name, its in config.objectives.items():
+        if its.on and its.file and Path(its.file).is_file():
+            shutil.copyfile(its.file, draft / copy_of(name, its))
+            changed[name] = its.model_copy(update={its.file_setting: str(out / copy_of(name, its))})
+    return config.with_objectives(changed)
+
+
 def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:
     """The newest checkpoint of a run, whole in this process's memory."""
     run = open_run(run_dir)
     config = read_config(run_dir, overrides).with_vocabulary(run.config.model.vocab_size)
+    _refuse_other_losses(run.config, config)
     state = by_parameter(store.read_state(run.checkpoint))
     return Source(run_dir, config, run.model(), run.checkpoint.step, run.meta, state)
+
+
+def _refuse_other_losses(trained: RunConfig, config: RunConfig) -> None:
+    """The two are compared by them."""
+    losses, representations = (
+        [getattr(objectives_of(its), what) for its in (trained, config)] for what in ("losses", "representations")
+    )
+    changed = sorted({*losses[0]} ^ {*losses[1]})
+    changed += [name for name, its in representations[0].items() if its != representations[1].get(name)]
+    if changed:
+        raise ValueError(
+            f"the overrides change what is trained ({', '.join(changed)}), and this command changes experts alone; "
+            f"leave them out here, and give mmmoe train those that it can change"
+        )
 
 
 def stays_exact(layer: Layer, reason: str, lossy: bool) -> bool:

@@ -60,9 +60,9 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             from_rank_0(host.control, lambda: check_machine(config))
             # Files may be missing on one machine alone.
             modalities = agree(host.control, lambda: build_modalities(config.modalities, config.data.tokenizer))
+            config = agree(host.control, config.with_files)
             start.check_same_config(config, host)
             config = config.with_vocabulary(modalities.vocab_size)
-            config = agree(host.control, config.with_files)
             layout = resolve_layout(config, dist.get_world_size())
             microbatch_size(config, layout.data)
             with (

@@ -211,6 +211,12 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "model": values["model"],
         "moe": values["moe"],
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
+        "train": {"loss_weighting": config.train.loss_weighting},
+        "predicted": {
+            "tokens": bool(objectives.predicting),
+            "hidden": sorted(objectives.hidden),
+            "contents": sorted({*objectives.contents.values()}),
+        },
         "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
         "objectives": {
             **{name: _tensors(its.module(config.model.embedding_size)) for name, its in objectives.items()},
@@ -266,6 +272,8 @@ def _of_all_machines(config: RunConfig) -> dict[str, Any]:
     del values["evaluate"]["test"], values["evaluate"]["validation"]
     for source in values["data"]["train"]:
         del source["path"]
+    for name, objective in config.objectives.items():
+        values["objectives"][name].pop(objective.file_setting, None)  # the fingerprint stays
     return values
 
 

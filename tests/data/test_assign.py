@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.config import RunConfig, dump
-from mmmoe_pretrain.data.decode import decode
+from mmmoe_pretrain.data.decode import Draws, decode
 from mmmoe_pretrain.data.order import lengths
 from mmmoe_pretrain.data.order.assign import Assignment, estimate_all
 from mmmoe_pretrain.data.order.lengths import Line, fit, lengths_path, measure_lengths
@@ -98,6 +98,27 @@ def test_the_draws_of_masked_modelling_are_known_from_lengths_alone(root: Path) 
         rows.append(int(pack([sample], settings, [position]).valid.sum()))
     assert 16 < rows.count(0) < 48
     assert assignment.expected_rows(positions, places).tolist() == rows
+
+
+def test_modalities_that_samples_lose_are_not_in_the_rows_that_are_expected(root: Path) -> None:
+    values = tiny_values(root)
+    values["modalities"]["image"] |= {"dropout_share": [[0, 0.0], [2, 0.6]]}
+    values["modalities"]["audio"] |= {"withheld_share": 0.5}
+    config = tiny_config(root, modalities=values["modalities"], objectives=objectives(captioning=None))
+    modalities = build_modalities(config.modalities, config.data.tokenizer)
+    folder, settings = open_indexed(str(root / "train"), modalities=modalities), PackSettings.from_config(config, modalities)
+    positions = np.arange(64)  # of four steps
+    path = lengths_path(folder, modalities)
+    measure_lengths(folder, modalities, path)
+    assignment = Assignment(config, [folder], modalities, 2)
+    path.unlink()
+    places = assignment.blend.at(positions)
+    rows = []
+    for position, i in zip(positions.tolist(), places.index.tolist(), strict=True):
+        sample: Any = decode(folder.read(i), modalities, Draws(config.seed, position, position // 16))
+        rows.append(int(pack([sample], settings, [position]).valid.sum()))
+    # a clip that plays faster or slower has a token less or more
+    np.testing.assert_allclose(assignment.expected_rows(positions, places), rows, atol=1)
 
 
 def test_a_rank_without_the_lengths_of_rank_0_is_refused(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
-from mmmoe_pretrain.data.decode import BadSample, Draws, _kept, bytes_of_item, decode
+from mmmoe_pretrain.data.decode import BadSample, Draws, bytes_of_item, decode, modalities_kept
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import has_text
@@ -262,7 +262,8 @@ def lose(tiny_data: Path, count: int, step: int = 0, **shares: dict[str, Any]) -
     found = []
     for position in range(count):
         content = tuple(own)
-        found.append(frozenset(_kept(SampleMeta(f"key-{position}"), content, modalities, Draws(0, position, step))))
+        draws = Draws(0, position, step)
+        found.append(frozenset(modalities_kept(f"key-{position}", content, modalities, draws)))
     return found
 
 
@@ -292,6 +293,19 @@ def test_a_withheld_modality_is_so_for_good(tiny_data: Path) -> None:
     assert np.mean(["image" not in kept for kept in found[0]]) == pytest.approx(0.6, abs=0.06)
     most = lose(tiny_data, 1000, image={"withheld_share": 0.9})
     assert all(kept <= before for kept, before in zip(most, found[0], strict=True)), "more are withheld, and the same"
+
+
+def test_what_is_withheld_does_not_come_back_where_the_rest_is_dropped(tiny_data: Path) -> None:
+    found = lose(tiny_data, 500, image={"withheld_share": 0.9}, text={"dropout_share": 1.0}, audio={"dropout_share": 1.0})
+    withheld = [kept for kept in lose(tiny_data, 500, image={"withheld_share": 0.9})]
+    assert all("image" in before or "image" not in kept for kept, before in zip(found, withheld, strict=True))
+
+
+def test_a_sample_whose_other_modalities_are_empty_is_not_bad_where_it_loses_one(raw: RawSample, tiny_data: Path) -> None:
+    blank = RawSample("blank", {"png": raw.members["png"], "wav": raw.members["wav"], "txt": b"  "})
+    dropped = modalities_of(tiny_data, image={**IMAGE, "dropout_share": 1.0}, audio={**AUDIO, "dropout_share": 1.0})
+    kept = [[item.modality for item in good(decode(blank, dropped, Draws(0, position))).items] for position in range(40)]
+    assert {name for names in kept for name in names} == {"image", "audio"} and all(len(names) == 1 for names in kept)
 
 
 def test_held_out_samples_and_documents_lose_nothing(raw: RawSample, tiny_data: Path) -> None:

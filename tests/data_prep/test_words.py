@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,22 @@ from mmmoe_pretrain.modalities.word_vectors import WordVectors, words_of
 
 def test_words_are_runs_of_letters_and_digits_without_case() -> None:
     assert words_of("L'Été — ＡＢＣ_2nd, smile-face!") == ["l", "été", "abc", "2nd", "smile", "face"]
+
+
+def test_marks_belong_to_the_letters_that_they_stand_on() -> None:
+    assert words_of("हिन्दी में, שָׁלוֹם عَرَب") == ["हिन्दी", "में", "שָׁלוֹם", "عَرَب"]
+    assert words_of("I \u2764\ufe0f 1\ufe0f\u20e3 \u0301") == [
+        "i",
+        "1",
+    ]  # emoji with variation selectors, a mark alone
+
+
+def test_a_word_that_never_ends_makes_no_file_of_its_length_a_word(tmp_path: Path) -> None:
+    endless = "a" * 100_000
+    corpus = corpus_of([f"red {endless} blue"] * 2, 1)
+    assert corpus.words == ["blue", "red"]
+    with pytest.raises(ValueError, match="--dimension 1000000000 is above 65536"):
+        WordOptions(dimension=10**9)
 
 
 def test_gradients_are_those_of_the_loss() -> None:
@@ -95,3 +112,46 @@ def test_the_command_is_deterministic_takes_filters_and_names_what_is_wrong(tmp_
     out.write_bytes(b"no file of numpy")
     with pytest.raises(ValueError, match=r"three.npz is no file of word vectors .* mmmoe-data words"):
         WordVectors(out)
+
+
+def member(header: str) -> bytes:
+    """The start of an array of NumPy's format, without its numbers."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+ARRAY = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 4), }\n"
+DAMAGED = {
+    "one array": lambda path: np.save(path.open("wb"), np.ones(3)),
+    "no arrays": lambda path: zipped(path, b"abc"),
+    "no header": lambda path: zipped(path, member("((((")),
+    "petabytes": lambda path: zipped(path, member(ARRAY % 10**15)),
+    "more than a number holds": lambda path: zipped(path, member(ARRAY % 10**23)),
+    "a damaged stream": lambda path: path.write_bytes(with_ones(compressed(path), 60, 90)),
+    "an unknown compression": lambda path: path.write_bytes(
+        compressed(path).replace(b"PK\1\2", b"PK\1\2\xff\xff\xff\xff\xff\xff\xff")
+    ),
+    "pickles": lambda path: np.savez(path, words=np.asarray(["a", 1], dtype=object), vectors=np.ones((2, 4), "f4")),
+}
+
+
+def zipped(path: Path, vectors: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("words.npy", member("{'descr': '<U1', 'fortran_order': False, 'shape': (1,), }\n") + b"a\0\0\0")
+        file.writestr("vectors.npy", vectors)
+
+
+def compressed(path: Path) -> bytes:
+    np.savez_compressed(path, words=np.asarray(["a", "b"] * 50), vectors=np.ones((100, 4), "f4"))
+    return path.read_bytes()
+
+
+def with_ones(data: bytes, start: int, stop: int) -> bytes:
+    return data[:start] + b"\xff" * (stop - start) + data[stop:]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_one_clear_message(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "words.npz"
+    DAMAGED[damage](path)
+    with pytest.raises(ValueError, match=r"words.npz is no file of word vectors.* make one by mmmoe-data words"):
+        WordVectors(path)

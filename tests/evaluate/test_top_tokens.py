@@ -67,6 +67,23 @@ def test_a_token_that_the_expert_did_not_serve_is_not_listed() -> None:
     assert search.of(1, 0) == {}
 
 
+def test_a_token_of_a_view_is_of_no_place_and_not_listed(tmp_path: Path) -> None:
+    """A report would show what the item has there."""
+    views = {"short": {"kind": "view", "parts": ["audio"], "transforms": ["crop"]}}
+    tasks = {"pairs": {"kind": "contrastive", "pairs": {"short-audio": 1.0}},
+             "masked": {"kind": "masked", "hidden": {"audio": 0.5}}}  # fmt: skip
+    config = tiny_config(tmp_path, objectives=tasks, representations=views)
+    settings, samples = pack_settings(config), [random_sample(0, "a", config)]
+    count = settings.modalities["audio"].num_tokens(samples[0].items[0].value)
+    batch, found = pack(samples, settings), origins(samples, settings)
+    lengths = batch.attention.lengths
+    assert len(lengths) == 3 and lengths.count(count) >= 2
+    assert found.token_n.tolist() == [*range(count), *[-1] * lengths[1], *range(count)]
+    search = TopTokens(top=2)
+    add(search, [A], [(0, -1, 0.9), (0, 1, 0.1)])
+    assert listed(search) == [("a", 1)]
+
+
 def test_batches_change_nothing() -> None:
     """Random tokens of few texts, so that texts recur in other batches; distinct probabilities."""
     rng = np.random.default_rng(3)

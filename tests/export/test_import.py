@@ -83,6 +83,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit(layout.CONFIG, lambda v: v["config"]["data"]["train"][0].update(path="$HOME/train")),
         r"holds \$HOME",
     ),
+    "a variable of an objective's file": (
+        edit(layout.CONFIG, lambda v: v["config"]["objectives"].update(
+            words={"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "vectors": "$HOME/w.npz"})),
+        r"holds \$HOME",
+    ),
     "no step": (edit(layout.CONFIG, lambda v: v.pop("step")), "step is None"),
     "an unknown key": (edit(layout.CONFIG, lambda v: v["config"].update(wings=2)), "unknown key 'wings'"),
     "a section of the wrong type": (edit(layout.CONFIG, lambda v: v["config"].update(data=3)), "config.data is 3"),

@@ -59,3 +59,17 @@ def test_held_out_losses_have_the_weights_of_the_config() -> None:
             value.fill_(3.0)
         after = model(batch)[1].losses
     assert before == after and "weighting" not in after
+
+
+def test_a_loss_without_terms_in_a_step_keeps_its_weight() -> None:
+    config = tiny_config(
+        Path("unused"), objectives=objectives(captioning=None), train={"loss_weighting": "uncertainty"}
+    )
+    model = PretrainingModel(config)
+    assert model.loss_weighting is not None
+    total, report = model(random_batch(config, ["it"] * 4))
+    total.backward()
+    gradients = {name: float(value.grad) for name, value in model.loss_weighting.log_variance.items()}
+    assert gradients["contrastive-audio-text"] == gradients["contrastive-image-audio"] == 0
+    loss = float(report.losses["contrastive/image-text"])  # its factor is exp(0)
+    assert gradients["contrastive-image-text"] == pytest.approx(0.5 - loss, rel=1e-5)

@@ -292,3 +292,12 @@ def test_every_gpu_is_complete(name: str) -> None:
     for precision, peak in machine.peak.items():
         assert all(0 < rate <= peak for _, rate in machine.products[precision])
         assert all(0 < rate <= peak for _, rate in machine.attention[precision])
+
+
+def test_the_pass_of_a_teacher_takes_the_time_of_a_forward_pass() -> None:
+    pairs = {"pairs": {"image-text": 1.0}}
+    alone = timed(made(objectives={"pairs": {"kind": "contrastive", **pairs}}))
+    average = {"optimizer": {"average": 0.9}}
+    taught = timed(made(objectives={"pairs": {"kind": "self_distillation", **pairs}}, **average))
+    # a backward pass takes the time of two
+    assert taught.parts["attention"] == pytest.approx(4 / 3 * alone.parts["attention"])

@@ -5,20 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmmoe_pretrain import cli
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
-from mmmoe_pretrain.checkpoint.state import model_key
+from mmmoe_pretrain.checkpoint.state import WholeState, model_key
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.export.write import export_run
+from mmmoe_pretrain.modalities.word_vectors import WordVectors
 from mmmoe_pretrain.surgery import operation
+from mmmoe_pretrain.surgery.add import add
 from mmmoe_pretrain.surgery.operation import Result, Source, operate
 from mmmoe_pretrain.surgery.split import split
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.export.support import make_run
-from tests.support import tiny_config
+from tests.support import VECTORS, tiny_config
 
 BLOCK = "mmmoe.trunk.blocks.1.ffn."
 STEPS = {"steps": 3, "global_batch_size": 8, "log_every": 1}
@@ -115,6 +118,43 @@ def test_a_checkpoint_of_an_old_version_is_refused_with_the_remedy(tmp_path: Pat
     with pytest.raises(AssertionError, match=said):
         run_ranks(1, train, config, True)
     assert not (tmp_path / "new").exists()
+
+
+METHODS = {
+    "objectives": {"pairs": {"kind": "contrastive", "pairs": {"image-text": 1.0}, "queue_size": 8},
+                   "anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8,
+                               "vectors": str(VECTORS), "fingerprint": WordVectors(VECTORS).fingerprint}},
+    "optimizer": {"average": 0.9},
+    "train": STEPS,
+}  # fmt: skip
+
+
+def test_a_queue_of_another_size_begins_empty_and_other_overrides_of_what_is_trained_are_refused(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    config, states = make_run(tmp_path, tiny_data, (2,), **METHODS)
+
+    def grown(name: str, *overrides: str) -> WholeState:
+        operate(config.run_dir, tmp_path / name, overrides, "add", lambda its: add(its, 1, None, (), 0.1, 1, False))
+        return store.read_state(store.find_latest(tmp_path / name / "checkpoints"))
+
+    rows = model_key("tasks.pairs.queue_rows")
+    assert torch.equal(grown("same")[rows], states[2][rows])
+    assert (tmp_path / "same" / "objectives.anchors.npz").read_bytes() == VECTORS.read_bytes()
+    new = grown("longer", "objectives.pairs.queue_size=16")
+    assert new[rows].shape[0] == 16 and not new[rows].any() and not new[model_key("tasks.pairs.queue_present")].any()
+    run_ranks(1, train, run_config.load(tmp_path / "longer" / "config.yaml"), True)
+    for overrides, message in (
+        (["objectives.anchors.weight=0"], r"change what is trained \(anchors/image\), .* give mmmoe train those"),
+        (
+            ["train.loss_weighting=uncertainty"],
+            r"ask for other weights, such as loss_weighting.* train.loss_weighting",
+        ),
+        (["optimizer.average=null"], r"keeps exp_avg, exp_avg_sq of each weight, .* leave out optimizer.kind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grown("refused", *overrides)
+        assert not (tmp_path / "refused").exists()
 
 
 def wrong(source: Source) -> Result:

@@ -36,6 +36,7 @@ def test_a_finished_run_stays_as_it_is_until_it_is_replaced_by_what_can_work(
     same_size = write_tokenizer(tmp_path / "same_size.model", backwards=True)
     refused = [
         ("model", {"num_heads": 1}, "resume", r"cannot change the model .*model.num_heads was 2 and is 1"),
+        ("train", {"loss_weighting": "uncertainty"}, "resume", "loss_weighting was 'fixed' and is 'uncertainty'"),
         ("data", {"tokenizer": str(smaller)}, "resume",
          r"smaller.model has vocabulary size 44, and model.vocab_size is 48; set data.tokenizer"),
         ("data", {"tokenizer": str(same_size)}, "resume",

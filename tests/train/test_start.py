@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 
@@ -24,7 +25,7 @@ from mmmoe_pretrain.train import lock, loop, opening, reporting, start
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
-from tests.support import objectives, things, tiny_config, write_shards, write_tokenizer
+from tests.support import VECTORS, objectives, things, tiny_config, write_shards, write_tokenizer
 from tests.train.faulty import (
     STEPS,
     at_step,
@@ -327,8 +328,20 @@ def test_a_machine_with_another_config_is_refused_on_every_rank(
     for message in run_ranks(2, rank, same.model_copy(update={"seed": 9})):
         assert message.startswith("ValueError: rank 1 on host1 has another seed than rank 0 on host0; start every ")
     assert not same.run_dir.exists()
+    other = tmp_path / "other.npz"
+    content = dict(np.load(VECTORS))
+    np.savez(other, **{**content, "vectors": -content["vectors"]})
+    anchors = {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8}
+    same, others, copied = (
+        config_in(tmp_path, tiny_data, train={"steps": 1}, objectives={"anchors": {**anchors, "vectors": str(path)}})
+        for path in (VECTORS, other, shutil.copy(VECTORS, tmp_path / "copy.npz"))
+    )
+    for message in run_ranks(2, rank, others):
+        assert message.startswith(
+            "ValueError: rank 1 on host1 has another objectives.anchors.fingerprint than rank 0 "
+        )
     elsewhere = same.data.model_copy(update={"train": (source,)})
-    assert run_ranks(2, rank, same.model_copy(update={"data": elsewhere})) == ["code 0"] * 2
+    assert run_ranks(2, rank, copied.model_copy(update={"data": elsewhere})) == ["code 0"] * 2
 
 
 def test_the_config_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

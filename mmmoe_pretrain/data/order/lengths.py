@@ -2,7 +2,8 @@
 
 By the file of its exact lengths where ``mmmoe-data index CONFIG --lengths`` has measured them; else by the sizes of
 its files, with lines fitted to a few samples of the source. How often the objectives repeat each modality is counted
-on the same samples; where they draw (``fraction``, alternatives), ``DrawnRows`` asks them for a position's draws.
+on the same samples; where they draw (``fraction``, alternatives), ``DrawnRows`` asks them for a position's draws, as
+it does for the modalities that a sample loses there.
 
 One rank estimates, and all use its numbers (``Estimate``): decoders and linear algebra may differ in the last bit
 between processors, and ranks that disagreed would lose samples.
@@ -24,7 +25,7 @@ import xxhash
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import decode, labels_drawn
+from mmmoe_pretrain.data.decode import Draws, decode, labels_drawn, modalities_kept
 from mmmoe_pretrain.data.pack import PackSettings, origins
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.modalities import Modalities, Modality
@@ -100,6 +101,10 @@ class Lengths:
                 tokens[here, m] = line.at(sizes[m][here])
         return tokens, pattern
 
+    def key(self, index: int) -> str:
+        """Of a sample."""
+        return self._source.key(index)
+
     def fit(self, pattern: int) -> Fit:
         """Of a pattern; where none of its samples could be read, of no tokens, which the stream has once."""
         count = len(self._source.modalities)
@@ -165,17 +170,21 @@ class DrawnRows:
     def __init__(self, config: RunConfig, modalities: Modalities) -> None:
         counted = {name: cast(Modality, _Counted(modality)) for name, modality in modalities.items()}
         self._settings = PackSettings.from_config(config, Modalities(counted))
-        self._modalities = modalities
+        self._modalities, self._loses = modalities, _loses(modalities)
+        self._seed, self._batch = config.seed, config.train.global_batch_size
 
     def of(self, lengths: Lengths, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: the rows of the samples ``indices`` of a source at global ``positions``."""
         tokens, patterns = lengths.by_modality(indices)
         counts = np.rint(tokens).astype(np.int64)
         samples = []
-        for row, pattern, position in zip(counts, patterns.tolist(), positions.tolist(), strict=True):
+        each = zip(counts, patterns.tolist(), positions.tolist(), indices.tolist(), strict=True)
+        for row, pattern, position, index in each:
             fit = lengths.fit(pattern)
             if fit.label_tokens:
                 row = self._with_label(row, fit.label_tokens, position)
+            if self._loses and not fit.document:
+                row = self._kept(row, lengths.key(index), position)
             items = (Item(name, row[m : m + 1]) for m, name in enumerate(self._modalities) if row[m])
             samples.append(Sample(SampleMeta(""), tuple(items), document=fit.document))
         return np.bincount(origins(samples, self._settings, positions).sample_n, minlength=len(samples))
@@ -187,6 +196,18 @@ class DrawnRows:
         for name, kept in labels_drawn(held, self._modalities, partial(self._settings.generator, position)):
             row = np.asarray([tokens if m == name else row[k] if m in kept else 0 for k, m in enumerate(names)])
         return row
+
+
+    def _kept(self, row: np.ndarray, key: str, position: int) -> np.ndarray:
+        """The lengths without the modalities that the sample loses there."""
+        held = tuple(name for m, name in enumerate(self._modalities) if row[m])
+        draws = Draws(self._seed, position, position // self._batch)
+        kept = modalities_kept(key, held, self._modalities, draws)
+        return np.asarray([count if name in kept else 0 for name, count in zip(self._modalities, row, strict=True)])
+
+
+def _loses(modalities: Modalities) -> bool:
+    return any(its.settings.may_be_lost for its in modalities.values())
 
 
 def estimate(source: Indexed, settings: PackSettings, prompt: str, most: int | None) -> Estimate:
@@ -214,7 +235,7 @@ def estimate(source: Indexed, settings: PackSettings, prompt: str, most: int | N
             tuple(int((packed + again)[mine, m].sum()) / max(1, 2 * sum(its)) for m, (_, its) in enumerate(both)),
             document=2 * sum(samples[n].document for n in mine) > len(mine),
             label_tokens=sum(labels) // len(labels) if all(labels) else 0,
-            drawn=any(labels) or bool((packed != again)[mine].any()),
+            drawn=any(labels) or _loses(modalities) or bool((packed != again)[mine].any()),
         )
     exact = open_lengths(lengths_path(source, modalities), source, modalities)
     return Estimate(fits, "" if exact is None else digest(exact))

@@ -95,7 +95,7 @@ class TopTokens:
     def add(
         self, decisions: Sequence[Decisions], tokens: TokenInfo, origins: Origins, samples: Sequence[Sample]
     ) -> None:
-        """Add the tokens of one batch."""
+        """Add the tokens of one batch that are of a place in an item."""
         names = [[content_name(item) for item in sample.items] for sample in samples]
         modality_n, task_n = tokens.modality_ids_n.cpu().numpy(), tokens.task_ids_n.cpu().numpy()
 
@@ -106,7 +106,7 @@ class TopTokens:
 
         for layer in decisions:
             for m, modality in enumerate(tokens.names.modalities):
-                rows = np.flatnonzero(modality_n == m)
+                rows = np.flatnonzero((modality_n == m) & (origins.token_n >= 0))
                 for expert in np.flatnonzero(layer.served_nE[rows].any(0)).tolist():
                     log_p_n, mine = layer.log_p_nE[:, expert], rows[layer.served_nE[rows, expert]]
                     order = mine[np.argsort(-log_p_n[mine], kind="stable")].tolist()

@@ -26,7 +26,7 @@ class TensorSettings(RepresentationSettings):
     """``size``: numbers that each part is projected to."""
 
     kind: Literal["tensor"] = "tensor"
-    size: int = Field(16, ge=1)
+    size: int = Field(16, ge=1, lt=MAX_WIDTH)
 
     @property
     def width(self) -> int:
