@@ -24,6 +24,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import ObjectiveSettings
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import Objective, ObjectiveModule
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"  # the run's copy; every checkpoint has its fingerprint
@@ -114,6 +115,15 @@ def load_model(
     """The model of ``open_run`` on ``device`` (default: the CPU), its config and its step."""
     run = open_run(run_dir, overrides)
     return run.model().to(device), run.config, run.checkpoint.step
+
+
+def trained_module(run_dir: Path, config: RunConfig, objective: Objective) -> ObjectiveModule:
+    """The module of ``objective`` with the weights of the newest checkpoint of a run that was opened, on the CPU."""
+    checkpoint = find_latest(config.checkpoints_of(run_dir))
+    assert checkpoint is not None, "its model is loaded"
+    module = objective.module(config.model.embedding_size)
+    load_weights(checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()})
+    return module
 
 
 def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> None:
