@@ -21,7 +21,7 @@ Shapes: N rows, M samples of the bank, P the joint space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,10 +44,12 @@ SHOWN = ("_r1", "_r10")
 
 @dataclass(frozen=True)
 class Case:
-    """``completing``: names of the objectives that predict the target from these observed ones."""
+    """``parts``: the modalities of the target. ``completing``: names of the objectives that predict it from these
+    observed ones."""
 
     target: str
     observed: tuple[str, ...]
+    parts: tuple[str, ...]
     neighbours: int = 0
     completing: tuple[str, ...] = ()
 
@@ -56,16 +58,25 @@ class Case:
         return f"{self.target}_given_{'_'.join(self.observed)}"
 
     @property
-    def sides(self) -> tuple[str, ...]:
-        """All representations that a row must have."""
-        return (*self.observed, self.target)
+    def sides(self) -> str:
+        """What a row must have, in words."""
+        return " and ".join((*self.observed, self.target))
+
+    def contents(self, data: HeldOut) -> list[str]:
+        """By row, the contents of observed and target together; empty where one lacks, or a part of the target."""
+        of_rows = zip(*(data.content[side] for side in (*self.observed, self.target)), strict=True)
+        return [
+            " ".join(sides) if all(sides) and has.issuperset(self.parts) else ""
+            for sides, has in zip(of_rows, data.modalities, strict=True)
+        ]
 
 
 def cases_of(objectives: Objectives, settings: EvaluateConfig) -> list[Case]:
     """Each target and observed once. Raises ValueError where the model has no vector of one."""
+    representations = objectives.representations
     for target, its in settings.impute.items():
-        if unread := [name for name in (target, *its.observed) if name not in objectives.representations]:
-            known = nearest(unread[0], objectives.representations, "they read")
+        if unread := [name for name in (target, *its.observed) if name not in representations]:
+            known = nearest(unread[0], representations, "they read")
             raise ValueError(
                 f"evaluate.impute.{target} needs {unread[0]}, and no objective reads that, so the model has no "
                 f"vector of it; {known}"
@@ -76,7 +87,10 @@ def cases_of(objectives: Objectives, settings: EvaluateConfig) -> list[Case]:
         if objective.completed is not None:
             observed, target = objective.completed
             completing.setdefault((target, observed), []).append(name)
-    return [Case(*key, wanted.get(key, 0), tuple(names)) for key, names in completing.items()]
+    return [
+        Case(target, observed, representations[target].modalities, wanted.get((target, observed), 0), tuple(names))
+        for (target, observed), names in completing.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,8 @@ class Bank:
 
     def complete(self, case: Case) -> np.ndarray:
         """The numbers of the samples that have all sides of ``case``."""
-        return _complete(self.data, case.sides) if self.data is not None else np.zeros(0, dtype=np.int64)
+        contents = [] if self.data is None else case.contents(self.data)
+        return np.flatnonzero(np.array(contents, dtype=bool))
 
     def impute(self, case: Case, data: HeldOut) -> np.ndarray:
         """[N, P]: for each row the mean of its nearest samples, with length 1."""
@@ -119,7 +134,7 @@ def bank_of(model: MMMoE, rows: HeldOutRows, cases: Sequence[Case]) -> Bank:
             assert bank.data is not None
             raise ValueError(
                 f"evaluate.impute.{case.target}: none of the {len(bank.data.metas):,} training samples that were "
-                f"read has {' and '.join(case.sides)}, so there is no bank to impute {case.target} from; name "
+                f"read has {case.sides}, so there is no bank to impute {case.target} from; name "
                 f"training shards that have them (data.train), or set evaluate.impute.{case.target}.neighbours: 0"
             )
     return bank
@@ -129,16 +144,16 @@ def scores_of(
     data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path, cases: Sequence[Case], bank: Bank
 ) -> list[Scored]:
     """Of every case."""
-    found = []
+    found: list[Scored] = []
     for case in cases:
-        if not len(_complete(data, case.sides)):
-            found.append(([], [f"no held-out row has {' and '.join(case.sides)}: no score of {case.name}"]))
+        content = case.contents(data)
+        if not any(content):
+            found.append(([], [f"no held-out row has {case.sides}, with all parts: no score of {case.name}"]))
             continue
-        ways = _ways(case, data, model, rows, run_dir, bank)
         others = _others(case, model.objectives)
-        parts = [_scores(case, name, vectors, data, others, rows.config.evaluate) for name, vectors in ways.items()]
-        scores = [score for part in parts for score in part]
-        found.append((scores, _notes(case, model.objectives, bank)))
+        ways = _ways(case, data, model, rows, run_dir, bank)
+        parts = [_scores(case, *way, data, content, others, rows.config.evaluate) for way in ways.items()]
+        found.append(([score for part in parts for score in part], _notes(case, bank)))
     return found
 
 
@@ -177,19 +192,19 @@ def _scores(
     name: str,
     vectors_NP: np.ndarray,
     data: HeldOut,
+    content: Sequence[str],
     others: Sequence[str],
     settings: EvaluateConfig,
 ) -> list[Score]:
-    """Of one way, as the representation ``name``."""
-    of_rows = zip(*(data.content[side] for side in case.sides), strict=True)
-    content = tuple(" ".join(sides) if all(sides) else "" for sides in of_rows)
-    shown = replace(data, features={**data.features, name: vectors_NP}, content={**data.content, name: content})
-    as_target = {frozenset(pair.split("-")): wanted for pair, wanted in settings.rows.items()}
+    """Of one way, as the representation ``name``, whose rows have these contents."""
+    features, contents = {**data.features, name: vectors_NP}, {**data.content, name: tuple(content)}
+    shown = replace(data, features=features, content=contents)
+    wanted = {frozenset(pair.split("-")): of_pair for pair, of_pair in settings.rows.items()}
     made: list[Score] = []
     is_true = name == f"{case.name}_present"
     for other in others if is_true else (*others, case.target):
-        wanted: Mapping[str, tuple[str, ...]] = as_target.get(frozenset((case.target, other)), {})
-        here = settings.model_copy(update={"rows": {f"{name}-{other}": wanted}})
+        rows = {f"{name}-{other}": wanted.get(frozenset((case.target, other)), {})}
+        here = settings.model_copy(update={"rows": rows})
         found, _ = retrieval_scores(shown, (name, other), here, ways=((0, 1),))
         made += [score for score in found if score.metric.endswith(SHOWN)]
     return made if is_true else [*made, _cosine(case, name, vectors_NP, data, content)]
@@ -207,20 +222,17 @@ def _cosine(case: Case, name: str, vectors_NP: np.ndarray, data: HeldOut, conten
     return Score(f"{name}_cosine", value, chance, fixed, count, (value - half, value + half), None, "cosine")
 
 
-def _notes(case: Case, objectives: Objectives, bank: Bank) -> list[str]:
-    observed, lacking = " and ".join(case.observed), f"rows with {' and '.join(case.sides)}"
-    notes = [f"{case.name}: what stands in for {case.target} where only {observed} is given, of {lacking}"]
+def _notes(case: Case, bank: Bank) -> list[str]:
+    observed = " and ".join(case.observed)
+    notes = [
+        f"{case.name}: what stands in for {case.target} where only {observed} is given, of rows with {case.sides}"
+    ]
     if case.neighbours and bank.data is not None:
         size = len(bank.complete(case))
         notes[0] += f"; _neighbours: the mean of the {case.neighbours} nearest of {size:,} training samples"
     elif case.neighbours:
         notes.append(f"no {case.name}_neighbours: the training shards {bank.absent} are missing")
     return notes
-
-
-def _complete(data: HeldOut, sides: Sequence[str]) -> np.ndarray:
-    """The numbers of the rows that have all of ``sides``."""
-    return np.flatnonzero([all(of_row) for of_row in zip(*(data.content[side] for side in sides), strict=True)])
 
 
 def _unit(rows_NP: np.ndarray) -> np.ndarray:

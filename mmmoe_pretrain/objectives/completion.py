@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config.base import ModalitySettings, Names, check_missing
 from mmmoe_pretrain.objectives.base import ObjectiveModule, Outputs
-from mmmoe_pretrain.objectives.pooled import PooledObjective, PooledSettings, present, stacked
+from mmmoe_pretrain.objectives.pooled import PooledObjective, PooledSettings, has_all_parts, present, stacked
 from mmmoe_pretrain.parallel.groups import Groups
 
 EPS = 1e-6  # of unit lengths, as that of features
@@ -99,12 +99,15 @@ class Completion(PooledObjective):
         return {self.loss: int(self.taking_part(batch).sum())}
 
     def taking_part(self, batch: Batch) -> Tensor:
-        """bool [B]: the samples with the target and all of the source."""
-        return present(batch, self.settings.named).all(dim=1)
+        """bool [B]: the samples with all of the source and every part of the target, also of one that could do
+        without."""
+        target = self.all_representations[self.settings.target]
+        return present(batch, self.settings.source).all(dim=1) & has_all_parts(batch, target, [*self.modalities])
 
     def needs(self) -> dict[str, set[str]]:
         what = f"of {self.settings.target} by {' and '.join(self.settings.source)}"
-        return self.ways(what, self.settings.named)
+        whole = {*self.all_representations[self.settings.target].modalities}
+        return {what: way | whole for what, way in self.ways(what, self.settings.source).items()}
 
     def module(self, embedding_size: int) -> ObjectiveModule:
         return _Head(self, embedding_size)

@@ -343,5 +343,6 @@ def _taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
         texts=tuple(data.texts[i] for i in order),
         content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
         features={name: features[rows] for name, features in data.features.items()},
+        modalities=tuple(data.modalities[i] for i in order),
         projected={name: projected[rows] for name, projected in data.projected.items()},
     )

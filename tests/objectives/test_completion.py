@@ -111,6 +111,20 @@ def test_a_teacher_gives_the_target() -> None:
     assert expected != pytest.approx(without, rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_fused_target_is_of_samples_with_all_of_its_parts(kind: str) -> None:
+    """Else the vector that it makes of the source alone would be learned, too."""
+    scene = {"scene": {"kind": kind, "parts": ["audio", "text"], "missing": "allow"}}
+    complete = {**COMPLETE, "source": "image", "target": "scene"}
+    config = tiny_config(Path("unused"), representations=scene, objectives={"complete": complete})
+    model, batch = PretrainingModel(config), random_batch(config, ["it", "iat", "ia", "at", "", "t", "iat"])
+    objective = model.objectives["complete"]
+    assert (batch.pooled["scene"] >= 0).tolist() == [True, True, True, True, False, True, True]
+    assert objective.taking_part(batch).tolist() == [False, True, False, False, False, False, True]
+    assert objective.counts(batch) == {"complete/scene": 2}
+    assert objective.needs() == {"complete of scene by image": {"image", "audio", "text"}}
+
+
 @pytest.mark.parametrize("head", [{}, MIXTURE], ids=["regression", "mixture"])
 @pytest.mark.parametrize("samples", [["it", "a"], []], ids=["no complete sample", "no sample"])
 def test_without_a_complete_sample_the_loss_and_every_gradient_are_zero(
