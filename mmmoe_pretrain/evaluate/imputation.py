@@ -72,7 +72,7 @@ class Case:
 
 
 def cases_of(objectives: Objectives, settings: EvaluateConfig) -> list[Case]:
-    """Each target and observed once. Raises ValueError where the model has no vector of one."""
+    """Each target and observed once, in any order. Raises ValueError where the model has no vector of one."""
     representations = objectives.representations
     for target, its in settings.impute.items():
         if unread := [name for name in (target, *its.observed) if name not in representations]:
@@ -81,16 +81,17 @@ def cases_of(objectives: Objectives, settings: EvaluateConfig) -> list[Case]:
                 f"evaluate.impute.{target} needs {unread[0]}, and no objective reads that, so the model has no "
                 f"vector of it; {known}"
             )
-    wanted = {(target, its.observed): its.neighbours for target, its in settings.impute.items()}
-    completing: dict[tuple[str, tuple[str, ...]], list[str]] = {key: [] for key in wanted}
+    cases: dict[tuple[str, frozenset[str]], Case] = {}
+    for target, its in settings.impute.items():
+        parts = representations[target].modalities
+        cases[target, frozenset(its.observed)] = Case(target, its.observed, parts, its.neighbours)
     for name, objective in objectives.items():
         if objective.completed is not None:
             observed, target = objective.completed
-            completing.setdefault((target, observed), []).append(name)
-    return [
-        Case(target, observed, representations[target].modalities, wanted.get((target, observed), 0), tuple(names))
-        for (target, observed), names in completing.items()
-    ]
+            key = target, frozenset(observed)
+            case = cases.get(key, Case(target, observed, representations[target].modalities))
+            cases[key] = replace(case, completing=(*case.completing, name))
+    return list(cases.values())
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.evaluate import run
 from mmmoe_pretrain.evaluate.features import HeldOut
-from mmmoe_pretrain.evaluate.imputation import Bank, Case
+from mmmoe_pretrain.evaluate.imputation import Bank, Case, cases_of
 from mmmoe_pretrain.evaluate.report import Report
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives import objectives_of
 from tests.support import pack_settings, things, tiny_config, write_shards, write_tokenizer
 
 COMPLETE = {"kind": "completion", "source": "image", "target": "scene", "hidden_size": 12}
@@ -163,6 +164,20 @@ def test_a_bank_is_of_complete_samples_and_may_be_smaller_than_asked_for() -> No
             near = sorted(usable, key=lambda j: -(unit["qa"][i] @ unit["a"][j] + unit["qb"][i] @ unit["b"][j]))[:used]
             mean = unit["c"][near].sum(axis=0)
             np.testing.assert_allclose(found[i], mean / np.linalg.norm(mean), rtol=1e-5)
+
+
+def test_entries_and_objectives_of_the_same_target_and_observed_are_one_case() -> None:
+    complete = {**COMPLETE, "source": ["image", "text"], "target": "audio"}
+    other = {**complete, "source": "text", "head": "mixture"}
+    config = tiny_config(
+        Path("unused"),
+        objectives={"one": complete, "two": complete, "three": other},
+        evaluate={"impute": {"audio": {"observed": ["text", "image"], "neighbours": 4}}},
+    )
+    assert cases_of(objectives_of(config), config.evaluate) == [
+        Case("audio", ("text", "image"), ("audio",), 4, ("one", "two")),
+        Case("audio", ("text",), ("audio",), 0, ("three",)),
+    ]
 
 
 def test_without_a_complete_sample_there_is_an_error_at_the_start(config: RunConfig, tmp_path: Path) -> None:
