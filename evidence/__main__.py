@@ -68,8 +68,8 @@ def tasks_of(
 
 def _task(of: Study, variant: Variant, seed: int, place: Place) -> Task:
     owner, name = of.owner_of(variant)
-    if owner != of.name:
-        of, variant = study(owner), study(owner).variant(name)
+    of = of if owner == of.name else study(owner)
+    variant = of.variant(name)
     small = quick.small(variant, place.data or Path()) if place.extra else ()
     return Task(of, variant, seed, place.runs, (*place.extra, *small))
 

@@ -27,6 +27,19 @@ RECORDINGS = {  # percent of them: shards
     100: "data/demo/tuxpaint-spoken/train",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
+GIVEN_IMAGE = f"{TEST}scene_given_image"
+WITHHELD = (
+    "modalities.audio.withheld_share=0.6",
+    "evaluate.impute={scene: {observed: image, neighbours: 10}}",
+)
+
+
+def _imputed(way: str) -> tuple[tuple[str, str], ...]:
+    """The scores of another way of imputation in place of those of an objective."""
+    scores = ("to_text_r10", "cosine")
+    return tuple((f"{GIVEN_IMAGE}_by_complete_{score}", f"{GIVEN_IMAGE}{way}_{score}") for score in scores)
+
+
 METHODS = (
     Study(
         name="europe",
@@ -285,6 +298,51 @@ METHODS = (
         panels=("final",),
         setting="A vector of the image and the recording is compared with the name; both alone are, too, at half the "
         "weight. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
+    Study(
+        name="unheard",
+        title="Stamps that are seen, and heard in training alone",
+        question="Which vector finds the name of a stamp whose recording is missing?",
+        config="configs/methods/fusion_late.yaml",
+        corpus="demo",
+        metrics=(
+            Metric(f"{GIVEN_IMAGE}_by_complete_to_text_r10", "image → text, recall@10", False, percent=True),
+            Metric(f"{GIVEN_IMAGE}_by_complete_cosine", "cosine with the vector of both", False),
+            Metric(
+                f"{GIVEN_IMAGE}_present_to_text_r10",
+                "image and recording → text, recall@10",
+                False,
+                percent=True,
+                compared=False,
+            ),
+        ),
+        reference="part_missing",
+        variants=(
+            Variant("part_missing", "fusion of the image alone", WITHHELD, scores=_imputed("")),
+            Variant(
+                "neighbours",
+                "mean of ten neighbours",
+                WITHHELD,
+                same_as="unheard/part_missing",
+                scores=_imputed("_neighbours"),
+            ),
+            Method("completion", "completion by regression", item="missing", paper="-"),
+            Method("completion_mixture", "completion by a mixture density", item="missing", paper="Bishop 1994"),
+            Method(
+                "hallucination",
+                "hallucination from a paired teacher",
+                item="missing",
+                paper="Hoffman et al., CVPR 2016",
+                also=("optimizer.average",),
+            ),
+        ),
+        panels=(),
+        setting="Late fusion of the image and the recording is compared with the name, and both alone at half the "
+        "weight; 60% of the training samples have no recording. Held-out samples have one, and here it is missing: "
+        "the vector of the image and the recording is that of the image alone, or the mean of ten training samples "
+        "with near images, or is predicted from the image. Candidates are the names in one language; scores are "
+        "means over languages. The last column is with the recording. Scores are of `mmmoe evaluate`.",
         evaluated=True,
     ),
     Study(

@@ -78,7 +78,7 @@ def _row(of: Study, runs: Runs, method: Method, metric: Metric) -> tuple[str, ..
 def _value(of: Study, runs: Runs, variant: str, metric: Metric) -> str:
     if variant not in runs:
         return NOT_RUN
-    return page.final(runs[variant].values(), metric) + page.few_seeds(of, runs[variant])
+    return page.final(runs[variant].values(), of.metric_of(variant, metric)) + page.few_seeds(of, runs[variant])
 
 
 def core_seconds(of: Study, runs: Runs, method: Method) -> str:

@@ -129,7 +129,7 @@ def _row(study: Study, runs: Runs, variant: Variant) -> list[str]:
     cells.append(f"{one.flops_per_token / 1e6:.2f}")
     cells.append(f"{sum(seconds) / len(seconds) / 3600:.2f}" if seconds else "-")
     for metric in study.metrics:
-        cells.append(final(by_seed.values(), metric))
+        cells.append(final(by_seed.values(), study.metric_of(variant.name, metric)))
         cells += [change(study, runs, variant, metric)] if metric.compared else []
     return cells
 
@@ -157,7 +157,8 @@ def paired(study: Study, runs: Runs, variant: str, metric: Metric) -> tuple[floa
     positive."""
     own, reference = runs.get(variant, {}), runs.get(study.reference, {})
     seeds = sorted(set(own) & set(reference))
-    values, others = ([runs[s].score(metric.name) for s in seeds] for runs in (own, reference))
+    name, other = (study.metric_of(each, metric).name for each in (variant, study.reference))
+    values, others = [own[s].score(name) for s in seeds], [reference[s].score(other) for s in seeds]
     return ratio(values, others) if seeds and min(*values, *others) > 0 else None
 
 

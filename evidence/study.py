@@ -8,7 +8,7 @@ it. All variants of a seed see the same samples in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +49,10 @@ class Start:
 class Variant:
     """``label`` of its row and curve. ``overrides`` of the study's config, as on the command line of mmmoe train.
     ``experts`` where it is a point of the curve over the number of experts; ``line`` and ``x`` where it is one of the
-    panel "sweep". ``same_as``: STUDY/VARIANT of another study, trained by the same config, whose records count here
+    panel "sweep". ``same_as``: STUDY/VARIANT trained by the same config, whose records count here
     too. ``program``: ``TRAINER``, or a module with its command line and another model. ``small``: overrides
-    that follow those of quick.SIZES where its run is made small; ``{data}`` stands for the folder of its data."""
+    that follow those of quick.SIZES where its run is made small; ``{data}`` stands for the folder of its data.
+    ``scores``: metrics of the study, each with the score that the tables, not the pictures, show in its place."""
 
     name: str
     label: str
@@ -63,6 +64,7 @@ class Variant:
     line: str = ""
     x: float | None = None
     small: tuple[str, ...] = ()
+    scores: tuple[tuple[str, str], ...] = ()
 
     @property
     def config(self) -> str:
@@ -118,6 +120,10 @@ class Study:
                 return variant
         known = ", ".join(variant.name for variant in self.variants)
         raise ValueError(f"study {self.name} has no variant {name!r}; it has {known}")
+
+    def metric_of(self, variant: str, metric: Metric) -> Metric:
+        """``metric`` as the records of this variant have it."""
+        return replace(metric, name=dict(self.variant(variant).scores).get(metric.name, metric.name))
 
     def owner_of(self, variant: Variant) -> tuple[str, str]:
         """The study and variant whose runs are those of ``variant``."""

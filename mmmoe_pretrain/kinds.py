@@ -109,6 +109,7 @@ OBJECTIVES = Kinds(
     "mmmoe.objectives",
     {
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
+        "completion": "mmmoe_pretrain.objectives.completion:Completion",
         "self_distillation": "mmmoe_pretrain.objectives.self_distillation:SelfDistillation",
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "deep_cca": "mmmoe_pretrain.objectives.deep_cca:DeepCCA",

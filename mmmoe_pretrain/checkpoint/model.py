@@ -25,7 +25,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import ObjectiveSettings
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.objectives import objectives_of
+from mmmoe_pretrain.objectives import Objective, ObjectiveModule, objectives_of
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"  # the run's copy; every checkpoint has its fingerprint
@@ -123,6 +123,15 @@ def buffers_of_objectives(config: RunConfig) -> WholeState:
     size = config.model.embedding_size
     tasks = nn.ModuleDict({name: objective.module(size) for name, objective in objectives_of(config).items()})
     return {model_key(f"tasks.{name}"): buffer for name, buffer in persistent_buffers(tasks).items()}
+
+
+def trained_module(run_dir: Path, config: RunConfig, objective: Objective) -> ObjectiveModule:
+    """The module of ``objective`` with the weights of the newest checkpoint of a run that was opened, on the CPU."""
+    checkpoint = find_latest(config.checkpoints_of(run_dir))
+    assert checkpoint is not None, "its model is loaded"
+    module = objective.module(config.model.embedding_size)
+    load_weights(checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()})
+    return module
 
 
 def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, meta: Mapping[str, Any]) -> None:

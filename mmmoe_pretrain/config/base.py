@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -124,10 +124,16 @@ def _mounted(path: str) -> str:
     return path
 
 
+def listed(values: Any) -> Any:
+    """A text alone is a list of it."""
+    return [values] if isinstance(values, str) else values
+
+
 Extension = Annotated[str, AfterValidator(_extension)]
 SourceText = Annotated[str, AfterValidator(_source)]  # a path or URL of shards
 PathText = Annotated[str, AfterValidator(_expanded)]  # of any section: ~ and $VAR are filled in
 FolderText = Annotated[PathText, AfterValidator(_mounted)]
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,24 @@ def check_pair(pair: str, names: Iterable[str], where: str) -> None:
     first, second = sides_of(pair)
     if first == second or first not in known or second not in known:
         raise ValueError(f"{where} {pair!r} is not two of {', '.join(known)} joined by -; e.g. {'-'.join(known[:2])}")
+
+
+def check_missing(
+    target: str, others: Sequence[str], representations: Mapping[str, tuple[str, ...]], places: tuple[str, str]
+) -> None:
+    """Raises ValueError unless ``target`` is a representation that may be missing where the ``others`` are there:
+    it has a modality that none of them has. ``places``: the settings that name them."""
+    for place, names in zip(places, ((target,), others), strict=True):
+        if unknown := [name for name in names if name not in representations]:
+            known = nearest(unknown[0], representations, "there are")
+            raise ValueError(f"{place} {unknown[0]}: there is no such representation; {known}")
+    if len(set(others)) < len(others):
+        raise ValueError(f"{places[1]} {list(others)} names a representation twice; name each once")
+    if set(representations[target]) <= {part for other in others for part in representations[other]}:
+        raise ValueError(
+            f"{places[0]} {target} has no modality beside those of {', '.join(others)} ({places[1]}), so it is never "
+            f"missing where they are there; name a target with another modality, or leave some of them out"
+        )
 
 
 NOT_OF_THE_MODEL = ("members", "field", "dropout_share", "withheld_share")  # of a modality's settings
@@ -320,6 +344,11 @@ class ObjectiveSettings(StrictModel):
     @property
     def taught(self) -> bool:
         """It reads outputs of the model with the average of its weights (``optimizer.average``)."""
+        return False
+
+    @property
+    def below_zero(self) -> bool:
+        """A loss of it can be negative, as that of a density can."""
         return False
 
     def weight_at(self, step: int) -> float:

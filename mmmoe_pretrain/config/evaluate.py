@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmmoe_pretrain.config.base import SourceText, StrictModel
+from mmmoe_pretrain.config.base import Names, SourceText, StrictModel, listed
 
 HELD_OUT = "held_out/"  # names of held-out losses and scores begin so
 
 
-def _paths(values: Any) -> Any:
-    """A path alone is a list of it."""
-    return [values] if isinstance(values, str) else values
+Paths = Annotated[tuple[SourceText, ...], BeforeValidator(listed)]
 
 
-Paths = Annotated[tuple[SourceText, ...], BeforeValidator(_paths)]
+class ImputeConfig(StrictModel):
+    """``observed``: the representations that a sample still has (a modality is one). ``neighbours``: how many
+    training samples that are near in them give the missing one; 0: none do."""
+
+    observed: Names = Field(min_length=1)
+    neighbours: int = Field(10, ge=0, le=1000)
 
 
 class EvaluateConfig(StrictModel):
@@ -31,6 +34,9 @@ class EvaluateConfig(StrictModel):
     ``rows``: by pair ``a-b`` of representations, the values that a row of its scores has in each field. ``by``: by
     representation, a field that splits its rows: each value is scored by itself and under its own name. ``within``: a
     field that splits the candidates: scores are averaged over its values with ``min_items`` distinct items.
+
+    ``impute``: by representation, how `mmmoe evaluate` scores it where a modality is missing. Objectives of kind
+    ``completion`` are scored without it, too.
     """
 
     test: Paths = ()
@@ -44,6 +50,7 @@ class EvaluateConfig(StrictModel):
     within: str = ""
     min_items: int = Field(50, ge=1)
     cca: bool = False  # retrieval also after linear CCA of training samples
+    impute: dict[str, ImputeConfig] = Field({})
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 
     @model_validator(mode="after")

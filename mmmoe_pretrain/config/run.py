@@ -18,6 +18,7 @@ from mmmoe_pretrain.config.base import (
     RepresentationSettings,
     StreamNames,
     StrictModel,
+    check_missing,
     check_pair,
     representation_settings,
 )
@@ -86,6 +87,8 @@ class RunConfig(StrictModel):
                 check_pair(pair, every, f"evaluate.{where}")
         if unknown := [key for key in self.evaluate.by if key not in every]:
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
+        for key, imputed in self.evaluate.impute.items():
+            check_missing(key, imputed.observed, every, ("evaluate.impute", f"evaluate.impute.{key}.observed"))
         for name, objective in self.objectives.items():
             if name in LOSSES_OF_ALL:
                 raise ValueError(f"objectives.{name}: the name is that of other losses; choose e.g. {name}_1")
@@ -133,6 +136,17 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"objectives.{taught[0]} learns from the model with the average of its weights, and the optimizer "
                 f"keeps none; set optimizer.average, e.g. 0.996"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_learned(self) -> RunConfig:
+        """The logarithm of a variance that is learned for a negative loss has no lower bound."""
+        negative = [name for name, its in self.objectives.items() if its.on and its.below_zero]
+        if negative and self.train.loss_weighting == "uncertainty":
+            raise ValueError(
+                f"train.loss_weighting uncertainty needs losses from 0 on, and that of objectives.{negative[0]} is "
+                f"of a density and can be negative; set loss_weighting: fixed, or choose another head"
             )
         return self
 

@@ -188,15 +188,27 @@ def _label_as_text(
     return content, meta
 
 
-def modalities_kept(key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws) -> tuple[str, ...]:
-    """The modalities that the sample ``key`` keeps of those that it has (``dropout_share``, ``withheld_share``). If it
-    would lose all, it keeps the one with the highest draw, and one that is withheld only where all are."""
+def without_withheld(sample: Sample, modalities: Modalities) -> Sample:
+    """What training can have of it: all but what ``withheld_share`` takes for good."""
+    if sample.document:
+        return sample
+    held = tuple(dict.fromkeys(item.modality for item in sample.items))
+    kept = modalities_kept(sample.meta.key, held, modalities, None)
+    return dataclasses.replace(sample, items=tuple(item for item in sample.items if item.modality in kept))
+
+
+def modalities_kept(
+    key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws | None
+) -> tuple[str, ...]:
+    """The modalities that the sample ``key`` keeps of those that it has (``withheld_share``, and with ``draws``
+    ``dropout_share``). If it would lose all, it keeps the one with the highest draw, and one that is withheld only
+    where all are."""
     left, draw_of = [], {}
     for name in held:
         settings, stream = modalities[name].settings, modalities.streams[name]
-        withheld, dropped = settings.withheld_share, settings.dropout_at(draws.step)
+        withheld, dropped = settings.withheld_share, 0.0 if draws is None else settings.dropout_at(draws.step)
         by_key = xxhash.xxh3_64_intdigest(f"{stream}/{key}".encode()) / 2**64 if withheld else 1.0
-        drawn = float(draws.generator(f"{stream}/dropout").random()) if dropped else 1.0
+        drawn = float(draws.generator(f"{stream}/dropout").random()) if draws is not None and dropped else 1.0
         draw_of[name] = (1, drawn) if by_key >= withheld else (0, by_key)  # what is withheld stays last
         if by_key >= withheld and drawn >= dropped:
             left.append(name)

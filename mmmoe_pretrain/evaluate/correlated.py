@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from mmmoe_pretrain.batch import Batch, Sample
-from mmmoe_pretrain.config import EvaluateConfig, RunConfig
-from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
-from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
+from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.evaluate import cca, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect
-from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows
+from mmmoe_pretrain.evaluate.rows import HeldOutRows
 from mmmoe_pretrain.evaluate.scores import Pair, Scored
-from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.objectives import Objectives
 
@@ -49,10 +44,10 @@ def scores_of(data: HeldOut, model: MMMoE, rows: HeldOutRows) -> list[Scored]:
     pairs = pairs_of(objectives, config.evaluate)
     if not pairs:
         return []
-    absent = [source.path for source in config.data.train if is_stream(source.path) or is_absent(source.path)]
-    if absent:
-        return [([], [f"no score after linear CCA: it is fitted on the training shards, and {absent[0]} is missing"])]
-    train = collect(model, _training_batches(config, rows.modalities), sides_of_all(pairs))
+    if absent := rows.absent_training:
+        return [([], [f"no score after linear CCA: it is fitted on the training shards, and {absent} is missing"])]
+    batches = rows.training_batches(fit_samples(config.model.embedding_size), "linear CCA")
+    train = collect(model, batches, sides_of_all(pairs))
     return [retrieval_scores(data, train, pair, config.evaluate, pair in objectives.correlated) for pair in pairs]
 
 
@@ -78,11 +73,3 @@ def retrieval_scores(data: HeldOut, train: HeldOut, pair: Pair, settings: Evalua
         return made, [*notes, *([note] if made else [])]
     renamed = [replace(score, metric=re.sub(r"_r(\d+)(?=/|$)", r"_cca_r\1", score.metric, count=1)) for score in made]
     return renamed, [f"where a name has _cca, {note}"] if made else []
-
-
-def _training_batches(config: RunConfig, modalities: Modalities) -> Iterator[tuple[Batch, list[Sample]]]:
-    settings = eval_settings(config, modalities)
-    limit = fit_samples(config.model.embedding_size)
-    samples = (sample for _, sample in training_samples(config, modalities, limit, "linear CCA"))
-    while batch := list(itertools.islice(samples, BATCH_SIZE)):
-        yield pack(batch, settings), batch

@@ -43,6 +43,7 @@ class Contents:
     metas: tuple[SampleMeta, ...]
     texts: tuple[str, ...]
     content: dict[str, tuple[str, ...]]
+    modalities: tuple[frozenset[str], ...]
     damaged: int
 
 
@@ -57,6 +58,7 @@ class HeldOut:
     predicted: dict[str, Predicted]  # by task
     routing: tuple[RoutingStats, ...]
     damaged: int = 0  # rows that could not be decoded
+    modalities: tuple[frozenset[str], ...] = ()  # that each row has
     projected: dict[str, np.ndarray] = field(default_factory=dict)  # as ``features``, of any length; those asked for
 
 
@@ -83,6 +85,7 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
         features={name: np.concatenate([part.features[name] for part in parts]) for name in first.features},
         predicted={task: _join([part.predicted[task] for part in parts]) for task in first.predicted},
         routing=functools.reduce(add_routing, (part.routing for part in parts)),
+        modalities=tuple(one for part in parts for one in part.modalities),
         damaged=sum(part.damaged for part in parts),
         projected={name: np.concatenate([part.projected[name] for part in parts]) for name in first.projected},
     )
@@ -148,8 +151,9 @@ def contents(batch: Batch, samples: Sequence[Sample], objectives: Objectives) ->
             for sample, here in zip(samples, present, strict=True)
         )
     texts = tuple(same_text(first_text(sample)) for sample in samples)
+    modalities = tuple(frozenset(item.modality for item in sample.items) for sample in samples)
     return Contents(
-        tuple(sample.meta for sample in samples), texts, content, sum(not sample.items for sample in samples)
+        tuple(sample.meta for sample in samples), texts, content, modalities, sum(not has for has in modalities)
     )
 
 
@@ -171,6 +175,7 @@ def held_out(
             task: sums_of_targets(batch, task, nll_N, vocab_size) for task, nll_N in outputs.token_nll.items()
         },
         routing=routing,
+        modalities=its.modalities,
         damaged=its.damaged,
         projected={name: _numpy(outputs.projected[name]) for name in projected},
     )

@@ -6,9 +6,10 @@ not scored.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import text_of
-from mmmoe_pretrain.data.evaluation import eval_samples, iterate_eval
-from mmmoe_pretrain.data.sources.listing import is_stream
+from mmmoe_pretrain.data.decode import text_of, without_withheld
+from mmmoe_pretrain.data.evaluation import eval_samples, eval_settings, iterate_eval, training_samples
+from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.data.sources.source import NoShards, open_indexed
 from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.evaluate.features import collect_routing, first_text
@@ -95,6 +97,31 @@ class HeldOutRows:
     def samples(self) -> Iterator[tuple[list[Sample], range]]:
         """The same samples, batch by batch, and their positions."""
         return eval_samples(self.paths, self.config, self.modalities, BATCH_SIZE, self.leaks.clean)
+
+    def training_batches(self, limit: int, what: str) -> Iterator[tuple[Batch, list[Sample]]]:
+        """About ``limit`` training samples, spread evenly, without what is withheld from training, packed as held-out
+        ones. ``what``: is done, for progress."""
+        settings = eval_settings(self.config, self.modalities)
+        found = training_samples(self.config, self.modalities, limit, what)
+        samples = (without_withheld(sample, self.modalities) for _, sample in found)
+        while batch := list(itertools.islice(samples, BATCH_SIZE)):
+            yield pack(batch, settings), batch
+
+    @property
+    def absent_training(self) -> str:
+        """Training shards that cannot be read by number; empty where all can."""
+        places = (source.path for source in self.config.data.train)
+        return next((path for path in places if is_stream(path) or is_absent(path)), "")
+
+    def batches_of(self, modalities: Container[str]) -> Iterator[Batch]:
+        """As ``batches``, of the items of these modalities alone."""
+        settings = eval_settings(self.config, self.modalities)
+        for samples, positions in self.samples():
+            left = [
+                replace(sample, items=tuple(item for item in sample.items if item.modality in modalities))
+                for sample in samples
+            ]
+            yield pack(left, settings, positions)
 
     def notes(self, overrides: Sequence[str]) -> list[str]:
         """Notes for readers of numbers over these rows, with these ``overrides`` of settings; complete after a

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.checkpoint import load_model, trained_module
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
-from mmmoe_pretrain.evaluate import correlated, figures, report, routing_report, scores
+from mmmoe_pretrain.evaluate import correlated, figures, imputation, report, routing_report, scores
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -29,7 +28,6 @@ from mmmoe_pretrain.evaluate.rows import (
     place_of_report,
     untrained_routing,
 )
-from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.objectives import Objective
 from mmmoe_pretrain.parallel.runtime import named_device
@@ -57,8 +55,12 @@ def evaluate(
     folder = place_of_report(run_dir, report.JSON, rows.paths, out)
     shown, beside_notes = _beside(other, rows.paths)
     pairs = correlated.pairs_of(model.objectives, config.evaluate)
+    cases = imputation.cases_of(model.objectives, config.evaluate)
+    bank = imputation.bank_of(model, rows, cases)
     data = collect(model, rows.batches(), correlated.sides_of_all(pairs))
-    found, notes = _score(data, model, rows, run_dir)
+    found, notes = _joined(
+        [*_score(data, model, rows, run_dir), *imputation.scores_of(data, model, rows, run_dir, cases, bank)]
+    )
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
@@ -90,7 +92,11 @@ def evaluate_command(
     print(f"wrote {', '.join(str((out or run_dir) / name) for name in written)}")
 
 
-def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tuple[list[Score], list[str]]:
+def _joined(parts: Sequence[scores.Scored]) -> scores.Scored:
+    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more]
+
+
+def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> list[scores.Scored]:
     settings, objectives = rows.config.evaluate, model.objectives
     pairs = objectives.scored(settings.pairs)
     parts = [scores.retrieval_scores(data, pair, settings) for pair in pairs]
@@ -108,18 +114,12 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tup
         found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
         nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
         parts.append((found, nothing))
-    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
+    return [*parts, ([], notes)]
 
 
 def _anchor_scores(data: HeldOut, objective: Objective, rows: HeldOutRows, run_dir: Path) -> scores.Scored:
     """Zero-shot of the representations that ``objective`` brings near anchors, by the anchors of the class names."""
-    module = objective.module(rows.config.model.embedding_size)
-    checkpoint = store.find_latest(rows.config.checkpoints_of(run_dir))
-    assert checkpoint is not None, "its model is loaded"
-    store.load_weights(
-        checkpoint, {f"tasks.{objective.name}.{name}": p.data for name, p in module.named_parameters()}
-    )
-    encode = functools.partial(objective.class_features, module)
+    encode = functools.partial(objective.class_features, trained_module(run_dir, rows.config, objective))
     classes = sorted({meta.label for meta in data.metas} - {""})
     unknown = {name for name in classes if not encode([name]).any()}
     metas = tuple(dataclasses.replace(meta, label="") if meta.label in unknown else meta for meta in data.metas)
@@ -130,7 +130,8 @@ def _anchor_scores(data: HeldOut, objective: Objective, rows: HeldOutRows, run_d
     ]
     named = f"{', '.join(sorted(unknown)[:5])}{', ...' * (len(unknown) > 5)}"
     notes = [f"no word of {named} has a vector: {objective.name} does not score these classes"] if unknown else []
-    return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes
+    found, more = _joined(parts)
+    return found, more + notes
 
 
 def _class_features(model: MMMoE, rows: HeldOutRows, reader: str, target: str, texts: list[str]) -> np.ndarray:
@@ -141,9 +142,8 @@ def _train_counts(data: HeldOut, rows: HeldOutRows) -> tuple[dict[str, np.ndarra
     """Token counts of training targets by task, if there are targets to score and shards to count."""
     if not any(predicted.targets_V.any() for predicted in data.predicted.values()):
         return {}, []
-    absent = [source.path for source in rows.config.data.train if is_stream(source.path) or is_absent(source.path)]
-    if absent:
-        return {}, [f"no majority for perplexity: the training shards {absent[0]} are missing"]
+    if absent := rows.absent_training:
+        return {}, [f"no majority for perplexity: the training shards {absent} are missing"]
     counts, samples = count_train_targets(rows.config, rows.modalities)
     return counts, [f"the perplexity baseline (column majority) is a unigram model of {samples:,} training samples"]
 

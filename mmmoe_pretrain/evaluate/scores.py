@@ -29,6 +29,7 @@ from mmmoe_pretrain.evaluate.features import HeldOut, Predicted
 from mmmoe_pretrain.evaluate.retrieval import Recall, effective_count, wilson_interval
 
 KS = (1, 5, 10)
+BOTH_WAYS = ((0, 1), (1, 0))
 Encode = Callable[[list[str]], np.ndarray]  # texts -> features [n, P]
 
 
@@ -43,19 +44,21 @@ class Score:
     n: int
     interval: tuple[float, float]
     candidates: int | None = None
-    unit: str = "share"  # or "perplexity"
+    unit: str = "share"  # or "perplexity", "cosine"
 
 
 Scored = tuple[list[Score], list[str]]  # and notes for a reader
 Pair = tuple[str, str]  # of representations
 
 
-def retrieval_scores(data: HeldOut, pair: Pair, settings: EvaluateConfig) -> Scored:
-    """Recall of each of the two by the other."""
+def retrieval_scores(
+    data: HeldOut, pair: Pair, settings: EvaluateConfig, ways: Sequence[tuple[int, int]] = BOTH_WAYS
+) -> Scored:
+    """Recall of each of the two by the other; ``ways``: query and target, as places in ``pair``."""
     scores: list[Score] = []
     notes: list[str] = []
     for names, rows in _parts(data, pair, _rows_of(data, pair, settings), settings.by):
-        found, more = _within(data, pair, names, rows, settings)
+        found, more = _within(data, pair, names, rows, settings, ways)
         scores, notes = scores + found, notes + more
     if not scores:
         wanted = _wanted(pair, settings)
@@ -134,8 +137,15 @@ def _parts(
     return sorted(parts.items())
 
 
-def _within(data: HeldOut, pair: Pair, names: Sequence[str], rows: Sequence[int], settings: EvaluateConfig) -> Scored:
-    """Both directions, within each value of the field ``evaluate.within`` that has enough distinct items (where none
+def _within(
+    data: HeldOut,
+    pair: Pair,
+    names: Sequence[str],
+    rows: Sequence[int],
+    settings: EvaluateConfig,
+    ways: Sequence[tuple[int, int]],
+) -> Scored:
+    """Each of ``ways``, within each value of the field ``evaluate.within`` that has enough distinct items (where none
     has, in those with the most), then averaged."""
     strata: dict[str, list[int]] = defaultdict(list)
     for i in rows:
@@ -151,7 +161,7 @@ def _within(data: HeldOut, pair: Pair, names: Sequence[str], rows: Sequence[int]
         f"these scores are of {', '.join(chosen)} ({most} items)"
     ]  # fmt: skip
     scores: list[Score] = []
-    for query, target in ((0, 1), (1, 0)):
+    for query, target in ways:
         metric = f"{names[query]}_to_{names[target]}"
         recalls = {value: _recalls(data, strata[value], pair[query], pair[target]) for value in chosen}
         scores += [_score(f"{metric}_r{k}", [by_k[k] for by_k in recalls.values()]) for k in KS]

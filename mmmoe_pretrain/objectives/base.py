@@ -122,7 +122,8 @@ class Objective(abc.ABC):
     one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
-    ``anchor_size``: numbers of a sample's ``anchor``.
+    ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
+    that it predicts from them.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -136,6 +137,7 @@ class Objective(abc.ABC):
     contents: Mapping[str, str] = MappingProxyType({})
     decoder_layers: int = 0
     anchor_size: int = 0
+    completed: tuple[tuple[str, ...], str] | None = None
 
     def __init__(
         self,
@@ -160,6 +162,11 @@ class Objective(abc.ABC):
     def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
         """Where it has an ``anchor_size``: float32 [classes, P], whose products with the features of its
         representations score the classes called ``names``; zeros for a name that has no anchor."""
+        raise NotImplementedError
+
+    def complete(self, module: ObjectiveModule, features: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Where it has a ``completed``: float32 [N, P] unit rows, the vectors that it predicts from ``features``
+        [N, P] of other representations."""
         raise NotImplementedError
 
     @property

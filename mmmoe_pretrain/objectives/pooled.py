@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, Sample, Segment
 from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, check_pair, sides_of
-from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs
+from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs, Representation
 from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -229,6 +229,20 @@ class PooledModule(ObjectiveModule):
 def present(batch: Batch, sides: Sequence[str]) -> Tensor:
     """bool [B, R]: the samples that have each of these representations."""
     return torch.stack([batch.pooled[side] >= 0 for side in sides], dim=1)
+
+
+def has_all_parts(batch: Batch, representation: Representation, modalities: Sequence[str]) -> Tensor:
+    """bool [B]: the samples that have every part of ``representation``. ``modalities``: those of the run in order."""
+    name = representation.name
+    if representation.settings.missing == "skip" or not representation.settings.joined:
+        return present(batch, (name, *representation.segment_names)).all(dim=1)
+    segment_n, modality_n = batch.segment_ids[: batch.num_valid], batch.modality_ids[: batch.num_valid]
+    found_B = batch.pooled[name] >= 0
+    for part in representation.modalities:
+        tokens_S = segment_n.new_zeros(batch.num_segments + 1)  # the last one is of samples without a segment
+        tokens_S.index_add_(0, segment_n, (modality_n == modalities.index(part)).to(tokens_S.dtype))
+        found_B = found_B & (tokens_S[batch.pooled[name]] > 0)
+    return found_B
 
 
 def stacked(vectors: Mapping[str, Tensor], sides: Sequence[str]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from evidence import __main__ as command
 from evidence import page, pictures, records
+from evidence.__main__ import Place, tasks_of
 from evidence.pages import PAGES
 from evidence.records import Record
 from tests.evidence.samples import STUDY, point, record, write_study
@@ -173,6 +174,21 @@ def test_runs_of_another_study_count_where_they_are_the_same(tmp_path: Path) -> 
     assert "Not run yet" in page.write(tmp_path, tmp_path / "records", (other,)).read_text()  # a row of its own
     records.write(replace(record("four"), study="other"), tmp_path / "records")
     assert rows(page.write(tmp_path, tmp_path / "records", (other,)).read_text())["dense"][4].startswith("20.50")
+
+
+def test_a_variant_may_be_another_score_of_the_runs_of_one(tmp_path: Path) -> None:
+    """A recall of 25% in place of the perplexity, of the run itself and as the reference of others."""
+    write_study(tmp_path / "records", {"dense": [25.0, 25.0], "four": [0.5, 0.5]})
+    dense, four, _ = STUDY.variants
+    by_recall = replace(dense, name="recall", label="by recall", same_as="names/dense",
+                        scores=(("perplexity", "recall"),))  # fmt: skip
+    study = replace(STUDY, variants=(dense, four, by_recall), metrics=STUDY.metrics[:1])
+    found = rows(page.write(tmp_path, tmp_path / "records", (study,)).read_text())
+    assert found["by recall"][4:6] == ["0.25 ± 0.00", "-99.0% (-99.0 to -99.0)"]
+    found = rows(page.write(tmp_path, tmp_path / "records", (replace(study, reference="recall"),)).read_text())
+    assert found["4 experts"][4:6] == ["0.50 ± 0.00", "+100.0% (+100.0 to +100.0)"]
+    tasks = tasks_of([study], Place(), seeds=[1])
+    assert [task.name for task in tasks] == ["names-dense-seed1", "names-four-seed1"]
 
 
 def test_pictures_draw_what_the_records_have(tmp_path: Path) -> None:

@@ -54,10 +54,17 @@ ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text"
                        "vectors": str(VECTORS)}}  # fmt: skip
 DOMAINS = {"moments": {"kind": "moment_alignment", "of": "image", "field": "subset", "target": ["b"]},
            "adversary": {"kind": "domain_adversarial", "of": "text", "field": "subset", "target": ["b"]}}  # fmt: skip
+# A target that nothing else reads, and a density, whose loss has no learned weight.
+SCENE = {"scene": {"kind": "late", "parts": ["image", "audio"], "missing": "allow"}}
+COMPLETED = {"completed": {"kind": "completion", "source": "image", "target": "scene", "hidden_size": 12,
+                           "from_average": True}}  # fmt: skip
+DENSITY = {"density": {"kind": "completion", "source": ["image", "text"], "target": "audio", "head": "mixture",
+                       "components": 2, "hidden_size": 12, "weight": 0.1}}  # fmt: skip
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 # Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
 METHODS = {
-    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS},
+    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS, **COMPLETED},
+    "representations": SCENE,
     "contrastive": {**QUEUE, "queue_from_average": True},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
@@ -80,7 +87,7 @@ MEGATRON_LEVERS = [
     case("TP2 + SP", contrastive=CACHED),
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
-    case("DP2", objectives=CORRELATED),
+    case("DP2", objectives={**CORRELATED, **DENSITY}),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -94,7 +101,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 3, "deepspeed", contrastive=CACHED),
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
     case("TP2 x EP2", 3, "deepspeed"),
-    case("EP2", 3, "deepspeed", objectives=CORRELATED),
+    case("EP2", 3, "deepspeed", objectives={**CORRELATED, **DENSITY}),
 ]
 METHOD_CASES = [
     case("EP2", 1, **GATHERED, **METHODS),
