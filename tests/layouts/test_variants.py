@@ -158,9 +158,9 @@ FUSED = {
     "early": {"kind": "early", "parts": ["image", "audio"], "missing": "allow"},
     "late": {"kind": "late", "parts": ["image", "audio"]},
     "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow"},
-    "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "allow"},
-    "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2},
-    "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "allow"},
+    "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "bank"},
+    "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2, "missing": "bank"},
+    "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "bank"},
     "mult": {"kind": "mult", "parts": ["image", "audio"], "missing": "allow"},
     "graph": {"kind": "graph", "parts": ["audio", "image"], "edges": ["modality", "time"], "missing": "allow"},
     "bottleneck": {"kind": "bottleneck", "parts": ["image", "audio"], "num_bottlenecks": 2, "missing": "allow"},
@@ -246,6 +246,22 @@ def test_the_references_have_what_is_compared() -> None:
     fused = {key: held for key, held in reference(FUSION_CASES[0].alone, STEPS).moments.items() if ".fusions." in key}
     assert {key.split(".")[2] for key in fused} == FUSED.keys() - {"early"}
     assert all(held[1][0][1].any() for held in fused.values())
+
+
+def test_the_vectors_of_banks_are_trained_by_samples_of_their_combination() -> None:
+    """Those of ``GLOBAL``, in which no sample is an image alone; negatives among them."""
+    moments = reference(FUSION_CASES[0].alone, STEPS).moments
+    banks = {key.partition(".banks.")[2]: held[1][0][1] for key, held in moments.items() if ".banks." in key}
+    expected = {
+        "tensor": "audio given image-text, text given audio-image, image given text, audio given text, "
+        "image given audio-text, image given audio, text given audio",
+        "low_rank": "image given text, text given image",
+        "latents": "image given audio, audio given image",
+    }
+    found = {f"{name}.parts.{way.replace(' given ', '.given.')}"
+             for name, ways in expected.items() for way in ways.split(", ")}  # fmt: skip
+    assert {key for key, moment in banks.items() if moment.any()} == found
+    assert len(banks) == 9 + 2 + 2
 
 
 def test_half_precision_trains_like_fp32() -> None:

@@ -26,7 +26,9 @@ def config(**sections: object) -> RunConfig:
 
 
 def fused_config(**sections: object) -> RunConfig:
-    return config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=FUSED, **sections)
+    banked = {kind: {**FUSED[kind], "missing": "bank"} for kind in ("late", "tensor", "mult", "graph")}
+    both = {**FUSED, **banked}
+    return config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=both, **sections)
 
 
 @pytest.mark.parametrize("modalities", [["iat", "it"], ["t", "t"], ["a"], ["i", "a"], ["iat"], []])
@@ -84,8 +86,10 @@ def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -
 
 def test_samples_that_lack_parts_are_fused_of_the_others_or_not_at_all() -> None:
     batches = ["iat", "it", "a", "t"]
-    for missing, here in (("allow", [1.0, 1.0, 1.0, 0.0]), ("skip", [1.0, 0.0, 0.0, 0.0])):
-        fused = {kind: {**its, "missing": missing} for kind, its in FUSED.items()}
+    some, both = [1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]
+    for missing, here in (("allow", some), ("bank", some), ("skip", both)):
+        no_bank = "allow" if missing == "bank" else missing
+        fused = {kind: {**its, "missing": no_bank if kind == "early" else missing} for kind, its in FUSED.items()}
         run = config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=fused)
         output, _ = PretrainingModel(run).mmmoe(random_batch(run, batches))
         for kind in FUSED:
