@@ -132,10 +132,12 @@ FolderText = Annotated[PathText, AfterValidator(_mounted)]
 
 @dataclass(frozen=True)
 class StreamNames:
-    """The names behind the numbers of a batch: modality ids and task ids."""
+    """The names behind the numbers of a batch: modality ids, task ids, and ids of combinations of modalities, where
+    a loss of routing asks for them."""
 
     modalities: tuple[str, ...]
     tasks: tuple[str, ...]
+    combinations: tuple[tuple[str, ...], ...] = ()
 
 
 ONE_STREAM = StreamNames(("tokens",), ("task",))  # of a layer that is used by itself

@@ -184,8 +184,10 @@ class RunConfig(StrictModel):
 
     @property
     def stream_names(self) -> StreamNames:
-        """Names of the modalities and the objectives with a weight; their order defines their ids."""
-        return StreamNames(tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on))
+        """Names of the modalities, the objectives with a weight, and the combinations of modalities that have experts
+        of their own; their order defines their ids."""
+        modalities, tasks = tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on)
+        return StreamNames(modalities, tasks, self.moe.combinations(modalities))
 
     def with_vocabulary(self, vocab_size: int) -> RunConfig:
         """The config with ``vocab_size`` of its tokenizer, 0 where no modality reads text. Raises ValueError where it

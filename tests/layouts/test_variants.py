@@ -50,6 +50,8 @@ MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "mis
 TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
+# Of four experts, the first two are those of samples with an image or audio alone.
+COMBINED = {"losses": {"combination": 0.1, "combination_modalities": ["image", "audio"], "balance": 0.01}}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 # Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
 METHODS = {
@@ -57,6 +59,7 @@ METHODS = {
     "contrastive": {**QUEUE, "queue_from_average": True},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
+    "moe": COMBINED,
 }
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -240,6 +243,7 @@ def test_the_references_have_what_is_compared() -> None:
     plain, sgd, other = (reference(dataclasses.replace(ALONE, moe=moe, optimizer=optimizer), STEPS)
                          for moe, optimizer in (({}, {}), ({}, SGD), (OTHER_BLOCKS, {})))  # fmt: skip
     assert sgd.losses[-1]["total"] != pytest.approx(plain.losses[-1]["total"], rel=1e-3)
+    assert reference(METHOD_CASES[0].alone, STEPS).losses[0]["aux/combination"] > 0
     for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
         trained = [key for key in other.moments if key.endswith(f"ffn.{name}")]
         assert trained and all(other.moments[key][1][0][1].any() for key in trained), name

@@ -13,6 +13,7 @@ from mmmoe_pretrain.batch import Batch, Item
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives import step_counts
 from tests.support import BEGIN, END, FUSED, objectives, pack_settings, random_batch, random_sample, tiny_config
 
 ROOT = Path("unused")
@@ -113,6 +114,21 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a, b), name
         if a.ndim >= 2:
             assert not torch.equal(a, c), name
+
+
+def test_what_drives_tokens_to_the_expert_of_their_combination_does_not_depend_on_how_a_step_is_cut() -> None:
+    """And texts, which are not among the modalities, are not driven; nor are tokens of complete samples."""
+    losses = {"combination": 0.5, "combination_modalities": ["image", "audio"]}
+    run = config(moe={"num_experts": 4, "expert_hidden_size": 8, "every": 1, "losses": losses})
+    samples = [random_sample(i, has, run) for i, has in enumerate(["iat", "it", "it", "at", "it", "t"])]
+    found = []
+    for cut in ([range(6)], [range(1), range(1, 4), range(4, 6)], [[0], [5]]):
+        batches = [pack([samples[i] for i in its], pack_settings(run)) for its in cut]
+        model = PretrainingModel(run)
+        model.begin_step(0, step_counts(batches, model.objectives, None, torch.device("cpu")))
+        parts = [model(batch) for batch in batches]
+        found.append(sum(report.losses["aux/combination"].item() for _, report in parts))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0 == found[2]
 
 
 def renamed(run: RunConfig, names: dict[str, str], **sections: object) -> RunConfig:
