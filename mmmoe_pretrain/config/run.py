@@ -85,6 +85,11 @@ class RunConfig(StrictModel):
             check_pair(key, every, "evaluate.rows")
         if unknown := [key for key in self.evaluate.by if key not in every]:
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
+        if self.evaluate.subsets and all(its.missing == "skip" for its in self.representations.values()):
+            raise ValueError(
+                "evaluate.subsets scores representations whose parts may be missing, and no entry of representations "
+                "has missing: allow or bank; give one of them missing: allow, or set evaluate.subsets: false"
+            )
         for name, objective in self.objectives.items():
             if name in LOSSES_OF_ALL:
                 raise ValueError(f"objectives.{name}: the name is that of other losses; choose e.g. {name}_1")
