@@ -28,7 +28,7 @@ RECORDINGS = {  # percent of them: shards
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 GIVEN_IMAGE = f"{TEST}scene_given_image"
-WITHHELD = (
+UNHEARD = (
     "modalities.audio.withheld_share=0.6",
     "evaluate.impute={scene: {observed: image, neighbours: 10}}",
 )
@@ -38,6 +38,38 @@ def _imputed(way: str) -> tuple[tuple[str, str], ...]:
     """The scores of another way of imputation in place of those of an objective."""
     scores = ("to_text_r10", "cosine")
     return tuple((f"{GIVEN_IMAGE}_by_complete_{score}", f"{GIVEN_IMAGE}{way}_{score}") for score in scores)
+
+
+WITHHELD = (0, 30, 60, 90)  # % of images and of recordings
+# What is done about samples that lack them: by the beginning of a variant's name, its line and overrides of
+# configs/methods/missing_bank.yaml.
+REMEDIES = {
+    "none": ("nothing", ("representations.scene.missing=allow",)),
+    "dropout": (
+        "dropout of 30% more, anew each time",
+        (
+            "representations.scene.missing=allow",
+            "modalities.image.dropout_share=0.3",
+            "modalities.audio.dropout_share=0.3",
+        ),
+    ),
+    "bank": ("bank", ()),
+}
+BANK = "bank_60"  # the variant that the config of the method itself trains
+BY_PARTS = tuple(
+    Metric(f"{TEST}scene[{parts}]_to_text_r10", f"{title} → text, recall@10", False, percent=True)
+    for parts, title in (("audio", "recording alone"), ("image", "image alone"), ("image,audio", "both"))
+)
+
+
+def _remedy(remedy: str, share: int) -> Variant:
+    line, overrides = REMEDIES[remedy]
+    label, x = f"{share}% withheld: {line}", float(share)
+    if f"{remedy}_{share}" == BANK:
+        paper = "Flex-MoE, arXiv 2410.08245"
+        return Method("missing_bank", label, line=line, x=x, item="missing", paper=paper)
+    withheld = tuple(f"modalities.{name}.withheld_share={share / 100}" for name in ("image", "audio"))
+    return Variant(f"{remedy}_{share}", label, (*overrides, *withheld), line=line, x=x)
 
 
 METHODS = (
@@ -319,11 +351,11 @@ METHODS = (
         ),
         reference="part_missing",
         variants=(
-            Variant("part_missing", "fusion of the image alone", WITHHELD, scores=_imputed("")),
+            Variant("part_missing", "fusion of the image alone", UNHEARD, scores=_imputed("")),
             Variant(
                 "neighbours",
                 "mean of ten neighbours",
-                WITHHELD,
+                UNHEARD,
                 same_as="unheard/part_missing",
                 scores=_imputed("_neighbours"),
             ),
@@ -343,6 +375,48 @@ METHODS = (
         "the vector of the image and the recording is that of the image alone, or the mean of ten training samples "
         "with near images, or is predicted from the image. Candidates are the names in one language; scores are "
         "means over languages. The last column is with the recording. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
+    Study(
+        name="missing",
+        title="Stamps of which the image or the recording is missing",
+        question="How much does training without some images and recordings cost, and what helps a model that has to "
+        "do without one of them?",
+        config="configs/methods/missing_bank.yaml",
+        corpus="demo",
+        metrics=BY_PARTS,
+        reference="none_60",
+        variants=tuple(_remedy(remedy, share) for share in WITHHELD for remedy in REMEDIES),
+        panels=("sweep", "sweep of the second metric", "sweep of the third metric"),
+        setting="Late fusion of the image and the recording. In training the same share of images and of recordings "
+        "is withheld for good, chosen apart; a stamp that loses both has only its name. Scores are of `mmmoe "
+        "evaluate` on held-out stamps that have both, of which one or none is withheld (`evaluate.subsets`). "
+        "Nothing: the weight of an absent part goes to the other. Bank: a learned vector of the combination stands "
+        "in for it; where nothing is withheld in training, it is not trained.",
+        axis="images and recordings withheld, %",
+        evaluated=True,
+    ),
+    Study(
+        name="combinations",
+        title="Stamps in one segment, of which parts are missing",
+        question="Do experts of their own help stamps that lack the image or the recording?",
+        config="configs/methods/combination_routing.yaml",
+        corpus="demo",
+        metrics=BY_PARTS,
+        reference="balanced",
+        variants=(
+            Variant("balanced", "balance loss alone", ("moe.losses.combination=0",)),
+            Method(
+                "combination_routing",
+                "an expert for each combination",
+                item="missing",
+                paper="Flex-MoE, arXiv 2410.08245",
+            ),
+        ),
+        panels=(),
+        setting="Early fusion, so tokens can tell which parts there are. In training 60% of the images and 60% of "
+        "the recordings are withheld for good. Scores are of `mmmoe evaluate` on held-out stamps that have both, of "
+        "which one or none is withheld (`evaluate.subsets`).",
         evaluated=True,
     ),
     Study(

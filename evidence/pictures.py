@@ -6,6 +6,7 @@ may reach beyond it. Colours are of Okabe and Ito's palette, which colour-blind 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -158,19 +159,22 @@ def _by_experts(ax: Axes, study: Study, runs: Runs) -> None:
     ax.set_ylabel(f"{metric.title}{', %' if metric.percent else ''}, at the end")
 
 
-def _sweep(ax: Axes, study: Study, runs: Runs) -> None:
-    """The end of training over ``Variant.x``, a line by ``Variant.line``; the axis is linear below the least x."""
-    metric = study.metrics[0]
+def _sweep(ax: Axes, study: Study, runs: Runs, number: int = 0) -> None:
+    """The end of training over ``Variant.x``, a line by ``Variant.line``; the axis is linear below the least x above
+    0, and all of it where the others are near."""
+    metric = study.metrics[number]
     points: dict[str, list[tuple[float, Interval]]] = {}
     for variant in study.variants:
         if variant.name in runs and variant.x is not None:
             points.setdefault(variant.line, []).append((variant.x, _at_the_end(runs[variant.name], metric)))
-    for number, (line, found) in enumerate(points.items()):
+    for place, (line, found) in enumerate(points.items()):
         found.sort(key=lambda point: point[0])
         x, y, ends = zip(*((x, value.mean, value.half or 0) for x, value in found), strict=True)
-        ax.errorbar(x, y, yerr=ends, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, label=line)
+        ax.errorbar(x, y, yerr=ends, color=COLOURS[place % len(COLOURS)], marker="o", capsize=3, label=line)
     xs = [x for found in points.values() for x, _ in found]
-    ax.set_xscale("symlog", linthresh=min((x for x in xs if x > 0), default=1.0))
+    least = min((x for x in xs if x > 0), default=1.0)
+    if max(xs, default=0.0) > NARROW * least:
+        ax.set_xscale("symlog", linthresh=least)
     ax.set_xticks(xs, [f"{x:g}" for x in xs])
     ax.minorticks_off()
     ax.set_xlabel(study.axis)
@@ -225,6 +229,8 @@ PANELS: dict[str, Callable[[Axes, Study, Runs], None]] = {
     "hours": lambda ax, study, runs: _held_out(ax, study, runs, _hours, "training, core-hours"),
     "experts": _by_experts,
     "sweep": _sweep,
+    "sweep of the second metric": functools.partial(_sweep, number=1),
+    "sweep of the third metric": functools.partial(_sweep, number=2),
     "final": _final,
     "specialisation": _specialisation,
     "load": _load,

@@ -71,6 +71,7 @@ def split_plan(plan: StreamPlan, modality: int) -> tuple[Tensor, StreamPlan]:
         keys_n=all_n.keys_n[rows_m],
         names=all_n.names,
         draw=all_n.draw,
+        combination_ids_n=None if all_n.combination_ids_n is None else all_n.combination_ids_n[rows_m],
     )
     blocks = AttentionBlocks(tuple(length_S[whole_S].tolist()), tuple(plan.attention.full_S[whole_S].tolist()))
     attention = AttentionPlan(blocks, plan.attention.device)

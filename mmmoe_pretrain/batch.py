@@ -225,6 +225,9 @@ class Batch:
     group_ids: Tensor  # int64 [B]: hash of the sample's group
     metas: tuple[SampleMeta, ...]  # [B]; a skipped sample has no segment
     spans: dict[str, Spans] = field(default_factory=dict)  # by representation whose tokens a fusion module reads
+    # int64 [T]: the combination of modalities that the token's sample has (StreamNames.combinations), -1 for none of
+    # them and for tokens of other modalities; None where no loss of routing asks for it
+    combination_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

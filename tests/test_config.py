@@ -121,6 +121,11 @@ def test_every_config_that_comes_along_is_valid(path: Path) -> None:
     ({"representations": fused("late", "image", "audio", weight=1)},
      "unknown key 'representations.scene.weight'; did you mean weights?"),
     ({"representations": fused("late", "image", "audio", missing="drop")}, "representations.scene.missing: Input"),
+    ({"representations": fused("early", "image", "audio", missing="bank")},
+     "representations.scene: missing: bank puts learned vectors in the place of absent parts behind the trunk, and "
+     "kind early joins its parts before it; use missing: allow, or a kind"),
+    ({"representations": fused("late", *(f"image_{i}" for i in range(7)), missing="bank")},
+     "a vector for each part and each combination of the others, 441 for 7 parts; use at most 6 parts"),
     ({"representations": fused("late", "image", "audio", weights={"image": 1.0})},
      "representations.scene: weights {'image': 1.0} are not of the parts image, audio; give one to each"),
     ({"representations": fused("late", "image", "audio", weights={"image": 1.0, "audio": 0})}, "greater than 0"),

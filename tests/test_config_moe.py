@@ -72,6 +72,17 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"layers": {1: {"router": "hashing"}}},
      "moe.layers.1.router: there is no router 'hashing'", "did you mean hash?"),
     ({"layers": {3: {"router": "hash"}}}, "moe.layers.3: there is no such block", "model.num_layers is 2"),
+    ({"losses": {"combination": 0.1}}, "each of the 6 combinations that lack some of image, audio, text, and "
+     "moe.num_experts is 4", "raise it to 6 or more, or name fewer modalities"),
+    ({"losses": {"combination": 0.1}, "num_experts": 6, "layers": {1: {"num_experts": 5}}}, "moe.num_experts is 5",
+     "raise it to 6"),
+    ({"losses": {"combination": 0.1, "combination_modalities": ["image"]}}, "combination_modalities are image",
+     "name two or more"),
+    ({"losses": {"combination": 0.1, "combination_modalities": ["image", "image"]}}, "are image, image", "each once"),
+    ({"losses": {"combination_modalities": ["image", "adio"]}}, "there is no modality adio", "did you mean audio?"),
+    ({"losses": {"combination": 0.1, "combination_modalities": ["image", "text"]},
+      "expert_groups": [IMAGE_ALONE, OTHERS]}, "keep experts apart by modality", "remove expert_groups"),
+    ({"router": "hash", "losses": {"combination": 0.1}}, "moe.router hash does not", "moe.losses.combination: 0"),
     ({"router": "softmax"}, "there is no router 'softmax'", "did you mean softmax_top_k?"),
     ({"jitter": 1.0}, "got 1.0", "less than 1"),
     ({"lending": {}, "dispatch_chunks": 2}, "moe.dispatch_chunks 2", "set dispatch_chunks: 1, or lending: null"),
@@ -111,6 +122,16 @@ def test_groups_without_a_size_take_that_of_the_mixture() -> None:
     config = MoEConfig(num_experts=4, expert_hidden_size=256, expert_groups=(IMAGE_ALONE, sized))
     assert [group.expert_hidden_size for group in config.groups] == [256, 64]
     assert [group.num_experts for group in MoEConfig(num_experts=4).groups] == [4]
+
+
+def test_combinations_are_those_that_lack_a_modality_in_an_order_of_their_own() -> None:
+    config = MoEConfig(losses={"combination": 0.1, "combination_modalities": ["text", "image", "audio"]})
+    assert config.combinations(("image", "depth", "audio", "text")) == (
+        ("image",), ("audio",), ("text",), ("image", "audio"), ("image", "text"), ("audio", "text"),
+    )  # fmt: skip
+    assert MoEConfig().combinations(("image", "text")) == ()
+    values = tiny_values(Path("unused"), moe={"losses": {"combination": 0.1}, "num_experts": 8})
+    assert run_config.parse(values).stream_names.combinations[-1] == ("audio", "text")
 
 
 def test_the_names_that_a_config_may_use_are_those_of_the_tables() -> None:

@@ -138,10 +138,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 
 @dataclass(frozen=True)
 class StreamNames:
-    """The names behind the numbers of a batch: modality ids and task ids."""
+    """The names behind the numbers of a batch: modality ids, task ids, and ids of combinations of modalities, where
+    a loss of routing asks for them."""
 
     modalities: tuple[str, ...]
     tasks: tuple[str, ...]
+    combinations: tuple[tuple[str, ...], ...] = ()
 
 
 ONE_STREAM = StreamNames(("tokens",), ("task",))  # of a layer that is used by itself
@@ -281,11 +283,15 @@ class StepSizes:
         return [n for n in range(1, share + 1) if share % n == 0]
 
 
+MAX_BANK_PARTS = 6  # of a representation with ``missing: bank``
+
+
 class RepresentationSettings(StrictModel):
     """The settings of every representation: one vector of a sample, made of the first items of the modalities
     ``parts``. A kind adds its own, and says what it makes of an absent part.
 
     ``missing``: whether a sample that lacks some of the parts has such a vector, too (``allow``), or none (``skip``).
+    With ``bank`` it has one, and in place of each absent part a learned vector (``models/fusion/bank.py``).
     """
 
     joined: ClassVar[bool] = False  # the parts are one segment and attend to each other; else each is a segment alone
@@ -293,7 +299,23 @@ class RepresentationSettings(StrictModel):
 
     kind: str
     parts: tuple[str, ...]
-    missing: Literal["skip", "allow"] = "skip"
+    missing: Literal["skip", "allow", "bank"] = "skip"
+
+    @model_validator(mode="after")
+    def _has_places_for_a_bank(self) -> Self:
+        if self.missing == "bank" and self.joined:
+            raise ValueError(
+                f"missing: bank puts learned vectors in the place of absent parts behind the trunk, and kind "
+                f"{self.kind} joins its parts before it; use missing: allow, or a kind whose parts are segments of "
+                f"their own, such as late"
+            )
+        if self.missing == "bank" and len(self.parts) > MAX_BANK_PARTS:
+            raise ValueError(
+                f"missing: bank has a vector for each part and each combination of the others, "
+                f"{len(self.parts) * (2 ** (len(self.parts) - 1) - 1):,} for {len(self.parts)} parts; use at most "
+                f"{MAX_BANK_PARTS} parts, or missing: allow"
+            )
+        return self
 
     @property
     def changes(self) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class EvaluateConfig(StrictModel):
     min_items: int = Field(50, ge=1)
     cca: bool = False  # retrieval also after linear CCA of training samples
     impute: dict[str, ImputeConfig] = Field({})
+    subsets: bool = False  # retrieval also by fused representations without some of their parts
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ Owns every check of the ``moe`` section that needs no hardware and no other sect
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +27,8 @@ class RoutingLossConfig(StrictModel):
     ``entropy_modalities`` take part in the LIMoE terms (None: all); ``local_entropy_modalities`` and
     ``global_entropy_modalities`` name those of one term where the two differ. ``min_experts[m]`` is S_m of
     the soft threshold log(S_m) of the global entropy (arXiv 2206.02770); absent means no threshold.
+    ``combination`` drives tokens of samples that lack some of ``combination_modalities`` (None: all) to the expert of
+    those that they have (Flex-MoE, arXiv 2410.08245); ``MoEConfig.combinations`` has the order of the experts.
     ``per_modality`` terms are computed on each modality's tokens alone and averaged over the
     modalities present. ``balance_scope`` says over which tokens the shares are counted.
     """
@@ -42,6 +45,8 @@ class RoutingLossConfig(StrictModel):
     balance_scope: Literal["sequence", "microbatch", "global_batch"] = "microbatch"
     z: float = Field(0.0, ge=0)
     orthogonality: float = Field(0.0, ge=0)
+    combination: float = Field(0.0, ge=0)
+    combination_modalities: tuple[str, ...] | None = None
     per_modality: tuple[RoutingTerm, ...] = ()
 
     @model_validator(mode="after")
@@ -65,7 +70,8 @@ class RoutingLossConfig(StrictModel):
     @property
     def any_of_tokens(self) -> bool:
         """Some term needs gradients through the statistics of the tokens."""
-        return any((self.local_entropy, self.global_entropy, self.importance, self.load, self.balance, self.z))
+        of_all = (self.importance, self.load, self.balance, self.z, self.combination)
+        return any((self.local_entropy, self.global_entropy, *of_all))
 
 
 class ExpertGroupConfig(StrictModel):
@@ -246,8 +252,41 @@ class MoEConfig(StrictModel):
                 f"expert_choice without node groups, or drop expert_groups"
             )
 
+    def combinations(self, modalities: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """The combinations that a sample which lacks some of ``losses.combination_modalities`` may have, if that loss
+        is on: smaller ones first, then in the order of ``modalities``. The expert of the i-th is number i."""
+        if self.dense or not self.losses.combination:
+            return ()
+        named = self.losses.combination_modalities
+        taking_part = [name for name in modalities if named is None or name in named]
+        sizes = range(1, len(taking_part))
+        return tuple(its for size in sizes for its in itertools.combinations(taking_part, size))
+
+    def _check_combinations(self, modalities: Sequence[str]) -> None:
+        if self.dense or not self.losses.combination:
+            return
+        named = self.losses.combination_modalities or tuple(modalities)
+        count = 2 ** len(named) - 2
+        if len(named) < 2 or len(set(named)) < len(named):
+            raise ValueError(
+                f"moe.losses.combination is about samples that lack some of several modalities, and "
+                f"moe.losses.combination_modalities are {', '.join(named)}; name two or more, each once"
+            )
+        if count > self.num_experts:
+            raise ValueError(
+                f"moe.losses.combination has an expert for each of the {count} combinations that lack some of "
+                f"{', '.join(named)}, and moe.num_experts is {self.num_experts}; raise it to {count} or more, or "
+                f"name fewer modalities in moe.losses.combination_modalities"
+            )
+        if self.expert_groups:
+            raise ValueError(
+                "moe.losses.combination drives tokens of several modalities to one expert, and moe.expert_groups "
+                "keep experts apart by modality; remove expert_groups, or set moe.losses.combination: 0"
+            )
+
     def check_modalities(self, modalities: Sequence[str]) -> None:
-        """Raises ValueError where one of ``modalities`` reaches too few experts."""
+        """Raises ValueError where one of ``modalities`` reaches too few experts, or their combinations do."""
+        self._check_combinations(modalities)
         for modality in () if self.dense else modalities:
             reach = sum(group.num_experts for group in self.groups if group.serves(modality))
             reach += self.identity_experts + self.null_experts
@@ -267,7 +306,13 @@ class MoEConfig(StrictModel):
     def modalities_named(self) -> Iterator[tuple[str, Sequence[str]]]:
         """Where this section names modalities, and which."""
         losses = self.losses
-        for key in ("entropy_modalities", "local_entropy_modalities", "global_entropy_modalities"):
+        keys = (
+            "entropy_modalities",
+            "local_entropy_modalities",
+            "global_entropy_modalities",
+            "combination_modalities",
+        )
+        for key in keys:
             yield f"moe.losses.{key}", getattr(losses, key) or ()
         yield "moe.losses.min_experts", tuple(losses.min_experts)
         for where, layer in (("moe", self), *((f"moe.layers.{i}", self.for_layer(i)) for i in self.layers)):
@@ -291,6 +336,11 @@ class MoEConfig(StrictModel):
             raise ValueError(
                 f"moe.losses.load needs a router that chooses the top k experts of a token, and moe.router "
                 f"{self.router} does not; set moe.losses.load: 0 (importance works with it)"
+            )
+        if self.losses.combination and self.router in SELF_BALANCED:
+            raise ValueError(
+                f"moe.losses.combination needs a router that chooses the top k experts of a token, and moe.router "
+                f"{self.router} does not; set moe.losses.combination: 0, or choose softmax_top_k"
             )
         unused = (self.bias_balancing.on, self.jitter, self.task_conditioned, self.router_bias)
         if self.router == "hash" and any(unused):

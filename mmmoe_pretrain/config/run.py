@@ -89,6 +89,11 @@ class RunConfig(StrictModel):
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
         for key, imputed in self.evaluate.impute.items():
             check_missing(key, imputed.observed, every, ("evaluate.impute", f"evaluate.impute.{key}.observed"))
+        if self.evaluate.subsets and all(its.missing == "skip" for its in self.representations.values()):
+            raise ValueError(
+                "evaluate.subsets scores representations whose parts may be missing, and no entry of representations "
+                "has missing: allow or bank; give one of them missing: allow, or set evaluate.subsets: false"
+            )
         for name, objective in self.objectives.items():
             if name in LOSSES_OF_ALL:
                 raise ValueError(f"objectives.{name}: the name is that of other losses; choose e.g. {name}_1")
@@ -199,8 +204,10 @@ class RunConfig(StrictModel):
 
     @property
     def stream_names(self) -> StreamNames:
-        """Names of the modalities and the objectives with a weight; their order defines their ids."""
-        return StreamNames(tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on))
+        """Names of the modalities, the objectives with a weight, and the combinations of modalities that have experts
+        of their own; their order defines their ids."""
+        modalities, tasks = tuple(self.modalities), tuple(name for name, its in self.objectives.items() if its.on)
+        return StreamNames(modalities, tasks, self.moe.combinations(modalities))
 
     def with_vocabulary(self, vocab_size: int) -> RunConfig:
         """The config with ``vocab_size`` of its tokenizer, 0 where no modality reads text. Raises ValueError where it

@@ -8,6 +8,7 @@ Shapes: B samples, T tokens, S segments, R runs (one for each part of a segment)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,16 +42,22 @@ TOKEN_MULTIPLE = 64
 @dataclass(frozen=True)
 class PackSettings:
     """What packing depends on, except the samples. ``generator``: of (position, purpose), the random numbers that an
-    objective chooses segments by."""
+    objective chooses segments by. ``combinations``: of modalities, as ``StreamNames`` has them."""
 
     modalities: Modalities
     objectives: Objectives
     generator: Callable[[int, str], np.random.Generator]
+    combinations: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def from_config(cls, config: RunConfig, modalities: Modalities) -> PackSettings:
         objectives = build_objectives(config.objectives, modalities, config.representations)
-        return cls(modalities, objectives, lambda position, purpose: Draws(config.seed, position).generator(purpose))
+        combinations = config.stream_names.combinations
+        return cls(modalities, objectives, functools.partial(_generator, config.seed), combinations)
+
+
+def _generator(seed: int, position: int, purpose: str) -> np.random.Generator:
+    return Draws(seed, position).generator(purpose)
 
 
 @dataclass
@@ -155,6 +162,7 @@ def pack(
         group_ids=torch.from_numpy(_group_ids(samples)),
         metas=tuple(sample.meta for sample in samples),
         spans={rep: _spans(runs, pooled[rep]) for rep in settings.objectives.read_by_token},
+        combination_ids=_combination_ids(samples, segments, runs, settings, total) if settings.combinations else None,
     )
 
 
@@ -279,6 +287,22 @@ def _spans(runs: _Runs, segment_B: np.ndarray) -> Spans:
     starts, lengths = (np.zeros(len(segment_B), dtype=np.int64) for _ in range(2))
     starts[here_B], lengths[here_B] = start_S[segment_B[here_B]], length_S[segment_B[here_B]]
     return Spans(tuple(starts.tolist()), tuple(lengths.tolist()))
+
+
+def _combination_ids(
+    samples: Sequence[Sample],
+    segments: Sequence[tuple[int, Segment]],
+    runs: _Runs,
+    settings: PackSettings,
+    total: int,
+) -> torch.Tensor:
+    number_of = {frozenset(its): number for number, its in enumerate(settings.combinations)}
+    taking_part = frozenset().union(*number_of)
+    held = [taking_part.intersection(item.modality for item in sample.items) for sample in samples]
+    of_segment = [number_of.get(held[b], -1) for b, _ in segments]
+    takes_part = [name in taking_part for name in settings.modalities]
+    of_run = [of_segment[s] if takes_part[m] else -1 for s, m in zip(runs.segment, runs.modality, strict=True)]
+    return _padded(np.repeat(_int64(of_run), runs.length), total, -1)
 
 
 def attention_blocks(segment: Segment) -> list[tuple[int, int]]:

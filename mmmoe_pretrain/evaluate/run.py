@@ -16,7 +16,7 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model, trained_module
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.evaluate import correlated, figures, imputation, report, routing_report, scores
+from mmmoe_pretrain.evaluate import correlated, figures, imputation, report, routing_report, scores, subsets
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -101,6 +101,7 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> lis
     pairs = objectives.scored(settings.pairs)
     parts = [scores.retrieval_scores(data, pair, settings) for pair in pairs]
     parts += correlated.scores_of(data, model, rows)
+    parts += subsets.scores_of(data, model, rows)
     for source, target in [way for a, b in pairs for way in ((a, b), (b, a))]:
         (reader, *more) = objectives.representations[target].modalities
         if rows.modalities[reader].needs_tokenizer and not more:  # of texts alone

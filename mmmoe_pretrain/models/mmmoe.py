@@ -5,7 +5,7 @@ Shapes: n valid tokens, D hidden size, B samples, P size of the joint embedding 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
 from mmmoe_pretrain.models.content_decoder import ContentDecoder
+from mmmoe_pretrain.models.fusion.bank import GIVEN, Bank, stream_keys
 from mmmoe_pretrain.models.fusion.base import PARTS, build_fusion
 from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
@@ -32,9 +33,9 @@ class MMMoE(nn.Module):
     """A multimodal mixture-of-experts transformer, or one pipeline stage of it.
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
-    has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``), a
-    language head where one predicts tokens, and a content head for each modality whose contents one predicts, or a
-    decoder where these are not in the stream.
+    has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``) and
+    with ``missing: bank`` its bank, a language head where one predicts tokens, and a content head for each modality
+    whose contents one predicts, or a decoder where these are not in the stream.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -47,9 +48,12 @@ class MMMoE(nn.Module):
         readers = [name for name, modality in modalities.items() if modality.needs_tokenizer]
         assert vocab_size or not readers, f"{readers} need RunConfig.with_vocabulary"
         self.objectives = build_objectives(config.objectives, modalities, config.representations)
+        read = self.objectives.representations
+        banked = {name: its.settings for name, its in read.items() if its.settings.missing == "bank"}
         self._streams = {
             **dict.fromkeys(BY_MODALITY, modalities.streams),
             **dict.fromkeys(("tasks", "task_embedding", "content_decoders"), self.objectives.streams),
+            GIVEN: stream_keys(banked.values(), modalities.streams),
         }
         self.compute_dtype = torch.float32
         self._passes = 0  # forward passes since begin_step
@@ -65,10 +69,10 @@ class MMMoE(nn.Module):
         set_cpu(self.trunk, config.train.cpu)  # here: evaluation and export compute as the run did
         self.language_head: Any = None
         if self.stage.last:
-            read = self.objectives.representations
             fusions = {name: build_fusion(its.settings, config.model) for name, its in read.items()}
             heads = {name: nn.Linear(fusion.width, joint, bias=False) for name, fusion in fusions.items()}
             self.fusions, self.joint_heads = nn.ModuleDict(fusions), nn.ModuleDict(heads)
+            self.banks = nn.ModuleDict({name: Bank(settings, hidden) for name, settings in banked.items()})
             if self.objectives.predicting:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
             plain = [its for its in self.objectives.values() if not its.decoder_layers]
@@ -163,7 +167,12 @@ class MMMoE(nn.Module):
             rows = torch.where(present_PB, segment_PB, batch.num_segments).flatten()
             mean_PBD = mean_SD.index_select(0, rows).unflatten(0, segment_PB.shape)
             spans = tuple(batch.spans[part] for part in parts) if representation.settings.reads_tokens else ()
-            fused_BW = self.fusions[name](x_nD, mean_PBD, present_PB, spans)
+            tokens_nD = x_nD
+            if name in self.banks:
+                bank = cast(Bank, self.banks[name])
+                tokens_nD, mean_PBD = bank(x_nD, mean_PBD, present_PB)
+                present_PB, spans = bank.present(present_PB), bank.spans(spans, len(x_nD))
+            fused_BW = self.fusions[name](tokens_nD, mean_PBD, present_PB, spans)
             present_B = batch.pooled[name] >= 0
             projected[name] = self.joint_heads[name](fused_BW) * present_B[:, None]
         return projected

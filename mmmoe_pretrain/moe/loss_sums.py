@@ -1,7 +1,7 @@
 """Sums over a router's decisions for its losses and its telemetry; some are needed by one loss alone.
 
 Tokens are the valid ones (n of them): padding never reaches a router. Shapes: M modalities, X tasks, E experts (those
-without computation included), K choices, S segments.
+without computation included), K choices, S segments, C combinations of modalities.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.moe.routing import Choice, RouterInputs
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.moe.tokens import TokenInfo
 
 MIN_STD = 1e-4  # of learned noise: a softplus far below 0 is 0 in fp32, and the load divides by it
 
@@ -46,12 +47,25 @@ def gather_stats(
             dropped_MX=(member_Cn @ (chosen_nK & ~kept_nK).sum(-1).to(p_nE.dtype)).view(M, X),
             load_ME=load_ME,
             sequence_balance=of_segments,
+            combination_C3=combination_sums(log_p_nE, ids_nK, tokens),
             coactivation_MEE=coactivation(ids_nK, kept_nK, tokens.modality_ids_n, M, E),
             orthogonality=of_weight,
             names=tokens.names,
             allowed_ME=allowed_ME,
             layer=layer,
         )
+
+
+def combination_sums(log_p_nE: Tensor, ids_nK: Tensor, tokens: TokenInfo) -> Tensor:
+    """[C, 3], see ``RoutingStats``. The expert of combination c is number c."""
+    combination_n, count = tokens.combination_ids_n, len(tokens.names.combinations)
+    if combination_n is None or not count:
+        return log_p_nE.new_zeros(count, 3)
+    expert_n1 = combination_n.clamp(min=0)[:, None]
+    member_Cn = F.one_hot(combination_n + 1, count + 1)[:, 1:].to(log_p_nE.dtype).t()
+    is_first_n1 = (ids_nK[:, :1] == expert_n1).to(log_p_nE.dtype)
+    columns = (-log_p_nE.gather(1, expert_n1), torch.ones_like(is_first_n1), is_first_n1)
+    return member_Cn @ torch.cat(columns, dim=1)
 
 
 def coactivation(ids_nK: Tensor, kept_nK: Tensor, modality_ids_n: Tensor, M: int, E: int) -> Tensor:

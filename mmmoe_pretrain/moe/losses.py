@@ -89,6 +89,15 @@ def z_loss(stats: RoutingStats, rows: slice = ALL) -> Tensor:
     return stats.z_M[rows].sum() / stats.tokens_M[rows].sum().clamp(min=1)
 
 
+def combination(stats: RoutingStats) -> Tensor:
+    """Sum over the tokens of samples that lack a modality of -log p of their combination's expert, over the number of
+    all tokens: so a token weighs the same however many such samples there are and however a step is cut.
+
+    Flex-MoE, arXiv 2410.08245: the S-Router's loss. Tokens of complete samples are in none of it (G-Router).
+    """
+    return stats.combination_C3[:, 0].sum() / stats.tokens_M.sum().clamp(min=1)
+
+
 def _balance(stats: RoutingStats, rows: slice, config: RoutingLossConfig, counts_ME: Tensor | None) -> Tensor:
     if config.balance_scope == "sequence":
         return sequence_balance(stats)
@@ -106,6 +115,7 @@ TERMS: dict[str, Callable[[RoutingStats, slice, RoutingLossConfig, Tensor | None
     "balance": _balance,
     "z": lambda stats, rows, config, counts_ME: z_loss(stats, rows),
     "orthogonality": lambda stats, rows, config, counts_ME: stats.orthogonality,
+    "combination": lambda stats, rows, config, counts_ME: combination(stats),
     "local_entropy": lambda stats, rows, config, counts_ME: local_entropy(stats, rows),
     "global_entropy": _global_entropy,
 }

@@ -1,7 +1,8 @@
 """Statistics of routing: sums over tokens, from which losses and telemetry are computed (``loss_sums.gather_stats``).
 
 Sums, so that ranks, microbatches and steps can be added up. Padding is never among the tokens.
-Shapes: M modalities, X tasks, E experts (those without computation included), K choices.
+Shapes: M modalities, X tasks, E experts (those without computation included), K choices, C combinations of modalities
+that have an expert of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mmmoe_pretrain.config.base import StreamNames
 
 REDUCED = (
     "probability_MXE", "entropy_MX", "z_MX", "counts_MXE", "tokens_MX", "dropped_MX", "load_ME", "sequence_balance",
+    "combination_C3",
 )  # fmt: skip
 
 
@@ -24,14 +26,16 @@ class RoutingStats:
     """Sums over tokens by (modality, task), of this rank until ``losses.reduce_stats`` has run.
 
     ``probability_MXE``, ``entropy_MX`` (nats), ``z_MX`` (logsumexp^2), ``load_ME`` (smooth load of
-    V-MoE; zeros unless its loss is on) and ``sequence_balance`` ([2]: sum over segments of
-    E sum_e f_e P_e, and the number of segments; zeros unless that scope is on) carry gradients; the
-    others are counts as floats. ``counts_MXE`` are assignments (a token counts K times) before any drop.
+    V-MoE; zeros unless its loss is on), ``sequence_balance`` ([2]: sum over segments of
+    E sum_e f_e P_e, and the number of segments; zeros unless that scope is on) and the first column of
+    ``combination_C3`` (by combination: the sum over its tokens of -log p of its expert, their number, and how
+    many have that expert as first choice) carry gradients; the others are counts as floats.
+    ``counts_MXE`` are assignments (a token counts K times) before any drop.
 
     ``coactivation_MEE`` (how often two experts served one token; symmetric, diagonal 0) and ``lending``
     (``lending.Shares.summary``, where it is on) stay this rank's own: they are reduced where they are
-    logged. ``orthogonality`` is of the router's weights, the same on every rank. ``names``: of the M modalities
-    and X tasks. ``allowed_ME`` is True where a modality may choose an expert.
+    logged. ``orthogonality`` is of the router's weights, the same on every rank. ``names``: of the M modalities,
+    X tasks and C combinations. ``allowed_ME`` is True where a modality may choose an expert.
     """
 
     probability_MXE: Tensor
@@ -42,6 +46,7 @@ class RoutingStats:
     dropped_MX: Tensor
     load_ME: Tensor
     sequence_balance: Tensor
+    combination_C3: Tensor
     coactivation_MEE: Tensor
     orthogonality: Tensor
     names: StreamNames

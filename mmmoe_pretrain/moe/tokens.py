@@ -17,7 +17,8 @@ class TokenInfo:
 
     ``keys_n`` is the id of a discrete token, and the number in its item of any other, for hash routing.
     ``draw`` numbers the forward passes of an optimizer step: random numbers of a router depend on it, so that a
-    recomputed pass repeats its draws. ``names``: of the modalities and tasks.
+    recomputed pass repeats its draws. ``names``: of the modalities, tasks and combinations. ``combination_ids_n``: as
+    ``Batch.combination_ids``.
     """
 
     modality_ids_n: Tensor
@@ -26,6 +27,7 @@ class TokenInfo:
     keys_n: Tensor
     names: StreamNames
     draw: int = 0
+    combination_ids_n: Tensor | None = None
 
     @classmethod
     def of_modalities(cls, modality_ids_n: Tensor, names: StreamNames = ONE_STREAM) -> TokenInfo:
@@ -42,6 +44,8 @@ def token_info(batch: Batch, names: StreamNames, draw: int = 0) -> TokenInfo:
     """The valid tokens of a packed batch."""
     n = batch.num_valid
     segment_ids_n = batch.segment_ids[:n]
+    of_segment_n, combination_ids = batch.task_ids[segment_ids_n], batch.combination_ids
+    combination_ids_n = None if combination_ids is None else combination_ids[:n]
     return TokenInfo(
-        batch.modality_ids[:n], batch.task_ids[segment_ids_n], segment_ids_n, batch.keys[:n], names, draw
+        batch.modality_ids[:n], of_segment_n, segment_ids_n, batch.keys[:n], names, draw, combination_ids_n
     )

@@ -50,6 +50,8 @@ def _routing_scalars(layers: Sequence[Mapping[str, Any]]) -> Scalars:
         yield f"{prefix}/dead_experts", float(load.count(0))
         for name, value in layer.get("lending", {}).items():
             yield f"{prefix}/lending/{name}", value
+        for combination, its in layer.get("combinations", {}).items():
+            yield f"{prefix}/to_its_expert/{combination}", its["to_its_expert"]
         for name in ("entropy", "marginal_entropy"):
             for modality, value in layer[name].items():
                 yield f"{prefix}/{name}/{modality}", value

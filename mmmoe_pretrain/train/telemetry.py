@@ -24,7 +24,15 @@ from mmmoe_pretrain.parallel.collectives import all_reduce_sum
 from mmmoe_pretrain.parallel.groups import Group
 
 # Of a RoutingStats, in the order of the fields of LayerRouting.
-SUMS = ("tokens_MX", "counts_MXE", "probability_MXE", "entropy_MX", "dropped_MX", "coactivation_MEE")
+SUMS = (
+    "tokens_MX",
+    "counts_MXE",
+    "probability_MXE",
+    "entropy_MX",
+    "dropped_MX",
+    "coactivation_MEE",
+    "combination_C3",
+)
 SIGNIFICANT_DIGITS = 6
 SHARE_DIGITS = 4  # of numbers by expert, of which there are many
 STRONGEST_PAIRS = 8  # of experts that serve tokens together, a modality; the matrix would be E^2 numbers
@@ -43,6 +51,7 @@ class LayerRouting:
     entropy_MX: np.ndarray  # nats
     dropped_MX: np.ndarray  # assignments for which the expert was over capacity
     coactivation_MEE: np.ndarray  # tokens that both experts served
+    combination_C3: np.ndarray | None = None  # as in RoutingStats
     lending: np.ndarray | None = None  # lending.Shares.summary
 
     @property
@@ -142,6 +151,7 @@ def layer_json(routing: LayerRouting) -> dict[str, Any]:
             modalities[m]: [[a, b, number(share, SHARE_DIGITS)] for a, b, share in _pairs(routing, m)] for m in seen
         },
         **({} if routing.lending is None else {"lending": _lending(routing.lending)}),
+        **({"combinations": _combinations(routing)} if routing.names.combinations else {}),
         "tasks": {
             task: {modalities[m]: _cell(routing, m, x) for m in np.flatnonzero(routing.tokens_MX[:, x]).tolist()}
             for x, task in enumerate(routing.names.tasks)
@@ -166,6 +176,18 @@ def _lending(sums_4: np.ndarray) -> dict[str, float | None]:
     without, lending, mean, lent = sums_4.tolist()
     even = max(mean, 1.0)
     return {"max_over_mean": number(without / even), "with_lending": number(lending / even), "experts": number(lent)}
+
+
+def _combinations(routing: LayerRouting) -> dict[str, dict[str, float | None]]:
+    """Of each combination of modalities that has tokens: their number, and the share whose first choice is its
+    expert."""
+    assert routing.combination_C3 is not None
+    rows = zip(routing.names.combinations, routing.combination_C3.tolist(), strict=True)
+    return {
+        "-".join(its): {"tokens": number(tokens), "to_its_expert": number(first / tokens, SHARE_DIGITS)}
+        for its, (_, tokens, first) in rows
+        if tokens
+    }
 
 
 def _pairs(routing: LayerRouting, modality: int) -> list[tuple[int, int, float]]:

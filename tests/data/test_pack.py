@@ -175,6 +175,20 @@ def test_early_fusion_of_what_there_is_where_parts_may_be_missing() -> None:
     assert packed.pooled["scene"].tolist() == [1, 3, -1, 4] and not packed.spans
 
 
+def test_tokens_know_the_combination_of_modalities_of_their_sample_where_a_loss_asks() -> None:
+    """Samples have image and text, audio and text, nothing, and image and audio; combinations are of image and audio,
+    and texts take no part."""
+    objectives = {"pairs": {**PAIRS, "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
+    losses = {"combination": 0.1, "combination_modalities": ["image", "audio"]}
+    assert pack(SAMPLES, settings_of(objectives=objectives)).combination_ids is None
+    packed = pack(SAMPLES, settings_of(objectives=objectives, moe={"losses": losses}))
+    assert packed.combination_ids is not None
+    # a image, a text, b audio, b text, d image, d audio; padding
+    found = packed.combination_ids.tolist()
+    assert found[: packed.num_valid] == [0] * 4 + [-1] * 4 + [1] * 2 + [-1] * 3 + [-1] * 6
+    assert set(found[packed.num_valid :]) == {-1}
+
+
 def test_a_sample_is_fused_only_if_all_that_it_has_of_the_parts_is_packed() -> None:
     """One objective asks for images alone, and none for the audio of d: its clip would count as absent."""
     settings = settings_of(

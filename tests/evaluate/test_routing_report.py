@@ -33,7 +33,7 @@ def totals(counts: list[list[float]]) -> RoutingStats:
     return RoutingStats(
         probability_MXE=counts_MXE / 2, entropy_MX=tokens_MX * math.log(2), z_MX=nothing, counts_MXE=counts_MXE,
         tokens_MX=tokens_MX, dropped_MX=tokens_MX / 5, load_ME=nothing, sequence_balance=nothing,
-        coactivation_MEE=nothing, orthogonality=nothing, names=NAMES, layer=1,
+        combination_C3=nothing, coactivation_MEE=nothing, orthogonality=nothing, names=NAMES, layer=1,
         allowed_ME=torch.ones(3, counts_MXE.shape[-1]).bool(),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from evidence import page, pictures, records
 from evidence.__main__ import Place, tasks_of
 from evidence.pages import PAGES
 from evidence.records import Record
+from evidence.study import Variant
 from tests.evidence.samples import STUDY, point, record, write_study
 
 
@@ -52,6 +53,20 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         rendered(tmp_path / name, made, STUDY.panels)
     for path in ("evidence.md", "evidence/names.svg"):
         assert (tmp_path / "one/docs" / path).read_bytes() == (tmp_path / "other/docs" / path).read_bytes()
+
+
+def test_sweeps_are_of_a_metric_each_with_an_axis_that_suits_the_values() -> None:
+    panels = ("sweep", "sweep of the second metric")
+    for xs, scale in (((0.0, 30.0, 60.0, 90.0), "linear"), ((0.0, 0.002, 0.2), "symlog")):
+        variants = tuple(Variant(f"x{x}", f"{x}", line="a line", x=x) for x in xs)
+        of = replace(STUDY, variants=variants, panels=panels, axis="weight")
+        runs = {variant.name: {1: record(variant.name, 1, 20.0 + x)} for variant, x in zip(variants, xs, strict=True)}
+        for ax, value, name in zip(
+            pictures.figure_of(of, runs).axes, (20.0, 25.0), ("perplexity", "recall"), strict=True
+        ):
+            assert ax.get_xscale() == scale and ax.get_ylabel().startswith(f"held-out {name}")
+            line = ax.get_lines()[0]  # the others are caps of intervals
+            assert line.get_xdata().tolist() == list(xs) and line.get_ydata()[0] == value
 
 
 def test_a_row_has_mean_interval_and_paired_change(tmp_path: Path) -> None:

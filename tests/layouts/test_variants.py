@@ -60,6 +60,8 @@ COMPLETED = {"completed": {"kind": "completion", "source": "image", "target": "s
                            "from_average": True}}  # fmt: skip
 DENSITY = {"density": {"kind": "completion", "source": ["image", "text"], "target": "audio", "head": "mixture",
                        "components": 2, "hidden_size": 12, "weight": 0.1}}  # fmt: skip
+# Of four experts, the first two are those of samples with an image or audio alone.
+COMBINED = {"losses": {"combination": 0.1, "combination_modalities": ["image", "audio"], "balance": 0.01}}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 # Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
 METHODS = {
@@ -68,6 +70,7 @@ METHODS = {
     "contrastive": {**QUEUE, "queue_from_average": True},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
+    "moe": COMBINED,
 }
 GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": True}
@@ -169,9 +172,9 @@ FUSED = {
     "early": {"kind": "early", "parts": ["image", "audio"], "missing": "allow"},
     "late": {"kind": "late", "parts": ["image", "audio"]},
     "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow"},
-    "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "allow"},
-    "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2},
-    "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "allow"},
+    "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "bank"},
+    "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2, "missing": "bank"},
+    "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "bank"},
     "mult": {"kind": "mult", "parts": ["image", "audio"], "missing": "allow"},
     "graph": {"kind": "graph", "parts": ["audio", "image"], "edges": ["modality", "time"], "missing": "allow"},
     "bottleneck": {"kind": "bottleneck", "parts": ["image", "audio"], "num_bottlenecks": 2, "missing": "allow"},
@@ -251,12 +254,29 @@ def test_the_references_have_what_is_compared() -> None:
     plain, sgd, other = (reference(dataclasses.replace(ALONE, moe=moe, optimizer=optimizer), STEPS)
                          for moe, optimizer in (({}, {}), ({}, SGD), (OTHER_BLOCKS, {})))  # fmt: skip
     assert sgd.losses[-1]["total"] != pytest.approx(plain.losses[-1]["total"], rel=1e-3)
+    assert reference(METHOD_CASES[0].alone, STEPS).losses[0]["aux/combination"] > 0
     for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
         trained = [key for key in other.moments if key.endswith(f"ffn.{name}")]
         assert trained and all(other.moments[key][1][0][1].any() for key in trained), name
     fused = {key: held for key, held in reference(FUSION_CASES[0].alone, STEPS).moments.items() if ".fusions." in key}
     assert {key.split(".")[2] for key in fused} == FUSED.keys() - {"early"}
     assert all(held[1][0][1].any() for held in fused.values())
+
+
+def test_the_vectors_of_banks_are_trained_by_samples_of_their_combination() -> None:
+    """Those of ``GLOBAL``, in which no sample is an image alone; negatives among them."""
+    moments = reference(FUSION_CASES[0].alone, STEPS).moments
+    banks = {key.partition(".banks.")[2]: held[1][0][1] for key, held in moments.items() if ".banks." in key}
+    expected = {
+        "tensor": "audio given image-text, text given audio-image, image given text, audio given text, "
+        "image given audio-text, image given audio, text given audio",
+        "low_rank": "image given text, text given image",
+        "latents": "image given audio, audio given image",
+    }
+    found = {f"{name}.parts.{way.replace(' given ', '.given.')}"
+             for name, ways in expected.items() for way in ways.split(", ")}  # fmt: skip
+    assert {key for key, moment in banks.items() if moment.any()} == found
+    assert len(banks) == 9 + 2 + 2
 
 
 def test_half_precision_trains_like_fp32() -> None:

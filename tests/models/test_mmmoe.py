@@ -13,6 +13,7 @@ from mmmoe_pretrain.batch import Batch, Item
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives import step_counts
 from tests.support import BEGIN, END, FUSED, objectives, pack_settings, random_batch, random_sample, tiny_config
 
 ROOT = Path("unused")
@@ -26,7 +27,9 @@ def config(**sections: object) -> RunConfig:
 
 
 def fused_config(**sections: object) -> RunConfig:
-    return config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=FUSED, **sections)
+    banked = {kind: {**FUSED[kind], "missing": "bank"} for kind in ("late", "tensor", "mult", "graph")}
+    both = {**FUSED, **banked}
+    return config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=both, **sections)
 
 
 @pytest.mark.parametrize("modalities", [["iat", "it"], ["t", "t"], ["a"], ["i", "a"], ["iat"], []])
@@ -84,8 +87,10 @@ def test_absent_modalities_have_zero_features_and_present_ones_unit_features() -
 
 def test_samples_that_lack_parts_are_fused_of_the_others_or_not_at_all() -> None:
     batches = ["iat", "it", "a", "t"]
-    for missing, here in (("allow", [1.0, 1.0, 1.0, 0.0]), ("skip", [1.0, 0.0, 0.0, 0.0])):
-        fused = {kind: {**its, "missing": missing} for kind, its in FUSED.items()}
+    some, both = [1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]
+    for missing, here in (("allow", some), ("bank", some), ("skip", both)):
+        no_bank = "allow" if missing == "bank" else missing
+        fused = {kind: {**its, "missing": no_bank if kind == "early" else missing} for kind, its in FUSED.items()}
         run = config(objectives=objectives({"pairs": FUSED_PAIRS}), representations=fused)
         output, _ = PretrainingModel(run).mmmoe(random_batch(run, batches))
         for kind in FUSED:
@@ -109,6 +114,21 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a, b), name
         if a.ndim >= 2:
             assert not torch.equal(a, c), name
+
+
+def test_what_drives_tokens_to_the_expert_of_their_combination_does_not_depend_on_how_a_step_is_cut() -> None:
+    """And texts, which are not among the modalities, are not driven; nor are tokens of complete samples."""
+    losses = {"combination": 0.5, "combination_modalities": ["image", "audio"]}
+    run = config(moe={"num_experts": 4, "expert_hidden_size": 8, "every": 1, "losses": losses})
+    samples = [random_sample(i, has, run) for i, has in enumerate(["iat", "it", "it", "at", "it", "t"])]
+    found = []
+    for cut in ([range(6)], [range(1), range(1, 4), range(4, 6)], [[0], [5]]):
+        batches = [pack([samples[i] for i in its], pack_settings(run)) for its in cut]
+        model = PretrainingModel(run)
+        model.begin_step(0, step_counts(batches, model.objectives, None, torch.device("cpu")))
+        parts = [model(batch) for batch in batches]
+        found.append(sum(report.losses["aux/combination"].item() for _, report in parts))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0 == found[2]
 
 
 def renamed(run: RunConfig, names: dict[str, str], **sections: object) -> RunConfig:

@@ -82,6 +82,7 @@ def hand_stats(
         dropped_MX=torch.zeros(3, len(NAMES.tasks)),
         load_ME=torch.zeros(3, experts) if load_ME is None else torch.tensor(load_ME, dtype=torch.float32),
         sequence_balance=torch.tensor(sequence, dtype=torch.float32),
+        combination_C3=torch.zeros(0, 3),
         coactivation_MEE=torch.zeros(3, experts, experts),
         orthogonality=torch.tensor(orthogonality),
         names=NAMES,

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.moe.loss_sums import orthogonality, sequence_balance, smooth_load
+from mmmoe_pretrain.config.moe import MoEConfig, RoutingLossConfig
+from mmmoe_pretrain.moe.loss_sums import combination_sums, orthogonality, sequence_balance, smooth_load
 from mmmoe_pretrain.moe.losses import TERMS, layer_losses, routing_losses
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.routing import MASKED
 from tests.moe.plain_losses import PlainRouting
-from tests.moe.routing_inputs import NAMES, inputs_of, tokens_of
+from tests.moe.routing_inputs import NAMES, hand_stats, inputs_of, tokens_of
 
 D = 6
+COMBINED = dataclasses.replace(NAMES, combinations=(("image",), ("audio",), ("text",)))
 EVERY_TERM = dict.fromkeys(TERMS, 1)
 GROUPS = [{"modalities": ["image"], "num_experts": 2}, {"modalities": ["text", "audio"], "num_experts": 3},
           {"modalities": ["image", "audio", "text"], "num_experts": 1}]  # fmt: skip
@@ -65,6 +66,22 @@ def test_sequence_balance_by_hand() -> None:
     assert sequence_balance(p, torch.zeros(4, 2), segments, all_allowed).tolist() == [0, 2]
 
 
+def test_tokens_by_combination_and_what_drives_them_by_hand() -> None:
+    """Experts choose with logits whose softmax is written down; the third token's sample lacks nothing."""
+    p = [[0.5, 0.25, 0.25], [0.125, 0.5, 0.375], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]]
+    tokens = dataclasses.replace(tokens_of([0, 0, 1, 1]), names=COMBINED,
+                                 combination_ids_n=torch.tensor([0, 0, -1, 1]))  # fmt: skip
+    found = combination_sums(torch.tensor(p).log(), torch.tensor([[0], [1], [2], [1]]), tokens)
+    expected = [[math.log(2) + math.log(8), 2, 1], [math.log(2), 1, 1], [0, 0, 0]]
+    assert found.tolist() == [pytest.approx(row) for row in expected]
+    stats = dataclasses.replace(hand_stats([[0, 0]] * 3, [[0, 0]] * 3, [2, 2, 0]), combination_C3=found)
+    losses = layer_losses(stats, RoutingLossConfig(combination=0.5))
+    assert losses["combination"].item() == pytest.approx(0.5 * 5 * math.log(2) / 4)  # over all four tokens
+    nothing = combination_sums(torch.zeros(0, 3), torch.zeros(0, 1, dtype=torch.int64), dataclasses.replace(
+        tokens_of([]), names=COMBINED, combination_ids_n=torch.zeros(0, dtype=torch.int64)))  # fmt: skip
+    assert nothing.tolist() == [[0, 0, 0]] * 3
+
+
 def test_routers_of_equal_direction_are_not_orthogonal() -> None:
     assert orthogonality(torch.tensor([[2.0, 0], [0, 5]])).item() == pytest.approx(0)
     assert orthogonality(torch.tensor([[2.0, 0], [5, 0]])).item() == pytest.approx(2 / 4)
@@ -81,16 +98,20 @@ def test_every_term_and_its_gradient_equal_a_loop_over_tokens(groups: list[Any])
     modalities = [0, 2, 0, 1, 0, 2, 2, 0, 1]
     segments = [0, 0, 0, 3, 3, 5, 5, 5, 5]
     x = torch.randn(len(modalities), D, generator=generator)
+    combinations = [0, 2, -1, -1, 1, 2, 2, 0, 2]  # numbers of experts that these tokens reach, or of none
+    tokens = dataclasses.replace(tokens_of(modalities, segments=segments), names=COMBINED,
+                                 combination_ids_n=torch.tensor(combinations))  # fmt: skip
     for scope in ("microbatch", "sequence"):
         by_modality = ["importance", "load", "z"] + (["balance"] if scope == "microbatch" else [])
         for per_modality in ([], by_modality):
             losses = {**EVERY_TERM, "balance_scope": scope, "per_modality": per_modality}
             config = make_config(losses=losses, expert_groups=groups)
             router = make_router(config)
-            ours = layer_losses(router(x, tokens_of(modalities, segments=segments)).stats, config.losses)
+            ours = layer_losses(router(x, tokens).stats, config.losses)
             weight = router.weight.detach().double().requires_grad_()
             plain = PlainRouting(config, weight, x.double(), modalities)
             theirs = expected(plain, per_modality, scope, segments)
+            theirs["combination"] = -sum(plain.p[t][e].log() for t, e in enumerate(combinations) if e >= 0) / 9
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
                 assert_close_with_gradients(name, ours[name], router.weight, value, weight)
@@ -132,7 +153,7 @@ def assert_close_with_gradients(
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])
 def test_losses_and_gradients_are_finite_at_the_edges(router: str, scope: str) -> None:
     losses = {**EVERY_TERM, "balance_scope": scope, "per_modality": ["importance", "z"]}
-    losses["load"] = float(router not in ("hash", "expert_choice"))
+    losses["load"] = losses["combination"] = float(router not in ("hash", "expert_choice"))
     cases = {"no tokens": [], "one token": [1], "no audio": [0, 0, 2], "all": [0, 1, 2, 2]}
     for groups in [[]] if router == "hash" else [[], GROUPS]:
         config = make_config(router=router, losses=losses, expert_groups=groups)

@@ -161,6 +161,20 @@ def test_layers_may_have_unlike_numbers_of_experts(tmp_path: Path) -> None:
     assert dict(scalars(to_json(both)))["2_routing/dead_experts"] == 1 + 3
 
 
+def test_combinations_are_logged_with_the_share_of_tokens_that_choose_their_expert() -> None:
+    assert "combinations" not in layer_json(layer_routing())
+    names = dataclasses.replace(NAMES, combinations=(("image",), ("audio",), ("image", "audio")))
+    sums = np.array([[2.5, 8.0, 6.0], [0.0, 0.0, 0.0], [9.0, 3.0, 1.0]])
+    layer = dataclasses.replace(layer_routing(3), names=names, combination_C3=sums)
+    expected = {
+        "image": {"tokens": 8.0, "to_its_expert": 0.75},
+        "image-audio": {"tokens": 3.0, "to_its_expert": 0.3333},
+    }
+    assert layer_json(layer)["combinations"] == expected
+    values = dict(scalars(to_json(dataclasses.replace(record(1), routing=(layer,)))))
+    assert values["6_layers/03/to_its_expert/image-audio"] == 0.3333
+
+
 def test_lending_is_logged_as_rows_of_the_fullest_rank_over_the_mean() -> None:
     lent = dataclasses.replace(layer_routing(3), lending=np.array([300.0, 130.0, 100.0, 5.0]))
     assert "lending" not in layer_json(layer_routing())
@@ -196,6 +210,7 @@ def zero_stats(experts: int) -> RoutingStats:
     return RoutingStats(
         probability_MXE=of_expert, entropy_MX=of_cell, z_MX=of_cell, counts_MXE=of_expert, tokens_MX=of_cell,
         dropped_MX=of_cell, load_ME=torch.zeros(3, experts), sequence_balance=torch.zeros(2), coactivation_MEE=pairs,
+        combination_C3=torch.zeros(0, 3),
         orthogonality=torch.zeros(()), names=NAMES, allowed_ME=torch.ones(3, experts).bool(),
     )  # fmt: skip
 
