@@ -140,6 +140,25 @@ METHODS = (
         evaluated=True,
     ),
     Study(
+        name="modulation",
+        title="Stamps that are seen and heard, late fusion",
+        question="Does it help to hold back the modality that is ahead?",
+        config="configs/methods/fusion_late.yaml",
+        corpus="demo",
+        metrics=tuple(
+            Metric(f"{TEST}{source}_to_text_r10", f"{label} → text, recall@10", False, percent=True)
+            for source, label in (("scene", "image and recording"), ("image", "image"), ("speech", "speech"))
+        ),
+        reference="fusion_late",
+        variants=(
+            Variant("fusion_late", "late: weighted sum", same_as="fusion/fusion_late"),
+            Method("ogm_ge", "modulated gradients", item="imbalance", paper="OGM-GE, arXiv 2203.15332"),
+        ),
+        panels=(),
+        setting="The reference is the run with late fusion of the study above. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
+    Study(
         name="weighting",
         title="Emoji and their names, with masked modelling",
         question="Which weights of several losses match emoji with their names better?",

@@ -211,7 +211,7 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "model": values["model"],
         "moe": values["moe"],
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
-        "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
+        "representations": {name: its.settings.of_the_model() for name, its in objectives.representations.items()},
         "objectives": {
             **{name: _tensors(its.module(config.model.embedding_size)) for name, its in objectives.items()},
             **{

@@ -51,10 +51,13 @@ TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
-# Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
+SCENE = {"scene": {"kind": "late", "parts": ["image", "audio"], "modulation": {"alpha": 0.5, "noise": True}}}
+# Of a run with every objective, weights that are learned, a teacher and a queue of its features, and gradients that
+# are balanced.
 METHODS = {
     "objectives": {**MASKED, **TAUGHT, **ANCHORS},
-    "contrastive": {**QUEUE, "queue_from_average": True},
+    "representations": SCENE,
+    "contrastive": {**QUEUE, "queue_from_average": True, "pairs": {"image-text": 1.0, "scene-text": 1.0}},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
 }
@@ -156,8 +159,8 @@ LENDING_CASES = [
 # Fused representations of every kind, each aligned with a modality or with another one.
 FUSED = {
     "early": {"kind": "early", "parts": ["image", "audio"], "missing": "allow"},
-    "late": {"kind": "late", "parts": ["image", "audio"]},
-    "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow"},
+    "late": SCENE["scene"],
+    "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow", "modulation": {}},
     "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "allow"},
     "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2},
     "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "allow"},
@@ -246,6 +249,9 @@ def test_the_references_have_what_is_compared() -> None:
     fused = {key: held for key, held in reference(FUSION_CASES[0].alone, STEPS).moments.items() if ".fusions." in key}
     assert {key.split(".")[2] for key in fused} == FUSED.keys() - {"early"}
     assert all(held[1][0][1].any() for held in fused.values())
+    parameters = reference(FUSION_CASES[0].alone, STEPS).parameters
+    scores = [parameters[f"modulations.late.score_{part}"][1][0][1].item() for part in ("image", "audio")]
+    assert min(scores) > 0 and scores[0] != pytest.approx(scores[1], rel=1e-3)
 
 
 def test_half_precision_trains_like_fp32() -> None:
