@@ -159,6 +159,35 @@ METHODS = (
         evaluated=True,
     ),
     Study(
+        name="languages",
+        title="The words of speech in eleven languages",
+        question="Of two languages there are few recordings. How to give them more weight?",
+        config="configs/methods/sampling_temperature.yaml",
+        corpus="demo",
+        metrics=(
+            Metric(f"{TEST}captions_perplexity_balanced", "perplexity, each language the same"),
+            Metric(f"{TEST}captions_perplexity/nl", "perplexity, Dutch"),
+            Metric(f"{TEST}captions_perplexity", "perplexity of all tokens"),
+        ),
+        reference="by_tokens",
+        variants=(
+            Variant("by_tokens", "by tokens", ("data.train=[{path: data/demo/tuxpaint-spoken/train}]",)),
+            Method("balanced_tokens", "balanced token loss", item="imbalance", paper="-"),
+            Method(
+                "sampling_temperature",
+                "sampling temperature",
+                item="imbalance",
+                paper="arXiv 1907.05019",
+                also=("data.train",),
+                small=("data.train=[{path: {data}/shards/train, split_by: language, temperature: 3}]",),
+            ),
+        ),
+        panels=(),
+        setting="The names of the demo's stamps are predicted from their recordings. Of 4,297 recordings 534 are "
+        "French, 49 Dutch and 47 English. Scores are of `mmmoe evaluate`, of languages with 10 recordings or more.",
+        evaluated=True,
+    ),
+    Study(
         name="weighting",
         title="Emoji and their names, with masked modelling",
         question="Which weights of several losses match emoji with their names better?",

@@ -103,7 +103,7 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> tup
     ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():
-        found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
+        found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities, settings)
         nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
         parts.append((found, nothing))
     return [s for found, _ in parts for s in found], [n for _, more in parts for n in more] + notes

@@ -66,6 +66,7 @@ class PretrainingModel(nn.Module):
         init_parameters(self.mmmoe, seed, num_layers, stream_name)
         learned = self.stage.last and config.train.loss_weighting == "uncertainty"
         self.loss_weighting = UncertaintyWeighting(self.objectives.losses) if learned else None
+        self._learned_weights: dict[str, Tensor] = {}  # of the last step
         read = self.objectives.representations if self.stage.last else {}
         balanced = {name: Modulation(name, its.settings) for name, its in read.items() if its.settings.modulated}
         self.modulations = nn.ModuleDict(balanced)
@@ -144,6 +145,14 @@ class PretrainingModel(nn.Module):
             own = torch.stack([found[name] for found in sums if name in found]).sum(dim=0)
             modulation.add(summed(own, self.groups.data) if self.groups.data_size > 1 else own)
 
+    def balance(self) -> dict[str, Tensor]:
+        """How far the objectives and modalities are, by name, each a number, where something balances them:
+        ``weight/LOSS`` that was learned (of the last step), and ``Modulation.figures`` (after it)."""
+        found = {f"weight/{loss}": weight.view(1) for loss, weight in self._learned_weights.items()}
+        for _, modulation in self._modulations():
+            found |= modulation.figures()
+        return found
+
     def _modulations(self) -> Iterator[tuple[str, Modulation]]:
         for name, module in self.modulations.items():
             assert isinstance(module, Modulation)
@@ -155,7 +164,9 @@ class PretrainingModel(nn.Module):
         for loss, weight in weights.items():
             factors[loss] = weight * self.groups.data_size / max(1, counts.terms[loss])
             if self.loss_weighting is not None and self.training:
-                factors[loss] = factors[loss] * self.loss_weighting.factor(loss)
+                learned = self.loss_weighting.factor(loss)
+                factors[loss] = factors[loss] * learned
+                self._learned_weights[loss] = learned.detach()
         return factors
 
     @property

@@ -102,6 +102,7 @@ def test_scores_are_the_probabilities_that_the_parts_give_to_the_true_side(kind:
     model.end_step(tuple(a + b for a, b in zip(*routing, strict=True)))
     expected = [float(np.mean(values)) for values in found.values()]
     assert modulation_of(model).scores.tolist() == pytest.approx(expected, rel=1e-5)
+    assert float(model.balance()["score/scene/image"]) == pytest.approx(expected[0], rel=1e-5)
     assert len(found["image"]) == 6 and expected[0] != pytest.approx(expected[1], rel=1e-3)
 
 
