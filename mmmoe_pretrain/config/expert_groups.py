@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from mmmoe_pretrain.config.base import StrictModel
 
@@ -17,6 +17,13 @@ def _size(value: Any) -> Any:
     return AUTO if value == "auto" else value
 
 
+def _written(size: int) -> int | str:
+    return "auto" if size == AUTO else size
+
+
+Size = Annotated[int, BeforeValidator(_size), PlainSerializer(_written)]
+
+
 class ExpertGroupConfig(StrictModel):
     """A group of experts for the tokens of ``modalities`` only; None: of all.
 
@@ -25,7 +32,7 @@ class ExpertGroupConfig(StrictModel):
     """
 
     modalities: tuple[str, ...] | None = None
-    num_experts: Annotated[int, BeforeValidator(_size)] = Field(ge=AUTO)
+    num_experts: Size = Field(ge=AUTO)
     expert_hidden_size: int | None = Field(None, ge=1)
 
     @property
