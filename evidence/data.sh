@@ -78,6 +78,7 @@ case "${1:-} ${2:-}" in
       echo "the study of the demo needs the Tux Paint corpus, which could not be fetched (see above)" >&2
       exit 1
     fi
+    step "Read the languages of the spoken stamps" mmmoe-data index configs/methods/sampling_temperature.yaml
     ;;
   "stamps ") # the demo's, many names without speech, and parts of the recordings
     "$0" demo

@@ -143,6 +143,25 @@ METHODS = (
         "so its score may be a little too high.",
     ),
     Study(
+        name="budgets",
+        title="Emoji and their names, with experts by modality",
+        question="How many of 16 experts should images have, and how many texts?",
+        config="configs/methods/expert_budgets.yaml",
+        corpus="europe",
+        metrics=(RECALL,),
+        reference="even",
+        variants=(
+            Variant(
+                "even",
+                "8 experts each",
+                ("moe.expert_groups=[{modalities: [image], num_experts: 8}, {modalities: [text], num_experts: 8}]",),
+            ),
+            Method("expert_budgets", "expert budgets by tokens", item="imbalance", paper="MoMa, arXiv 2407.21770"),
+        ),
+        panels=(),
+        setting=f"A token visits one of the experts of its modality. {OF_ALL}",
+    ),
+    Study(
         name="stamps",
         title="Stamps, their names and their spoken names",
         question="Which methods match the images, names and recordings of the demo better?",
@@ -417,6 +436,54 @@ METHODS = (
         setting="Early fusion, so tokens can tell which parts there are. In training 60% of the images and 60% of "
         "the recordings are withheld for good. Scores are of `mmmoe evaluate` on held-out stamps that have both, of "
         "which one or none is withheld (`evaluate.subsets`).",
+        evaluated=True,
+    ),
+    Study(
+        name="modulation",
+        title="Stamps that are seen and heard, late fusion",
+        question="Does it help to hold back the modality that is ahead?",
+        config="configs/methods/fusion_late.yaml",
+        corpus="demo",
+        metrics=tuple(
+            Metric(f"{TEST}{source}_to_text_r10", f"{label} → text, recall@10", False, percent=True)
+            for source, label in (("scene", "image and recording"), ("image", "image"), ("speech", "speech"))
+        ),
+        reference="fusion_late",
+        variants=(
+            Variant("fusion_late", "late: weighted sum", same_as="fusion/fusion_late"),
+            Method("ogm_ge", "modulated gradients", item="imbalance", paper="OGM-GE, arXiv 2203.15332"),
+        ),
+        panels=(),
+        setting="The reference is the run with late fusion of the study above. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
+    Study(
+        name="languages",
+        title="The words of speech in eleven languages",
+        question="Of two languages there are few recordings. How to give them more weight?",
+        config="configs/methods/sampling_temperature.yaml",
+        corpus="demo",
+        metrics=(
+            Metric(f"{TEST}captions_perplexity_balanced", "perplexity, each language the same"),
+            Metric(f"{TEST}captions_perplexity/nl", "perplexity, Dutch"),
+            Metric(f"{TEST}captions_perplexity", "perplexity of all tokens"),
+        ),
+        reference="by_tokens",
+        variants=(
+            Variant("by_tokens", "by tokens", ("data.train=[{path: data/demo/tuxpaint-spoken/train}]",)),
+            Method("balanced_tokens", "balanced token loss", item="imbalance", paper="-"),
+            Method(
+                "sampling_temperature",
+                "sampling temperature",
+                item="imbalance",
+                paper="arXiv 1907.05019",
+                also=("data.train",),
+                small=("data.train=[{path: {data}/shards/train, split_by: modalities, temperature: 3}]",),
+            ),
+        ),
+        panels=(),
+        setting="The names of the demo's stamps are predicted from their recordings. Of 4,297 recordings 534 are "
+        "French, 49 Dutch and 47 English. Scores are of `mmmoe evaluate`, of languages with 10 recordings or more.",
         evaluated=True,
     ),
     Study(

@@ -217,6 +217,7 @@ class Batch:
     valid: Tensor  # bool [T]
     hidden: Tensor  # bool [T]: tokens whose content the model does not see
     task_ids: Tensor  # int64 [S]
+    sample_ids: Tensor  # int64 [S]: the sample of each segment, by its number in the batch
     attention: AttentionBlocks
     targets: dict[str, Targets]  # by task, of those that predict tokens
     contents: dict[str, Contents]  # by loss (task/modality), of those that predict contents

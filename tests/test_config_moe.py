@@ -39,6 +39,10 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
      "add audio to a group"),
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "losses": {"min_experts": {"text": 3}}}, "min_experts of text is 3",
      "use 1 to 2"),
+    ({"expert_groups": [IMAGE_ALONE, {"num_experts": "auto"}], "group_multiple": 3}, "leave 2 of moe.num_experts 4",
+     "a multiple of moe.group_multiple 3, 3 at least; change num_experts"),
+    ({"expert_groups": [{**IMAGE_ALONE, "num_experts": 4}, {"num_experts": "auto"}]}, "leave 0 of moe.num_experts 4",
+     "change num_experts"),
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "hash"}, "moe.router hash", "use softmax_top_k"),
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "group_limited", "node_groups": 2}, "moe.node_groups 2",
      "drop expert_groups"),
@@ -132,6 +136,25 @@ def test_combinations_are_those_that_lack_a_modality_in_an_order_of_their_own() 
     assert MoEConfig().combinations(("image", "text")) == ()
     values = tiny_values(Path("unused"), moe={"losses": {"combination": 0.1}, "num_experts": 8})
     assert run_config.parse(values).stream_names.combinations[-1] == ("audio", "text")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "sizes"),
+    [
+        (None, 1, [3, 3, 2]),  # until the tokens are known
+        ({"image": 1.0, "audio": 1.0, "text": 2.0}, 1, [2, 4, 2]),  # 3 tokens to 1
+        ({"image": 3.0, "audio": 1.0, "text": 0.0}, 1, [5, 1, 2]),  # 4.5 to 1.5: at a tie the first goes first
+        ({"image": 1.0, "audio": 1.0, "text": 2.0}, 2, [2, 4, 2]),
+        ({"image": 0.0, "audio": 5.0, "text": 5.0}, 1, [1, 5, 2]),  # a token must reach an expert
+    ],
+)
+def test_groups_of_auto_size_follow_the_tokens(tokens: dict | None, multiple: int, sizes: list[int]) -> None:
+    groups = [{"modalities": ["image"], "num_experts": "auto"},
+              {"modalities": ["audio", "text"], "num_experts": "auto"}, {"num_experts": 2}]  # fmt: skip
+    config = MoEConfig(num_experts=8, expert_groups=groups, group_multiple=multiple)
+    known = config if tokens is None else config.with_budgets(tokens)
+    assert [group.num_experts for group in known.groups] == sizes
+    assert known.auto_layers == ((None,) if tokens is None else ())
 
 
 def test_the_names_that_a_config_may_use_are_those_of_the_tables() -> None:

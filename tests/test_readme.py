@@ -25,8 +25,9 @@ def test_the_run_of_the_tour_is_a_valid_config() -> None:
 
 def test_the_settings_of_the_layer_s_page_are_valid_and_its_defaults_are_ours() -> None:
     page = (Path(__file__).parents[1] / "docs" / "expert_layer.md").read_text(encoding="utf-8")
-    mixture, lending = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    mixture, budgets, lending = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert MoEConfig.model_validate(yaml.safe_load(mixture)["moe"]).for_layer(3).experts_per_token == 4
+    assert MoEConfig.model_validate(yaml.safe_load(budgets)["moe"]).auto_layers == (None,)
     assert MoEConfig.model_validate(yaml.safe_load(lending)["moe"]).lending == LendingConfig()
 
 

@@ -322,6 +322,15 @@ class RepresentationSettings(StrictModel):
         """Transforms of its modality's kind by which its values are views of the sample's."""
         return ()
 
+    @property
+    def modulated(self) -> bool:
+        """The gradients of its parts are balanced by how far each is (``models/fusion/modulation.py``)."""
+        return False
+
+    def of_the_model(self) -> dict[str, Any]:
+        """The settings that define the tensors of the model and what it computes."""
+        return self.model_dump(mode="json")
+
     def check_parts(self, name: str, modalities: Iterable[str]) -> None:
         """Raises ValueError where a representation called ``name`` cannot be of these parts."""
         least, how_many = (1, "one modality") if self.joined else (2, "two modalities")
@@ -372,6 +381,11 @@ class ObjectiveSettings(StrictModel):
     def below_zero(self) -> bool:
         """A loss of it can be negative, as that of a density can."""
         return False
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The representations of which it measures how far each part is."""
+        return ()
 
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step (the first is 0)."""

@@ -6,13 +6,14 @@ Owns every check of the ``moe`` section that needs no hardware and no other sect
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import StrictModel, explain
+from mmmoe_pretrain.config.expert_groups import ExpertGroupConfig, sized
 
 RouterName = Annotated[str, AfterValidator(kinds.ROUTERS.check)]
 RoutingTerm = Literal["importance", "load", "balance", "z"]
@@ -74,20 +75,6 @@ class RoutingLossConfig(StrictModel):
         return any((self.local_entropy, self.global_entropy, *of_all))
 
 
-class ExpertGroupConfig(StrictModel):
-    """A group of experts for the tokens of ``modalities`` only (MoMa, arXiv 2407.21770); None: of all.
-
-    ``expert_hidden_size`` None takes that of the MoE layer.
-    """
-
-    modalities: tuple[str, ...] | None = None
-    num_experts: int = Field(ge=1)
-    expert_hidden_size: int | None = Field(None, ge=1)
-
-    def serves(self, modality: str) -> bool:
-        return self.modalities is None or modality in self.modalities
-
-
 class BiasBalancingConfig(StrictModel):
     """Experts are chosen by score + bias and weighed by score; the bias of an expert with less than
     the mean load rises by ``rate`` after each optimizer step (arXiv 2408.15664). None is off; 0 keeps the
@@ -124,6 +111,7 @@ class MoEConfig(StrictModel):
     activation: Literal["swiglu", "gelu", "clamped_swiglu"] = "swiglu"
     expert_biases: bool = False  # on both products of the routed experts (GPT-OSS)
     expert_groups: tuple[ExpertGroupConfig, ...] = ()  # empty: every expert serves every modality
+    group_multiple: int = Field(1, ge=1)  # sizes of groups that are auto are multiples of it, for expert parallelism
     shared_expert_hidden_size: int = Field(0, ge=0)  # of the expert that is applied to every token; 0 is none
     shared_expert_gate: bool = False  # its output times sigmoid(w x) (Qwen2-MoE)
     identity_experts: int = Field(0, ge=0)  # return the token itself (MoE++, arXiv 2410.07348)
@@ -177,12 +165,33 @@ class MoEConfig(StrictModel):
 
     @property
     def groups(self) -> tuple[ExpertGroupConfig, ...]:
-        """The expert groups with their sizes filled in; one of all experts where none is named."""
-        named = self.expert_groups or (ExpertGroupConfig(num_experts=self.num_experts),)
+        """The expert groups with their sizes filled in; one of all experts where none is named. Those whose number of
+        experts is auto have equally many, until a run knows its tokens (``with_budgets``)."""
+        named = self._sized(None) or (ExpertGroupConfig(num_experts=self.num_experts),)
         return tuple(
             group.model_copy(update={"expert_hidden_size": group.expert_hidden_size or self.expert_hidden_size})
             for group in named
         )
+
+    def _sized(self, tokens: Mapping[str, float] | None) -> tuple[ExpertGroupConfig, ...]:
+        fixed = [group for group in self.expert_groups if group.modalities is None]
+        of_all = sum(group.num_experts for group in fixed) + self.identity_experts + self.null_experts
+        least = max(1, self.experts_per_token - of_all)
+        return sized(self.expert_groups, self.num_experts, self.group_multiple, least, tokens)
+
+    @property
+    def auto_layers(self) -> tuple[int | None, ...]:
+        """Where a group's number of experts is auto: None for all layers, and numbers of those that differ."""
+        layers: list[tuple[int | None, MoEConfig]] = [(None, self), *((i, self.for_layer(i)) for i in self.layers)]
+        return tuple(i for i, layer in layers if any(group.auto for group in layer.expert_groups))
+
+    def with_budgets(self, tokens: Mapping[str, float]) -> MoEConfig:
+        """With numbers of experts that are auto in proportion to the ``tokens`` by modality."""
+        layers = {i: dict(override) for i, override in self.layers.items()}
+        for i in self.auto_layers:
+            if i is not None:
+                layers[i]["expert_groups"] = [its.model_dump(mode="json") for its in self.for_layer(i)._sized(tokens)]
+        return self.model_copy(update={"expert_groups": self._sized(tokens), "layers": layers})
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -239,7 +248,7 @@ class MoEConfig(StrictModel):
     def _check_groups(self) -> None:
         if not self.expert_groups:
             return
-        total = sum(group.num_experts for group in self.expert_groups)
+        total = sum(group.num_experts for group in self._sized(None))
         if total != self.num_experts:
             raise ValueError(
                 f"moe.expert_groups hold {total} experts together, and moe.num_experts is {self.num_experts}; "
@@ -296,7 +305,8 @@ class MoEConfig(StrictModel):
                     f"{self.experts_per_token}; add {modality} to a group, or lower experts_per_token"
                 )
             threshold = self.losses.min_experts.get(modality, 1)
-            if not 1 <= threshold <= reach:
+            known = not any(group.auto for group in self.expert_groups)
+            if known and not 1 <= threshold <= reach:
                 raise ValueError(
                     f"moe.losses.min_experts of {modality} is {threshold:g}, and its tokens reach {reach} "
                     f"experts; use 1 to {reach}"

@@ -156,6 +156,18 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _modulated(self) -> RunConfig:
+        scored = {name for its in self.objectives.values() if its.on for name in its.scored}
+        for name, its in self.representations.items():
+            if its.modulated and name not in scored:
+                other = next((each for each in self.modalities if each not in its.parts), its.parts[0])
+                raise ValueError(
+                    f"representations.{name}.modulation follows the scores that its parts give to pairs, and no "
+                    f"contrastive objective has a pair with {name}; add one, e.g. {name}-{other}, or remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_known(self) -> RunConfig:
         settings, every = self.checkpoint, self.evaluate.every
         held_out = settings.keep_best and settings.best_metric.startswith(HELD_OUT)

@@ -72,6 +72,7 @@ class _Runs:
     keys: list[np.ndarray] = field(default_factory=list)
     hidden: list[np.ndarray] = field(default_factory=list)  # rows of the stream
     task: list[int] = field(default_factory=list)  # [S]
+    sample: list[int] = field(default_factory=list)  # [S]
     blocks: list[tuple[int, int]] = field(default_factory=list)  # of attention: lengths, and of them full
     tokens: int = 0
 
@@ -154,6 +155,7 @@ def pack(
         valid=torch.from_numpy(np.arange(total) < runs.tokens),
         hidden=_marked(_concatenated(runs.hidden), total),
         task_ids=torch.from_numpy(_int64(runs.task)),
+        sample_ids=torch.from_numpy(_int64(runs.sample)),
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
         targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
         contents={loss: predicted.contents_of(loss) for loss in predicted.contents},
@@ -242,6 +244,7 @@ def _lay_out(
     tasks = {name: x for x, name in enumerate(objectives)}
     for number, (b, segment) in enumerate(segments):
         runs.task.append(tasks[segment.task])
+        runs.sample.append(b)
         runs.blocks += attention_blocks(segment)
         if segment.representation:
             pooled[segment.representation][b] = number

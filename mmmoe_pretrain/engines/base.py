@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ class StepResult:
     gradient is that of ``losses["total"]``.
 
     ``routing`` holds sums over all of them, of the MoE layers on this rank's stages. ``grad_norm`` is the
-    norm before clipping, over all parameters of the model, experts included.
+    norm before clipping, over all parameters of the model, experts included. ``balance``: see
+    ``PretrainingModel.balance``; of this rank's stages.
     """
 
     losses: dict[str, float]
@@ -53,6 +54,7 @@ class StepResult:
     routing: tuple[RoutingStats, ...]
     skipped: bool = False  # loss or gradient was not finite: weights, moments and routers are unchanged
     loss_scale: float = 1.0  # that the gradient was computed with (fp16)
+    balance: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -226,7 +228,8 @@ class Engine(ABC):
         for model, report in zip(self.models, reports, strict=True):
             model.end_step(None if skipped else report.routing)
         routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
-        result = StepResult(losses, norm, counts, routing, skipped, self._progress.scale)
+        balance = {name: value for model in self.models for name, value in model.balance().items()}
+        result = StepResult(losses, norm, counts, routing, skipped, self._progress.scale, balance)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
 

@@ -34,6 +34,7 @@ class Predicted:
     tokens_G: np.ndarray
     first_G: np.ndarray  # modality id of the segment's first token
     targets_V: np.ndarray
+    metas_G: tuple[SampleMeta, ...] = ()  # of the segment's sample
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def sums_of_targets(batch: Batch, task: str, nll_N: Tensor, vocab_size: int) -> 
         tokens_G=np.bincount(segment_N, minlength=len(segments)),
         first_G=batch.modality_ids.numpy()[first_G],
         targets_V=np.bincount(targets.ids.numpy(), minlength=vocab_size),
+        metas_G=tuple(batch.metas[sample] for sample in batch.sample_ids.numpy()[segments].tolist()),
     )
 
 
@@ -201,6 +203,7 @@ def _join(parts: Sequence[Predicted]) -> Predicted:
         tokens_G=np.concatenate([p.tokens_G for p in parts]),
         first_G=np.concatenate([p.first_G for p in parts]),
         targets_V=np.sum([p.targets_V for p in parts], axis=0),
+        metas_G=tuple(meta for p in parts for meta in p.metas_G),
     )
 
 

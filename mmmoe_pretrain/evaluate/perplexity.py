@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,13 +26,27 @@ def perplexity(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, tuple[fl
     ``nll_G`` sums over a segment's targets. The interval treats segments, not tokens, as independent (the ratio
     estimator's standard error), since the tokens of one text depend on each other.
     """
+    return _with_interval(*_mean(nll_G, tokens_G))
+
+
+def balanced_perplexity(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, tuple[float, float]]:
+    """As ``perplexity``, of the mean over ``parts`` (nll_G, tokens_G), each of which counts the same."""
+    means, errors = zip(*(_mean(*part) for part in parts), strict=True)
+    return _with_interval(float(np.mean(means)), math.sqrt(sum(error**2 for error in errors)) / len(parts))
+
+
+def _mean(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, float]:
+    """The mean of a token, and its standard error."""
     total = int(tokens_G.sum())
     assert total, "perplexity over no tokens"
     mean = float(nll_G.sum()) / total
     residual_G = nll_G - mean * tokens_G
     groups = len(nll_G)
     correction = groups / (groups - 1) if groups > 1 else 1.0
-    error = math.sqrt(correction * float((residual_G**2).sum())) / total
+    return mean, math.sqrt(correction * float((residual_G**2).sum())) / total
+
+
+def _with_interval(mean: float, error: float) -> tuple[float, tuple[float, float]]:
     return _exp(mean), (_exp(mean - Z95 * error), _exp(mean + Z95 * error))
 
 

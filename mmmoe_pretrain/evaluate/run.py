@@ -112,7 +112,7 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> lis
     ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():
-        found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities)
+        found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities, settings)
         nothing = [] if found else [f"no held-out row has a target of {task}: no {task}_perplexity"]
         parts.append((found, nothing))
     return [*parts, ([], notes)]

@@ -8,7 +8,8 @@ Owns the choice of rows, queries and candidates:
   sides, each of which weighs the same.
 * Zero-shot, of each representation that is aligned with one of texts: the distinct items that carry a label, among
   the class names of these items as texts.
-* Perplexity, of each task that predicts tokens.
+* Perplexity, of each task that predicts tokens; also of each value of ``evaluate.within`` with enough segments
+  (``captions_perplexity/de``), and with each of these weighing the same (``captions_perplexity_balanced``).
 
 A candidate is correct if some row pairs it with the query, or with the query's text. The same group is not enough:
 two images of apples are two answers.
@@ -92,9 +93,14 @@ def zero_shot_scores(data: HeldOut, pair: Pair, encode: Encode, settings: Evalua
 
 
 def perplexity_scores(
-    task: str, found: Predicted, train_V: np.ndarray | None, modalities: Sequence[str]
+    task: str,
+    found: Predicted,
+    train_V: np.ndarray | None,
+    modalities: Sequence[str],
+    settings: EvaluateConfig | None = None,
 ) -> list[Score]:
-    """Perplexity of all targets, and of those in segments that begin with each modality."""
+    """Perplexity of all targets, of those in segments that begin with each modality, and of those of each value of
+    ``settings.within``."""
     if not found.targets_V.any():
         return []
     vocab_size = len(found.targets_V)
@@ -102,12 +108,30 @@ def perplexity_scores(
     parts = {f"{task}_perplexity": (np.ones(len(found.nll_G), dtype=bool), unigram)}
     if len(begins := np.unique(found.first_G).tolist()) > 1:
         parts |= {f"{task}_perplexity/{modalities[m]}": (found.first_G == m, None) for m in begins}
+    values = _values_of(found, settings)
+    parts |= {f"{task}_perplexity/{value}": (chosen_G, None) for value, chosen_G in values.items()}
     scores = []
     for metric, (chosen_G, majority) in parts.items():
         value, interval = perplexity.perplexity(found.nll_G[chosen_G], found.tokens_G[chosen_G])
         tokens = int(found.tokens_G[chosen_G].sum())
         scores.append(Score(metric, value, float(vocab_size), majority, tokens, interval, None, "perplexity"))
+    if values:
+        value, interval = perplexity.balanced_perplexity(
+            [(found.nll_G[g], found.tokens_G[g]) for g in values.values()]
+        )
+        tokens = sum(int(found.tokens_G[chosen_G].sum()) for chosen_G in values.values())
+        metric = f"{task}_perplexity_balanced"
+        scores.append(Score(metric, value, float(vocab_size), None, tokens, interval, None, "perplexity"))
     return scores
+
+
+def _values_of(found: Predicted, settings: EvaluateConfig | None) -> dict[str, np.ndarray]:
+    """The segments of each value of ``settings.within`` with enough of them; nothing where there are not two."""
+    if settings is None or not settings.within:
+        return {}
+    value_G = np.array([meta.get(settings.within) or "unknown" for meta in found.metas_G])
+    values = [value for value in np.unique(value_G).tolist() if (value_G == value).sum() >= settings.min_items]
+    return {value: value_G == value for value in values} if len(values) > 1 else {}
 
 
 def _rows_of(data: HeldOut, pair: Pair, settings: EvaluateConfig) -> list[int]:

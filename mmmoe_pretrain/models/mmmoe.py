@@ -5,6 +5,8 @@ Shapes: n valid tokens, D hidden size, B samples, P size of the joint embedding 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
 from mmmoe_pretrain.models.content_decoder import ContentDecoder
 from mmmoe_pretrain.models.fusion.bank import GIVEN, Bank, stream_keys
 from mmmoe_pretrain.models.fusion.base import PARTS, build_fusion
+from mmmoe_pretrain.models.fusion.modulation import scale_gradient
 from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
@@ -27,6 +30,7 @@ from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
 BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", PARTS)
+NO_FACTORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class MMMoE(nn.Module):
@@ -127,11 +131,13 @@ class MMMoE(nn.Module):
         assert received_nD is not None
         return self.trunk(received_nD, plan)
 
-    def heads(self, x_nD: Tensor, batch: Batch) -> Outputs:
-        """The outputs of the last stage from the trunk's output."""
-        projected = self.projected(x_nD, batch)
+    def heads(self, x_nD: Tensor, batch: Batch, factors: Mapping[str, Tensor] = NO_FACTORS) -> Outputs:
+        """The outputs of the last stage from the trunk's output. ``factors``: by representation, [parts, B], of the
+        gradients of its parts; of these there are ``Outputs.terms``."""
+        projected, terms = self.projected(x_nD, batch, factors)
         features = {name: F.normalize(rows_BP, dim=-1, eps=1e-6) for name, rows_BP in projected.items()}
-        return Outputs(x_nD, features, self._token_nll(x_nD, batch), self._contents(x_nD, batch), projected)
+        found = (self._token_nll(x_nD, batch), self._contents(x_nD, batch))
+        return Outputs(x_nD, features, *found, projected, terms)
 
     def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
         tokens = torch.cat(
@@ -153,13 +159,15 @@ class MMMoE(nn.Module):
             x_nD = x_nD + hidden_n1 * of_mask_MD.index_select(0, plan.tokens.modality_ids_n)
         return x_nD.to(self.compute_dtype)
 
-    def projected(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Each sample's vector, projected, by representation; zero without one."""
+    def projected(
+        self, x_nD: Tensor, batch: Batch, factors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each sample's vector, projected, by representation; zero without one. And the ``Outputs.terms``."""
         if not self.joint_heads:
-            return {}
+            return {}, {}
         x_nD = x_nD.float()
         mean_SD = _segment_means(x_nD, batch)
-        projected = {}
+        projected, terms = {}, {}
         for name, representation in self.objectives.representations.items():
             parts = representation.segment_names
             segment_PB = torch.stack([batch.pooled[part] for part in parts])
@@ -172,10 +180,17 @@ class MMMoE(nn.Module):
                 bank = cast(Bank, self.banks[name])
                 tokens_nD, mean_PBD = bank(x_nD, mean_PBD, present_PB)
                 present_PB, spans = bank.present(present_PB), bank.spans(spans, len(x_nD))
-            fused_BW = self.fusions[name](tokens_nD, mean_PBD, present_PB, spans)
-            present_B = batch.pooled[name] >= 0
-            projected[name] = self.joint_heads[name](fused_BW) * present_B[:, None]
-        return projected
+            present_B1 = (batch.pooled[name] >= 0)[:, None]
+            if name not in factors:
+                fused_BW = self.fusions[name](tokens_nD, mean_PBD, present_PB, spans)
+                projected[name] = self.joint_heads[name](fused_BW) * present_B1
+                continue
+            mean_PBD = scale_gradient(mean_PBD, factors[name][..., None])
+            term_PBW = self.fusions[name](tokens_nD, mean_PBD, present_PB, spans, by_part=True)
+            # One call: ZeRO-3 gathers a head's weights for each.
+            both = self.joint_heads[name](torch.cat([term_PBW.sum(dim=0, keepdim=True), term_PBW.detach()]))
+            projected[name], terms[name] = both[0] * present_B1, both[1:].detach()
+        return projected, terms
 
     def _contents(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N, C] by loss, of its hidden tokens in the order of the stream."""

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.block import is_sparse
+from mmmoe_pretrain.models.fusion.modulation import Modulation
 from mmmoe_pretrain.models.init import init_parameters
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.losses import BalanceWindow, loss_names, reduce_stats, routing_losses
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import ObjectiveModule, Outputs, StepCounts, step_counts
 from mmmoe_pretrain.objectives.uncertainty import WEIGHTING, UncertaintyWeighting
+from mmmoe_pretrain.parallel.collectives import summed
 from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
@@ -64,6 +66,10 @@ class PretrainingModel(nn.Module):
         init_parameters(self.mmmoe, seed, num_layers, stream_name)
         learned = self.stage.last and config.train.loss_weighting == "uncertainty"
         self.loss_weighting = UncertaintyWeighting(self.objectives.losses) if learned else None
+        self._learned_weights: dict[str, Tensor] = {}  # of the last step
+        read = self.objectives.representations if self.stage.last else {}
+        balanced = {name: Modulation(name, its.settings) for name, its in read.items() if its.settings.modulated}
+        self.modulations = nn.ModuleDict(balanced)
         init_parameters(self.tasks, seed, num_layers, lambda name: stream_name(f"tasks.{name}"))
 
     def forward(self, batch: Batch, received_nD: Tensor | None = None) -> tuple[Tensor, LossReport]:
@@ -78,8 +84,9 @@ class PretrainingModel(nn.Module):
         losses: dict[str, Tensor] = {}
         total = x_nD.new_zeros((), dtype=torch.float32)
         if self.stage.last:
-            outputs = self.mmmoe.heads(x_nD, batch)
+            outputs = self.mmmoe.heads(x_nD, batch, self._gradient_factors(batch))
             losses, total = self._objectives(outputs, batch, counts)
+            self._measure_parts(outputs, batch)
             if self.loss_weighting is not None and self.training:
                 share = self.groups.data_size * batch.num_valid / max(1, counts.tokens)
                 losses[WEIGHTING] = self.loss_weighting.penalty(self._weighted_losses(counts), share)
@@ -123,13 +130,43 @@ class PretrainingModel(nn.Module):
             total = total + torch.stack(list(own.values())).sum()
         return losses, total
 
+    def _gradient_factors(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the parts of the representations that are balanced, in training."""
+        if not self.training:
+            return {}
+        return {name: its.factors(batch, self.config.seed, self._step) for name, its in self._modulations()}
+
+    def _measure_parts(self, outputs: Outputs, batch: Batch) -> None:
+        """How far each part of them is, for the next step."""
+        if not outputs.terms:
+            return
+        sums = [module.progress(outputs, batch, self.groups) for _, module in self._task_modules()]
+        for name, modulation in self._modulations():
+            own = torch.stack([found[name] for found in sums if name in found]).sum(dim=0)
+            modulation.add(summed(own, self.groups.data) if self.groups.data_size > 1 else own)
+
+    def balance(self) -> dict[str, Tensor]:
+        """How far the objectives and modalities are, by name, each a number, where something balances them:
+        ``weight/LOSS`` that was learned (of the last step), and ``Modulation.figures`` (after it)."""
+        found = {f"weight/{loss}": weight.view(1) for loss, weight in self._learned_weights.items()}
+        for _, modulation in self._modulations():
+            found |= modulation.figures()
+        return found
+
+    def _modulations(self) -> Iterator[tuple[str, Modulation]]:
+        for name, module in self.modulations.items():
+            assert isinstance(module, Modulation)
+            yield name, module
+
     def _factors(self, counts: StepCounts) -> dict[str, float | Tensor]:
         """The factors, by loss, from a rank's sum to its part of the weighted mean."""
         weights, factors = self.objectives.weights(self._step), dict[str, float | Tensor]()
         for loss, weight in weights.items():
             factors[loss] = weight * self.groups.data_size / max(1, counts.terms[loss])
             if self.loss_weighting is not None and self.training:
-                factors[loss] = factors[loss] * self.loss_weighting.factor(loss)
+                learned = self.loss_weighting.factor(loss)
+                factors[loss] = factors[loss] * learned
+                self._learned_weights[loss] = learned.detach()
         return factors
 
     def _weighted_losses(self, counts: StepCounts) -> list[str]:
@@ -214,6 +251,8 @@ class PretrainingModel(nn.Module):
         self._counts, self._pass = None, "only"
         for _, module in self._task_modules():
             module.after_step(committed=routing is not None)
+        for _, modulation in self._modulations():
+            modulation.after_step(committed=routing is not None)
         if routing is not None:
             for router, stats in zip(self.mmmoe.routers, routing, strict=True):
                 router.end_step(stats)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -210,13 +210,15 @@ class Outputs:
     """The outputs of the last stage. ``hidden_nD``: the trunk's output. ``features``: by representation, [B, P] unit
     rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
     each of its targets. ``contents``: by loss, [N, C] predictions in fp32 of the contents of hidden tokens.
-    ``projected``: ``features`` before they get unit length."""
+    ``projected``: ``features`` before they get unit length. ``terms``: by representation with balanced parts, in
+    training, the [P, B, width] without a gradient whose sum over the parts ``projected`` is."""
 
     hidden_nD: Tensor
     features: dict[str, Tensor]
     token_nll: dict[str, Tensor]
     contents: dict[str, Tensor]
     projected: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ObjectiveModule(nn.Module):
@@ -241,6 +243,12 @@ class ObjectiveModule(nn.Module):
         """Where ``Settings.taught``: before the passes of a step, each of its microbatches in their order, with the
         outputs of the model that has the average of the weights, this module's included; without gradients."""
         raise NotImplementedError
+
+    def progress(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
+        """By representation of ``outputs.terms`` that ``Settings.scored`` names, [P + 1] without a gradient: over
+        this rank's samples that have every part, the sums of the probability that each part alone gives to the true
+        other side, and the number of these samples. Collective."""
+        return {}
 
     # Of an objective whose loss is of the whole step, in this order: collect each microbatch without gradients,
     # finish, then forward (values alone) and surrogate of each microbatch, in the same order.

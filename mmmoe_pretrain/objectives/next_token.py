@@ -1,6 +1,7 @@
 """Next-token prediction: on a text alone, on a text after images or audio (captioning), on interleaved documents.
 
-Its loss is the mean negative log-likelihood of all targets of an optimizer step. Each item whose tokens are discrete
+Its loss is the mean negative log-likelihood of all targets of an optimizer step, or with ``balance`` the mean of such
+losses, one for each group of targets (token_groups.py). Each item whose tokens are discrete
 stands as its begin mark and pieces, each of which predicts the next piece or the end mark.
 """
 
@@ -24,18 +25,22 @@ from mmmoe_pretrain.objectives.base import (
     Outputs,
     num_tokens,
 )
+from mmmoe_pretrain.objectives.token_groups import MODALITY, Balance, TokenGroups
 from mmmoe_pretrain.parallel.groups import Groups
 
 
 class NextTokenSettings(ObjectiveSettings):
     """``parts``: the modalities of a segment in order, each a name or a list of alternatives of which one is drawn:
     ``[[image, audio], text]``. Empty: all items of a document in its order, and of another sample those whose tokens
-    can be predicted. ``loss_on``: of those modalities, the ones that have a loss (empty: all). ``fraction``: of the
-    samples that get such a segment, drawn at random."""
+    can be predicted. ``loss_on``: of those modalities, the ones that have a loss (empty: all). ``balance``:
+    ``modality``, so that each of these counts equally instead of by its tokens, or a field of the samples with its
+    values, each of which does: ``{language: [en, de, other]}``. Targets of other values have a loss where ``other``
+    is named. ``fraction``: of the samples that get such a segment, drawn at random."""
 
     kind: Literal["next_token"] = "next_token"
     parts: tuple[str | tuple[str, ...], ...] = ()
     loss_on: tuple[str, ...] = ()
+    balance: Balance = None
     fraction: float = Field(1.0, gt=0, le=1)
 
     def of_every_sample(self) -> ObjectiveSettings:
@@ -79,6 +84,13 @@ class NextTokenSettings(ObjectiveSettings):
                 f"objectives.{name} predicts nothing: none of {', '.join(sorted(among))} has discrete tokens; add a "
                 f"modality that has (kind: text) to its parts, or leave the objective out"
             )
+        predicted = set(self.loss_on) or able & among
+        if self.balance == MODALITY and len(predicted) < 2:
+            raise ValueError(
+                f"objectives.{name}.balance modality weighs several modalities with a loss, and this one has "
+                f"{', '.join(predicted)} alone; remove it, or balance by a field of the samples, e.g. "
+                f"{{language: [en, de, other]}}"
+            )
 
 
 class NextToken(Objective):
@@ -93,6 +105,7 @@ class NextToken(Objective):
         self._parts = self.settings.ways_of_parts
         predictable = {m for m, modality in self.modalities.items() if modality.predictable}
         self._predicted = set(self.settings.loss_on) or predictable & (self.settings.named or predictable)
+        self.groups = TokenGroups.of(self.settings.balance, tuple(self.modalities), self._predicted)
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
         """See ``Objective.segments``."""
@@ -135,13 +148,19 @@ class NextToken(Objective):
 
     @property
     def losses(self) -> dict[str, float]:
-        return {self.name: 1.0}
+        if self.groups is None:
+            return {self.name: 1.0}
+        return {f"{self.name}/{group}": 1 / len(self.groups.names) for group in self.groups.names}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {self.name: len(batch.targets[self.name])}
+        targets = batch.targets[self.name]
+        if self.groups is None:
+            return {self.name: len(targets)}
+        group_N = self.groups.numbers(batch, targets)
+        return {loss: int((group_N == number).sum()) for number, loss in enumerate(self.losses)}
 
     def module(self, embedding_size: int) -> ObjectiveModule:
-        return _SumOfTargets(self.name)
+        return _SumOfTargets(self.name, self.groups)
 
     def needs(self) -> dict[str, set[str]]:
         """See ``Objective.needs``: of alternatives, one way for each."""
@@ -170,16 +189,27 @@ class NextToken(Objective):
 
     def why_idle(self, loss: str, count: int, so_far: str) -> str:
         ways = ", or ".join(what.removeprefix(f"{self.name} of ") for what in self.needs())
+        group, more = loss.removeprefix(self.name).removeprefix("/"), ""
+        if group:
+            field = self.groups.field if self.groups is not None else ""
+            more = f", as {field or 'modality'} {group}, which is in its balance" if group else ""
         return (
-            f"objectives.{self.name} had no target {so_far}: no sample drawn for it has {ways}. Give the data such "
-            f"samples, correct its parts, or set its weight: 0"
+            f"objectives.{self.name} had no target {so_far}: no sample drawn for it has {ways}{more}. Give the data "
+            f"such samples, correct its {'balance' if group else 'parts'}, or set its weight: 0"
         )
 
 
 class _SumOfTargets(ObjectiveModule):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, groups: TokenGroups | None) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.groups = name, groups
 
     def forward(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
-        return {self.name: outputs.token_nll[self.name].sum()}
+        nll_N = outputs.token_nll[self.name]
+        if self.groups is None:
+            return {self.name: nll_N.sum()}
+        group_N = self.groups.numbers(batch, batch.targets[self.name])
+        return {
+            f"{self.name}/{group}": (nll_N * (group_N == number)).sum()
+            for number, group in enumerate(self.groups.names)
+        }

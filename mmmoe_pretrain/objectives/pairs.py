@@ -11,7 +11,7 @@ its weights, which changes slowly (the momentum encoder of MoCo, arXiv 1911.0572
 whose update is skipped adds none, and held-out losses do not use them.
 
 Shapes: B samples of a microbatch, G samples of a global microbatch (or step), Q samples of the queue, N = G + Q,
-R representations, P joint space.
+R representations, P joint space, U parts of a representation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch
-from mmmoe_pretrain.config.base import StepSizes
+from mmmoe_pretrain.config.base import StepSizes, sides_of
 from mmmoe_pretrain.objectives.base import Outputs
 from mmmoe_pretrain.objectives.pooled import (
     CachedSettings,
@@ -35,6 +35,7 @@ from mmmoe_pretrain.objectives.pooled import (
     PairwiseSettings,
     PooledModule,
     gather,
+    present,
 )
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -57,6 +58,11 @@ class PairSettings(PairwiseSettings, CachedSettings):
     def taught(self) -> bool:
         """See ``ObjectiveSettings.taught``."""
         return self.queue_from_average
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """See ``ObjectiveSettings.scored``."""
+        return tuple(side for pair, weight in self.pairs.items() if weight for side in sides_of(pair))
 
     @model_validator(mode="after")
     def _has_a_queue(self) -> Self:
@@ -134,7 +140,8 @@ class PairModule(PooledModule):
 
     def __init__(self, objective: PairObjective, embedding_size: int) -> None:
         super().__init__(objective)
-        self.pairs = objective.pairs
+        self.pairs, self.weights = objective.pairs, objective.settings.pairs
+        self.parts = {name: objective.all_representations[name].modalities for name in self.sides}
         start = math.log(1.0 / objective.settings.initial_temperature)
         self.log_scale = nn.ParameterDict({pair: nn.Parameter(torch.full((1,), start)) for pair in self.pairs})
         size, sides = objective.settings.queue_size, len(self.sides)
@@ -187,6 +194,29 @@ class PairModule(PooledModule):
             return
         self._stored.append(Features(everyone.rows_BRP.detach(), everyone.present_BR, everyone.group_ids_B))
 
+    @torch.no_grad()
+    def progress(self, outputs: Outputs, batch: Batch, groups: Groups) -> dict[str, Tensor]:
+        """See ``ObjectiveModule.progress``. Candidates are those of the global microbatch, also with ``cached`` or a
+        queue; the softmax over them is that of ``contrastive``, whatever the kind."""
+        terms = {name: value for name, value in outputs.terms.items() if name in self.sides}
+        if not terms:
+            return {}
+        features = self._features(outputs, batch)
+        everyone, rows = gather(features, groups), len(features.group_ids_B)
+        mine = slice(groups.data_rank * rows, (groups.data_rank + 1) * rows)
+        found = {name: terms[name].new_zeros(len(terms[name]) + 1, dtype=torch.float64) for name in terms}
+        for pair, names in self.pairs.items():
+            scale = self.log_scale[pair].float().exp()
+            for name, other in (names, names[::-1]):
+                if name not in terms or not self.weights[pair]:
+                    continue
+                among = _candidates(everyone, everyone, self.sides.index(name), self.sides.index(other), mine)
+                length_B = outputs.projected[name].float().norm(dim=-1).clamp(min=1e-6)  # as of the features
+                right_UB = _right(scale * terms[name] / length_B[:, None], among)
+                counted_B = among.both_B & present(batch, self.parts[name]).all(dim=1)
+                found[name] += torch.cat([(right_UB * counted_B).double().sum(dim=1), counted_B.sum()[None]])
+        return found
+
     @property
     def _queue(self) -> Features:
         return Features(self.queue_rows, self.queue_present, self.queue_group_ids)
@@ -208,6 +238,14 @@ def _bounded(log_scale: Tensor) -> Tensor:
     with torch.no_grad():
         log_scale.clamp_(max=MAX_LOG_SCALE)
     return log_scale
+
+
+def _right(queries_UBP: Tensor, among: Candidates) -> Tensor:
+    """[U, B]: the probability of a query's own other side by the softmax over its candidates."""
+    logits_UBN = queries_UBP @ among.keys_NP.t()
+    usable_BN = among.usable_BN | among.is_own_BN  # a query without candidates does not count, but must be finite
+    probability_UBN = logits_UBN.masked_fill(~usable_BN, -math.inf).softmax(dim=-1)
+    return (probability_UBN * among.is_own_BN).sum(dim=-1)
 
 
 def _candidates(everyone: Features, keys: Features, query: int, key: int, mine: slice) -> Candidates:

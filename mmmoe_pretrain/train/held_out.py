@@ -293,7 +293,8 @@ class Validation:
         for pair in self._correlated:
             found |= self._after_cca(data, _in_order(fit, len(self._fit)) if fit else None, pair)
         for task, predicted in data.predicted.items():
-            found |= {score.metric: score.value for score in scores.perplexity_scores(task, predicted, None, names)}
+            its = scores.perplexity_scores(task, predicted, None, names, settings)
+            found |= {score.metric: score.value for score in its}
         return {metric: value for metric, value in found.items() if "/" not in metric}
 
     def _after_cca(self, data: HeldOut, train: HeldOut | None, pair: Pair) -> dict[str, float]:

@@ -24,7 +24,7 @@ from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, build_host_groups, destroy_groups, host_pipeline
 from mmmoe_pretrain.parallel.replica import build_replica_channel
 from mmmoe_pretrain.parallel.runtime import deterministic_operations, process_group
-from mmmoe_pretrain.train import cpu, start
+from mmmoe_pretrain.train import budgets, cpu, start
 from mmmoe_pretrain.train.checkpointing import RunContext
 from mmmoe_pretrain.train.held_out import open_validation
 from mmmoe_pretrain.train.journal import Journal
@@ -63,6 +63,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> i
             config = agree(host.control, config.with_files)
             start.check_same_config(config, host)
             config = config.with_vocabulary(modalities.vocab_size)
+            config = budgets.settle(config, modalities, host, overwrite)
             layout = resolve_layout(config, dist.get_world_size())
             microbatch_size(config, layout.data)
             with (

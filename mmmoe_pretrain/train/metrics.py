@@ -33,7 +33,14 @@ from mmmoe_pretrain.train.journal import LineWriter
 from mmmoe_pretrain.train.memory import GROWN, growth, largest_resident, peak_memory
 from mmmoe_pretrain.train.planned import Planned
 from mmmoe_pretrain.train.scalars import held_out_scalars, scalars
-from mmmoe_pretrain.train.telemetry import LayerRouting, gather_routing, gather_stages, layer_json, number
+from mmmoe_pretrain.train.telemetry import (
+    LayerRouting,
+    gather_balance,
+    gather_routing,
+    gather_stages,
+    layer_json,
+    number,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -92,6 +99,7 @@ class StepRecord:
     memory: dict[str, float] = field(default_factory=dict)  # ``peak_memory`` of the fullest rank
     flops_a_token: float = 0.0  # of the model, forward and backward; 0: not known
     peak_flops: float = 0.0  # a second, of the devices of all ranks together; 0: not known
+    balance: dict[str, float] = field(default_factory=dict)  # ``PretrainingModel.balance``
     held_out: HeldOutScores | None = None  # of the model after this step
     planned: Planned | None = None  # where mmmoe plan knows the machine
 
@@ -197,6 +205,7 @@ class Recorder:
             loading_seconds=dict(self._loading_seconds),
             samples=samples,
             routing=gather_stages(gather_routing(result.routing, self._group), self._pipeline),
+            balance=gather_balance(result.balance, self._pipeline),
             memory={kind: peak for kind, peak in zip(memory, peaks, strict=True) if peak},
             flops_a_token=self._compute.flops_a_token,
             peak_flops=self._compute.peak_flops,
@@ -341,6 +350,7 @@ def to_json(record: StepRecord) -> dict[str, Any]:
         "step": record.step,
         "losses": {name: number(value) for name, value in record.losses.items()},
         "counts": record.counts,
+        **({"balance": {name: number(value) for name, value in record.balance.items()}} if record.balance else {}),
         "learning_rate": number(record.learning_rate),
         "grad_norm": number(record.grad_norm),
         "tokens": record.tokens,

@@ -17,6 +17,8 @@ def scalars(record: Mapping[str, Any]) -> Scalars:
     for name, value in record["losses"].items():
         auxiliary = name.removeprefix("aux/")
         yield (f"1_loss/{name}" if auxiliary == name else f"4_auxiliary_loss/{auxiliary}"), value
+    for name, value in record.get("balance", {}).items():
+        yield f"1_balance/{name}", value
     yield from _routing_scalars(record["routing"])
     yield from held_out_scalars(record.get("held_out"))
     for name, count in record["counts"].items():

@@ -41,7 +41,8 @@ JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same in all starts of a jo
 SHARED_WITHIN = 30.0  # seconds until a new folder shows on another machine: NFS may keep its view for so long
 REPLACED_BY = "replaced_by"  # a file that names the job that replaced an older run here
 MOST_CHANGES = 4  # that a message about machines with different configs names
-NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "jitter", "lending")  # MoE settings of how it is computed
+# MoE settings of how it is computed, and of how a new run is made
+NOT_OF_THE_FUNCTION = ("dispatch_chunks", "expert_backend", "group_multiple", "jitter", "lending")
 
 
 def config_to_train(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -217,7 +218,7 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
             "hidden": sorted(objectives.hidden),
             "contents": sorted({*objectives.contents.values()}),
         },
-        "representations": {name: values["representations"].get(name, [name]) for name in objectives.representations},
+        "representations": {name: its.settings.of_the_model() for name, its in objectives.representations.items()},
         "objectives": {
             **{name: _tensors(its.module(config.model.embedding_size)) for name, its in objectives.items()},
             **{

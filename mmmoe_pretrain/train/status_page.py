@@ -67,6 +67,7 @@ def _lines(its: Status) -> Iterator[str]:
         "speed": _speed(its),
         "ends": _end(its),
         "losses": ", ".join(f"{name} {_number(value, '.4g')}" for name, value in its.losses.items()),
+        "balance": ", ".join(f"{name} {_number(value, '.3g')}" for name, value in its.balance.items()),
         "experts": "" if its.dead_experts is None else f"{its.dead_experts} dead in the last record",
         "checkpoint": _checkpoint(its),
         "counts": ", ".join(f"{name} {count}" for name, count in its.counts.items()).replace("_", " "),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,13 @@ def gather_stages(layers: tuple[LayerRouting, ...], pipeline: Group) -> tuple[La
         return layers
     stages = gather_objects(pipeline, layers)
     return tuple(sorted((layer for stage in stages for layer in stage), key=lambda layer: layer.layer))
+
+
+def gather_balance(balance: Mapping[str, Tensor], pipeline: Group) -> dict[str, float]:
+    """``StepResult.balance`` of every pipeline stage, on the host. Only at logged steps. Collective."""
+    own = dict(zip(balance, torch.cat(list(balance.values())).tolist(), strict=True)) if balance else {}
+    stages = [own] if pipeline is None else gather_objects(pipeline, own)
+    return {name: value for stage in stages for name, value in stage.items()}
 
 
 def layer_json(routing: LayerRouting) -> dict[str, Any]:

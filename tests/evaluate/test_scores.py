@@ -201,3 +201,23 @@ def test_targets_are_scored_together_and_by_what_their_segments_begin_with() -> 
     assert named["captions_perplexity"].chance == 4
     assert named["captions_perplexity"].majority == pytest.approx(4)
     assert named["captions_perplexity"].n == 4
+
+
+def test_languages_weigh_the_same_in_the_balanced_perplexity() -> None:
+    """Three German targets of 2 ** 1 and one Dutch of 2 ** 5; Danish has too few segments."""
+    found = Predicted(
+        nll_G=np.log(2) * np.array([1.0, 2.0, 5.0, 0.0, 9.0]),
+        tokens_G=np.array([1, 2, 1, 0, 1]),
+        first_G=np.zeros(5, dtype=int),
+        targets_V=np.array([5, 0]),
+        metas_G=tuple(SampleMeta(f"{i}", language=its) for i, its in enumerate(["de", "de", "nl", "nl", "da"])),
+    )
+    of = EvaluateConfig(within="language", min_items=2)
+    named = by_name(perplexity_scores("captions", found, None, ("text",), of))
+    assert {metric: score.value for metric, score in named.items()} == pytest.approx({
+        "captions_perplexity": 2 ** (17 / 5), "captions_perplexity/de": 2, "captions_perplexity/nl": 32,
+        "captions_perplexity_balanced": 2**3,
+    })  # fmt: skip
+    assert named["captions_perplexity_balanced"].n == 4
+    alone = by_name(perplexity_scores("captions", found, None, ("text",), of.model_copy(update={"min_items": 3})))
+    assert alone.keys() == {"captions_perplexity"}

@@ -74,7 +74,8 @@ def test_shared_runs_exist_and_are_of_the_same_config() -> None:
     assert shared
     for each, variant in shared:
         owner, name = each.owner_of(variant)
-        assert study(owner).config == each.config and study(owner).seeds == each.seeds
+        assert study(owner).path_of(study(owner).variant(name)) == each.path_of(variant)
+        assert study(owner).seeds == each.seeds
         assert not study(owner).variant(name).same_as
 
 

@@ -55,19 +55,21 @@ ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text"
 DOMAINS = {"moments": {"kind": "moment_alignment", "of": "image", "field": "subset", "target": ["b"]},
            "adversary": {"kind": "domain_adversarial", "of": "text", "field": "subset", "target": ["b"]}}  # fmt: skip
 # A target that nothing else reads, and a density, whose loss has no learned weight.
-SCENE = {"scene": {"kind": "late", "parts": ["image", "audio"], "missing": "allow"}}
-COMPLETED = {"completed": {"kind": "completion", "source": "image", "target": "scene", "hidden_size": 12,
+HEARD = {"heard": {"kind": "late", "parts": ["image", "audio"], "missing": "allow"}}
+COMPLETED = {"completed": {"kind": "completion", "source": "image", "target": "heard", "hidden_size": 12,
                            "from_average": True}}  # fmt: skip
 DENSITY = {"density": {"kind": "completion", "source": ["image", "text"], "target": "audio", "head": "mixture",
                        "components": 2, "hidden_size": 12, "weight": 0.1}}  # fmt: skip
 # Of four experts, the first two are those of samples with an image or audio alone.
 COMBINED = {"losses": {"combination": 0.1, "combination_modalities": ["image", "audio"], "balance": 0.01}}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
-# Of a run with every objective, weights that are learned, a teacher, and a queue of its features.
+SCENE = {"scene": {"kind": "late", "parts": ["image", "audio"], "modulation": {"alpha": 0.5, "noise": True}}}
+# Of a run with every objective, weights that are learned, a teacher and a queue of its features, and gradients that
+# are balanced.
 METHODS = {
     "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS, **COMPLETED},
-    "representations": SCENE,
-    "contrastive": {**QUEUE, "queue_from_average": True},
+    "representations": {**HEARD, **SCENE},
+    "contrastive": {**QUEUE, "queue_from_average": True, "pairs": {"image-text": 1.0, "scene-text": 1.0}},
     "optimizer": {"eps": 1e-4, "average": 0.5},
     "train": {"loss_weighting": "uncertainty"},
     "moe": COMBINED,
@@ -170,8 +172,8 @@ LENDING_CASES = [
 # Fused representations of every kind, each aligned with a modality or with another one.
 FUSED = {
     "early": {"kind": "early", "parts": ["image", "audio"], "missing": "allow"},
-    "late": {"kind": "late", "parts": ["image", "audio"]},
-    "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow"},
+    "late": SCENE["scene"],
+    "gated": {"kind": "gated", "parts": ["audio", "image"], "missing": "allow", "modulation": {}},
     "tensor": {"kind": "tensor", "parts": ["image", "audio", "text"], "size": 3, "missing": "bank"},
     "low_rank": {"kind": "low_rank", "parts": ["image", "text"], "rank": 2, "missing": "bank"},
     "latents": {"kind": "latents", "parts": ["image", "audio"], "num_latents": 3, "missing": "bank"},
@@ -261,6 +263,9 @@ def test_the_references_have_what_is_compared() -> None:
     fused = {key: held for key, held in reference(FUSION_CASES[0].alone, STEPS).moments.items() if ".fusions." in key}
     assert {key.split(".")[2] for key in fused} == FUSED.keys() - {"early"}
     assert all(held[1][0][1].any() for held in fused.values())
+    parameters = reference(FUSION_CASES[0].alone, STEPS).parameters
+    scores = [parameters[f"modulations.late.score_{part}"][1][0][1].item() for part in ("image", "audio")]
+    assert min(scores) > 0 and scores[0] != pytest.approx(scores[1], rel=1e-3)
 
 
 def test_the_vectors_of_banks_are_trained_by_samples_of_their_combination() -> None:

@@ -12,6 +12,7 @@ import torch
 from mmmoe_pretrain.batch import Item, Part, Sample, SampleMeta, Segment
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
+from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.objectives.base import Expected
 from tests.support import pack_settings, tiny_config
 
@@ -134,6 +135,54 @@ def test_counts_are_of_the_targets() -> None:
     assert settings.objectives["task"].counts(pack([], settings)) == {"task": 0}
 
 
+SPOKEN = [("de", text(5, 6)), ("nl", text(7)), ("de", text(8)), ("", text(9, 9, 9))]  # 3, 2, 2 and 4 targets
+
+
+def spoken() -> list[Sample]:
+    return [Sample(SampleMeta(f"s{i}", language=language), (item,)) for i, (language, item) in enumerate(SPOKEN)]
+
+
+@pytest.mark.parametrize(
+    ("balance", "counts"),
+    [
+        ({"language": ["de", "nl"]}, {"task/de": 5, "task/nl": 2}),
+        ({"language": ["nl", "fr", "other"]}, {"task/nl": 2, "task/fr": 0, "task/other": 9}),
+    ],
+)
+def test_values_of_a_field_count_equally(balance: dict[str, Any], counts: dict[str, int]) -> None:
+    """The mean over the groups of the mean over a group's targets in the step, of two microbatches."""
+    config = tiny_config(Path("unused"), **values_of(task={"balance": balance}))
+    model, settings = PretrainingModel(config), pack_settings(config)
+    batches = [pack(samples, settings) for samples in (spoken()[:3], spoken()[3:], [])]
+    of_step = step_counts(batches, model.objectives, None, torch.device("cpu"))
+    assert of_step.terms == counts and model.objectives.weights(0) == dict.fromkeys(counts, 1 / len(counts))
+    sums = dict.fromkeys(counts, 0.0)
+    losses = dict.fromkeys(counts, 0.0)
+    model.begin_step(0, of_step)
+    for batch in batches:
+        for loss, value in model(batch)[1].losses.items():
+            if loss in losses:
+                losses[loss] += value.item()
+        x_nD, _ = model.mmmoe.run_stage(batch, None)
+        nll = iter(model.mmmoe.heads(x_nD, batch).token_nll["task"].tolist())
+        for meta, (_, item) in zip(batch.metas, (SPOKEN[int(meta.key[1])] for meta in batch.metas), strict=True):
+            language = f"task/{meta.language}" if f"task/{meta.language}" in counts else "task/other"
+            own = sum(next(nll) for _ in item.value[1:])
+            sums[language] = sums.get(language, 0.0) + own
+    expected = {loss: sums[loss] / max(1, count) / len(counts) for loss, count in counts.items()}
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_modalities_with_a_loss_count_equally() -> None:
+    settings = settings_of(balance="modality", loss_on=["title", "text"])
+    task = settings.objectives["task"]
+    samples = [sample(text(5, 6, 7), text(5, name="title")), sample(text(8, name="title")), sample(image())]
+    assert task.losses == {"task/title": 0.5, "task/text": 0.5}
+    assert task.counts(pack(samples, settings)) == {"task/title": 2 + 2, "task/text": 4}
+    assert task.counts(pack([], settings)) == {"task/title": 0, "task/text": 0}
+    assert "has text, or title, as modality title, which is in its balance" in task.why_idle("task/title", 0, "yet")
+
+
 def test_a_token_sees_what_stands_before_it_and_nothing_after() -> None:
     """In a document: another last text changes no earlier token's loss, another image those of all tokens after."""
     config = tiny_config(Path("unused"), **values_of(task={}))
@@ -196,6 +245,9 @@ def test_weights_follow_their_schedule() -> None:
         ({"parts": [["image", "audio"]]}, ["predicts nothing", "audio, image", "kind: text"]),
         ({"parts": ["text", ["image", "text"]]}, ["text", "twice"]),
         ({"parts": [[], "text"]}, ["parts", "nothing in a list"]),
+        ({"balance": "modality", "parts": ["image", "text"]}, ["text alone", "{language: [en, de, other]}"]),
+        ({"balance": {"language": ["de"]}}, ["language ['de']", "two values or more", "other stands for"]),
+        ({"balance": {"language": ["de", "d/e"]}}, ["'d/e'", "letters, digits, _ and -"]),
         ({"fraction": 0.0}, ["task.fraction", "greater than 0"]),
         ({"weight": [[5, 1.0], [5, 0.0]]}, ["weight", "[[0, 0.0], [1000, 0.25]]"]),
         ({"weight": []}, ["weight", "[[0, 0.0], [1000, 0.25]]"]),

@@ -41,6 +41,9 @@ def test_the_total_and_its_gradient_are_those_of_the_formula() -> None:
         totals.append(sums["all"])
     own = {loss: values[loss] for loss in fixed.objectives.losses}
     scaled = {loss: math.exp(-variances[loss.replace("/", "-")]) * value for loss, value in own.items()}
+    told = {name: float(value) for name, value in learned.balance().items()}
+    weights = {f"weight/{loss}": math.exp(-variances[loss.replace("/", "-")]) for loss in own}
+    assert told == pytest.approx(weights) and not fixed.balance()
     added = sum(variances.values()) / 2
     assert totals[1] == pytest.approx(totals[0] - sum(own.values()) + sum(scaled.values()) + added, rel=1e-5)
     for loss, value in scaled.items():

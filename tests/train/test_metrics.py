@@ -282,20 +282,30 @@ def test_a_record_has_its_speed_over_the_planned_one() -> None:
     assert found["planned"] == {"tokens_per_second": 8000, "peak_memory": 10**9, "speed_over_plan": 0.25}
 
 
-def test_a_record_tells_the_memory_of_the_fullest_rank_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 holds most and rank 0 waits longest."""
+def test_a_record_tells_what_balances_objectives_and_modalities() -> None:
+    named = {"weight/pairs/image-text": 0.51234567, "ratio/scene/image": float("nan")}
+    values = to_json(dataclasses.replace(record(10), balance=named))
+    assert values["balance"] == {"weight/pairs/image-text": 0.512346, "ratio/scene/image": None}
+    assert dict(scalars(values))["1_balance/weight/pairs/image-text"] == 0.512346
+    assert "balance" not in to_json(record(10))
+
+
+def test_a_record_has_what_all_ranks_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 holds most memory and has the last stage; rank 0 waits longest."""
 
     def of_rank() -> StepRecord:
         with process_group(timeout_minutes=1):
             rank = dist.get_rank()
             monkeypatch.setattr(metrics, "peak_memory", lambda device: {"allocated": 5.0 + rank, "reserved": 9.0})
-            recorder = Recorder(ranks=dist.group.WORLD)
-            result = StepResult({"total": 1.0}, 1.0, StepCounts(100, {}), ())
+            recorder = Recorder(ranks=dist.group.WORLD, pipeline=dist.group.WORLD)
+            balance = {"score/scene/image": torch.tensor([0.5])} if rank else {}
+            result = StepResult({"total": 1.0}, 1.0, StepCounts(100, {}), (), balance=balance)
             recorder.add(result, LoadStats(4, wait_seconds=2.0 - rank))
             return recorder.record(1, result, 0.1, SampleCounts())
 
     for found in run_ranks(2, of_rank):
         assert (found.memory, found.data_seconds) == ({"allocated": 6.0, "reserved": 9.0}, 2.0)
+        assert found.balance == {"score/scene/image": 0.5}
 
 
 def test_the_growth_of_a_process_is_told_where_its_steps_are_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import pytest
 from mmmoe_pretrain.train import status
 from mmmoe_pretrain.train.lock import RunLock
 from mmmoe_pretrain.train.status import last_lines, status_of
-from mmmoe_pretrain.train.status_page import command
+from mmmoe_pretrain.train.status_page import command, page
 
 
 def write_run(folder: Path, events: list[Any], records: list[dict[str, Any]], tail: str = "") -> Path:
@@ -76,7 +76,7 @@ def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -
     routing = [{"load_over_even": [0.0, 2.0]}, {"load_over_even": [1.0, 1.0]}]
     records = [record(70), record(80, 4.0, flops_per_second=3e9), record(90, 5.0, flops_per_second=2e9, mfu=0.5),
                record(100, 60.0, routing=routing, peak_memory={"a": 8}, flops_per_second=1e7, mfu=0.1,
-                      planned={"speed_over_plan": 0.8})]  # fmt: skip
+                      planned={"speed_over_plan": 0.8}, balance={"ratio/scene/image": 1.25, "x": "?"})]  # fmt: skip
     folder = write_run(tmp_path / "runs" / "one", EVENTS, records, HALF)
     with held(folder) as pid:
         found = status_of(folder)
@@ -86,6 +86,8 @@ def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -
     assert (found.flops_per_second, found.mfu, found.speed_over_plan) == (2e9, 0.3, 0.8)
     assert found.seconds_left == pytest.approx(450, abs=5) and found.note == ""
     assert (found.losses, found.dead_experts, found.peak_memory) == ({"total": 2.5, "aux/z": None}, 1, 8)
+    assert found.balance == {"ratio/scene/image": 1.25, "x": None}
+    assert "\n  balance     ratio/scene/image 1.25, x -\n" in page(found)
     assert (found.checkpoint_step, found.checkpoint) == (90, "x/step_00000090")
     assert found.checkpoint_age == pytest.approx(125, abs=5)
     assert found.counts == {"restarts": 1, "rollbacks": 1, "skipped_steps": 2, "spikes": 0, "failed_saves": 0,

@@ -15,17 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Spans
 from mmmoe_pretrain.config import ModelConfig
-from mmmoe_pretrain.config.base import RepresentationSettings
-from mmmoe_pretrain.models.fusion.base import Fusion, softmax_over_present
+from mmmoe_pretrain.models.fusion.base import softmax_over_present
+from mmmoe_pretrain.models.fusion.modulation import Additive, AdditiveSettings
 
 
-class GatedSettings(RepresentationSettings):
+class GatedSettings(AdditiveSettings):
     kind: Literal["gated"] = "gated"
 
 
-class Gated(Fusion):
+class Gated(Additive):
     """See the module."""
 
     Settings = GatedSettings
@@ -35,11 +34,11 @@ class Gated(Fusion):
         self.names = settings.parts
         self.parts = nn.ModuleDict({name: _Part(model.hidden_size, len(self.names)) for name in self.names})
 
-    def forward(self, x_nD: Tensor, mean_PBD: Tensor, present_PB: Tensor, spans_P: tuple[Spans, ...]) -> Tensor:
+    def terms(self, mean_PBD: Tensor, present_PB: Tensor) -> Tensor:
         everything = mean_PBD.transpose(0, 1).flatten(1)
         of_parts = [self.parts[name](mean_BD, everything) for name, mean_BD in zip(self.names, mean_PBD, strict=True)]
         hidden, logits = (torch.stack(tensors) for tensors in zip(*of_parts, strict=True))
-        return (softmax_over_present(logits, present_PB) * hidden).sum(dim=0)
+        return softmax_over_present(logits, present_PB) * hidden
 
 
 class _Part(nn.Module):

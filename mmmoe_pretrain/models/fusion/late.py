@@ -13,13 +13,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Spans
 from mmmoe_pretrain.config import ModelConfig
-from mmmoe_pretrain.config.base import RepresentationSettings
-from mmmoe_pretrain.models.fusion.base import Fusion, softmax_over_present
+from mmmoe_pretrain.models.fusion.base import softmax_over_present
+from mmmoe_pretrain.models.fusion.modulation import Additive, AdditiveSettings
 
 
-class LateSettings(RepresentationSettings):
+class LateSettings(AdditiveSettings):
     """``weights``: by part, of any sum; None: learned, equal at the start."""
 
     kind: Literal["late"] = "late"
@@ -35,7 +34,7 @@ class LateSettings(RepresentationSettings):
         return self
 
 
-class Late(Fusion):
+class Late(Additive):
     """See the module."""
 
     Settings = LateSettings
@@ -49,9 +48,9 @@ class Late(Fusion):
         logs = torch.tensor([math.log(fixed.get(name, 1.0)) for name in self.names])
         self.register_buffer("fixed_P", logs, persistent=False)
 
-    def forward(self, x_nD: Tensor, mean_PBD: Tensor, present_PB: Tensor, spans_P: tuple[Spans, ...]) -> Tensor:
+    def terms(self, mean_PBD: Tensor, present_PB: Tensor) -> Tensor:
         logit_P = self.get_buffer("fixed_P")
         if self.learned:
             logit_P = torch.cat([self.parts[name] for name in self.names])
         weight_PB = softmax_over_present(logit_P[:, None].expand(present_PB.shape), present_PB)
-        return (weight_PB[:, :, None] * mean_PBD).sum(dim=0)
+        return weight_PB[:, :, None] * mean_PBD
