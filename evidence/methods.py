@@ -1,7 +1,7 @@
 """The methods of docs/methods.md. A study is a data set: its reference, and runs that differ from it by one method.
 
-To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or of ``STAMPS`` (methods_of_stamps.py)
-for the data of the demo. ``tests/methods`` trains every config of that folder.
+To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or for the demo's data of ``STAMPS``
+(methods_of_stamps.py). ``tests/methods`` trains every config of that folder.
 """
 
 from __future__ import annotations
