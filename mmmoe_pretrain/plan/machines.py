@@ -164,7 +164,7 @@ OPTIMIZER = 28.0 + 30.0
 OPERATION = 8 * MICRO
 # Operations of a block and a microbatch on a GPU's paths (tests/plan/test_host_time.py counts them); a Triton kernel
 # is launched from Python and counts as three, which is assumed. Once a step: as measured with those narrow models.
-OPERATIONS = {"dense_block": 60, "moe_block": 190, "dispatch": 60, "microbatch": 450}
+OPERATIONS = {"dense_block": 60, "moe_block": 240, "dispatch": 65, "microbatch": 540}
 HOST = Host(**{part: number * OPERATION for part, number in OPERATIONS.items()}, step_block=0.2e-3, step=4e-3)
 # Of a link's bandwidth: NVLink of a B200 0.74 (all-reduce), 0.67 (gather) and 0.60 (all-to-all) (s); InfiniBand 43 to
 # 47 of 50 GB/s in an all-to-all over 16 and 32 H800 (deepseek-ai/DeepEP, README).
