@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, Sample, SampleMeta, map_leaves
 from mmmoe_pretrain.config import HELD_OUT, RunConfig
-from mmmoe_pretrain.data.decode import decode, keep_slot
+from mmmoe_pretrain.data.decode import decode, keep_slot, without_withheld
 from mmmoe_pretrain.data.evaluation import eval_settings, shares_of_mix, spread
 from mmmoe_pretrain.data.loader import Loader
 from mmmoe_pretrain.data.order.assign import microbatch_size
@@ -278,7 +278,8 @@ class Validation:
         if number >= len(chosen):
             return Sample(SampleMeta(""))
         most = self.config.data.max_tokens_per_document
-        return keep_slot(decode(chosen.read(number), self._modalities, most=most))
+        sample = keep_slot(decode(chosen.read(number), self._modalities, most=most))
+        return without_withheld(sample, self._modalities) if chosen is self._fit else sample
 
     def _scores(self, ranks: Sequence[Part], fit: Sequence[Part] = ()) -> dict[str, float]:
         """Of the parts of all ranks. Recall is NaN where a feature is not finite: no checkpoint is the best by it."""
