@@ -205,14 +205,22 @@ def modalities_kept(
     where all are."""
     left, draw_of = [], {}
     for name in held:
-        settings, stream = modalities[name].settings, modalities.streams[name]
-        withheld, dropped = settings.withheld_share, 0.0 if draws is None else settings.dropout_at(draws.step)
-        by_key = xxhash.xxh3_64_intdigest(f"{stream}/{key}".encode()) / 2**64 if withheld else 1.0
-        drawn = float(draws.generator(f"{stream}/dropout").random()) if draws is not None and dropped else 1.0
-        draw_of[name] = (1, drawn) if by_key >= withheld else (0, by_key)  # what is withheld stays last
-        if by_key >= withheld and drawn >= dropped:
+        dropped = 0.0 if draws is None else modalities[name].settings.dropout_at(draws.step)
+        by_key, withheld = _by_key(key, name, modalities)
+        drawn = 1.0
+        if draws is not None and dropped:
+            drawn = float(draws.generator(f"{modalities.streams[name]}/dropout").random())
+        draw_of[name] = (0, by_key) if withheld else (1, drawn)  # what is withheld stays last
+        if not withheld and drawn >= dropped:
             left.append(name)
     return tuple(left or sorted(draw_of, key=lambda name: draw_of[name])[-1:])
+
+
+def _by_key(key: str, name: str, modalities: Modalities) -> tuple[float, bool]:
+    """A number from 0 to 1 of a sample and a modality, and whether that is withheld from it (``withheld_share``)."""
+    share = modalities[name].settings.withheld_share
+    number = xxhash.xxh3_64_intdigest(f"{modalities.streams[name]}/{key}".encode()) / 2**64 if share else 1.0
+    return number, number < share
 
 
 @dataclass(frozen=True)

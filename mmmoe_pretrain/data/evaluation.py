@@ -12,7 +12,7 @@ import numpy as np
 from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.budget import BadBudget
-from mmmoe_pretrain.data.decode import BadSample, decode, keep_slot
+from mmmoe_pretrain.data.decode import BadSample, decode, keep_slot, without_withheld
 from mmmoe_pretrain.data.loader import LoadStats
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data.sources.source import open_indexed
@@ -68,7 +68,8 @@ def training_samples(
     config: RunConfig, modalities: Modalities, limit: int, what: str
 ) -> Iterator[tuple[int, Sample]]:
     """About ``limit`` samples spread evenly over each training folder, of which each gives its share of the mix, and
-    the number of each in its folder; those that cannot be decoded are left out. ``what``: is done, for progress."""
+    the number of each in its folder; those that cannot be decoded are left out, and so is what is withheld from
+    training. ``what``: is done, for progress."""
     most, files = config.data.max_tokens_per_document, Files(read_settings(config))
     for source, share in zip(config.data.train, shares_of_mix(config), strict=True):
         folder = open_indexed(source.path, files, modalities)
@@ -76,7 +77,7 @@ def training_samples(
         for i in track(places, f"{what} of {source.path}", len(places), "samples"):
             sample = decode(folder.read(i), modalities, most=most)
             if not isinstance(sample, BadSample):
-                yield i, sample
+                yield i, without_withheld(sample, modalities)
 
 
 def shares_of_mix(config: RunConfig) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import text_of, without_withheld
+from mmmoe_pretrain.data.decode import text_of
 from mmmoe_pretrain.data.evaluation import eval_samples, eval_settings, iterate_eval, training_samples
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
@@ -102,8 +102,7 @@ class HeldOutRows:
         """About ``limit`` training samples, spread evenly, without what is withheld from training, packed as held-out
         ones. ``what``: is done, for progress."""
         settings = eval_settings(self.config, self.modalities)
-        found = training_samples(self.config, self.modalities, limit, what)
-        samples = (without_withheld(sample, self.modalities) for _, sample in found)
+        samples = (sample for _, sample in training_samples(self.config, self.modalities, limit, what))
         while batch := list(itertools.islice(samples, BATCH_SIZE)):
             yield pack(batch, settings), batch
 

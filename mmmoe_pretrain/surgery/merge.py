@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmmoe_pretrain.config.optimizer import GRADIENT_POWER
 from mmmoe_pretrain.surgery.operation import Result, Source, capacity_reason, stays_exact
 from mmmoe_pretrain.surgery.parameters import STACKED, Layer, Parameter, State, group_changes, select_experts
 from mmmoe_pretrain.surgery.settings import chosen_layers, with_layers
@@ -84,7 +85,8 @@ def _merged(state: State, layer: Layer, first: int, second: int, used: tuple[flo
 
 
 def _combined(parameter: Parameter, axis: int, rows: tuple[int, int], used: tuple[float, float]) -> Parameter:
-    """Row ``rows[0]`` holds both: their weighted mean, and the sums of the optimizer's tensors of those in use."""
+    """Row ``rows[0]`` holds both: the weighted means of weights and of their averages, and the sums of what the
+    optimizer averages of the gradients of those in use."""
 
     def write(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:
         both = sum(tensor.select(axis, row) * factor for row, factor in zip(rows, factors, strict=True) if factor)
@@ -93,5 +95,7 @@ def _combined(parameter: Parameter, axis: int, rows: tuple[int, int], used: tupl
         return copy
 
     summed = tuple(float(u > 0) for u in used)
-    kept = {name: write(tensor, summed) for name, tensor in parameter.optimizer.items()}
+    kept = {
+        name: write(tensor, summed if GRADIENT_POWER[name] else used) for name, tensor in parameter.optimizer.items()
+    }
     return Parameter(write(parameter.value, used), kept)

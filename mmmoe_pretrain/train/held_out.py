@@ -279,7 +279,7 @@ class Validation:
             return Sample(SampleMeta(""))
         most = self.config.data.max_tokens_per_document
         sample = keep_slot(decode(chosen.read(number), self._modalities, most=most))
-        return sample if chosen is self._held_out else without_withheld(sample, self._modalities)
+        return without_withheld(sample, self._modalities) if chosen is self._fit else sample
 
     def _scores(self, ranks: Sequence[Part], fit: Sequence[Part] = ()) -> dict[str, float]:
         """Of the parts of all ranks. Recall is NaN where a feature is not finite: no checkpoint is the best by it."""

@@ -11,6 +11,7 @@ import pytest
 
 from mmmoe_pretrain.batch import Sample, SampleMeta
 from mmmoe_pretrain.data.decode import BadSample, Draws, bytes_of_item, decode, modalities_kept
+from mmmoe_pretrain.data.evaluation import training_samples
 from mmmoe_pretrain.data.sources.members import RawSample
 from mmmoe_pretrain.data.sources.source import open_indexed
 from mmmoe_pretrain.limits import has_text
@@ -299,6 +300,18 @@ def test_what_is_withheld_does_not_come_back_where_the_rest_is_dropped(tiny_data
     found = lose(tiny_data, 500, image={"withheld_share": 0.9}, text={"dropout_share": 1.0}, audio={"dropout_share": 1.0})
     withheld = [kept for kept in lose(tiny_data, 500, image={"withheld_share": 0.9})]
     assert all("image" in before or "image" not in kept for kept, before in zip(found, withheld, strict=True))
+
+
+def test_training_samples_that_scores_are_fitted_on_lack_what_is_withheld(tiny_data: Path) -> None:
+    """Else linear CCA would be fitted on pairs that training never saw."""
+    half = {"audio": {**AUDIO, "withheld_share": 0.5}}
+    shown = modalities_of(tiny_data, **half)
+    own = {**tiny_values(tiny_data)["modalities"], **half}
+    found = [sample for _, sample in training_samples(tiny_config(tiny_data, modalities=own), shown, 48, "reading")]
+    for sample in found:
+        held = tuple(item.modality for item in sample.items)
+        assert held == modalities_kept(sample.meta.key, ("image", "audio", "text"), shown, Draws(0, 0))
+    assert 10 < sum(len(sample.items) == 3 for sample in found) < 38
 
 
 def test_a_sample_whose_other_modalities_are_empty_is_not_bad_where_it_loses_one(raw: RawSample, tiny_data: Path) -> None:

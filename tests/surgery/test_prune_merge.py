@@ -147,14 +147,16 @@ def test_equal_experts_of_a_top_1_sigmoid_are_one(tmp_path: Path) -> None:
 
 
 def test_unlike_experts_become_their_mean_by_use_with_the_moments_of_both(tmp_path: Path) -> None:
-    source = random_source(tmp_path, {"expert_biases": True, "router_bias": True})
+    source = random_source(tmp_path, {"expert_biases": True, "router_bias": True}, optimizer={"average": 0.9})
     write_log(source, [0.25, 0.45, 0.05, 0.25])  # of all: experts 1 and 2 have 0.4 and 0.1
     result = merge(source, 1, (2, 1), lossy=True)
     assert not result.exact
     assert difference(source, result) > 1e-3
     for name in ("router.weight", "router.logit_bias", "experts.up", "experts.up_bias", "experts.down_bias"):
-        old, new = source.state[BLOCK + name].value, result.state[BLOCK + name].value
-        torch.testing.assert_close(new, torch.stack([old[0], 0.8 * old[1] + 0.2 * old[2], old[3]]))
+        before, merged = source.state[BLOCK + name], result.state[BLOCK + name]
+        averages = before.optimizer["average"], merged.optimizer["average"]
+        for old, new in ((before.value, merged.value), averages):
+            torch.testing.assert_close(new, torch.stack([old[0], 0.8 * old[1] + 0.2 * old[2], old[3]]))
         first, second = moments(source.state, BLOCK + name)
         torch.testing.assert_close(moments(result.state, BLOCK + name)[0][1], first[1] + first[2])
         torch.testing.assert_close(moments(result.state, BLOCK + name)[1][1], second[1] + second[2])
