@@ -23,7 +23,7 @@ demo: $(STAMP) ## Fetch real data, train on two processes, evaluate, and show th
 	launch/demo.sh
 
 test: $(STAMP) ## Run the tests (not the slow ones, nor those that need a network, a GPU or a browser)
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not network and not gpu and not browser"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not network and not gpu and not browser"
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def check(python: Path, folder: Path, config: Path, **environment: str) -> None:
 @pytest.mark.timeout(240)
 def test_an_installed_wheel_works_outside_of_the_checkout(wheel: Path, tmp_path: Path, tiny_data: Path) -> None:
     """Beside the packages that the tests have; the next test installs them, too."""
-    pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
+    pip("install", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel)
     assert sorted(path.name for path in (tmp_path / "site").iterdir() if path.is_dir()) == [
         "bin", "mmmoe-0.1.0.dist-info", "mmmoe_pretrain",
     ], "no name that others use"  # fmt: skip

@@ -123,6 +123,7 @@ def search(asked: Asked, config: RunConfig, assumptions: list[str]) -> dict[str,
     Raises ValueError where none fits or none is legal.
     """
     looking = Search(asked, config)
+    frozen_before = gc.get_freeze_count()  # by the caller, for whom it stays so
     gc.collect()
     gc.freeze()  # what is alive stays so: runs on fake tensors collect garbage often
     try:
@@ -135,7 +136,8 @@ def search(asked: Asked, config: RunConfig, assumptions: list[str]) -> dict[str,
             raise ValueError(nothing_fits(looking, count))
         beside = [{"layout": str(choice), "why": why} for choice, why in looking.why_not(ranked[0][0])]
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
     listed = [
         {"overrides": each.candidate.choice.overrides, "closed": {"seconds": each.seconds, "memory": each.memory},
          **values}

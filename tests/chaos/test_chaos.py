@@ -13,9 +13,9 @@ from tests.chaos.run import chaos
 def test_a_run_of_streams_and_remote_shards_that_is_killed_again_and_again_ends_like_one_that_is_not(
     tmp_path: Path,
 ) -> None:
-    report = chaos(tmp_path, kills=6, steps=15, ranks=2, seed=2, streams=True, remote=True)  # resumes at 6 and 12
+    report = chaos(tmp_path, kills=4, steps=15, ranks=2, seed=2, streams=True, remote=True)  # resumes at 3 and 6
     assert report.passed, report
-    assert report.kills >= 3, report  # on a slow machine the clock may come too late for some
+    assert report.kills >= 2, report  # on a slow machine the clock may come too late for some
 
 
 def test_the_ledger_sees_lost_and_repeated_samples(tmp_path: Path) -> None:

@@ -48,9 +48,8 @@ CASES = {
     ],
     "deepspeed": [
         case(2, "deepspeed", 1, TP2),
-        case(2, "deepspeed", 3, TP2, cached=True),
+        case(2, "deepspeed", 3, {**TP2, "offload_optimizer": "cpu"}, cached=True),
         case(2, "deepspeed", 1, {**EP2, "offload_optimizer": "cpu"}),
-        case(2, "deepspeed", 3, {"offload_optimizer": "cpu"}),
         case(2, "deepspeed", 2, EP2, "bf16"),
         case(2, "deepspeed", 0, {}, "fp16"),
         case(2, "deepspeed", 1, EP2, "fp16"),
@@ -70,6 +69,8 @@ MORE_CASES = {
         case(2, "deepspeed", 1, EP2),
         case(2, "deepspeed", 2, EP2),
         case(2, "deepspeed", 3, EP2),
+        case(2, "deepspeed", 3, TP2, cached=True),
+        case(2, "deepspeed", 3, {"offload_optimizer": "cpu"}),
         case(2, "deepspeed", 3, {}, "fp16"),
     ],
     "more of 4 ranks": [

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,33 +90,39 @@ time.sleep(30)
 """
 
 
-@pytest.mark.parametrize(
-    ("recorded", "code"), [(None, exit_codes.FAULT), (exit_codes.HUNG, exit_codes.FAULT), (0, 0)]
-)
-def test_a_machine_whose_workers_have_ended_does_not_wait_for_a_node_0_that_is_gone(
-    tmp_path: Path, recorded: int | None, code: int
-) -> None:
-    if recorded is not None:
-        (tmp_path / "code").write_text(f"{recorded}\n")
+def test_a_machine_whose_workers_have_ended_does_not_wait_for_a_node_0_that_is_gone(tmp_path: Path) -> None:
+    """Three machines at once, each with what its ranks have recorded."""
+    (tmp_path / "hung").write_text(f"{exit_codes.HUNG}\n")
+    (tmp_path / "done").write_text("0\n")
     begun = time.monotonic()
-    environment = {**os.environ, exit_codes.EXIT_FILE: str(tmp_path / "code"), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", GUARDED], env=environment, text=True, capture_output=True, check=False
-    )
-    assert result.returncode == code
+    guarded = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", GUARDED], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, exit_codes.EXIT_FILE: str(tmp_path / name), "PYTHONPATH": str(ROOT)},
+        )
+        for name in ("nothing", "hung", "done")
+    }  # fmt: skip
+    told = {name: process.communicate()[1] for name, process in guarded.items()}
     assert 1.0 < time.monotonic() - begun < 15.0
-    assert ("no answer from node 0 at host:1" in result.stderr) == bool(code)
+    codes = {name: process.returncode for name, process in guarded.items()}
+    assert codes == {"nothing": exit_codes.FAULT, "hung": exit_codes.FAULT, "done": 0}
+    assert ["no answer from node 0 at host:1" in text for text in told.values()] == [True, True, False]
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("join", ["600", "2"])  # longer than the test, and over before the machine looks
-def test_a_machine_that_waits_for_the_others_ends_when_it_is_asked_to_stop(tmp_path: Path, join: str) -> None:
-    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with closing(socket.socket()) as asked, waiting(tmp_path, JOIN_TIMEOUT=join, **variables) as script:
-        place = ("127.0.0.1", int(variables["MASTER_PORT"]))
-        wait_until(lambda: asked.connect_ex(place) == 0, script)
-        script.send_signal(signal.SIGTERM)
-        assert script.wait(30) == exit_codes.STOPPED
+def test_a_machine_that_waits_for_the_others_ends_when_it_is_asked_to_stop(tmp_path: Path) -> None:
+    """Its wait is over before the machine looks, or longer than the test."""
+    with ExitStack() as stack:
+        scripts = []
+        for join in ("2", "600"):
+            port = free_port()
+            variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            scripts.append((stack.enter_context(waiting(tmp_path, JOIN_TIMEOUT=join, **variables)), port))
+        for script, port in scripts:
+            asked = stack.enter_context(closing(socket.socket()))
+            wait_until(lambda asked=asked, port=port: asked.connect_ex(("127.0.0.1", port)) == 0, script)
+            script.send_signal(signal.SIGTERM)
+        assert [script.wait(30) for script, _ in scripts] == [exit_codes.STOPPED] * 2
 
 
 @contextmanager

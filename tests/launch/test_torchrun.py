@@ -186,7 +186,7 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path: Path, tiny_data: Path
 
 def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path) -> None:
     """torchrun ends while the trap of a signal still runs: the script waits for a reader of its output."""
-    script, environment = beside_python(tmp_path, "#!/bin/sh\ntouch here\nsleep 1\nexit 7\n")
+    script, environment = beside_python(tmp_path, "#!/bin/sh\ntouch here\nsleep 0.3\nexit 7\n")
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
@@ -198,7 +198,7 @@ def test_a_signal_just_before_the_end_does_not_hide_how_it_ended(tmp_path: Path)
     try:
         wait_until((tmp_path / "here").exists, process)
         process.send_signal(signal.SIGTERM)
-        time.sleep(2.0)
+        time.sleep(1.0)
         assert process.poll() is None, "its output must wait"
         while os.read(reader, 1 << 16):
             pass
@@ -231,7 +231,7 @@ def test_a_torchrun_that_is_stopped_may_go_on_and_the_script_be_edited(tmp_path:
     process = subprocess.Popen([script, "1", "train"], text=True, cwd=tmp_path, env=environment)
     try:
         wait_until((tmp_path / "stopped").exists, process)
-        time.sleep(2.0)
+        time.sleep(1.5)  # it looks once a second
         assert process.poll() is None
         (tmp_path / "launch" / "torchrun.sh").write_text("exit 9\n" * 1000)  # by an editor, in place
         os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)

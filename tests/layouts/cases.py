@@ -42,7 +42,7 @@ class Case:
     contrastive: dict[str, Any] = field(default_factory=dict, hash=False)  # of the objective between pairs
     objectives: dict[str, Any] = field(default_factory=dict, hash=False)  # more of them
     representations: dict[str, Any] = field(default_factory=dict, hash=False)  # the config's section
-    samples: tuple[str, ...] = GLOBAL  # the modalities of each sample of a global microbatch
+    samples: tuple[tuple[str, ...], ...] = (GLOBAL,)  # of each step in turn: the modalities of a global microbatch
     moe: dict[str, Any] = field(default_factory=dict, hash=False)  # more of the config's section
     one_expert: bool = False  # routers that send every token to the same experts
     optimizer: dict[str, Any] = field(default_factory=dict, hash=False)  # of the config's section; {}: AdamW
@@ -60,6 +60,10 @@ class Case:
         train = {key: value for key, value in self.train.items() if key != "recompute"}
         moe = {key: value for key, value in self.moe.items() if key not in ("dispatch_chunks", "lending")}
         return dataclasses.replace(one, train=train, moe=moe)
+
+    def samples_in(self, step: int) -> tuple[str, ...]:
+        """Of this step; those of the last step stay."""
+        return self.samples[min(step, len(self.samples) - 1)]
 
     def config(self, root: Path = Path()) -> RunConfig:
         parallel = {"expert_parallel_size": 1, **self.parallel, "engine": self.engine, "zero_stage": self.zero_stage}
@@ -117,13 +121,14 @@ def all_cases() -> list[Case]:
     return cases
 
 
-def cover(cases: Sequence[Case]) -> list[Case]:
-    """Few of ``cases``, with every layout, in which every two features that meet in one of them still meet: a kind of
-    parallelism, an engine with its ZeRO stage, a type. The greedy choice; ``make parity`` runs all cases."""
-    left = {pair for case in cases for pair in _pairs(case)}
-    chosen = []
+def cover(cases: Sequence[Case], chosen: Sequence[Case] = ()) -> list[Case]:
+    """``chosen`` and few more of ``cases``, with every layout, in which every two features that meet in one of them
+    still meet: a kind of parallelism, an engine with its ZeRO stage, a type. The greedy choice, in which few ranks
+    count, too; ``make parity`` runs all cases."""
+    chosen = list(chosen)
+    left = {pair for case in cases for pair in _pairs(case)}.difference(*map(_pairs, chosen))
     while left:
-        best = max(cases, key=lambda case: (len(_pairs(case) & left), -case.ranks))
+        best = max(cases, key=lambda case: (len(_pairs(case) & left) / case.ranks**0.25, case.precision == "fp32"))
         left -= _pairs(best)
         chosen.append(best)
     return sorted(chosen, key=cases.index)

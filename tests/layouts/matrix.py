@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ LOSS, NORM, WEIGHT, GRADIENT = (
 BEGIN, END = "<!-- parity matrix: written by make parity -->", "<!-- end of the parity matrix -->"
 SECONDS_A_CASE = 60.0
 CASES_A_START = 16  # each start costs every rank a third of a second
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,18 @@ def gradient_distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def run(cases: Sequence[Case], steps: int = STEPS) -> list[Comparison]:
-    """``steps``: of the cases in fp32. Some cases of as many ranks share each start of the ranks."""
+    """``steps``: at least, of the cases in fp32. Some cases of as many ranks share each start of the ranks."""
     found = {}
     for ranks, alike in itertools.groupby(sorted(cases, key=lambda case: case.ranks), key=lambda case: case.ranks):
         for some in chunks(list(alike)):
-            runs = [(case, steps if case.precision == "fp32" else 1) for case in some]
+            runs = [(case, max(steps, len(case.samples)) if case.precision == "fp32" else 1) for case in some]
             outcomes = start_ranks(ranks, runs, SECONDS_A_CASE * (1 + len(runs)))
             for i, (case, count) in enumerate(runs):
                 found[case] = compare(case, [rank[i] for rank in outcomes], reference(case.alone, count))
     return [found[case] for case in cases]
 
 
-def chunks(cases: Sequence[Case]) -> list[Sequence[Case]]:
+def chunks(cases: Sequence[T]) -> list[Sequence[T]]:
     """Those of one start of the ranks each."""
     return [cases[first : first + CASES_A_START] for first in range(0, len(cases), CASES_A_START)]
 

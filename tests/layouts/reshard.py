@@ -94,12 +94,12 @@ def run(pairs: Sequence[Pair], root: Path) -> Iterator[Comparison]:
         for cases in chunks(list(alike)):
             found = run_ranks(ranks, save_all, cases, root, timeout=SECONDS_A_LOAD * (1 + len(cases)))
             wanted |= dict(zip(cases, found[0], strict=True))
-    for after in sorted({after for _, after in pairs}, key=lambda case: case.ranks):
-        sources = [before for before, target in pairs if target == after]
-        for some in chunks(sources):
-            ranks = run_ranks(after.ranks, load_all, after, some, root, timeout=SECONDS_A_LOAD * (1 + len(some)))
-            for i, before in enumerate(some):
-                yield _compare((before, after), [rank[i] for rank in ranks], wanted[before])
+    loads = sorted(pairs, key=lambda pair: pair[1].ranks)
+    for number, alike in itertools.groupby(loads, key=lambda pair: pair[1].ranks):
+        for some in chunks(list(alike)):
+            ranks = run_ranks(number, load_all, some, root, timeout=SECONDS_A_LOAD * (1 + len(some)))
+            for i, pair in enumerate(some):
+                yield _compare(pair, [rank[i] for rank in ranks], wanted[pair[0]])
 
 
 def _compare(pair: Pair, ranks: Sequence[tuple[str, dict[str, float]]], wanted: dict[str, float]) -> Comparison:
@@ -129,11 +129,11 @@ def save_all(cases: Sequence[Case], root: Path) -> list[dict[str, float]]:
     return found
 
 
-def load_all(case: Case, sources: Sequence[Case], root: Path) -> list[tuple[str, dict[str, float]]]:
-    """On one rank of many: of each source, what is wrong after loading it, and the losses of the next steps."""
+def load_all(pairs: Sequence[Pair], root: Path) -> list[tuple[str, dict[str, float]]]:
+    """On one rank of many: of each pair, what is wrong after loading, and the losses of the next steps."""
     found = []
     with process_group(timeout_minutes=1) as device:
-        for source in sources:
+        for source, case in pairs:
             engine = build(case, device)
             checkpoint = store.find_latest(root_of(root, source))
             assert checkpoint is not None

@@ -78,7 +78,7 @@ def train_case(case: Case, steps: int, device: torch.device) -> Outcome:
         engine.import_state(state, Progress(0, 0))
     results, moments = [], {}
     for step in range(steps):
-        results.append(engine.step(microbatches_of(engine, step, case.samples), LEARNING_RATE))
+        results.append(engine.step(microbatches_of(engine, step, case.samples_in(step)), LEARNING_RATE))
         moments = moments or held_by_name(engine, engine.config.optimizer.state[0])
     parameters = held_by_name(engine)
     destroy_groups()
@@ -129,7 +129,7 @@ def train_alone(case: Case, steps: int) -> Outcome:
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
         numbers = range(step * count, (step + 1) * count)
-        batches = [global_microbatch(config, number, 0, 1, case.samples) for number in numbers]
+        batches = [global_microbatch(config, number, 0, 1, case.samples_in(step)) for number in numbers]
         model.begin_step(step, step_counts(batches, model.objectives, None, torch.device("cpu")))
         reports = []
         for batch in batches:

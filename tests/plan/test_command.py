@@ -3,6 +3,7 @@ side, and what is refused."""
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -97,7 +98,9 @@ def test_a_search_leaves_out_what_the_real_build_does_not_fit(tiny: Path, monkey
     monkeypatch.setattr(Search, "why_not", lambda _, best: [(best.candidate.choice, "")])
     module = sys.modules[Search.__module__]
     monkeypatch.setattr(module, "values_of", lambda _, its, __: {"memory": {"fits": fits[its.train.recompute]}})
+    frozen = gc.get_freeze_count()
     found = module.search(asked, config, [])
+    assert gc.get_freeze_count() >= frozen > 0, "by tests/conftest.py: it must stay so"
     assert [each["overrides"] for each in found["best"]] == [ranked[1].candidate.choice.overrides]
     assert found["beside"][0]["layout"] == str(ranked[1].candidate.choice)
 

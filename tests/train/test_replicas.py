@@ -18,7 +18,8 @@ from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from mmmoe_pretrain.train.replicas import ReplicaReport, check_replicas
 from tests.distributed import groups_of, run_ranks
-from tests.layouts.cases import LAYOUTS, LEARNING_RATE, MICROBATCHES, Case, global_microbatch
+from tests.layouts.cases import LAYOUTS, LEARNING_RATE, Case, brief
+from tests.layouts.train import microbatches_of
 from tests.train.faulty import config_in, events, faulty, on_result, saved, signalled
 
 
@@ -33,9 +34,7 @@ def _train_and_check(case: Case, root: Path, flip: int, device: torch.device) ->
     groups = groups_of(config.parallel, config.moe.group_sizes)
     engine = build_engine(config, groups, device)
     for step in range(2):
-        batches = [global_microbatch(config, step * MICROBATCHES + a, groups.data_rank, groups.data_size)
-                   for a in range(MICROBATCHES)]  # fmt: skip
-        engine.step(batches, LEARNING_RATE)
+        engine.step(microbatches_of(engine, step), LEARNING_RATE)
     world, state = dist.group.WORLD, engine.export_state()
     models = getattr(engine, "models", None) or [engine.model]  # type: ignore[attr-defined]
     models = models if case.zero_stage else []
@@ -59,7 +58,7 @@ def test_replicas_are_equal_after_training_and_a_flipped_bit_is_found(tmp_path: 
     zero = [("deepspeed", 0, "fp32"), ("deepspeed", 2, "bf16")]
     kinds = {2: {"DP2": megatron + zero, "TP2 + SP": megatron[:1] + zero[1:]},
              4: {"EP2 x EDP2": megatron[:1] + zero[1:]}}[ranks]  # fmt: skip
-    cases = [Case(layout, ranks, engine, stage, LAYOUTS[layout][1], precision)
+    cases = [brief(Case(layout, ranks, engine, stage, LAYOUTS[layout][1], precision))
              for layout, engines in kinds.items() for engine, stage, precision in engines]  # fmt: skip
     outcomes = run_ranks(ranks, train_and_check, cases, tmp_path, ranks - 1, timeout=200)
     assert all(outcome == outcomes[0] for outcome in outcomes)
