@@ -83,25 +83,6 @@ METHODS = (
         "so its score may be a little too high.",
     ),
     Study(
-        name="budgets",
-        title="Emoji and their names, with experts by modality",
-        question="How many of 16 experts should images have, and how many texts?",
-        config="configs/methods/expert_budgets.yaml",
-        corpus="europe",
-        metrics=(RECALL,),
-        reference="even",
-        variants=(
-            Variant(
-                "even",
-                "8 experts each",
-                ("moe.expert_groups=[{modalities: [image], num_experts: 8}, {modalities: [text], num_experts: 8}]",),
-            ),
-            Method("expert_budgets", "expert budgets by tokens", item="imbalance", paper="MoMa, arXiv 2407.21770"),
-        ),
-        panels=(),
-        setting=f"A token visits one of the experts of its modality. {OF_ALL}",
-    ),
-    Study(
         name="stamps",
         title="Stamps, their names and their spoken names",
         question="Which methods match the images, names and recordings of the demo better?",
@@ -204,6 +185,29 @@ METHODS = (
         panels=(),
         setting="The names of the demo's stamps are predicted from their recordings. Of 4,297 recordings 534 are "
         "French, 49 Dutch and 47 English. Scores are of `mmmoe evaluate`, of languages with 10 recordings or more.",
+        evaluated=True,
+    ),
+    Study(
+        name="budgets",
+        title="Stamps, their names and their spoken names, with experts by modality",
+        question="How many of 12 experts should images, speech and texts have?",
+        config="configs/methods/expert_budgets.yaml",
+        corpus="demo",
+        metrics=tuple(
+            Metric(f"{TEST}{source}_to_text_r10", f"{source} → text, recall@10", False, percent=True)
+            for source in ("image", "speech")
+        ),
+        reference="even",
+        variants=(
+            Variant(
+                "even",
+                "4 experts each",
+                tuple(f"moe.expert_groups.{number}.num_experts=4" for number in range(3)),
+            ),
+            Method("expert_budgets", "expert budgets by tokens", item="imbalance", paper="MoMa, arXiv 2407.21770"),
+        ),
+        panels=(),
+        setting="A token visits one of the experts of its modality. Scores are of `mmmoe evaluate`.",
         evaluated=True,
     ),
     Study(
