@@ -90,25 +90,6 @@ METHODS = (
         "so its score may be a little too high.",
     ),
     Study(
-        name="budgets",
-        title="Emoji and their names, with experts by modality",
-        question="How many of 16 experts should images have, and how many texts?",
-        config="configs/methods/expert_budgets.yaml",
-        corpus="europe",
-        metrics=(RECALL,),
-        reference="even",
-        variants=(
-            Variant(
-                "even",
-                "8 experts each",
-                ("moe.expert_groups=[{modalities: [image], num_experts: 8}, {modalities: [text], num_experts: 8}]",),
-            ),
-            Method("expert_budgets", "expert budgets by tokens", item="imbalance", paper="MoMa, arXiv 2407.21770"),
-        ),
-        panels=(),
-        setting=f"A token visits one of the experts of its modality. {OF_ALL}",
-    ),
-    Study(
         name="domains",
         title="Emoji of a style that has no names",
         question="Are emoji of one style found by names that were trained with another style?",

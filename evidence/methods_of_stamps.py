@@ -335,4 +335,27 @@ STAMPS = (
         "French, 49 Dutch and 47 English. Scores are of `mmmoe evaluate`, of languages with 10 recordings or more.",
         evaluated=True,
     ),
+    Study(
+        name="budgets",
+        title="Stamps, their names and their spoken names, with experts by modality",
+        question="How many of 12 experts should images, speech and texts have?",
+        config="configs/methods/expert_budgets.yaml",
+        corpus="demo",
+        metrics=tuple(
+            Metric(f"{TEST}{source}_to_text_r10", f"{source} → text, recall@10", False, percent=True)
+            for source in ("image", "speech")
+        ),
+        reference="even",
+        variants=(
+            Variant(
+                "even",
+                "4 experts each",
+                tuple(f"moe.expert_groups.{number}.num_experts=4" for number in range(3)),
+            ),
+            Method("expert_budgets", "expert budgets by tokens", item="imbalance", paper="MoMa, arXiv 2407.21770"),
+        ),
+        panels=(),
+        setting="A token visits one of the experts of its modality. Scores are of `mmmoe evaluate`.",
+        evaluated=True,
+    ),
 )
