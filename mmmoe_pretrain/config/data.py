@@ -9,14 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from mmmoe_pretrain.config.base import (
     PathText,
-    Schedule,
     SourceText,
     StrictModel,
-    Weight,
-    check_schedule,
-    schedule_of,
-    value_at,
 )
+from mmmoe_pretrain.config.schedule import Schedule, Weight, check_schedule, schedule_of, value_at
 from mmmoe_pretrain.urls import secret_option
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmmoe_pretrain.config.base import StrictModel, Weight, check_schedule, schedule_of, value_at
+from mmmoe_pretrain.config.base import StrictModel
+from mmmoe_pretrain.config.schedule import Weight, check_schedule, schedule_of, value_at
 
 
 @dataclass(frozen=True)

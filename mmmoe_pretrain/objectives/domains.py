@@ -27,7 +27,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch, send
-from mmmoe_pretrain.config.base import ModalitySettings, Weight, check_schedule, schedule_of, value_at
+from mmmoe_pretrain.config.base import ModalitySettings
+from mmmoe_pretrain.config.schedule import Weight, check_schedule, schedule_of, value_at
 from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.objectives.base import ObjectiveModule, Outputs
 from mmmoe_pretrain.objectives.correlation import of_each_sample

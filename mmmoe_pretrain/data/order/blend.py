@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from mmmoe_pretrain.config import DataConfig, RunConfig, SourceConfig
-from mmmoe_pretrain.config.base import value_at
+from mmmoe_pretrain.config.schedule import value_at
 from mmmoe_pretrain.data.order.fields import MODALITIES, read_field, refuse_unknown
 from mmmoe_pretrain.data.order.mix import Stage, apportion, block_counts, longest_block
 from mmmoe_pretrain.data.order.positions import Order, Places
