@@ -73,6 +73,13 @@ STAMPS = (
         variants=(
             Variant("contrastive", "InfoNCE and captions", same_as="demo/moe"),
             Method(
+                "instance_discrimination",
+                "instance discrimination",
+                item="alignment",
+                paper="AVID, arXiv 2004.12943",
+                small=("objectives.pairs.queue_size=16", "objectives.pairs.queue_start=1"),
+            ),
+            Method(
                 "deep_gcca",
                 "deep generalised CCA",
                 item="joint",
