@@ -304,6 +304,9 @@ class RepresentationSettings(StrictModel):
                 f"choose another name, and name {how_many} or more, each once"
             )
 
+    def check_tokens(self, name: str, modalities: Mapping[str, Any]) -> None:
+        """Raises ValueError where a representation called ``name`` cannot be of tokens as these modalities have."""
+
 
 def representation_settings(values: Any) -> Any:
     """The settings of a representation. A list of modalities alone is early fusion of them."""

@@ -68,7 +68,8 @@ class Representation:
         return Part(item, 0, modality.num_tokens(value), view=value)
 
     def check(self, modalities: Mapping[str, Modality]) -> None:
-        """Raises ValueError where a modality has no such transform."""
+        """Raises ValueError where a modality has no such transform, or other tokens than the settings say."""
+        self.settings.check_tokens(self.name, modalities)
         for part in self.modalities:
             known = modalities[part].transforms
             if unknown := [name for name in self.settings.changes if name not in known]:

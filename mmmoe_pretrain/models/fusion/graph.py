@@ -4,7 +4,9 @@ vector is the mean over nodes. Edges are of the kinds that the settings name:
 
 * ``modality``: every part has a node more, at first the mean of its tokens, with edges from and to its tokens and
   from and to such nodes of the sample's other parts.
-* ``time``: between tokens of a part that follow each other.
+* ``time``: between tokens of a part that follow each other, if it has no grid for edges of space.
+* ``space``: between tokens that are beside or above each other, of each part in ``grid``, which has the number of
+  tokens in a row of it.
 * ``similarity``: to each token from those ``neighbours`` of the sample's other parts whose hidden states are the most
   similar to its own (cosine). The choice has no gradient.
 
@@ -13,8 +15,9 @@ An absent part (``missing: allow``) has no nodes. Shapes: N nodes, E edges, k to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,10 +28,11 @@ from torch import Tensor, nn
 from mmmoe_pretrain.batch import Spans, send
 from mmmoe_pretrain.config import ModelConfig
 from mmmoe_pretrain.config.base import RepresentationSettings
+from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.fusion.base import MASKED, Fusion
 from mmmoe_pretrain.models.fusion.cross import plan_cross, tokens_of
 
-EdgeKind = Literal["modality", "time", "similarity"]
+EdgeKind = Literal["modality", "time", "space", "similarity"]
 
 
 class GraphSettings(RepresentationSettings):
@@ -37,6 +41,7 @@ class GraphSettings(RepresentationSettings):
     kind: Literal["graph"] = "graph"
     layer: Literal["gcn", "gat"] = "gat"
     edges: tuple[EdgeKind, ...] = ("modality",)
+    grid: dict[str, Annotated[int, Field(ge=1)]] = Field({})  # by part with edges of space: the tokens in a row of it
     neighbours: int = Field(4, ge=1, le=1024)  # of each token, by similarity
     num_layers: int = Field(2, ge=1, le=64)
 
@@ -47,6 +52,25 @@ class GraphSettings(RepresentationSettings):
                 f"edges {list(self.edges)} join no token with one of another part; add modality or similarity"
             )
         return self
+
+    @model_validator(mode="after")
+    def _grid_of_space(self) -> GraphSettings:
+        if bool(self.grid) != ("space" in self.edges) or not set(self.grid) <= set(self.parts):
+            raise ValueError(
+                f"grid {self.grid} with edges {list(self.edges)} of {', '.join(self.parts)}: edges of space are of "
+                f"the parts in grid; give the tokens in a row of each, e.g. grid: {{{self.parts[0]}: 4}}, or neither"
+            )
+        return self
+
+    def check_tokens(self, name: str, modalities: Mapping[str, Modality]) -> None:
+        """See ``RepresentationSettings.check_tokens``."""
+        for part, width in self.grid.items():
+            if modalities[part].max_tokens % width or not modalities[part].fixed_places:
+                raise ValueError(
+                    f"representations.{name}.grid {part}: {width} tokens in a row, and a value of {part} has "
+                    f"{modalities[part].max_tokens} tokens{'' if modalities[part].fixed_places else ' or fewer'}; "
+                    f"edges of space need values of whole rows, all of one size"
+                )
 
 
 class Graph(Fusion):
@@ -62,7 +86,7 @@ class Graph(Fusion):
 
     def forward(self, x_nD: Tensor, mean_PBD: Tensor, present_PB: Tensor, spans_P: tuple[Spans, ...]) -> Tensor:
         tokens_kD, lengths = tokens_of(x_nD, spans_P)
-        nodes = _nodes(spans_P, self.settings.edges, x_nD.device)
+        nodes = _nodes(spans_P, self.settings, x_nD.device)
         hubs = mean_PBD.transpose(0, 1).flatten(0, 1).index_select(0, nodes.run_of_hub)
         x_ND, edges = torch.cat([tokens_kD, hubs]), nodes.edges
         if "similarity" in self.settings.edges:
@@ -134,7 +158,9 @@ class _Nodes:
     run_of_hub: Tensor
 
 
-def _nodes(spans_P: tuple[Spans, ...], kinds: tuple[EdgeKind, ...], device: torch.device) -> _Nodes:
+def _nodes(spans_P: tuple[Spans, ...], settings: GraphSettings, device: torch.device) -> _Nodes:
+    kinds = settings.edges
+    width_P = np.array([settings.grid.get(part, 0) for part in settings.parts], dtype=np.int64)
     length_BP = np.array([spans.lengths for spans in spans_P], dtype=np.int64).T
     samples, parts = length_BP.shape
     run_k = np.repeat(np.arange(samples * parts), length_BP.ravel())
@@ -143,9 +169,12 @@ def _nodes(spans_P: tuple[Spans, ...], kinds: tuple[EdgeKind, ...], device: torc
     hubs = len(run_k) + np.arange(len(hub_runs))
     everything = np.arange(len(run_k) + len(hubs))
     pairs = [(everything, everything)]
+    width_k = width_P[run_k % parts]
     if "time" in kinds:
-        first = token_k[:-1][run_k[:-1] == run_k[1:]]
+        first = token_k[:-1][(run_k[:-1] == run_k[1:]) & (width_k[:-1] == 0)]
         pairs += [(first, first + 1), (first + 1, first)]
+    for first, second in _in_grids(run_k, width_k):
+        pairs += [(first, second), (second, first)]
     if "modality" in kinds:
         hub_of_run = np.zeros(samples * parts, dtype=np.int64)
         hub_of_run[hub_runs] = hubs
@@ -159,6 +188,19 @@ def _nodes(spans_P: tuple[Spans, ...], kinds: tuple[EdgeKind, ...], device: torc
     arrays = (source, target, np.ones(len(source), dtype=bool), sample_N, run_k % parts, hub_runs)
     source_E, target_E, there_E, *others = (send(torch.from_numpy(array), device) for array in arrays)
     return _Nodes(Edges(source_E, target_E, there_E), *others)
+
+
+def _in_grids(run_k: np.ndarray, width_k: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each token with the one beside it, and with the one below it, in the runs that have a width."""
+    token_k = np.arange(len(run_k))
+    column_k = (token_k - np.searchsorted(run_k, run_k)) % np.maximum(width_k, 1)  # runs rise
+    found = []
+    for first, step_k in ((token_k[column_k + 1 < width_k], np.ones_like(width_k)), (token_k[width_k > 0], width_k)):
+        second = first + step_k[first]
+        first, second = first[second < len(run_k)], second[second < len(run_k)]
+        same = run_k[first] == run_k[second]
+        found.append((first[same], second[same]))
+    return found
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from mmmoe_pretrain.batch import Spans
 from mmmoe_pretrain.config import ModelConfig
 from mmmoe_pretrain.config.base import representation_settings
 from mmmoe_pretrain.models.fusion.base import Fusion, build_fusion
+from mmmoe_pretrain.objectives import objectives_of
+from tests.support import objectives, tiny_config
 
 MODEL = ModelConfig(hidden_size=8, num_heads=2)
 D, HEADS, HEAD = 8, 2, 4
@@ -143,15 +146,21 @@ def bottleneck(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray
     return np.mean([x.mean(axis=0) for x in tokens.values()], axis=0)
 
 
-def neighbours(tokens: Tokens, edges: tuple[str, ...], most: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(
+    tokens: Tokens, edges: tuple[str, ...], most: int, grid: Mapping[str, int] = {}
+) -> tuple[np.ndarray, np.ndarray]:
     """The nodes of a sample, and A[i, j]: node i receives from node j; node by node."""
     x, of = np.concatenate(list(tokens.values())), [name for name, its in tokens.items() for _ in its]
     count = len(x)
     nodes = [*x, *(its.mean(axis=0) for its in tokens.values())] if "modality" in edges else [*x]
     adjacent = np.eye(len(nodes))
     for i, j in itertools.permutations(range(len(nodes)), 2):
-        if "time" in edges and i < count and j < count and of[i] == of[j] and abs(i - j) == 1:
-            adjacent[i, j] = 1
+        if i < count and j < count and of[i] == of[j]:
+            if of[i] not in grid:
+                adjacent[i, j] = "time" in edges and abs(i - j) == 1
+            else:  # rows of a grid
+                (row_i, column_i), (row_j, column_j) = (divmod(n - of.index(of[i]), grid[of[i]]) for n in (i, j))
+                adjacent[i, j] = abs(row_i - row_j) + abs(column_i - column_j) == 1
         if max(i, j) >= count:
             hubs = list(tokens)
             belongs = min(i, j) < count and of[min(i, j)] == hubs[max(i, j) - count]
@@ -165,7 +174,7 @@ def neighbours(tokens: Tokens, edges: tuple[str, ...], most: int) -> tuple[np.nd
 
 def gcn(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
     """elu(D^-1/2 A D^-1/2 X W) W' ..., with dense matrices."""
-    x, adjacent = neighbours(tokens, ("time", "similarity", "modality"), most=3)
+    x, adjacent = neighbours(tokens, ("time", "similarity", "modality"), most=3, grid=GRID)
     scale = np.diag(adjacent.sum(axis=1) ** -0.5)
     x = scale @ adjacent @ scale @ x @ w["layers.0.linear.weight"].T
     x = np.where(x > 0, x, np.expm1(x))
@@ -183,6 +192,7 @@ def gat(w: Weights, tokens: Tokens, parts: tuple[str, ...]) -> np.ndarray:
     return out.mean(axis=0)
 
 
+GRID = {"image": 2}  # tokens in a row
 Formula = Callable[[Weights, Tokens, tuple[str, ...]], np.ndarray]
 FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "late": (late, {}),
@@ -192,7 +202,10 @@ FORMULAS: dict[str, tuple[Formula, dict[str, Any]]] = {
     "latents": (latents, {"num_latents": 3}),
     "mult": (mult, {}),
     "bottleneck": (bottleneck, {"num_bottlenecks": 2, "num_layers": 3}),
-    "graph gcn": (gcn, {"layer": "gcn", "edges": ["time", "similarity", "modality"], "neighbours": 3}),
+    "graph gcn": (
+        gcn,
+        {"layer": "gcn", "edges": ["time", "similarity", "modality", "space"], "neighbours": 3, "grid": GRID},
+    ),
     "graph gat": (gat, {"edges": ["similarity"], "neighbours": 2, "num_layers": 1}),
 }
 
@@ -268,3 +281,12 @@ def test_fixed_weights_are_kept_in_proportion_by_the_parts_that_are_there() -> N
     present_PB = torch.tensor([[True, True], [True, True], [True, False]])
     found = fusion(torch.zeros(0, D), mean_PBD * present_PB[:, :, None], present_PB, ())
     assert found[:, 0].tolist() == pytest.approx([(1 + 20 + 500) / 8, (1 + 20) / 3])
+
+
+def test_a_grid_needs_values_of_whole_rows() -> None:
+    scene = {"kind": "graph", "parts": ["image", "audio"], "edges": ["modality", "space"], "grid": {"image": 3}}
+    config = tiny_config(Path("unused"), representations={"scene": scene}, objectives=objectives())
+    with pytest.raises(
+        ValueError, match=r"scene\.grid image: 3 tokens in a row, and a value of image has "
+    ):
+        objectives_of(config)
