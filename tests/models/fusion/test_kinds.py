@@ -286,7 +286,5 @@ def test_fixed_weights_are_kept_in_proportion_by_the_parts_that_are_there() -> N
 def test_a_grid_needs_values_of_whole_rows() -> None:
     scene = {"kind": "graph", "parts": ["image", "audio"], "edges": ["modality", "space"], "grid": {"image": 3}}
     config = tiny_config(Path("unused"), representations={"scene": scene}, objectives=objectives())
-    with pytest.raises(
-        ValueError, match=r"scene\.grid image: 3 tokens in a row, and a value of image has "
-    ):
+    with pytest.raises(ValueError, match=r"scene\.grid image: 3 tokens in a row, and a value of image has "):
         objectives_of(config)
