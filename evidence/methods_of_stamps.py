@@ -44,7 +44,7 @@ REMEDIES = {
 BANK = "bank_60"  # the variant that the config of the method itself trains
 BY_PARTS = tuple(
     Metric(f"{TEST}scene[{parts}]_to_text_r10", f"{title} → text, recall@10", False, percent=True)
-    for parts, title in (("audio", "recording alone"), ("image", "image alone"), ("image,audio", "both"))
+    for parts, title in (("audio", "recording"), ("image", "image"), ("image,audio", "both"))
 )
 
 
