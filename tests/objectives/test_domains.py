@@ -15,7 +15,7 @@ from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.objectives.domains import distance_of_moments
+from mmmoe_pretrain.objectives.moment_alignment import distance_of_moments
 from tests.support import objectives, pack_settings, random_sample, tiny_config
 
 SUBSETS = "abacbbac"  # of the samples; the last has no image
