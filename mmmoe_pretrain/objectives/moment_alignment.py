@@ -1,7 +1,8 @@
 """Adaptation to a domain by its moments (Deep CORAL, arXiv 1607.01719, with the means, too).
 
 The loss of a scope, a global microbatch or with ``cached`` the step, is |m_s - m_t|^2 / P + |C_s - C_t|^2 / (4 P^2),
-of the means m and covariances C of the source's and the target's vectors, whose numbers have a mean square of 1. It stands for each of their samples; a domain with fewer than two has none.
+of the means m and covariances C of the source's and the target's vectors, whose numbers have a mean square of 1. It
+stands for each of their samples; a domain with fewer than two has none.
 
 Shapes: B samples of a microbatch, N of a scope, P joint space.
 """
