@@ -19,10 +19,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from evidence import page, quick, records
 from evidence.methods import study
@@ -108,7 +109,7 @@ def main(given: Sequence[str] | None = None) -> None:
         written = [chosen] if args.quick else list(PAGES.values())
         if args.list:
             for each in [chosen] if args.only else written:
-                show(each.studies, place)
+                show(each.studies, place, args.variants)
         elif args.render:
             render(written, place)
         else:
@@ -146,13 +147,16 @@ def made_with_other_settings(studies: Sequence[Study], place: Place) -> Iterator
                 yield task, record, changes
 
 
-def show(studies: Sequence[Study], place: Place) -> None:
+def show(studies: Sequence[Study], place: Place, variants: Collection[str] = ()) -> None:
+    """The variants of these names, or all."""
     for each in studies:
         for variant in each.variants:
+            if variants and variant.name not in variants:
+                continue
             owner, name = each.owner_of(variant)
             known = [seed for seed in each.seeds if records.path_of(owner, name, seed, place.records).is_file()]
             of = f" (runs of {variant.same_as})" if variant.same_as else ""
-            print(f"{each.name:<12}{variant.name:<24}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
+            print(f"{each.name:<14}{variant.name:<24}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
     for task, _, changes in made_with_other_settings(studies, place):
         print(f"{task.name} was made with other settings: {'; '.join(changes)}")
 
@@ -185,7 +189,7 @@ def train(studies: Sequence[Study], pages: Sequence[Page], place: Place, args: a
         quick.import_once()
     runner = place.runner(args.jobs, place.records)
     stopped = False
-    with stopping(runner):
+    with handling(lambda *_: runner.stop()):
         for task, path in runner.run(tasks):
             stopped = stopped or path is None
             print(f"{task.name}: {path or 'stopped; repeat the command to continue it'}", flush=True)
@@ -195,21 +199,32 @@ def train(studies: Sequence[Study], pages: Sequence[Page], place: Place, args: a
 
 
 @contextmanager
-def stopping(runner: Runner) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM stop ``runner``."""
-    before = {number: signal.signal(number, lambda *_: runner.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, ``handler`` gets SIGINT and SIGTERM."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def make_data(corpus: str, out: Path | None) -> None:
     """Raises RuntimeError where it fails; it has said why then."""
     command = [str(ROOT / "evidence" / "data.sh"), corpus, *([str(out)] if out else [])]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # has mmmoe-data
-    if code := subprocess.run(command, check=False, env={**os.environ, "PATH": path}).returncode:
+    stopped: list[int] = []
+    with subprocess.Popen(command, env={**os.environ, "PATH": path}, start_new_session=True) as process:
+
+        def stop(number: int, _: object) -> None:
+            stopped.append(number)
+            os.killpg(process.pid, signal.SIGTERM)
+
+        with handling(stop):
+            code = process.wait()
+    if stopped:
+        sys.exit(STOPPED)
+    if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see above")
 
 

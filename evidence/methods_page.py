@@ -30,8 +30,8 @@ How to read the tables:
   recipe, except for the settings that are listed below the table. Each data set has a section at the end, with all of
   its runs.
 - Values are the mean of the seeds and the half width of its 95% interval by Student's t; one seed has no interval.
-  *Change* compares seed by seed: the ratio of the values, and its 95% interval. Of twenty rows without a difference
-  one shows one by chance.
+  *Change* compares seed by seed: the ratio of the values, and its 95% interval. Of twenty rows that do not differ,
+  one is shown as different, by chance.
 - *Core-seconds* is the CPU time of the run with the method over that without it, seed by seed, of runs on the same
   machine. Other programs of the machine change it by about a tenth.
 - If a record was made with other settings than its study has now, the section of its data ends with them.
@@ -65,7 +65,8 @@ def _item(item: str, studies: Sequence[Study], folder: Path) -> str:
 
 
 def _told(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"`{key}: {value}`" if value else f"no `{key}`" for key, value in settings.items())
+    told = (f"`{key}: {value}`" if value else f"no `{key}`" for key, value in settings.items())
+    return ", ".join(told) or "nothing, it is the reference"
 
 
 def _row(of: Study, runs: Runs, method: Method, metric: Metric) -> tuple[str, ...]:

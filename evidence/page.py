@@ -28,10 +28,11 @@ How to read the tables:
 
 - *Active* parameters are those that one token uses. *FLOPs* are those of the model, forward and backward, as
   `mmmoe_pretrain/models/costs.py` counts them. The column includes the router, whose FLOPs grow with the number of
-  experts; models of *equal active FLOPs* are equal without it. *Core-hours* are CPU time, held-out scores included.
+  experts; models of *equal active FLOPs* have equal FLOPs without the router. *Core-hours* are CPU time, held-out
+  scores included.
 - Values are the mean of the seeds and the half width of its 95% interval by Student's t; one seed has no interval.
   *Change* compares with the reference seed by seed: the ratio of the values, and its 95% interval. Of twenty rows
-  without a difference one shows one by chance.
+  that do not differ, one is shown as different, by chance.
 - All variants of a study have the same data, order, steps and recipe, except where a row says so.
 - In the pictures a band is the 95% interval of the mean. It may reach beyond the axis.
 - If a record was made with other settings than its study has now, the section ends with them.

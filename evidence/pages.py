@@ -10,6 +10,7 @@ from evidence import methods_page, page
 from evidence.methods import METHODS
 from evidence.studies import STUDIES
 from evidence.study import Method, Study
+from mmmoe_pretrain.kinds import nearest
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,20 @@ class Page:
     write: Callable[..., Path]
     head: str
 
+    @property
+    def names(self) -> list[str]:
+        """Of its studies and methods."""
+        methods = (method.name for study in self.studies for method in methods_of(study))
+        return list(dict.fromkeys([*(study.name for study in self.studies), *methods]))
+
     def of(self, names: Sequence[str]) -> Page:
         """With these studies alone; the name of a method: it and the reference, in every study that has it."""
-        known = [study.name for study in self.studies]
-        known += dict.fromkeys(method.name for study in self.studies for method in methods_of(study))
+        known = self.names
         for name in names:
             if name not in known:
-                raise ValueError(f"there is no study {name!r}; there are {', '.join(known)}")
+                others = [page for page, its in PAGES.items() if name in its.names]
+                hint = f"it is of --page {others[0]}" if others else nearest(name, known, "there are")
+                raise ValueError(f"there is no study {name!r}; {hint}")
         return replace(self, studies=tuple(filter(None, (_part(study, names) for study in self.studies))))
 
 

@@ -167,7 +167,7 @@ def _beside(other: Report | None, paths: Sequence[str]) -> tuple[Report | None, 
 def _untrained(model: MMMoE, settings: EvaluateConfig) -> list[str]:
     trained = {frozenset(pair) for pair in model.objectives.aligned}
     pairs = [pair for pair in model.objectives.scored(settings.pairs) if frozenset(pair) not in trained]
-    return [f"no objective compares {a} and {b}: each is compared with others (evaluate.pairs)" for a, b in pairs]
+    return [f"{a} and {b} were never compared in training (evaluate.pairs)" for a, b in pairs]
 
 
 def _notes(rows: HeldOutRows, data: HeldOut) -> list[str]:
