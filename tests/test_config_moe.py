@@ -41,6 +41,8 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
      "use 1 to 2"),
     ({"expert_groups": [IMAGE_ALONE, {"num_experts": "auto"}], "group_multiple": 3}, "leave 2 of moe.num_experts 4",
      "a multiple of moe.group_multiple 3, 3 at least; change num_experts"),
+    ({"expert_groups": [IMAGE_ALONE, {"num_experts": 0}]}, "num_experts 0: a group has at least 1 expert",
+     "write auto"),
     ({"expert_groups": [{**IMAGE_ALONE, "num_experts": 4}, {"num_experts": "auto"}]}, "leave 0 of moe.num_experts 4",
      "change num_experts"),
     ({"expert_groups": [IMAGE_ALONE, OTHERS], "router": "hash"}, "moe.router hash", "use softmax_top_k"),

@@ -14,6 +14,10 @@ AUTO = 0  # a size that follows the tokens
 
 
 def _size(value: Any) -> Any:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(
+            f"num_experts {value}: a group has at least 1 expert; write auto for a size that follows the tokens"
+        )
     return AUTO if value == "auto" else value
 
 
@@ -32,7 +36,7 @@ class ExpertGroupConfig(StrictModel):
     """
 
     modalities: tuple[str, ...] | None = None
-    num_experts: Size = Field(ge=AUTO)
+    num_experts: Size
     expert_hidden_size: int | None = Field(None, ge=1)
 
     @property

@@ -5,12 +5,13 @@ has a config keeps the sizes that it has there."""
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
+from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG
 from mmmoe_pretrain.config import MoEConfig, RunConfig
-from mmmoe_pretrain.config.files import load
 from mmmoe_pretrain.data.decode import keep_slot
 from mmmoe_pretrain.data.loader import MicrobatchDataset
 from mmmoe_pretrain.data.pack import pack
@@ -18,6 +19,7 @@ from mmmoe_pretrain.data.sources.listing import is_stream
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.parallel.agreement import from_rank_0
 from mmmoe_pretrain.parallel.groups import HostGroups
+from mmmoe_pretrain.train.start import config_before
 
 log = logging.getLogger(__name__)
 SAMPLES = 512  # at least, or all of the run
@@ -34,8 +36,8 @@ def settle(config: RunConfig, modalities: Modalities, host: HostGroups, overwrit
 
 def _settled(config: RunConfig, modalities: Modalities, overwrite: bool) -> MoEConfig:
     """On rank 0."""
-    saved = config.run_dir / CONFIG
-    if saved.is_file() and not overwrite and (kept := as_before(config.moe, load(saved).moe)) is not None:
+    before = None if overwrite else config_before(config.run_dir / CONFIG, lambda: _of_checkpoint(config))
+    if before is not None and (kept := as_before(config.moe, before.moe)) is not None:
         return kept
     tokens = count_tokens(config, modalities)
     moe = config.moe.with_budgets(tokens)
@@ -49,6 +51,12 @@ def _settled(config: RunConfig, modalities: Modalities, overwrite: bool) -> MoEC
     )
     log.info("moe.expert_groups: experts of %s, by the tokens of the training data: %s", sizes, shares)
     return moe
+
+
+def _of_checkpoint(config: RunConfig) -> dict[str, Any] | None:
+    """The config in the newest checkpoint: with ``checkpoint.folder`` the run's own folder may be of another disk."""
+    newest = store.find_latest(config.checkpoint_root)
+    return None if newest is None else store.read_meta(newest).get("config")
 
 
 def as_before(moe: MoEConfig, saved: MoEConfig) -> MoEConfig | None:

@@ -217,6 +217,11 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
             "tokens": bool(objectives.predicting),
             "hidden": sorted(objectives.hidden),
             "contents": sorted({*objectives.contents.values()}),
+            "decoders": {
+                name: {"layers": its.decoder_layers, "contents": sorted({*its.contents.values()})}
+                for name, its in objectives.items()
+                if its.decoder_layers
+            },
         },
         "representations": {name: its.settings.of_the_model() for name, its in objectives.representations.items()},
         "objectives": {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.model import CONFIG
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.loader import MicrobatchDataset
@@ -63,6 +64,16 @@ def test_experts_follow_the_tokens_of_the_data_and_stay(tmp_path: Path, tiny_dat
     assert settle(config) == [[2, 12, 2], [2, 4]] != sizes
     assert settle(config, overwrite=True) == sizes
     assert budgets.settle(saved, modalities, HostGroups(), False) is saved
+
+
+def test_a_run_whose_folder_is_on_another_disk_keeps_the_sizes_of_its_checkpoint(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path, tiny_data)
+    saved = config.model_copy(update={"moe": config.moe.with_budgets({"image": 1.0, "audio": 9.0, "text": 0.0})})
+    monkeypatch.setattr(store, "find_latest", lambda root: "step_00000003")
+    monkeypatch.setattr(store, "read_meta", lambda checkpoint: {"config": saved.model_dump(mode="json")})
+    assert settle(config) == [[2, 12, 2], [2, 4]] != settle(config, overwrite=True)
 
 
 def test_sizes_that_are_not_known_before_the_start_are_refused(tmp_path: Path, tiny_data: Path) -> None:

@@ -66,6 +66,23 @@ def test_an_added_modality_or_objective_is_named_as_a_whole(tmp_path: Path, save
         check_same_model(run_config.parse(values), saved)
 
 
+def test_the_decoder_of_hidden_tokens_cannot_change(tmp_path: Path) -> None:
+    saved, change = tmp_path / "config.yaml", "cannot change the model .*predicted.decoders.masked"
+
+    def config(**more: Any) -> RunConfig:
+        masked = {"kind": "masked", "hidden": {"image": 0.5, "audio": 0.5}, "decoder_layers": 1, **more}
+        return tiny_config(tmp_path, objectives={**objectives(), "masked": masked})
+
+    run_config.dump(config(), saved)
+    check_same_model(config(hidden={"image": 0.7, "audio": 0.1}, weight=0.5), saved)
+    with pytest.raises(ValueError, match=rf"{change}.layers was 1 and is 2; set it back"):
+        check_same_model(config(decoder_layers=2), saved)
+    with pytest.raises(ValueError, match=rf"{change} is missing"):
+        check_same_model(config(decoder_layers=0), saved)
+    with pytest.raises(ValueError, match=rf"{change}.contents was \['audio', 'image'\] and is \['image'\]"):
+        check_same_model(config(hidden={"image": 0.5}, parts=["image", "audio"]), saved)
+
+
 def test_a_memory_queue_of_another_size_is_refused(tmp_path: Path, saved: Path) -> None:
     config = tiny_config(
         tmp_path, moe={**MOE, "layers": {1: {"num_experts": 8}}}, objectives=objectives({"queue_size": 16})
