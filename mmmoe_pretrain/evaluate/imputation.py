@@ -33,7 +33,6 @@ from mmmoe_pretrain.evaluate import retrieval
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, encode
 from mmmoe_pretrain.evaluate.rows import HeldOutRows
 from mmmoe_pretrain.evaluate.scores import Score, Scored, retrieval_scores
-from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.objectives import Objectives
 
@@ -73,14 +72,8 @@ class Case:
 
 def cases_of(objectives: Objectives, settings: EvaluateConfig) -> list[Case]:
     """Each target and observed once, in any order. Raises ValueError where the model has no vector of one."""
+    objectives.check_imputed(settings.impute)
     representations = objectives.representations
-    for target, its in settings.impute.items():
-        if unread := [name for name in (target, *its.observed) if name not in representations]:
-            known = nearest(unread[0], representations, "they read")
-            raise ValueError(
-                f"evaluate.impute.{target} needs {unread[0]}, and no objective reads that, so the model has no "
-                f"vector of it; {known}"
-            )
     cases: dict[tuple[str, frozenset[str]], Case] = {}
     for target, its in settings.impute.items():
         parts = representations[target].modalities

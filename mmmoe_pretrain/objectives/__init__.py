@@ -18,6 +18,7 @@ from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import RepresentationSettings, representation_settings, sides_of
+from mmmoe_pretrain.config.evaluate import ImputeConfig
 from mmmoe_pretrain.modalities import Modality, build_modalities
 from mmmoe_pretrain.objectives.base import Objective, ObjectiveModule, ObjectiveSettings, Outputs, Representation
 from mmmoe_pretrain.parallel.collectives import group_size
@@ -73,6 +74,16 @@ class Objectives(dict[str, Objective]):
                     f"vector to compare; compared are {', '.join(sorted(known)) or 'none'}"
                 )
         return _each_once((*self.aligned, *map(sides_of, more)))
+
+    def check_imputed(self, impute: Mapping[str, ImputeConfig]) -> None:
+        """``impute``: by target. Raises ValueError where the model has no vector of one that it needs."""
+        for target, its in impute.items():
+            if unread := [name for name in (target, *its.observed) if name not in self.representations]:
+                known = kinds.nearest(unread[0], self.representations, "they read")
+                raise ValueError(
+                    f"evaluate.impute.{target} needs {unread[0]}, and no objective reads that, so the model has no "
+                    f"vector of it; {known}"
+                )
 
     @property
     def correlated(self) -> tuple[Pair, ...]:
@@ -151,6 +162,7 @@ def objectives_of(config: RunConfig) -> Objectives:
     modalities = build_modalities(config.modalities, decoding=False)
     objectives = build_objectives(config.objectives, modalities, config.representations)
     objectives.scored(config.evaluate.pairs)
+    objectives.check_imputed(config.evaluate.impute)
     return objectives
 
 

@@ -225,3 +225,5 @@ def test_a_representation_that_no_objective_reads_is_refused(config: RunConfig, 
     impute = config.evaluate.model_copy(update={"impute": {"audio": ImputeConfig(observed=("image",))}})
     with pytest.raises(ValueError, match=r"evaluate.impute.audio needs audio, and no objective reads that"):
         evaluated(tmp_path, config, evaluate=impute)
+    with pytest.raises(ValueError, match=r"evaluate.impute.audio needs audio, and no objective reads that"):
+        objectives_of(config.model_copy(update={"evaluate": impute}))  # as training does at the start
