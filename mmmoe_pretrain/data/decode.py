@@ -197,9 +197,7 @@ def without_withheld(sample: Sample, modalities: Modalities) -> Sample:
     return dataclasses.replace(sample, items=tuple(item for item in sample.items if item.modality in kept))
 
 
-def modalities_kept(
-    key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws | None
-) -> tuple[str, ...]:
+def modalities_kept(key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws | None) -> tuple[str, ...]:
     """The modalities that the sample ``key`` keeps of those that it has (``withheld_share``, and with ``draws``
     ``dropout_share``). If it would lose all, it keeps the one with the highest draw, and one that is withheld only
     where all are."""

@@ -87,7 +87,8 @@ class _Predicted:
 
     ids: dict[str, _Pairs]
     contents: dict[str, _Pairs]
-    seen: dict[str, list[tuple[int, int, int]]]  # runs of contents: their number, and their segment's start and length
+    # Of contents that follow each other: their number, and the start and length of their segment.
+    seen: dict[str, list[tuple[int, int, int]]]
 
     @classmethod
     def nothing(cls, settings: PackSettings) -> _Predicted:
@@ -170,8 +171,8 @@ def pack(
 
 @dataclass(frozen=True)
 class Origins:
-    """Of each valid token of a batch: its sample, its item there, and its number in the item; -1 of a view that is not
-    the item with some content hidden: its tokens are of no place in the item."""
+    """Of each valid token of a batch: its sample, its item there, and its number in the item; -1 of a view that is
+    not the item with some content hidden: its tokens are of no place in the item."""
 
     sample_n: np.ndarray
     item_n: np.ndarray

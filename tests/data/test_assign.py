@@ -106,7 +106,10 @@ def test_modalities_that_samples_lose_are_not_in_the_rows_that_are_expected(root
     values["modalities"]["audio"] |= {"withheld_share": 0.5}
     config = tiny_config(root, modalities=values["modalities"], objectives=objectives(captioning=None))
     modalities = build_modalities(config.modalities, config.data.tokenizer)
-    folder, settings = open_indexed(str(root / "train"), modalities=modalities), PackSettings.from_config(config, modalities)
+    folder, settings = (
+        open_indexed(str(root / "train"), modalities=modalities),
+        PackSettings.from_config(config, modalities),
+    )
     positions = np.arange(64)  # of four steps
     path = lengths_path(folder, modalities)
     measure_lengths(folder, modalities, path)

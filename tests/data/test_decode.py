@@ -297,8 +297,10 @@ def test_a_withheld_modality_is_so_for_good(tiny_data: Path) -> None:
 
 
 def test_what_is_withheld_does_not_come_back_where_the_rest_is_dropped(tiny_data: Path) -> None:
-    found = lose(tiny_data, 500, image={"withheld_share": 0.9}, text={"dropout_share": 1.0}, audio={"dropout_share": 1.0})
-    withheld = [kept for kept in lose(tiny_data, 500, image={"withheld_share": 0.9})]
+    found = lose(
+        tiny_data, 500, image={"withheld_share": 0.9}, text={"dropout_share": 1.0}, audio={"dropout_share": 1.0}
+    )
+    withheld = list(lose(tiny_data, 500, image={"withheld_share": 0.9}))
     assert all("image" in before or "image" not in kept for kept, before in zip(found, withheld, strict=True))
 
 
@@ -314,10 +316,14 @@ def test_training_samples_that_scores_are_fitted_on_lack_what_is_withheld(tiny_d
     assert 10 < sum(len(sample.items) == 3 for sample in found) < 38
 
 
-def test_a_sample_whose_other_modalities_are_empty_is_not_bad_where_it_loses_one(raw: RawSample, tiny_data: Path) -> None:
+def test_a_sample_whose_other_modalities_are_empty_is_not_bad_where_it_loses_one(
+    raw: RawSample, tiny_data: Path
+) -> None:
     blank = RawSample("blank", {"png": raw.members["png"], "wav": raw.members["wav"], "txt": b"  "})
     dropped = modalities_of(tiny_data, image={**IMAGE, "dropout_share": 1.0}, audio={**AUDIO, "dropout_share": 1.0})
-    kept = [[item.modality for item in good(decode(blank, dropped, Draws(0, position))).items] for position in range(40)]
+    kept = [
+        [item.modality for item in good(decode(blank, dropped, Draws(0, position))).items] for position in range(40)
+    ]
     assert {name for names in kept for name in names} == {"image", "audio"} and all(len(names) == 1 for names in kept)
 
 

@@ -197,7 +197,6 @@ class DrawnRows:
             row = np.asarray([tokens if m == name else row[k] if m in kept else 0 for k, m in enumerate(names)])
         return row
 
-
     def _kept(self, row: np.ndarray, key: str, position: int) -> np.ndarray:
         """The lengths without the modalities that the sample loses there."""
         held = tuple(name for m, name in enumerate(self._modalities) if row[m])
