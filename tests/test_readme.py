@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config import CheckpointConfig, FaultsConfig, LossScaleConfig
 from mmmoe_pretrain.config.moe import LendingConfig, MoEConfig
 from mmmoe_pretrain.data_prep.rows.manifest import read_manifest
@@ -29,6 +30,20 @@ def test_the_settings_of_the_layer_s_page_are_valid_and_its_defaults_are_ours() 
     assert MoEConfig.model_validate(yaml.safe_load(mixture)["moe"]).for_layer(3).experts_per_token == 4
     assert MoEConfig.model_validate(yaml.safe_load(budgets)["moe"]).auto_layers == (None,)
     assert MoEConfig.model_validate(yaml.safe_load(lending)["moe"]).lending == LendingConfig()
+
+
+def test_the_page_of_objectives_has_every_kind_and_all_of_its_settings() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    run_config.parse(
+        {**yaml.safe_load(blocks("yaml")[0]), **yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])}
+    )
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)", page, re.MULTILINE))
+    assert rows.keys() == kinds.OBJECTIVES.builtin.keys()
+    of_all = {"kind", "weight"}
+    for kind, row in rows.items():
+        row += rows["contrastive"] * ("as `contrastive`" in row)
+        names = kinds.OBJECTIVES.load(kind).Settings.model_fields.keys() - of_all
+        assert [name for name in sorted(names) if f"`{name}`" not in row] == []
 
 
 def test_the_manifest_of_the_tour_is_a_valid_manifest(tmp_path: Path) -> None:
