@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from evidence.study import TEST, Method, Metric, Study, Variant
+from evidence.studies import NAMES_OF_STAMPS
+from evidence.study import TEST, Method, Metric, Study, Variant, recall
 
-STAMPS_AND_SPEECH = tuple(
-    Metric(f"{TEST}{source}_to_{target}_r10", f"{source} → {target}, recall@10", False, percent=True)
-    for source, target in (("image", "speech"), ("speech", "image"))
-)
 RECORDINGS = {  # percent of them: shards
     1: "data/evidence/stamps/spoken-43/train",
     10: "data/evidence/stamps/spoken-430/train",
@@ -43,7 +40,7 @@ REMEDIES = {
 }
 BANK = "bank_60"  # the variant that the config of the method itself trains
 BY_PARTS = tuple(
-    Metric(f"{TEST}scene[{parts}]_to_text_r10", f"{title} → text, recall@10", False, percent=True)
+    recall(f"scene[{parts}]", "text", title)
     for parts, title in (("audio", "recording"), ("image", "image"), ("image,audio", "both"))
 )
 
@@ -65,10 +62,7 @@ STAMPS = (
         question="Which methods match the images, names and recordings of the demo better?",
         config="configs/demo.yaml",
         corpus="demo",
-        metrics=tuple(
-            Metric(f"{TEST}{source}_to_{target}_r10", f"{source} → {target}, recall@10", False, percent=True)
-            for source, target in (("image", "text"), ("text", "image"), ("speech", "text"), ("text", "speech"))
-        ),
+        metrics=NAMES_OF_STAMPS,
         reference="contrastive",
         variants=(
             Variant("contrastive", "InfoNCE and captions", same_as="demo/moe"),
@@ -98,7 +92,7 @@ STAMPS = (
         config="configs/methods/fusion_early.yaml",
         corpus="demo",
         metrics=(
-            Metric(f"{TEST}scene_to_text_r10", "image and recording → text, recall@10", False, percent=True),
+            recall("scene", "text", "image and recording"),
             Metric(f"{TEST}text_to_scene_r10", "text → image and recording, recall@10", False, percent=True),
         ),
         reference="fusion_early",
@@ -129,10 +123,7 @@ STAMPS = (
         question="Does it help to hold back the modality that is ahead?",
         config="configs/methods/fusion_late.yaml",
         corpus="demo",
-        metrics=tuple(
-            Metric(f"{TEST}{source}_to_text_r10", f"{label} → text, recall@10", False, percent=True)
-            for source, label in (("scene", "image and recording"), ("image", "image"), ("speech", "speech"))
-        ),
+        metrics=(recall("scene", "text", "image and recording"), recall("image", "text"), recall("speech", "text")),
         reference="fusion_late",
         variants=(
             Variant("fusion_late", "late: weighted sum", same_as="fusion/fusion_late"),
@@ -237,7 +228,8 @@ STAMPS = (
         config="configs/methods/unpaired.yaml",
         corpus="demo",
         metrics=(
-            *STAMPS_AND_SPEECH,
+            recall("image", "speech"),
+            recall("speech", "image"),
             Metric(f"{TEST}speech_to_text_zero_shot", "speech, zero-shot class", False, percent=True),
         ),
         reference="paired",
@@ -271,8 +263,8 @@ STAMPS = (
         config="configs/methods/co_learning.yaml",
         corpus="stamps",
         metrics=(
-            Metric(f"{TEST}speech_to_text_r10", "speech → text, recall@10", False, percent=True),
-            Metric(f"{TEST}text_to_speech_r10", "text → speech, recall@10", False, percent=True),
+            recall("speech", "text"),
+            recall("text", "speech"),
         ),
         reference="alone-10",
         variants=(
@@ -348,10 +340,7 @@ STAMPS = (
         question="How many of 12 experts should images, speech and texts have?",
         config="configs/methods/expert_budgets.yaml",
         corpus="demo",
-        metrics=tuple(
-            Metric(f"{TEST}{source}_to_text_r10", f"{source} → text, recall@10", False, percent=True)
-            for source in ("image", "speech")
-        ),
+        metrics=(recall("image", "text"), recall("speech", "text")),
         reference="even",
         variants=(
             Variant(

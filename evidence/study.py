@@ -35,6 +35,11 @@ class Metric:
         return 100 if self.percent else 1
 
 
+def recall(source: str, target: str, what: str = "") -> Metric:
+    """Recall@10 of ``target`` by ``source``, scored by mmmoe evaluate. ``what``: the source in words."""
+    return Metric(f"{TEST}{source}_to_{target}_r10", f"{what or source} → {target}, recall@10", False, percent=True)
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run goes on from: another run, with ``overrides`` of the study's config, that trains the first ``share``

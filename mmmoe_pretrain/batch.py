@@ -11,7 +11,7 @@ tensor whose layout is not obvious carries it as a suffix: ``x_TD``, ``expert_id
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +77,10 @@ class Sample:
     def index(self, modality: str) -> int | None:
         """The number of the first item of ``modality``."""
         return next((i for i, item in enumerate(self.items) if item.modality == modality), None)
+
+    def only(self, modalities: Container[str]) -> Sample:
+        """The sample with its items of these modalities alone."""
+        return dataclasses.replace(self, items=tuple(item for item in self.items if item.modality in modalities))
 
     def first(self, modality: str) -> Item | None:
         """The first item of ``modality``."""

@@ -7,11 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mmmoe_pretrain.config.base import (
-    PathText,
-    SourceText,
-    StrictModel,
-)
+from mmmoe_pretrain.config.base import PathText, SourceText, StrictModel
 from mmmoe_pretrain.config.schedule import Schedule, Weight, check_schedule, schedule_of, value_at
 from mmmoe_pretrain.urls import secret_option
 

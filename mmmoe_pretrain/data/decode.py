@@ -193,8 +193,7 @@ def without_withheld(sample: Sample, modalities: Modalities) -> Sample:
     if sample.document:
         return sample
     held = tuple(dict.fromkeys(item.modality for item in sample.items))
-    kept = modalities_kept(sample.meta.key, held, modalities, None)
-    return dataclasses.replace(sample, items=tuple(item for item in sample.items if item.modality in kept))
+    return sample.only(modalities_kept(sample.meta.key, held, modalities, None))
 
 
 def modalities_kept(key: str, held: tuple[str, ...], modalities: Modalities, draws: Draws | None) -> tuple[str, ...]:

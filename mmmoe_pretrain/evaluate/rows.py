@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -116,11 +116,7 @@ class HeldOutRows:
         """As ``batches``, of the items of these modalities alone."""
         settings = eval_settings(self.config, self.modalities)
         for samples, positions in self.samples():
-            left = [
-                replace(sample, items=tuple(item for item in sample.items if item.modality in modalities))
-                for sample in samples
-            ]
-            yield pack(left, settings, positions)
+            yield pack([sample.only(modalities) for sample in samples], settings, positions)
 
     def notes(self, overrides: Sequence[str]) -> list[str]:
         """Notes for readers of numbers over these rows, with these ``overrides`` of settings; complete after a

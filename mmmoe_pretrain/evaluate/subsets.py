@@ -84,23 +84,20 @@ def _seen(
 ) -> list[Seen]:
     """What a pass without the modalities ``withheld`` gives for each of ``wanted``."""
     settings, device = eval_settings(rows.config, rows.modalities), device_of(model)
+    kept = rows.modalities.keys() - withheld
     features: dict[str, list[np.ndarray]] = defaultdict(list)
     content: list[list[str]] = [[] for _ in wanted]
     for samples, positions in rows.samples():
         for (rep, parts), names in zip(wanted, content, strict=True):
             names += [_content(sample, rep, parts) for sample in samples]
         if withheld:
-            left = [without(sample, withheld) for sample in samples]
+            left = [sample.only(kept) for sample in samples]
             with torch.inference_mode():
                 outputs, _ = model(pack(left, settings, positions).to(device))
             for rep, _ in wanted:
                 features[rep.name].append(outputs.features[rep.name].float().cpu().numpy())
     of_all = {name: np.concatenate(batches) for name, batches in features.items()} if withheld else data.features
     return [(of_all[rep.name], tuple(names)) for (rep, _), names in zip(wanted, content, strict=True)]
-
-
-def without(sample: Sample, modalities: frozenset[str]) -> Sample:
-    return dataclasses.replace(sample, items=tuple(i for i in sample.items if i.modality not in modalities))
 
 
 def _content(sample: Sample, rep: Representation, parts: Parts) -> str:

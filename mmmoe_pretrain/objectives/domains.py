@@ -6,7 +6,6 @@ Shapes: B samples of a microbatch, P joint space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -14,40 +13,24 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, send
-from mmmoe_pretrain.config.base import ModalitySettings
-from mmmoe_pretrain.kinds import nearest
-from mmmoe_pretrain.objectives.pooled import PooledObjective, PooledSettings
+from mmmoe_pretrain.objectives.pooled import OneRepresentationSettings, PooledObjective
 
 SOURCE, TARGET = DOMAINS = ("source", "target")
 
 
-class DomainSettings(PooledSettings):
-    """``of``: the representation (a modality is one). ``field``: of a sample's JSON. ``target``: its values of the
+class DomainSettings(OneRepresentationSettings):
+    """``field``: of a sample's JSON. ``target``: its values of the
     target domain; ``source``: of the source (empty: all others). Samples of neither take no part."""
 
-    of: str
     field: str = Field(min_length=1)
     target: tuple[str, ...] = Field(min_length=1)
     source: tuple[str, ...] = ()
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """See ``PooledSettings.named``."""
-        return (self.of,)
 
     @model_validator(mode="after")
     def _disjoint(self) -> Self:
         if both := set(self.target) & set(self.source):
             raise ValueError(f"{', '.join(sorted(both))} is of the source and of the target; name it in one of them")
         return self
-
-    def check_names(
-        self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        """See ``ObjectiveSettings.check_names``."""
-        if self.of not in representations:
-            known = nearest(self.of, representations, "there are")
-            raise ValueError(f"objectives.{name}.of {self.of}: there is no such representation; {known}")
 
     def domain_of(self, value: str) -> str | None:
         """``value`` of the field: the domain, or None."""

@@ -189,13 +189,13 @@ class NextToken(Objective):
 
     def why_idle(self, loss: str, count: int, so_far: str) -> str:
         ways = ", or ".join(what.removeprefix(f"{self.name} of ") for what in self.needs())
-        group, more = loss.removeprefix(self.name).removeprefix("/"), ""
-        if group:
-            field = self.groups.field if self.groups is not None else ""
-            more = f", as {field or 'modality'} {group}, which is in its balance" if group else ""
+        more, cause = "", "parts"
+        if self.groups is not None:
+            group, cause = loss.removeprefix(f"{self.name}/"), "balance"
+            more = f", as {self.groups.field or 'modality'} {group}, which is in its balance"
         return (
             f"objectives.{self.name} had no target {so_far}: no sample drawn for it has {ways}{more}. Give the data "
-            f"such samples, correct its {'balance' if group else 'parts'}, or set its weight: 0"
+            f"such samples, correct its {cause}, or set its weight: 0"
         )
 
 

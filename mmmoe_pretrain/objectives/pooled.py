@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.batch import Batch, Sample, Segment
 from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings, check_pair, sides_of
+from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs, Representation
 from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
@@ -46,6 +47,25 @@ class PooledSettings(ObjectiveSettings):
     def named(self) -> tuple[str, ...]:
         """The representations that it reads."""
         raise NotImplementedError
+
+
+class OneRepresentationSettings(PooledSettings):
+    """``of``: the representation (a modality is one)."""
+
+    of: str
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """See ``PooledSettings.named``."""
+        return (self.of,)
+
+    def check_names(
+        self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """See ``ObjectiveSettings.check_names``."""
+        if self.of not in representations:
+            known = nearest(self.of, representations, "there are")
+            raise ValueError(f"objectives.{name}.of {self.of}: there is no such representation; {known}")
 
 
 class PairwiseSettings(PooledSettings):

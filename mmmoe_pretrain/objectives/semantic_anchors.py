@@ -28,31 +28,25 @@ from mmmoe_pretrain.config.base import ModalitySettings, PathText, StepSizes
 from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.modalities.word_vectors import WordVectors
 from mmmoe_pretrain.objectives.base import ObjectiveModule, Outputs
-from mmmoe_pretrain.objectives.pooled import PooledObjective, PooledSettings
+from mmmoe_pretrain.objectives.pooled import OneRepresentationSettings, PooledObjective
 from mmmoe_pretrain.parallel.collectives import gather_rows
 from mmmoe_pretrain.parallel.groups import Groups
 
 
-class SemanticAnchorsSettings(PooledSettings):
-    """``of``: the representation (a modality is one). ``text``: the modality whose texts have the words, or
+class SemanticAnchorsSettings(OneRepresentationSettings):
+    """``text``: the modality whose texts have the words, or
     ``field``: the field of a sample's JSON that has them. ``vectors``: the file of `mmmoe-data words`; ``size``: the
     numbers of a vector. ``fingerprint``: of that file; filled in when the run starts."""
 
     file_setting = "vectors"
 
     kind: Literal["semantic_anchors"] = "semantic_anchors"
-    of: str
     text: str = ""
     field: str = ""
     vectors: PathText
     size: int = Field(ge=1, le=1 << 16)
     margin: float = Field(0.1, gt=0, le=2)
     fingerprint: str = ""
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """See ``PooledSettings.named``."""
-        return (self.of,)
 
     @model_validator(mode="after")
     def _one_source_of_words(self) -> Self:
@@ -64,9 +58,7 @@ class SemanticAnchorsSettings(PooledSettings):
         self, name: str, modalities: Mapping[str, ModalitySettings], representations: Mapping[str, tuple[str, ...]]
     ) -> None:
         """See ``ObjectiveSettings.check_names``."""
-        if self.of not in representations:
-            known = nearest(self.of, representations, "there are")
-            raise ValueError(f"objectives.{name}.of {self.of}: there is no such representation; {known}")
+        super().check_names(name, modalities, representations)
         readers = [one for one, its in modalities.items() if kinds.MODALITIES.load(its.kind).needs_tokenizer]
         if self.text and self.text not in readers:
             raise ValueError(
