@@ -21,7 +21,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process should stop, and why: ``reason`` is "SIGTERM", "stop file", or empty."""
+    """Whether this process should stop, and why: ``reason`` is the name of a signal, or empty."""
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self._stop_file = stop_file
@@ -30,8 +30,8 @@ class StopRequest:
     @property
     def reason(self) -> str:
         if not self._reason and self._stop_file is not None and self._stop_file.exists():
-            # The launcher writes there which signal it got.
-            self._reason = self._stop_file.read_text(encoding="ascii").strip() or "stop file"
+            # The launcher writes there which signal it got. The file is empty for a moment, before it is written.
+            self._reason = self._stop_file.read_text(encoding="ascii").strip()
         return self._reason
 
     @property
