@@ -106,7 +106,7 @@ class Task:
         (first,) = before._training()
         settings = (f"train.steps={config.train.steps}", f"evaluate.every={config.evaluate.every}")
         whole = (*settings, "optimizer.decay_steps=null")  # which is train.steps
-        change = ("experts", *start.command, str(first.folder), "--out", str(config.run_dir), *whole)
+        change = (*start.command, str(first.folder), "--out", str(config.run_dir), *whole)
         return [first, Call(TRAINER, change, first.folder), train]
 
 

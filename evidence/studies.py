@@ -255,7 +255,7 @@ STUDIES = (
                 "upcycled",
                 "dense, then 16 experts",
                 ("moe.experts_per_token=2", "train.steps=2595"),
-                start=Start(1500 / 2595, dense(NARROW), ("upcycle", "--num-experts=16")),
+                start=Start(1500 / 2595, dense(NARROW), ("experts", "upcycle", "--num-experts=16")),
             ),
         ),
         panels=("flops", "hours"),

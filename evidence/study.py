@@ -43,7 +43,7 @@ def recall(source: str, target: str, what: str = "") -> Metric:
 @dataclass(frozen=True)
 class Start:
     """What a run goes on from: another run, with ``overrides`` of the study's config, that trains the first ``share``
-    of the variant's steps and is changed by ``mmmoe experts`` with the arguments ``command``."""
+    of the variant's steps (at least one) and is changed by ``mmmoe`` with the arguments ``command``."""
 
     share: float
     overrides: tuple[str, ...]

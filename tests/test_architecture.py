@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": _VALUES | {"exit_codes"} | {"modalities", "objectives"},
     "engines": _MODEL | {"checkpoint"},
     "evaluate": _MODEL | {"checkpoint", "data"},
-    "surgery": _MODEL | {"checkpoint", "data"},
+    "surgery": _MODEL | {"checkpoint", "data", "evaluate"},
     "plan": _MODEL | {"data", "engines"},
     "export": _MODEL | {"checkpoint", "data", "engines"},
     "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes", "export", "plan"},

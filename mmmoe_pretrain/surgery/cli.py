@@ -1,4 +1,4 @@
-"""``mmmoe experts``: one command an operation. Heavy imports wait until one runs."""
+"""``mmmoe experts``, one command an operation, and ``mmmoe align``. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -118,6 +118,18 @@ def merge(
         raise ValueError(f"--experts {chosen}: name two, e.g. 3,5")
     pair = numbers[0], numbers[1]
     _write(run, out, overrides, "merge", lambda source: make(source, layer, pair, lossy))
+
+
+def align(
+    run: Run,
+    out: Out,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training samples to fit on.")] = 4096,
+) -> None:
+    """Set the joint heads of a run by linear CCA of its training samples; the result is a new run."""
+    from mmmoe_pretrain.surgery.align import align as make
+
+    _write(run, out, overrides, "align", lambda source: make(source, samples))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -67,8 +67,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a command. ``exact``: the function should be the same; ``why_not``: what to do if it is not.
-    ``on_data`` compares on the run's data instead of noise."""
+    """The result of a command. ``exact``: the function should be the same; ``why_not``: what to do if it is not;
+    ``allowed``: why it may change. ``on_data`` compares on the run's data instead of noise."""
 
     config: RunConfig
     state: State
@@ -76,6 +76,7 @@ class Result:
     exact: bool = True
     on_data: bool = False
     why_not: str = ""
+    allowed: str = "as --lossy allows"
 
 
 def operate(
@@ -133,7 +134,7 @@ def _fitted(result: Result) -> Result:
     if wrong:
         raise ValueError(
             f"the overrides ask for other weights, such as {', '.join(wrong[:3])} ({len(wrong)} in all), and this "
-            f"command changes experts alone; leave out those of model, objectives and train.loss_weighting"
+            f"command makes no others; leave out those of model, objectives and train.loss_weighting"
         )
     states = {tuple(sorted(its.optimizer)) for name, its in kept.items() if name in parameters}
     if states != {tuple(sorted(config.optimizer.state))}:
@@ -178,7 +179,7 @@ def _refuse_other_losses(trained: RunConfig, config: RunConfig) -> None:
     changed += [name for name, its in representations[0].items() if its != representations[1].get(name)]
     if changed:
         raise ValueError(
-            f"the overrides change what is trained ({', '.join(changed)}), and this command changes experts alone; "
+            f"the overrides change what is trained ({', '.join(changed)}), and this command does not; "
             f"leave them out here, and give mmmoe train those that it can change"
         )
 
@@ -220,7 +221,7 @@ WITHOUT_REASON = (
 def _summary(result: Result, largest: float, probe: str, command: str) -> str:
     numbers = f"largest difference of features and likelihoods {largest:.2g} on {probe}"
     if not result.exact:
-        changed = "changed, as --lossy allows" if largest > TOLERANCE else "hardly changed"
+        changed = f"changed, {result.allowed}" if largest > TOLERANCE else "hardly changed"
         return f"the function {changed}: {numbers}"
     if largest > TOLERANCE:
         raise ValueError(

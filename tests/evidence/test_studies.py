@@ -91,7 +91,7 @@ def test_names_are_distinct_and_panels_and_references_exist() -> None:
 def made_study(tmp_path: Path) -> tuple[Study, Variant]:
     """A study of 10 steps whose variant is dense for the first 4."""
     config = ROOT / study("captions").config
-    start = Start(0.4, ("moe.num_experts=1", "moe.experts_per_token=1"), ("upcycle", "--num-experts=16"))
+    start = Start(0.4, ("moe.num_experts=1", "moe.experts_per_token=1"), ("experts", "upcycle", "--num-experts=16"))
     variant = Variant("grown", "grown", ("moe.experts_per_token=2", "train.steps=10"), start=start)
     metric = Metric("captions_perplexity", "perplexity")
     return Study("made", "", "", str(config), "", (metric,), "grown", (variant,)), variant
