@@ -87,7 +87,9 @@ METHODS = (
         panels=(),
         setting=f"The baseline has InfoNCE and 16 experts, one a token. {OF_ALL} The 8 dimensions of deep CCA were "
         "chosen in trials with 8, 16 and 32 (one seed, not recorded, two ridges with 32) on the same held-out pairs, "
-        "so its score may be a little too high.",
+        "so its score may be a little too high. So were size and start of the memory queue (one trial): with 1,024 "
+        "samples from step 200 on, when the learning rate is still high, recall fell to chance (one seed), since the "
+        "vectors of earlier steps are then unlike those of the step.",
     ),
     Study(
         name="heads",

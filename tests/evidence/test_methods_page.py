@@ -63,7 +63,7 @@ def test_costs_that_are_unknown_or_of_other_machines_are_not_compared(more: dict
 def test_the_page_lists_the_settings_of_a_method_and_the_items_without_one(tmp_path: Path) -> None:
     write(tmp_path, "memory_queue", [18.0])
     text = methods_page.write(tmp_path, tmp_path, (MADE,), {"pairs": ["A remark."]}).read_text()
-    assert "\n- `memory_queue`: `objectives.pairs.queue_size: 1024`, `objectives.pairs.queue_start: 200`.\n" in text
+    assert "\n- `memory_queue`: `objectives.pairs.queue_size: 512`, `objectives.pairs.queue_start: 400`.\n" in text
     for item, title in ITEMS.items():
         assert (f"## {title}\nNone yet.\n" in text) == (item != "alignment")
     section = text.partition("## Names of things\n")[2]
