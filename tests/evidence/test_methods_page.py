@@ -101,5 +101,5 @@ def test_runs_that_a_page_shows_of_another_study_are_its_tasks_too() -> None:
 def test_sizes_for_small_runs_follow_those_of_all_and_stay_away_from_full_runs() -> None:
     of = replace(MADE, variants=(replace(QUEUE, small=("objectives.pairs.queue_size=16",)),), seeds=(1,))
     (full,), (quick,) = (tasks_of([of], replace(Place(), extra=extra)) for extra in ((), ("train.steps=6",)))
-    assert full.config().objectives["pairs"].queue_size == 1024 and full.config().train.steps == 600
+    assert full.config().objectives["pairs"].queue_size == 512 and full.config().train.steps == 600
     assert quick.config().objectives["pairs"].queue_size == 16 and quick.config().train.steps == 6
