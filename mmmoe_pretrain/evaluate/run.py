@@ -110,6 +110,10 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> lis
     parts += [
         _anchor_scores(data, objective, rows, run_dir) for objective in objectives.values() if objective.anchor_size
     ]
+    parts += [
+        scores.class_scores(data, task, its.representations[0], its.settings)
+        for task, its in objectives.classifying.items()
+    ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():
         found = scores.perplexity_scores(task, predicted, train.get(task), model.names.modalities, settings)
