@@ -62,7 +62,11 @@ def evaluate(
         [*_score(data, model, rows, run_dir), *imputation.scores_of(data, model, rows, run_dir, cases, bank)]
     )
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
-    layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
+    layers = [
+        routing_report.summarise_layer(trained, untrained)
+        | routing_report.summarise_tasks(routing_report.array(trained.counts_MXE), trained.names)
+        for trained, untrained in zip(data.routing, before, strict=True)
+    ]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
     result = Report(
         run=config.name,
