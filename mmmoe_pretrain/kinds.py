@@ -108,6 +108,7 @@ OBJECTIVES = Kinds(
     "objective kind",
     "mmmoe.objectives",
     {
+        "classify": "mmmoe_pretrain.objectives.classify:Classify",
         "contrastive": "mmmoe_pretrain.objectives.contrastive:Contrastive",
         "completion": "mmmoe_pretrain.objectives.completion:Completion",
         "self_distillation": "mmmoe_pretrain.objectives.self_distillation:SelfDistillation",

@@ -54,6 +54,8 @@ def refusal(moe: dict[str, Any], **sections: Any) -> str:
     ({"router": "hash", "losses": {"load": 0.1}}, "moe.router hash does not;", "losses.load: 0"),
     ({"router": "expert_choice", "losses": {"load": 0.1}}, "moe.router expert_choice does not", "losses.load: 0"),
     ({"router": "hash", "jitter": 0.1}, "moe.router hash", "remove them"),
+    ({"task_input": "alone"}, "moe.task_input alone", "set task_conditioned: true"),
+    ({"task_conditioned": ["captoning"]}, "no objective captoning", "did you mean captioning"),
     ({"router": "hash", "task_conditioned": True}, "moe.task_conditioned", "remove them"),
     ({"router": "hash", "bias_balancing": {"rate": 0.1}}, "moe.bias_balancing", "remove them"),
     ({"router": "group_limited", "node_groups": 3}, "moe.node_groups 3", "use a divisor of 4"),

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmmoe_pretrain.config.schedule import Schedule, Weight, check_schedule, schedule_of, value_at
-from mmmoe_pretrain.kinds import REPRESENTATIONS, nearest
+from mmmoe_pretrain.kinds import REPRESENTATIONS, check_name, nearest
 from mmmoe_pretrain.paths import expand
 from mmmoe_pretrain.untrusted import brief
 from mmmoe_pretrain.urls import command_has_secret, has_secret, is_url, redacted, redacted_command, shown
@@ -315,6 +315,10 @@ def representation_settings(values: Any) -> Any:
     )
 
 
+# Of the language head by which an objective predicts tokens: those with one name share one; None is one of them.
+Head = Annotated[str | None, BeforeValidator(lambda name: None if name is None else check_name(name))]
+
+
 class ObjectiveSettings(StrictModel):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
@@ -357,6 +361,11 @@ class ObjectiveSettings(StrictModel):
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step (the first is 0)."""
         return value_at(self.schedule, step)
+
+    def idle_at(self, step: int) -> bool:
+        """The objective has no weight at an optimizer step: its segments are not packed, and its own parameters keep
+        their values."""
+        return self.weight_at(step) == 0
 
     def changes_until(self, last: int) -> bool:
         """Whether the weight is not the same in all optimizer steps up to ``last`` (the first is 0)."""

@@ -34,6 +34,7 @@ class Capabilities:
     precisions: tuple[str, ...]  # train.precision
     overlap: tuple[str, ...]  # keys of ``parallel`` that let communication overlap computation
     instead_of_overlap: str = ""  # the remedy where a key is not in ``overlap``
+    task_gradients: tuple[int, ...] = ()  # ZeRO stages at which whole reduced gradients can be compared
     settings: str | None = None  # the key of ``parallel`` that has the engine's own JSON
     half_parameters: bool = False  # of the trunk, in bf16 and fp16; else they stay fp32, with half copies
 
@@ -47,6 +48,7 @@ ENGINES: dict[str, Capabilities] = {
         offload={},
         precisions=("fp32", "bf16", "fp16"),
         half_parameters=True,
+        task_gradients=(0, 1),
         overlap=("overlap_grad_reduce", "overlap_param_gather"),
     ),
     "deepspeed": Capabilities(
@@ -56,6 +58,7 @@ ENGINES: dict[str, Capabilities] = {
         optimizers={"adamw": (0, 1, 2, 3), "sgd": (0, 1, 2, 3)},
         offload={"cpu": Offload((1, 2, 3), ("adamw", "sgd")), "nvme": Offload((3,), ("adamw",))},
         precisions=("fp32", "bf16", "fp16"),
+        task_gradients=(0,),  # stage 1 frees gradients as it reduces them, 2 and 3 never have whole ones
         overlap=(),
         instead_of_overlap="parallel.deepspeed: {zero_optimization: {overlap_comm: true}} for its own overlap",
         settings="deepspeed",

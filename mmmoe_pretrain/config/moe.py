@@ -125,7 +125,9 @@ class MoEConfig(StrictModel):
     node_groups: int = Field(1, ge=1)  # of equally many experts, for routers group_limited and sigmoid_top_k
     groups_per_token: int = Field(1, ge=1)
     scores_per_group: int | None = Field(None, ge=1)  # whose sum ranks a group; None: K / groups_per_token
-    task_conditioned: bool = False  # the router sees x plus a learned embedding of the token's task
+    # Tasks (objectives) whose tokens' router sees a learned embedding of the task: all, none, or those named.
+    task_conditioned: bool | tuple[str, ...] = False
+    task_input: Literal["added", "alone"] = "added"  # to x; alone: in its place, so a task's tokens choose alike
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
     wake_steps: int = Field(0, ge=0)  # over which the dormancy of added experts falls to 0; 0: no dormant experts
@@ -352,12 +354,22 @@ class MoEConfig(StrictModel):
                 f"moe.losses.combination needs a router that chooses the top k experts of a token, and moe.router "
                 f"{self.router} does not; set moe.losses.combination: 0, or choose softmax_top_k"
             )
+        if self.task_input == "alone" and not self.task_conditioned:
+            raise ValueError(
+                "moe.task_input alone routes by the embedding of a task, and moe.task_conditioned names none; set "
+                "task_conditioned: true, or a list of objectives, or remove task_input"
+            )
         unused = (self.bias_balancing.on, self.jitter, self.task_conditioned, self.router_bias)
         if self.router == "hash" and any(unused):
             raise ValueError(
                 "moe.router hash does not use the token's content, so moe.bias_balancing, moe.jitter, "
                 "moe.task_conditioned and moe.router_bias have no effect; remove them"
             )
+
+    def conditioned(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Those of ``tasks`` whose tokens are routed by their task, too."""
+        named = self.task_conditioned
+        return tuple(task for task in tasks if named is True or (isinstance(named, tuple) and task in named))
 
     def _check_node_groups(self) -> None:
         if self.router not in ("group_limited", "sigmoid_top_k"):

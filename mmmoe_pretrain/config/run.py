@@ -72,6 +72,11 @@ class RunConfig(StrictModel):
             representation.check_parts(name, self.modalities)
         for where, names in self.moe.modalities_named:
             self._known(names, where)
+        for layer in (self.moe, *map(self.moe.for_layer, self.moe.layers)):
+            tasks = layer.task_conditioned if isinstance(layer.task_conditioned, tuple) else ()
+            if absent := [name for name in tasks if name not in self.objectives]:
+                hint = kinds.nearest(absent[0], self.objectives, "the objectives are")
+                raise ValueError(f"moe.task_conditioned: there is no objective {', '.join(absent)}; {hint}")
         claimed = Counter(member for modality in self.modalities.values() for member in modality.members)
         if twice := [member for member, count in claimed.items() if count > 1]:
             raise ValueError(
@@ -152,6 +157,16 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"train.loss_weighting uncertainty needs losses from 0 on, and that of objectives.{negative[0]} is "
                 f"of a density and can be negative; set loss_weighting: fixed, or choose another head"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_to_compare(self) -> RunConfig:
+        tasks = [name for name, its in self.objectives.items() if its.on]
+        if self.train.task_gradients is not None and len(tasks) < 2:
+            raise ValueError(
+                f"train.task_gradients compares the gradients of two objectives or more, and {tasks[0]} alone has a "
+                f"weight; remove it, or add an objective"
             )
         return self
 

@@ -35,6 +35,20 @@ class CpuConfig(StrictModel):
     rows_for_all_threads: int | None = Field(None, ge=0)
 
 
+class TaskGradientsConfig(StrictModel):
+    """Gradients of each task (objective) by a pass of its own (``engines/task_gradients.py``): how far they conflict
+    is in the log. ``combine``: ``sum``, which changes nothing, or ``pcgrad``, which projects conflicts away (arXiv
+    2001.06782) and needs the passes in every step. ``every``: steps from one measurement to the next under ``sum``;
+    None: ``train.log_every``."""
+
+    combine: Literal["sum", "pcgrad"] = "sum"
+    every: int | None = Field(None, ge=1)
+
+    def every_of(self, log_every: int) -> int:
+        """Steps from one that runs a pass for each task to the next."""
+        return 1 if self.combine == "pcgrad" else self.every or log_every
+
+
 class TrainConfig(StrictModel):
     steps: int = Field(1000, ge=1)
     global_batch_size: int = Field(128, ge=1)  # samples an optimizer step, over all ranks
@@ -42,6 +56,7 @@ class TrainConfig(StrictModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the trunk's activations; master weights are fp32
     loss_scale: LossScaleConfig = LossScaleConfig()
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"  # of objectives; uncertainty: times a learned weight
+    task_gradients: TaskGradientsConfig | None = None  # of each objective by a pass of its own
     recompute: Literal["none", "experts", "blocks"] = "none"  # activations computed again in the backward pass
     compile: Literal["none", "blocks"] = "none"  # torch.compile of norms, rotary positions and activations
     deterministic: bool = False  # the same bits from the same steps on a GPU, too; slower there
@@ -58,6 +73,23 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 f"train.profile.steps {list(self.profile.steps)} are not all of the {self.steps} of train.steps; "
                 f"lower them, or raise train.steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measured_steps_are_logged(self) -> TrainConfig:
+        its = self.task_gradients
+        if its is None or its.every is None:
+            return self
+        if its.combine == "pcgrad":
+            raise ValueError(
+                f"train.task_gradients.every {its.every} with combine: pcgrad, which measures in every step; remove "
+                f"every, or set combine: sum"
+            )
+        if its.every % self.log_every:
+            raise ValueError(
+                f"train.task_gradients.every {its.every} is not a multiple of train.log_every {self.log_every}, so "
+                f"some measurements would not be in the log; use {-(-its.every // self.log_every) * self.log_every}"
             )
         return self
 

@@ -132,10 +132,10 @@ class MicrobatchDataset:
             transform = self._modalities.transform_seconds - before
             yield Made(item, cut, read - began, time.perf_counter() - read - transform, transform, lane)
 
-    def pack(self, number: int, made: Sequence[Made]) -> tuple[Batch, LoadStats]:
-        """Microbatch ``number``, of all its samples in order."""
-        began = time.perf_counter()
-        batch = pack([keep_slot(sample.item) for sample in made], self.settings, self.positions(number))
+    def pack(self, number: int, made: Sequence[Made], step: int | None = None) -> tuple[Batch, LoadStats]:
+        """Microbatch ``number``, of all its samples in order. ``step``: that trains on it (``pack.pack``)."""
+        began, samples = time.perf_counter(), [keep_slot(sample.item) for sample in made]
+        batch = pack(samples, self.settings, self.positions(number), step=step)
         seconds = {
             "read": sum(sample.read_seconds for sample in made),
             "decode": sum(sample.decode_seconds for sample in made),
@@ -354,7 +354,7 @@ class _Microbatches:
         return self.dataset.samples(self._number(k), which)
 
     def pack(self, k: int, samples: list[Made]) -> Any:
-        return to_arrays(self.dataset.pack(self._number(k), samples))
+        return to_arrays(self.dataset.pack(self._number(k), samples, k // self.parts))
 
     def describe(self, k: int, sample: int | None) -> str:
         number = self._number(k)

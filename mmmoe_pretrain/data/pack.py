@@ -133,13 +133,15 @@ def pack(
     settings: PackSettings,
     positions: Sequence[int] | np.ndarray | None = None,
     multiple: int = TOKEN_MULTIPLE,
+    step: int | None = None,
 ) -> Batch:
     """Lay ``samples`` out as one stream, padded to a multiple of ``multiple`` rows.
 
     ``positions`` are the samples' global positions, by which objectives draw (default: 0, 1, ...). A sample without
-    any item keeps its slot and takes no row.
+    any item keeps its slot and takes no row. ``step``: the optimizer step that trains on them, in which some
+    objectives may have no weight and get no segments; None: all get theirs.
     """
-    segments = _segments(samples, settings, _places(samples, positions))
+    segments = _segments(samples, settings, _places(samples, positions), step)
     collated, start_of = _collate(samples, segments, settings.modalities)
     runs, pooled, predicted = _lay_out(samples, segments, start_of, settings)
     total = max(1, -(-runs.tokens // multiple)) * multiple
@@ -196,11 +198,15 @@ def _places(samples: Sequence[Sample], positions: Sequence[int] | np.ndarray | N
     return np.arange(len(samples)) if positions is None else np.asarray(positions, dtype=np.int64)
 
 
-def _segments(samples: Sequence[Sample], settings: PackSettings, places: np.ndarray) -> list[tuple[int, Segment]]:
+def _segments(
+    samples: Sequence[Sample], settings: PackSettings, places: np.ndarray, step: int | None = None
+) -> list[tuple[int, Segment]]:
     """What objectives ask for, each with its sample; a representation that several ask for once."""
     found: list[tuple[int, Segment]] = []
     pooled: set[tuple[int, str]] = set()
     for name, objective in settings.objectives.items():
+        if step is not None and objective.settings.idle_at(step):
+            continue
         stream = f"objective/{settings.objectives.streams[name]}"
         for b, (sample, position) in enumerate(zip(samples, places.tolist(), strict=True)):
             if not sample.items:

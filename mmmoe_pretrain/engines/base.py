@@ -14,23 +14,26 @@ import contextlib
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import ShardedState
 from mmmoe_pretrain.config import LossScaleConfig, RunConfig, TrainConfig
 from mmmoe_pretrain.engines.ahead import CopiedAhead, copy_stream
-from mmmoe_pretrain.engines.state import EngineState
-from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel, Purpose
+from mmmoe_pretrain.engines.idle import Corrections, correct_first, put_back
+from mmmoe_pretrain.engines.state import EngineState, Held
+from mmmoe_pretrain.engines.task_gradients import Gradients, TaskGradients
+from mmmoe_pretrain.models.pretraining import REST, LossReport, PretrainingModel, Purpose
+from mmmoe_pretrain.models.task_parameters import SHARED, own_parameters
 from mmmoe_pretrain.moe.stats import RoutingStats
-from mmmoe_pretrain.objectives import Outputs, StepCounts, step_counts
+from mmmoe_pretrain.objectives import Objectives, Outputs, StepCounts, step_counts
 from mmmoe_pretrain.parallel.collectives import group_size
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -106,6 +109,7 @@ class Engine(ABC):
         self._copies = copy_stream(device)
         self._progress = first_progress(config.train)
         self._before_update: Callable[[], object] | None = None
+        self._conflicts: dict[str, Tensor] = {}  # of the step: ``TaskGradients.combined``
 
     @abstractmethod
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
@@ -197,6 +201,62 @@ class Engine(ABC):
         finally:
             self._state.swap_average()
 
+    @contextlib.contextmanager
+    def _tasks_enter_and_leave(self) -> Iterator[None]:
+        """Inside, the optimizer updates the weights: those that tasks without weight have alone stay as they are, and
+        those of tasks that enter begin as in a new run (``idle.py``)."""
+        step, update = self.steps_done, self._progress.updates + 1
+        entering = self._held_of(_entering(self.models[0].objectives, step))
+        idle = self._held_of(_idle(self.models[0].objectives, step))
+        corrections = Corrections.at(update, self.config.optimizer) if entering else None
+        before = [[[tensor.clone() for tensor in its] for its in held] for held in (entering, idle)]
+        yield
+        for now, kept in zip(entering, before[0], strict=True):
+            if corrections is not None:
+                correct_first(now, kept, corrections)
+        for now, kept in zip(idle, before[1], strict=True):
+            put_back(now, kept)
+        if _entering(self.models[0].objectives, step) or _idle(self.models[0].objectives, step):
+            self._state.publish()  # collective, so also on ranks that hold none of them
+
+    def _held_of(self, tasks: Collection[str]) -> list[Held]:
+        if not tasks:
+            return []
+        return self._state.held({parameter for model in self.models for parameter in own_parameters(model, tasks)})
+
+    def _by_tasks(
+        self, run: Callable[[], list[LossReport]], clear: Callable[[], None], gradients: Callable[[], Gradients]
+    ) -> list[LossReport]:
+        """Forward and backward passes of a step, of each stage of this rank the sums of its reports: by ``run()``,
+        or in a step that takes the gradient of each task alone by one ``run()`` for each. After these the engine's
+        gradients are those of the step. ``clear`` resets what ``gradients`` returns."""
+        settings, step = self.config.train.task_gradients, self.steps_done
+        self._conflicts = {}
+        passes: tuple[str, ...] = ()
+        if settings is not None and (step + 1) % settings.every_of(self.config.train.log_every) == 0:
+            passes = self.models[0].passes(step)
+        if settings is None or not passes:
+            return run()
+        found = TaskGradients(self.groups, self.device, settings.combine, (self.config.seed, step))
+        sums: list[LossReport] = []
+        for number, task in enumerate(passes):
+            for model in self.models:
+                model.begin_pass(task, first=number == 0)
+            if number:
+                clear()
+            with record_function(f"pass of {task}"):
+                reports = run()
+            found.add(None if task == REST else task, gradients())
+            sums = [LossReport(a.losses | b.losses, a.routing) for a, b in zip(sums or reports, reports, strict=True)]
+        for model in self.models:
+            model.begin_pass(None)
+        self._conflicts = found.combined(gradients())
+        return sums
+
+    def _shared(self) -> set[nn.Parameter]:
+        """The parameters of this rank that all tasks share."""
+        return {p for model in self.models for name, p in model.named_parameters() if name.startswith(SHARED)}
+
     def _update_average(self) -> None:
         """After an update."""
         settings = self.config.optimizer
@@ -228,10 +288,20 @@ class Engine(ABC):
         for model, report in zip(self.models, reports, strict=True):
             model.end_step(None if skipped else report.routing)
         routing = tuple(itertools.chain.from_iterable(report.routing for report in reports))
-        balance = {name: value for model in self.models for name, value in model.balance().items()}
+        balance = {name: value for model in self.models for name, value in model.balance().items()} | self._conflicts
         result = StepResult(losses, norm, counts, routing, skipped, self._progress.scale, balance)
         self._progress = after_step(self._progress, skipped, self.config.train.loss_scale)
         return result
+
+
+def _idle(objectives: Objectives, step: int) -> set[str]:
+    """Tasks without weight at ``step``."""
+    return {name for name, its in objectives.items() if its.settings.idle_at(step)}
+
+
+def _entering(objectives: Objectives, step: int) -> set[str]:
+    """Tasks that have a weight at ``step``, and had none at the step before it."""
+    return _idle(objectives, step - 1) - _idle(objectives, step) if step else set()
 
 
 def first_progress(train: TrainConfig) -> Progress:

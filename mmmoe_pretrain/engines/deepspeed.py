@@ -31,6 +31,7 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
     prepare,
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
+from mmmoe_pretrain.engines.task_gradients import Gradients
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives import StepCounts, step_counts
 
@@ -79,14 +80,16 @@ class DeepSpeedEngine(Engine):
             group["lr"] = learning_rate
         counts = step_counts(microbatches, self.model.objectives, self.groups.data, self.device)
         self._prepare_losses(microbatches, counts)
-        self.model.begin_step(self.steps_done, counts)
         with record_function("forward_backward"):
-            report = self._forward_backward(microbatches)
+            (report,) = self._by_tasks(
+                lambda: [self._forward_backward(microbatches, counts)], self._engine.zero_grad, self._gradients
+            )
         self._sums = self._loss_sums([report])
         with record_function("optimizer"):
             self._begin_update()
             found = self._clip() if self.stage == 0 else None
-            self._engine.step()
+            with self._tasks_enter_and_leave():
+                self._engine.step()
         losses, grad_norm = found or self._results()
         if math.isfinite(grad_norm):
             self._update_average()
@@ -105,8 +108,23 @@ class DeepSpeedEngine(Engine):
         assert sums is not None
         return [sums]
 
-    def _forward_backward(self, batches: list[Batch]) -> LossReport:
+    def _gradients(self) -> Gradients:
+        """At stage 0, where each rank has whole ones."""
+        shared, found = self._shared(), Gradients([], [], [])
+        experts, others = list[int](), list[int]()
+        for number, parameter in enumerate(self.model.parameters()):
+            assert parameter.grad is not None
+            found.tensors.append(parameter.grad)
+            found.shared.append(parameter in shared)
+            if self.groups.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+                (others if getattr(parameter, "allreduce", True) else experts).append(number)
+        found.counted.append((experts, (self.groups.expert, self.groups.tensor)))
+        found.counted.append((others, (self.groups.tensor,)))
+        return found
+
+    def _forward_backward(self, batches: list[Batch], counts: StepCounts) -> LossReport:
         """The sums of the microbatches' reports."""
+        self.model.begin_step(self.steps_done, counts)
         if self._progress.loss_scale is not None and self.stage:
             # ZeRO scales losses and unscales gradients.
             self._engine.optimizer.override_loss_scale(self._progress.scale)

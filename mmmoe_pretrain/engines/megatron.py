@@ -30,6 +30,7 @@ from mmmoe_pretrain.engines.megatron_setup import (
     transformer_config,
 )
 from mmmoe_pretrain.engines.megatron_state import MegatronState
+from mmmoe_pretrain.engines.task_gradients import Gradients
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives import StepCounts, step_counts
 from mmmoe_pretrain.parallel.groups import Groups
@@ -55,16 +56,14 @@ class MegatronEngine(Engine):
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""
-        for wrapped in self.wrapped:
-            wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._clear()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         counts = step_counts(microbatches, self.models[0].objectives, self.groups.data, self.device)
         self._prepare_losses(microbatches, counts)
         with record_function("forward_backward"):
-            reports = self._run(microbatches, counts)
+            reports = self._by_tasks(lambda: self._run(microbatches, counts), self._clear, self._gradients)
         with record_function("optimizer"), megatron_cpu.optimizer_calls():
             self.optimizer.prepare_grads()
             losses, squares, finite = self._read(self._loss_sums(reports), self._squared_norms())
@@ -72,6 +71,28 @@ class MegatronEngine(Engine):
             if finite:
                 self._update(grad_norm)
         return self._end_step(reports, losses, grad_norm, counts, skipped=not finite)
+
+    def _clear(self) -> None:
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _gradients(self) -> Gradients:
+        """Those of dense parameters and those of experts are summed over groups of their own, as norms are."""
+        with megatron_cpu.optimizer_calls():
+            self.optimizer.prepare_grads()
+        shared = {id(flat) for flat in self._state.flats_of(self._shared())}
+        found = Gradients([], [], [])
+        for inner in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            mains = inner.get_parameters() if getattr(inner, "optimizer", None) is not None else []
+            once = {id(grad) for grad in inner.get_main_grads_for_grad_norm()}
+            begin = len(found.tensors)
+            for main in mains:
+                found.tensors.append(main.grad)
+                found.shared.append(id(main) in shared)
+            counted = [begin + i for i, main in enumerate(mains) if id(main.grad) in once]
+            found.counted.append((counted, (inner.get_grad_stats_parallel_group(),)))
+        return found
 
     def _squared_norms(self) -> Tensor:
         return squared_norms(self.optimizer, self.device)
@@ -85,7 +106,8 @@ class MegatronEngine(Engine):
         gradients = [main.grad for main in mains if main.grad is not None]
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        self.optimizer.step_with_ready_grads()
+        with self._tasks_enter_and_leave():
+            self.optimizer.step_with_ready_grads()
         self._update_average()
 
     def _forward(self, microbatches: list[Batch], counts: StepCounts) -> list[LossReport]:

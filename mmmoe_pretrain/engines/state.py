@@ -7,7 +7,7 @@ range of the flattened part, or all of it, somewhere in a *flat* tensor: its fp3
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placemen
 
 SWAPPED = 1 << 24  # numbers that are swapped at once
 
+Held = list[Tensor]  # of one parameter: its master weight, and what the optimizer keeps for it
 Flat = list[Tensor]  # a flat master weight, and what the optimizer keeps for it, in the order of the names
 
 
@@ -106,6 +107,27 @@ class EngineState(ABC):
                 mine.copy_(other)
                 other.copy_(before)
         self._publish({})
+
+    @torch.no_grad()
+    def held(self, parameters: Collection[nn.Parameter]) -> list[Held]:
+        """What this rank's optimizer holds of ``parameters`` in memory: views of weights and optimizer state."""
+        return [
+            [stretch.of(tensor.data) for tensor in self._live(stretch.flat)]  # .data: as in _averages
+            for parameter, stretch in self._stretches()
+            if parameter in parameters and stretch.length > 0 and not self._in_files(stretch.flat)
+        ]
+
+    def flats_of(self, parameters: Collection[nn.Parameter]) -> list[Tensor]:
+        """The flat tensors of which some stretch is of ``parameters``."""
+        return [stretch.flat for parameter, stretch in self._stretches() if parameter in parameters]
+
+    def publish(self) -> None:
+        """After weights of ``held`` have changed."""
+        self._publish({})
+
+    def _in_files(self, flat: Tensor) -> bool:
+        """Its numbers are not in memory between steps."""
+        return False
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each flat master weight with its average."""

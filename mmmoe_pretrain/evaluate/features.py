@@ -61,6 +61,7 @@ class HeldOut:
     damaged: int = 0  # rows that could not be decoded
     modalities: tuple[frozenset[str], ...] = ()  # that each row has
     projected: dict[str, np.ndarray] = field(default_factory=dict)  # as ``features``, of any length; those asked for
+    class_logits: dict[str, np.ndarray] = field(default_factory=dict)  # by task with classes, float32 [N, C]
 
 
 def collect(model: MMMoE, batches: Batches, projected: Iterable[str] = ()) -> HeldOut:
@@ -89,6 +90,9 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
         modalities=tuple(one for part in parts for one in part.modalities),
         damaged=sum(part.damaged for part in parts),
         projected={name: np.concatenate([part.projected[name] for part in parts]) for name in first.projected},
+        class_logits={
+            task: np.concatenate([part.class_logits[task] for part in parts]) for task in first.class_logits
+        },
     )
 
 
@@ -179,6 +183,7 @@ def held_out(
         modalities=its.modalities,
         damaged=its.damaged,
         projected={name: _numpy(outputs.projected[name]) for name in projected},
+        class_logits={task: _numpy(logits_BC) for task, logits_BC in outputs.class_logits.items()},
     )
 
 

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mmmoe_pretrain.evaluate.routing_report import experts_used
 from mmmoe_pretrain.evaluate.scores import Score
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.untrusted import brief, read_json
@@ -108,6 +111,7 @@ def markdown(report: Report) -> str:
     if report.routing["layers"]:
         layers = report.routing["layers"]
         lines += ["", *modality_section(layers, report.routing["figure"]), "", *layer_lines(layers)]
+        lines += task_section(layers)
     return "\n".join(lines) + "\n"
 
 
@@ -211,6 +215,32 @@ def modality_section(layers: Sequence[dict[str, Any]], figure: str | None) -> li
     title = "Which experts serve which modality"
     shown = [f"![{title}]({figure})", ""] if figure else []
     return [f"## {title}", "", *shown, *table([*columns, "dead experts"], rows), "", legend]
+
+
+def task_section(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """How each layer's experts serve each task; nothing of a run with one."""
+    rows = []
+    for layer in layers:
+        tasks = layer.get("share_by_task", {})
+        for task, share in tasks.items() if len(tasks) > 1 else ():
+            first = sorted(range(len(share)), key=lambda e: -share[e])[:4]
+            used = float(experts_used(np.asarray(share)))
+            most = ", ".join(f"{e}: {share[e]:.0%}" for e in first)
+            rows.append([str(layer["layer"]), task, f"{used:.1f} of {layer['experts']}", most])
+    if not rows:
+        return []
+    determined = [
+        f"- layer {layer['layer']}: {', '.join(f'{name} {value:.0%}' for name, value in found.items())}"
+        for layer in layers
+        if (found := layer.get("task_specialisation", {}))
+    ]
+    legend = (
+        "Of the tokens of each task's segments; what several tasks read is packed once, for the first of them. "
+        "Below, how much of the task the expert of a token determines, by modality: 0% if its tasks use the experts "
+        "equally, 100% if the expert determines the task."
+    )
+    columns = ["layer", "task", "experts used", "most used experts"]
+    return ["", "## Which experts serve which task", "", *table(columns, rows), "", legend, "", *determined]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -137,7 +137,7 @@ class ZeroShot:
     counts: tuple[int, ...]  # items of each class
 
 
-def classify(similarity_NC: np.ndarray, labels_N: np.ndarray) -> ZeroShot:
+def nearest_class(similarity_NC: np.ndarray, labels_N: np.ndarray) -> ZeroShot:
     """Accuracies of the nearest of C classes; a tie of t classes earns 1/t if the true one is among them."""
     best_NC = similarity_NC == similarity_NC.max(axis=1, keepdims=True)
     credit_N = best_NC[np.arange(len(labels_N)), labels_N] / best_NC.sum(axis=1)

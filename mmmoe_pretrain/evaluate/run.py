@@ -62,7 +62,11 @@ def evaluate(
         [*_score(data, model, rows, run_dir), *imputation.scores_of(data, model, rows, run_dir, cases, bank)]
     )
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
-    layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
+    layers = [
+        routing_report.summarise_layer(trained, untrained)
+        | routing_report.summarise_tasks(routing_report.array(trained.counts_MXE), trained.names)
+        for trained, untrained in zip(data.routing, before, strict=True)
+    ]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
     result = Report(
         run=config.name,
@@ -109,6 +113,10 @@ def _score(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> lis
             parts.append(scores.zero_shot_scores(data, (source, target), class_features, settings))
     parts += [
         _anchor_scores(data, objective, rows, run_dir) for objective in objectives.values() if objective.anchor_size
+    ]
+    parts += [
+        scores.class_scores(data, task, its.representations[0], its.settings)
+        for task, its in objectives.classifying.items()
     ]
     train, notes = _train_counts(data, rows)
     for task, predicted in data.predicted.items():

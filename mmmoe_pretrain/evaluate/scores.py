@@ -8,6 +8,7 @@ Owns the choice of rows, queries and candidates:
   sides, each of which weighs the same.
 * Zero-shot, of each representation that is aligned with one of texts: the distinct items that carry a label, among
   the class names of these items as texts.
+* Accuracy, of each task with classes: of the distinct items whose label is one of them, among all classes.
 * Perplexity, of each task that predicts tokens; also of each value of ``evaluate.within`` with enough segments
   (``captions_perplexity/de``), and with each of these weighing the same (``captions_perplexity_balanced``).
 
@@ -21,6 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -46,6 +48,15 @@ class Score:
     interval: tuple[float, float]
     candidates: int | None = None
     unit: str = "share"  # or "perplexity", "cosine"
+
+
+class ClassLabels(Protocol):
+    """Of settings of an objective with classes: the ``field`` that has a sample's label, and the classes' names."""
+
+    field: str
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
 
 Scored = tuple[list[Score], list[str]]  # and notes for a reader
@@ -81,7 +92,7 @@ def zero_shot_scores(data: HeldOut, pair: Pair, encode: Encode, settings: Evalua
             notes.append(f"all labelled held-out rows with {name} are {classes[0]!r}: no zero-shot score of it")
             continue
         similarity = data.features[source][labelled] @ encode([settings.prompt.format(c) for c in classes]).T
-        result = retrieval.classify(similarity, np.array([classes.index(data.metas[i].label) for i in labelled]))
+        result = retrieval.nearest_class(similarity, np.array([classes.index(data.metas[i].label) for i in labelled]))
         n, size, metric = len(labelled), len(classes), f"{name}_to_{target}_zero_shot"
         plain = wilson_interval(result.accuracy, n)
         balanced = wilson_interval(result.balanced, effective_count(result.counts))
@@ -90,6 +101,26 @@ def zero_shot_scores(data: HeldOut, pair: Pair, encode: Encode, settings: Evalua
             Score(f"{metric}_balanced", result.balanced, result.chance, result.chance, n, balanced, size),
         ]
     return scores, notes
+
+
+def class_scores(data: HeldOut, task: str, representation: str, settings: ClassLabels) -> Scored:
+    """Plain and balanced accuracy of ``task``, whose classes are told apart by ``representation``."""
+    numbers = {name: number for number, name in enumerate(settings.names)}
+    labels = [numbers.get(meta.get(settings.field), -1) for meta in data.metas]
+    content = data.content[representation]
+    rows = sorted({(content[i], labels[i]): i for i in reversed(range(len(labels))) if content[i]}.values())
+    rows = [i for i in rows if labels[i] >= 0]
+    if not rows:
+        field = settings.field
+        return [], [f"no held-out row with {representation} has a class of {task} in the field {field}: no accuracy"]
+    result = retrieval.nearest_class(data.class_logits[task][rows], np.array([labels[i] for i in rows]))
+    n, size, metric = len(rows), len(numbers), f"{task}_accuracy"
+    plain = wilson_interval(result.accuracy, n)
+    balanced = wilson_interval(result.balanced, effective_count(result.counts))
+    return [
+        Score(metric, result.accuracy, result.chance, result.majority, n, plain, size),
+        Score(f"{metric}_balanced", result.balanced, result.chance, result.chance, n, balanced, size),
+    ], []
 
 
 def perplexity_scores(

@@ -26,6 +26,7 @@ from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.models.fusion.base import build_fusion
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
+from mmmoe_pretrain.moe.losses import loss_names
 from mmmoe_pretrain.objectives import Objective, Objectives, Representation, objectives_of
 
 BACKWARD = 2  # times the forward pass: gradients of the input and of the weight
@@ -81,6 +82,18 @@ def model_costs(config: RunConfig) -> ModelCosts:
         _stem_flops_of_sample(objectives, model.hidden_size) / tokens,
         _head_flops_of_sample(config, objectives, targets, contents) / tokens,
     )
+
+
+def gradient_passes(config: RunConfig) -> float:
+    """Forward and backward passes over the microbatches of a step, in the mean over the steps: more than one where
+    the gradient of each task is taken alone (``train.task_gradients``)."""
+    settings = config.train.task_gradients
+    if settings is None:
+        return 1.0
+    sparse = any(is_sparse(config.moe, index) for index in range(config.model.num_layers))
+    routing = sparse and loss_names(config.moe.losses, tuple(config.modalities))
+    passes = len(objectives_of(config)) + bool(routing or config.train.loss_weighting != "fixed")
+    return 1 + (passes - 1) / settings.every_of(config.train.log_every)
 
 
 def block_costs(config: RunConfig) -> TrunkCosts:

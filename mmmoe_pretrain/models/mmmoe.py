@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
@@ -38,8 +39,9 @@ class MMMoE(nn.Module):
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
     has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``) and
-    with ``missing: bank`` its bank, a language head where one predicts tokens, and a content head for each modality
-    whose contents one predicts, or a decoder where these are not in the stream.
+    with ``missing: bank`` its bank, the language heads by which some predict tokens, a head for each that tells
+    classes apart, and a content head for each modality whose contents one predicts, or a decoder where these are not
+    in the stream.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -56,7 +58,8 @@ class MMMoE(nn.Module):
         banked = {name: its.settings for name, its in read.items() if its.settings.missing == "bank"}
         self._streams = {
             **dict.fromkeys(BY_MODALITY, modalities.streams),
-            **dict.fromkeys(("tasks", "task_embedding", "content_decoders"), self.objectives.streams),
+            **dict.fromkeys(("tasks", "task_embedding", "content_decoders", "class_heads"), self.objectives.streams),
+            "language_heads": kinds.stream_keys({name: "head" for name in self.objectives.language_heads if name}),
             GIVEN: stream_keys(banked.values(), modalities.streams),
         }
         self.compute_dtype = torch.float32
@@ -77,8 +80,15 @@ class MMMoE(nn.Module):
             heads = {name: nn.Linear(fusion.width, joint, bias=False) for name, fusion in fusions.items()}
             self.fusions, self.joint_heads = nn.ModuleDict(fusions), nn.ModuleDict(heads)
             self.banks = nn.ModuleDict({name: Bank(settings, hidden) for name, settings in banked.items()})
-            if self.objectives.predicting:
+            named = self.objectives.language_heads
+            if None in named:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
+            self.language_heads = nn.ModuleDict(
+                {name: vocab_head(hidden, vocab_size, groups) for name in named if name is not None}
+            )
+            self.class_heads = nn.ModuleDict(
+                {task: nn.Linear(joint, len(its.classes)) for task, its in self.objectives.classifying.items()}
+            )
             plain = [its for its in self.objectives.values() if not its.decoder_layers]
             sizes = {name: modalities[name].content_size for its in plain for name in its.contents.values()}
             self.content_heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in sizes.items()})
@@ -137,7 +147,11 @@ class MMMoE(nn.Module):
         projected, terms = self.projected(x_nD, batch, factors)
         features = {name: F.normalize(rows_BP, dim=-1, eps=1e-6) for name, rows_BP in projected.items()}
         found = (self._token_nll(x_nD, batch), self._contents(x_nD, batch))
-        return Outputs(x_nD, features, *found, projected, terms)
+        logits = {
+            task: self.class_heads[task](projected[its.representations[0]])
+            for task, its in self.objectives.classifying.items()
+        }
+        return Outputs(x_nD, features, *found, projected, terms, logits)
 
     def _embed(self, batch: Batch, plan: StreamPlan) -> Tensor:
         tokens = torch.cat(
@@ -204,12 +218,18 @@ class MMMoE(nn.Module):
                     found[loss] = self.content_heads[name](x_nD.index_select(0, hidden.rows).float())
         return found
 
+    def language_head_of(self, task: str) -> nn.Module:
+        """Of the objective ``task``, which predicts tokens."""
+        name = self.objectives[task].head
+        head: nn.Module = self.language_head if name is None else self.language_heads[name]
+        return head
+
     def _token_nll(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N] by task, for its targets in the order of the stream."""
         found = {}
         for task in self.objectives.predicting:
             targets = batch.targets[task]
-            logits_NV = self.language_head(x_nD.index_select(0, targets.rows)).float()
+            logits_NV = self.language_head_of(task)(x_nD.index_select(0, targets.rows)).float()
             found[task] = vocab_cross_entropy(logits_NV, targets.ids, self.groups)
         return found
 

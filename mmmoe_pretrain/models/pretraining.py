@@ -28,6 +28,7 @@ from mmmoe_pretrain.parallel.cuts import is_vector
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 
+REST = "rest"  # the pass of what belongs to no task: losses of routing, and what weighting adds
 Purpose = Literal["teaching", "collecting"]  # of a pass without gradients
 
 
@@ -54,6 +55,8 @@ class PretrainingModel(nn.Module):
         self._counts: StepCounts | None = None  # None: each forward pass is a step of its own
         self._loss_scale = 1.0
         self._pass: Purpose | Literal["only", "second"] = "only"  # of a step
+        self._task: str | None = None  # whose losses this pass has; None: all
+        self._measures = True  # this pass
         self.observe: Callable[[Outputs], None] | None = None  # gets the last stage's outputs of each microbatch
         self.mmmoe = MMMoE(config, groups, self.stage)
         self.objectives = self.mmmoe.objectives
@@ -86,14 +89,15 @@ class PretrainingModel(nn.Module):
         if self.stage.last:
             outputs = self.mmmoe.heads(x_nD, batch, self._gradient_factors(batch))
             losses, total = self._objectives(outputs, batch, counts)
-            self._measure_parts(outputs, batch)
-            if self.loss_weighting is not None and self.training:
+            if self._measures:
+                self._measure_parts(outputs, batch)
+            if self.loss_weighting is not None and self.training and self._has(REST):
                 share = self.groups.data_size * batch.num_valid / max(1, counts.tokens)
                 losses[WEIGHTING] = self.loss_weighting.penalty(self._weighted_losses(counts), share)
                 total = total + losses[WEIGHTING]
             if self.observe is not None:
                 self.observe(outputs)
-        auxiliary = self._auxiliary(routing, counts.tokens)
+        auxiliary = self._auxiliary(routing, counts.tokens) if self._has(REST) else {}
         losses |= auxiliary
         if auxiliary:
             total = total + torch.stack(list(auxiliary.values())).sum()
@@ -123,12 +127,31 @@ class PretrainingModel(nn.Module):
         total = outputs.hidden_nD.new_zeros((), dtype=torch.float32)
         factors = self._factors(counts)
         for name, module in self._task_modules():
+            if not self._has(name):
+                continue
             own = {loss: factors[loss] * value for loss, value in module(outputs, batch, self.groups).items()}
             losses |= own
             if self._pass == "second" and self.objectives[name].whole_step:
                 total = total + module.surrogate(outputs)
             total = total + torch.stack(list(own.values())).sum()
+        if self._task is not None:  # engines may wait for every gradient
+            total = _Reaching.apply(total, *_differentiable(outputs), *self.loss_parameters())
         return losses, total
+
+    def _has(self, task: str) -> bool:
+        """This pass has the losses of ``task``."""
+        return self._task in (None, task)
+
+    def passes(self, step: int) -> tuple[str, ...]:
+        """Of a step that takes the gradient of each task alone: one for every task with a weight, and ``REST``, if
+        there is anything in it. Fewer than two tasks need none."""
+        tasks = tuple(name for name, its in self.objectives.items() if not its.settings.idle_at(step))
+        more = (REST,) if len(self.loss_names) > len(self.objectives.losses) else ()
+        return (*tasks, *more) if len(tasks) > 1 else ()
+
+    def begin_pass(self, task: str | None, first: bool = True) -> None:
+        """The next pass with gradients has the losses of ``task`` alone, or of all (None). ``first``: of its step."""
+        self._task, self._measures = task, first
 
     def _gradient_factors(self, batch: Batch) -> dict[str, Tensor]:
         """Of the parts of the representations that are balanced, in training."""
@@ -263,9 +286,29 @@ class PretrainingModel(nn.Module):
         for name, parameter in self.mmmoe.trunk.named_parameters():
             if not is_vector(parameter) and ".router." not in name:
                 parameter.data = parameter.data.to(dtype)
-        if self.mmmoe.language_head is not None:
-            for parameter in self.mmmoe.language_head.parameters():
+        for head in {self.mmmoe.language_head_of(task) for task in self.objectives.predicting if self.stage.last}:
+            for parameter in head.parameters():
                 parameter.data = parameter.data.to(dtype)
+
+
+def _differentiable(outputs: Outputs) -> Iterator[Tensor]:
+    every = (outputs.features, outputs.token_nll, outputs.contents, outputs.projected, outputs.class_logits)
+    for tensor in (outputs.hidden_nD, *(tensor for by_name in every for tensor in by_name.values())):
+        if tensor.requires_grad:
+            yield tensor
+
+
+class _Reaching(torch.autograd.Function):
+    """``total``, whose backward pass also reaches ``others``, with gradients of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *others: Tensor) -> Tensor:
+        ctx.shapes = [(other.shape, other.dtype, other.device) for other in others]
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
 
 
 class _WithLoss(torch.autograd.Function):

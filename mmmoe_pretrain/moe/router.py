@@ -28,10 +28,11 @@ DORMANT = 32.0  # exp(-32) = 1.3e-14, below the resolution of fp32 beside a prob
 
 
 class Router(nn.Module):
-    """``weight``: [E, D]. ``task_embedding``: [1, D] by task, if task-conditioned. ``noise_weight``: [E, D],
-    of noisy_top_k. ``logit_bias``: [E], if ``router_bias``. ``bias``: buffers [1, E] of bias balancing, ``all`` or by
-    modality. E counts the experts without computation too. ``dormancy``: buffer [E], by which logits
-    are lowered: ``DORMANT`` for an expert just added to a trained model, falling to 0 over
+    """``weight``: [E, D]. ``task_embedding``: [1, D] by task, of those that are routed by their task, too: added to
+    the token, as a task is in Task-MoE, or in its place, so that one choice serves the whole task (arXiv 2110.03742).
+    ``noise_weight``: [E, D], of noisy_top_k. ``logit_bias``: [E], if ``router_bias``. ``bias``: buffers [1, E] of
+    bias balancing, ``all`` or by modality. E counts the experts without computation too. ``dormancy``: buffer [E], by
+    which logits are lowered: ``DORMANT`` for an expert just added to a trained model, falling to 0 over
     ``wake_steps`` optimizer steps; 0 for all others.
 
     ``begin_step(seed)`` before each optimizer step makes jitter and noise a function of that seed, the
@@ -47,9 +48,11 @@ class Router(nn.Module):
         experts = config.router_outputs
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.task_embedding: nn.ParameterDict | None = None
-        if config.task_conditioned:
-            rows = {task: nn.Parameter(torch.zeros(1, hidden_size)) for task in names.tasks}
+        if tasks := config.conditioned(names.tasks):
+            rows = {task: nn.Parameter(torch.zeros(1, hidden_size)) for task in tasks}
             self.task_embedding = nn.ParameterDict(rows)
+            alone = [config.task_input == "alone" and task in tasks for task in names.tasks]
+            self.register_buffer("by_task_alone_X", torch.tensor(alone), persistent=False)
         noisy = config.router == "noisy_top_k"
         self.noise_weight = nn.Parameter(torch.zeros(experts, hidden_size)) if noisy else None
         self.logit_bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
@@ -104,8 +107,13 @@ class Router(nn.Module):
     def _input(self, x_nD: Tensor, tokens: TokenInfo, generator: torch.Generator | None) -> Tensor:
         seen_nD = x_nD.float()
         if self.task_embedding is not None:
-            of_task_XD = torch.cat([self.task_embedding[task] for task in tokens.names.tasks]).float()
-            seen_nD = seen_nD + of_task_XD[tokens.task_ids_n]
+            nothing = seen_nD.new_zeros(1, seen_nD.shape[1])
+            rows = [self.task_embedding.get(task, nothing) for task in tokens.names.tasks]
+            of_task_nD = torch.cat(rows).float()[tokens.task_ids_n]
+            if self.config.task_input == "alone":
+                alone_n = self.get_buffer("by_task_alone_X")[tokens.task_ids_n]
+                seen_nD = seen_nD.masked_fill(alone_n[:, None], 0.0)
+            seen_nD = seen_nD + of_task_nD
         if self.config.jitter and generator is not None:
             noise = torch.rand(seen_nD.shape, generator=generator, device=seen_nD.device)
             seen_nD = seen_nD * (1 + self.config.jitter * (2 * noise - 1))

@@ -99,6 +99,16 @@ class Objectives(dict[str, Objective]):
         return tuple(name for name, objective in self.items() if objective.predicts)
 
     @property
+    def language_heads(self) -> tuple[str | None, ...]:
+        """Names of the language heads, each once; None is that of objectives that name none."""
+        return tuple(dict.fromkeys(self[name].head for name in self.predicting))
+
+    @property
+    def classifying(self) -> dict[str, Objective]:
+        """Those with classes."""
+        return {name: objective for name, objective in self.items() if objective.classes}
+
+    @property
     def contents(self) -> dict[str, str]:
         """The losses that predict contents of hidden tokens, each with the modality."""
         return {loss: name for objective in self.values() for loss, name in objective.contents.items()}

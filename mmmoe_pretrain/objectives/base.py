@@ -120,9 +120,11 @@ class Objective(abc.ABC):
     """One objective of a run: a kind under the user's ``name`` with its ``settings``.
 
     ``representations``: names of those that its module reads. ``aligned``: pairs of them that it brings into
-    one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets.
+    one space; ``correlated``: into spaces that are alike up to a linear map. ``predicts``: its segments have targets;
+    ``head``: the name of the language head that predicts them, None of the one without a name.
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
+    ``classes``: names of those that it tells apart, by a head of its own on its one representation.
     ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
     that it predicts from them.
     """
@@ -134,9 +136,11 @@ class Objective(abc.ABC):
     aligned: tuple[tuple[str, str], ...] = ()
     correlated: tuple[tuple[str, str], ...] = ()
     predicts: bool = False
+    head: str | None = None
     hidden: tuple[str, ...] = ()
     contents: Mapping[str, str] = MappingProxyType({})
     decoder_layers: int = 0
+    classes: tuple[str, ...] = ()
     anchor_size: int = 0
     completed: tuple[tuple[str, ...], str] | None = None
 
@@ -175,6 +179,10 @@ class Objective(abc.ABC):
     def losses(self) -> dict[str, float]:
         """Its losses by name, in a fixed order, each with its weight in the objective's; names begin with its own."""
 
+    def labels(self, batch: Batch) -> Tensor:
+        """Where it has ``classes``: int64 [B], the class of each sample that takes part, else -1."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many terms each loss has in ``batch``."""
@@ -212,7 +220,8 @@ class Outputs:
     rows in fp32, zero where the sample has none. ``token_nll``: by task, [N] negative log-likelihood (nats, fp32) of
     each of its targets. ``contents``: by loss, [N, C] predictions in fp32 of the contents of hidden tokens.
     ``projected``: ``features`` before they get unit length. ``terms``: by representation with balanced parts, in
-    training, the [P, B, width] without a gradient whose sum over the parts ``projected`` is."""
+    training, the [P, B, width] without a gradient whose sum over the parts ``projected`` is. ``class_logits``: by
+    task that has classes, [B, C] in fp32."""
 
     hidden_nD: Tensor
     features: dict[str, Tensor]
@@ -220,6 +229,7 @@ class Outputs:
     contents: dict[str, Tensor]
     projected: dict[str, Tensor]
     terms: dict[str, Tensor] = field(default_factory=dict)
+    class_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ObjectiveModule(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import IGNORE, Batch, Contents, LeftOut, Part, Sample, Segment
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
+from mmmoe_pretrain.config.base import Head, ModalitySettings, ObjectiveSettings
 from mmmoe_pretrain.objectives.base import Expected, Objective, ObjectiveModule, Outputs
 from mmmoe_pretrain.parallel.groups import Groups
 
@@ -35,7 +35,7 @@ class MaskedSettings(ObjectiveSettings):
     it. ``span``: by modality, consecutive tokens that are hidden together (default 1). ``weights``: of the losses, by
     modality (default 1). ``normalize``: contents have mean 0 and standard deviation 1 in each token. ``fraction``: of
     the samples that get such a segment, drawn at random. ``decoder_layers``: 0, or the blocks of a decoder of tokens
-    that are not in the stream."""
+    that are not in the stream. ``head``: of the language head of hidden pieces, as of ``next_token``."""
 
     kind: Literal["masked"] = "masked"
     hidden: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
@@ -46,6 +46,7 @@ class MaskedSettings(ObjectiveSettings):
     normalize: bool = True
     fraction: float = Field(1.0, gt=0, le=1)
     decoder_layers: int = Field(0, ge=0, le=32)
+    head: Head = None
 
     @property
     def on(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
-from mmmoe_pretrain.config.base import ModalitySettings, ObjectiveSettings
+from mmmoe_pretrain.config.base import Head, ModalitySettings, ObjectiveSettings
 from mmmoe_pretrain.objectives.base import (
     Expected,
     Objective,
@@ -35,13 +35,15 @@ class NextTokenSettings(ObjectiveSettings):
     can be predicted. ``loss_on``: of those modalities, the ones that have a loss (empty: all). ``balance``:
     ``modality``, so that each of these counts equally instead of by its tokens, or a field of the samples with its
     values, each of which does: ``{language: [en, de, other]}``. Targets of other values have a loss where ``other``
-    is named. ``fraction``: of the samples that get such a segment, drawn at random."""
+    is named. ``fraction``: of the samples that get such a segment, drawn at random. ``head``: of the language head;
+    objectives that name the same one share it, and so do all that name none."""
 
     kind: Literal["next_token"] = "next_token"
     parts: tuple[str | tuple[str, ...], ...] = ()
     loss_on: tuple[str, ...] = ()
     balance: Balance = None
     fraction: float = Field(1.0, gt=0, le=1)
+    head: Head = None
 
     def of_every_sample(self) -> ObjectiveSettings:
         """See ``ObjectiveSettings.of_every_sample``."""
@@ -102,6 +104,7 @@ class NextToken(Objective):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
+        self.head = self.settings.head
         self._parts = self.settings.ways_of_parts
         predictable = {m for m, modality in self.modalities.items() if modality.predictable}
         self._predicted = set(self.settings.loss_on) or predictable & (self.settings.named or predictable)

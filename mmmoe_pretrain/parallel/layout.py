@@ -216,6 +216,18 @@ def _average(config: RunConfig, layout: Layout) -> str | None:
     )
 
 
+def _task_gradients(config: RunConfig, layout: Layout) -> str | None:
+    stage, legal = layout.zero_stage, layout.capabilities.task_gradients
+    if config.train.task_gradients is None or stage in legal:
+        return None
+    return (
+        f"train.task_gradients keeps the reduced gradient of each task, and parallel.engine {layout.engine} with "
+        f"parallel.zero_stage {stage} has none to keep; use zero_stage {_or(legal)}, or "
+        f"{_switch(layout, lambda engine: 1 in engine.task_gradients)} with zero_stage 0 or 1, or set "
+        f"train.task_gradients: null"
+    )
+
+
 def _lending(config: RunConfig, layout: Layout) -> str | None:
     if config.moe.lending is None:
         return None
@@ -269,6 +281,7 @@ RUN_CHECKS: tuple[Callable[[RunConfig, Layout], str | None], ...] = (
     _overlap_param_gather,
     _offload,
     _average,
+    _task_gradients,
     _precision,
     _profiled_ranks,
     _lending,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.block import dense_width, is_sparse
-from mmmoe_pretrain.models.costs import BACKWARD, BlockCosts, ModelCosts
+from mmmoe_pretrain.models.costs import BACKWARD, BlockCosts, ModelCosts, gradient_passes
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.degrees import Layout
@@ -51,7 +51,8 @@ def of_microbatch(
         forward["embedders"] += stage.first * batch.tokens * costs.first_extra / rate
         forward["heads"] += stage.last * batch.tokens * costs.last_extra / layout.tensor / rate
     objectives = objectives_of(config)
-    passes = 1 + BACKWARD + objectives.whole_step + objectives.taught
+    looks = objectives.whole_step + objectives.taught  # once a step, and the others for each of its gradients
+    passes = 1 + BACKWARD + looks / gradient_passes(config)
     found = {name: passes * seconds for name, seconds in forward.items()}
     return {**found, "recomputation": recomputed}
 

@@ -22,11 +22,12 @@ import torch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.deepspeed_config import BUCKET
 from mmmoe_pretrain.engines.megatron import prepare
+from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan.activations import BALANCED, Device, Imbalance, StageMemory, StageSizes, stage_memory
-from mmmoe_pretrain.plan.build import Build, RankBuild, pretended_groups
+from mmmoe_pretrain.plan.build import HEADS, Build, RankBuild, pretended_groups
 from mmmoe_pretrain.plan.communication import FP32, Parameter, padded
 from mmmoe_pretrain.plan.memory import NCCL_ALIGNMENT, Held, held_bytes
 from mmmoe_pretrain.plan.whole_step import queue_bytes
@@ -128,7 +129,8 @@ def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], devi
     if device == "cuda":
         held = on_device(config, held)
     queue = queue_bytes(config) if rank.stages[-1].last else 0
-    held = dataclasses.replace(held, weights=held.weights + queue)
+    kept_apart = task_gradients(config, rank.by_part, own.optimizer // max(1, len(config.optimizer.state)))
+    held = dataclasses.replace(held, weights=held.weights + queue, gradients=held.gradients + kept_apart)
     whole = sizes[-1].whole_step  # the last stage is the last one of its rank
     kept, transient = fullest_moment(
         layout, rank.pipeline_rank, config.train.num_microbatches, [size.memory for size in sizes]
@@ -148,6 +150,15 @@ def rank_memory(build: Build, rank: RankBuild, sizes: Sequence[StageSizes], devi
         return found
     spread = found.activations + found.transient + found.communication
     return dataclasses.replace(found, allowance=OUTSIDE_ALLOCATOR + round(FRAGMENTATION * spread))
+
+
+def task_gradients(config: RunConfig, by_part: Mapping[str, int], whole: int) -> int:
+    """Bytes of the gradients that are kept of each task alone: of what all tasks share once for each, and the sum of
+    the rest once. ``whole``: of all gradients that the optimizer of a rank steps by, in fp32."""
+    if config.train.task_gradients is None:
+        return 0
+    shared = 1 - by_part.get(HEADS, 0) / max(1, sum(by_part.values()))
+    return round(whole * (1 + shared * len(objectives_of(config))))
 
 
 def _moment(held: Held, activations: int, transient: int, communication: int) -> RankMemory:

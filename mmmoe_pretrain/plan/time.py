@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.models.costs import BACKWARD, ModelCosts, model_costs
+from mmmoe_pretrain.models.costs import BACKWARD, ModelCosts, gradient_passes, model_costs
 from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.plan import communication as plan
@@ -112,13 +112,13 @@ def step_time(
     config, layout = built.config, built.layout
     batch = microbatch or expected_microbatch(config, layout)
     costs = costs or model_costs(config)
-    number = config.train.num_microbatches
+    number = config.train.num_microbatches * gradient_passes(config)
     ranks = _ranks(built, machine, costs, batch, imbalance)
     slowest = max(ranks, key=lambda rank: rank.microbatch_seconds)
     last = max(ranks, key=lambda rank: rank.step_seconds)
     parts = {name: number * seconds for name, seconds in slowest.microbatch.items()}
     waiting = sum(rank.microbatch_seconds for rank in ranks) - slowest.microbatch_seconds
-    parts["pipeline bubble"] = waiting / layout.virtual_pipeline
+    parts["pipeline bubble"] = gradient_passes(config) * waiting / layout.virtual_pipeline
     for name, seconds in last.step.items():
         parts[name] = parts.get(name, 0.0) + seconds
     alone = sum(parts.values())
@@ -130,7 +130,7 @@ def step_time(
     shared = max(alone, work / layout.world_size * ranks_of_node / cores)
     parts["shared cores"] = shared - alone if machine.cores else 0.0
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
-    tokens = float(batch.tokens * number * layout.data)
+    tokens = float(batch.tokens * config.train.num_microbatches * layout.data)
     return StepTime(
         seconds=sum(parts.values()),
         parts=parts,

@@ -295,6 +295,10 @@ class Validation:
         for task, predicted in data.predicted.items():
             its = scores.perplexity_scores(task, predicted, None, names, settings)
             found |= {score.metric: score.value for score in its}
+        for task, objective in self._objectives.classifying.items():
+            known = np.isfinite(data.class_logits[task]).all()
+            for score in scores.class_scores(data, task, objective.representations[0], objective.settings)[0]:
+                found[score.metric] = score.value if known else math.nan
         return {metric: value for metric, value in found.items() if "/" not in metric}
 
     def _after_cca(self, data: HeldOut, train: HeldOut | None, pair: Pair) -> dict[str, float]:
@@ -325,7 +329,11 @@ def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
     features = {name: torch.zeros(len(its.numbers), 1) for name in objectives.representations}
     token_nll = {task: torch.zeros(len(its.batch.targets[task].ids)) for task in objectives.predicting}
     contents = {loss: torch.zeros_like(its.batch.contents[loss].values) for loss in objectives.contents}
-    return Outputs(torch.zeros(0), features, token_nll, contents, features)
+    logits = {
+        task: torch.zeros(len(its.numbers), len(objective.classes))
+        for task, objective in objectives.classifying.items()
+    }
+    return Outputs(torch.zeros(0), features, token_nll, contents, features, class_logits=logits)
 
 
 def _only(parts: list[Part]) -> Part | None:
@@ -346,4 +354,5 @@ def _taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
         features={name: features[rows] for name, features in data.features.items()},
         modalities=tuple(data.modalities[i] for i in order),
         projected={name: projected[rows] for name, projected in data.projected.items()},
+        class_logits={task: logits[rows] for task, logits in data.class_logits.items()},
     )

@@ -215,6 +215,7 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "train": {"loss_weighting": config.train.loss_weighting},
         "predicted": {
             "tokens": bool(objectives.predicting),
+            "language_heads": sorted(name or "unnamed" for name in objectives.language_heads),
             "hidden": sorted(objectives.hidden),
             "contents": sorted({*objectives.contents.values()}),
             "decoders": {

@@ -58,7 +58,7 @@ class Status:
     dead_experts: int | None = None
     seconds_left: float | None = None
     losses: dict[str, float | None] = field(default_factory=dict)
-    balance: dict[str, float | None] = field(default_factory=dict)  # of the last record
+    balance: dict[str, float | None] = field(default_factory=dict)  # of the last records
     record_age: float | None = None  # seconds, as the next
     checkpoint_age: float | None = None
     checkpoint_step: int | None = None
@@ -141,8 +141,9 @@ def _add_records(found: Status, path: Path, every: int | None) -> None:
         return
     last = records[-1]
     found.step, found.losses = last["step"], {name: _known(value) for name, value in last["losses"].items()}
-    balance = last.get("balance")
-    found.balance = {name: _known(value) for name, value in balance.items()} if isinstance(balance, dict) else {}
+    for record in records:  # conflicts are measured now and then
+        balance = record.get("balance")
+        found.balance |= {name: _known(value) for name, value in balance.items()} if isinstance(balance, dict) else {}
     found.record_age = max(0.0, time.time() - path.stat().st_mtime)
     found.tokens, found.counts["bad_samples"] = _known(last.get("tokens_total")), _known(last.get("bad_samples")) or 0
     steady = [record for record in records if record["step"] > 1] or records  # the first step is slow

@@ -8,6 +8,7 @@ import pytest
 
 from mmmoe_pretrain.evaluate.report import (
     Report,
+    markdown,
     print_table,
     read,
     rows_of,
@@ -134,3 +135,13 @@ def test_a_folder_in_the_place_of_a_report_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     with pytest.raises(ValueError, match=r"report\.json is a folder"):
         write(Report("run", 1, "today", ["test"], [], {"layers": []}), tmp_path)
+
+
+def test_the_page_shows_the_experts_of_each_task_where_there_are_two() -> None:
+    alone = LAYER | {"share_by_task": {"a": [1.0, 0.0]}}
+    one = replace(report(), routing={"layers": [alone], "figure": None})
+    assert "which task" not in markdown(one)
+    tasks = {"share_by_task": {"a": [1.0, 0.0], "b": [0.5, 0.5]}, "task_specialisation": {"text": 0.31}}
+    page = markdown(replace(report(), routing={"layers": [LAYER | tasks], "figure": None}))
+    assert "## Which experts serve which task" in page and "- layer 1: text 31%" in page
+    assert "| 1 | a | 1.0 of 2 | 0: 100%, 1: 0% |" in page and "| 1 | b | 2.0 of 2 | 0: 50%, 1: 50% |" in page

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mmmoe_pretrain.evaluate.retrieval import (
-    classify,
     effective_count,
     hit_probability,
+    nearest_class,
     pose,
     recall_at,
     wilson_interval,
@@ -85,7 +85,7 @@ def test_effective_count_of_strata() -> None:
 def test_balanced_accuracy_is_the_mean_recall_of_the_classes() -> None:
     # Class 0: 3 of 4 right; class 1: 0 of 1 right; class 2: 1 of 1 right.
     predicted, labels = [0, 0, 0, 2, 0, 2], np.array([0, 0, 0, 0, 1, 2])
-    result = classify(np.eye(3)[predicted], labels)
+    result = nearest_class(np.eye(3)[predicted], labels)
     assert result.accuracy == pytest.approx(4 / 6)
     assert result.balanced == pytest.approx((3 / 4 + 0 + 1) / 3)
     assert result.majority == pytest.approx(4 / 6)
@@ -104,6 +104,6 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes() -> None:
 def test_accuracies_of_constant_tied_and_absent_classes(
     similarity: np.ndarray, labels: list[int], plain: float, balanced: float, majority: float
 ) -> None:
-    result = classify(similarity, np.array(labels))
+    result = nearest_class(similarity, np.array(labels))
     assert (result.accuracy, result.balanced, result.majority) == (plain, balanced, majority)
     assert result.chance == pytest.approx(1 / similarity.shape[1])

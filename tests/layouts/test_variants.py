@@ -63,10 +63,14 @@ DENSITY = {"density": {"kind": "completion", "source": ["image", "text"], "targe
 COMBINED = {"losses": {"combination": 0.1, "combination_modalities": ["image", "audio"], "balance": 0.01}}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
 SCENE = {"scene": {"kind": "late", "parts": ["image", "audio"], "modulation": {"alpha": 0.5, "noise": True}}}
+CLASSES = {"classes": {"kind": "classify", "of": "image", "field": "subset", "classes": ["a", "b"]}}
+# A task that enters at the second step.
+OWN_HEAD = {"reading": {"kind": "next_token", "parts": ["text"], "head": "reader",
+                        "weight": [[0, 0.0], [1, 0.3]]}}  # fmt: skip
 # Of a run with every objective, weights that are learned, a teacher and a queue of its features, and gradients that
 # are balanced.
 METHODS = {
-    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS, **COMPLETED},
+    "objectives": {**MASKED, **AUTOENCODER, **TAUGHT, **ANCHORS, **DOMAINS, **COMPLETED, **CLASSES, **OWN_HEAD},
     "representations": {**HEARD, **SCENE},
     "contrastive": {**QUEUE, "queue_from_average": True, "pairs": {"image-text": 1.0, "scene-text": 1.0}},
     "optimizer": {"eps": 1e-4, "average": 0.5},
@@ -132,7 +136,8 @@ EXPERT_GROUPS = {
                       {"num_experts": 2, "expert_hidden_size": 16}],
 }  # fmt: skip
 UNLIKE_LAYERS = {
-    **PLAIN, "every": 1, "router": "group_limited", "node_groups": 2, "groups_per_token": 1,
+    **PLAIN, "every": 1, "task_conditioned": ["captioning"], "task_input": "alone",
+    "router": "group_limited", "node_groups": 2, "groups_per_token": 1,
     "losses": {"balance": 0.01, "balance_scope": "sequence"},
     "layers": {1: {"num_experts": 8, "router": "softmax_top_k", "node_groups": 1, "activation": "gelu",
                    "experts_per_token": 3}},

@@ -13,7 +13,7 @@ from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from mmmoe_pretrain.modalities.image import ImageEmbedder
 from mmmoe_pretrain.models.block import FeedForward, dense_width
-from mmmoe_pretrain.models.costs import block_costs, feed_forward_flops
+from mmmoe_pretrain.models.costs import block_costs, feed_forward_flops, gradient_passes
 from mmmoe_pretrain.moe.experts import SharedExpert
 from tests.support import objectives, tiny_config, tiny_values
 
@@ -171,3 +171,19 @@ def test_modalities_that_no_objective_uses_cost_nothing() -> None:
     assert costs.last_extra == pytest.approx(2 * 16 * VOCAB)  # every token has a target
     attended = 9  # of 17, on average
     assert costs.blocks[0] - feed_forward_flops(config, 0) == pytest.approx(8 * 16**2 + 4 * attended * 16)
+
+
+@pytest.mark.parametrize(
+    ("task_gradients", "losses", "passes"),
+    [
+        (None, {"balance": 0.02}, 1.0),
+        ({"combine": "pcgrad"}, {"balance": 0.02}, 3.0),  # two tasks, and the losses of routing
+        ({"combine": "pcgrad"}, {}, 2.0),
+        ({"every": 10}, {"balance": 0.02}, 1 + 2 / 10),
+        ({}, {"balance": 0.02}, 1 + 2 / 5),  # as often as there are records
+    ],
+)
+def test_gradients_of_tasks_take_a_pass_for_each(task_gradients: Any, losses: Any, passes: float) -> None:
+    train = {"log_every": 5, "task_gradients": task_gradients}
+    moe = {"num_experts": 4, "expert_hidden_size": 8, "losses": losses}
+    assert gradient_passes(config_of(train=train, moe=moe)) == pytest.approx(passes)

@@ -93,6 +93,23 @@ def test_the_task_embedding_decides_and_learns() -> None:
     assert routing.stats.tokens_MX[IMAGE].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("task_input", ["added", "alone"])
+def test_tasks_that_are_not_named_are_routed_by_their_tokens(task_input: str) -> None:
+    """The logits of a token of the second task are those of its task, (0, 0, log 9), beside its own or alone."""
+    router = identity_router(3, experts_per_token=1, task_conditioned=["captioning"], task_input=task_input)
+    assert list(router.task_embedding) == ["captioning"]
+    with torch.no_grad():
+        router.task_embedding["captioning"][0] = torch.tensor([0.0, 0.0, math.log(9.0)])
+    x = logs([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.98, 0.01, 0.01]]).requires_grad_()
+    routing = router(x, tokens_of([IMAGE] * 3, tasks=[0, 1, 1]))
+    together = {"added": [[0], [2], [0]], "alone": [[0], [2], [2]]}
+    assert routing.expert_ids_nK.tolist() == together[task_input]
+    expected = {"added": [0.5, 1.8 / 2.6, 0.98 / 1.08], "alone": [0.5, 9 / 11, 9 / 11]}
+    torch.testing.assert_close(routing.weights_nK[:, 0], torch.tensor(expected[task_input]))
+    routing.weights_nK.sum().backward()
+    assert [bool(row.any()) for row in x.grad] == [True, *[task_input == "added"] * 2]
+
+
 def test_the_bias_of_a_modality_moves_its_tokens_alone() -> None:
     router = identity_router(3, experts_per_token=1, bias_balancing={"rate": 0.1, "per_modality": True})
     router.bias.get_buffer("text").copy_(torch.tensor([[-1.0, 0.0, 0.0]]))

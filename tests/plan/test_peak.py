@@ -23,7 +23,15 @@ from mmmoe_pretrain.plan.communication import Parameter
 from mmmoe_pretrain.plan.gpu_paths import gpu_paths
 from mmmoe_pretrain.plan.live import LiveTensors
 from mmmoe_pretrain.plan.memory import held_bytes
-from mmmoe_pretrain.plan.peak import engine_buffers, fullest_moment, in_a_step, passes, rank_memories, sizes_of
+from mmmoe_pretrain.plan.peak import (
+    engine_buffers,
+    fullest_moment,
+    in_a_step,
+    passes,
+    rank_memories,
+    sizes_of,
+    task_gradients,
+)
 from mmmoe_pretrain.plan.workload import Workload, full_batch
 from tests.support import objectives, tiny_config
 
@@ -165,3 +173,10 @@ def test_a_microbatch_to_plan_by_has_full_length(tmp_path: Path) -> None:
     batch = full_batch(config, 3, first=7)
     before_captions = batch.num_valid - 3 * (4 + 6 + 18) - 3 * 17
     assert before_captions in {4 * images + 6 * (3 - images) for images in range(4)}
+
+
+def test_gradients_of_two_tasks_are_kept_for_what_they_share_and_the_rest_once() -> None:
+    """A quarter of 800 bytes of gradients are of heads: two tasks keep 600 each, and the sum of the rest 800."""
+    config = tiny_config(Path("unused"), train={"task_gradients": {"combine": "pcgrad"}})
+    assert task_gradients(config, {"heads": 50, "experts": 150}, 800) == 2 * 600 + 800
+    assert task_gradients(tiny_config(Path("unused")), {"heads": 50, "experts": 150}, 800) == 0

@@ -74,7 +74,9 @@ def held(folder: Path) -> Iterator[int]:
 def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -> None:
     """Records of 4, 5 and 60 s for 800 tokens in 10 steps: the median step takes 0.5 s, and 900 steps are left."""
     routing = [{"load_over_even": [0.0, 2.0]}, {"load_over_even": [1.0, 1.0]}]
-    records = [record(70), record(80, 4.0, flops_per_second=3e9), record(90, 5.0, flops_per_second=2e9, mfu=0.5),
+    conflict = {"conflict/a-b": -0.5, "x": 1}  # which is not measured in every record
+    records = [record(70, balance=conflict), record(80, 4.0, flops_per_second=3e9),
+               record(90, 5.0, flops_per_second=2e9, mfu=0.5),
                record(100, 60.0, routing=routing, peak_memory={"a": 8}, flops_per_second=1e7, mfu=0.1,
                       planned={"speed_over_plan": 0.8}, balance={"ratio/scene/image": 1.25, "x": "?"})]  # fmt: skip
     folder = write_run(tmp_path / "runs" / "one", EVENTS, records, HALF)
@@ -86,8 +88,8 @@ def test_a_running_run_tells_how_far_how_fast_and_when_it_ends(tmp_path: Path) -
     assert (found.flops_per_second, found.mfu, found.speed_over_plan) == (2e9, 0.3, 0.8)
     assert found.seconds_left == pytest.approx(450, abs=5) and found.note == ""
     assert (found.losses, found.dead_experts, found.peak_memory) == ({"total": 2.5, "aux/z": None}, 1, 8)
-    assert found.balance == {"ratio/scene/image": 1.25, "x": None}
-    assert "\n  balance     ratio/scene/image 1.25, x -\n" in page(found)
+    assert found.balance == {"conflict/a-b": -0.5, "x": None, "ratio/scene/image": 1.25}
+    assert "\n  balance     conflict/a-b -0.5, x -, ratio/scene/image 1.25\n" in page(found)
     assert (found.checkpoint_step, found.checkpoint) == (90, "x/step_00000090")
     assert found.checkpoint_age == pytest.approx(125, abs=5)
     assert found.counts == {"restarts": 1, "rollbacks": 1, "skipped_steps": 2, "spikes": 0, "failed_saves": 0,
