@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Corpora of the studies: evidence/data.sh emoji|europe|unseen|domains|gcide|demo|stamps, or mini FOLDER, which needs no network. Fetches, shards
-# and tokenizes; what exists is kept.
+# Corpora of the studies: evidence/data.sh emoji|europe|unseen|domains|lifelong|gcide|demo|stamps, or mini FOLDER, which
+# needs no network. Fetches, shards and tokenizes; what exists is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/steps.sh
@@ -53,6 +53,17 @@ case "${1:-} ${2:-}" in
     make_once "Shards of the emoji that are trained on" "$out/seen" some "$from" "$out/seen" --keys "$out/seen.txt"
     make_once "Shards of the others" "$out/held_out" some "$from" "$out/held_out" --keys "$out/unseen.txt"
     ;;
+  "lifelong ") # names in four groups of languages, and 256 samples of each to replay
+    "$0" europe
+    from=data/evidence/europe/shards/train out=data/evidence/lifelong stage=0
+    mkdir -p "$out"
+    for group in "da no sv" "de en nl" "es it pt" "fr pl ro"; do
+      stage=$((stage + 1)) rows=()
+      for language in $group; do rows+=(--filter "language=$language"); done
+      make_once "Shards of $group" "$out/stage-$stage" some "$from" "$out/stage-$stage" "${rows[@]}"
+      make_once "Take 256 of them" "$out/memory-$stage" some "$out/stage-$stage" "$out/memory-$stage" --samples 256
+    done
+    ;;
   "domains ") # a second style of drawing: to train on without names, and held out with them
     "$0" europe
     corpus=data/corpora/cldr-emoji out=data/evidence/domains
@@ -102,7 +113,7 @@ case "${1:-} ${2:-}" in
     words "$out/shards" "$out/words.npz" --dimension 8 --min-count 1
     ;;
   *)
-    echo "usage: evidence/data.sh emoji|europe|unseen|domains|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2
+    echo "usage: evidence/data.sh emoji|europe|unseen|domains|lifelong|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2
     exit 2
     ;;
 esac

@@ -6,6 +6,7 @@ To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``
 
 from __future__ import annotations
 
+from evidence.lifelong import LIFELONG
 from evidence.methods_of_stamps import STAMPS
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Start, Study, Variant, find
@@ -179,6 +180,7 @@ METHODS = (
         f"16 experts, one a token. {OF_ALL}",
     ),
     *STAMPS,
+    LIFELONG,
 )
 
 

@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 
 from evidence import records
+from evidence.lifelong import of_reports
 from evidence.records import Machine, Point, Record
 from evidence.settings import refuse_other_settings
 from evidence.study import ROOT, TEST, TOWERS, TRAINER, Study, Variant
@@ -74,9 +75,14 @@ class Task:
         return self.study.path_of(self.variant)
 
     @property
+    def settings(self) -> list[str]:
+        """Overrides, without those of the run's name and place."""
+        last = self.variant.stages[-1].overrides if self.variant.stages else ()
+        return [*self.variant.overrides, *last, *self.extra]
+
+    @property
     def overrides(self) -> list[str]:
-        own = (f"name={self.name}", f"seed={self.seed}", f"runs_dir={self.runs_dir}")
-        return [*self.variant.overrides, *self.extra, *own]
+        return [*self.settings, f"name={self.name}", f"seed={self.seed}", f"runs_dir={self.runs_dir}"]
 
     def config(self) -> RunConfig:
         return run_config.load(self.path, self.overrides)
@@ -92,11 +98,40 @@ class Task:
         variant = Variant(f"{self.variant.name}-start", "", start.overrides)
         return Task(self.study, variant, self.seed, self.runs_dir, (*self.extra, *own, "evaluate.every=0"))
 
+    def sequence(self) -> list[Task]:
+        """The runs of a sequence, this one last; of others this one alone."""
+        of = self.variant
+        early = [
+            Variant(f"{of.name}-stage{number}", "", (*of.overrides, *stage.overrides))
+            for number, stage in enumerate(of.stages[:-1], start=1)
+        ]
+        return [*(replace(self, variant=variant) for variant in early), self]
+
+    def earlier(self) -> list[Task]:
+        """The runs that this one is made of, the first one first."""
+        before = self.before()
+        return self.sequence()[:-1] if before is None else [before]
+
     def calls(self) -> list[Call]:
         """The commands that are left to run, one after the other."""
+        if self.variant.stages:
+            return self._of_stages()
         folder = self.config().run_dir
         score = [Call(TRAINER, ("evaluate", str(folder)), folder)] if self.study.evaluated else []
         return [*self._training(), *score]
+
+    def _of_stages(self) -> list[Call]:
+        calls, made_of = [], Path()
+        for run, stage in zip(self.sequence(), self.variant.stages, strict=True):
+            folder = run.config().run_dir
+            if made_of != Path() and not folder.exists():
+                change = ("extend", str(made_of), "--out", str(folder), *stage.options, *run.settings)
+                calls.append(Call(TRAINER, change, made_of))
+            calls.append(Call(TRAINER, ("train", str(run.path), *run.overrides), folder))
+            if not (folder / report.JSON).is_file():
+                calls.append(Call(TRAINER, ("evaluate", str(folder)), folder))
+            made_of = folder
+        return calls
 
     def _training(self) -> list[Call]:
         config, before, start = self.config(), self.before(), self.variant.start
@@ -148,11 +183,11 @@ class Runner:
                 os.kill(process, signal.SIGTERM)
 
     def _one(self, task: Task) -> Path | None:
-        code_version, before, config = commit(), task.before(), task.config()
-        if before is not None:
-            refuse_other_settings(before.config())
-        if before is None or (config.run_dir / EVENTS).is_file():  # what a command made has a tokenizer of its own
-            refuse_other_settings(config)
+        code_version = commit()
+        for number, run in enumerate([*task.earlier(), task]):
+            config = run.config()
+            if not number or (config.run_dir / EVENTS).is_file():  # what a command made has a tokenizer of its own
+                refuse_other_settings(config)
         for call in task.calls():
             if not self._ended(call, task.name):
                 return None
@@ -225,16 +260,20 @@ class Cost:
 def record_of(task: Task, code_version: str) -> Record:
     """Of a run that has ended; ``code_version``: the commit that it ran. Raises ValueError where it has no scores at
     its end, or some that are no numbers, and where its evaluation is missing, damaged or of an earlier step."""
-    config, before = task.config(), task.before()
+    config, earlier = task.config(), task.earlier()
     saved, lines = _of_run(config.run_dir)
     total, active = _parameters(saved, task.variant.program)
     scored = [line for line in lines if "held_out" in line]
     if not scored or scored[-1]["step"] != config.train.steps:
         raise ValueError(f"{config.run_dir}/metrics.jsonl has no held-out scores of step {config.train.steps}")
-    tokens, flops = (0, 0.0) if before is None else _trained(before.config().run_dir)
+    trained = [_trained(run.config().run_dir) for run in earlier]
     points = [_point(line) for line in scored]
     if task.study.evaluated:
         points[-1] = replace(points[-1], scores={**points[-1].scores, **_evaluation(config)})
+    if task.study.groups:
+        reports = [report.read(run.config().run_dir) for run in task.sequence()]
+        found = of_reports(reports, task.study.groups, task.study.scored)
+        points[-1] = replace(points[-1], scores={**points[-1].scores, **found})
     values, routing = saved.model_dump(mode="json"), scored[-1]["routing"]  # with the defaults, which may change
     try:
         return Record(
@@ -248,12 +287,12 @@ def record_of(task: Task, code_version: str) -> Record:
             parameters=total,
             active_parameters=active,
             flops_per_token=round(model_costs(saved).training, 1),
-            core_seconds=_core_seconds([each for each in (task, before) if each is not None]),
+            core_seconds=_core_seconds([*earlier, task]),
             points=points,
             load=[layer["load"] for layer in routing],
             dropped=[layer["dropped"] for layer in routing],
-            before_tokens=tokens,
-            before_flops=round(flops, 1),
+            before_tokens=sum(tokens for tokens, _ in trained),
+            before_flops=round(sum(flops for _, flops in trained), 1),
         )
     except ValidationError as error:
         raise ValueError(f"{config.run_dir}/metrics.jsonl: {explain(error)[0]}; the run has diverged") from None

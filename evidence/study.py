@@ -51,13 +51,23 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A run of a sequence, with ``overrides`` after those of its variant. ``options`` of ``mmmoe extend``, which
+    makes it of the run before."""
+
+    overrides: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """``label`` of its row and curve. ``overrides`` of the study's config, as on the command line of mmmoe train.
     ``experts`` where it is a point of the curve over the number of experts; ``line`` and ``x`` where it is one of the
     panel "sweep". ``same_as``: STUDY/VARIANT trained by the same config, whose records count here
     too. ``program``: ``TRAINER``, or a module with its command line and another model. ``small``: overrides
     that follow those of quick.SIZES where its run is made small; ``{data}`` stands for the folder of its data.
-    ``scores``: metrics of the study, each with the score that the tables, not the pictures, show in its place."""
+    ``stages``: of a sequence of runs, the last of which is recorded. ``scores``: metrics of the study, each with the
+    score that the tables, not the pictures, show in its place."""
 
     name: str
     label: str
@@ -66,6 +76,7 @@ class Variant:
     same_as: str = ""
     program: str = TRAINER
     start: Start | None = None
+    stages: tuple[Stage, ...] = ()
     line: str = ""
     x: float | None = None
     small: tuple[str, ...] = ()
@@ -98,7 +109,9 @@ class Method(Variant):
 class Study:
     """``config``: its path from the root of the repository. ``reference``: the variant that the others are compared
     with, seed by seed. ``corpus``: the argument of evidence/data.sh. ``question`` begins its section of the page.
-    ``evaluated``: runs are scored by mmmoe evaluate after training; the record has these scores as test/METRIC."""
+    ``evaluated``: runs are scored by mmmoe evaluate after training; the record has these scores as test/METRIC.
+    ``groups``: of each stage of a sequence, the values of ``evaluate.within`` that are its data, by the score
+    ``scored``; the record has ``lifelong.measures`` of them."""
 
     name: str
     title: str
@@ -113,6 +126,8 @@ class Study:
     seeds: tuple[int, ...] = SEEDS
     axis: str = ""  # title of the x axis of the panel "sweep"
     evaluated: bool = False
+    groups: tuple[tuple[str, ...], ...] = ()
+    scored: str = ""
 
     def path_of(self, variant: Variant) -> Path:
         """The config that trains it."""

@@ -1,5 +1,5 @@
 """The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``experts``,
-``align``, ``export`` and ``import``.
+``align``, ``extend``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2, a full disk one and code 1; other errors are bugs and show their traceback.
@@ -22,7 +22,7 @@ from mmmoe_pretrain.export.cli import export, import_
 from mmmoe_pretrain.paths import given
 from mmmoe_pretrain.plan.cli import EXAMPLE as PLAN_EXAMPLE
 from mmmoe_pretrain.plan.cli import plan
-from mmmoe_pretrain.surgery.cli import align, experts
+from mmmoe_pretrain.surgery.cli import align, experts, extend
 
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.add_typer(experts, name="experts")
 configs = typer.Typer(no_args_is_help=True, help="Upgrade configs of earlier versions.")
 app.add_typer(configs, name="config")
 app.command("align")(align)
+app.command("extend")(extend)
 app.command("plan", epilog=PLAN_EXAMPLE)(plan)
 app.command("export")(export)
 app.command("import")(import_)

@@ -115,6 +115,7 @@ OBJECTIVES = Kinds(
         "sigmoid_contrastive": "mmmoe_pretrain.objectives.sigmoid_contrastive:SigmoidContrastive",
         "deep_cca": "mmmoe_pretrain.objectives.deep_cca:DeepCCA",
         "deep_gcca": "mmmoe_pretrain.objectives.deep_gcca:DeepGCCA",
+        "distillation": "mmmoe_pretrain.objectives.distillation:Distillation",
         "domain_adversarial": "mmmoe_pretrain.objectives.domain_adversarial:DomainAdversarial",
         "moment_alignment": "mmmoe_pretrain.objectives.moment_alignment:MomentAlignment",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, persistent_buffers
 from mmmoe_pretrain.checkpoint.store import (
@@ -141,6 +142,19 @@ def write_first(config: RunConfig, folder: Path, step: int, state: WholeState, m
     if find_latest(root) is not None:
         raise ValueError(f"{root} has the checkpoints of another run; choose another name by --out, or remove them")
     write_state(root, step, state, meta)
+
+
+def meta_of_new_run(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """Of its checkpoint of step 0, as the training loop writes it. ``fingerprint``: of its tokenizer."""
+    return {
+        "version": __version__,
+        "vocab_size": config.model.vocab_size,
+        "tokenizer_fingerprint": fingerprint,
+        "config": config.model_dump(mode="json"),
+        "progress": {"steps": 0, "updates": 0, "loss_scale": None},
+        "seed": config.seed,
+        "skipped_batches": [],
+    }
 
 
 def refuse_old(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:

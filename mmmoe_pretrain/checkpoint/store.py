@@ -144,7 +144,7 @@ def _refuse_other_model(
     if exactly and kept != of_run:
         raise ValueError(
             f"{checkpoint} has the optimizer state {kept}, and the optimizer of this run keeps {of_run}; set "
-            f"optimizer.kind, momentum and average as its meta.json has them"
+            f"optimizer.kind, momentum, average and hold as its meta.json has them, or change them with mmmoe extend"
         )
     if problems:
         raise ValueError(

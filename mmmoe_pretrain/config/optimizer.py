@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,47 @@ OPTIMIZERS = {
     "adamw": OptimizerKind({"beta1": 0.9, "beta2": 0.98, "eps": 1e-8}, {"exp_avg": 1, "exp_avg_sq": 2}),
     "sgd": OptimizerKind({"momentum": 0.9}, {"momentum_buffer": 1}),
 }
-AVERAGE = "average"  # of the weights: a tensor of the optimizer's state beside those of its kind
-GRADIENT_POWER = {name: power for kind in OPTIMIZERS.values() for name, power in kind.state.items()} | {AVERAGE: 0}
+# Tensors of the optimizer's state beside those of its kind: the average of the weights, the weights that they are
+# held to, and how much each of these matters.
+AVERAGE, ANCHOR, IMPORTANCE = "average", "anchor", "importance"
+GRADIENT_POWER = {name: power for kind in OPTIMIZERS.values() for name, power in kind.state.items()} | {
+    AVERAGE: 0,
+    ANCHOR: 0,
+    IMPORTANCE: 2,
+}
+FROZEN = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")  # NAME or NAME[first:end] of rows
+
+
+class HoldConfig(StrictModel):
+    """What holds the weights of the run before, which ``mmmoe extend`` made this run of.
+
+    ``strength``: of the pull to those weights, times the learning rate, as ``weight_decay`` is; of each weight times
+    its importance, whose mean over the weights of the run before is 1. ``importance``: the diagonal of the Fisher
+    information (EWC, arXiv 1612.00796), of which ``kept`` of the earlier runs' is added (online EWC, arXiv
+    1805.06370), or ``uniform`` (L2-SP, arXiv 1802.01483). New weights have none.
+
+    ``frozen``: parameters that stay as they are, by name, with ``*``, and of these with ``[first:end]`` some rows:
+    ``mmmoe.trunk.blocks.*.experts.*[:16]`` are the first 16 experts of each stack.
+    """
+
+    strength: float = Field(0.0, ge=0)
+    importance: Literal["fisher", "uniform"] = "fisher"
+    kept: float = Field(1.0, ge=0, le=1)
+    frozen: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> HoldConfig:
+        if not self.strength and not self.frozen:
+            raise ValueError(
+                "optimizer.hold has strength 0 and no frozen parameters, so it holds nothing; give one of them, or "
+                "set hold: null"
+            )
+        if wrong := [name for name in self.frozen if not FROZEN.fullmatch(name)]:
+            raise ValueError(
+                f"optimizer.hold.frozen {wrong[0]!r} is not the name of a parameter, with * and perhaps rows; e.g. "
+                f"mmmoe.embedders.* or mmmoe.trunk.blocks.*.experts.*[:16]"
+            )
+        return self
 
 
 class OptimizerConfig(StrictModel):
@@ -46,6 +86,7 @@ class OptimizerConfig(StrictModel):
     # Of a moving average of the weights, which objectives with a teacher read: the share of itself that it keeps in
     # an update, or a schedule such as [[0, 0.99], [10000, 1.0]]. None: there is no average.
     average: Weight | None = None
+    hold: HoldConfig | None = None
 
     @property
     def own(self) -> dict[str, float]:
@@ -54,9 +95,16 @@ class OptimizerConfig(StrictModel):
 
     @property
     def state(self) -> tuple[str, ...]:
-        """The tensors that are kept for each parameter: the optimizer's by torch's names, and the average."""
+        """The tensors that are kept for each parameter: the optimizer's by torch's names, the average, and what
+        weights are held to."""
         own = () if self.momentum == 0 else tuple(OPTIMIZERS[self.kind].state)
-        return own if self.average is None else (*own, AVERAGE)
+        average = () if self.average is None else (AVERAGE,)
+        return (*own, *average, ANCHOR, IMPORTANCE) if self.pull else (*own, *average)
+
+    @property
+    def pull(self) -> float:
+        """The strength of the pull to the weights of the run before."""
+        return 0.0 if self.hold is None else self.hold.strength
 
     def average_at(self, step: int) -> float:
         """The share of the average that the update of a step (the first is 0) keeps."""

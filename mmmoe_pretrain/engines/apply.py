@@ -2,8 +2,8 @@
 
 Groups exist (``parallel/mesh.py``) -> the trunk is cut into pipeline stages -> this rank's stages are
 built, matrices cut by the tensor group and experts by the expert group -> activation recomputation and
-precision -> compilation -> the engine wraps them (data parallelism, optimizer). ``mmmoe plan`` builds by the same
-functions, on the device ``meta`` (``plan/build.py``).
+precision -> compilation -> what is frozen -> the engine wraps them (data parallelism, optimizer). ``mmmoe plan``
+builds by the same functions, on the device ``meta`` (``plan/build.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.engines import ENGINES
 from mmmoe_pretrain.engines.base import HALF_TYPES, Engine
 from mmmoe_pretrain.engines.deepspeed_modules import compute_in_half
+from mmmoe_pretrain.engines.hold import freeze
 from mmmoe_pretrain.models.compiling import compile_blocks
 from mmmoe_pretrain.models.costs import block_costs
 from mmmoe_pretrain.models.pretraining import PretrainingModel
@@ -33,6 +34,8 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
     if config.train.compile == "blocks":
         for model in models:
             compile_blocks(model, device)
+    if config.optimizer.hold is not None:
+        freeze(models, config.optimizer.hold.frozen, groups, device)
     module, _, name = ENGINES[config.parallel.engine].place.partition(":")
     make = getattr(importlib.import_module(module), name)  # here: an engine library takes seconds to import
     return make(models, config, device)

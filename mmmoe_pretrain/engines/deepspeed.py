@@ -32,6 +32,7 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
 from mmmoe_pretrain.engines.task_gradients import Gradients
+from mmmoe_pretrain.engines.hold import pull_before_updates
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives import StepCounts, step_counts
 
@@ -71,6 +72,9 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             complete_gathering(model)
         self._state.attach(self._engine)
+        if config.optimizer.pull:
+            own = self._engine.optimizer
+            pull_before_updates(own.optimizer if self.stage else own, config.optimizer.pull)
         self._check_norms()
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from mmmoe_pretrain.config import OptimizerConfig
+from mmmoe_pretrain.engines.hold import decays
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.parallel.collectives import summed
-from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
+from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Group, Groups
 
 
@@ -192,13 +193,14 @@ def join_tensor_ranks(model: nn.Module, groups: Groups) -> None:
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
-    """torch's own; vectors do not decay. Sharded experts form separate groups, as DeepSpeed requires."""
+    """torch's own; vectors and what is frozen do not decay. Sharded experts form separate groups, as DeepSpeed
+    requires."""
     parameters = list(model.parameters())
     decayed = {"name": "matrices", "weight_decay": settings.weight_decay}
     plain = {"name": "vectors", "weight_decay": 0.0}
     param_groups: list[dict[str, Any]] = [
-        {**decayed, "params": [p for p in parameters if not is_vector(p)]},
-        {**plain, "params": [p for p in parameters if is_vector(p)]},
+        {**decayed, "params": [p for p in parameters if decays(p)]},
+        {**plain, "params": [p for p in parameters if not decays(p)]},
     ]
     if groups.expert_size > 1:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer

@@ -31,7 +31,7 @@ class DeepSpeedState(EngineState):
         """``engine``: DeepSpeed's."""
         self._optimizer = engine.optimizer
         self._reset_optimizer(0)
-        self.begin_average()
+        self.begin()
 
     def _publish(self, copies: Mapping[Tensor, Flat]) -> None:
         optimizer = self._optimizer

@@ -21,6 +21,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.ahead import CopiedAhead
 from mmmoe_pretrain.engines.base import Engine, StepResult, add_reports
+from mmmoe_pretrain.engines.hold import pull_before_updates
 from mmmoe_pretrain.engines.megatron_setup import (
     data_parallel,
     inner_optimizers,
@@ -53,6 +54,8 @@ class MegatronEngine(Engine):
             self.wrapped = data_parallel(self.stages, self.transformer, config)
             self.optimizer = make_optimizer(self.wrapped, config)
         self._state = MegatronState(self.models, self.wrapped, self.optimizer, config.optimizer.state)
+        for inner in inner_optimizers(self.optimizer) if config.optimizer.pull else ():
+            pull_before_updates(inner.optimizer, config.optimizer.pull)
 
     def step(self, microbatches: list[Batch], learning_rate: float) -> StepResult:
         """See ``Engine.step``."""

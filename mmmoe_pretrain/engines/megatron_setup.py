@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import HALF_TYPES
-from mmmoe_pretrain.parallel.cuts import computed_alike, is_vector
+from mmmoe_pretrain.engines.hold import decays
+from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.runtime import silence_megatron
 
@@ -95,8 +96,8 @@ def data_parallel(stages: Sequence[nn.Module], transformer: Any, config: RunConf
 
 
 def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
-    """Over all stages of this rank; vectors do not decay. The engine does clipping and loss scaling: ``bf16`` means
-    half parameters of either type with fp32 masters, without a loss scale."""
+    """Over all stages of this rank; vectors and what is frozen do not decay. The engine does clipping and
+    loss scaling: ``bf16`` means half parameters of either type with fp32 masters, without a loss scale."""
     from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -116,12 +117,12 @@ def make_optimizer(wrapped: list[Any], config: RunConfig) -> Any:
             optimizer = OptimizerConfig(optimizer="adam", **common, **own)
         case "sgd":
             optimizer = OptimizerConfig(optimizer="sgd", **common, sgd_momentum=settings.own["momentum"])
-    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=is_vector))
+    undecayed = ParamKey(predicate=ParamPredicate(name="undecayed", fn=lambda parameter: not decays(parameter)))
     with megatron_cpu.optimizer_calls():
         made = get_megatron_optimizer(
             config=optimizer,
             model_chunks=wrapped,
-            config_overrides={vectors: ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)},
             use_gloo_process_groups=False,
         )
     if config.parallel.zero_stage == 1:

@@ -23,7 +23,7 @@ class MegatronState(EngineState):
         self._wrapped, self._inner = wrapped, inner_optimizers(optimizer)
         self._distributed = bool(wrapped[0].ddp_config.use_distributed_optimizer)
         self._reset_optimizer(0)
-        self.begin_average()
+        self.begin()
 
     def _stretches(self) -> Iterator[tuple[nn.Parameter, Stretch]]:
         if self._distributed:

@@ -21,8 +21,10 @@ from mmmoe_pretrain.checkpoint.state import (
     optimizer_key,
     persistent_buffers,
     pieces_of_range,
+    split_key,
 )
-from mmmoe_pretrain.config.optimizer import AVERAGE
+from mmmoe_pretrain.config.optimizer import ANCHOR, AVERAGE, IMPORTANCE
+from mmmoe_pretrain.engines.hold import clear_rows
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.placement import Placement, logical_shape, placements
 
@@ -82,15 +84,24 @@ class EngineState(ABC):
         """Import a state with the pieces of ``export``, made by ``updates`` updates."""
         self._reset_optimizer(updates)
         copies = self._copies_of_files()
+        frozen = {part.name: its.frozen for its, part in self._parts.items() if hasattr(its, "frozen")}
         for key, mine in self._export(copies).items():
             mine.copy_(state[key])
+            name, tensor = split_key(key)
+            if name in frozen and tensor not in (None, AVERAGE, ANCHOR, IMPORTANCE):
+                clear_rows(mine, frozen[name])
         self._publish(copies)
 
     @torch.no_grad()
-    def begin_average(self) -> None:
-        """The average of the weights begins as the weights; nothing to do where none is kept."""
-        for flat, average in self._averages():
-            average.copy_(flat)
+    def begin(self) -> None:
+        """The average of the weights and the anchor begin as the weights, and importance as 1, until a state is
+        loaded; nothing to do where none is kept."""
+        for flat in self._flats() if {AVERAGE, ANCHOR} & {*self._names} else ():
+            held = self._optimizer_state(flat)
+            for name in {AVERAGE, ANCHOR} & {*self._names}:
+                held[name].copy_(flat)
+            if IMPORTANCE in self._names:
+                held[IMPORTANCE].fill_(1)
 
     @torch.no_grad()
     def update_average(self, kept: float) -> None:

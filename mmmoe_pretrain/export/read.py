@@ -22,12 +22,11 @@ from torch import Tensor
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint.model import CONFIG as RUN_CONFIG
-from mmmoe_pretrain.checkpoint.model import TOKENIZER, buffers_of_objectives, write_first
+from mmmoe_pretrain.checkpoint.model import TOKENIZER, buffers_of_objectives, meta_of_new_run, write_first
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, persistent_buffers
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.optimizer import AVERAGE
 from mmmoe_pretrain.config.upgrade import OLD_MODALITIES, OLD_TASKS, upgraded
-from mmmoe_pretrain.engines.base import Progress
 from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import Modalities, Tokenizer, build_modalities
@@ -69,7 +68,8 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
         state = buffers_of_objectives(config)
         for weight, value in _read(folder, places, weights, described["format_version"]):
             state |= _state(weight, value, config.optimizer.state)
-        write_first(config, draft, 0, state, _meta(config, described))
+        config = config.with_vocabulary(described["vocab_size"])
+        write_first(config, draft, 0, state, meta_of_new_run(config, described["tokenizer_fingerprint"]))
     return [f"wrote {out}: {len(weights)} tensors of step {described['step']}, now at step 0 with moments of zero",
             f"train it with: mmmoe train {out / RUN_CONFIG}"]  # fmt: skip
 
@@ -269,16 +269,3 @@ def _state(weight: Weight, value: Tensor, optimizer: Sequence[str]) -> WholeStat
         if weight.trained
     }
     return {model_key(weight.name): value} | fresh
-
-
-def _meta(config: RunConfig, described: dict[str, Any]) -> dict[str, Any]:
-    """As the training loop writes it."""
-    return {
-        "version": __version__,
-        "vocab_size": described["vocab_size"],
-        "tokenizer_fingerprint": described["tokenizer_fingerprint"],
-        "config": config.model_dump(mode="json"),
-        "progress": Progress(0, 0).to_json(),
-        "seed": config.seed,
-        "skipped_batches": [],
-    }

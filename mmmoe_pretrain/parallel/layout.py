@@ -205,14 +205,17 @@ def _offload(config: RunConfig, layout: Layout) -> str | None:
 
 
 def _average(config: RunConfig, layout: Layout) -> str | None:
+    """Where master weights lie in files, or change beside the passes of a step."""
     zero = config.parallel.deepspeed.get("zero_optimization") or {}
     early = [key for key in ("zenflow", "super_offload") if key in str(zero)]
-    if config.optimizer.average is None or not (config.parallel.offload_optimizer == "nvme" or early):
+    kept = {"average": "be swapped with their average between two passes", "hold": "be held before an update"}
+    used = [key for key in kept if getattr(config.optimizer, key) is not None]
+    if not used or not (config.parallel.offload_optimizer == "nvme" or early):
         return None
     what = f"parallel.deepspeed {early[0]}" if early else "parallel.offload_optimizer nvme"
     return (
-        f"optimizer.average with {what}, under which the weights cannot be swapped with their average between two "
-        f"passes; use {'another offload' if early else 'offload_optimizer: cpu'}, or set optimizer.average: null"
+        f"optimizer.{used[0]} with {what}, under which the weights cannot {kept[used[0]]}; use "
+        f"{'another offload' if early else 'offload_optimizer: cpu'}, or set optimizer.{used[0]}: null"
     )
 
 

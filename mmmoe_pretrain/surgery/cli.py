@@ -1,4 +1,5 @@
-"""``mmmoe experts``, one command an operation, and ``mmmoe align``. Heavy imports wait until one runs."""
+"""``mmmoe experts``, one command an operation, ``mmmoe align`` and ``mmmoe extend``. Heavy imports wait until one
+runs."""
 
 from __future__ import annotations
 
@@ -130,6 +131,30 @@ def align(
     from mmmoe_pretrain.surgery.align import align as make
 
     _write(run, out, overrides, "align", lambda source: make(source, samples))
+
+
+def extend(
+    run: Run,
+    out: Out,
+    overrides: Overrides = None,
+    add_experts: Annotated[int, typer.Option(min=0, help="New experts in each MoE layer, dormant at first.")] = 0,
+    noise: Noise = 0.1,
+    wake_steps: Annotated[int, typer.Option(help="Optimizer steps over which their dormancy falls to 0.")] = 1000,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option("--drop", help="Beginning of names of weights that may be lost; repeat it."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training samples for optimizer.hold.importance=fisher.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of these samples, whose squared gradients are added.")] = 16,
+    lossy: Lossy = False,
+) -> None:
+    """Continue a run as another one with more modalities, objectives, data or experts; it begins at step 0."""
+    from mmmoe_pretrain.surgery.extend import Estimate, Experts
+    from mmmoe_pretrain.surgery.extend import extend as make
+
+    experts = Experts(add_experts, noise, wake_steps, lossy)
+    for line in make(run, out, overrides or [], experts, drop or [], Estimate(samples, batch_size)):
+        print(line)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -99,12 +99,12 @@ def operate(
         if tokenizer is not None and Path(tokenizer).is_file():
             copy_tokenizer(tokenizer, draft / TOKENIZER, source.meta["tokenizer_fingerprint"])
             config = with_tokenizer(config, out / TOKENIZER)
-        config = _with_files(config, draft, out)
+        config = with_files(config, draft, out)
         meta = {**source.meta, "config": config.model_dump(mode="json")}
         write_first(config, draft, source.step, by_key(result.state), meta)
         run_config.dump(config, draft / CONFIG)
         largest, probe = _compare(source, result, draft)
-        lines = [*result.did, _summary(result, largest, probe, command)]
+        lines = [*result.did, summary(result, largest, probe, command)]
         record = {
             "command": command, "source": str(run_dir), "step": source.step, "did": lines,
             "largest_difference": largest,
@@ -134,14 +134,15 @@ def _fitted(result: Result) -> Result:
     if wrong:
         raise ValueError(
             f"the overrides ask for other weights, such as {', '.join(wrong[:3])} ({len(wrong)} in all), and this "
-            f"command makes no others; leave out those of model, objectives and train.loss_weighting"
+            f"command makes no others; leave out those of model, objectives and train.loss_weighting, or use mmmoe "
+            f"extend"
         )
     states = {tuple(sorted(its.optimizer)) for name, its in kept.items() if name in parameters}
     if states != {tuple(sorted(config.optimizer.state))}:
         raise ValueError(
             f"the overrides ask for an optimizer that keeps {', '.join(config.optimizer.state) or 'nothing'} of each "
             f"weight, and the checkpoint has {', '.join(next(iter(states))) or 'nothing'}; leave out optimizer.kind, "
-            f"optimizer.momentum and optimizer.average"
+            f"optimizer.momentum, optimizer.average and optimizer.hold, which mmmoe extend can change"
         )
     return replace(result, state=kept, did=tuple(did))
 
@@ -151,7 +152,7 @@ def _is_buffer(name: str, its: Parameter, parameters: Container[str]) -> bool:
     return name.startswith("tasks.") and name not in parameters and not its.optimizer
 
 
-def _with_files(config: RunConfig, draft: Path, out: Path) -> RunConfig:
+def with_files(config: RunConfig, draft: Path, out: Path) -> RunConfig:
     """With copies in the new run of the files that objectives read, so that it does not need the old one's."""
     changed = {}
     for name, its in config.objectives.items():
@@ -218,7 +219,8 @@ WITHOUT_REASON = (
 )
 
 
-def _summary(result: Result, largest: float, probe: str, command: str) -> str:
+def summary(result: Result, largest: float, probe: str, command: str) -> str:
+    """What people read of the comparison. Raises ValueError where the function should be the same and is not."""
     numbers = f"largest difference of features and likelihoods {largest:.2g} on {probe}"
     if not result.exact:
         changed = f"changed, {result.allowed}" if largest > TOLERANCE else "hardly changed"

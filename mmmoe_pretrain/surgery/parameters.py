@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key, split_key
 from mmmoe_pretrain.config import MoEConfig
-from mmmoe_pretrain.config.optimizer import AVERAGE, GRADIENT_POWER
+from mmmoe_pretrain.config.optimizer import ANCHOR, AVERAGE, GRADIENT_POWER, IMPORTANCE
 
 STACKED = ("up", "down", "up_bias", "down_bias")  # of each stack of experts; biases where there are any
 
@@ -60,7 +60,8 @@ def each(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> Parameter:
 
 
 def scaled(parameter: Parameter, weight: float = 1.0, mean: float = 1.0, square: float = 1.0) -> Parameter:
-    """Value and its average, averages of the gradient, and averages of its square, times factors of their own."""
+    """Value with its average and anchor, averages of the gradient, and those of its square with the importance, times
+    factors of their own."""
     factors = {0: weight, 1: mean, 2: square}
     kept = {name: value * factors[GRADIENT_POWER[name]] for name, value in parameter.optimizer.items()}
     return Parameter(parameter.value * weight, kept)
@@ -68,14 +69,16 @@ def scaled(parameter: Parameter, weight: float = 1.0, mean: float = 1.0, square:
 
 def fresh(value: Tensor, optimizer: Iterable[str] = ()) -> Parameter:
     """A parameter for which the optimizer has just begun to keep these tensors; without names, a buffer."""
-    begun = {name: value.clone() if name == AVERAGE else torch.zeros_like(value) for name in optimizer}
+    begun = {name: value.clone() if name in (AVERAGE, ANCHOR) else torch.zeros_like(value) for name in optimizer}
     return Parameter(value, begun)
 
 
 def clear_means(parameter: Parameter, rows: slice) -> None:
-    """Averages of the gradient of these rows become zero, in place: the rows are new."""
+    """Averages of the gradient of these rows become zero, in place, and nothing holds them: the rows are new."""
     for name, kept in parameter.optimizer.items():
-        if GRADIENT_POWER[name] == 1:
+        if name == ANCHOR:
+            kept[rows] = parameter.value[rows]
+        elif name == IMPORTANCE or GRADIENT_POWER[name] == 1:
             kept[rows] = 0
 
 

@@ -29,14 +29,17 @@ LOGGED_STEPS = 20
 TOLERANCE = 1e-4
 
 
-def noise_batch(config: RunConfig) -> Batch:
-    """Samples of noise with all modalities, each of which every objective uses."""
+def noise_batch(config: RunConfig, packed: RunConfig | None = None) -> Batch:
+    """Samples of noise with all modalities of ``config``, each of which every objective uses; ``packed``: as a run of
+    this config packs them."""
     modalities = build_modalities(config.modalities, decoding=False)
     rng = np.random.default_rng(0)
     samples = []
     for i in range(SAMPLES):
         items = (Item(name, modality.example(rng, config.model.vocab_size)) for name, modality in modalities.items())
         samples.append(Sample(SampleMeta(key=f"noise-{i}", group=str(i)), tuple(items)))
+    if packed is not None:
+        config, modalities = packed, build_modalities(packed.modalities, decoding=False)
     return pack(samples, eval_settings(config, modalities))
 
 
@@ -53,18 +56,19 @@ def held_out_batch(config: RunConfig) -> tuple[Batch, str] | None:
     return None
 
 
-def largest_difference(old: MMMoE, new: MMMoE, batch: Batch) -> float:
-    """Over features (absolute) and the targets' negative log-likelihoods (relative to max(1, nll)); over the trunk's
-    output where the objectives read neither."""
+def largest_difference(old: MMMoE, new: MMMoE, batch: Batch, of_new: Batch | None = None) -> float:
+    """Over features (absolute) and the targets' negative log-likelihoods (relative to max(1, nll)) that both have;
+    over the trunk's output where the objectives read neither. ``of_new``: the same samples as ``new`` packs them."""
     with torch.inference_mode():
-        (before, _), (after, _) = old(batch), new(batch)
-    differences = [(features - after.features[name]).abs().max() for name, features in before.features.items()]
+        (before, _), (after, _) = old(batch), new(batch if of_new is None else of_new)
+    both = before.features.keys() & after.features.keys()
+    differences = [(before.features[name] - after.features[name]).abs().max() for name in sorted(both)]
     for task, nll in before.token_nll.items():
-        if nll.numel():
+        if nll.numel() and task in after.token_nll:
             differences.append(((nll - after.token_nll[task]).abs() / nll.clamp(min=1)).max())
-    if not differences:
+    if not differences and before.hidden_nD.shape == after.hidden_nD.shape:
         differences.append((before.hidden_nD - after.hidden_nD).abs().max())
-    largest = float(torch.stack(differences).max())
+    largest = float(torch.stack(differences).max()) if differences else 0.0
     if not np.isfinite(largest):
         raise ValueError("the outputs are not finite, so that nothing can be compared; take an earlier checkpoint")
     return largest

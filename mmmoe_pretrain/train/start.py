@@ -130,18 +130,29 @@ def _job() -> str:
 
 def _look(config: RunConfig, resume: bool, overwrite: bool) -> Start:
     if overwrite:
+        _refuse_nothing_to_hold(config)
         return Start(replace=True)
     found = tuple(store.candidates(config.checkpoint_root))
     if found:
         check_same_model(config, config.run_dir / CONFIG, lambda: store.read_meta(found[-1]).get("config"))
         return Start(found)
     _refuse_lost(config)
+    _refuse_nothing_to_hold(config)
     if resume:
         raise ValueError(
             f"--resume: there is no finished checkpoint in {config.checkpoint_root}; leave --resume out to start "
             f"from step 0, or check that name, runs_dir and checkpoint.folder are those of the run"
         )
     return Start()
+
+
+def _refuse_nothing_to_hold(config: RunConfig) -> None:
+    if config.optimizer.pull:
+        raise ValueError(
+            f"optimizer.hold.strength {config.optimizer.pull:g} pulls to the weights of the run before, and this run "
+            f"starts from step 0 without one; make it with mmmoe extend RUN --out {config.run_dir}, or set "
+            f"optimizer.hold: null"
+        )
 
 
 def _refuse_lost(config: RunConfig) -> None:

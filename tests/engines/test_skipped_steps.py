@@ -20,7 +20,7 @@ from mmmoe_pretrain.engines.base import Engine, StepResult
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
-from tests.layouts.cases import GLOBAL, LEARNING_RATE, Case
+from tests.layouts.cases import GLOBAL, HOLD, LEARNING_RATE, Case
 from tests.layouts.matrix import LOSS, NORM
 from tests.layouts.train import build, microbatches_of, reference
 
@@ -31,24 +31,24 @@ EP2, PP2, TP2 = {"expert_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"te
 
 
 def case(ranks: int, engine: str, stage: int, parallel: dict[str, Any], precision: str = "fp32",
-         **contrastive: Any) -> Case:  # fmt: skip
+         optimizer: dict[str, Any] | None = None, **contrastive: Any) -> Case:  # fmt: skip
     """``contrastive``: settings of that objective."""
     train = {"num_microbatches": 2, "global_batch_size": 2 * len(GLOBAL), **(SCALE if precision == "fp16" else {})}
-    return Case("", ranks, engine, stage, parallel, precision, train, contrastive)
+    return Case("", ranks, engine, stage, parallel, precision, train, contrastive, optimizer=optimizer or {})
 
 
 CASES = {
     "megatron": [
         case(2, "megatron", 0, {}),
-        case(2, "megatron", 1, EP2, cached=True, queue_size=4 * len(GLOBAL)),
+        case(2, "megatron", 1, EP2, optimizer=HOLD, cached=True, queue_size=4 * len(GLOBAL)),
         case(2, "megatron", 1, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
         case(2, "megatron", 0, PP2, "bf16"),
         case(2, "megatron", 0, EP2, "fp16"),
         case(2, "megatron", 1, TP2, "fp16"),
     ],
     "deepspeed": [
-        case(2, "deepspeed", 1, TP2),
-        case(2, "deepspeed", 3, {**TP2, "offload_optimizer": "cpu"}, cached=True),
+        case(2, "deepspeed", 1, TP2, optimizer=HOLD),
+        case(2, "deepspeed", 3, {**TP2, "offload_optimizer": "cpu"}, optimizer=HOLD, cached=True),
         case(2, "deepspeed", 1, {**EP2, "offload_optimizer": "cpu"}),
         case(2, "deepspeed", 2, EP2, "bf16"),
         case(2, "deepspeed", 0, {}, "fp16"),
@@ -65,7 +65,7 @@ MORE_CASES = {
         case(2, "megatron", 0, EP2),
         case(2, "megatron", 1, TP2, "bf16"),
         case(2, "megatron", 1, PP2, "fp16"),
-        case(2, "deepspeed", 0, {}),
+        case(2, "deepspeed", 0, {}, optimizer=HOLD),
         case(2, "deepspeed", 1, EP2),
         case(2, "deepspeed", 2, EP2),
         case(2, "deepspeed", 3, EP2),

@@ -26,6 +26,7 @@ VOCABULARY = {
     "unseen": 2048,
     "domains": 2048,
     "stamps": 1024,
+    "lifelong": 2048,
 }
 EVERY = (*STUDIES, *METHODS)
 TRAINED = [(each, variant) for each in EVERY for variant in each.variants if not variant.same_as]
@@ -48,6 +49,7 @@ def test_every_variant_has_a_config(of: Study, variant: Variant, tmp_path: Path)
     run = task.config()
     assert run.run_dir == tmp_path / f"{of.name}-{variant.name}-seed2"
     assert run.evaluate.every and run.evaluate.validation
+    assert [each.config().run_dir for each in task.sequence()][-1] == run.run_dir
     if (before := task.before()) is not None:
         assert 0 < before.config().train.steps < run.train.steps
 

@@ -164,6 +164,11 @@ def in_fp16(layout: str, zero_stage: int, engine: str) -> Case:
 
 
 SGD = {"kind": "sgd", "momentum": 0.9}
+# Rows of experts on one rank and on both, of a matrix whose rows are cut by two blocks, and a whole embedder; the
+# pull of a step is a fifth of the way back.
+HOLD = {"kind": "adamw", "eps": 1e-4, "hold": {"strength": 80.0, "importance": "uniform", "frozen": [
+    "mmmoe.trunk.blocks.1.ffn.experts.*[:1]", "mmmoe.trunk.blocks.3.ffn.experts.*[1:3]", "mmmoe.embedders.image.*",
+    "mmmoe.trunk.blocks.*.ffn.router.weight[:3]", "mmmoe.trunk.blocks.0.ffn.gate_up.weight[4:21]"]}}  # fmt: skip
 
 # All that other people's blocks have: GPT-OSS, Qwen2-MoE, Llama 4, DeepSeek.
 OTHER_BLOCKS = {

@@ -31,7 +31,7 @@ from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.checkpoint.support import save
 from tests.distributed import run_ranks
-from tests.layouts.cases import GLOBAL, LAYOUTS, LEARNING_RATE, SGD, Case
+from tests.layouts.cases import GLOBAL, HOLD, LAYOUTS, LEARNING_RATE, SGD, Case
 from tests.layouts.matrix import LOSS, chunks
 from tests.layouts.train import build, microbatches_of
 
@@ -62,6 +62,8 @@ CASES = (
     _case("EP2", "deepspeed", 3, SGD),
     _case("TP2 + SP", "megatron", 0, SGD),
     _case("PP2 x VPP2", "megatron", 0, SGD),
+    _case("EP2", "deepspeed", 3, HOLD),
+    _case("PP2 x VPP2", "megatron", 1, HOLD),
 )
 Pair = tuple[Case, Case]  # saved under, loaded under
 

@@ -14,7 +14,8 @@ PAIRS = [("EP2 megatron ZeRO-1", "EP2 deepspeed ZeRO-3"), ("EP2 deepspeed ZeRO-3
          ("EP2 megatron ZeRO-1", "TP2 x EP2 deepspeed ZeRO-1"),
          ("EP2 deepspeed ZeRO-3 sgd", "EP2 deepspeed sgd"),
          ("EP2 deepspeed ZeRO-3 sgd", "DP2 deepspeed ZeRO-2 sgd"),
-         ("EP2 deepspeed ZeRO-3 sgd", "PP2 x VPP2 megatron sgd")]  # fmt: skip
+         ("EP2 deepspeed ZeRO-3 sgd", "PP2 x VPP2 megatron sgd"),
+         ("EP2 deepspeed ZeRO-3 adamw", "PP2 x VPP2 megatron ZeRO-1 adamw")]  # fmt: skip
 
 
 @pytest.mark.timeout(240)

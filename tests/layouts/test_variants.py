@@ -16,6 +16,7 @@ from tests.layouts.cases import (
     ALONE,
     FIXED_ROUTING,
     GLOBAL,
+    HOLD,
     LAYOUTS,
     LENDING,
     MICROBATCHES,
@@ -48,7 +49,8 @@ MASKED = {"masked": {"kind": "masked", "parts": ["image", "audio", "text"], "mis
                      "hidden": {"image": 0.5, "audio": 0.5, "text": 0.5}}}  # fmt: skip
 AUTOENCODER = {"autoencoder": {"kind": "masked", "parts": ["image", "audio"], "missing": "allow", "decoder_layers": 1,
                                "hidden": {"image": 0.5, "audio": 0.5}}}  # fmt: skip
-TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}}}
+TAUGHT = {"taught": {"kind": "self_distillation", "pairs": {"image-text": 1.0, "audio-text": 1.0}},
+          "kept": {"kind": "distillation", "representations": ["image", "text"]}}  # fmt: skip
 ANCHORS = {"anchors": {"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "margin": 0.5,
                        "vectors": str(VECTORS)}}  # fmt: skip
 DOMAINS = {"moments": {"kind": "moment_alignment", "of": "image", "field": "subset", "target": ["b"]},
@@ -120,6 +122,17 @@ SGD_CASES = [
     case("EP2", 1, "deepspeed", optimizer=SGD),
     case("DP2", 2, "deepspeed", optimizer=SGD, offload_optimizer="cpu"),
     case("EP2", 3, "deepspeed", optimizer=SGD),
+]
+
+HOLD_CASES = [
+    case("EP2", optimizer=HOLD),
+    case("DP2", 1, optimizer=HOLD),
+    case("TP2 + SP", optimizer=HOLD),
+    case("PP2", 1, optimizer=HOLD),
+    case("DP2", 0, "deepspeed", optimizer=HOLD),
+    case("EP2", 1, "deepspeed", optimizer=HOLD, offload_optimizer="cpu"),
+    case("TP2 + SP", 2, "deepspeed", optimizer=HOLD),
+    case("EP2", 3, "deepspeed", optimizer=HOLD),
 ]
 
 # MoE layers of every kind. What config_of sets of its own is switched off first.
@@ -210,6 +223,7 @@ FAMILIES = {
     "levers of megatron": MEGATRON_LEVERS,
     "levers of deepspeed": DEEPSPEED_LEVERS,
     "SGD with momentum": SGD_CASES,
+    "weights that are held": HOLD_CASES,
     "MoE layers of every kind": MOE_CASES,
     "lent experts": LENDING_CASES,
     "fused representations": FUSION_CASES,
@@ -254,6 +268,10 @@ def test_the_references_have_what_is_compared() -> None:
                          for moe, optimizer in (({}, {}), ({}, SGD), (OTHER_BLOCKS, {})))  # fmt: skip
     assert sgd.losses[-1]["total"] != pytest.approx(plain.losses[-1]["total"], rel=1e-3)
     assert reference(METHOD_CASES[0].alone, STEPS).losses[0]["aux/combination"] > 0
+    held = reference(HOLD_CASES[0].alone, STEPS)
+    assert held.norms[0] < 0.95 * plain.norms[0]  # what is frozen counts in no norm
+    name = "mmmoe.trunk.blocks.2.attention.out.weight"  # not frozen, so it is pulled
+    assert np.abs(held.parameters[name][1][0][1] - plain.parameters[name][1][0][1]).max() > 1e-4
     for name in ("experts.up_bias", "experts.down_bias", "router.logit_bias", "shared.gate.weight"):
         trained = [key for key in other.moments if key.endswith(f"ffn.{name}")]
         assert trained and all(other.moments[key][1][0][1].any() for key in trained), name

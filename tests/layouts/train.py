@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def train_alone(case: Case, steps: int) -> Outcome:
         for name, bias in persistent_buffers(model).items():
             if name.endswith("router.bias.all"):
                 bias[:, :2] = BEATS_ANY_SCORE
-    optimizer = torch_optimizer(model, config)
+    optimizer, held = torch_optimizer(model, config), HeldByHand(model, config)
     count = config.train.num_microbatches
     losses, norms, tokens, moments = [], [], [], {}
     for step in range(steps):
@@ -136,8 +137,11 @@ def train_alone(case: Case, steps: int) -> Outcome:
             loss, report = model(batch)
             loss.backward()
             reports.append(report)
+        held.clear_gradients()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)))
+        held.pull()
         optimizer.step()
+        held.restore()
         first = config.optimizer.state[0]
         moments = moments or {name: _whole(optimizer.state[p][first]) for name, p in model.named_parameters()}
         optimizer.zero_grad()
@@ -150,16 +154,47 @@ def train_alone(case: Case, steps: int) -> Outcome:
     return Outcome(losses, norms, tokens, {name: _whole(tensor) for name, tensor in state.items()}, moments)
 
 
+class HeldByHand:
+    """What ``optimizer.hold`` does, on whole parameters: an importance of 1, and frozen rows are put back."""
+
+    def __init__(self, model: PretrainingModel, config: RunConfig) -> None:
+        hold = config.optimizer.hold
+        self.strength = hold.strength if hold else 0.0
+        self.anchors = {p: p.detach().clone() for p in model.parameters()} if hold else {}
+        self.frozen = []
+        for pattern in hold.frozen if hold else ():
+            name, _, rows = pattern.partition("[")
+            first, _, end = rows.removesuffix("]").partition(":")
+            self.frozen += [(p, slice(int(first or 0), int(end) if end else None))
+                            for own, p in model.named_parameters() if fnmatch.fnmatch(own, name)]  # fmt: skip
+
+    def clear_gradients(self) -> None:
+        for parameter, rows in self.frozen:
+            parameter.grad[rows] = 0
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        c = LEARNING_RATE * self.strength
+        for parameter, anchor in self.anchors.items():
+            parameter.copy_((parameter + c * anchor) / (1 + c))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, rows in self.frozen:
+            parameter[rows] = self.anchors[parameter][rows]
+
+
 def _whole(tensor: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], np.ndarray]]]:
     """Of an uncut model, as ``held_by_name`` gives it."""
     return tuple(tensor.shape), [((0,) * tensor.ndim, _numbers(tensor))]
 
 
 def torch_optimizer(model: PretrainingModel, config: RunConfig) -> torch.optim.Optimizer:
-    """As the engines are set: vectors do not decay."""
+    """As the engines are set: vectors and what is frozen do not decay."""
     settings = config.optimizer
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    frozen = {p for p, _ in HeldByHand(model, config).frozen}
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and p not in frozen]
+    plain = [p for p in model.parameters() if p.ndim < 2 or p in frozen]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=settings.momentum)
