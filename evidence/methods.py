@@ -7,6 +7,7 @@ To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``
 from __future__ import annotations
 
 from evidence.lifelong import LIFELONG
+from evidence.methods_of_experts import EXPERTS
 from evidence.methods_of_stamps import STAMPS
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Start, Study, Variant, find
@@ -18,6 +19,7 @@ ITEMS = {
     "missing": "Missing modalities",
     "co_learning": "Zero-shot and co-learning",
     "imbalance": "Imbalance",
+    "experts": "Experts that communicate",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -181,6 +183,7 @@ METHODS = (
     ),
     *STAMPS,
     LIFELONG,
+    *EXPERTS,
 )
 
 

@@ -110,18 +110,15 @@ def compare(config: RunConfig, samples: int) -> Comparison:
         made = [microbatch_of(batch, own) for batch, own in zip(batches, routing, strict=True)]
         return totals_of(engine_traffic(config, layout, stages, held, made), names)
 
-    moe = config.moe
+    moe, k = config.moe, config.moe.experts_per_token
     likely = [
-        [
-            plan.expected_routed(valid_tokens(batch), moe.experts_per_token, moe.num_experts, layout.expert)
-            for _ in own
-        ]
+        [plan.routed_of(moe, valid_tokens(batch), layout.expert) for _ in own]
         for batch, own in zip(batches, routed, strict=True)
     ]
-    most = sum(
-        len(own) * plan.most_rows(valid_tokens(batch), moe.experts_per_token, layout.expert)
-        for batch, own in zip(batches, routed, strict=True)
-    )
+    most = 0
+    for batch, own in zip(batches, routed, strict=True):
+        tokens = valid_tokens(batch)
+        most += len(own) * (tokens * k if moe.expert_attention_size else plan.most_rows(tokens, k, layout.expert))
     rows = sum(route.rows_out for own in routed for route in own)
     return Comparison(measured_totals(counter), planned(routed), planned(likely), rows, most)
 

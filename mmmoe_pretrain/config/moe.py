@@ -19,7 +19,7 @@ RouterName = Annotated[str, AfterValidator(kinds.ROUTERS.check)]
 RoutingTerm = Literal["importance", "load", "balance", "z"]
 SELF_BALANCED = ("hash", "expert_choice")  # routers
 DEFAULT_BALANCE = 0.02
-WHOLE_MODEL_KEYS = ("every", "layers", "lending", "losses")  # one value for all layers
+WHOLE_MODEL_KEYS = ("every", "layers", "lending", "losses", "routing_memory_size")  # one value for all layers
 
 
 class RoutingLossConfig(StrictModel):
@@ -128,6 +128,8 @@ class MoEConfig(StrictModel):
     # Tasks (objectives) whose tokens' router sees a learned embedding of the task: all, none, or those named.
     task_conditioned: bool | tuple[str, ...] = False
     task_input: Literal["added", "alone"] = "added"  # to x; alone: in its place, so a task's tokens choose alike
+    routing_memory_size: int = Field(0, ge=0)  # of the state that goes from router to router (RMoE); 0 is none
+    expert_attention_size: int = Field(0, ge=0)  # of queries and keys among a token's experts; 0: only their sum
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input times U(1 - jitter, 1 + jitter) in training
     bias_balancing: BiasBalancingConfig = BiasBalancingConfig()
     wake_steps: int = Field(0, ge=0)  # over which the dormancy of added experts falls to 0; 0: no dormant experts
@@ -229,6 +231,7 @@ class MoEConfig(StrictModel):
                 "hidden size, or shared_expert_gate: false"
             )
         self._check_lending()
+        self._check_attention()
         self._check_groups()
         self._check_router()
         return self
@@ -245,6 +248,23 @@ class MoEConfig(StrictModel):
             raise ValueError(
                 f"moe.lending shares the rows of one stack of equal experts, and moe.expert_groups has "
                 f"{len(self.expert_groups)}; set lending: null, or remove expert_groups"
+            )
+
+    def _check_attention(self) -> None:
+        if not self.expert_attention_size or self.dense:
+            return
+        if self.experts_per_token < 2 or self.router == "expert_choice":
+            raise ValueError(
+                f"moe.expert_attention_size {self.expert_attention_size} is of the attention among several experts "
+                f"that a token chooses, and with moe.router {self.router} and moe.experts_per_token "
+                f"{self.experts_per_token} it chooses {'one' if self.experts_per_token < 2 else 'none'}; set "
+                f"experts_per_token: 2 with another router, or expert_attention_size: 0"
+            )
+        if self.router_weight_on_input:
+            raise ValueError(
+                "moe.expert_attention_size compares outputs of experts before they are weighed, and "
+                "moe.router_weight_on_input weighs what they read; set router_weight_on_input: false, or "
+                "expert_attention_size: 0"
             )
 
     def _check_groups(self) -> None:
@@ -360,10 +380,10 @@ class MoEConfig(StrictModel):
                 "task_conditioned: true, or a list of objectives, or remove task_input"
             )
         unused = (self.bias_balancing.on, self.jitter, self.task_conditioned, self.router_bias)
-        if self.router == "hash" and any(unused):
+        if self.router == "hash" and any((*unused, self.routing_memory_size)):
             raise ValueError(
                 "moe.router hash does not use the token's content, so moe.bias_balancing, moe.jitter, "
-                "moe.task_conditioned and moe.router_bias have no effect; remove them"
+                "moe.task_conditioned, moe.router_bias and moe.routing_memory_size have no effect; remove them"
             )
 
     def conditioned(self, tasks: Sequence[str]) -> tuple[str, ...]:

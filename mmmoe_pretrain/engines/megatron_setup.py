@@ -16,6 +16,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines import megatron_cpu
 from mmmoe_pretrain.engines.base import HALF_TYPES
 from mmmoe_pretrain.engines.hold import decays
+from mmmoe_pretrain.models.block import stream_width
 from mmmoe_pretrain.parallel.cuts import computed_alike
 from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.runtime import silence_megatron
@@ -38,7 +39,7 @@ def transformer_config(config: RunConfig, groups: Groups) -> Any:
     dtype = HALF_TYPES.get(precision, torch.float32)
     return TransformerConfig(
         num_layers=groups.num_stages,  # it wants a multiple of the stages; which blocks they hold is ours
-        hidden_size=config.model.hidden_size,
+        hidden_size=stream_width(config.model, config.moe),  # of the messages between stages
         num_attention_heads=config.model.num_heads,
         num_moe_experts=None if config.moe.dense else config.moe.num_experts,
         tensor_model_parallel_size=groups.tensor_size,

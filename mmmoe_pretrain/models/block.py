@@ -1,6 +1,8 @@
 """One pre-norm transformer block: attention, then a dense or a sparse feed-forward layer.
 
-Shapes: t rows of this rank: the n tokens of the stream, or under sequence parallelism a share of them.
+Shapes: t rows of this rank: the n tokens of the stream, or under sequence parallelism a share of them. W columns of a
+row between blocks: the D of the hidden state, and behind them the R of the routing memory, where there is one
+(``moe/routing_memory.py``), which dense blocks hand on.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, groups: Groups, names: StreamNames) -> None:
         super().__init__()
         size = model.hidden_size
+        self.memory_size = memory_size(moe)
         self.attention_norm = ResidualNorm(size, groups)
         self.attention = Attention(size, model.num_heads, model.kv_heads, groups)
         self.ffn_norm = ResidualNorm(size, groups)
@@ -87,14 +90,37 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(size, dense_width(model, moe, index), groups)
 
-    def forward(self, x_tD: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats | None]:
-        """[t, D] -> ([t, D], routing sums of a sparse block)."""
+    def forward(self, x_tW: Tensor, plan: StreamPlan) -> tuple[Tensor, RoutingStats | None]:
+        """[t, W] -> ([t, W], routing sums of a sparse block)."""
+        x_tD, memory_tR = split_memory(x_tW, self.memory_size)
         x_tD, h_tD = self.attention_norm(x_tD)
         x_tD, h_tD = self.ffn_norm(x_tD, self.attention(h_tD, plan))
+        stats = None
         if isinstance(self.ffn, MoELayer):
-            y_tD, stats = self.ffn(h_tD, plan.tokens)
-            return x_tD + y_tD, stats
-        return x_tD + self.ffn(h_tD), None
+            y_tW, stats = self.ffn(h_tD, plan.tokens, memory_tR)
+            y_tD, memory_tR = split_memory(y_tW, self.memory_size)
+        else:
+            y_tD = self.ffn(h_tD)
+        x_tD = x_tD + y_tD
+        return x_tD if memory_tR is None else torch.cat([x_tD, memory_tR], dim=1), stats
+
+
+def memory_size(moe: MoEConfig) -> int:
+    """R, 0 without a routing memory."""
+    return 0 if moe.dense else moe.routing_memory_size
+
+
+def split_memory(x_tW: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """The hidden states [t, D], and the routing memory [t, R] behind them."""
+    if not size:
+        return x_tW, None
+    hidden_size = x_tW.shape[1] - size
+    return x_tW[:, :hidden_size].contiguous(), x_tW[:, hidden_size:]
+
+
+def stream_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """W, also of the messages between pipeline stages."""
+    return model.hidden_size + memory_size(moe)
 
 
 def has_moe_place(moe: MoEConfig, index: int) -> bool:

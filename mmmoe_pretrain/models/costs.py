@@ -25,6 +25,7 @@ from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.block import dense_width, is_sparse
 from mmmoe_pretrain.models.fusion.base import build_fusion
+from mmmoe_pretrain.moe import expert_attention, routing_memory
 from mmmoe_pretrain.moe.activation import ACTIVATIONS
 from mmmoe_pretrain.moe.losses import loss_names
 from mmmoe_pretrain.objectives import Objective, Objectives, Representation, objectives_of
@@ -41,6 +42,7 @@ class BlockCosts(NamedTuple):
     router: float = 0.0
     experts: float = 0.0
     shared: float = 0.0  # expert, and its gate
+    expert_attention: float = 0.0
 
 
 class ModelCosts(NamedTuple):
@@ -118,19 +120,22 @@ def feed_forward_flops(config: RunConfig, index: int) -> float:
 
 def feed_forward_parts(config: RunConfig, index: int) -> dict[str, float]:
     """FLOPs a token of block ``index`` beside attention, by field of ``BlockCosts``: dense SwiGLU 6 D F; or the
-    router 2 D E, the K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU, and the shared
-    one's gate 2 D. Experts are taken to be chosen evenly, which is what balancing works for; those without
-    computation cost nothing, and biases are left out."""
+    router 2 D E and its memory, the K chosen experts and the shared one, 6 D F each with SwiGLU and 4 D F with GELU,
+    the shared one's gate 2 D, and attention among the chosen ones. Experts are taken to be chosen evenly, which is
+    what balancing works for; those without computation cost nothing, and biases are left out."""
     hidden = config.model.hidden_size
     if not is_sparse(config.moe, index):
         return {"dense": 6 * hidden * dense_width(config.model, config.moe, index)}
     moe = config.moe.for_layer(index)
     a_unit = 2 * hidden * (ACTIVATIONS[moe.activation].width + 1)
     routers = 2 if moe.router == "noisy_top_k" else 1  # logits, and the width of their noise
+    size, attention = moe.routing_memory_size, moe.expert_attention_size
+    memory = routing_memory.flops(hidden, size, moe.router_outputs) if size else 0
     return {
-        "router": 2 * hidden * routers * moe.router_outputs,
+        "router": 2 * hidden * routers * moe.router_outputs + memory,
         "experts": a_unit * moe.experts_per_token * _mean_expert_size(moe),
         "shared": a_unit * moe.shared_expert_hidden_size + 2 * hidden * moe.shared_expert_gate,
+        "expert_attention": expert_attention.flops(hidden, attention, moe.experts_per_token) if attention else 0,
     }
 
 

@@ -21,6 +21,8 @@ from mmmoe_pretrain.parallel.placement import Placement, logical_shape, part_of,
 RESIDUAL_OUTPUTS = re.compile(
     r"(attention\.out|ffn\.down|ffn\.shared\.down)\.weight$|ffn\.experts\.(stacks\.\d+\.)?down$"
 )
+# Noisy top-k starts with the same noise for all, attention among experts and a routing memory without effect.
+ZERO_AT_START = ("noise_weight", "expert_attention.out.weight", "router.memory.logits.weight")
 EMBEDDING_STD = 0.02
 TABLES = ("modality_embedding", "mask_embedding", "task_embedding")  # of rows by name
 
@@ -43,7 +45,7 @@ def init_parameters(
             owner = experts.get(name.rpartition(".")[0])
             if owner is not None:
                 _init_experts(parameter, cuts[name], name, owner.local_experts, seed, num_layers)
-            elif name.endswith("noise_weight"):  # noisy top-k starts with the same noise for all
+            elif name.endswith(ZERO_AT_START):
                 parameter.zero_()
             elif parameter.ndim >= 2:
                 shape = logical_shape(tuple(parameter.shape), cuts[name])

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,8 +16,9 @@ from mmmoe_pretrain.config import ModelConfig, MoEConfig
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.config.train import CpuConfig
 from mmmoe_pretrain.models.attention import StreamPlan
-from mmmoe_pretrain.models.block import Block, RMSNorm
+from mmmoe_pretrain.models.block import Block, RMSNorm, memory_size, split_memory
 from mmmoe_pretrain.moe.experts import Experts
+from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.parallel.groups import Groups
@@ -32,6 +34,7 @@ class Trunk(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, groups: Groups, stage: Stage, names: StreamNames) -> None:
         super().__init__()
         self.groups, self.stage = groups, stage
+        self.memory_size = memory_size(moe)
         self.recompute = False
         # An exchange that began has to be waited for, by all ranks.
         self.stop_early = groups.expert_size == groups.tensor_size == 1
@@ -39,9 +42,12 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(model.hidden_size, groups) if stage.last else None
 
     def forward(self, x_nD: Tensor, plan: StreamPlan) -> tuple[Tensor, tuple[RoutingStats, ...]]:
-        """[n, D] -> ([n, D], routing sums of each sparse block); n tokens, or this tensor rank's share."""
+        """[n, D] -> ([n, D], routing sums of each sparse block); n tokens, or this tensor rank's share. Between
+        stages a row also has the routing memory, which begins with zeros."""
         if self.stage.first:
             x_nD = enter_trunk(x_nD, self.groups)
+            if self.memory_size:
+                x_nD = F.pad(x_nD, (0, self.memory_size))
         routing = []
         for index, block in zip(self.stage.blocks, self.blocks.values(), strict=True):
             if self.recompute and index in self.stage.recomputed and torch.is_grad_enabled():
@@ -54,6 +60,7 @@ class Trunk(nn.Module):
             if stats is not None:
                 routing.append(stats)
         if self.norm is not None:
+            x_nD, _ = split_memory(x_nD, self.memory_size)
             x_nD = leave_trunk(self.norm(x_nD), plan.num_valid, self.groups)
         return x_nD, tuple(routing)
 
@@ -65,8 +72,11 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextmanager
 def _recomputing(block: nn.Module) -> Iterator[None]:
-    """While a block is computed again for what its backward pass needs, which is not its output."""
-    stacks = [module for module in block.modules() if isinstance(module, Experts)]
+    """While a block is computed again for what its backward pass needs, which is not its output. Attention among
+    experts needs theirs."""
+    ffn = block.get_submodule("ffn")
+    read = isinstance(ffn, MoELayer) and ffn.expert_attention is not None
+    stacks = [module for module in block.modules() if isinstance(module, Experts) and not read]
     for experts in stacks:
         experts.output_is_needed = False
     try:

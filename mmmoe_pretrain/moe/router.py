@@ -21,6 +21,7 @@ from mmmoe_pretrain.moe.balance import updated_bias
 from mmmoe_pretrain.moe.cpu.matmul import linear
 from mmmoe_pretrain.moe.loss_sums import gather_stats
 from mmmoe_pretrain.moe.routing import MASKED, Choice, RouterInputs, Routing, expert_capacity, within_capacity
+from mmmoe_pretrain.moe.routing_memory import RoutingMemory
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
@@ -56,6 +57,8 @@ class Router(nn.Module):
         noisy = config.router == "noisy_top_k"
         self.noise_weight = nn.Parameter(torch.zeros(experts, hidden_size)) if noisy else None
         self.logit_bias = nn.Parameter(torch.zeros(experts)) if config.router_bias else None
+        size = config.routing_memory_size
+        self.memory = RoutingMemory(hidden_size, size, experts) if size else None
         self.bias: nn.Module | None = None
         if config.bias_balancing.on:
             self.bias = nn.Module()
@@ -87,14 +90,18 @@ class Router(nn.Module):
         if self.config.wake_steps:
             self.dormancy.sub_(DORMANT / self.config.wake_steps).clamp_(min=0)
 
-    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> Routing:
-        """[n, D] -> the experts of each token, their weights, and the sums of this rank's routing."""
+    def forward(self, x_nD: Tensor, tokens: TokenInfo, memory_nR: Tensor | None = None) -> Routing:
+        """[n, D] -> the experts of each token, their weights, and the sums of this rank's routing. ``memory_nR``: of
+        the router before, where ``routing_memory_size`` says that there is one."""
         config = self.config
         generator = self._generator(tokens.draw, x_nD.device)
         seen_nD = self._input(x_nD, tokens, generator)
         logits_nE = GATES[config.gate](seen_nD, self.weight.float(), self.cpu_config.products)
         if self.logit_bias is not None:
             logits_nE = logits_nE + self.logit_bias.float()
+        if self.memory is not None:
+            remembered_nE, memory_nR = self.memory(seen_nD, memory_nR)
+            logits_nE = logits_nE + remembered_nE
         if config.wake_steps:
             logits_nE = logits_nE - self.dormancy
         inputs = self._inputs(seen_nD, logits_nE, tokens, generator)
@@ -102,7 +109,7 @@ class Router(nn.Module):
         ids_nK, kept_nK = choice.expert_ids_nK, self._kept(choice)
         stats = gather_stats(inputs, choice, kept_nK, self.get_buffer("allowed_ME"), self.weight, self.layer)
         weights_nK = choice.weights_nK * (kept_nK * config.routed_scaling_factor)
-        return Routing(ids_nK, weights_nK, kept_nK, stats, choice.log_p_nE)
+        return Routing(ids_nK, weights_nK, kept_nK, stats, choice.log_p_nE, memory_nR)
 
     def _input(self, x_nD: Tensor, tokens: TokenInfo, generator: torch.Generator | None) -> Tensor:
         seen_nD = x_nD.float()

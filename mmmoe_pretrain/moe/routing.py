@@ -66,13 +66,15 @@ class Choice:
 @dataclass(frozen=True)
 class Routing:
     """A router's decision: ``kept_nK`` is False where an expert was full, and the weight there 0.
-    ``log_p_nE`` is the log of the routing distribution, for reports of single tokens."""
+    ``log_p_nE`` is the log of the routing distribution, for reports of single tokens. ``memory_nR``: the state for
+    the next router, where there is one (``routing_memory.py``)."""
 
     expert_ids_nK: Tensor
     weights_nK: Tensor
     kept_nK: Tensor
     stats: RoutingStats
     log_p_nE: Tensor
+    memory_nR: Tensor | None = None
 
 
 MASKED = -1e30  # finite, so that 0 * MASKED is 0 and entropies stay numbers

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmmoe_pretrain.batch import Batch, map_leaves
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.moe import MoEConfig
+from mmmoe_pretrain.models.block import stream_width
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.layer import MoELayer
 from mmmoe_pretrain.objectives import StepCounts
@@ -30,7 +31,7 @@ from mmmoe_pretrain.parallel.groups import Groups
 from mmmoe_pretrain.parallel.mesh import forget_buffers
 from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan.build import meta_models
-from mmmoe_pretrain.plan.communication import expected_routed
+from mmmoe_pretrain.plan.communication import routed_of
 from mmmoe_pretrain.plan.compiled import hold_as_compiled
 from mmmoe_pretrain.plan.gpu_paths import gpu_paths, replaced
 from mmmoe_pretrain.plan.live import LiveTensors
@@ -114,7 +115,7 @@ def _pass(
     stage, rows = model.stage, batch.num_valid
     if model.groups.sequence_parallel:
         rows = -(-rows // model.groups.tensor_size)
-    shape = (rows, model.config.model.hidden_size)
+    shape = (rows, stream_width(model.config.model, model.config.moe))
     model.begin_step(0, counts)
     if stage.last and model.objectives.whole_step:
         model.begin_look("collecting")
@@ -193,7 +194,7 @@ class Answers:
 
         def chunk(tokens: int, imbalance: Imbalance) -> Iterator[list[int]]:
             """By rank."""
-            rows = expected_routed(tokens, self.moe.experts_per_token, experts, ranks).rows_out / (ranks - 1)
+            rows = routed_of(self.moe, tokens, ranks).rows_out / (ranks - 1)
             whole = int(tokens * self.moe.experts_per_token * self._share)
             for total in evenly(int(whole * imbalance.rank), ranks):
                 by_expert = unevenly(total, columns - 1, whole / ranks / (columns - 1) * imbalance.expert)

@@ -23,7 +23,7 @@ from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.stages import Stage
 from mmmoe_pretrain.plan.activations import BALANCED, Device, Imbalance, StageMemory, StageSizes, stage_memory
 from mmmoe_pretrain.plan.build import pretended_groups
-from mmmoe_pretrain.plan.communication import expected_routed
+from mmmoe_pretrain.plan.communication import routed_of
 from mmmoe_pretrain.plan.whole_step import NONE, WholeStep, whole_step
 from mmmoe_pretrain.plan.workload import full_batch
 
@@ -116,7 +116,7 @@ class Coefficients:
     def _rows(self, expert: int) -> float:
         """That a rank receives for a token of its own."""
         moe = self.config.moe
-        return expected_routed(1.0, moe.experts_per_token, moe.num_experts, expert).rows_in + 1 / expert
+        return routed_of(moe, 1.0, expert).rows_in + 1 / expert
 
     @cached_property
     def _run_at(self) -> tuple[int, int]:

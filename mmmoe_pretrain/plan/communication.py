@@ -20,8 +20,9 @@ from torch import nn
 
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import StreamNames
+from mmmoe_pretrain.config.moe import MoEConfig
 from mmmoe_pretrain.modalities import build_modalities
-from mmmoe_pretrain.models.block import is_sparse
+from mmmoe_pretrain.models.block import is_sparse, stream_width
 from mmmoe_pretrain.moe.losses import loss_names
 from mmmoe_pretrain.objectives import objectives_of
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER, RING
@@ -156,13 +157,19 @@ def _stage(
             yield from matrices(layout, rows * hidden * element, passes)
             continue
         moe = config.moe.for_layer(index)
-        weights = batch.tokens * moe.experts_per_token * FP32
-        yield from _expert_parts(layout, rows * hidden * element, weights, passes)
+        choices = batch.tokens * moe.experts_per_token
+        parts = _parts_after_attention if moe.expert_attention_size else _expert_parts
+        sizes = (choices * hidden * element, choices * FP32)
+        yield from parts(layout, moe, rows * hidden * element, sizes, passes)
+        if sequence and moe.routing_memory_size:
+            memory = rows * moe.routing_memory_size * element / layout.tensor
+            yield ring("routing memory", ALL_GATHER, TENSOR, layout.tensor, (passes + 1) * memory, passes + 1)
         if moe.shared_expert_gate:
             yield ring("shared expert's gate", ALL_REDUCE, TENSOR, layout.tensor, batch.tokens * element)
         yield from dispatch(
-            layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes
-        )
+            layout.expert, moe.num_experts, moe.dispatch_chunks, next(routed), hidden * element, passes,
+            weighted=not moe.expert_attention_size,
+        )  # fmt: skip
     if moe_layers:
         yield from _statistics(config, layout, moe_layers)
     if stage.last:
@@ -170,18 +177,20 @@ def _stage(
 
 
 def dispatch(
-    ranks: int, num_experts: int, chunks: int, routed: Routed, row_bytes: float, forward_passes: int = 1
-) -> Iterator[Transfer]:
+    ranks: int, num_experts: int, chunks: int, routed: Routed, row_bytes: float, forward_passes: int = 1,
+    weighted: bool = True,
+) -> Iterator[Transfer]:  # fmt: skip
     """Tokens to their experts and back, forward and backward, for one MoE layer.
 
     Sizes: int32 rows and assignments by local expert for each chunk. Assignments: weight and expert there,
-    the weight's gradient back. Rows: there and back, and their gradients the same two ways.
+    the weight's gradient back, where experts weigh (``weighted``). Rows: there and back, and their gradients the same
+    two ways.
     """
     sizes = (ranks - 1) * chunks * (1 + num_experts // ranks) * INT32
     both = routed.rows_out + routed.rows_in
     yield Transfer("sizes", ALL_TO_ALL, EXPERT, ranks, forward_passes, forward_passes * sizes)
-    weights = forward_passes * routed.assignments_out * (FP32 + METADATA) + routed.assignments_in * FP32
-    yield Transfer("assignments", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * chunks, weights)
+    weights = forward_passes * routed.assignments_out * (FP32 + METADATA) + weighted * routed.assignments_in * FP32
+    yield Transfer("assignments", ALL_TO_ALL, EXPERT, ranks, (forward_passes + weighted) * chunks, weights)
     sent = (forward_passes + 1) * both * row_bytes
     yield Transfer("rows", ALL_TO_ALL, EXPERT, ranks, (forward_passes + 1) * 2 * chunks, sent)
 
@@ -191,6 +200,12 @@ def expected_routed(tokens: float, top_k: int, num_experts: int, ranks: int) -> 
     rows = tokens * (ranks - 1) / ranks * ranks_of_token(top_k, num_experts, ranks)
     assignments = tokens * top_k * (ranks - 1) / ranks
     return Routed(rows, rows, assignments, assignments)
+
+
+def routed_of(moe: MoEConfig, tokens: float, ranks: int) -> Routed:
+    """``expected_routed`` of an MoE layer. For attention among a token's experts each choice has a row of its own."""
+    k, alone = moe.experts_per_token, moe.expert_attention_size > 0
+    return expected_routed(tokens * k if alone else tokens, 1 if alone else k, moe.num_experts, ranks)
 
 
 def ranks_of_token(top_k: int, num_experts: int, ranks: int) -> float:
@@ -225,11 +240,24 @@ def _sums(layout: Layout, what: str, activation: float, sums: int, gathers: int)
     yield ring(what, REDUCE_SCATTER, TENSOR, layout.tensor, sums * activation, sums)
 
 
-def _expert_parts(layout: Layout, activation: float, weights: float, forward_passes: int) -> Iterator[Transfer]:
+def _expert_parts(
+    layout: Layout, moe: MoEConfig, activation: float, of_choices: tuple[float, float], forward_passes: int
+) -> Iterator[Transfer]:
     """Around an MoE layer of whose experts each tensor rank has a part: the sum of the parts forward, of the
-    tokens' gradients and the routing weights' backward."""
-    yield ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, weights)
+    tokens' gradients and the routing weights' backward. ``of_choices``: bytes of the outputs of all choices, and of
+    their weights."""
+    yield ring("routing weights", ALL_REDUCE, TENSOR, layout.tensor, of_choices[1])
     yield from _sums(layout, "experts' parts", activation, forward_passes + 1, forward_passes + 1)
+
+
+def _parts_after_attention(
+    layout: Layout, moe: MoEConfig, activation: float, of_choices: tuple[float, float], forward_passes: int
+) -> Iterator[Transfer]:
+    """As ``_expert_parts``, but the outputs of all choices are summed, and of tokens the shared expert's alone."""
+    shared = int(moe.shared_expert_hidden_size > 0)
+    sent = forward_passes * of_choices[0]
+    yield ring("experts' outputs", ALL_REDUCE, TENSOR, layout.tensor, sent, forward_passes)
+    yield from _sums(layout, "experts' parts", activation, forward_passes * shared + 1, forward_passes + 1 + shared)
 
 
 def _embedding(config: RunConfig, layout: Layout, batch: Microbatch, divided: float) -> Iterator[Transfer]:
@@ -286,7 +314,7 @@ def _between_stages(
     if layout.sequence_parallel:
         rows = padded(rows, layout.tensor) // layout.tensor
     messages = len(microbatches) * sum((not stage.last) + (not stage.first) for stage in stages)
-    sent = messages * rows * config.model.hidden_size * _element(config)
+    sent = messages * rows * stream_width(config.model, config.moe) * _element(config)
     yield Transfer("hidden states", POINT_TO_POINT, PIPELINE, layout.pipeline, messages, sent)
 
 

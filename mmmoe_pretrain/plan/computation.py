@@ -81,6 +81,7 @@ def _block(
     shared = moe.shared_expert_hidden_size / tensor
     found["products"] += products(costs.router, n, hidden, moe.router_outputs)
     found["products"] += products(costs.shared / tensor, n, hidden, shared)
+    found["products"] += products(costs.expert_attention, n, hidden, moe.expert_attention_size)
     rows = n * layout.expert * moe.experts_per_token / moe.router_outputs  # of one expert
     width = moe.expert_hidden_size / tensor
     rate = machine.expert_rate(precision, rows, min(hidden, width))
@@ -93,7 +94,8 @@ def _streamed(config: RunConfig, layout: Layout, index: int) -> float:
     of [t, D]: 10 D in all), heads prepared (read and written once), activations (two read, one written of each
     hidden unit), and an MoE layer's rows permuted and combined (2 K D, and K D + D). Where experts are on several
     ranks, a token has a row for each of r ranks, which are gathered (2 r D) and added up twice: those of one rank's
-    experts (r D instead of D) and those of all ranks (r D + D)."""
+    experts (r D instead of D) and those of all ranks (r D + D). For attention among experts the rows of all choices
+    are written, normalised, added to and weighed (8 K D); a routing memory is cut off the rows and put back (4 D)."""
     model, tensor = config.model, layout.tensor
     element = FP32 if config.train.precision == "fp32" else 2
     hidden = model.hidden_size
@@ -104,8 +106,10 @@ def _streamed(config: RunConfig, layout: Layout, index: int) -> float:
     moe = config.moe.for_layer(index)
     k, widths = moe.experts_per_token, ACTIVATIONS[moe.activation].width + 1
     units = k * moe.expert_hidden_size + moe.shared_expert_hidden_size
-    sent = plan.ranks_of_token(k, moe.num_experts, layout.expert) if layout.expert > 1 else 0.0
-    return element * (rows + heads + widths * units / tensor + (3 * k + 1 + 4 * sent) * hidden)
+    alone = moe.expert_attention_size > 0
+    sent = k if alone else plan.ranks_of_token(k, moe.num_experts, layout.expert)
+    moved = 3 * k + 1 + 4 * sent * (layout.expert > 1) + 8 * k * alone + 4 * (moe.routing_memory_size > 0)
+    return element * (rows + heads + widths * units / tensor + moved * hidden)
 
 
 def _runs_again(config: RunConfig, stage: Stage, index: int) -> bool:

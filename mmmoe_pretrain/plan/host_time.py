@@ -18,7 +18,7 @@ from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.engines.apply import build_engine
 from mmmoe_pretrain.parallel.layout import resolve_layout
 from mmmoe_pretrain.parallel.mesh import build_groups, destroy_groups
-from mmmoe_pretrain.plan.communication import FP32, dispatch, expected_routed
+from mmmoe_pretrain.plan.communication import FP32, dispatch, routed_of
 from mmmoe_pretrain.plan.links import placed
 from mmmoe_pretrain.plan.machines import Host, Machine
 from mmmoe_pretrain.plan.workload import full_batch
@@ -48,7 +48,7 @@ def dispatch_time(config: RunConfig, machine: Machine, device: torch.device, clo
     ranks = dist.get_world_size()
     narrow = _narrow(config, BLOCKS[0], False, ranks)
     layout, moe, tokens = resolve_layout(narrow, ranks), narrow.moe, full_batch(narrow, SAMPLES).num_valid
-    routed = expected_routed(tokens, moe.experts_per_token, moe.num_experts, ranks)
+    routed = routed_of(moe, tokens, ranks)
     element = FP32 if config.train.precision == "fp32" else FP32 // 2
     sent = dispatch(ranks, moe.num_experts, moe.dispatch_chunks, routed, narrow.model.hidden_size * element)
     messages = sum(placed(transfer, layout, machine).seconds for transfer in sent)

@@ -14,8 +14,8 @@ from mmmoe_pretrain.plan.communication import (
     Microbatch,
     Parameter,
     Transfer,
-    expected_routed,
     model_traffic,
+    routed_of,
     step_traffic,
 )
 from mmmoe_pretrain.plan.zero import zero_traffic
@@ -54,7 +54,7 @@ def rank_traffic(
     routed = []
     for index in sparse:
         moe = config.moe.for_layer(index)
-        even = expected_routed(batch.tokens, moe.experts_per_token, moe.num_experts, layout.expert)
+        even = routed_of(moe, batch.tokens, layout.expert)
         rows, assignments = imbalance * even.rows_in, imbalance * even.assignments_in
         routed.append(replace(even, rows_in=rows, assignments_in=assignments))
     full = replace(batch, routed=tuple(routed))

@@ -95,7 +95,7 @@ def _with_experts(state: State, layer: Layer, parents: list[int], noise: float) 
     stacked = [f"{prefix}{name}" for prefix, _ in layer.stacks for name in STACKED]
     for name in (*(name for name in stacked if name in state), f"{layer.prefix}router.weight"):
         _perturb(state[name], range(new.start, new.stop), noise, name)
-    for name in ("noise_weight", "logit_bias"):
+    for name in ("noise_weight", "logit_bias", "memory.logits.weight"):
         rows = state.get(f"{layer.prefix}router.{name}")
         if rows is not None:
             clear_means(rows, new)

@@ -103,7 +103,8 @@ class Layer:
     def row_axis(self, state: State) -> dict[str, int]:
         """The router's tensors of ``state`` that have an entry for each expert -> the axis of the experts."""
         router = f"{self.prefix}router."
-        axes = {f"{router}{name}": 0 for name in ("weight", "noise_weight", "logit_bias", "dormancy")}
+        of_rows = ("weight", "noise_weight", "logit_bias", "dormancy", "memory.logits.weight")
+        axes = {f"{router}{name}": 0 for name in of_rows}
         return {name: axes.get(name, 1) for name in state if name in axes or name.startswith(self.biases)}
 
     @property

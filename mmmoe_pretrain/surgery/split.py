@@ -60,6 +60,11 @@ def _reason(moe: MoEConfig, factor: int) -> str:
             f"router {moe.router} separates the parts of an expert (its noise or hash differs between them); "
             f"this is exact for {', '.join(EXACT_ROUTERS)}"
         )
+    if moe.expert_attention_size:
+        return (
+            f"attention among experts (moe.expert_attention_size {moe.expert_attention_size}) would see the parts of "
+            f"an expert in place of its output"
+        )
     if moe.capacity_factor is not None and moe.router != "expert_choice":
         return f"under capacity_factor {moe.capacity_factor:g} the parts of an expert may drop different tokens"
     if moe.router_outputs > moe.num_experts and part_weight(moe, factor) == 1:

@@ -120,9 +120,10 @@ def _stacked(parameter: Parameter, experts: range, noise: float, name: str) -> P
 
 
 def _new_parameters(config: RunConfig, layers: list[Layer]) -> State:
-    """Routers, and the experts' biases of zero if they have any, as a fresh run of this config would begin."""
+    """Routers, attention among experts and the experts' biases of zero if there are any, as a fresh run of this
+    config would begin."""
     model = PretrainingModel(config)
-    prefixes = tuple(f"{layer.prefix}router." for layer in layers)
+    prefixes = tuple(f"{layer.prefix}{part}." for layer in layers for part in ("router", "expert_attention"))
     biases = tuple(f"{prefix}{name}" for layer in layers for prefix, _ in layer.stacks for name in BIASES)
     found: State = {}
     with torch.no_grad():

@@ -18,6 +18,7 @@ from tests.distributed import run_ranks
 
 COUNTED = ("EP, ZeRO-1", "EP, blocks recomputed", "TP2 + SP x EP", "PP2 x VPP2 x EP")
 GATED = {"shared_expert_hidden_size": 8, "shared_expert_gate": True, "expert_biases": True}
+COMMUNICATING = {"expert_attention_size": 4, "routing_memory_size": 3}
 A, B = (ALL_TO_ALL, (0, 1)), (ALL_REDUCE, (0, 1))
 
 
@@ -27,11 +28,12 @@ def comparisons(names: tuple[str, ...]) -> dict[str, Comparison]:
         for family in FAMILIES:
             if family.name in names:
                 config = layout_config(family, dist.get_world_size())
-                found[family.name] = compare(config, samples=2)
-                destroy_groups()
+                more = {"": {}, ", communicating": COMMUNICATING}
                 if config.parallel.tensor_parallel_size > 1:
-                    moe = config.moe.model_copy(update=GATED)
-                    found[f"{family.name}, gated"] = compare(config.model_copy(update={"moe": moe}), samples=2)
+                    more |= {", gated": GATED, ", communicating": {**GATED, **COMMUNICATING}}
+                for name, update in more.items():
+                    moe = config.moe.model_copy(update=update)
+                    found[family.name + name] = compare(config.model_copy(update={"moe": moe}), samples=2)
                     destroy_groups()
     return found
 

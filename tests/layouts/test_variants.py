@@ -155,6 +155,8 @@ UNLIKE_LAYERS = {
     "layers": {1: {"num_experts": 8, "router": "softmax_top_k", "node_groups": 1, "activation": "gelu",
                    "experts_per_token": 3}},
 }  # fmt: skip
+# Experts that see each other's outputs, and routers that remember: in the second step neither is 0 any more.
+COMMUNICATING = {"every": 1, "expert_attention_size": 4, "routing_memory_size": 3}
 DENSE = {**PLAIN, "num_experts": 1, "experts_per_token": 1, "losses": {}}
 IN_HALF = {**OTHER_BLOCKS, **FIXED_ROUTING, "router_bias": False}  # biases stay fp32 beside half matrices
 MOE_CASES = [
@@ -170,6 +172,13 @@ MOE_CASES = [
 
 # The expert groups of EP2 x EDP2 see different loads: one of them has no token, and lends nothing.
 ON_TWO_RANKS = (("iat", "it", "ia", "iat", "", "", "", ""),)
+COMMUNICATING_CASES = [
+    case("EP2", train=BLOCKS, moe={**COMMUNICATING, "dispatch_chunks": 2}),
+    case("EP2", 3, "deepspeed", moe=COMMUNICATING),
+    case("TP2 + SP", moe={**COMMUNICATING, "expert_backend": "grouped_mm"}, train=BLOCKS),
+    case("PP2 x VPP2", 1, moe=COMMUNICATING),
+    case("PP2", 1, precision="bf16", moe={**COMMUNICATING, **FIXED_ROUTING, "routing_memory_size": 0}),
+]
 LENDING_CASES = [
     case("EP2", train=BLOCKS, moe=LENDING, one_expert=True),
     case("EP2", 2, "deepspeed", moe=LENDING, one_expert=True),
@@ -225,6 +234,7 @@ FAMILIES = {
     "SGD with momentum": SGD_CASES,
     "weights that are held": HOLD_CASES,
     "MoE layers of every kind": MOE_CASES,
+    "experts that communicate": COMMUNICATING_CASES,
     "lent experts": LENDING_CASES,
     "fused representations": FUSION_CASES,
     "all objectives": METHOD_CASES,

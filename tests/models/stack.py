@@ -34,9 +34,10 @@ class Stack(Trunk):
 
     def loss(self, x_nD: Tensor, plan: StreamPlan) -> Tensor:
         """Of the hidden states and of every sum of routing that has a gradient."""
-        out_nD, (stats,) = self(x_nD, plan)
-        flat = torch.cat([stats.flatten(), stats.orthogonality[None]])
-        return (flat * torch.linspace(-1, 1, flat.numel())).sum() + (out_nD * torch.linspace(-1, 1, D)).square().sum()
+        out_nW, routing = self(x_nD, plan)
+        flat = torch.cat([part for stats in routing for part in (stats.flatten(), stats.orthogonality[None])])
+        weights_W = torch.linspace(-1, 1, out_nW.shape[1])
+        return (flat * torch.linspace(-1, 1, flat.numel())).sum() + (out_nW * weights_W).square().sum()
 
 
 def make_input(root: Path, draw: int = 0, seed: int = 0, samples: int = 6) -> tuple[Tensor, StreamPlan]:

@@ -53,6 +53,12 @@ MOE_CASES = {
     },
     "groups of unlike size": {"num_experts": 6, "expert_groups": UNLIKE, "identity_experts": 1},
     "capacity, chunks": {"capacity_factor": 0.8, "dispatch_chunks": 2},
+    "attention among experts": {
+        "expert_attention_size": 4,
+        "shared_expert_hidden_size": 6,
+        "identity_experts": 1,
+        "experts_per_token": 3,
+    },
     "task-conditioned, sigmoid": {"task_conditioned": True, "router": "sigmoid_top_k"},
 }
 SEGMENTS = ((4, 3), (), (1,), (2, 2, 5))  # lengths of the segments; 7, 0, 1 and 9 tokens
@@ -105,6 +111,9 @@ class OneBlock(nn.Module):
         with torch.no_grad():  # so that a norm which is mixed up shows
             for seed, norm in enumerate((self.norm, self.block.attention_norm, self.block.ffn_norm)):
                 norm.weight.add_(0.3 * draw(seed, MODEL.hidden_size))
+            for name, parameter in self.named_parameters():
+                if name.endswith("expert_attention.out.weight"):  # 0 at the start
+                    parameter.copy_(draw(4, *parameter.shape))
         if case.bf16:
             for name, parameter in self.named_parameters():
                 if parameter.ndim >= 2 and ".router." not in name:
@@ -183,7 +192,7 @@ def check_model(groups: Groups, modalities: list[str]) -> None:
 
 
 def _is_cut(name: str) -> bool:
-    return not ("norm" in name or ".router." in name)
+    return not ("norm" in name or ".router." in name or ".expert_attention." in name)
 
 
 def all_cases(world_size: int) -> Any:

@@ -163,6 +163,9 @@ LAYERS: list[dict[str, Any]] = [
     {"lending": LEND, "capacity_factor": 0.6, "shared_expert_hidden_size": 12},
     {"lending": LEND, "experts_per_token": 3, "activation": "clamped_swiglu", "expert_biases": True,
      "router_weight_on_input": True, "null_experts": 2},
+    {"expert_attention_size": 4, "dispatch_chunks": 2, "shared_expert_hidden_size": 12},
+    {"expert_attention_size": 4, "experts_per_token": 3, "lending": LEND, "capacity_factor": 0.6,
+     "identity_experts": 2, "null_experts": 2},
 ]  # fmt: skip
 
 
@@ -173,6 +176,8 @@ def through_layer(config: MoEConfig, groups: Groups, x: Tensor) -> tuple[dict[st
     for name, parameter in moe.named_parameters():
         if name.endswith("bias"):
             parameter.data.fill_(0.05)
+        elif name == "expert_attention.out.weight":  # 0 at the start
+            parameter.data.normal_(generator=generator(11))
     x = x.clone().requires_grad_()
     out, _ = moe(x, TokenInfo.of_modalities(torch.arange(len(x)) % 3, NAMES))
     out.square().sum().backward()

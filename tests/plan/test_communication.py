@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config import MoEConfig, RunConfig
 from mmmoe_pretrain.parallel.counting import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, POINT_TO_POINT, REDUCE_SCATTER
 from mmmoe_pretrain.parallel.degrees import Layout
 from mmmoe_pretrain.parallel.layout import resolve_layout
@@ -45,6 +45,11 @@ def test_even_routing_by_counting_all_sets_of_experts(num_experts: int, top_k: i
     assert made.assignments_out == made.assignments_in == pytest.approx(10 * assignments)
     most = max(len({e // local for e in chosen} - {0}) for chosen in sets)
     assert plan.most_rows(10, top_k, ranks) == 10 * most
+    moe = MoEConfig(num_experts=num_experts, experts_per_token=top_k)
+    assert plan.routed_of(moe, 10, ranks) == made
+    if top_k > 1:  # attention among experts: a row for every choice
+        alone = plan.routed_of(moe.model_copy(update={"expert_attention_size": 4}), 10, ranks)
+        assert alone.rows_out == alone.assignments_out == pytest.approx(10 * assignments)
 
 
 def test_a_pair_of_matrices_sums_once_each_way_and_sequence_parallelism_sends_half_more() -> None:

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no computation": {"identity_experts": 1, "null_experts": 1},
     "noisy": {"router": "noisy_top_k"},
     "laplace": {"gate": "laplace"},
+    "attention and memory": {"expert_attention_size": 4, "routing_memory_size": 3},
     "biases of experts and router": {"expert_biases": True, "router_bias": True, "router_weight_on_input": True},
 }
 

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "weights on the input": {"router": "sigmoid_top_k", "renormalize": False, "router_weight_on_input": True},
     "gated": {"shared_expert_hidden_size": 8, "shared_expert_gate": True},
     "shared": {"shared_expert_hidden_size": 8, "task_conditioned": True},
+    "memory": {"routing_memory_size": 3},
 }  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def test_the_demand_for_several_experts_grows_with_their_number(tmp_path: Path) 
         ({"router": "hash"}, "this is exact for softmax_top_k, sigmoid_top_k"),
         ({"router_weight_on_input": True}, "an activation is not linear"),
         ({"capacity_factor": 1.25}, "may drop different tokens"),
+        ({"expert_attention_size": 4}, "attention among experts .moe.expert_attention_size 4. would see the parts"),
         ({"router": "sigmoid_top_k", "renormalize": False, "identity_experts": 1}, "bare sigmoid scores"),
         ({"router": "group_limited", "num_experts": 8, "experts_per_token": 3, "node_groups": 4,
           "groups_per_token": 2}, "3 / 2 is not whole"),

@@ -29,6 +29,7 @@ DENSE = {"num_experts": 1, "experts_per_token": 1}
         (3, {"router": "sigmoid_top_k", "gate": "laplace"}),
         (4, {"bias_balancing": {"rate": 0.01}}),
         (2, {"expert_biases": True, "router_bias": True}),  # of zero
+        (2, {"expert_attention_size": 4, "routing_memory_size": 3}),
         (2, {"activation": "gelu", "task_conditioned": True}),  # a dense layer is SwiGLU whatever this says
     ],
 )
