@@ -203,6 +203,20 @@ class Anchors:
 
 
 @dataclass(frozen=True)
+class Originals:
+    """The whole content of the first item of one modality of each sample that has it, token by token: int64 [N] the
+    sample by its number in the batch, int64 [N] the token's number in the item, and int64 [N] ids of discrete tokens
+    (without the begin mark, which is the same in all), or float32 [N, C] numbers, NaN where nothing was measured."""
+
+    samples: Tensor
+    places: Tensor
+    content: Tensor
+
+    def __len__(self) -> int:
+        return self.samples.shape[0]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One packed microbatch: the inputs of the embedders, by modality, and the stream made of their outputs.
 
@@ -233,6 +247,10 @@ class Batch:
     # int64 [T]: the combination of modalities that the token's sample has (StreamNames.combinations), -1 for none of
     # them and for tokens of other modalities; None where no loss of routing asks for it
     combination_ids: Tensor | None = None
+    originals: dict[str, Originals] = field(default_factory=dict)  # by modality that some objective generates
+    noise: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # by task, of those that ask for it: N(0, 1), float32 [B, W]
 
     @property
     def num_tokens(self) -> int:

@@ -119,6 +119,7 @@ OBJECTIVES = Kinds(
         "domain_adversarial": "mmmoe_pretrain.objectives.domain_adversarial:DomainAdversarial",
         "moment_alignment": "mmmoe_pretrain.objectives.moment_alignment:MomentAlignment",
         "masked": "mmmoe_pretrain.objectives.masked:Masked",
+        "multimodal_vae": "mmmoe_pretrain.objectives.multimodal_vae:MultimodalVAE",
         "next_token": "mmmoe_pretrain.objectives.next_token:NextToken",
         "semantic_anchors": "mmmoe_pretrain.objectives.semantic_anchors:SemanticAnchors",
     },

@@ -23,6 +23,7 @@ from mmmoe_pretrain.batch import (
     Batch,
     Contents,
     LeftOut,
+    Originals,
     Part,
     Sample,
     Seen,
@@ -32,7 +33,7 @@ from mmmoe_pretrain.batch import (
 )
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.decode import Draws
-from mmmoe_pretrain.modalities import Modalities
+from mmmoe_pretrain.modalities import Modalities, Modality
 from mmmoe_pretrain.modalities.base import Collated
 from mmmoe_pretrain.objectives import Objective, Objectives, Representation, build_objectives
 
@@ -141,7 +142,8 @@ def pack(
     any item keeps its slot and takes no row. ``step``: the optimizer step that trains on them, in which some
     objectives may have no weight and get no segments; None: all get theirs.
     """
-    segments = _segments(samples, settings, _places(samples, positions), step)
+    places = _places(samples, positions)
+    segments = _segments(samples, settings, places, step)
     collated, start_of = _collate(samples, segments, settings.modalities)
     runs, pooled, predicted = _lay_out(samples, segments, start_of, settings)
     total = max(1, -(-runs.tokens // multiple)) * multiple
@@ -168,6 +170,10 @@ def pack(
         metas=tuple(sample.meta for sample in samples),
         spans={rep: _spans(runs, pooled[rep]) for rep in settings.objectives.read_by_token},
         combination_ids=_combination_ids(samples, segments, runs, settings, total) if settings.combinations else None,
+        originals={
+            name: _originals(samples, name, settings.modalities[name]) for name in settings.objectives.generated
+        },
+        noise={name: _noise(places, name, settings) for name, its in settings.objectives.items() if its.noise_size},
     )
 
 
@@ -345,6 +351,28 @@ def _anchors(samples: Sequence[Sample], objective: Objective) -> Anchors:
             vectors[b], ids[b] = vector, xxhash.xxh3_64_intdigest(vector.tobytes())
     present, numbers = vectors.any(axis=1), np.asarray(ids, dtype=np.uint64).view(np.int64)
     return Anchors(*map(torch.from_numpy, (vectors, present, numbers)))
+
+
+def _originals(samples: Sequence[Sample], name: str, modality: Modality) -> Originals:
+    kept, content = [], [_nothing(modality)]
+    for b, sample in enumerate(samples):
+        if (item := sample.first(name)) is not None:
+            content.append(modality.keys(item.value)[1:] if modality.predictable else modality.contents(item.value))
+            kept.append(b)
+    lengths = _int64([len(one) for one in content[1:]])
+    places = _concatenated([np.arange(length) for length in lengths.tolist()])
+    arrays = (np.repeat(_int64(kept), lengths), places, np.concatenate(content))
+    return Originals(*map(torch.from_numpy, arrays))
+
+
+def _nothing(modality: Modality) -> np.ndarray:
+    return _int64([]) if modality.predictable else np.zeros((0, modality.content_size), dtype=np.float32)
+
+
+def _noise(places: np.ndarray, name: str, settings: PackSettings) -> torch.Tensor:
+    size, stream = settings.objectives[name].noise_size, f"noise/{settings.objectives.streams[name]}"
+    rows = [settings.generator(place, stream).standard_normal(size, dtype=np.float32) for place in places.tolist()]
+    return torch.from_numpy(np.stack([np.zeros(size, dtype=np.float32), *rows])[1:])
 
 
 def _group_ids(samples: Sequence[Sample]) -> np.ndarray:

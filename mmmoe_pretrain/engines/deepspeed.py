@@ -31,8 +31,8 @@ from mmmoe_pretrain.engines.deepspeed_setup import (
     prepare,
 )
 from mmmoe_pretrain.engines.deepspeed_state import DeepSpeedState
-from mmmoe_pretrain.engines.task_gradients import Gradients
 from mmmoe_pretrain.engines.hold import pull_before_updates
+from mmmoe_pretrain.engines.task_gradients import Gradients
 from mmmoe_pretrain.models.pretraining import LossReport, PretrainingModel
 from mmmoe_pretrain.objectives import StepCounts, step_counts
 

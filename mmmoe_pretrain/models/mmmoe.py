@@ -53,7 +53,7 @@ class MMMoE(nn.Module):
         modalities = build_modalities(config.modalities, decoding=False)
         readers = [name for name, modality in modalities.items() if modality.needs_tokenizer]
         assert vocab_size or not readers, f"{readers} need RunConfig.with_vocabulary"
-        self.objectives = build_objectives(config.objectives, modalities, config.representations)
+        self.objectives = build_objectives(config.objectives, modalities, config.representations, vocab_size)
         read = self.objectives.representations
         banked = {name: its.settings for name, its in read.items() if its.settings.missing == "bank"}
         self._streams = {

@@ -121,6 +121,11 @@ class Objectives(dict[str, Objective]):
         return tuple(name for name in dict.fromkeys(every) if name in found)
 
     @property
+    def generated(self) -> tuple[str, ...]:
+        """The modalities that some objective generates, each once."""
+        return tuple(dict.fromkeys(name for objective in self.values() for name in objective.generates))
+
+    @property
     def whole_step(self) -> bool:
         """Some loss is of the whole step: its microbatches run twice, the first time without gradients."""
         return any(objective.whole_step for objective in self.values())
@@ -153,8 +158,9 @@ def build_objectives(
     settings: Mapping[str, ObjectiveSettings],
     modalities: Mapping[str, Modality],
     representations: Mapping[str, RepresentationSettings] = {},
+    vocab_size: int = 0,
 ) -> Objectives:
-    """``representations``: those that the config adds to one for each modality."""
+    """``representations``: those that the config adds to one for each modality. ``vocab_size``: see ``Objective``."""
     alone = {name: representation_settings([name]) for name in modalities}
     known = {name: Representation(name, its) for name, its in {**alone, **representations}.items()}
     for representation in known.values():
@@ -164,13 +170,16 @@ def build_objectives(
         for name, value in settings.items()
         if value.on
     }
+    for objective in on.values():
+        objective.vocab_size = vocab_size
     return Objectives(on, kinds.stream_keys({name: value.kind for name, value in settings.items()}))
 
 
 def objectives_of(config: RunConfig) -> Objectives:
     """The objectives of ``config``; no file is read. Raises ValueError where they do not suit its other sections."""
     modalities = build_modalities(config.modalities, decoding=False)
-    objectives = build_objectives(config.objectives, modalities, config.representations)
+    vocab_size = config.model.vocab_size
+    objectives = build_objectives(config.objectives, modalities, config.representations, vocab_size)
     objectives.scored(config.evaluate.pairs)
     objectives.check_imputed(config.evaluate.impute)
     return objectives

@@ -126,7 +126,9 @@ class Objective(abc.ABC):
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
     ``classes``: names of those that it tells apart, by a head of its own on its one representation.
     ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
-    that it predicts from them.
+    that it predicts from them. ``generates``: the modalities of which a batch has the ``originals`` for it.
+    ``noise_size``: of random numbers that a batch has for each sample, functions of the run's seed, the sample's
+    global position and the objective. ``vocab_size``: of the run's tokenizer, where its module is made.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -143,6 +145,9 @@ class Objective(abc.ABC):
     classes: tuple[str, ...] = ()
     anchor_size: int = 0
     completed: tuple[tuple[str, ...], str] | None = None
+    generates: tuple[str, ...] = ()
+    noise_size: int = 0
+    vocab_size: int = 0
 
     def __init__(
         self,

@@ -61,6 +61,13 @@ COMPLETED = {"completed": {"kind": "completion", "source": "image", "target": "h
                            "from_average": True}}  # fmt: skip
 DENSITY = {"density": {"kind": "completion", "source": ["image", "text"], "target": "audio", "head": "mixture",
                        "components": 2, "hidden_size": 12, "weight": 0.1}}  # fmt: skip
+# Autoencoders with latent variables, whose losses are densities, too: draws, random subsets, and a loss over the
+# posteriors of all ranks.
+LATENT = {"latent": {"kind": "multimodal_vae", "modalities": ["image", "audio", "text"], "latent_size": 3,
+                     "private": {"audio": 2}, "hidden_size": 8, "total_correlation": 10.0, "weight": 0.01},
+          "by_field": {"kind": "multimodal_vae", "modalities": ["image", "text"], "joint": "mixture",
+                       "latent_size": 3, "hidden_size": 8, "condition": {"subset": ["a", "b"]},
+                       "weight": 0.01}}  # fmt: skip
 # Of four experts, the first two are those of samples with an image or audio alone.
 COMBINED = {"losses": {"combination": 0.1, "combination_modalities": ["image", "audio"], "balance": 0.01}}
 QUEUE = {"queue_size": 2 * MICROBATCHES * len(GLOBAL)}
@@ -87,14 +94,14 @@ MEGATRON_LEVERS = [
     case("EP2", train=BLOCKS, overlap_grad_reduce=True),
     case("PP2 x VPP2", train=BLOCKS),
     case("TP2 + SP", train=BLOCKS),
-    case("PP2", overlap_grad_reduce=True, contrastive=CACHED),
+    case("PP2", overlap_grad_reduce=True, contrastive=CACHED, objectives=LATENT),
     case("DP2", 1, **GATHERED),
     case("PP2 x VPP2", 1, **GATHERED),
     case("DP2", contrastive=CACHED),
-    case("TP2 + SP", contrastive=CACHED),
+    case("TP2 + SP", contrastive=CACHED, objectives=LATENT),
     case("EP2", contrastive={**SIGMOID, **QUEUE}),
     case("PP2 x VPP2", contrastive={**SIGMOID, **CACHED, **QUEUE}),
-    case("DP2", objectives={**CORRELATED, **DENSITY}),
+    case("DP2", objectives={**CORRELATED, **DENSITY, **LATENT}),
 ]
 DEEPSPEED_LEVERS = [
     case("EP2", 0, "deepspeed"),
@@ -104,7 +111,7 @@ DEEPSPEED_LEVERS = [
     case("EP2", 2, "deepspeed", train=BLOCKS),
     case("EP2", 3, "deepspeed", train=BLOCKS, offload_optimizer="cpu"),
     case("TP2 + SP", 2, "deepspeed", contrastive=SIGMOID),
-    case("EP2", 3, "deepspeed", contrastive=CACHED, objectives={**CORRELATED, **DENSITY}),
+    case("EP2", 3, "deepspeed", contrastive=CACHED, objectives={**CORRELATED, **DENSITY, **LATENT}),
 ]  # ZeRO-1 with its optimizer on the CPU: METHOD_CASES
 METHOD_CASES = [
     case("EP2", 1, **GATHERED, **METHODS),
