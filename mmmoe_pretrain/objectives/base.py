@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
+from mmmoe_pretrain.batch import Batch, Item, Part, Sample, Segment
 from mmmoe_pretrain.config.base import ObjectiveSettings, RepresentationSettings
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.parallel.groups import Groups
@@ -124,7 +124,7 @@ class Objective(abc.ABC):
     ``hidden``: modalities of which it hides tokens; ``contents``: of its losses those of their contents, each with
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
     ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
-    that it predicts from them.
+    that it predicts from them. ``generated``: modalities whose values can be generated token by token.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -139,6 +139,7 @@ class Objective(abc.ABC):
     decoder_layers: int = 0
     anchor_size: int = 0
     completed: tuple[tuple[str, ...], str] | None = None
+    generated: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -158,6 +159,16 @@ class Objective(abc.ABC):
 
     def anchor(self, sample: Sample) -> np.ndarray | None:
         """Where it has an ``anchor_size``: a vector of ``sample`` as a target, float32 [anchor_size], or None."""
+        raise NotImplementedError
+
+    def generating(self, modality: str) -> Objective:
+        """Of a ``generated`` modality: this objective with segments that end with a value of it, of every sample that
+        has one."""
+        raise NotImplementedError
+
+    def split(self, sample: Sample) -> tuple[tuple[Item, ...], Item] | None:
+        """Of a ``generating`` objective: the items of ``sample`` that may stand before the value that is generated,
+        and that value; None where it has none."""
         raise NotImplementedError
 
     def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
