@@ -47,13 +47,15 @@ ALLOWED: dict[str, set[str]] = {
     "models": _LAYERS | _PARTS,
     "data": _VALUES | {"exit_codes"} | {"modalities", "objectives"},
     "engines": _MODEL | {"checkpoint"},
-    "evaluate": _MODEL | {"checkpoint", "data"},
+    "generate": _MODEL | {"checkpoint", "data", "export"},
+    "evaluate": _MODEL | {"checkpoint", "data", "generate"},
     "surgery": _MODEL | {"checkpoint", "data", "evaluate"},
     "plan": _MODEL | {"data", "engines"},
     "export": _MODEL | {"checkpoint", "data", "engines"},
     "train": _MODEL | {"checkpoint", "data", "engines", "evaluate", "exit_codes", "export", "plan"},
     "doctor": _LAYERS | {"data", "exit_codes"},
-    "cli": _MODEL | {"checkpoint", "data", "doctor", "engines", "evaluate", "surgery", "plan", "export", "train"}
+    "cli": _MODEL | {"checkpoint", "data", "doctor", "engines", "evaluate", "generate", "surgery", "plan", "export"}
+    | {"train"}
     | {"exit_codes"},
 }  # fmt: skip
 MAX_FILE_LINES = 600

@@ -63,8 +63,8 @@ class MegatronLayer(PeerLayer):
             take_weights(expert.linear_fc2.weight, down[e])
         return layer
 
-    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> Any:
-        return self.layer(x_nD[:, None])[0][:, 0], None
+    def forward(self, x_tD: Tensor, tokens: TokenInfo, memory_tR: Tensor | None = None) -> Any:
+        return self.layer(x_tD[:, None])[0][:, 0], None
 
 
 class DeepSpeedLayer(PeerLayer):
@@ -94,8 +94,8 @@ class DeepSpeedLayer(PeerLayer):
             take_weights(expert.down.weight, down[e])
         return layer
 
-    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> Any:
-        out, self.auxiliary, _ = self.layer(x_nD[None])
+    def forward(self, x_tD: Tensor, tokens: TokenInfo, memory_tR: Tensor | None = None) -> Any:
+        out, self.auxiliary, _ = self.layer(x_tD[None])
         return out[0], None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -22,6 +22,39 @@ class ImputeConfig(StrictModel):
     neighbours: int = Field(10, ge=0, le=1000)
 
 
+class GenerateConfig(StrictModel):
+    """How values are generated token by token. ``greedy``: the most probable token; ``sample``: drawn from the
+    ``top_k`` most probable (0: all) and of these from the fewest that have ``top_p`` of the probability, after
+    division of logits by ``temperature``; ``beam``: the best of ``beams`` by log probability / tokens **
+    ``length_penalty``. Draws are a function of ``seed``, the key of the sample and the number of the token.
+
+    ``modality``: what is generated; empty: the last that the task predicts. ``max_tokens``: at most so many, beside
+    the marks (0: as many as the modality has). ``prompt_tokens``: that many of a held-out value are given.
+    ``samples``: of the held-out ones, spread evenly (0: all).
+    """
+
+    method: Literal["greedy", "sample", "beam"] = "greedy"
+    temperature: float = Field(1.0, gt=0, le=100)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    beams: int = Field(4, ge=1, le=64)
+    length_penalty: float = Field(1.0, ge=0, le=10)
+    modality: str = ""
+    max_tokens: int = Field(0, ge=0)
+    prompt_tokens: int = Field(0, ge=0)
+    samples: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_its_method(self) -> GenerateConfig:
+        own = {"temperature": "sample", "top_k": "sample", "top_p": "sample", "seed": "sample", "beams": "beam",
+               "length_penalty": "beam"}  # fmt: skip
+        for name, method in own.items():
+            if name in self.model_fields_set and method != self.method:
+                raise ValueError(f"{name} is of method {method}, and this is {self.method}; give method: {method}")
+        return self
+
+
 class EvaluateConfig(StrictModel):
     """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
 
@@ -37,6 +70,9 @@ class EvaluateConfig(StrictModel):
 
     ``impute``: by representation, how `mmmoe evaluate` scores it where a modality is missing. Objectives of kind
     ``completion`` are scored without it, too.
+
+    ``generate``: by task, how `mmmoe evaluate` generates the texts of held-out samples and compares them with their
+    own.
     """
 
     test: Paths = ()
@@ -51,6 +87,7 @@ class EvaluateConfig(StrictModel):
     min_items: int = Field(50, ge=1)
     cca: bool = False  # retrieval also after linear CCA of training samples
     impute: dict[str, ImputeConfig] = Field({})
+    generate: dict[str, GenerateConfig] = Field({})
     subsets: bool = False  # retrieval also by fused representations without some of their parts
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 

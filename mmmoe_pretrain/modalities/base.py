@@ -23,7 +23,7 @@ from mmmoe_pretrain.modalities.transforms import Transform
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class BadSampleError(Exception):
@@ -95,6 +95,24 @@ class Modality(abc.ABC):
     def keys(self, value: np.ndarray) -> np.ndarray:
         """int64 [num_tokens]: an identity of each token; its number, unless tokens are discrete."""
         return np.arange(self.num_tokens(value))
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        """The ids that begin and end every value. Of kinds that are ``predictable``."""
+        raise NotImplementedError
+
+    def token_inputs(self, ids_S: Tensor, places_S: Tensor) -> dict[str, Tensor]:
+        """The arguments of the embedder's ``forward`` for single tokens with these ids, each at this number in its
+        value. Of kinds that are ``predictable``."""
+        raise NotImplementedError
+
+    def may_follow(self, vocab_size: int) -> np.ndarray:
+        """bool [vocab_size]: the ids that may stand behind the begin mark. Of kinds that are ``predictable``."""
+        return np.arange(vocab_size) != self.marks[0]
+
+    def text_of(self, value: np.ndarray) -> str | None:
+        """The text that ``value`` is; None for other kinds."""
+        return None
 
     def may_hide(self, value: np.ndarray) -> np.ndarray:
         """int64: the numbers of the tokens that ``hide`` may be asked to hide."""

@@ -96,6 +96,22 @@ class Text(Modality):
     def keys(self, value: np.ndarray) -> np.ndarray:
         return value
 
+    @property
+    def marks(self) -> tuple[int, int]:
+        return self.tokenizer.bos_id, self.tokenizer.eos_id
+
+    def token_inputs(self, ids_S: Tensor, places_S: Tensor) -> dict[str, Tensor]:
+        return {"ids": ids_S, "positions": places_S}
+
+    def may_follow(self, vocab_size: int) -> np.ndarray:
+        """See ``Modality.may_follow``: pieces of a text, and the end mark."""
+        allowed = np.ones(vocab_size, dtype=bool)
+        allowed[list(self.tokenizer.silent_ids - {self.tokenizer.eos_id})] = False
+        return allowed
+
+    def text_of(self, value: np.ndarray) -> str:
+        return self.tokenizer.decode(value)
+
     def may_hide(self, value: np.ndarray) -> np.ndarray:
         """See ``Modality.may_hide``: the pieces without the marks."""
         return np.arange(1, len(value) - 1)

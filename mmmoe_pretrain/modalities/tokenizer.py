@@ -47,6 +47,12 @@ class Tokenizer:
         """The text of ``ids``; marks leave no trace."""
         return self._model.decode([int(i) for i in ids])
 
+    @property
+    def silent_ids(self) -> set[int]:
+        """Ids that are no piece of a text: marks, padding and what stands for an unknown letter."""
+        model = self._model
+        return {i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)}
+
     def piece(self, token_id: int) -> str:
         """The piece of the vocabulary; a word's first one begins with U+2581."""
         return str(self._model.id_to_piece(int(token_id)))

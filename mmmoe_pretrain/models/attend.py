@@ -203,12 +203,19 @@ def _sequences(kept: list[int], lengths: list[int]) -> list[int]:
 
 def _attend_bucket(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Rows of one bucket [S L, H or G, d] -> [S L, H, d]."""
-    shares_heads = q.shape[1] != k.shape[1]
-    if shares_heads and q.device.type != "cpu":  # there no kernel but FlashAttention, for half types, can share them
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        shares_heads = False
+    k, v, shares_heads = heads_that_fit(q, k, v)
     q, k, v = (x.unflatten(0, (bucket.spans, bucket.length)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bucket.mask_S11L, is_causal=bucket.causal, enable_gqa=shares_heads
     )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def heads_that_fit(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values [_, H or G, ...] as a call with the queries [_, H, ...] can take them, and whether heads of
+    queries share them in it."""
+    shares_heads = q.shape[1] != k.shape[1]
+    if shares_heads and q.device.type != "cpu":  # there no kernel but FlashAttention, for half types, can share them
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shares_heads = False
+    return k, v, shares_heads

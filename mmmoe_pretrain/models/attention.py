@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain import kernels
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import AttentionBlocks, Batch
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.models.attend import AttentionPlan, attend
+from mmmoe_pretrain.models.cache import KeyValueCache
 from mmmoe_pretrain.moe.tokens import TokenInfo, token_info
 from mmmoe_pretrain.parallel.cuts import tensor_share
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -26,30 +27,51 @@ EPS = torch.finfo(torch.float32).eps  # of the norms of queries and keys of any 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Data of a batch that every block needs, computed once."""
+    """Data of a batch that every block needs, computed once. ``cache``: where keys and values are kept, in
+    generation."""
 
     tokens: TokenInfo
     cos_nh: Tensor
     sin_nh: Tensor
     attention: AttentionPlan
+    cache: KeyValueCache | None = None
 
     @property
     def num_valid(self) -> int:
         return self.tokens.num_tokens
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (RoFormer, arXiv 2104.09864). ``rotary_M`` is True for the modalities whose positions are
+    rotary; tokens of the others are not rotated."""
+
+    head_size: int
+    base: float
+    rotary_M: Tensor
+
+    def angles(self, position_n: Tensor, modality_ids_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, h]."""
+        half, device = self.head_size // 2, position_n.device
+        frequency_h = self.base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+        position_n = position_n * self.rotary_M.to(device)[modality_ids_n]
+        angle_nh = position_n[:, None].float() * frequency_h
+        return angle_nh.cos(), angle_nh.sin()
+
+
 def plan_stream(
-    batch: Batch, names: StreamNames, head_size: int, base: float, rotary_M: Tensor, draw: int = 0
+    batch: Batch, names: StreamNames, rotary: Rotary, draw: int = 0, cache: KeyValueCache | None = None
 ) -> StreamPlan:
-    """``rotary_M`` is True for the modalities whose positions are rotary (RoFormer, arXiv
-    2104.09864); tokens of the others are not rotated. ``draw``: see ``TokenInfo``."""
+    """``draw``: see ``TokenInfo``."""
     tokens = token_info(batch, names, draw)
-    num_valid, device = tokens.num_tokens, tokens.modality_ids_n.device
-    half = head_size // 2
-    frequency_h = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    position_n = batch.positions[:num_valid] * rotary_M.to(device)[tokens.modality_ids_n]
-    angle_nh = position_n[:, None].float() * frequency_h
-    return StreamPlan(tokens, angle_nh.cos(), angle_nh.sin(), AttentionPlan(batch.attention, device))
+    angles = rotary.angles(batch.positions[: tokens.num_tokens], tokens.modality_ids_n)
+    return StreamPlan(tokens, *angles, AttentionPlan(batch.attention, tokens.modality_ids_n.device), cache)
+
+
+def plan_append(tokens: TokenInfo, position_S: Tensor, rotary: Rotary, cache: KeyValueCache) -> StreamPlan:
+    """Of one more token for every sequence of ``cache``."""
+    alone = AttentionPlan(AttentionBlocks((), ()), position_S.device)  # the cache has what they attend to
+    return StreamPlan(tokens, *rotary.angles(position_S, tokens.modality_ids_n), alone, cache)
 
 
 class Attention(nn.Module):
@@ -72,7 +94,11 @@ class Attention(nn.Module):
         if qkv.shape[0] > plan.num_valid:  # else no slice, whose gradient would be copied
             qkv = qkv[: plan.num_valid]
         heads = qkv.unflatten(1, (-1, self.head_size))
-        mixed = attend(*self.prepare(heads, self.num_kv_heads, plan.cos_nh, plan.sin_nh), plan.attention)
+        prepared = self.prepare(heads, self.num_kv_heads, plan.cos_nh, plan.sin_nh)
+        if plan.cache is None:
+            mixed = attend(*prepared, plan.attention)
+        else:
+            mixed = plan.cache.attend(self, *prepared, plan.attention)
         return self.out(pad_rows(mixed, self.groups))
 
 

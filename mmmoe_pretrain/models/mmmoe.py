@@ -17,7 +17,8 @@ from mmmoe_pretrain import kinds
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
-from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
+from mmmoe_pretrain.models.attention import Rotary, StreamPlan, plan_append, plan_stream
+from mmmoe_pretrain.models.cache import KeyValueCache
 from mmmoe_pretrain.models.content_decoder import ContentDecoder
 from mmmoe_pretrain.models.fusion.bank import GIVEN, Bank, stream_keys
 from mmmoe_pretrain.models.fusion.base import PARTS, build_fusion
@@ -25,6 +26,7 @@ from mmmoe_pretrain.models.fusion.modulation import scale_gradient
 from mmmoe_pretrain.models.trunk import Trunk, set_cpu
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.moe.stats import RoutingStats
+from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.objectives import Outputs, build_objectives
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
@@ -128,18 +130,36 @@ class MMMoE(nn.Module):
         x_nD, routing = self.run_stage(batch, None)
         return self.heads(x_nD, batch), routing
 
-    def run_stage(self, batch: Batch, received_nD: Tensor | None) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+    def run_stage(
+        self, batch: Batch, received_nD: Tensor | None, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
         """This stage's blocks on what the stage before sent (the first one embeds ``batch``): the hidden
-        states for the next stage or the heads, and the routing sums of each sparse block."""
-        model = self.config.model
-        head_size = model.hidden_size // model.num_heads
-        rotary_M = self.get_buffer("rotary_M")
-        plan = plan_stream(batch, self.names, head_size, model.rotary_base, rotary_M, self._passes)
+        states for the next stage or the heads, and the routing sums of each sparse block. ``cache``: is filled."""
+        plan = plan_stream(batch, self.names, self._rotary, self._passes, cache)
         self._passes += 1
         if self.stage.first:
             received_nD = self._embed(batch, plan)
         assert received_nD is not None
         return self.trunk(received_nD, plan)
+
+    @property
+    def _rotary(self) -> Rotary:
+        model = self.config.model
+        return Rotary(model.hidden_size // model.num_heads, model.rotary_base, self.get_buffer("rotary_M"))
+
+    def append(
+        self, name: str, inputs: Mapping[str, Tensor], tokens: TokenInfo, position_S: Tensor, cache: KeyValueCache
+    ) -> Tensor:
+        """One more token of modality ``name``, with the embedder's ``inputs``, for every sequence of ``cache``, which
+        ``run_stage`` has filled: [S, D], the trunk's output."""
+        cache.advance()
+        x_SD = self.embedders[name](**inputs) + self.modality_embedding[name]
+        return self.trunk(x_SD.to(self.compute_dtype), plan_append(tokens, position_S, self._rotary, cache))[0]
+
+    def next_logits(self, task: str, x_SD: Tensor) -> Tensor:
+        """[S, V] fp32 of the token that follows, from the trunk's output."""
+        logits: Tensor = self.language_head_of(task)(x_SD).float()
+        return logits
 
     def heads(self, x_nD: Tensor, batch: Batch, factors: Mapping[str, Tensor] = NO_FACTORS) -> Outputs:
         """The outputs of the last stage from the trunk's output. ``factors``: by representation, [parts, B], of the
@@ -229,7 +249,7 @@ class MMMoE(nn.Module):
         found = {}
         for task in self.objectives.predicting:
             targets = batch.targets[task]
-            logits_NV = self.language_head_of(task)(x_nD.index_select(0, targets.rows)).float()
+            logits_NV = self.next_logits(task, x_nD.index_select(0, targets.rows))
             found[task] = vocab_cross_entropy(logits_NV, targets.ids, self.groups)
         return found
 

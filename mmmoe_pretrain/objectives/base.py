@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
+from mmmoe_pretrain.batch import Batch, Item, Part, Sample, Segment
 from mmmoe_pretrain.config.base import ObjectiveSettings, RepresentationSettings
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.parallel.groups import Groups
@@ -129,6 +129,7 @@ class Objective(abc.ABC):
     that it predicts from them. ``generates``: the modalities of which a batch has the ``originals`` for it.
     ``noise_size``: of random numbers that a batch has for each sample, functions of the run's seed, the sample's
     global position and the objective. ``vocab_size``: of the run's tokenizer, where its module is made.
+    ``generated``: modalities whose values can be generated token by token.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -148,6 +149,7 @@ class Objective(abc.ABC):
     generates: tuple[str, ...] = ()
     noise_size: int = 0
     vocab_size: int = 0
+    generated: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -167,6 +169,16 @@ class Objective(abc.ABC):
 
     def anchor(self, sample: Sample) -> np.ndarray | None:
         """Where it has an ``anchor_size``: a vector of ``sample`` as a target, float32 [anchor_size], or None."""
+        raise NotImplementedError
+
+    def generating(self, modality: str) -> Objective:
+        """Of a ``generated`` modality: this objective with segments that end with a value of it, of every sample that
+        has one."""
+        raise NotImplementedError
+
+    def split(self, sample: Sample) -> tuple[tuple[Item, ...], Item] | None:
+        """Of a ``generating`` objective: the items of ``sample`` that may stand before the value that is generated,
+        and that value; None where it has none."""
         raise NotImplementedError
 
     def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.batch import Batch, Part, Sample, Segment
+from mmmoe_pretrain.batch import Batch, Item, Part, Sample, Segment
 from mmmoe_pretrain.config.base import Head, ModalitySettings, ObjectiveSettings
 from mmmoe_pretrain.objectives.base import (
     Expected,
@@ -108,6 +108,8 @@ class NextToken(Objective):
         self._parts = self.settings.ways_of_parts
         predictable = {m for m, modality in self.modalities.items() if modality.predictable}
         self._predicted = set(self.settings.loss_on) or predictable & (self.settings.named or predictable)
+        in_order = (name for way in self._parts for name in way) if self._parts else self.modalities
+        self.generated = tuple(name for name in in_order if name in self._predicted)
         self.groups = TokenGroups.of(self.settings.balance, tuple(self.modalities), self._predicted)
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
@@ -117,6 +119,22 @@ class NextToken(Objective):
         parts = list(self._laid_out(sample, items))
         if any(part.targets is not None for part in parts):
             yield Segment(self.name, tuple(parts))
+
+    def generating(self, modality: str) -> NextToken:
+        """See ``Objective.generating``."""
+        parts = list(itertools.takewhile(lambda way: modality not in way, self._parts))
+        of_it = {"parts": (*parts, (modality,)) if self._parts else (), "loss_on": (modality,)}
+        settings = self.settings.model_copy(update={**of_it, "balance": None, "fraction": 1.0})
+        return NextToken(self.name, settings, self.modalities, self.all_representations)
+
+    def split(self, sample: Sample) -> tuple[tuple[Item, ...], Item] | None:
+        """See ``Objective.split``: without ``parts``, as of a document, it is the last value."""
+        found = [i for i, item in enumerate(sample.items) if item.modality in self._predicted and item.loss]
+        if not found:
+            return None
+        if not self._parts:
+            return sample.items[: found[-1]], sample.items[found[-1]]
+        return tuple(item for item in sample.items if item.modality not in self._predicted), sample.items[found[0]]
 
     def _items(self, sample: Sample, rng: np.random.Generator) -> list[int]:
         if not self._parts:

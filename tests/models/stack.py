@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmmoe_pretrain.config import ModelConfig
 from mmmoe_pretrain.config.moe import MoEConfig
-from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
+from mmmoe_pretrain.models.attention import Rotary, StreamPlan, plan_stream
 from mmmoe_pretrain.models.trunk import Trunk, set_recompute
 from mmmoe_pretrain.moe.router import Router
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -42,7 +42,8 @@ class Stack(Trunk):
 
 def make_input(root: Path, draw: int = 0, seed: int = 0, samples: int = 6) -> tuple[Tensor, StreamPlan]:
     batch = random_batch(tiny_config(root), ["iat", "it", "a", "t", "ia", "at"][:samples], seed=seed)
-    plan = plan_stream(batch, NAMES, D // MODEL.num_heads, MODEL.rotary_base, torch.tensor([False, True, True]), draw)
+    rotary = Rotary(D // MODEL.num_heads, MODEL.rotary_base, torch.tensor([False, True, True]))
+    plan = plan_stream(batch, NAMES, rotary, draw)
     x_nD = torch.randn(plan.num_valid, D, generator=torch.Generator().manual_seed(seed))
     return x_nD.requires_grad_(), plan
 

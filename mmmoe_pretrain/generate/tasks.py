@@ -1,0 +1,158 @@
+"""What a task generates: its prompts, made of samples, and the values that follow them.
+
+A prompt is a sample whose last item is the beginning of a value: its begin mark, and tokens that are given. It is
+packed by the task itself, so generation sees what training did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmmoe_pretrain.batch import Batch, Item, Sample, send
+from mmmoe_pretrain.config.evaluate import GenerateConfig
+from mmmoe_pretrain.data.pack import PackSettings, pack
+from mmmoe_pretrain.generate.decoding import generate
+from mmmoe_pretrain.generate.growing import Ahead, Generated
+from mmmoe_pretrain.generate.sequences import Sequences, dropless
+from mmmoe_pretrain.kinds import nearest
+from mmmoe_pretrain.modalities import Modality
+from mmmoe_pretrain.models.mmmoe import MMMoE
+from mmmoe_pretrain.objectives import Objective, Objectives
+
+ROWS = 64  # sequences that grow at once, beams counted
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``sample``: without what follows the beginning. ``position``: of the sample, by which a task draws. ``places``:
+    tokens of the beginning. ``whole``: the value that the sample has; None where that is unknown."""
+
+    sample: Sample
+    position: int
+    places: int
+    whole: Item | None = None
+
+    @property
+    def key(self) -> str:
+        return self.sample.meta.key
+
+
+class Task:
+    """The generation of ``modality`` by a task of a model. Raises ValueError where it generates nothing such.
+    ``settings``: how a run packs."""
+
+    def __init__(self, name: str, model: MMMoE, settings: PackSettings, how: GenerateConfig) -> None:
+        objective = objective_of(name, settings.objectives)
+        if how.modality and how.modality not in objective.generated:
+            raise ValueError(
+                f"task {name} does not generate {how.modality}; it generates {', '.join(objective.generated)}"
+            )
+        self.name, self.model, self.how = name, model, how
+        self.modality: Modality = settings.modalities[how.modality or objective.generated[-1]]
+        self._objective = objective.generating(self.modality.name)
+        alone = Objectives({name: self._objective}, settings.objectives.streams)
+        self._settings = dataclasses.replace(settings, objectives=alone)
+        self._number = list(settings.objectives).index(name)  # of the task, among all of the run
+        pieces = self.modality.max_tokens - len(self.modality.marks)
+        self.limit = min(how.max_tokens or pieces, pieces)
+        self._allowed = torch.from_numpy(self.modality.may_follow(model.config.model.vocab_size))
+
+    @property
+    def ways(self) -> list[set[str]]:
+        """The modalities before what is generated: a sample must have all of one of them."""
+        return [way - {self.modality.name} for way in self._objective.needs().values()]
+
+    def prompt(self, sample: Sample, position: int = 0, given: int | None = None) -> Prompt | None:
+        """Of a sample that has a value, which is cut after ``given`` of its tokens (default: ``how.prompt_tokens``).
+        None where the task makes nothing of ``sample``, or where the value has no more tokens."""
+        split = self._objective.split(sample)
+        if split is None:
+            return None
+        before, whole = split
+        given = self.how.prompt_tokens if given is None else given
+        ids = self.modality.keys(whole.value)
+        if given and given >= len(ids) - len(self.modality.marks):
+            return None
+        begun = np.concatenate([ids[: 1 + given], ids[-1:]])  # the end mark is no part of a segment
+        cut = dataclasses.replace(sample, items=(*before, Item(self.modality.name, begun)))
+        return Prompt(cut, position, 1 + given, whole) if self._segments(cut, position) else None
+
+    def begin(self, sample: Sample, given: np.ndarray) -> Prompt | None:
+        """Of a sample without a value: it begins with the tokens ``given``. Raises ValueError where these leave no
+        room; None where the task makes nothing of ``sample``."""
+        most = self.modality.max_tokens - len(self.modality.marks)
+        if len(given) >= most:
+            raise ValueError(
+                f"the prompt of {sample.meta.key} has {len(given)} tokens of {self.modality.name}, which has at most "
+                f"{most} (modalities.{self.modality.name}.max_tokens) with what is generated; shorten it"
+            )
+        first, last = self.modality.marks
+        begun = Item(self.modality.name, np.asarray([first, *given, last], dtype=np.int64))
+        whole = dataclasses.replace(sample, items=(*sample.items, begun))
+        return Prompt(whole, 0, 1 + len(given)) if self._segments(whole, 0) else None
+
+    def _segments(self, sample: Sample, position: int) -> bool:
+        """The task makes a segment that ends with the last item."""
+        generator = self._settings.generator(position, self._stream)
+        made = list(self._objective.segments(sample, generator))
+        return any(segment.parts[-1].item == len(sample.items) - 1 for segment in made)
+
+    @property
+    def _stream(self) -> str:
+        return f"objective/{self._settings.objectives.streams[self.name]}"
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Generated]]:
+        """In their order, some at a time."""
+        size = max(1, ROWS // (self.how.beams if self.how.method == "beam" else 1))
+        with torch.inference_mode(), dropless(self.model):
+            for start in range(0, len(prompts), size):
+                some = prompts[start : start + size]
+                yield from zip(some, self._of(some), strict=True)
+
+    def _of(self, prompts: Sequence[Prompt]) -> list[Generated]:
+        last = self.modality.max_tokens - 1  # the end mark's place
+        limits = tuple(min(self.limit, last - prompt.places) for prompt in prompts)
+        places = [prompt.places for prompt in prompts]
+        growing = Sequences(self.model, self.name, self.packed(prompts), self.modality, places, max(limits))
+        allowed_V = send(self._allowed, growing.logits_SV.device)
+        keys = tuple(prompt.key for prompt in prompts)
+        return generate(growing, Ahead(keys, limits, self.modality.marks[1], allowed_V), self.how)
+
+    def packed(self, prompts: Sequence[Prompt]) -> Batch:
+        """One segment each, in their order."""
+        positions = [prompt.position for prompt in prompts]
+        batch = pack([prompt.sample for prompt in prompts], self._settings, positions)
+        assert batch.num_segments == len(prompts), (batch.num_segments, len(prompts))
+        return dataclasses.replace(batch, task_ids=torch.full_like(batch.task_ids, self._number))
+
+    def reference(self, prompt: Prompt) -> str | None:
+        """The text that the sample has behind the beginning; None where it is unknown or no text."""
+        if prompt.whole is None:
+            return None
+        if prompt.places == 1 and prompt.whole.raw:  # as it is in the shard: uncut, too
+            return prompt.whole.raw
+        return self.text(self.modality.keys(prompt.whole.value)[prompt.places : -1])
+
+    def text(self, ids: Sequence[int] | np.ndarray) -> str | None:
+        """What tokens without marks say; None of kinds that are no texts."""
+        first, last = self.modality.marks
+        return self.modality.text_of(np.asarray([first, *ids, last], dtype=np.int64))
+
+
+def objective_of(name: str, objectives: Objectives) -> Objective:
+    """Raises ValueError where there is no such task that generates."""
+    able = [task for task, objective in objectives.items() if objective.generated]
+    if not able:
+        raise ValueError(
+            f"no objective of this run predicts tokens ({', '.join(objectives) or 'it has none'}), so it generates "
+            f"nothing; train one of kind next_token"
+        )
+    if name not in able:
+        hint = nearest(name, able, "it has")
+        raise ValueError(f"the run has no task {name} that generates; {hint}")
+    return objectives[name]
