@@ -1,7 +1,8 @@
 """The methods of docs/methods.md. A study is a data set: its reference, and runs that differ from it by one method.
 
 To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or for the demo's data of ``STAMPS``
-(methods_of_stamps.py). ``tests/methods`` trains every config of that folder.
+(methods_of_stamps.py), or of many tasks of ``TASKS`` (methods_of_tasks.py). ``tests/methods`` trains every config of
+that folder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from evidence.lifelong import LIFELONG
 from evidence.methods_of_experts import EXPERTS
 from evidence.methods_of_stamps import STAMPS
+from evidence.methods_of_tasks import TASKS
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Start, Study, Variant, find
 
@@ -20,6 +22,7 @@ ITEMS = {
     "co_learning": "Zero-shot and co-learning",
     "imbalance": "Imbalance",
     "experts": "Experts that communicate",
+    "tasks": "Many tasks",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -184,6 +187,7 @@ METHODS = (
     *STAMPS,
     LIFELONG,
     *EXPERTS,
+    *TASKS,
 )
 
 

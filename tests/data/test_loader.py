@@ -17,7 +17,7 @@ from mmmoe_pretrain.data.loader import Loader, StepData
 from mmmoe_pretrain.data.order.assign import microbatch_size
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from tests.data.servers import every, http_server
-from tests.support import things, tiny_config, tiny_values, write_shards
+from tests.support import objectives, things, tiny_config, tiny_values, write_shards
 
 
 def config_with(root: Path, data: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
@@ -138,6 +138,19 @@ def test_more_workers_than_cores_are_noted(
     with Loader(config, modalities, dp_size=dp_size) as loader:
         notes = [note for note in loader.notes if "num_workers" in note]
     assert notes == [] if message is None else message in notes[0]
+
+
+def test_a_task_without_weight_is_not_packed_in_its_steps_also_after_a_resume(
+    tiny_data: Path, modalities: Modalities
+) -> None:
+    """Captions enter at step 2; a loader that begins there, as a resumed run's does, packs the same."""
+    entering = objectives({}, {"weight": [[1, 0.0], [2, 0.5]], "fraction": 1.0})
+    config = config_with(tiny_data, objectives=entering)
+    made = batches(Loader(config, modalities, stop_step=4))
+    counts = [sum(len(batch.targets["captioning"]) for batch in parts) for _, parts in made]
+    assert counts[:2] == [0, 0] and min(counts[2:]) > 0
+    assert [batch.task_ids.unique().tolist() for _, parts in made for batch in parts] == [[0]] * 4 + [[0, 1]] * 4
+    assert_same(batches(Loader(config, modalities, start_step=2, stop_step=4)), made[2:])
 
 
 def test_evaluation_reads_every_sample_once_in_order(tiny_data: Path, tmp_path: Path, modalities: Modalities) -> None:

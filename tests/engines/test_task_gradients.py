@@ -64,14 +64,12 @@ def test_gradients_that_agree_stay_as_they_are_and_no_gradient_has_no_cosine() -
 
 
 def case(layout: str, engine: str = "megatron", zero_stage: int = 0, combine: str = "pcgrad", **more: Any) -> Case:
+    """``more``: settings of ``train``, and of ``parallel`` where they overlap."""
     ranks, degrees = LAYOUTS.get(layout, (1, {}))
-    more["train"] = {
-        **TWO_MICROBATCHES,
-        "log_every": 1,
-        "task_gradients": {"combine": combine},
-        **more.get("train", {}),
-    }
-    return Case(layout, ranks, engine, zero_stage, degrees, objectives={**READING, **CLASSES}, **more)
+    overlap = {key: more.pop(key) for key in list(more) if key.startswith("overlap")}
+    train = {**TWO_MICROBATCHES, "log_every": 1, "task_gradients": {"combine": combine}, **more}
+    tasks = {**READING, **CLASSES}
+    return Case(layout, ranks, engine, zero_stage, {**degrees, **overlap}, train=train, objectives=tasks)
 
 
 def plain(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -134,8 +132,9 @@ def _step(cases: list[Case]) -> list[Seen]:
 
 
 ALONE = [case("one process"), case("one process", "deepspeed"), case("one process", combine="sum")]
-TWO = [case("DP2"), case("DP2", zero_stage=1), case("EP2"), case("TP2 + SP"), case("PP2"), case("PP2 x VPP2"),
-       case("EP2", "deepspeed"), case("TP2", "deepspeed")]  # fmt: skip
+GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+TWO = [case("DP2"), case("DP2", zero_stage=1, **GATHERED), case("EP2"), case("TP2 + SP"), case("PP2"),
+       case("PP2 x VPP2"), case("EP2", "deepspeed"), case("TP2", "deepspeed")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(1, ALONE), (2, TWO)])
@@ -161,9 +160,9 @@ def test_what_cannot_keep_gradients_is_refused() -> None:
         ):
             resolve_layout(case("DP2", engine, stage).config(), 2)
     with pytest.raises(ValueError, match=r"every 3 is not a multiple of train.log_every 2, so .* use 4"):
-        case("DP2", combine="sum", train={"log_every": 2, "task_gradients": {"every": 3}}).config()
+        case("DP2", combine="sum", log_every=2, task_gradients={"every": 3}).config()
     with pytest.raises(ValueError, match="every 2 with combine: pcgrad, which measures in every step"):
-        case("DP2", train={"task_gradients": {"every": 2, "combine": "pcgrad"}}).config()
+        case("DP2", task_gradients={"every": 2, "combine": "pcgrad"}).config()
 
 
 def test_a_run_of_one_task_has_nothing_to_compare() -> None:
