@@ -63,7 +63,7 @@ class MegatronLayer(PeerLayer):
             take_weights(expert.linear_fc2.weight, down[e])
         return layer
 
-    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> Any:
+    def forward(self, x_nD: Tensor, tokens: TokenInfo, memory_tR: Tensor | None = None) -> Any:
         return self.layer(x_nD[:, None])[0][:, 0], None
 
 
@@ -94,7 +94,7 @@ class DeepSpeedLayer(PeerLayer):
             take_weights(expert.down.weight, down[e])
         return layer
 
-    def forward(self, x_nD: Tensor, tokens: TokenInfo) -> Any:
+    def forward(self, x_nD: Tensor, tokens: TokenInfo, memory_tR: Tensor | None = None) -> Any:
         out, self.auxiliary, _ = self.layer(x_nD[None])
         return out[0], None
 

@@ -2,7 +2,7 @@
 
 Owns the order of the steps and ``routing.json``, of which ``page.py`` makes ``routing.html``:
 ``{"version", "run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts",
-"pairs", "mean_probability", "shown", "top_tokens"], "history", "media", "left_out", "notes"}``. The page
+"pairs", "mean_probability", "shown", "top_tokens", "ablation"], "history", "media", "left_out", "notes"}``. The page
 docs/expert_layer.md describes each.
 """
 
@@ -22,6 +22,7 @@ from mmmoe_pretrain.data.pack import origins, pack
 from mmmoe_pretrain.evaluate import routing_report
 from mmmoe_pretrain.evaluate.features import add_routing, device_of
 from mmmoe_pretrain.evaluate.routing import history, page, selection
+from mmmoe_pretrain.evaluate.routing.ablation import measure, open_ablation
 from mmmoe_pretrain.evaluate.routing.html import rounded
 from mmmoe_pretrain.evaluate.routing.media import Media
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopTokens, watch
@@ -45,9 +46,10 @@ def routing_command(
     top: int,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    ablate: int | None = None,
 ) -> None:
     """Write the report, and print where it is."""
-    folder = write_report(run_dir, test, out, top, overrides, device)
+    folder = write_report(run_dir, test, out, top, overrides, device, ablate)
     print(f"wrote {folder / PAGE}, {folder / REPORT}")
 
 
@@ -58,9 +60,11 @@ def write_report(
     top: int = TOP,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    ablate: int | None = None,
 ) -> Path:
     """The report of the newest checkpoint in ``out`` (default: ``run_dir``, unless a report of other shards is
-    there); returns the folder. ``device``: of ``named_device``.
+    there); returns the folder. ``device``: of ``named_device``. ``ablate``: held-out samples on which the losses
+    without each expert are measured (``ablation.py``).
 
     ValueError for a dense run, and where no held-out shards are named or they hold no sample.
     """
@@ -74,14 +78,17 @@ def write_report(
         )
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
+    tried, ablation_notes = (None, []) if ablate is None else open_ablation(model, rows, run_dir, ablate)
     samples, routing, top_tokens = run_pass(model, rows, top)
     layers = [
         _summary(*pair, config) for pair in zip(routing, untrained_routing(rows, device_of(model)), strict=True)
     ]
+    for layer, found in zip(layers, () if tried is None else measure(tried, routing), strict=False):
+        layer["ablation"] = found
     report = rounded({
         "version": page.VERSION, "run": config.name, "step": step, "test": rows.paths, "samples": samples,
         "layers": layers, "history": history.in_json(history.read(run_dir / "metrics.jsonl")),
-        "notes": rows.notes(overrides),
+        "notes": rows.notes(overrides) + ablation_notes,
     })  # fmt: skip
     html = selection.fill(report, top_tokens, Media(rows), rows.modalities)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -52,6 +52,10 @@ HISTORY_KEYS = (
     "From metrics.jsonl. Change is the share of a modality's assignments that moved to other experts; some of it is "
     "noise, because every record is of another batch."
 )
+ABLATION_KEYS = (
+    "How much each held-out loss rises if tokens may not choose the expert, for all tokens and for those of one "
+    "modality; below 0 the loss falls. A dash: no token reaches the expert, which was not tried."
+)
 TOKEN_KEYS = (
     "The held-out tokens of an expert with the highest router probability, from different items if there are enough. "
     "A modality is omitted if the expert gets less than a tenth of an even share of it."
@@ -209,6 +213,8 @@ def _layer(
     yield f"<h4>Shares of each expert in layer {name}</h4>\n"
     yield f'<div class="slider" id="slider-{name}"></div>\n'
     yield _load_table(layer, top)
+    if "ablation" in layer:
+        yield from _ablation(layer)
     if history is not None:
         yield from _charts(history)
     yield from _experts(layer, media)
@@ -234,6 +240,23 @@ def _load_table(layer: dict[str, Any], top: float) -> str:
         f"the modality or task; even: {percent(1 / layer['experts'])}; darkest: {percent(top)} and more.</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>",
     )
+
+
+def _ablation(layer: dict[str, Any]) -> Iterator[str]:
+    """A row an expert: the rise of each loss without it."""
+    losses, without = layer["ablation"]["loss"], layer["ablation"]["without"]
+    masks = ["all", *(name for name in layer["share"] if any(name in of for of in without))]
+    columns = [(mask, loss) for mask in masks for loss in losses]
+    yield f"<h4>What is lost without each expert in layer {layer['layer']}</h4>\n"
+    heads = [f"{text(loss, 40)}, {'all tokens' if mask == 'all' else text(mask, 40)}" for mask, loss in columns]
+    yield table(f"Losses without each expert in layer {layer['layer']}", ["expert", *heads], [
+        ["none (the loss)", *(number(losses[loss], ".4g") if mask == "all" else "" for mask, loss in columns)],
+        *(
+            [str(expert), *(number(of.get(mask, {}).get(loss), "+.2g") for mask, loss in columns)]
+            for expert, of in enumerate(without)
+        ),
+    ])  # fmt: skip
+    yield f'<p class="quiet">{ABLATION_KEYS}</p>\n'
 
 
 def _charts(history: dict[str, Any]) -> Iterator[str]:
