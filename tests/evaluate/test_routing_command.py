@@ -125,10 +125,15 @@ def test_listed_tokens_are_the_most_probable_that_the_expert_served(trained: Run
     assert checked > 12, "too few experts and modalities with enough tokens to check the order"
 
 
-def test_what_is_lost_without_each_expert_is_in_the_page_if_asked_for(trained: RunConfig, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["routing", str(trained.run_dir), "--out", str(tmp_path), "--ablate", "8"])
+def test_what_is_lost_without_each_expert_and_another_run_are_in_the_page_if_asked_for(
+    trained: RunConfig, tmp_path: Path
+) -> None:
+    own = str(trained.run_dir)
+    asked = ["routing", own, "--out", str(tmp_path), "--ablate", "8", "--beside", own]
+    result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     found = numbers(tmp_path)
+    assert [layer["beside"] for layer in found["layers"]] == [dict.fromkeys(MODALITIES, 1.0)] * 2
     passes = 1
     for layer in found["layers"]:
         ablation = layer["ablation"]
@@ -145,6 +150,18 @@ def test_what_is_lost_without_each_expert_is_in_the_page_if_asked_for(trained: R
     assert any("masked one by one" in note for note in found["notes"])
     refused = CliRunner().invoke(app, ["routing", str(trained.run_dir), "--out", str(tmp_path), "--ablate", "0"])
     assert isinstance(refused.exception, ValueError) and "--ablate 0" in str(refused.exception)
+
+
+def test_concepts_and_consistency_are_in_the_report(report: Path) -> None:
+    found = numbers(report)
+    for layer in found["layers"]:
+        assert len(layer["concepts"]) == 4
+        assert set(layer["consistency"]) == {"views", "paraphrases"}
+        assert set(layer["consistency"]["views"]) == set(MODALITIES)
+        for its in layer["consistency"]["views"].values():
+            assert its["pairs"] == found["samples"] and 0 <= its["divergence"] <= 1 and 0 <= its["same_expert"] <= 1
+    html = (report / "routing.html").read_text()
+    assert html.count("Consistency of routing in layer") == 2
 
 
 def test_tokens_are_given_in_pixels_seconds_and_pieces(report: Path) -> None:
