@@ -11,6 +11,8 @@ from mmmoe_pretrain.train.start import differences
 # What a run decides by itself, and settings that change neither its model nor its scores.
 NOT_COMPARED = ("runs_dir", "checkpoint", "trackers", "model.vocab_size", "train.cpu", "train.heatmap_every",
                 "data.num_workers")  # fmt: skip
+FILLED_IN = "fingerprint"  # by a run, of the file that an entry of these sections names
+ENTRIES = ("modalities", "objectives")
 
 
 def refuse_other_settings(config: RunConfig) -> None:
@@ -50,4 +52,7 @@ def _compared(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for section, _, name in (key.rpartition(".") for key in NOT_COMPARED):
         (values.get(section, {}) if section else values).pop(name, None)
+    for section in ENTRIES:
+        entries = values.get(section, {}).items()
+        values[section] = {name: {k: v for k, v in its.items() if k != FILLED_IN} for name, its in entries}
     return values

@@ -143,12 +143,19 @@ def routing(
     test: Test = None,
     out: Annotated[Path | None, typer.Option(callback=given, help="Where to write; default: RUN.")] = None,
     top: Annotated[int, typer.Option(help="Top-activating tokens shown for each expert and modality.")] = 8,
+    ablate: Annotated[
+        int | None,
+        typer.Option(help="Also mask experts one by one on so many held-out samples: what is lost without each."),
+    ] = None,
+    beside: Annotated[
+        Path | None, typer.Option(callback=given, help="Another seed of the run: how alike both divide the tokens.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Show where the router sends tokens, and each expert's top-activating tokens, in one page: RUN/routing.html."""
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
-    routing_command(run, test or [], out, top, overrides or [], device)
+    routing_command(run, test or [], out, top, overrides or [], device, ablate, beside)
 
 
 @configs.command("upgrade")

@@ -125,6 +125,45 @@ def test_listed_tokens_are_the_most_probable_that_the_expert_served(trained: Run
     assert checked > 12, "too few experts and modalities with enough tokens to check the order"
 
 
+def test_what_is_lost_without_each_expert_and_another_run_are_in_the_page_if_asked_for(
+    trained: RunConfig, tmp_path: Path
+) -> None:
+    own = str(trained.run_dir)
+    asked = ["routing", own, "--out", str(tmp_path), "--ablate", "8", "--beside", own]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    found = numbers(tmp_path)
+    assert [layer["beside"] for layer in found["layers"]] == [dict.fromkeys(MODALITIES, 1.0)] * 2
+    passes = 1
+    for layer in found["layers"]:
+        ablation = layer["ablation"]
+        assert set(ablation["loss"]) >= {"captioning"} and len(ablation["without"]) == layer["experts"] == 4
+        for expert, rises in enumerate(ablation["without"]):
+            reached = {name for name, share in layer["share"].items() if share[expert] > 0}
+            assert set(rises) == (reached | {"all"} if reached else set())
+            assert all(set(losses) == set(ablation["loss"]) for losses in rises.values())
+            passes += len(rises)
+    assert any(rises["all"]["captioning"] for layer in found["layers"] for rises in layer["ablation"]["without"])
+    assert f"{passes} passes over 1 batches" in result.output
+    html = (tmp_path / "routing.html").read_text()
+    assert html.count("What is lost without each expert") == 2
+    assert any("masked one by one" in note for note in found["notes"])
+    refused = CliRunner().invoke(app, ["routing", str(trained.run_dir), "--out", str(tmp_path), "--ablate", "0"])
+    assert isinstance(refused.exception, ValueError) and "--ablate 0" in str(refused.exception)
+
+
+def test_concepts_and_consistency_are_in_the_report(report: Path) -> None:
+    found = numbers(report)
+    for layer in found["layers"]:
+        assert len(layer["concepts"]) == 4
+        assert set(layer["consistency"]) == {"views", "paraphrases"}
+        assert set(layer["consistency"]["views"]) == set(MODALITIES)
+        for its in layer["consistency"]["views"].values():
+            assert its["pairs"] == found["samples"] and 0 <= its["divergence"] <= 1 and 0 <= its["same_expert"] <= 1
+    html = (report / "routing.html").read_text()
+    assert html.count("Consistency of routing in layer") == 2
+
+
 def test_tokens_are_given_in_pixels_seconds_and_pieces(report: Path) -> None:
     """Images of 16 pixels are 2 x 2 patches of 8; a token of audio is 8 frames of 10 ms."""
     boxes = {0: [0, 0, 8, 8], 1: [8, 0, 16, 8], 2: [0, 8, 8, 16], 3: [8, 8, 16, 16]}

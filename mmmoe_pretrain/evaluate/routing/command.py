@@ -2,14 +2,15 @@
 
 Owns the order of the steps and ``routing.json``, of which ``page.py`` makes ``routing.html``:
 ``{"version", "run", "step", "test", "samples", "layers": [summary of evaluate/routing_report.py, "free_experts",
-"pairs", "mean_probability", "shown", "top_tokens"], "history", "media", "left_out", "notes"}``. The page
-docs/expert_layer.md describes each.
+"pairs", "mean_probability", "concepts", "consistency", "ablation", "beside", "shown", "top_tokens"], "history",
+"media", "left_out", "notes", "beside"}``. The page docs/expert_layer.md describes each.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import origins, pack
 from mmmoe_pretrain.evaluate import routing_report
 from mmmoe_pretrain.evaluate.features import add_routing, device_of
-from mmmoe_pretrain.evaluate.routing import history, page, selection
+from mmmoe_pretrain.evaluate.routing import history, page, sample_shares, selection, stability
+from mmmoe_pretrain.evaluate.routing.ablation import measure, open_ablation
 from mmmoe_pretrain.evaluate.routing.html import rounded
 from mmmoe_pretrain.evaluate.routing.media import Media
+from mmmoe_pretrain.evaluate.routing.sample_shares import MOST_VIEWS, SampleShares, view_of
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopTokens, watch
 from mmmoe_pretrain.evaluate.routing_report import array
 from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, place_of_report, untrained_routing
@@ -45,9 +48,11 @@ def routing_command(
     top: int,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    ablate: int | None = None,
+    beside: Path | None = None,
 ) -> None:
     """Write the report, and print where it is."""
-    folder = write_report(run_dir, test, out, top, overrides, device)
+    folder = write_report(run_dir, test, out, top, overrides, device, ablate, beside)
     print(f"wrote {folder / PAGE}, {folder / REPORT}")
 
 
@@ -58,9 +63,13 @@ def write_report(
     top: int = TOP,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    ablate: int | None = None,
+    beside: Path | None = None,
 ) -> Path:
     """The report of the newest checkpoint in ``out`` (default: ``run_dir``, unless a report of other shards is
-    there); returns the folder. ``device``: of ``named_device``.
+    there); returns the folder. ``device``: of ``named_device``. ``ablate``: held-out samples on which the losses
+    without each expert are measured (``ablation.py``). ``beside``: another run, whose division of the same tokens is
+    compared (``stability.py``).
 
     ValueError for a dense run, and where no held-out shards are named or they hold no sample.
     """
@@ -74,16 +83,25 @@ def write_report(
         )
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
-    samples, routing, top_tokens = run_pass(model, rows, top)
-    layers = [
-        _summary(*pair, config) for pair in zip(routing, untrained_routing(rows, device_of(model)), strict=True)
-    ]
+    tried, ablation_notes = (None, []) if ablate is None else open_ablation(model, rows, run_dir, ablate)
+    other = None if beside is None else _open_beside(beside, config, device)
+    seen = run_pass(model, rows, top)
+    untrained = untrained_routing(rows, device_of(model))
+    layers = [_summary(*pair, config) for pair in zip(seen.routing, untrained, strict=True)]
+    for layer in layers:
+        layer |= sample_shares.summarise(seen.shares, seen.views, layer["layer"], list(layer["share"]))
+    for layer, found in zip(layers, () if tried is None else measure(tried, seen.routing), strict=False):
+        layer["ablation"] = found
+    if other is not None:
+        agreement = stability.compare(model, other, rows)
+        for layer in layers:
+            layer["beside"] = agreement.get(layer["layer"], {})
     report = rounded({
-        "version": page.VERSION, "run": config.name, "step": step, "test": rows.paths, "samples": samples,
+        "version": page.VERSION, "run": config.name, "step": step, "test": rows.paths, "samples": seen.samples,
         "layers": layers, "history": history.in_json(history.read(run_dir / "metrics.jsonl")),
-        "notes": rows.notes(overrides),
+        "notes": rows.notes(overrides) + ablation_notes, "beside": None if beside is None else beside.name,
     })  # fmt: skip
-    html = selection.fill(report, top_tokens, Media(rows), rows.modalities)
+    html = selection.fill(report, seen.top_tokens, Media(rows), rows.modalities)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for name, content in ((REPORT, text + "\n"), (PAGE, html)):
         with new_file(folder / name) as draft:
@@ -91,23 +109,47 @@ def write_report(
     return folder
 
 
-def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> tuple[int, tuple[RoutingStats, ...], TopTokens]:
-    """One pass of ``model`` over ``rows``: the number of samples, the sums of routing by layer, and each expert's
-    top-activating tokens. Recording does not change the model's outputs."""
+def _open_beside(run_dir: Path, config: RunConfig, device: str) -> MMMoE:
+    other, its, _ = load_model(run_dir, (), named_device(device))
+    stability.check_same_tokens(config, its, str(run_dir))
+    return other
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass over the held-out rows found: the sums of routing by layer, each expert's top-activating tokens,
+    and the experts' shares of the first samples, and of views of them."""
+
+    samples: int
+    routing: tuple[RoutingStats, ...]
+    top_tokens: TopTokens
+    shares: SampleShares
+    views: SampleShares
+
+
+def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> Pass:
+    """One pass of ``model`` over ``rows``, and over views of the first. Recording does not change the outputs."""
     stats: tuple[RoutingStats, ...] = ()
-    top_tokens, seen = TopTokens(top), 0
+    top_tokens, shares, views, seen = TopTokens(top), SampleShares(), SampleShares(MOST_VIEWS), 0
     settings = eval_settings(rows.config, rows.modalities)
     with torch.inference_mode(), watch(model) as decisions:
         for samples, positions in rows.samples():
             batch = pack(samples, settings, positions)
             stats = add_routing(stats, model(batch.to(device_of(model)))[1])
-            where = origins(samples, settings, positions)
-            top_tokens.add(decisions, token_info(batch, model.names), where, samples)
+            where, tokens = origins(samples, settings, positions), token_info(batch, model.names)
+            top_tokens.add(decisions, tokens, where, samples)
+            shares.add(decisions, tokens, where, samples)
             decisions.clear()
+            if not views.full:
+                changed = [view_of(its, rows.modalities, n) for its, n in zip(samples, positions, strict=False)]
+                batch = pack(changed, settings, positions)
+                model(batch.to(device_of(model)))
+                views.add(decisions, token_info(batch, model.names), origins(changed, settings, positions), changed)
+                decisions.clear()
             seen += len(samples)
     if not seen:
         raise ValueError(f"{', '.join(rows.paths)}: no held-out sample is left; check --test")
-    return seen, stats, top_tokens
+    return Pass(seen, stats, top_tokens, shares, views)
 
 
 def _summary(stats: RoutingStats, untrained: RoutingStats, config: RunConfig) -> dict[str, Any]:

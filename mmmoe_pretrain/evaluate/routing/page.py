@@ -52,6 +52,19 @@ HISTORY_KEYS = (
     "From metrics.jsonl. Change is the share of a modality's assignments that moved to other experts; some of it is "
     "noise, because every record is of another batch."
 )
+ABLATION_KEYS = (
+    "How much each held-out loss rises if tokens may not choose the expert, for all tokens and for those of one "
+    "modality; below 0 the loss falls. A dash: no token reaches the expert, which was not tried."
+)
+CONSISTENCY_KEYS = (
+    "Divergence: of the experts' shares of two samples' tokens (Jensen-Shannon, in bits: 0 equal, 1 no expert in "
+    "common). Same expert: how often both have the same most used expert. Views are a sample and a changed copy "
+    "(crops; of texts some pieces); paraphrases are two texts of what shows the same. Unlike: pairs that do not."
+)
+CONCEPT_KEYS = (
+    "Words of the texts and classes of samples that stand out among what an expert got of a modality, by log-odds "
+    "with a prior, with their z-scores. A sample counts by the share of its tokens that the expert got."
+)
 TOKEN_KEYS = (
     "The held-out tokens of an expert with the highest router probability, from different items if there are enough. "
     "A modality is omitted if the expert gets less than a tenth of an even share of it."
@@ -209,6 +222,10 @@ def _layer(
     yield f"<h4>Shares of each expert in layer {name}</h4>\n"
     yield f'<div class="slider" id="slider-{name}"></div>\n'
     yield _load_table(layer, top)
+    yield from _consistency(layer)
+    yield from _concepts(layer)
+    if "ablation" in layer:
+        yield from _ablation(layer)
     if history is not None:
         yield from _charts(history)
     yield from _experts(layer, media)
@@ -234,6 +251,61 @@ def _load_table(layer: dict[str, Any], top: float) -> str:
         f"the modality or task; even: {percent(1 / layer['experts'])}; darkest: {percent(top)} and more.</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>",
     )
+
+
+def _consistency(layer: dict[str, Any]) -> Iterator[str]:
+    """Of views and paraphrases by modality, and beside another run."""
+    if "beside" in layer:
+        parts = ", ".join(f"{text(name, 40)} {number(its, '.2f')}" for name, its in layer["beside"].items())
+        yield f"<p>Agreement with the other run's experts (adjusted mutual information, 1: the same): {parts}.</p>\n"
+    found = layer.get("consistency", {})
+    rows = [
+        [
+            f"{what}, {text(name, 40)}", f"{its['pairs']:,}", number(its["divergence"], ".3f"),
+            number(its["divergence_unlike"], ".3f"), percent(its["same_expert"]), percent(its["same_expert_unlike"]),
+        ]
+        for what, by_modality in found.items()
+        for name, its in by_modality.items()
+    ]  # fmt: skip
+    if rows:
+        heads = ["pairs of", "pairs", "divergence", "unlike", "same expert", "unlike"]
+        yield table(f"Consistency of routing in layer {layer['layer']}", heads, rows)
+        yield f'<p class="quiet">{CONSISTENCY_KEYS}</p>\n'
+
+
+def _concepts(layer: dict[str, Any]) -> Iterator[str]:
+    """A row an expert that has some: its words by modality."""
+    found = layer.get("concepts", [])
+    names = [name for name in layer["share"] if any(name in its for its in found)]
+    if not names:
+        return
+    yield f"<h4>Concepts of each expert in layer {layer['layer']}</h4>\n"
+    yield table(f"Concepts of each expert in layer {layer['layer']}", ["expert", *(text(m, 40) for m in names)], [
+        [
+            str(expert),
+            *(", ".join(f"{text(word, 40)} {z:.1f}" for word, z in its.get(name, ())) or "–" for name in names),
+        ]
+        for expert, its in enumerate(found)
+        if its
+    ])  # fmt: skip
+    yield f'<p class="quiet">{CONCEPT_KEYS}</p>\n'
+
+
+def _ablation(layer: dict[str, Any]) -> Iterator[str]:
+    """A row an expert: the rise of each loss without it."""
+    losses, without = layer["ablation"]["loss"], layer["ablation"]["without"]
+    masks = ["all", *(name for name in layer["share"] if any(name in of for of in without))]
+    columns = [(mask, loss) for mask in masks for loss in losses]
+    yield f"<h4>What is lost without each expert in layer {layer['layer']}</h4>\n"
+    heads = [f"{text(loss, 40)}, {'all tokens' if mask == 'all' else text(mask, 40)}" for mask, loss in columns]
+    yield table(f"Losses without each expert in layer {layer['layer']}", ["expert", *heads], [
+        ["none (the loss)", *(number(losses[loss], ".4g") if mask == "all" else "" for mask, loss in columns)],
+        *(
+            [str(expert), *(number(of.get(mask, {}).get(loss), "+.2g") for mask, loss in columns)]
+            for expert, of in enumerate(without)
+        ),
+    ])  # fmt: skip
+    yield f'<p class="quiet">{ABLATION_KEYS}</p>\n'
 
 
 def _charts(history: dict[str, Any]) -> Iterator[str]:
