@@ -22,6 +22,13 @@ class ImputeConfig(StrictModel):
     neighbours: int = Field(10, ge=0, le=1000)
 
 
+class LatentsConfig(StrictModel):
+    """``draws``: of each bound of a likelihood. ``rows``: held-out rows that are scored, spread evenly."""
+
+    draws: int = Field(16, ge=1, le=10_000)
+    rows: int = Field(1024, ge=1)
+
+
 class EvaluateConfig(StrictModel):
     """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
 
@@ -37,6 +44,8 @@ class EvaluateConfig(StrictModel):
 
     ``impute``: by representation, how `mmmoe evaluate` scores it where a modality is missing. Objectives of kind
     ``completion`` are scored without it, too.
+
+    ``latents``: how `mmmoe evaluate` scores objectives that generate modalities from latent numbers.
     """
 
     test: Paths = ()
@@ -51,6 +60,7 @@ class EvaluateConfig(StrictModel):
     min_items: int = Field(50, ge=1)
     cca: bool = False  # retrieval also after linear CCA of training samples
     impute: dict[str, ImputeConfig] = Field({})
+    latents: LatentsConfig = LatentsConfig()
     subsets: bool = False  # retrieval also by fused representations without some of their parts
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 

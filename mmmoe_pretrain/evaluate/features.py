@@ -8,6 +8,7 @@ Shapes: N rows, P the joint space, G segments with targets, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,20 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
         modalities=tuple(one for part in parts for one in part.modalities),
         damaged=sum(part.damaged for part in parts),
         projected={name: np.concatenate([part.projected[name] for part in parts]) for name in first.projected},
+    )
+
+
+def taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
+    """These rows in this order; targets are kept as they are."""
+    order = rows.tolist()
+    return dataclasses.replace(
+        data,
+        metas=tuple(data.metas[i] for i in order),
+        texts=tuple(data.texts[i] for i in order),
+        content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
+        features={name: features[rows] for name, features in data.features.items()},
+        modalities=tuple(data.modalities[i] for i in order),
+        projected={name: projected[rows] for name, projected in data.projected.items()},
     )
 
 
