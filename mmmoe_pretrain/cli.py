@@ -1,5 +1,5 @@
-"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``experts``,
-``align``, ``extend``, ``export`` and ``import``.
+"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``latents``,
+``experts``, ``align``, ``extend``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2, a full disk one and code 1; other errors are bugs and show their traceback.
@@ -156,6 +156,24 @@ def routing(
     from mmmoe_pretrain.evaluate.routing.command import routing_command
 
     routing_command(run, test or [], out, top, overrides or [], device, ablate, beside)
+
+
+@app.command()
+def latents(
+    run: Run,
+    overrides: Overrides = None,
+    test: Test = None,
+    out: Annotated[Path, typer.Option(callback=given, help="The folder of the page.")] = Path("latents"),
+    objective: Annotated[str, typer.Option(help="The objective that generates, where a run has several.")] = "",
+    samples: Annotated[int, typer.Option(help="Held-out samples that are shown.")] = 6,
+    steps: Annotated[int, typer.Option(help="Latent vectors on the way from one sample to the next.")] = 5,
+    device: Device = "auto",
+) -> None:
+    """Show what a run generates from latent numbers: images, sounds and texts from each other, and ways between them,
+    in one page: OUT/index.html."""
+    from mmmoe_pretrain.evaluate.latents_page import latents_command
+
+    latents_command(run, test or [], out, objective, samples, steps, overrides or [], device)
 
 
 @configs.command("upgrade")

@@ -55,6 +55,13 @@ class GenerateConfig(StrictModel):
         return self
 
 
+class LatentsConfig(StrictModel):
+    """``draws``: of each bound of a likelihood. ``rows``: held-out rows that are scored, spread evenly."""
+
+    draws: int = Field(16, ge=1, le=10_000)
+    rows: int = Field(1024, ge=1)
+
+
 class EvaluateConfig(StrictModel):
     """Held-out shards, how a class name becomes a text, and which rows make which score, by fields of their JSON.
 
@@ -73,6 +80,7 @@ class EvaluateConfig(StrictModel):
 
     ``generate``: by task, how `mmmoe evaluate` generates the texts of held-out samples and compares them with their
     own.
+    ``latents``: how `mmmoe evaluate` scores objectives that generate modalities from latent numbers.
     """
 
     test: Paths = ()
@@ -88,6 +96,7 @@ class EvaluateConfig(StrictModel):
     cca: bool = False  # retrieval also after linear CCA of training samples
     impute: dict[str, ImputeConfig] = Field({})
     generate: dict[str, GenerateConfig] = Field({})
+    latents: LatentsConfig = LatentsConfig()
     subsets: bool = False  # retrieval also by fused representations without some of their parts
     keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
 

@@ -8,6 +8,7 @@ Shapes: N rows, P the joint space, G segments with targets, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,21 @@ def joined(parts: Sequence[HeldOut]) -> HeldOut:
         class_logits={
             task: np.concatenate([part.class_logits[task] for part in parts]) for task in first.class_logits
         },
+    )
+
+
+def taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
+    """These rows in this order; targets are kept as they are."""
+    order = rows.tolist()
+    return dataclasses.replace(
+        data,
+        metas=tuple(data.metas[i] for i in order),
+        texts=tuple(data.texts[i] for i in order),
+        content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
+        features={name: features[rows] for name, features in data.features.items()},
+        modalities=tuple(data.modalities[i] for i in order),
+        projected={name: projected[rows] for name, projected in data.projected.items()},
+        class_logits={task: logits[rows] for task, logits in data.class_logits.items()},
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model, trained_module
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.evaluate import correlated, figures, imputation, report, routing_report, scores, subsets
+from mmmoe_pretrain.evaluate import correlated, figures, imputation, latents, report, routing_report, scores, subsets
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -59,7 +59,11 @@ def evaluate(
     bank = imputation.bank_of(model, rows, cases)
     data = collect(model, rows.batches(), correlated.sides_of_all(pairs))
     found, notes = _joined(
-        [*_score(data, model, rows, run_dir), *imputation.scores_of(data, model, rows, run_dir, cases, bank)]
+        [
+            *_score(data, model, rows, run_dir),
+            *imputation.scores_of(data, model, rows, run_dir, cases, bank),
+            *latents.scores_of(data, model, rows, run_dir),
+        ]
     )
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [

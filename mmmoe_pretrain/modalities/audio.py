@@ -27,6 +27,7 @@ from mmmoe_pretrain.kinds import READS
 from mmmoe_pretrain.modalities.audio_file import decoders, open_audio, read_mono
 from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
+from mmmoe_pretrain.modalities.audio_wave import wave_of_mel
 from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, quarantine
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.modalities.transforms import Transform, of_time
@@ -103,6 +104,20 @@ class Audio(Modality):
     def contents(self, value: np.ndarray) -> np.ndarray:
         frames = value.reshape(len(value), -1, self.settings.patch)
         return frames.swapaxes(0, 1).reshape(self.num_tokens(value), -1)
+
+    def rebuilt(self, content: np.ndarray) -> np.ndarray:
+        """See ``Modality.rebuilt``."""
+        frames = content.reshape(len(content), self.settings.n_mels, self.settings.patch)
+        return frames.swapaxes(0, 1).reshape(self.settings.n_mels, -1).astype(np.float32)
+
+    def audible(self, value: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """See ``Modality.audible``: phases are not in a log-mel spectrogram, and are made up."""
+        settings = self.settings
+        per_clip = settings.normalization == "per_clip"
+        log_energy = value * LOG_STD if per_clip else value * settings.std + settings.mean
+        filters = self._filters[NUM_WARPS // 2]
+        wave = wave_of_mel(10.0 ** (log_energy - log_energy.max()), filters, settings.n_fft, settings.hop_length)
+        return wave / max(1e-6, float(np.abs(wave).max(initial=0))), settings.sample_rate
 
     @property
     def content_size(self) -> int:

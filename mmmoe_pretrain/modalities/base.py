@@ -133,6 +133,20 @@ class Modality(abc.ABC):
         nothing was measured. Of kinds that are ``hideable`` and not ``predictable``."""
         raise NotImplementedError
 
+    def rebuilt(self, content: np.ndarray) -> np.ndarray:
+        """The value with this content: of ``contents``, or of discrete tokens their ids after the begin mark, up to
+        the first end mark. Of kinds that are ``hideable``."""
+        raise NotImplementedError
+
+    def words(self, value: np.ndarray) -> str | None:
+        """``value`` as a text; None where it is not one."""
+        return None
+
+    def audible(self, value: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """A sound as near as may be to ``value``, float32 [samples] between -1 and 1, and its rate; None for other
+        kinds."""
+        return None
+
     @property
     def transforms(self) -> Mapping[str, Transform]:
         """Changes of a value that make a view of it, by the name that a config gives."""

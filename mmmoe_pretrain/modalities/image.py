@@ -128,6 +128,14 @@ class Image(Modality):
         normalized = (value / 255 - mean[:, None, None]) / std[:, None, None]
         return self._patches(normalized.astype(np.float32))
 
+    def rebuilt(self, content: np.ndarray) -> np.ndarray:
+        """See ``Modality.rebuilt``; of square images."""
+        patch, count = self.settings.patch, self.settings.size // self.settings.patch
+        grid = content.reshape(count, count, 3, patch, patch).transpose(2, 0, 3, 1, 4)
+        mean, std = (np.broadcast_to(np.asarray(its), (3,)) for its in (self.settings.mean, self.settings.std))
+        shares = grid.reshape(3, count * patch, -1) * std[:, None, None] + mean[:, None, None]
+        return np.clip(np.round(255 * shares), 0, 255).astype(np.uint8)
+
     @property
     def content_size(self) -> int:
         return int(3 * self.settings.patch**2)

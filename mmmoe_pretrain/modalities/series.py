@@ -108,6 +108,11 @@ class Series(Modality):
     def contents(self, value: np.ndarray) -> np.ndarray:
         return self._patches(value).reshape(self.num_tokens(value), -1)
 
+    def rebuilt(self, content: np.ndarray) -> np.ndarray:
+        """See ``Modality.rebuilt``; normalised as the values are."""
+        patches = content.reshape(len(content), self.settings.channels, self.settings.patch)
+        return patches.swapaxes(0, 1).reshape(self.settings.channels, -1).astype(np.float32)
+
     @property
     def content_size(self) -> int:
         return int(self.settings.channels * self.settings.patch)

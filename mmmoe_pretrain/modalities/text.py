@@ -116,6 +116,13 @@ class Text(Modality):
         """See ``Modality.may_hide``: the pieces without the marks."""
         return np.arange(1, len(value) - 1)
 
+    def rebuilt(self, content: np.ndarray) -> np.ndarray:
+        """See ``Modality.rebuilt``; a text without an end mark gets one."""
+        marks = self.tokenizer
+        ends = np.flatnonzero(content == marks.eos_id)
+        pieces = content[: int(ends[0]) if len(ends) else self.settings.max_tokens]
+        return np.concatenate([[marks.bos_id], pieces, [marks.eos_id]]).astype(np.int64)
+
     @property
     def transforms(self) -> Mapping[str, Transform]:
         return TEXT
@@ -140,6 +147,9 @@ class Text(Modality):
 
     def describe(self, value: np.ndarray, token: int) -> dict[str, Any]:
         return {"piece": self._shown(int(value[token])), "of": self.tokenizer.decode(value)}
+
+    def words(self, value: np.ndarray) -> str | None:
+        return self.tokenizer.decode(value)
 
     def excerpt(self, value: np.ndarray, token: int) -> tuple[str, str, str] | None:
         """See ``Modality.excerpt``; at most ``CONTEXT`` characters on either side, and marks are named."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch, Item, Part, Sample, Segment
@@ -126,10 +127,11 @@ class Objective(abc.ABC):
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
     ``classes``: names of those that it tells apart, by a head of its own on its one representation.
     ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
-    that it predicts from them. ``generates``: the modalities of which a batch has the ``originals`` for it.
-    ``noise_size``: of random numbers that a batch has for each sample, functions of the run's seed, the sample's
-    global position and the objective. ``vocab_size``: of the run's tokenizer, where its module is made.
-    ``generated``: modalities whose values can be generated token by token.
+    that it predicts from them. ``generates``: the modalities of which a batch has the ``originals`` for it;
+    ``generates_given``: what it is told beside, by name, or nothing. ``noise_size``: of random numbers that a batch
+    has for each sample, functions of the run's seed, the sample's global position and the objective. ``vocab_size``:
+    of the run's tokenizer, where its module is made. ``generated``: modalities whose values can be generated token by
+    token.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -147,6 +149,7 @@ class Objective(abc.ABC):
     anchor_size: int = 0
     completed: tuple[tuple[str, ...], str] | None = None
     generates: tuple[str, ...] = ()
+    generates_given: str = ""
     noise_size: int = 0
     vocab_size: int = 0
     generated: tuple[str, ...] = ()
@@ -290,4 +293,40 @@ class ObjectiveModule(nn.Module):
 
     def surrogate(self, outputs: Outputs) -> Tensor:
         """A scalar of value 0 with the gradient of the step's loss."""
+        raise NotImplementedError
+
+
+class GenerativeModule(ObjectiveModule):
+    """Of an objective that ``generates``: what evaluation asks of it. ``features`` by representation, [B, P], of the
+    samples of ``batch``, which has ``originals``. A latent vector [B, L] is what modalities of a sample share."""
+
+    def bounds(
+        self, features: Mapping[str, Tensor], batch: Batch, draws: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B] each: lower bounds of log p of all modalities of a sample, in nats: the evidence lower bound and the
+        importance-weighted one of ``draws``; and bool, the samples that take part."""
+        raise NotImplementedError
+
+    def likelihood_given(
+        self,
+        target: str,
+        seen: Sequence[str],
+        features: Mapping[str, Tensor],
+        batch: Batch,
+        draws: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """[B] each: log of the mean likelihood of the ``target`` over ``draws`` of the posterior of the modalities
+        ``seen`` (none: of the prior), in nats; and bool, the samples that have all of them."""
+        raise NotImplementedError
+
+    def latent(self, seen: Sequence[str], features: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """[B, L]: the mean of the posterior of the modalities ``seen``."""
+        raise NotImplementedError
+
+    def generate(
+        self, target: str, z_BL: Tensor, features: Mapping[str, Tensor], batch: Batch, lengths: Sequence[int]
+    ) -> list[Tensor]:
+        """By sample, the most likely content of as many tokens (``lengths``) of modality ``target``: as that of
+        ``Originals``. What is of that modality alone is at the mean of the prior."""
         raise NotImplementedError

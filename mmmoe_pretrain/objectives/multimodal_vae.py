@@ -30,8 +30,8 @@ joint space, X inputs of an encoder head, W random numbers of a sample.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain.batch import Batch, send
 from mmmoe_pretrain.config.schedule import schedule_of, value_at
-from mmmoe_pretrain.objectives import gaussians
-from mmmoe_pretrain.objectives.base import ObjectiveModule, Outputs
+from mmmoe_pretrain.objectives.base import GenerativeModule, ObjectiveModule, Outputs
 from mmmoe_pretrain.objectives.domains import scaled
-from mmmoe_pretrain.objectives.gaussians import Bounds, Gaussian, product, standard
+from mmmoe_pretrain.objectives.gaussians import Bounds, Gaussian, standard, total_correlation
 from mmmoe_pretrain.objectives.latent_decoder import Decoder, GaussianHead, decoder_flops
+from mmmoe_pretrain.objectives.latent_posterior import Posterior, posteriors
 from mmmoe_pretrain.objectives.multimodal_vae_settings import PRODUCT, PRODUCTS, MultimodalVAESettings
 from mmmoe_pretrain.objectives.pooled import PooledObjective, present
 from mmmoe_pretrain.parallel.collectives import gather_rows
@@ -59,6 +59,7 @@ class MultimodalVAE(PooledObjective):
         super().__init__(*given)
         settings = self.settings
         self.generates = settings.modalities
+        self.generates_given = settings.representation or (settings.field[0] if settings.field else "")
         for name in settings.modalities:
             if not self.modalities[name].fixed_places:
                 raise ValueError(
@@ -167,25 +168,7 @@ def _subsets(joint: str, number: int) -> Iterator[tuple[bool, ...]]:
         yield from single
 
 
-@dataclass(frozen=True)
-class Posterior:
-    """``shared`` [Q, B, L]: of the subset [Q, B, M] of a sample's modalities, where ``valid`` [Q, B]. ``private`` by
-    modality, [B, its size]. ``condition`` [B, its size], which decoders see."""
-
-    shared: Gaussian
-    subset: Tensor
-    valid: Tensor
-    private: dict[str, Gaussian]
-    prior: Gaussian
-    condition: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """[Q, B]: one in all for each sample that has a valid pass."""
-        return self.valid / self.valid.sum(dim=0).clamp(min=1)
-
-
-class LatentModule(ObjectiveModule):
+class LatentModule(GenerativeModule):
     """Encoder heads, decoders, and the prior that a condition gives."""
 
     def __init__(self, objective: MultimodalVAE, embedding_size: int) -> None:
@@ -247,27 +230,18 @@ class LatentModule(ObjectiveModule):
     ) -> Posterior:
         """Of the modalities ``seen_BM`` of each sample. ``random_QBM``: more subsets."""
         condition_BX = self._condition(features, batch)
-        prior = self.prior(condition_BX)[0] if self.prior is not None else None
         heads = [
             self._encoder(part)(torch.cat([scaled(features[part]), condition_BX], dim=1))
             for part in self.settings.modalities
         ]
-        mean_BML, scale_BML = (torch.stack([getattr(head[0], key) for head in heads], 1) for key in ("mean", "scale"))
-        prior = prior or standard(mean_BML[:, 0])
+        experts = Gaussian(
+            *(torch.stack([getattr(head[0], key) for head in heads], dim=1) for key in ("mean", "scale"))
+        )
+        prior = self.prior(condition_BX)[0] if self.prior is not None else standard(experts.mean[:, 0])
         subset_QM = torch.tensor(self.objective.subsets, device=seen_BM.device)
-        subset_QBM = subset_QM[:, None] & seen_BM
-        whole_QB = (subset_QBM == subset_QM[:, None]).all(dim=-1)  # a product may lack some, a component not
-        if random_QBM is not None:
-            subset_QBM = torch.cat([subset_QBM, random_QBM & seen_BM])
-        experts = Gaussian(mean_BML, scale_BML)
-        if self.settings.joint == PRODUCT:
-            with_prior = Gaussian(
-                torch.cat([mean_BML, prior.mean[:, None]], dim=1), torch.cat([scale_BML, prior.scale[:, None]], dim=1)
-            )
-            shared = product(with_prior, torch.cat([subset_QBM, torch.ones_like(subset_QBM[..., :1])], dim=-1))
-            valid_QB = subset_QBM.any(dim=-1)
-        else:
-            shared, valid_QB = product(experts, subset_QBM), whole_QB
+        shared, subset_QBM, valid_QB = posteriors(
+            experts, prior, subset_QM, seen_BM, random_QBM, self.settings.joint == PRODUCT
+        )
         private = {part: head[1] for part, head in zip(self.settings.modalities, heads, strict=True) if len(head) > 1}
         return Posterior(shared, subset_QBM, valid_QB, private, prior, condition_BX)
 
@@ -284,16 +258,13 @@ class LatentModule(ObjectiveModule):
 
     def bounds(
         self, features: Mapping[str, Tensor], batch: Batch, draws: int, generator: torch.Generator
-    ) -> tuple[Bounds, Tensor]:
-        """[B]: of log p of all modalities of each sample, with beta 1; and bool [B], the samples that take part."""
-        passes, first = self.posterior(features, batch, self.objective.present(batch)), 1
-        if self.settings.joint != PRODUCT:
-            first = len(passes.valid)  # of a product: all modalities, the first pass
-        shared = Gaussian(passes.shared.mean[:first], passes.shared.scale[:first])
-        valid_KB, found = passes.valid[:first], []
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``GenerativeModule.bounds``; beta is 1, and no likelihood has another weight."""
+        passes = self._components(self.posterior(features, batch, self.objective.present(batch)))
+        found = []
         for _ in range(draws):
-            z_KBL = shared.at(_drawn(shared.mean, generator))
-            weight_KB = passes.prior.log_prob(z_KBL) - self._log_posterior(shared, valid_KB, z_KBL)
+            z_KBL = passes.shared.at(_drawn(passes.shared.mean, generator))
+            weight_KB = passes.prior.log_prob(z_KBL) - passes.log_prob(z_KBL)
             for number, part in enumerate(self.settings.modalities):
                 own = passes.private.get(part)
                 private_BL = None if own is None else own.at(_drawn(own.mean, generator))
@@ -302,18 +273,71 @@ class LatentModule(ObjectiveModule):
                     of_part_KB = of_part_KB + standard(private_BL).log_prob(private_BL) - own.log_prob(private_BL)
                 weight_KB = weight_KB + of_part_KB * self.objective.present(batch)[:, number]
             found.append(weight_KB)
-        return Bounds.of(torch.stack(found), valid_KB), valid_KB.any(dim=0)
+        bounds = Bounds.of(torch.stack(found), passes.valid)
+        return bounds.elbo, bounds.importance, passes.valid.any(dim=0)
 
-    def _log_posterior(self, shared: Gaussian, valid_KB: Tensor, z_KBL: Tensor) -> Tensor:
-        """[K, B]: the density of each draw under the equal mixture of all components."""
-        components = Gaussian(shared.mean[:, None], shared.scale[:, None])
-        return gaussians.mixture_log_prob(components, valid_KB[:, None], z_KBL)
+    def likelihood_given(
+        self,
+        target: str,
+        seen: Sequence[str],
+        features: Mapping[str, Tensor],
+        batch: Batch,
+        draws: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``GenerativeModule.likelihood_given``."""
+        passes, found = self._given(seen, features, batch), []
+        for _ in range(draws):
+            z_KBL = passes.shared.at(_drawn(passes.shared.mean, generator))
+            private_BL = self._prior_of_private(target, z_KBL[0], generator)
+            found.append(self.log_likelihood(target, z_KBL, private_BL, passes.condition, batch))
+        places = [self.settings.modalities.index(name) for name in {*seen, target}]
+        has_all_B = self.objective.present(batch)[:, places].all(dim=1)
+        return Bounds.of(torch.stack(found), passes.valid).importance, has_all_B
+
+    def latent(self, seen: Sequence[str], features: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """See ``GenerativeModule.latent``."""
+        passes = self._given(seen, features, batch)
+        return (passes.shared.mean * passes.weight[..., None]).sum(dim=0)
+
+    def generate(
+        self, target: str, z_BL: Tensor, features: Mapping[str, Tensor], batch: Batch, lengths: Sequence[int]
+    ) -> list[Tensor]:
+        """See ``GenerativeModule.generate``."""
+        private_BL = self._prior_of_private(target, z_BL, None)
+        z_QBZ = self.inputs(z_BL[None], private_BL, self._condition(features, batch))
+        samples_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+        places_N = torch.cat([torch.arange(0), *(torch.arange(length) for length in lengths)])
+        decoder = self.decoder(target)
+        (found,) = decoder(z_QBZ, samples_N.to(z_BL.device), places_N.to(z_BL.device))
+        return list((found.argmax(dim=-1) if decoder.discrete else found).split(list(lengths)))
+
+    def _given(self, seen: Sequence[str], features: Mapping[str, Tensor], batch: Batch) -> Posterior:
+        """The components of the posterior of these modalities of each sample; of none, the prior."""
+        present_BM = self.objective.present(batch)
+        if not seen:
+            passes = self._components(self.posterior(features, batch, present_BM))
+            prior = Gaussian(passes.prior.mean[None], passes.prior.scale[None])
+            return replace(passes.first, shared=prior, valid=passes.valid.any(dim=0, keepdim=True))
+        is_seen_M = torch.tensor([name in seen for name in self.settings.modalities], device=present_BM.device)
+        return self._components(self.posterior(features, batch, present_BM & is_seen_M))
+
+    def _components(self, passes: Posterior) -> Posterior:
+        """The passes that make one posterior: of a product the first, which is of all modalities that are seen."""
+        return passes.first if self.settings.joint == PRODUCT else passes
+
+    def _prior_of_private(self, part: str, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """[B, its size]: draws of the prior of a modality's own latent numbers, or without a generator its mean."""
+        if part not in self.settings.private:
+            return None
+        zeros = like.new_zeros(len(like), self.settings.private[part])
+        return zeros if generator is None else _drawn(zeros, generator)
 
     def _divergence(self, passes: Posterior, z_QBL: Tensor) -> Tensor:
         """[Q, B]: of each pass from the prior; of a mixture the share of its component, by a draw."""
         if self.settings.joint == PRODUCT:
             return passes.shared.kl(passes.prior)
-        return self._log_posterior(passes.shared, passes.valid, z_QBL) - passes.prior.log_prob(z_QBL)
+        return passes.log_prob(z_QBL) - passes.prior.log_prob(z_QBL)
 
     def _generated(self, passes: Posterior, batch: Batch, number: int) -> Tensor:
         """bool [Q, B]: whether each pass generates modality ``number``."""
@@ -323,13 +347,12 @@ class LatentModule(ObjectiveModule):
 
     def _total_correlation(self, passes: Posterior, z_QBL: Tensor, groups: Groups) -> Tensor:
         """The sum over samples; of a product of the posteriors of all modalities, of a mixture of all components."""
-        count = 1 if self.settings.joint == PRODUCT else len(z_QBL)
-        rows = [tensor[:count].flatten(0, 1) for tensor in (passes.shared.mean, passes.shared.scale)]
+        passes = self._components(passes)
+        rows = [tensor.flatten(0, 1) for tensor in (passes.shared.mean, passes.shared.scale)]
         atoms = Gaussian(*(gather_rows(row, groups.data) for row in rows))
-        valid_G = gather_rows(passes.valid[:count].flatten().to(torch.int64), groups.data).bool()
-        weight_QB = passes.weight if count > 1 else passes.valid[:1]
-        found_N = gaussians.total_correlation(z_QBL[:count].flatten(0, 1), atoms, valid_G)
-        return (weight_QB.flatten() * found_N).sum()
+        valid_G = gather_rows(passes.valid.flatten().to(torch.int64), groups.data).bool()
+        found_N = total_correlation(z_QBL[: len(passes.valid)].flatten(0, 1), atoms, valid_G)
+        return (passes.weight.flatten() * found_N).sum()
 
     def _encoder(self, part: str) -> GaussianHead:
         found = self.parts[part]

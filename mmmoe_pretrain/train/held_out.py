@@ -9,7 +9,6 @@ training samples, which pass through the model after the validation samples.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
@@ -36,7 +35,7 @@ from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.evaluate import correlated, scores
-from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined
+from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined, taken
 from mmmoe_pretrain.evaluate.scores import Pair
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.objectives import Objectives, Outputs
@@ -321,7 +320,7 @@ def _place(number: int, ends: np.ndarray) -> tuple[int, int]:
 def _in_order(ranks: Sequence[Part], count: int) -> HeldOut:
     """The first ``count`` samples by number, of all ranks."""
     numbers = np.concatenate([numbers for numbers, _ in ranks])
-    return _taken(joined([part for _, part in ranks]), np.argsort(numbers)[:count])
+    return taken(joined([part for _, part in ranks]), np.argsort(numbers)[:count])
 
 
 def _zeros(its: _Microbatch, objectives: Objectives) -> Outputs:
@@ -341,18 +340,3 @@ def _only(parts: list[Part]) -> Part | None:
     if not parts:
         return None
     return np.concatenate([numbers for numbers, _ in parts]), joined([part for _, part in parts])
-
-
-def _taken(data: HeldOut, rows: np.ndarray) -> HeldOut:
-    """These rows in this order; targets are kept as they are."""
-    order = rows.tolist()
-    return dataclasses.replace(
-        data,
-        metas=tuple(data.metas[i] for i in order),
-        texts=tuple(data.texts[i] for i in order),
-        content={name: tuple(names[i] for i in order) for name, names in data.content.items()},
-        features={name: features[rows] for name, features in data.features.items()},
-        modalities=tuple(data.modalities[i] for i in order),
-        projected={name: projected[rows] for name, projected in data.projected.items()},
-        class_logits={task: logits[rows] for task, logits in data.class_logits.items()},
-    )
