@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import StreamPlan, plan_stream
@@ -29,7 +29,9 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
-BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", PARTS)
+BY_MODALITY = (
+    "embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", "code_heads", PARTS,
+)  # fmt: skip
 NO_FACTORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -38,7 +40,8 @@ class MMMoE(nn.Module):
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
     has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``) and
-    with ``missing: bank`` its bank, a language head where one predicts tokens, and a content head for each modality
+    with ``missing: bank`` its bank, a language head where one predicts tokens of the tokenizer, a code head for each
+    modality with a vocabulary of its own of which one predicts tokens, and a content head for each modality
     whose contents one predicts, or a decoder where these are not in the stream.
     """
 
@@ -77,8 +80,10 @@ class MMMoE(nn.Module):
             heads = {name: nn.Linear(fusion.width, joint, bias=False) for name, fusion in fusions.items()}
             self.fusions, self.joint_heads = nn.ModuleDict(fusions), nn.ModuleDict(heads)
             self.banks = nn.ModuleDict({name: Bank(settings, hidden) for name, settings in banked.items()})
-            if self.objectives.predicting:
+            if OF_TOKENIZER in self.objectives.vocabularies:
                 self.language_head = vocab_head(hidden, vocab_size, groups)
+            own = {name: config.modalities[name].vocabulary for name in self.objectives.vocabularies if name}
+            self.code_heads = nn.ModuleDict({name: vocab_head(hidden, size, groups) for name, size in own.items()})
             plain = [its for its in self.objectives.values() if not its.decoder_layers]
             sizes = {name: modalities[name].content_size for its in plain for name in its.contents.values()}
             self.content_heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in sizes.items()})
@@ -209,9 +214,29 @@ class MMMoE(nn.Module):
         found = {}
         for task in self.objectives.predicting:
             targets = batch.targets[task]
-            logits_NV = self.language_head(x_nD.index_select(0, targets.rows)).float()
-            found[task] = vocab_cross_entropy(logits_NV, targets.ids, self.groups)
+            x_ND = x_nD.index_select(0, targets.rows)
+            if not targets.of_vocabulary:
+                found[task] = vocab_cross_entropy(self.token_logits(x_ND), targets.ids, self.groups)
+                continue
+            nll = []
+            for name, which in targets.of_vocabulary.items():  # also those of no target: every rank calls each head
+                logits_NV = self.token_logits(x_ND.index_select(0, which), name)
+                nll.append(vocab_cross_entropy(logits_NV, targets.ids.index_select(0, which), self.groups))
+            places = torch.cat(list(targets.of_vocabulary.values()))
+            found[task] = torch.zeros_like(places, dtype=torch.float32).index_copy(0, places, torch.cat(nll))
         return found
+
+    @property
+    def token_heads(self) -> list[nn.Module]:
+        """The language head and those of codes, of the last stage."""
+        if not self.stage.last:
+            return []
+        return [*filter(None, [self.language_head]), *self.code_heads.values()]
+
+    def token_logits(self, x_ND: Tensor, vocabulary: str = OF_TOKENIZER) -> Tensor:
+        """This rank's share of the logits [N, V], fp32, of the tokens of a vocabulary, from the trunk's output."""
+        head = self.language_head if vocabulary == OF_TOKENIZER else self.code_heads[vocabulary]
+        return cast(Tensor, head(x_ND)).float()
 
 
 def _segment_means(x_nD: Tensor, batch: Batch) -> Tensor:

@@ -263,8 +263,8 @@ class PretrainingModel(nn.Module):
         for name, parameter in self.mmmoe.trunk.named_parameters():
             if not is_vector(parameter) and ".router." not in name:
                 parameter.data = parameter.data.to(dtype)
-        if self.mmmoe.language_head is not None:
-            for parameter in self.mmmoe.language_head.parameters():
+        for head in self.mmmoe.token_heads:
+            for parameter in head.parameters():
                 parameter.data = parameter.data.to(dtype)
 
 

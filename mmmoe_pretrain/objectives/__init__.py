@@ -99,6 +99,11 @@ class Objectives(dict[str, Objective]):
         return tuple(name for name, objective in self.items() if objective.predicts)
 
     @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Those of which some token is predicted; each has a head."""
+        return tuple(dict.fromkeys(name for objective in self.values() for name in objective.vocabularies))
+
+    @property
     def contents(self) -> dict[str, str]:
         """The losses that predict contents of hidden tokens, each with the modality."""
         return {loss: name for objective in self.values() for loss, name in objective.contents.items()}

@@ -146,7 +146,7 @@ def part_of_model(parameter: str) -> str:
             return SHARED
         case ["trunk", "blocks", _, "ffn", *_]:
             return DENSE
-        case ["banks" | "fusions" | "joint_heads" | "language_head", *_]:
+        case ["banks" | "fusions" | "joint_heads" | "language_head" | "code_heads", *_]:
             return HEADS
     return OTHERS  # norms, modality embeddings, and what objectives learn
 
