@@ -1,4 +1,5 @@
 """Corpora, manifests, shards and tokenizers: everything before training (``mmmoe-data``).
 
-Needs no GPU, no torch and no distributed runtime; ``docs/data_format.md`` says what it writes.
+Needs no GPU and no distributed runtime, and torch only where it trains a network (``codes``);
+``docs/data_format.md`` says what it writes.
 """

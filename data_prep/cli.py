@@ -323,6 +323,51 @@ def words(
         work.run(paths, out, split, tuple(filter or ()), options, overwrite, as_json)
 
 
+@app.command(epilog="Example: mmmoe-data codes data/shards --modality image --setting size=48 --out data/codes.npz")
+def codes(
+    paths: Annotated[
+        list[str], typer.Argument(callback=given, help="Shards, manifests, tables or folders, in any mix.")
+    ],
+    modality: Annotated[str, typer.Option(help="The kind of the files to read: image or audio.")],
+    out: Annotated[Path, typer.Option(callback=given, help="The .npz file to write.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the kind's settings in a config, such as size=48 (may be repeated)."),
+    ] = None,
+    patch: Annotated[
+        str, typer.Option(help="ROWSxCOLUMNS of a code: pixels, or bands x frames; one number for both.")
+    ] = "",
+    levels: Annotated[str, typer.Option(help="Values of each quantized channel; their product is the codes.")] = (
+        "8,5,5,5"
+    ),
+    width: Annotated[int, typer.Option(help="Channels of the network.")] = 32,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Values of a step.")] = 32,
+    rate: Annotated[float, typer.Option(help="Learning rate, which falls to 0.")] = 4e-3,
+    max_values: Annotated[
+        int, typer.Option(help="Of more distinct files, as many are taken by their hash: always the same.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 1,
+    split: Annotated[
+        str, typer.Option(help="The split to train on; samples that name none belong to train.")
+    ] = "train",
+    held_out: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    filter: o.Filter = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Train a discrete tokenizer of images or audio (FSQ) on the files of a split, and measure it on another."""
+    from mmmoe_pretrain.data_prep import codes as work
+
+    options = work.CodesOptions(
+        work.numbers_of("--levels", levels, ","), work.patch_of(patch, modality), width, steps, batch, rate,
+        max_values, seed,
+    )  # fmt: skip
+    with kept(f"{out} was not written; repeat the command"):
+        work.run(paths, out, modality, tuple(setting or ()), split, held_out, tuple(filter or ()), options, overwrite,
+                 as_json)  # fmt: skip
+
+
 @app.command(epilog="Example: mmmoe-data index data/shards/train s3://bucket/more --workers 8")
 def index(
     specs: Annotated[

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # a target that takes no part in a loss
+OF_TOKENIZER = ""  # among vocabularies, which else have the name of their modality
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,14 @@ class Spans:
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of one task: int64 [N] rows of the stream, and the token that follows each."""
+    """The targets of one task: int64 [N] rows of the stream, and the token that follows each.
+
+    ``of_vocabulary``: where some are not ids of the tokenizer, int64 [n] by vocabulary, which of the N are ids of it;
+    vocabularies are ``OF_TOKENIZER`` and the modalities that have their own."""
 
     rows: Tensor
     ids: Tensor
+    of_vocabulary: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.rows.shape[0]

@@ -85,6 +85,8 @@ MODALITIES = Kinds(
         "audio": "mmmoe_pretrain.modalities.audio:Audio",
         "text": "mmmoe_pretrain.modalities.text:Text",
         "series": "mmmoe_pretrain.modalities.series:Series",
+        "image_codes": "mmmoe_pretrain.modalities.image_codes:ImageCodes",
+        "audio_codes": "mmmoe_pretrain.modalities.audio_codes:AudioCodes",
     },
 )
 
@@ -103,6 +105,8 @@ READS = {
     "audio": Reads(("flac", "ogg", "oga", "opus", "wav", "wave", "mp3")),
     "text": Reads(("txt", "text", "caption"), "text"),
     "series": Reads(("npy", "csv")),
+    "image_codes": Reads(),  # files of images, where a run asks for their codes
+    "audio_codes": Reads(),
 }
 OBJECTIVES = Kinds(
     "objective kind",

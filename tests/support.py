@@ -175,7 +175,7 @@ def random_sample(seed: int, has: str, config: RunConfig) -> Sample:
     for name, modality in build_modalities(config.modalities, decoding=False).items():
         if name[0] not in has:
             continue
-        if modality.predictable:
+        if modality.needs_tokenizer:
             raw = f"{WORDS[seed % 7]} {WORDS[seed % 5 + 3]}"
             value = np.asarray([BEGIN, *rng.integers(4, config.model.vocab_size, int(rng.integers(1, 8))), END])
         else:

@@ -23,7 +23,7 @@ from mmmoe_pretrain.checkpoint.store import (
     write_state,
 )
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.config.base import ObjectiveSettings
+from mmmoe_pretrain.config.base import FileSettings
 from mmmoe_pretrain.config.upgrade import needs_upgrade
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.objectives import Objective, ObjectiveModule, objectives_of
@@ -35,12 +35,11 @@ EXAMPLE = "give the folder of a run that saved one, e.g. runs/demo"
 
 def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run whose folder may have been moved, with ``key=value`` overrides. The tokenizer and the files
-    of objectives are the run's own copies, where it has them and no override names others."""
+    of modalities and objectives are the run's own copies, where it has them and no override names others."""
     if not (run_dir / CONFIG).is_file():
         raise ValueError(f"no run in {run_dir}: it has no {CONFIG}; {EXAMPLE}")
     config = run_config.load(run_dir / CONFIG, tuple(overrides))
-    if not any(override.startswith("objectives") for override in overrides):
-        config = with_copies(config, run_dir)
+    config = with_copies(config, run_dir, overrides)
     if names_tokenizer(overrides) or not (run_dir / TOKENIZER).is_file():
         return config
     return with_tokenizer(config, run_dir / TOKENIZER)
@@ -50,21 +49,24 @@ def names_tokenizer(overrides: Sequence[str]) -> bool:
     return any(override.partition("=")[0] in ("data", "data.tokenizer") for override in overrides)
 
 
-def copy_of(name: str, settings: ObjectiveSettings) -> str:
-    """What a run calls its copy of the file that the objective ``name`` reads."""
-    return f"objectives.{name}{Path(settings.file).suffix}"
+def copy_of(place: str, settings: FileSettings) -> str:
+    """What a run calls its copy of the file that the entry at ``place`` reads (``RunConfig.files``)."""
+    return f"{place}{Path(settings.file).suffix}"
 
 
-def with_copies(config: RunConfig, run_dir: Path, only_missing: bool = False) -> RunConfig:
-    """The config with the copies in ``run_dir``, where they are there, as the files that objectives read;
-    ``only_missing``: of those that are missing where the config has them."""
-    copies = {name: run_dir / copy_of(name, its) for name, its in config.objectives.items() if its.file}
-    changed = {
-        name: config.objectives[name].model_copy(update={config.objectives[name].file_setting: str(copy)})
-        for name, copy in copies.items()
-        if copy.is_file() and not (only_missing and Path(config.objectives[name].file).is_file())
-    }
-    return config.with_objectives(changed)
+def with_copies(
+    config: RunConfig, run_dir: Path, overrides: Sequence[str] = (), only_missing: bool = False
+) -> RunConfig:
+    """The config with the copies in ``run_dir``, where they are there, as the files that its entries read, except for
+    those that ``overrides`` name; ``only_missing``: of those that are missing where the config has them."""
+    keys = [override.partition("=")[0] for override in overrides]
+    changed = {}
+    for place, its in config.files.items():
+        copy, key = run_dir / copy_of(place, its), f"{place}.{its.file_setting}"
+        named = any(f"{key}.".startswith(f"{other}.") for other in keys)
+        if copy.is_file() and not named and not (only_missing and Path(its.file).is_file()):
+            changed[place] = its.model_copy(update={its.file_setting: str(copy)})
+    return config.with_entries(changed)
 
 
 def with_tokenizer(config: RunConfig, path: Path) -> RunConfig:

@@ -181,10 +181,27 @@ def check_missing(
         )
 
 
+class FileSettings(StrictModel):
+    """Settings that may name a file, of which a run keeps a copy."""
+
+    # The setting that names it; the setting ``fingerprint`` is that file's.
+    file_setting: ClassVar[str] = ""
+
+    @property
+    def file(self) -> str:
+        """The path that ``file_setting`` has; empty without."""
+        return str(getattr(self, self.file_setting)) if self.file_setting else ""
+
+    def with_file(self) -> Self:
+        """The settings with the fingerprint of its file. Raises ValueError where that cannot be read, or is not the
+        one that the run started with."""
+        return self
+
+
 NOT_OF_THE_MODEL = ("members", "field", "dropout_share", "withheld_share")  # of a modality's settings
 
 
-class ModalitySettings(StrictModel):
+class ModalitySettings(FileSettings):
     """The settings of every modality. A kind adds its own.
 
     ``members``: the extensions of the files that are read as this modality, such as ``left.png``; of those that a
@@ -212,6 +229,11 @@ class ModalitySettings(StrictModel):
         if any(share > 1 for _, share in schedule):
             raise ValueError(f"dropout_share {self.dropout_share} is a share of the samples, at most 1; e.g. 0.3")
         return self
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of its own, which a table and a head of its own have; 0: discrete tokens are ids of the tokenizer."""
+        return 0
 
     @property
     def may_be_lost(self) -> bool:
@@ -319,12 +341,9 @@ def representation_settings(values: Any) -> Any:
 Head = Annotated[str | None, BeforeValidator(lambda name: None if name is None else check_name(name))]
 
 
-class ObjectiveSettings(StrictModel):
+class ObjectiveSettings(FileSettings):
     """The settings of every objective. ``weight``: of its loss in the total, or a schedule such as
     ``[[0, 0.0], [1000, 0.25]]``."""
-
-    # The setting that names a file, of which a run keeps a copy; the setting ``fingerprint`` is that file's.
-    file_setting: ClassVar[str] = ""
 
     kind: str
     weight: Weight = 1.0
@@ -377,16 +396,6 @@ class ObjectiveSettings(StrictModel):
     ) -> None:
         """Raises ValueError where the settings of the objective ``name`` name what is not there. ``representations``:
         every one with its modalities, those that are a modality included."""
-
-    @property
-    def file(self) -> str:
-        """The path that ``file_setting`` has; empty without."""
-        return str(getattr(self, self.file_setting)) if self.file_setting else ""
-
-    def with_file(self) -> ObjectiveSettings:
-        """The settings with the fingerprint of its file. Raises ValueError where that cannot be read, or is not the
-        one that the run started with."""
-        return self
 
     def of_every_sample(self) -> ObjectiveSettings:
         """The settings for held-out samples, without random draws."""

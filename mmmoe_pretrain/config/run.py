@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import (
+    FileSettings,
     FolderText,
     ModalitySettings,
     ObjectiveSettings,
@@ -249,13 +250,30 @@ class RunConfig(StrictModel):
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
-    def with_objectives(self, changed: Mapping[str, ObjectiveSettings]) -> RunConfig:
-        """The config with other settings of some objectives."""
-        return self.model_copy(update={"objectives": {**self.objectives, **changed}})
+    @property
+    def files(self) -> dict[str, FileSettings]:
+        """The entries of modalities and objectives that read a file, each by its place (``objectives.NAME``)."""
+        sections: dict[str, Mapping[str, FileSettings]] = {}
+        sections |= {"modalities": self.modalities, "objectives": self.objectives}
+        every = {f"{section}.{name}": its for section, entries in sections.items() for name, its in entries.items()}
+        return {place: its for place, its in every.items() if its.file}
+
+    @property
+    def used_files(self) -> dict[str, FileSettings]:
+        """Those that are not of an objective without weight."""
+        return {place: its for place, its in self.files.items() if not isinstance(its, ObjectiveSettings) or its.on}
+
+    def with_entries(self, changed: Mapping[str, FileSettings]) -> RunConfig:
+        """The config with other settings of some entries, by place."""
+        sections: dict[str, dict[str, FileSettings]] = {}
+        for place, its in changed.items():
+            section, _, name = place.partition(".")
+            sections.setdefault(section, dict(getattr(self, section)))[name] = its
+        return self.model_copy(update=sections)
 
     def with_files(self) -> RunConfig:
-        """The config with the fingerprints of the files that objectives read (``ObjectiveSettings.with_file``)."""
-        return self.with_objectives({name: its.with_file() for name, its in self.objectives.items() if its.on})
+        """The config with the fingerprints of the files that its entries read (``FileSettings.with_file``)."""
+        return self.with_entries({place: its.with_file() for place, its in self.used_files.items()})
 
     @property
     def run_dir(self) -> Path:

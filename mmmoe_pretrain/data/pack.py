@@ -18,6 +18,7 @@ import xxhash
 
 from mmmoe_pretrain.batch import (
     IGNORE,
+    OF_TOKENIZER,
     Anchors,
     AttentionBlocks,
     Batch,
@@ -87,6 +88,7 @@ class _Predicted:
     loss."""
 
     ids: dict[str, _Pairs]
+    modalities: dict[str, list[tuple[str, int]]]  # by task, of the runs of targets, each with its length
     contents: dict[str, _Pairs]
     # Of contents that follow each other: their number, and the start and length of their segment.
     seen: dict[str, list[tuple[int, int, int]]]
@@ -96,6 +98,7 @@ class _Predicted:
         sizes = {loss: settings.modalities[name].content_size for loss, name in settings.objectives.contents.items()}
         return cls(
             {task: [(_int64([]), _int64([]))] for task in settings.objectives.predicting},
+            {task: [] for task in settings.objectives.predicting},
             {loss: [(_int64([]), np.zeros((0, size), dtype=np.float32))] for loss, size in sizes.items()},
             {loss: [] for objective in settings.objectives.values() if objective.decoder_layers
              for loss in objective.contents},
@@ -106,6 +109,7 @@ class _Predicted:
         if part.targets is not None:
             within = np.flatnonzero(part.targets != IGNORE)
             self.ids[task].append((first_row + within, part.targets[within]))
+            self.modalities[task].append((modality, len(within)))
         if part.contents is not None:
             assert part.hidden is not None
             rows = first_row + np.flatnonzero(part.hidden)
@@ -115,6 +119,16 @@ class _Predicted:
         """``span``: start and length of its segment."""
         self.contents[f"{task}/{modality}"].append((left.numbers, left.contents))
         self.seen[f"{task}/{modality}"].append((len(left.numbers), *span))
+
+    def targets_of(self, task: str, objective: Objective) -> Targets:
+        rows, ids = _joined(self.ids[task])
+        if objective.vocabularies in ((), (OF_TOKENIZER,)):
+            return Targets(rows, ids)
+        numbers = {name: number for number, name in enumerate(objective.vocabularies)}
+        which = [numbers[name if name in numbers else OF_TOKENIZER] for name, _ in self.modalities[task]]
+        vocabulary_N = np.repeat(_int64(which), _int64([length for _, length in self.modalities[task]]))
+        of = {name: np.flatnonzero(vocabulary_N == number) for name, number in numbers.items()}
+        return Targets(rows, ids, _tensors(of))
 
     def contents_of(self, loss: str) -> Contents:
         seen = None
@@ -162,7 +176,7 @@ def pack(
         task_ids=torch.from_numpy(_int64(runs.task)),
         sample_ids=torch.from_numpy(_int64(runs.sample)),
         attention=AttentionBlocks(tuple(length for length, _ in runs.blocks), tuple(full for _, full in runs.blocks)),
-        targets={task: Targets(*_joined(pairs)) for task, pairs in predicted.ids.items()},
+        targets={task: predicted.targets_of(task, settings.objectives[task]) for task in predicted.ids},
         contents={loss: predicted.contents_of(loss) for loss in predicted.contents},
         anchors={name: _anchors(samples, its) for name, its in settings.objectives.items() if its.anchor_size},
         pooled=_tensors(pooled),

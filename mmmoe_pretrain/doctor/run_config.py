@@ -54,8 +54,7 @@ def data(peer: Peer) -> dict[str, Any]:
     files = [("data.train", path) for path in paths if Path(path).exists()]
     if tokenizer := peer.read_config.data.tokenizer:
         files.append(("data.tokenizer", tokenizer))
-    objectives = peer.read_config.objectives.items()
-    files += [(f"objectives.{name}.{its.file_setting}", its.file) for name, its in objectives if its.file]
+    files += [(f"{place}.{its.file_setting}", its.file) for place, its in peer.read_config.files.items()]
     for key, path in files:
         if not Path(path).exists():
             missing.append(f"{key} {_where(path)} is not there")

@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch, Item, Sample, SampleMeta, Targets
+from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.moe.stats import RoutingStats
 from mmmoe_pretrain.objectives import Objectives, Outputs
@@ -28,8 +29,8 @@ Batches = Iterable[tuple[Batch, Sequence[Sample]]]
 
 @dataclass(frozen=True)
 class Predicted:
-    """The likelihoods of one task: sums over each segment with targets, and the count of each token id among all
-    targets."""
+    """The likelihoods of one task's targets of one vocabulary: sums over each segment with targets, and the count of
+    each token id among all targets."""
 
     nll_G: np.ndarray
     tokens_G: np.ndarray
@@ -57,7 +58,7 @@ class HeldOut:
     texts: tuple[str, ...]  # the first of each sample; equal texts are equal strings; "" where there is none
     content: dict[str, tuple[str, ...]]  # representation -> name of its content, "" where the row has none
     features: dict[str, np.ndarray]  # representation -> float32 [N, P], unit rows
-    predicted: dict[str, Predicted]  # by task
+    predicted: dict[str, Predicted]  # by task (``name_of``)
     routing: tuple[RoutingStats, ...]
     damaged: int = 0  # rows that could not be decoded
     modalities: tuple[frozenset[str], ...] = ()  # that each row has
@@ -151,7 +152,7 @@ def content_name(item: Item) -> str:
 def _of_batch(model: MMMoE, batch: Batch, samples: Sequence[Sample], projected: tuple[str, ...]) -> HeldOut:
     outputs, routing = model(batch.to(device_of(model)))
     its = contents(batch, samples, model.objectives)
-    found = held_out(outputs, batch, its, model.config.model.vocab_size, routing, projected)
+    found = held_out(outputs, batch, its, vocabularies_of(model.config), routing, projected)
     for name, rows in found.features.items():
         if not (finite := np.isfinite(rows).all(axis=1)).all():
             key = batch.metas[int(np.flatnonzero(~finite)[0])].key
@@ -182,19 +183,18 @@ def held_out(
     outputs: Outputs,
     batch: Batch,
     its: Contents,
-    vocab_size: int,
+    vocabularies: Mapping[str, int],
     routing: tuple[RoutingStats, ...] = (),
     projected: tuple[str, ...] = (),
 ) -> HeldOut:
-    """What the scores need of ``outputs``, those of ``batch``, which is on the host and has the contents ``its``."""
+    """What the scores need of ``outputs``, those of ``batch``, which is on the host and has the contents ``its``.
+    ``vocabularies``: the sizes of all (``vocabularies_of``)."""
     return HeldOut(
         metas=its.metas,
         texts=its.texts,
         content=its.content,
         features={name: _numpy(tensor) for name, tensor in outputs.features.items()},
-        predicted={
-            task: sums_of_targets(batch, task, nll_N, vocab_size) for task, nll_N in outputs.token_nll.items()
-        },
+        predicted=_predicted(outputs, batch, vocabularies),
         routing=routing,
         modalities=its.modalities,
         damaged=its.damaged,
@@ -203,9 +203,33 @@ def held_out(
     )
 
 
-def sums_of_targets(batch: Batch, task: str, nll_N: Tensor, vocab_size: int) -> Predicted:
-    """The negative log-likelihoods of the targets of ``task``, summed by segment."""
-    targets = batch.targets[task]
+def vocabularies_of(config: RunConfig) -> dict[str, int]:
+    """The size of each vocabulary (``batch.Targets``)."""
+    own = {name: its.vocabulary for name, its in config.modalities.items() if its.vocabulary}
+    return {OF_TOKENIZER: config.model.vocab_size, **own}
+
+
+def name_of(task: str, vocabulary: str) -> str:
+    """What the scores of a task are called whose targets are of this vocabulary."""
+    return f"{task}[{vocabulary}]" if vocabulary else task
+
+
+def _predicted(outputs: Outputs, batch: Batch, vocabularies: Mapping[str, int]) -> dict[str, Predicted]:
+    """By task, and of targets that are not the tokenizer's by ``name_of``: likelihoods of a token are compared within
+    a vocabulary."""
+    found = {}
+    for task, nll_N in outputs.token_nll.items():
+        targets = batch.targets[task]
+        every = {OF_TOKENIZER: torch.arange(len(targets))}
+        for vocabulary, which in (targets.of_vocabulary or every).items():
+            part = Targets(targets.rows[which], targets.ids[which])
+            own = nll_N[which.to(nll_N.device)]
+            found[name_of(task, vocabulary)] = sums_of_targets(batch, part, own, vocabularies[vocabulary])
+    return found
+
+
+def sums_of_targets(batch: Batch, targets: Targets, nll_N: Tensor, vocab_size: int) -> Predicted:
+    """The negative log-likelihoods of ``targets``, some of those of a task in ``batch``, summed by segment."""
     segment_ids = batch.segment_ids.numpy()
     segments, segment_N = np.unique(segment_ids[targets.rows.numpy()], return_inverse=True)
     first_G = np.searchsorted(segment_ids[: batch.num_valid], segments)  # segments rise along the stream

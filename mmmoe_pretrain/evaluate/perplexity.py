@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmmoe_pretrain.batch import IGNORE
+from mmmoe_pretrain.batch import IGNORE, OF_TOKENIZER
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
+from mmmoe_pretrain.evaluate.features import name_of, vocabularies_of
 from mmmoe_pretrain.evaluate.retrieval import Z95
 from mmmoe_pretrain.modalities import Modalities
 
@@ -67,19 +68,26 @@ def unigram_perplexity(heldout_V: np.ndarray, train_V: np.ndarray) -> float:
 def count_train_targets(
     config: RunConfig, modalities: Modalities, limit: int = MAX_SAMPLES
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The count of each token id as a target [V], by task; and the number of samples read."""
+    """The count of each token id as a target [V], by task (``features.name_of``); and the number of samples read."""
     # With a limit the lengths of images and audio decide which texts a document keeps.
     if config.data.max_tokens_per_document is None:
         modalities = _of_targets_alone(modalities)
     settings = eval_settings(config, modalities)
-    counts = {task: np.zeros(modalities.vocab_size, dtype=np.int64) for task in settings.objectives.predicting}
+    sizes, tasks = vocabularies_of(config), settings.objectives.predicting
+    counts = {
+        name_of(task, vocabulary): np.zeros(sizes[vocabulary], dtype=np.int64)
+        for task in tasks
+        for vocabulary in settings.objectives[task].vocabularies
+    }
     read = 0
     for i, sample in training_samples(config, modalities, limit, "counting the tokens"):
         read += 1
-        for task, counts_V in counts.items():
+        for task in tasks:
             for segment in settings.objectives[task].segments(sample, settings.generator(i, task)):
                 for part in segment.parts:
                     if part.targets is not None:
+                        name = sample.items[part.item].modality
+                        counts_V = counts[name_of(task, name if config.modalities[name].vocabulary else OF_TOKENIZER)]
                         ids = part.targets[part.targets != IGNORE]
                         counts_V += np.bincount(ids, minlength=len(counts_V))
     return counts, read

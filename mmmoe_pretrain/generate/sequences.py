@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmmoe_pretrain.batch import Batch, send
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch, send
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.cache import KeyValueCache
 from mmmoe_pretrain.models.mmmoe import MMMoE
@@ -56,7 +56,7 @@ class Sequences:
         self._place_S = send(torch.tensor(places, dtype=torch.int64), device)
         self._position_S = batch.positions.index_select(0, last_S) + 1
         self._tokens = _rows(token_info(batch, model.names), last_S)
-        self.logits_SV = model.next_logits(task, x_nD.index_select(0, last_S))
+        self.logits_SV = self._logits(x_nD.index_select(0, last_S))
 
     def append(self, ids_S: Tensor) -> None:
         """Append a token to every sequence."""
@@ -64,7 +64,11 @@ class Sequences:
         tokens = dataclasses.replace(self._tokens, keys_n=ids_S)
         x_SD = self._model.append(self._modality.name, inputs, tokens, self._position_S, self._cache)
         self._place_S, self._position_S = self._place_S + 1, self._position_S + 1
-        self.logits_SV = self._model.next_logits(self._task, x_SD)
+        self.logits_SV = self._logits(x_SD)
+
+    def _logits(self, x_SD: Tensor) -> Tensor:
+        own = self._modality.settings.vocabulary
+        return self._model.token_logits(self._task, x_SD, self._modality.name if own else OF_TOKENIZER)
 
     def select(self, rows_R: Tensor) -> None:
         """Keep these sequences, in this order; a sequence may be kept several times."""

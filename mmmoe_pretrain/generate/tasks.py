@@ -60,7 +60,8 @@ class Task:
         self._number = list(settings.objectives).index(name)  # of the task, among all of the run
         pieces = self.modality.max_tokens - len(self.modality.marks)
         self.limit = min(how.max_tokens or pieces, pieces)
-        self._allowed = torch.from_numpy(self.modality.may_follow(model.config.model.vocab_size))
+        size = self.modality.settings.vocabulary or model.config.model.vocab_size
+        self._allowed = torch.from_numpy(self.modality.may_follow(size))
 
     @property
     def ways(self) -> list[set[str]]:

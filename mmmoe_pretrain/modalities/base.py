@@ -194,6 +194,11 @@ class Modality(abc.ABC):
         ``describe`` then gives the ``seconds`` at which a token begins and ends in it."""
         return None
 
+    def render(self, ids: np.ndarray) -> tuple[bytes, str]:
+        """A file of the value with these ids, with or without its marks, and the file's extension. Of kinds that are
+        ``predictable`` and whose tokens can become a file."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def example(self, rng: np.random.Generator, vocab_size: int = 0) -> np.ndarray:
         """A random value, for tests and measurements; no tokenizer is read for it."""

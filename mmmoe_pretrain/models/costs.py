@@ -72,8 +72,8 @@ def model_costs(config: RunConfig) -> ModelCosts:
     Blocks: attention 4 D^2 (queries and output), 4 D^2 for as many heads of keys and values as of queries or less
     for fewer, and 4 L D (scores and their mix); and ``feed_forward_parts``. First: the stems, for each modality's
     share of the tokens. Last: for each representation of a sample its joint head, 2 D P, and what fuses it; what
-    objectives compute beside, decoders of contents (``decoder_flops``), the language head 2 D V for the share of
-    tokens that have a target, and 2 D for each number of predicted contents.
+    objectives compute beside, decoders of contents (``decoder_flops``), the head of tokens 2 D V for the share of
+    tokens that have a target (V of their vocabulary), and 2 D for each number of predicted contents.
     """
     objectives, model = objectives_of(config), config.model
     tokens, scores, targets, contents = _of_sample(objectives)
@@ -198,4 +198,9 @@ def _head_flops_of_sample(config: RunConfig, objectives: Objectives, targets: fl
         parts = 1 if objective.whole_step else train.num_microbatches
         losses += objective.flops(model.embedding_size, train.global_batch_size / parts)
     losses += sum(decoder_flops(objective, model.hidden_size) for objective in objectives.values())
-    return heads + losses + 2 * model.hidden_size * (model.vocab_size * targets + contents)
+    logits = model.vocab_size * targets
+    for objective in objectives.values():
+        for segment in objective.expected():
+            own = ((number, modalities[name].settings.vocabulary) for name, number in segment.targets_of)
+            logits += sum(segment.count * number * (size - model.vocab_size) for number, size in own if size)
+    return heads + losses + 2 * model.hidden_size * (logits + contents)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.attention import Rotary, StreamPlan, plan_append, plan_stream
@@ -32,7 +32,9 @@ from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 from mmmoe_pretrain.parallel.stages import Stage, whole
 from mmmoe_pretrain.parallel.tensor import vocab_cross_entropy, vocab_head
 
-BY_MODALITY = ("embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", PARTS)
+BY_MODALITY = (
+    "embedders", "modality_embedding", "mask_embedding", "joint_heads", "content_heads", "code_heads", PARTS,
+)  # fmt: skip
 NO_FACTORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -41,9 +43,9 @@ class MMMoE(nn.Module):
 
     Every parameter is used in every forward pass: an absent modality runs its embedder on zero rows. The last stage
     has a joint head for each representation that an objective reads, behind the module of its kind (``fusion/``) and
-    with ``missing: bank`` its bank, the language heads by which some predict tokens, a head for each that tells
-    classes apart, and a content head for each modality whose contents one predicts, or a decoder where these are not
-    in the stream.
+    with ``missing: bank`` its bank, the language heads by which some predict tokens of the tokenizer, a code head for
+    each modality with a vocabulary of its own of which one predicts tokens, a head for each that tells classes apart,
+    and a content head for each modality whose contents one predicts, or a decoder where these are not in the stream.
     """
 
     def __init__(self, config: RunConfig, groups: Groups = SINGLE, stage: Stage | None = None) -> None:
@@ -88,6 +90,8 @@ class MMMoE(nn.Module):
             self.language_heads = nn.ModuleDict(
                 {name: vocab_head(hidden, vocab_size, groups) for name in named if name is not None}
             )
+            own = {name: config.modalities[name].vocabulary for name in self.objectives.vocabularies if name}
+            self.code_heads = nn.ModuleDict({name: vocab_head(hidden, size, groups) for name, size in own.items()})
             self.class_heads = nn.ModuleDict(
                 {task: nn.Linear(joint, len(its.classes)) for task, its in self.objectives.classifying.items()}
             )
@@ -155,11 +159,6 @@ class MMMoE(nn.Module):
         cache.advance()
         x_SD = self.embedders[name](**inputs) + self.modality_embedding[name]
         return self.trunk(x_SD.to(self.compute_dtype), plan_append(tokens, position_S, self._rotary, cache))[0]
-
-    def next_logits(self, task: str, x_SD: Tensor) -> Tensor:
-        """[S, V] fp32 of the token that follows, from the trunk's output."""
-        logits: Tensor = self.language_head_of(task)(x_SD).float()
-        return logits
 
     def heads(self, x_nD: Tensor, batch: Batch, factors: Mapping[str, Tensor] = NO_FACTORS) -> Outputs:
         """The outputs of the last stage from the trunk's output. ``factors``: by representation, [parts, B], of the
@@ -238,20 +237,41 @@ class MMMoE(nn.Module):
                     found[loss] = self.content_heads[name](x_nD.index_select(0, hidden.rows).float())
         return found
 
-    def language_head_of(self, task: str) -> nn.Module:
-        """Of the objective ``task``, which predicts tokens."""
-        name = self.objectives[task].head
-        head: nn.Module = self.language_head if name is None else self.language_heads[name]
-        return head
-
     def _token_nll(self, x_nD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """[N] by task, for its targets in the order of the stream."""
         found = {}
         for task in self.objectives.predicting:
             targets = batch.targets[task]
-            logits_NV = self.next_logits(task, x_nD.index_select(0, targets.rows))
-            found[task] = vocab_cross_entropy(logits_NV, targets.ids, self.groups)
+            x_ND = x_nD.index_select(0, targets.rows)
+            if not targets.of_vocabulary:
+                found[task] = vocab_cross_entropy(self.token_logits(task, x_ND), targets.ids, self.groups)
+                continue
+            nll = []
+            for name, which in targets.of_vocabulary.items():  # also those of no target: every rank calls each head
+                logits_NV = self.token_logits(task, x_ND.index_select(0, which), name)
+                nll.append(vocab_cross_entropy(logits_NV, targets.ids.index_select(0, which), self.groups))
+            places = torch.cat(list(targets.of_vocabulary.values()))
+            found[task] = torch.zeros_like(places, dtype=torch.float32).index_copy(0, places, torch.cat(nll))
         return found
+
+    @property
+    def token_heads(self) -> list[nn.Module]:
+        """The language heads and those of codes, of the last stage."""
+        if not self.stage.last:
+            return []
+        return [*filter(None, [self.language_head]), *self.language_heads.values(), *self.code_heads.values()]
+
+    def token_head(self, task: str, vocabulary: str = OF_TOKENIZER) -> nn.Module:
+        """By which the objective ``task`` predicts tokens of a vocabulary."""
+        if vocabulary != OF_TOKENIZER:
+            return self.code_heads[vocabulary]
+        name = self.objectives[task].head
+        head: nn.Module = self.language_head if name is None else self.language_heads[name]
+        return head
+
+    def token_logits(self, task: str, x_ND: Tensor, vocabulary: str = OF_TOKENIZER) -> Tensor:
+        """This rank's share of the logits [N, V], fp32, of the tokens of a vocabulary, from the trunk's output."""
+        return cast(Tensor, self.token_head(task, vocabulary)(x_ND)).float()
 
 
 def _segment_means(x_nD: Tensor, batch: Batch) -> Tensor:

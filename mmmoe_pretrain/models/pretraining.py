@@ -286,7 +286,7 @@ class PretrainingModel(nn.Module):
         for name, parameter in self.mmmoe.trunk.named_parameters():
             if not is_vector(parameter) and ".router." not in name:
                 parameter.data = parameter.data.to(dtype)
-        for head in {self.mmmoe.language_head_of(task) for task in self.objectives.predicting if self.stage.last}:
+        for head in self.mmmoe.token_heads:
             for parameter in head.parameters():
                 parameter.data = parameter.data.to(dtype)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmmoe_pretrain import kinds
-from mmmoe_pretrain.batch import Batch, send
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch, send
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.config.base import RepresentationSettings, representation_settings, sides_of
 from mmmoe_pretrain.config.evaluate import ImputeConfig
@@ -101,12 +101,18 @@ class Objectives(dict[str, Objective]):
     @property
     def language_heads(self) -> tuple[str | None, ...]:
         """Names of the language heads, each once; None is that of objectives that name none."""
-        return tuple(dict.fromkeys(self[name].head for name in self.predicting))
+        reading = [objective for objective in self.values() if OF_TOKENIZER in objective.vocabularies]
+        return tuple(dict.fromkeys(objective.head for objective in reading))
 
     @property
     def classifying(self) -> dict[str, Objective]:
         """Those with classes."""
         return {name: objective for name, objective in self.items() if objective.classes}
+
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Those of which some token is predicted. A vocabulary of a modality's own has one head."""
+        return tuple(dict.fromkeys(name for objective in self.values() for name in objective.vocabularies))
 
     @property
     def contents(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmoe_pretrain.batch import Batch, Item, Part, Sample, Segment
+from mmmoe_pretrain.batch import OF_TOKENIZER, Batch, Item, Part, Sample, Segment
 from mmmoe_pretrain.config.base import ObjectiveSettings, RepresentationSettings
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.parallel.groups import Groups
@@ -97,7 +97,7 @@ class Expected:
     """Segments that a sample with every modality at its full length has, for estimates of costs: ``count`` of them
     with ``tokens`` each by modality, of which ``targets`` are predicted and the last ``causal`` attend causally.
     ``contents``: numbers of contents that are predicted. ``left_out``: tokens that a decoder predicts, of each
-    modality."""
+    modality. ``targets_of``: the targets by modality, where they are known."""
 
     count: float
     tokens: tuple[tuple[str, int], ...]
@@ -105,6 +105,7 @@ class Expected:
     causal: int = 0
     contents: float = 0
     left_out: tuple[float, ...] = ()
+    targets_of: tuple[tuple[str, float], ...] = field(default=(), compare=False)
 
     @property
     def length(self) -> int:
@@ -140,7 +141,7 @@ class Objective(abc.ABC):
     representations: tuple[str, ...] = ()
     aligned: tuple[tuple[str, str], ...] = ()
     correlated: tuple[tuple[str, str], ...] = ()
-    predicts: bool = False
+    predicts: bool = False  # tokens: of modalities in ``predicted``
     head: str | None = None
     hidden: tuple[str, ...] = ()
     contents: Mapping[str, str] = MappingProxyType({})
@@ -193,6 +194,17 @@ class Objective(abc.ABC):
         """Where it has a ``completed``: float32 [N, P] unit rows, the vectors that it predicts from ``features``
         [N, P] of other representations."""
         raise NotImplementedError
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The modalities whose tokens it predicts."""
+        return tuple(name for name, its in self.modalities.items() if its.predictable and self.predicts)
+
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Of its targets (``batch.Targets``)."""
+        own = (name if self.modalities[name].settings.vocabulary else OF_TOKENIZER for name in self.predicted)
+        return tuple(dict.fromkeys(own))
 
     @property
     @abc.abstractmethod

@@ -181,6 +181,10 @@ class Masked(Objective):
         return order[: min(max(1, wanted), most)]
 
     @property
+    def predicted(self) -> tuple[str, ...]:
+        return tuple(loss.removeprefix(f"{self.name}/") for loss in self.pieces)
+
+    @property
     def losses(self) -> dict[str, float]:
         return {f"{self.name}/{name}": self.settings.weights.get(name, 1.0) for name in self.settings.hidden}
 
@@ -203,12 +207,14 @@ class Masked(Objective):
         settings = self.settings
         sizes = {name: self.modalities[name].max_tokens for name in settings.modalities}
         tokens = {name: share * sizes[name] for name, share in settings.hidden.items()}
-        targets = sum(number for name, number in tokens.items() if self.modalities[name].predictable)
+        targets = tuple((name, number) for name, number in tokens.items() if self.modalities[name].predictable)
         contents = sum(number * self.modalities[name].content_size for name, number in tokens.items())
         if self.decoder_layers:
             sizes = {name: max(1, round(size - tokens.get(name, 0))) for name, size in sizes.items()}
         left_out = tuple(tokens.values()) if self.decoder_layers else ()
-        return [Expected(settings.fraction, tuple(sizes.items()), targets, contents=contents, left_out=left_out)]
+        number = sum(number for _, number in targets)
+        parts = tuple(sizes.items())
+        return [Expected(settings.fraction, parts, number, 0, contents, left_out, targets)]
 
     def share(self, loss: str) -> float:
         return float(self.settings.fraction)

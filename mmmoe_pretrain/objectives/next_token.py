@@ -168,6 +168,10 @@ class NextToken(Objective):
                 position += count
 
     @property
+    def predicted(self) -> tuple[str, ...]:
+        return tuple(name for name in self.modalities if name in self._predicted)
+
+    @property
     def losses(self) -> dict[str, float]:
         if self.groups is None:
             return {self.name: 1.0}
@@ -201,9 +205,10 @@ class NextToken(Objective):
 
     def _expected(self, way: tuple[str, ...], count: float) -> Expected:
         tokens = [(name, self.modalities[name].max_tokens - int(self.modalities[name].predictable)) for name in way]
-        targets = sum(number for name, number in tokens if name in self._predicted)
+        targets = tuple((name, number) for name, number in tokens if name in self._predicted)
         causal = itertools.dropwhile(lambda part: not self.modalities[part[0]].predictable, tokens)
-        return Expected(count, tuple(tokens), targets, sum(number for _, number in causal))
+        number, last = sum(number for _, number in targets), sum(number for _, number in causal)
+        return Expected(count, tuple(tokens), number, last, targets_of=targets)
 
     def share(self, loss: str) -> float:
         return float(self.settings.fraction)

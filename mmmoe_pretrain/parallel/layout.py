@@ -45,6 +45,8 @@ def _cut_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
     """The key and size of everything that tensor parallelism cuts."""
     model, moe = config.model, config.moe
     yield "model.vocab_size (of data.tokenizer)", model.vocab_size  # 0 divides
+    for name, modality in config.modalities.items():
+        yield f"the vocabulary of modalities.{name}", modality.vocabulary
     yield "model.num_heads", model.num_heads
     if model.num_kv_heads is not None:
         yield "model.num_kv_heads", model.num_kv_heads

@@ -146,7 +146,9 @@ def part_of_model(parameter: str) -> str:
             return SHARED
         case ["trunk", "blocks", _, "ffn", *_]:
             return DENSE
-        case ["banks" | "fusions" | "class_heads" | "joint_heads" | "language_head" | "language_heads", *_]:
+        case ["banks" | "fusions" | "class_heads" | "code_heads" | "joint_heads", *_]:
+            return HEADS
+        case ["language_head" | "language_heads", *_]:
             return HEADS
     return OTHERS  # norms, modality embeddings, and what objectives learn
 

@@ -284,7 +284,7 @@ def _objectives(config: RunConfig, layout: Layout, batch: Microbatch, divided: f
         flags = batch.samples * (compared + 1) * INT64
         yield ring("features", ALL_GATHER, DATA, layout.data, features + flags, calls=2)
         yield ring("features", ALL_REDUCE, DATA, layout.data, layout.data * features)
-    if tasks := len(objectives.predicting):
+    if tasks := sum(len(objective.vocabularies) for objective in objectives.values()):
         yield ring("logits", ALL_REDUCE, TENSOR, layout.tensor, 3 * batch.targets * FP32, calls=3 * tasks)
         head = batch.targets * config.model.hidden_size * _element(config)
         yield ring("head", ALL_REDUCE, TENSOR, layout.tensor, head, calls=tasks)

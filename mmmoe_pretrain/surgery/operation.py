@@ -153,13 +153,13 @@ def _is_buffer(name: str, its: Parameter, parameters: Container[str]) -> bool:
 
 
 def with_files(config: RunConfig, draft: Path, out: Path) -> RunConfig:
-    """With copies in the new run of the files that objectives read, so that it does not need the old one's."""
+    """With copies in the new run of the files that its entries read, so that it does not need the old one's."""
     changed = {}
-    for name, its in config.objectives.items():
-        if its.on and its.file and Path(its.file).is_file():
-            shutil.copyfile(its.file, draft / copy_of(name, its))
-            changed[name] = its.model_copy(update={its.file_setting: str(out / copy_of(name, its))})
-    return config.with_objectives(changed)
+    for place, its in config.used_files.items():
+        if Path(its.file).is_file():
+            shutil.copyfile(its.file, draft / copy_of(place, its))
+            changed[place] = its.model_copy(update={its.file_setting: str(out / copy_of(place, its))})
+    return config.with_entries(changed)
 
 
 def read_source(run_dir: Path, overrides: Sequence[str] = ()) -> Source:

@@ -35,7 +35,7 @@ from mmmoe_pretrain.data.storage.files import Files, read_settings
 from mmmoe_pretrain.data.workers.replica import ReplicaLoader
 from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.evaluate import correlated, scores
-from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined, taken
+from mmmoe_pretrain.evaluate.features import Contents, HeldOut, contents, held_out, joined, taken, vocabularies_of
 from mmmoe_pretrain.evaluate.scores import Pair
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.objectives import Objectives, Outputs
@@ -222,12 +222,12 @@ class Validation:
         made = list(self._microbatches(start))
         waiting = iter(made)
         shown = self._groups.tensor_rank == 0  # the others have the same outputs
-        vocab_size, projected = self.config.model.vocab_size, self._projected
+        sizes, projected = vocabularies_of(self.config), self._projected
 
         def observe(outputs: Outputs) -> None:
             its = next(waiting)
             if shown:
-                made = held_out(outputs, its.batch, its.contents, vocab_size, projected=projected)
+                made = held_out(outputs, its.batch, its.contents, sizes, projected=projected)
                 parts.append((its.numbers, made))
 
         losses, counts = engine.evaluate([its.batch for its in made], observe)
@@ -245,12 +245,9 @@ class Validation:
             return None
         starts = range(0, self.samples, self.config.train.global_batch_size)
         made = itertools.chain.from_iterable(map(self._microbatches, starts))
-        vocab_size = self.config.model.vocab_size
+        sizes = vocabularies_of(self.config)
         return _only(
-            [
-                (its.numbers, held_out(_zeros(its, self._objectives), its.batch, its.contents, vocab_size))
-                for its in made
-            ]
+            [(its.numbers, held_out(_zeros(its, self._objectives), its.batch, its.contents, sizes)) for its in made]
         )
 
     def _microbatches(self, start: int) -> Iterator[_Microbatch]:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from mmmoe_pretrain import config as run_config
+from mmmoe_pretrain.batch import OF_TOKENIZER
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.folders import named_checkpoints
 from mmmoe_pretrain.checkpoint.model import CONFIG, TOKENIZER, copy_of, names_tokenizer, with_copies, with_tokenizer
@@ -225,8 +226,9 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         "modalities": {name: settings.of_the_model() for name, settings in config.modalities.items()},
         "train": {"loss_weighting": config.train.loss_weighting},
         "predicted": {
-            "tokens": bool(objectives.predicting),
+            "tokens": OF_TOKENIZER in objectives.vocabularies,
             "language_heads": sorted(name or "unnamed" for name in objectives.language_heads),
+            "codes": sorted({*objectives.vocabularies} - {OF_TOKENIZER}),
             "hidden": sorted(objectives.hidden),
             "contents": sorted({*objectives.contents.values()}),
             "decoders": {
@@ -290,8 +292,9 @@ def _of_all_machines(config: RunConfig) -> dict[str, Any]:
     del values["evaluate"]["test"], values["evaluate"]["validation"]
     for source in values["data"]["train"]:
         del source["path"]
-    for name, objective in config.objectives.items():
-        values["objectives"][name].pop(objective.file_setting, None)  # the fingerprint stays
+    for place, its in config.files.items():
+        section, _, name = place.partition(".")
+        values[section][name].pop(its.file_setting)  # the fingerprint stays
     return values
 
 
@@ -394,8 +397,7 @@ def _clear(config: RunConfig) -> None:
 def _files(config: RunConfig) -> dict[str, str]:
     """The files that a run keeps a copy of: the copy's name, and where the config has the file."""
     tokenizer = {} if config.data.tokenizer is None else {TOKENIZER: config.data.tokenizer}
-    objectives = [(name, its) for name, its in config.objectives.items() if its.on and its.file]
-    return tokenizer | {copy_of(name, its): its.file for name, its in objectives}
+    return tokenizer | {copy_of(place, its): its.file for place, its in config.used_files.items()}
 
 
 def _own_files(config: RunConfig) -> set[str]:
@@ -406,7 +408,7 @@ def _own_files(config: RunConfig) -> set[str]:
 
 
 def write_config(config: RunConfig, tokenizer_fingerprint: str) -> None:
-    """Put the resolved config, and the tokenizer and the files of objectives, where it has them, into the run's
+    """Put the resolved config, and the tokenizer and the files of its entries, where it has them, into the run's
     folder, so that the run can be moved."""
     for name, path in _files(config).items():
         if name in _own_files(config) or (name == TOKENIZER and not tokenizer_fingerprint):

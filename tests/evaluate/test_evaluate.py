@@ -259,7 +259,7 @@ def test_likelihoods_of_targets_are_summed_by_segment(tiny: RunConfig) -> None:
     modalities = modalities_of(tiny)
     batch, samples = next(iterate_eval(tiny.evaluate.test, tiny, modalities, 3))
     ones = torch.ones(len(batch.targets["captioning"]))
-    found = sums_of_targets(batch, "captioning", ones, modalities.vocab_size)
+    found = sums_of_targets(batch, batch.targets["captioning"], ones, modalities.vocab_size)
     texts = [item.raw for sample in samples for item in sample.items if item.modality == "text"]
     lengths = [len(modalities.tokenizer.encode(text)) + 1 for text in texts]  # and the end mark
     assert found.tokens_G.tolist() == lengths

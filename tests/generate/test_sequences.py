@@ -91,7 +91,7 @@ def prompts_of(task: Task, samples: list[Sample], kept: list[int]) -> list[Promp
 def logits_of_forward(model: PretrainingModel, batch: Batch) -> list[Tensor]:
     """By segment, [tokens, V]."""
     x_nD, _ = model.mmmoe.run_stage(batch, None)
-    return list(model.mmmoe.next_logits("captions", x_nD).split(batch.attention.lengths))
+    return list(model.mmmoe.token_logits("captions", x_nD).split(batch.attention.lengths))
 
 
 @pytest.mark.parametrize("more", MORE.values(), ids=MORE)

@@ -13,7 +13,7 @@ import xxhash
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import ModalitySettings
 from mmmoe_pretrain.data.sources.members import dotted_key
-from mmmoe_pretrain.modalities import Modality, build_modalities, default_modalities, format_of
+from mmmoe_pretrain.modalities import Modality, build_modalities, default_modalities, format_of, reads
 from tests.support import tiny_config
 
 VOCAB, HIDDEN = 48, 12
@@ -21,6 +21,8 @@ SMALL: dict[str, dict[str, Any]] = {  # settings of kinds that have none that fi
     "image": {"size": 16, "stem_channels": 8},
     "audio": {"n_mels": 40, "max_seconds": 0.5, "stem_channels": 8},
     "series": {"channels": 3, "max_steps": 100},
+    "image_codes": {"tokenizer": "codes.npz", "codes": 30, "max_tokens": 12},  # which is read to decode alone
+    "audio_codes": {"tokenizer": "codes.npz", "codes": 30, "max_tokens": 12},
 }
 STEMS = [
     {"stem": "linear", "positions": "rotary", "patch": 2},
@@ -97,13 +99,14 @@ def test_every_token_is_described_in_a_report(modality: Modality) -> None:
 
 
 def test_a_format_is_of_one_kind() -> None:
-    formats = [ending for kind in kinds.MODALITIES.names for ending in kinds.MODALITIES.load(kind).formats]
+    formats = [ending for kind in kinds.MODALITIES.names for ending in reads(kind).formats]
     assert len(formats) == len(set(formats))
     for kind in kinds.MODALITIES.names:
-        for ending in kinds.MODALITIES.load(kind).formats:
+        for ending in reads(kind).formats:
             assert format_of(f"left.{ending}") == format_of(ending) == kind
     assert format_of("doc") is None and format_of("") is None
-    assert set(default_modalities()) == kinds.MODALITIES.builtin.keys() - {"series"}  # which needs its channels
+    need_settings = {"series", "image_codes", "audio_codes"}  # of channels, or a file
+    assert set(default_modalities()) == kinds.MODALITIES.builtin.keys() - need_settings
 
 
 def test_a_package_that_cannot_be_loaded_stops_only_what_names_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,13 @@ def test_heads_are_shared_where_names_are_equal_and_follow_their_order_not_their
         four={**READING, "head": "more"},
     )
     model = PretrainingModel(config).mmmoe
-    assert model.language_head_of("two") is model.language_head_of("three")
-    heads = [model.language_head_of(task) for task in ("one", "two", "four")]
+    assert model.token_head("two") is model.token_head("three")
+    heads = [model.token_head(task) for task in ("one", "two", "four")]
     assert len({id(head) for head in heads}) == 3
     assert not torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[1].weight, heads[2].weight)
     renamed = PretrainingModel(config_of(one=READING, two={**READING, "head": "named"})).mmmoe
-    torch.testing.assert_close(renamed.language_head_of("two").weight, heads[1].weight, rtol=0, atol=0)
+    torch.testing.assert_close(renamed.token_head("two").weight, heads[1].weight, rtol=0, atol=0)
     lone = PretrainingModel(config_of(two={**READING, "head": "own"})).mmmoe
     assert lone.language_head is None
     batch = pack([random_sample(i, "t", config) for i in range(3)], pack_settings(config))

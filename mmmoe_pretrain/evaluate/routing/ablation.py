@@ -81,7 +81,7 @@ def masks_of(model: MMMoE, routing: Sequence[RoutingStats]) -> list[Mask]:
 
 
 @contextmanager
-def masked(mask: Mask) -> Iterator[None]:
+def without_expert(mask: Mask) -> Iterator[None]:
     """While it is entered."""
     router, config = mask.router, mask.router.config
     allowed_ME = router.get_buffer("allowed_ME")
@@ -133,7 +133,7 @@ def measure(ablation: Ablation, routing: Sequence[RoutingStats]) -> list[dict[st
     base = ablation.losses()
     rises: dict[int, dict[int, dict[str, Losses]]] = {router.layer: {} for router in ablation.model.routers}
     for mask in track(masks, "masking experts", len(masks), "masks"):
-        with masked(mask):
+        with without_expert(mask):
             now = ablation.losses()
         of_expert = rises[mask.router.layer].setdefault(mask.expert, {})
         whose = "all" if mask.modality is None else names[mask.modality]
