@@ -4,8 +4,8 @@ modalities, objectives, representations, other data, experts.
 A parameter or buffer that RUN has by the same name and shape is RUN's; others begin as in any new run, from seed and
 name. What would be lost is refused by name unless ``--drop`` names it, and so is another shape. The new run begins
 at step 0, with moments of zero and its own schedule: one count of updates serves all parameters of an optimizer, and
-with RUN's count the first steps of new parameters would be several times too long (Adam divides by the root of a
-second moment that is not corrected any more).
+with RUN's count the first steps of new parameters would be too long, several times with beta2 0.999 (Adam divides by
+the root of a second moment that is not corrected any more).
 
 Where ``optimizer.hold`` pulls to RUN's weights, they are the anchor, and importance is written here: 0 for all that
 is new, the rows of new experts included.

@@ -161,3 +161,23 @@ def test_a_blend_has_the_shares_of_its_weights_and_no_sample_twice(tmp_path: Pat
     for wrong in (f"{tmp_path}/a", f"{tmp_path}/a=0", "=1"):
         with pytest.raises(ValueError, match="is not SOURCE=WEIGHT"):
             mix([wrong], None)
+
+
+def test_a_memory_of_old_samples_is_bounded_and_the_same_each_time(tmp_path: Path) -> None:
+    """Of docs/lifelong.md: some samples of each stage, or one memory of a fixed size that new ones enter."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", {f"{name}{i}.txt": b"text" for i in range(20)}.items())
+
+    def memory(out: str, samples: int, *sources: str, order: str = "input") -> set[str]:
+        reshard(mix([f"{tmp_path / each}=1" for each in sources], samples), tmp_path / out, ONE, order)
+        return {*files(tmp_path / out)}
+
+    first, again, less = (
+        memory("first", 8, "one"),
+        memory("again", 8, "one", order="shuffled"),
+        memory("less", 4, "one"),
+    )
+    assert len(first) == 8 and first == again and less < first
+    both = memory("both", 8, "first", "two")
+    assert len(both) == 8 and both & first == less  # those with the smallest hashes stay

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmmoe_pretrain.evaluate.routing.ablation import Ablation, Mask, masked, masks_of, measure
+from mmmoe_pretrain.evaluate.routing.ablation import Ablation, Mask, masks_of, measure, without_expert
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from tests.support import random_batch, tiny_config
 
@@ -63,7 +63,7 @@ def test_an_expert_that_images_alone_use_is_lost_for_what_reads_images(block: in
     reads_images = {loss for loss in base if "image" in loss or (loss == "captioning" and block == 0)}
     assert reads_images and len(reads_images) < len(base)
     for m, name in enumerate(USERS):
-        with masked(Mask(whole.mmmoe.routers[block], 0, m)):
+        with without_expert(Mask(whole.mmmoe.routers[block], 0, m)):
             now = ablation.losses()
         # The others' probabilities have another sum, which the weights are divided by: a rounding of fp32.
         changed = {loss for loss, value in now.items() if abs(value - base[loss]) > 1e-5}
