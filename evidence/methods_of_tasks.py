@@ -18,6 +18,8 @@ FOUR = (
     "The four tasks: a name and its image find each other (InfoNCE), a name is predicted after its image, a name is "
     "predicted alone, and an image tells its group (one of nine: flags, food & drink, ...)."
 )
+# Of the small corpora, whose samples have other labels.
+SMALL = ("objectives.groups.field=subset", "objectives.groups.classes=[a, b, named, spoken]")
 SIZES = "3 blocks of width 64 with 8 experts, one a token; 300 steps of 48 samples."
 
 
@@ -64,14 +66,17 @@ TASKS = (
         reference="together",
         variants=(
             Variant("together", "all at once, one language head"),
-            Method("own_heads", "a language head for each task", item="tasks", paper="-"),
-            Method("task_routing", "routers see the task", item="tasks", paper="Task-MoE, arXiv 2110.03742"),
+            Method("own_heads", "a language head for each task", item="tasks", paper="-", small=SMALL),
+            Method(
+                "task_routing", "routers see the task", item="tasks", paper="Task-MoE, arXiv 2110.03742", small=SMALL
+            ),
             Method(
                 "pcgrad",
                 "projected gradients",
                 item="tasks",
                 paper="PCGrad, arXiv 2001.06782",
                 also=("train.task_gradients",),
+                small=SMALL,
             ),
             Method("entering_tasks", "groups enter when names alone leave", item="tasks", paper="-"),
         ),
