@@ -205,6 +205,8 @@ def _architecture(facts: Facts) -> Iterator[str]:
             f"a shared expert of {moe.shared_expert_hidden_size}" if moe.shared_expert_hidden_size else "",
             f"{moe.identity_experts} identity and {moe.null_experts} null experts"
             if moe.identity_experts or moe.null_experts else "",
+            f"attention of size {moe.expert_attention_size} among them" if moe.expert_attention_size else "",
+            f"a routing memory of {moe.routing_memory_size} numbers" if moe.routing_memory_size else "",
         ]  # fmt: skip
         yield (
             f"- block {index}: {moe.num_experts} experts of hidden size {_listed([str(s) for s in sizes])}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -28,9 +29,11 @@ def comparisons(names: tuple[str, ...]) -> dict[str, Comparison]:
         for family in FAMILIES:
             if family.name in names:
                 config = layout_config(family, dist.get_world_size())
-                more = {"": {}, ", communicating": COMMUNICATING}
+                more: dict[str, dict[str, Any]] = {"": {}}
                 if config.parallel.tensor_parallel_size > 1:
                     more |= {", gated": GATED, ", communicating": {**GATED, **COMMUNICATING}}
+                elif config.parallel.pipeline_parallel_size > 1:
+                    more[", communicating"] = COMMUNICATING
                 for name, update in more.items():
                     moe = config.moe.model_copy(update=update)
                     found[family.name + name] = compare(config.model_copy(update={"moe": moe}), samples=2)

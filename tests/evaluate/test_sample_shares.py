@@ -22,6 +22,7 @@ from mmmoe_pretrain.evaluate.routing.sample_shares import (
     consistency,
     divergence,
     log_odds,
+    most_samples,
     summarise,
     view_of,
 )
@@ -92,6 +93,11 @@ def test_names_of_one_image_are_paraphrases_and_are_compared_with_names_of_other
     assert text["divergence"] == pytest.approx(1 / 3) and text["divergence_unlike"] == 1
     # Of the first four samples, the view of the last goes elsewhere.
     assert found["views"]["text"]["same_expert"] == 0.75 and found["views"]["image"]["divergence"] == 0
+
+
+def test_fewer_samples_are_looked_at_where_there_are_very_many_experts() -> None:
+    assert most_samples(4 * 16 * 3) == 4096
+    assert most_samples(64 * 256 * 3) == (1 << 26) // (64 * 256 * 3)
 
 
 def test_a_view_changes_every_item_in_the_same_way_each_time(tmp_path: Path) -> None:

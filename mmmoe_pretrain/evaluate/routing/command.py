@@ -26,7 +26,7 @@ from mmmoe_pretrain.evaluate.routing import history, page, sample_shares, select
 from mmmoe_pretrain.evaluate.routing.ablation import measure, open_ablation
 from mmmoe_pretrain.evaluate.routing.html import rounded
 from mmmoe_pretrain.evaluate.routing.media import Media
-from mmmoe_pretrain.evaluate.routing.sample_shares import MOST_VIEWS, SampleShares, view_of
+from mmmoe_pretrain.evaluate.routing.sample_shares import MOST_VIEWS, SampleShares, most_samples, view_of
 from mmmoe_pretrain.evaluate.routing.top_tokens import TopTokens, watch
 from mmmoe_pretrain.evaluate.routing_report import array
 from mmmoe_pretrain.evaluate.rows import HeldOutRows, open_rows, place_of_report, untrained_routing
@@ -130,7 +130,8 @@ class Pass:
 def run_pass(model: MMMoE, rows: HeldOutRows, top: int) -> Pass:
     """One pass of ``model`` over ``rows``, and over views of the first. Recording does not change the outputs."""
     stats: tuple[RoutingStats, ...] = ()
-    top_tokens, shares, views, seen = TopTokens(top), SampleShares(), SampleShares(MOST_VIEWS), 0
+    most = most_samples(sum(router.config.router_outputs for router in model.routers) * len(model.names.modalities))
+    top_tokens, shares, views, seen = TopTokens(top), SampleShares(most), SampleShares(min(most, MOST_VIEWS)), 0
     settings = eval_settings(rows.config, rows.modalities)
     with torch.inference_mode(), watch(model) as decisions:
         for samples, positions in rows.samples():

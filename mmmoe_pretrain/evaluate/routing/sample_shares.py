@@ -30,6 +30,7 @@ from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.moe.tokens import TokenInfo
 
 MOST = 4096  # samples that are looked at
+MOST_NUMBERS = 1 << 26  # that are kept of them: fewer samples of a model with very many experts
 MOST_VIEWS = 1024  # of them also changed
 MOST_PAIRS = 4096
 PRIOR = 100.0  # words that the prior weighs as much as
@@ -57,6 +58,11 @@ class Said:
             beside or sample.meta.own_group,
             frozenset(item.modality for item in sample.items if item.raw),
         )
+
+
+def most_samples(numbers: int) -> int:
+    """To look at, of a model that gives ``numbers`` shares for each."""
+    return max(64, min(MOST, MOST_NUMBERS // max(1, numbers)))
 
 
 class SampleShares:
