@@ -6,6 +6,7 @@ To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``
 
 from __future__ import annotations
 
+from evidence.methods_of_latents import LATENTS
 from evidence.methods_of_stamps import STAMPS
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Study, Variant, find
@@ -17,6 +18,7 @@ ITEMS = {
     "missing": "Missing modalities",
     "co_learning": "Zero-shot and co-learning",
     "imbalance": "Imbalance",
+    "generative": "Generative latent models",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -161,6 +163,7 @@ METHODS = (
         f"16 experts, one a token. {OF_ALL}",
     ),
     *STAMPS,
+    *LATENTS,
 )
 
 
