@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from evidence.lifelong import LIFELONG
 from evidence.methods_of_experts import EXPERTS
+from evidence.methods_of_latents import LATENTS
 from evidence.methods_of_stamps import STAMPS
 from evidence.methods_of_tasks import TASKS
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
@@ -23,6 +24,7 @@ ITEMS = {
     "imbalance": "Imbalance",
     "experts": "Experts that communicate",
     "tasks": "Many tasks",
+    "generative": "Generative latent models",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -188,6 +190,7 @@ METHODS = (
     LIFELONG,
     *EXPERTS,
     *TASKS,
+    *LATENTS,
 )
 
 

@@ -207,7 +207,7 @@ def _coherence(name: str, way: Way, vectors_NP: np.ndarray, data: HeldOut, setti
     sides = {way.target, *way.seen}
     content = tuple(
         " ".join(parts) if has and all(parts) else ""
-        for has, *parts in zip(here, *(data.content[side] for side in sorted(sides)), strict=True)
+        for has, *parts in zip(here.tolist(), *(data.content[side] for side in sorted(sides)), strict=True)
     )
     if not any(content):
         return []
