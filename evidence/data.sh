@@ -23,6 +23,11 @@ words() {
   make_once "Train word vectors" "$2" mmmoe-data words "$1" --out "$2" "${@:3}"
 }
 
+# codes SHARDS MODALITY OUT OPTION...: a discrete tokenizer of images or audio; more shards may follow
+codes() {
+  make_once "Train a tokenizer of codes" "$3" mmmoe-data codes "$1" --modality "$2" --out "$3" "${@:4}"
+}
+
 # some SHARDS OUT OPTION...: a part of the shards, without decoding
 some() {
   local shards=$1 out=$2
@@ -52,6 +57,7 @@ case "${1:-} ${2:-}" in
     grep -vE '^cldr-noto-[0-9a-f]*[37]-' "$out/all.txt" > "$out/seen.txt"
     make_once "Shards of the emoji that are trained on" "$out/seen" some "$from" "$out/seen" --keys "$out/seen.txt"
     make_once "Shards of the others" "$out/held_out" some "$from" "$out/held_out" --keys "$out/unseen.txt"
+    codes "$out/seen/train" image "$out/codes.npz" "$out/held_out/test" --setting size=48
     ;;
   "lifelong ") # names in four groups of languages, and 256 samples of each to replay
     "$0" europe
@@ -90,6 +96,7 @@ case "${1:-} ${2:-}" in
       exit 1
     fi
     step "Read the languages of the spoken stamps" mmmoe-data index configs/methods/sampling_temperature.yaml
+    codes data/demo/tuxpaint-spoken audio data/demo/speech_codes.npz
     ;;
   "stamps ") # the demo's, many names without speech, and parts of the recordings
     "$0" demo
@@ -111,6 +118,8 @@ case "${1:-} ${2:-}" in
       shard "$corpus" "$out/shards" --filter subset=constructed --image-size 16 --workers 1
     tokenizer "$corpus" 400 "$out/tokens.model"
     words "$out/shards" "$out/words.npz" --dimension 8 --min-count 1
+    codes "$out/shards" image "$out/image_codes.npz" --setting size=16 --levels 4,3 --width 8 --steps 20
+    codes "$out/shards" audio "$out/speech_codes.npz" --setting max_seconds=1 --levels 4,3 --width 8 --steps 20
     ;;
   *)
     echo "usage: evidence/data.sh emoji|europe|unseen|domains|lifelong|gcide|demo|stamps, or evidence/data.sh mini FOLDER" >&2

@@ -1,8 +1,7 @@
 """The methods of docs/methods.md. A study is a data set: its reference, and runs that differ from it by one method.
 
-To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or for the demo's data of ``STAMPS``
-(methods_of_stamps.py), or of many tasks of ``TASKS`` (methods_of_tasks.py). ``tests/methods`` trains every config of
-that folder.
+To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or of the table of its group in the
+files beside this one. ``tests/methods`` trains every config of that folder.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from evidence.methods_of_experts import EXPERTS
 from evidence.methods_of_latents import LATENTS
 from evidence.methods_of_stamps import STAMPS
 from evidence.methods_of_tasks import TASKS
+from evidence.methods_of_translation import TRANSLATION
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Start, Study, Variant, find
 
@@ -25,6 +25,7 @@ ITEMS = {
     "experts": "Experts that communicate",
     "tasks": "Many tasks",
     "generative": "Generative latent models",
+    "translation": "Translation",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -191,6 +192,7 @@ METHODS = (
     *EXPERTS,
     *TASKS,
     *LATENTS,
+    *TRANSLATION,
 )
 
 
