@@ -1,5 +1,5 @@
-"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``experts``,
-``export`` and ``import``.
+"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``generate``, ``routing``,
+``experts``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2, a full disk one and code 1; other errors are bugs and show their traceback.
@@ -19,6 +19,8 @@ import typer
 
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.export.cli import export, import_
+from mmmoe_pretrain.generate.cli import EXAMPLE as GENERATE_EXAMPLE
+from mmmoe_pretrain.generate.cli import generate
 from mmmoe_pretrain.paths import given
 from mmmoe_pretrain.plan.cli import EXAMPLE as PLAN_EXAMPLE
 from mmmoe_pretrain.plan.cli import plan
@@ -35,6 +37,7 @@ app.add_typer(experts, name="experts")
 configs = typer.Typer(no_args_is_help=True, help="Upgrade configs of earlier versions.")
 app.add_typer(configs, name="config")
 app.command("plan", epilog=PLAN_EXAMPLE)(plan)
+app.command("generate", epilog=GENERATE_EXAMPLE)(generate)
 app.command("export")(export)
 app.command("import")(import_)
 

@@ -16,7 +16,16 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model, trained_module
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.evaluate import correlated, figures, imputation, report, routing_report, scores, subsets
+from mmmoe_pretrain.evaluate import (
+    correlated,
+    figures,
+    generation,
+    imputation,
+    report,
+    routing_report,
+    scores,
+    subsets,
+)
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -58,9 +67,8 @@ def evaluate(
     cases = imputation.cases_of(model.objectives, config.evaluate)
     bank = imputation.bank_of(model, rows, cases)
     data = collect(model, rows.batches(), correlated.sides_of_all(pairs))
-    found, notes = _joined(
-        [*_score(data, model, rows, run_dir), *imputation.scores_of(data, model, rows, run_dir, cases, bank)]
-    )
+    imputed = imputation.scores_of(data, model, rows, run_dir, cases, bank)
+    found, notes = _joined([*_score(data, model, rows, run_dir), *imputed, *generation.scores_of(model, rows)])
     before = untrained_routing(rows, device_of(model)) if data.routing else ()
     layers = [routing_report.summarise_layer(*pair) for pair in zip(data.routing, before, strict=True)]
     drawn = figures.shares(layers, model.names.modalities, folder / FIGURE)
