@@ -1,5 +1,5 @@
-"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``routing``, ``latents``,
-``experts``, ``align``, ``extend``, ``export`` and ``import``.
+"""The command line: ``mmmoe train``, ``plan``, ``status``, ``doctor``, ``evaluate``, ``generate``, ``routing``,
+``latents``, ``experts``, ``align``, ``extend``, ``export`` and ``import``.
 
 Heavy imports wait until a command runs, so that ``--help`` answers at once. Errors that a user can fix (ValueError)
 print one line and exit with code 2, a full disk one and code 1; other errors are bugs and show their traceback.
@@ -19,6 +19,8 @@ import typer
 
 from mmmoe_pretrain import exit_codes
 from mmmoe_pretrain.export.cli import export, import_
+from mmmoe_pretrain.generate.cli import EXAMPLE as GENERATE_EXAMPLE
+from mmmoe_pretrain.generate.cli import generate
 from mmmoe_pretrain.paths import given
 from mmmoe_pretrain.plan.cli import EXAMPLE as PLAN_EXAMPLE
 from mmmoe_pretrain.plan.cli import plan
@@ -37,6 +39,7 @@ app.add_typer(configs, name="config")
 app.command("align")(align)
 app.command("extend")(extend)
 app.command("plan", epilog=PLAN_EXAMPLE)(plan)
+app.command("generate", epilog=GENERATE_EXAMPLE)(generate)
 app.command("export")(export)
 app.command("import")(import_)
 

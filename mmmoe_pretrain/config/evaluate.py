@@ -50,7 +50,8 @@ class GenerateConfig(StrictModel):
         own = {"temperature": "sample", "top_k": "sample", "top_p": "sample", "seed": "sample", "beams": "beam",
                "length_penalty": "beam"}  # fmt: skip
         for name, method in own.items():
-            if name in self.model_fields_set and method != self.method:
+            default = type(self).model_fields[name].default  # all are in a config that was saved
+            if method != self.method and getattr(self, name) != default:
                 raise ValueError(f"{name} is of method {method}, and this is {self.method}; give method: {method}")
         return self
 

@@ -27,17 +27,17 @@ def perplexity(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, tuple[fl
     ``nll_G`` sums over a segment's targets. The interval treats segments, not tokens, as independent (the ratio
     estimator's standard error), since the tokens of one text depend on each other.
     """
-    return _with_interval(*_mean(nll_G, tokens_G))
+    return _with_interval(*mean_of_sums(nll_G, tokens_G))
 
 
 def balanced_perplexity(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, tuple[float, float]]:
     """As ``perplexity``, of the mean over ``parts`` (nll_G, tokens_G), each of which counts the same."""
-    means, errors = zip(*(_mean(*part) for part in parts), strict=True)
+    means, errors = zip(*(mean_of_sums(*part) for part in parts), strict=True)
     return _with_interval(float(np.mean(means)), math.sqrt(sum(error**2 for error in errors)) / len(parts))
 
 
-def _mean(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, float]:
-    """The mean of a token, and its standard error."""
+def mean_of_sums(nll_G: np.ndarray, tokens_G: np.ndarray) -> tuple[float, float]:
+    """The mean of a token, and its standard error (that of a ratio estimator)."""
     total = int(tokens_G.sum())
     assert total, "perplexity over no tokens"
     mean = float(nll_G.sum()) / total

@@ -16,7 +16,17 @@ import numpy as np
 from mmmoe_pretrain.checkpoint import load_model, trained_module
 from mmmoe_pretrain.config import EvaluateConfig
 from mmmoe_pretrain.data.evaluation import text_batches
-from mmmoe_pretrain.evaluate import correlated, figures, imputation, latents, report, routing_report, scores, subsets
+from mmmoe_pretrain.evaluate import (
+    correlated,
+    figures,
+    generation,
+    imputation,
+    latents,
+    report,
+    routing_report,
+    scores,
+    subsets,
+)
 from mmmoe_pretrain.evaluate.features import HeldOut, collect, device_of, encode
 from mmmoe_pretrain.evaluate.perplexity import count_train_targets
 from mmmoe_pretrain.evaluate.report import Report
@@ -63,6 +73,7 @@ def evaluate(
             *_score(data, model, rows, run_dir),
             *imputation.scores_of(data, model, rows, run_dir, cases, bank),
             *latents.scores_of(data, model, rows, run_dir),
+            *generation.scores_of(model, rows),
         ]
     )
     before = untrained_routing(rows, device_of(model)) if data.routing else ()

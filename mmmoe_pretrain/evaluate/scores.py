@@ -160,9 +160,15 @@ def _values_of(found: Predicted, settings: EvaluateConfig | None) -> dict[str, n
     """The segments of each value of ``settings.within`` with enough of them; nothing where there are not two."""
     if settings is None or not settings.within:
         return {}
-    value_G = np.array([meta.get(settings.within) or "unknown" for meta in found.metas_G])
-    values = [value for value in np.unique(value_G).tolist() if (value_G == value).sum() >= settings.min_items]
-    return {value: value_G == value for value in values} if len(values) > 1 else {}
+    return values_with_enough([meta.get(settings.within) or "unknown" for meta in found.metas_G], settings)
+
+
+def values_with_enough(values: Sequence[str], settings: EvaluateConfig) -> dict[str, np.ndarray]:
+    """Where each of the ``values`` of the field ``settings.within`` is, if it is there often enough; nothing where
+    there are not two such."""
+    value_G = np.array(values)
+    enough = [value for value in np.unique(value_G).tolist() if (value_G == value).sum() >= settings.min_items]
+    return {value: value_G == value for value in enough} if len(enough) > 1 else {}
 
 
 def _rows_of(data: HeldOut, pair: Pair, settings: EvaluateConfig) -> list[int]:

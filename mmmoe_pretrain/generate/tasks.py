@@ -7,7 +7,8 @@ packed by the task itself, so generation sees what training did.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,9 @@ from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.generate.decoding import generate
 from mmmoe_pretrain.generate.growing import Ahead, Generated
 from mmmoe_pretrain.generate.sequences import Sequences, dropless
-from mmmoe_pretrain.kinds import nearest
 from mmmoe_pretrain.modalities import Modality
 from mmmoe_pretrain.models.mmmoe import MMMoE
-from mmmoe_pretrain.objectives import Objective, Objectives
+from mmmoe_pretrain.objectives import Objectives
 
 ROWS = 64  # sequences that grow at once, beams counted
 
@@ -47,14 +47,10 @@ class Task:
     ``settings``: how a run packs."""
 
     def __init__(self, name: str, model: MMMoE, settings: PackSettings, how: GenerateConfig) -> None:
-        objective = objective_of(name, settings.objectives)
-        if how.modality and how.modality not in objective.generated:
-            raise ValueError(
-                f"task {name} does not generate {how.modality}; it generates {', '.join(objective.generated)}"
-            )
+        objective, modality = settings.objectives.generator(name, how.modality)
         self.name, self.model, self.how = name, model, how
-        self.modality: Modality = settings.modalities[how.modality or objective.generated[-1]]
-        self._objective = objective.generating(self.modality.name)
+        self.modality: Modality = settings.modalities[modality]
+        self._objective = objective.generating(modality)
         alone = Objectives({name: self._objective}, settings.objectives.streams)
         self._settings = dataclasses.replace(settings, objectives=alone)
         self._number = list(settings.objectives).index(name)  # of the task, among all of the run
@@ -83,19 +79,23 @@ class Task:
         cut = dataclasses.replace(sample, items=(*before, Item(self.modality.name, begun)))
         return Prompt(cut, position, 1 + given, whole) if self._segments(cut, position) else None
 
-    def begin(self, sample: Sample, given: np.ndarray) -> Prompt | None:
+    def has_value(self, sample: Sample) -> bool:
+        """``sample`` has a value of what is generated."""
+        return self._objective.split(sample) is not None
+
+    def begin(self, sample: Sample, given: Sequence[int] = (), position: int = 0) -> Prompt | None:
         """Of a sample without a value: it begins with the tokens ``given``. Raises ValueError where these leave no
         room; None where the task makes nothing of ``sample``."""
-        most = self.modality.max_tokens - len(self.modality.marks)
+        name, most = self.modality.name, self.modality.max_tokens - len(self.modality.marks)
         if len(given) >= most:
             raise ValueError(
-                f"the prompt of {sample.meta.key} has {len(given)} tokens of {self.modality.name}, which has at most "
-                f"{most} (modalities.{self.modality.name}.max_tokens) with what is generated; shorten it"
+                f"a prompt of {len(given)} tokens leaves no room: {name} has at most {most} with what is generated "
+                f"(modalities.{name}.max_tokens); shorten it"
             )
         first, last = self.modality.marks
-        begun = Item(self.modality.name, np.asarray([first, *given, last], dtype=np.int64))
+        begun = Item(name, np.asarray([first, *given, last], dtype=np.int64))
         whole = dataclasses.replace(sample, items=(*sample.items, begun))
-        return Prompt(whole, 0, 1 + len(given)) if self._segments(whole, 0) else None
+        return Prompt(whole, position, 1 + len(given)) if self._segments(whole, position) else None
 
     def _segments(self, sample: Sample, position: int) -> bool:
         """The task makes a segment that ends with the last item."""
@@ -107,13 +107,13 @@ class Task:
     def _stream(self) -> str:
         return f"objective/{self._settings.objectives.streams[self.name]}"
 
-    def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Generated]]:
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, Generated]]:
         """In their order, some at a time."""
-        size = max(1, ROWS // (self.how.beams if self.how.method == "beam" else 1))
-        with torch.inference_mode(), dropless(self.model):
-            for start in range(0, len(prompts), size):
-                some = prompts[start : start + size]
-                yield from zip(some, self._of(some), strict=True)
+        size, left = max(1, ROWS // (self.how.beams if self.how.method == "beam" else 1)), iter(prompts)
+        while some := list(itertools.islice(left, size)):
+            with torch.inference_mode(), dropless(self.model):
+                found = self._of(some)
+            yield from zip(some, found, strict=True)
 
     def _of(self, prompts: Sequence[Prompt]) -> list[Generated]:
         last = self.modality.max_tokens - 1  # the end mark's place
@@ -143,17 +143,3 @@ class Task:
         """What tokens without marks say; None of kinds that are no texts."""
         first, last = self.modality.marks
         return self.modality.text_of(np.asarray([first, *ids, last], dtype=np.int64))
-
-
-def objective_of(name: str, objectives: Objectives) -> Objective:
-    """Raises ValueError where there is no such task that generates."""
-    able = [task for task, objective in objectives.items() if objective.generated]
-    if not able:
-        raise ValueError(
-            f"no objective of this run predicts tokens ({', '.join(objectives) or 'it has none'}), so it generates "
-            f"nothing; train one of kind next_token"
-        )
-    if name not in able:
-        hint = nearest(name, able, "it has")
-        raise ValueError(f"the run has no task {name} that generates; {hint}")
-    return objectives[name]

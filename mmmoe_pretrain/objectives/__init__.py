@@ -98,6 +98,22 @@ class Objectives(dict[str, Objective]):
         """Names of the tasks that predict tokens."""
         return tuple(name for name, objective in self.items() if objective.predicts)
 
+    def generator(self, task: str, modality: str = "") -> tuple[Objective, str]:
+        """The objective that generates values of ``modality`` (empty: of the last that it predicts), and its name.
+        Raises ValueError where ``task`` generates nothing such."""
+        able = [name for name, objective in self.items() if objective.generated]
+        if not able:
+            raise ValueError(
+                f"no objective predicts tokens (objectives: {', '.join(self) or 'none'}), so nothing is generated; "
+                f"train one of kind next_token"
+            )
+        if task not in able:
+            raise ValueError(f"no task {task} generates; {kinds.nearest(task, able, 'those that do are')}")
+        can = self[task].generated
+        if modality and modality not in can:
+            raise ValueError(f"task {task} does not generate {modality}; it generates {', '.join(can)}")
+        return self[task], modality or can[-1]
+
     @property
     def language_heads(self) -> tuple[str | None, ...]:
         """Names of the language heads, each once; None is that of objectives that name none."""
@@ -188,6 +204,8 @@ def objectives_of(config: RunConfig) -> Objectives:
     objectives = build_objectives(config.objectives, modalities, config.representations, vocab_size)
     objectives.scored(config.evaluate.pairs)
     objectives.check_imputed(config.evaluate.impute)
+    for task, how in config.evaluate.generate.items():
+        objectives.generator(task, how.modality)
     return objectives
 
 

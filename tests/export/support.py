@@ -30,16 +30,21 @@ def make_run(
 
 def write_run(config: RunConfig, modalities: Modalities, steps: tuple[int, ...]) -> dict[int, State]:
     """The config, and checkpoints of these steps; the state of each. ``modalities`` know the tokenizer."""
-    config.run_dir.mkdir(parents=True)
-    run_config.dump(config, config.run_dir / "config.yaml")
     states = {}
     for step in steps:
         states[step] = random_state(config, seed=step)
-        meta = {"version": "0", "vocab_size": modalities.vocab_size, "tokenizer_fingerprint": modalities.fingerprint,
-                "config": config.model_dump(mode="json"), "progress": Progress(step, step).to_json(),
-                "seed": config.seed, "skipped_batches": []}  # fmt: skip
-        store.write_state(config.checkpoint_root, step, states[step], meta)
+        write_checkpoint(config, modalities, step, states[step])
     return states
+
+
+def write_checkpoint(config: RunConfig, modalities: Modalities, step: int, state: State) -> None:
+    """The config, if it is the first, and this checkpoint."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    run_config.dump(config, config.run_dir / "config.yaml")
+    meta = {"version": "0", "vocab_size": modalities.vocab_size, "tokenizer_fingerprint": modalities.fingerprint,
+            "config": config.model_dump(mode="json"), "progress": Progress(step, step).to_json(),
+            "seed": config.seed, "skipped_batches": []}  # fmt: skip
+    store.write_state(config.checkpoint_root, step, state, meta)
 
 
 def random_state(config: RunConfig, seed: int) -> State:
