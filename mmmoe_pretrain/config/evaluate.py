@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmmoe_pretrain.config.base import Names, SourceText, StrictModel, listed
+from mmmoe_pretrain.config.base import Names, PathText, SourceText, StrictModel, listed
 
 HELD_OUT = "held_out/"  # names of held-out losses and scores begin so
 
@@ -30,7 +30,8 @@ class GenerateConfig(StrictModel):
 
     ``modality``: what is generated; empty: the last that the task predicts. ``max_tokens``: at most so many, beside
     the marks (0: as many as the modality has). ``prompt_tokens``: that many of a held-out value are given.
-    ``samples``: of the held-out ones, spread evenly (0: all).
+    ``samples``: of the held-out ones, spread evenly (0: all). ``judge``: of what is no text, the folder of a run that
+    scores it, since it compares such values with what they are generated from.
     """
 
     method: Literal["greedy", "sample", "beam"] = "greedy"
@@ -44,6 +45,7 @@ class GenerateConfig(StrictModel):
     max_tokens: int = Field(0, ge=0)
     prompt_tokens: int = Field(0, ge=0)
     samples: int = Field(0, ge=0)
+    judge: PathText = ""
 
     @model_validator(mode="after")
     def _of_its_method(self) -> GenerateConfig:

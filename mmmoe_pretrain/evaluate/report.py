@@ -182,7 +182,7 @@ def _number(value: float | None, unit: str) -> str:
         return "-"
     if unit == "share":
         return f"{100 * value:.1f}%"
-    if unit == "cosine":
+    if unit in ("cosine", "distance"):
         return f"{value:.3f}"
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 

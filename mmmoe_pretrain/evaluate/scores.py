@@ -47,7 +47,7 @@ class Score:
     n: int
     interval: tuple[float, float]
     candidates: int | None = None
-    unit: str = "share"  # or "perplexity", "cosine"
+    unit: str = "share"  # or "perplexity", "cosine", "distance", "nats"
 
 
 class ClassLabels(Protocol):

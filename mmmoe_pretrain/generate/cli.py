@@ -33,10 +33,13 @@ def generate(
     length_penalty: Annotated[float | None, typer.Option(help="Of beam: 0 prefers short texts.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens at most; default: of the modality.")] = None,
     modality: Annotated[str | None, typer.Option(help="What is generated; default: the task's last.")] = None,
-    out: Annotated[Path | None, typer.Option(callback=given, help="A file of JSON lines; default: print.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=given, help="A file of JSON lines, or of images and sounds a folder; default: print."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate texts from files, from the beginning of a text, or from the samples of shards, as JSON lines."""
+    """Generate texts, or images and sounds of codes, from files, a text, or the samples of shards."""
     from mmmoe_pretrain.generate.command import Request, generate_command
 
     options = {

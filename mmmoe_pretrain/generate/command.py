@@ -1,13 +1,14 @@
 """``mmmoe generate``: load a run or an export, generate, and write a JSON object a line: ``{"key", "given", "prompt",
 "output" (or "ids", of what is no text), "tokens", "ended", "log_probability", "reference" and "language" (of a
-sample of shards)}``."""
+sample of shards)}``. What is no text is written as files of a folder, which has these lines as index.jsonl, with a
+"file"."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from mmmoe_pretrain.generate.tasks import ROWS, Prompt, Task
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.parallel.runtime import named_device
-from mmmoe_pretrain.paths import new_file
+from mmmoe_pretrain.paths import new_file, new_folder
+
+INDEX = "index.jsonl"  # of a folder of generated files
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,45 @@ def generate_command(
         values = given(task, modalities, request.by_kind, request.by_name)
         prompts = iter(prompts_of(task, modalities, values))
         labels = [values.row(number) for number in range(len(values))]
-    written = 0
-    with new_file(out) if out else contextlib.nullcontext() as draft:
-        with draft.open("w", encoding="utf-8") if draft else contextlib.nullcontext() as file:
-            for number, (prompt, generated) in enumerate(task.run(prompts)):
-                shown = labels[number] if labels else {}
-                print(json.dumps(line(task, prompt, generated, shown), ensure_ascii=False), file=file)
-                written += 1
-        if not written:
-            raise ValueError(f"no sample of {', '.join(request.data)} has what task {task.name} generates from")
-    if out:
-        print(f"wrote {out}: {written:,} lines")
+    made = _made(task, prompts, labels, ", ".join(request.data))
+    if out is None:
+        for found, _ in made:
+            print(_json(found))
+    elif task.is_text:
+        with new_file(out) as draft:
+            draft.write_text("".join(f"{_json(found)}\n" for found, _ in made), encoding="utf-8")
+        print(f"wrote {out}")
+    else:
+        if out.exists():
+            raise ValueError(f"{out} exists, and a folder of files is to be written there; choose another --out")
+        with new_folder(out) as draft:
+            _write_files(made, draft)
+        print(f"wrote {out}: files and {INDEX}")
+
+
+Made = Iterator[tuple[dict[str, Any], Callable[[], tuple[bytes, str]]]]
+
+
+def _made(task: Task, prompts: Iterator[Prompt], labels: Sequence[dict[str, str]], where: str) -> Made:
+    """Of each prompt its line, and what makes a file of its value. Raises ValueError where there is no prompt."""
+    number = -1
+    for number, (prompt, generated) in enumerate(task.run(prompts)):
+        yield line(task, prompt, generated, labels[number] if labels else {}), partial(task.file, prompt, generated)
+    if number < 0:
+        raise ValueError(f"no sample of {where} has what task {task.name} generates from")
+
+
+def _write_files(made: Made, folder: Path) -> None:
+    with (folder / INDEX).open("w", encoding="utf-8") as index:
+        for number, (found, file) in enumerate(made):
+            content, extension = file()
+            name = f"{number:05}.{extension}"
+            (folder / name).write_bytes(content)
+            print(_json({**found, "file": name}), file=index)
+
+
+def _json(found: dict[str, Any]) -> str:
+    return json.dumps(found, ensure_ascii=False)
 
 
 def how(config: RunConfig, request: Request) -> GenerateConfig:

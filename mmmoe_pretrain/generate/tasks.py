@@ -139,6 +139,21 @@ class Task:
             return prompt.whole.raw
         return self.text(self.modality.keys(prompt.whole.value)[prompt.places : -1])
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its values are texts; others become files."""
+        return self.text(()) is not None
+
+    def file(self, prompt: Prompt, generated: Generated) -> tuple[bytes, str]:
+        """Of a value that is no text, with its beginning: see ``Modality.render``."""
+        begun = self.modality.keys(prompt.sample.items[-1].value)[1 : prompt.places]
+        return self.modality.render(np.asarray([*begun, *generated.ids], dtype=np.int64))
+
+    def own_file(self, prompt: Prompt) -> tuple[bytes, str]:
+        """As ``file``, of the value that the sample has."""
+        assert prompt.whole is not None
+        return self.modality.render(self.modality.keys(prompt.whole.value))
+
     def text(self, ids: Sequence[int] | np.ndarray) -> str | None:
         """What tokens without marks say; None of kinds that are no texts."""
         first, last = self.modality.marks

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from mmmoe_pretrain.evaluate.generated import alignment, frechet_distance, gaussian_distance
+from mmmoe_pretrain.batch import Item, Sample, SampleMeta
+from mmmoe_pretrain.config.evaluate import GenerateConfig
+from mmmoe_pretrain.evaluate.generated import alignment, frechet_distance, gaussian_distance, scores_of
+from mmmoe_pretrain.models.pretraining import PretrainingModel
+from tests.export.support import make_run
+from tests.support import png_of, things
 
 
 def test_the_distance_of_one_dimension_is_that_of_means_and_deviations() -> None:
@@ -56,3 +65,51 @@ def test_what_cannot_be_compared_is_told() -> None:
         frechet_distance(rows, rows[:, :2])
     with pytest.raises(ValueError, match="give pairs"):
         alignment(rows, rows[:2])
+
+
+def drawer(judge: Path, model: PretrainingModel, shift: int) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A task that draws the image of another sample, ``shift`` behind, for the name of each; and what it made."""
+    rows = things(6)
+    images = [png_of(row) for row in rows]
+
+    def image(number: int) -> tuple[bytes, str]:
+        return images[number % len(rows)], "png"
+
+    task = SimpleNamespace(
+        name="drawing", how=GenerateConfig(judge=str(judge)), model=model.mmmoe,
+        file=lambda prompt, _: image(prompt.position + shift), own_file=lambda prompt: image(prompt.position),
+    )  # fmt: skip
+    made = []
+    for number, row in enumerate(rows):
+        items = (Item("text", np.zeros(3), row["name"]), Item("picture", np.zeros(2)))
+        prompt = SimpleNamespace(position=number, sample=Sample(SampleMeta(str(number)), items), whole=items[1])
+        made.append((prompt, None))
+    return task, made
+
+
+def test_a_run_judges_images_by_the_texts_they_were_made_from(tmp_path: Path, tiny_data: Path) -> None:
+    """Own images are as near as the majority says. Images of the next sample are as near as chance says of own ones,
+    which compares each with the text of the sample before."""
+    config, _ = make_run(tmp_path, tiny_data)
+    rows: Any = SimpleNamespace(config=config)
+    found = {}
+    for shift in (0, 1, -1):
+        task, made = drawer(config.run_dir, PretrainingModel(config), shift)
+        (frechet, aligned), (note,) = scores_of(task, rows, made)
+        assert frechet.value == pytest.approx(0, abs=1e-6)  # the same images in another order
+        assert (aligned.n, note) == (6, f"drawing is judged by {config.name}")
+        found[shift] = aligned
+    assert found[0].value == found[0].majority == found[1].majority
+    assert found[1].value != found[0].value
+    assert found[0].chance == pytest.approx(found[1].value)  # texts roll by one: text i with the image of i + 1
+    assert found[-1].chance == pytest.approx(found[0].value)
+    task, made = drawer(config.run_dir, PretrainingModel(config), 0)
+    task.file = lambda *_: (b"", "mid")
+    with pytest.raises(
+        ValueError, match=r"cannot judge .mid files that are generated from text, as it compares image"
+    ):
+        scores_of(task, rows, made)
+    task.how = GenerateConfig()
+    assert scores_of(task, rows, made) == (
+        [], ["no score of what drawing generates: set evaluate.generate.drawing.judge to a run"],
+    )  # fmt: skip

@@ -15,9 +15,12 @@ import torch
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.config.evaluate import GenerateConfig
 from mmmoe_pretrain.data.pack import PackSettings, pack
 from mmmoe_pretrain.data_prep import codes as training
 from mmmoe_pretrain.data_prep.codes import CodesOptions
+from mmmoe_pretrain.generate.growing import Generated
+from mmmoe_pretrain.generate.tasks import Prompt, Task
 from mmmoe_pretrain.modalities.codes import Codes
 from mmmoe_pretrain.modalities.fsq import Codebook, Levels, Network
 from mmmoe_pretrain.models.pretraining import PretrainingModel
@@ -119,14 +122,21 @@ def test_a_small_model_draws_what_a_text_says(tokenizer: Path) -> None:
     settings, model = pack_settings(config), PretrainingModel(config)
     picture = settings.modalities["picture"]
     assert isinstance(picture, Codes)
+    task = Task("drawing", model.mmmoe, settings, GenerateConfig())
+    assert not task.is_text
 
     def png(pixels: np.ndarray) -> bytes:
         file = io.BytesIO()
         PIL.Image.fromarray(pixels).save(file, "png")
         return file.getvalue()
 
+    def generated() -> list[tuple[Prompt, Generated]]:
+        prompts = [task.begin(Sample(SampleMeta("-".join(scene)), (text_of(scene),)), ()) for scene in SCENES]
+        return list(task.run([prompt for prompt in prompts if prompt is not None]))
+
     def shown() -> float:
-        made = [picture.render(value)[0] for value in greedy(model.eval(), settings, picture, SCENES)]
+        model.eval()
+        made = [task.file(prompt, generated)[0] for prompt, generated in generated()]
         found = [measured(np.asarray(PIL.Image.open(io.BytesIO(data)))) for data in made]
         return float(np.mean([one == scene for one, scene in zip(found, SCENES, strict=True)]))
 
@@ -141,3 +151,5 @@ def test_a_small_model_draws_what_a_text_says(tokenizer: Path) -> None:
         loss.backward()
         optimizer.step()
     assert shown() > 0.9
+    whole = greedy(model, settings, picture, SCENES)
+    assert [its.ids for _, its in generated()] == [tuple(value[1:-1].tolist()) for value in whole]
