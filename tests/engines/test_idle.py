@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -100,3 +101,13 @@ def test_what_other_tasks_use_is_not_a_task_s_own() -> None:
     assert own == pairs | {f"mmmoe.joint_heads.{name}.weight" for name in ("image", "audio", "text")}
     own = {names[parameter] for parameter in own_parameters(model, {"captioning"})}
     assert own == {"mmmoe.language_head.weight"}
+
+
+def test_rows_of_routers_and_learned_weights_are_a_task_s_own() -> None:
+    train = {**TWO_MICROBATCHES, "loss_weighting": "uncertainty"}
+    config = dataclasses.replace(case("megatron", 0), moe={"task_conditioned": True}, train=train).config()
+    model = PretrainingModel(config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = {f"mmmoe.trunk.blocks.{layer}.ffn.router.task_embedding.reading" for layer in (1, 3)}
+    own = {names[parameter] for parameter in own_parameters(model, {"reading"})}
+    assert own == {HEAD, "loss_weighting.log_variance.reading", *rows}
