@@ -29,7 +29,7 @@ from mmmoe_pretrain.parallel.stages import Stage, stages_of_rank
 from mmmoe_pretrain.plan.communication import Parameter, parameters_of
 
 ATTENTION, DENSE, ROUTERS, EXPERTS = "attention", "dense feed-forward", "routers", "experts"
-SHARED, HEADS, OTHERS = "shared experts", "heads", "others"
+SHARED, AMONG, HEADS, OTHERS = "shared experts", "attention among experts", "heads", "others"
 EMBEDDERS = "embedder of "  # and the modality's name
 
 
@@ -144,6 +144,8 @@ def part_of_model(parameter: str) -> str:
             return EXPERTS
         case ["trunk", "blocks", _, "ffn", "shared", *_]:
             return SHARED
+        case ["trunk", "blocks", _, "ffn", "expert_attention", *_]:
+            return AMONG
         case ["trunk", "blocks", _, "ffn", *_]:
             return DENSE
         case ["banks" | "fusions" | "class_heads" | "code_heads" | "joint_heads", *_]:

@@ -11,12 +11,14 @@ from mmmoe_pretrain.engines.megatron import prepare
 from mmmoe_pretrain.plan.build import build
 from tests.support import tiny_config
 
-MOE = {"num_experts": 4, "expert_hidden_size": 8, "every": 2, "shared_expert_hidden_size": 8, "null_experts": 4}
+MOE = {"num_experts": 4, "expert_hidden_size": 8, "every": 2, "shared_expert_hidden_size": 8, "null_experts": 4,
+       "expert_attention_size": 4, "routing_memory_size": 2}  # fmt: skip
 PARTS = {  # hidden size 16, vocabulary 48
     "embedder of text": 48 * 16,
     "attention": 4 * 4 * 16 * 16,
     "dense feed-forward": 2 * 3 * 16 * 16,
-    "routers": 2 * (4 + 4) * 16,
+    "routers": 2 * ((4 + 4) * (16 + 2) + 2 * 16 + 6 * 2 * 2 + 6 * 2),  # with a memory of 2 numbers
+    "attention among experts": 2 * 4 * 16 * 4,
     "experts": 2 * 4 * 3 * 16 * 8,
     "shared experts": 2 * 3 * 16 * 8,
     "heads": 48 * 16 + 3 * 16 * 8,
