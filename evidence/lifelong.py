@@ -84,7 +84,7 @@ def sequence(name: str, label: str, *later: str, memory: bool = False, experts: 
         overrides, options = [data_of(number, memory), *later], tuple[str, ...]()
         if experts:
             old = 16 + NEW_EXPERTS * (number - 2)
-            rows = [f"mmmoe.trunk.blocks.*.ffn.{name}[:{old}]" for name in ("experts.*", "router.weight")]
+            rows = [f"mmmoe.trunk.blocks.*.ffn.{each}[:{old}]" for each in ("experts.*", "router.weight")]
             overrides += [f"moe.num_experts={old + NEW_EXPERTS}", "moe.wake_steps=20",
                           f"optimizer.hold={{frozen: ['{rows[0]}', '{rows[1]}']}}"]  # fmt: skip
             options = (f"--add-experts={NEW_EXPERTS}", "--wake-steps=20")

@@ -133,7 +133,6 @@ SGD_CASES = [
 
 HOLD_CASES = [
     case("EP2", optimizer=HOLD),
-    case("DP2", 1, optimizer=HOLD),
     case("TP2 + SP", optimizer=HOLD),
     case("PP2", 1, optimizer=HOLD),
     case("DP2", 0, "deepspeed", optimizer=HOLD),
