@@ -203,12 +203,10 @@ def _mean(metric: str, values_N: np.ndarray, chance: float | None) -> list[Score
 def _coherence(name: str, way: Way, vectors_NP: np.ndarray, data: HeldOut, settings: EvaluateConfig) -> list[Score]:
     """Retrieval of each row's own item of the target by what was generated in its place. A query is a distinct
     content of source and target together."""
-    here = [bool(row_P.any()) for row_P in vectors_NP]
-    sides = {way.target, *way.seen}
-    content = tuple(
-        " ".join(parts) if has and all(parts) else ""
-        for has, *parts in zip(here, *(data.content[side] for side in sorted(sides)), strict=True)
-    )
+    sides = sorted({way.target, *way.seen})
+    contents = zip(*(data.content[side] for side in sides), strict=True)
+    here = np.asarray(vectors_NP.any(axis=1)).tolist()
+    content = tuple(" ".join(parts) if has and all(parts) else "" for has, parts in zip(here, contents, strict=True))
     if not any(content):
         return []
     shown = replace(data, features={**data.features, name: vectors_NP}, content={**data.content, name: content})

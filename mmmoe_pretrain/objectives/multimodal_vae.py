@@ -8,7 +8,7 @@ so a ``weight`` of about 1 / numbers makes it comparable to others. Posteriors o
 
 * ``product`` (MVAE, arXiv 1802.05335): the product of the Gaussians of the modalities and the prior. The loss is the
   mean of the bounds of all of a sample's modalities, of each one alone and of random ``subsets`` of them, each of
-  which generates its own modalities.
+  which generates its own modalities, so one modality is never asked for another by itself.
 * ``mixture`` (MMVAE, arXiv 1911.03393): the equal mixture of the Gaussians of the modalities. Each one generates all
   modalities of the sample; the divergence is that of the mixture, estimated by a draw of each component.
 * ``mixture_of_products`` (MoPoE, arXiv 2105.02470): the equal mixture of the products of all subsets of the
@@ -128,7 +128,8 @@ class MultimodalVAE(PooledObjective):
 
     def flops(self, embedding_size: int, samples: float) -> float:
         settings, condition = self.settings, self.condition_size(embedding_size)
-        total = float(samples * self.passes**2 * settings.latent_size * 8 * bool(settings.total_correlation))
+        atoms = (1 if settings.joint == PRODUCT else self.passes) if settings.total_correlation else 0
+        total = 8.0 * atoms**2 * samples * settings.latent_size  # elementwise, of a sample with those of all
         for number, name in enumerate(settings.modalities):
             own = settings.private.get(name, 0)
             outputs = 2 * (settings.latent_size + own)
@@ -177,6 +178,7 @@ class LatentModule(GenerativeModule):
         self._beta = value_at(schedule_of(self.settings.beta), 0)
         settings, condition = self.settings, objective.condition_size(embedding_size)
         self.prior = GaussianHead(condition, 0, (settings.latent_size,)) if condition else None
+        self.register_buffer("subset_QM", torch.tensor(objective.subsets), persistent=False)
         self.parts = nn.ModuleDict()  # called so: initial weights do not depend on the names of modalities
         for name in settings.modalities:
             own = [settings.private[name]] if name in settings.private else []
@@ -238,10 +240,8 @@ class LatentModule(GenerativeModule):
             *(torch.stack([getattr(head[0], key) for head in heads], dim=1) for key in ("mean", "scale"))
         )
         prior = self.prior(condition_BX)[0] if self.prior is not None else standard(experts.mean[:, 0])
-        subset_QM = torch.tensor(self.objective.subsets, device=seen_BM.device)
-        shared, subset_QBM, valid_QB = posteriors(
-            experts, prior, subset_QM, seen_BM, random_QBM, self.settings.joint == PRODUCT
-        )
+        subset_QM, of_a_product = self.get_buffer("subset_QM"), self.settings.joint == PRODUCT
+        shared, subset_QBM, valid_QB = posteriors(experts, prior, subset_QM, seen_BM, random_QBM, of_a_product)
         private = {part: head[1] for part, head in zip(self.settings.modalities, heads, strict=True) if len(head) > 1}
         return Posterior(shared, subset_QBM, valid_QB, private, prior, condition_BX)
 

@@ -9,19 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.distributions.kl import kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import Batch, Item, Sample, SampleMeta
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.modalities import Modality, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.objectives.multimodal_vae import LatentModule
-from tests.support import pack_settings, random_batch, random_sample, tiny_config
+from mmmoe_pretrain.plan.workload import full_batch
+from tests.support import BEGIN, END, pack_settings, random_batch, random_sample, tiny_config
 
 PARTS = ("image", "audio", "text")
 SAMPLES = ["iat", "it", "a", "", "iat", "ia"]
@@ -253,6 +257,21 @@ def test_draws_are_of_a_sample_and_not_of_its_batch() -> None:
     assert not torch.equal(pack(samples, other, range(7, 11)).noise["vae"], whole.noise["vae"])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_flops_of_an_estimate_are_counted(case: str) -> None:
+    """Of samples at full length; a text has one place less than tokens. The total correlation is elementwise, which
+    a counter of products of matrices does not see."""
+    config = config_with(**{**CASES[case], "total_correlation": 0.0})
+    model, batch = PretrainingModel(config), full_batch(config, 4)
+    with torch.no_grad():
+        outputs = model.mmmoe(batch)[0]
+        with FlopCounterMode(display=False) as counter:
+            module_of(model)(outputs, batch, model.groups)
+    taking_part = int(model.objectives["vae"].taking_part(batch).sum())
+    found = model.objectives["vae"].flops(config.model.embedding_size, 4) * 4
+    assert taking_part in (0, 4) and found == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 def test_a_schedule_of_beta() -> None:
     config = config_with(joint="product", beta=[[0, 0.0], [10, 1.0]])
     model, batch = PretrainingModel(config), random_batch(config, SAMPLES)
@@ -261,6 +280,58 @@ def test_a_schedule_of_beta() -> None:
         model.begin_step(step, step_counts([batch], model.objectives, None, torch.device("cpu")))
         found.append(float(model(batch)[1].losses["vae/kl"]))
     assert found[0] == 0 and found[1] == pytest.approx(found[2] / 2) and found[2] > 0
+
+
+COLOURS = np.array([[220, 30, 30], [30, 200, 40], [40, 60, 220], [230, 220, 40]], dtype=np.uint8)
+
+
+def plain_colours(config: RunConfig, positions: range, has: str = "it") -> Batch:
+    """Images of one colour, each with the piece that names it: number 10 and following of the vocabulary."""
+    samples = []
+    for position in positions:
+        colour = position % len(COLOURS)
+        image = np.broadcast_to(COLOURS[colour][:, None, None], (3, 16, 16)).copy()
+        items = (Item("image", image), Item("text", np.array([BEGIN, 10 + colour, END])))
+        samples.append(Sample(SampleMeta(f"{position}"), tuple(item for item in items if item.modality[0] in has)))
+    return pack(samples, pack_settings(config), positions)
+
+
+def test_a_colour_is_generated_from_its_name_and_named() -> None:
+    """The right answer is known: of four colours, each with its name, both ways, after 120 steps."""
+    vae = {**VAE, "modalities": ["image", "text"], "joint": "mixture", "hidden_size": 32, "weight": 0.01,
+           "weights": {"text": 20.0}}  # fmt: skip
+    config = tiny_config(
+        Path("unused"),
+        modalities={"image": {"kind": "image", "size": 16, "stem": "linear"}, "text": {"kind": "text"}},
+        objectives={"vae": vae},
+        moe={"num_experts": 2, "expert_hidden_size": 8},
+    )
+    model, settings = PretrainingModel(config), {"lr": 1e-2, "betas": (0.9, 0.95)}
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    for step in range(120):
+        batch = plain_colours(config, range(8 * step, 8 * (step + 1)))
+        optimizer.zero_grad()
+        begun(model, batch)(batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    module = module_of(model)
+    for seen, target in (("text", "image"), ("image", "text")):
+        batch = plain_colours(config, range(len(COLOURS)), has=seen[0])  # the other is not there
+        with torch.no_grad():
+            features = model.mmmoe(batch)[0].features
+            length = 4 if target == "image" else 2
+            made = module.generate(target, module.latent([seen], features, batch), features, batch, [length] * 4)
+        if target == "text":
+            assert [content.tolist() for content in made] == [[10 + colour, END] for colour in range(4)]
+            continue
+        values = np.stack([model_image(config).rebuilt(content.numpy()) for content in made])
+        apart = np.abs(values.mean(axis=(2, 3))[:, None] - COLOURS[None]).mean(axis=-1)
+        assert apart.argmin(axis=1).tolist() == [0, 1, 2, 3]
+        assert apart.min(axis=1).max() < 40  # of 255
+
+
+def model_image(config: RunConfig) -> Modality:
+    return build_modalities(config.modalities, decoding=False)["image"]
 
 
 class _Affine(torch.nn.Module):
