@@ -20,7 +20,6 @@ import numpy as np
 import PIL.Image
 import soxr
 from numpy.lib.stride_tricks import sliding_window_view
-from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from mmmoe_pretrain.kinds import READS
@@ -28,7 +27,7 @@ from mmmoe_pretrain.modalities.audio_file import decoders, open_audio, read_mono
 from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.audio_stem import AudioEmbedder
 from mmmoe_pretrain.modalities.audio_wave import wave_of_mel
-from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, quarantine
+from mmmoe_pretrain.modalities.base import BadSampleError, Collated, Modality, blas, quarantine
 from mmmoe_pretrain.modalities.tokenizer import Tokenizer
 from mmmoe_pretrain.modalities.transforms import Transform, of_time
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -59,7 +58,7 @@ class Audio(Modality):
     def __init__(self, name: str, settings: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)
         self._window = np.hanning(settings.n_fft + 1)[:-1].astype(np.float32)
-        _blas()  # before workers are forked: it asks the dynamic linker, whose lock a thread may hold at the fork
+        blas()
 
     @functools.cached_property
     def _filters(self) -> list[np.ndarray]:
@@ -206,7 +205,7 @@ class Audio(Modality):
         half = settings.n_fft // 2
         windows = sliding_window_view(np.pad(wave, (half, settings.n_fft + half)), settings.n_fft)
         mel = np.empty((settings.n_mels, frames), dtype=np.float32)
-        with _blas().limit(limits=1, user_api="blas"):  # more threads would wait for one another on cores in use
+        with blas().limit(limits=1, user_api="blas"):  # more threads would wait for one another on cores in use
             for first in range(0, frames, BLOCK):
                 spectrum = np.fft.rfft(windows[starts[first : first + BLOCK]] * self._window)
                 power = np.square(spectrum.real) + np.square(spectrum.imag)
@@ -218,12 +217,6 @@ class Audio(Modality):
             mel = np.maximum(mel, mel.max() - np.float32(FLOOR_DECADES))
             return (mel - mel.mean()) / np.float32(LOG_STD)
         return (mel - np.float32(self.settings.mean)) / np.float32(self.settings.std)
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    """The libraries by which numpy multiplies matrices."""
-    return ThreadpoolController()
 
 
 def mel_filters(config: AudioSettings, warp: float = 1.0) -> np.ndarray:

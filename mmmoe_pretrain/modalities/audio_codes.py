@@ -70,6 +70,12 @@ class AudioCodes(Codes):
         bands, frames = book.network.patch
         return {"codes": book.codes, "max_tokens": settings.n_mels // bands * -(-settings.max_frames // frames)}
 
+    @staticmethod
+    def size_problem(book: Codebook, max_tokens: int) -> str:
+        """See ``Codes.size_problem``."""
+        bands = int(book.media["n_mels"]) // book.network.patch[0]
+        return "" if max_tokens >= bands else f"a column has {bands} codes; set max_tokens: {bands} or more"
+
     def ordered(self, codes: np.ndarray) -> np.ndarray:
         columns = self.settings.max_tokens // codes.shape[0]
         if codes.shape[1] > columns:

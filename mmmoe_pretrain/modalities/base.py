@@ -7,6 +7,7 @@ forked worker never touches torch's threads; nothing here imports torch, so that
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL.Image import Image as PILImage
+from threadpoolctl import ThreadpoolController
 
 from mmmoe_pretrain.config.base import ModalitySettings
 from mmmoe_pretrain.limits import decoder_reason
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 
 class BadSampleError(Exception):
     """A sample's content cannot be used; the message has the reason."""
+
+
+@functools.cache
+def blas() -> ThreadpoolController:
+    """The libraries by which numpy multiplies matrices. The first call asks the dynamic linker, whose lock a thread
+    may hold where a process forks: a kind whose values take products calls it when it is built, before that."""
+    return ThreadpoolController()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import PathText
-from mmmoe_pretrain.modalities.base import Collated, Modality, ModalitySettings
+from mmmoe_pretrain.modalities.base import Collated, Modality, ModalitySettings, blas
 from mmmoe_pretrain.modalities.fsq import MOST_CODES, Codebook
 from mmmoe_pretrain.modalities.text import MARKS, TextEmbedder
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
@@ -63,6 +63,8 @@ class CodesSettings(ModalitySettings):
                 f"the tokenizer {self.file} has {book.codes} codes, and the modality codes: {self.codes}; set codes: "
                 f"{book.codes}, or name another file"
             )
+        if problem := kinds.MODALITIES.load(self.kind).size_problem(book, self.max_tokens):
+            raise ValueError(f"the modality of the tokenizer {self.file} has max_tokens {self.max_tokens}: {problem}")
         return book
 
 
@@ -74,6 +76,10 @@ class Codes(Modality):
     patch: ClassVar[tuple[int, int]]  # of a code, that suits it
     predictable = True
     hideable = True
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        blas()
 
     @functools.cached_property
     def book(self) -> Codebook:
@@ -104,6 +110,11 @@ class Codes(Modality):
     @abc.abstractmethod
     def sizes(book: Codebook) -> dict[str, int]:
         """The settings ``codes`` and ``max_tokens`` that suit ``book``."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def size_problem(book: Codebook, max_tokens: int) -> str:
+        """Why ``book`` cannot have so many codes a value, and the remedy; or nothing."""
 
     @abc.abstractmethod
     def ordered(self, codes: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ Shapes: C channels, H x W pixels or bands x frames, rows x columns the grid of c
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
@@ -24,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 from numpy.lib.stride_tricks import sliding_window_view
-from threadpoolctl import ThreadpoolController
 
 from mmmoe_pretrain.limits import DECODER_ERRORS, MAX_MEMBER_BYTES
+from mmmoe_pretrain.modalities.base import blas
 from mmmoe_pretrain.untrusted import brief, read_bytes
 
 KERNEL = 3  # of layers that see their neighbours
@@ -245,12 +244,6 @@ def _convolved(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarra
 
 def _silu(x: np.ndarray) -> np.ndarray:
     return x * (np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * x))
-
-
-@functools.cache
-def blas() -> ThreadpoolController:
-    """The libraries by which numpy multiplies matrices."""
-    return ThreadpoolController()
 
 
 def _parse(data: bytes) -> Codebook:

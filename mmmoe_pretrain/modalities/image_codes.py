@@ -52,12 +52,14 @@ class ImageCodes(Codes):
         rows, columns = _grid_of(book)
         return {"codes": book.codes, "max_tokens": rows * columns}
 
+    @staticmethod
+    def size_problem(book: Codebook, max_tokens: int) -> str:
+        """See ``Codes.size_problem``."""
+        rows, columns = _grid_of(book)
+        number = rows * columns
+        return "" if max_tokens == number else f"its images have {number} codes each; set max_tokens: {number}"
+
     def ordered(self, codes: np.ndarray) -> np.ndarray:
-        if codes.size != self.settings.max_tokens:
-            raise ValueError(
-                f"modalities.{self.name}.max_tokens {self.settings.max_tokens}: the images of {self.settings.file} "
-                f"have {codes.size} codes each; set max_tokens: {codes.size}"
-            )
         return codes.ravel()
 
     def placed(self, codes: np.ndarray) -> np.ndarray:

@@ -12,12 +12,15 @@ import pytest
 import soundfile
 import torch
 
+from mmmoe_pretrain.checkpoint.model import read_config
 from mmmoe_pretrain.data_prep import codes as training
 from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
 from mmmoe_pretrain.modalities.audio_codes import AudioCodes, AudioCodesSettings, sound_of
 from mmmoe_pretrain.modalities.codes import Codes
 from mmmoe_pretrain.modalities.fsq import Codebook, Levels, Network
 from mmmoe_pretrain.modalities.image_codes import ImageCodes, ImageCodesSettings
+from mmmoe_pretrain.train import start
+from tests.support import tiny_config
 
 IMAGE = {"kind": "image", "size": 16, "patch": 4, "augment": False}
 AUDIO = {"kind": "audio", "n_mels": 16, "patch": 1, "stem": "linear", "max_seconds": 0.5, "augment": False}
@@ -82,10 +85,11 @@ def test_settings_that_do_not_suit_the_file_are_told(tmp_path: Path) -> None:
         ImageCodesSettings(tokenizer=str(tmp_path / "c.npz"), codes=12, max_tokens=16).with_file()
     with pytest.raises(ValueError, match=r"has codes for kind image_codes, and the modality has kind audio_codes"):
         AudioCodesSettings(tokenizer=str(tmp_path / "c.npz"), codes=15, max_tokens=16).with_file()
-    with pytest.raises(
-        ValueError, match=r"modalities\.drawing\.max_tokens 9: .* have 16 codes each; set max_tokens: 16"
-    ):
+    with pytest.raises(ValueError, match=r"has max_tokens 9: its images have 16 codes each; set max_tokens: 16"):
         images(tmp_path / "c.npz", max_tokens=9).decode(data)
+    write(tmp_path / "a.npz", AUDIO, 1, (8, 8))
+    with pytest.raises(ValueError, match=r"max_tokens 1: a column has 2 codes; set max_tokens: 2 or more"):
+        AudioCodesSettings(tokenizer=str(tmp_path / "a.npz"), codes=15, max_tokens=1).with_file()
     known = ImageCodesSettings(tokenizer=str(tmp_path / "c.npz"), codes=15, max_tokens=16).with_file()
     assert len(known.fingerprint) == 32
     write(tmp_path / "c.npz", {**IMAGE, "size": 32}, 3, (4, 4))
@@ -128,3 +132,26 @@ def test_a_sound_of_a_spectrogram_has_its_pitch_and_its_spectrogram() -> None:
     assert again is not None and again.shape == mel.shape
     loud = mel > 0
     assert np.abs(again - mel)[loud].mean() < 0.25
+
+
+def test_a_run_keeps_its_own_copy_of_the_tokenizer(tmp_path: Path) -> None:
+    """The original may move; an override that names another file, or the whole modality, is followed."""
+    write(tmp_path / "c.npz", IMAGE, 3, (4, 4))
+    picture = {"kind": "image_codes", "tokenizer": str(tmp_path / "c.npz"), "codes": 15, "max_tokens": 16}
+    drawing = {"drawing": {"kind": "next_token", "parts": ["picture"]}}
+    config = tiny_config(tmp_path, modalities={"picture": picture}, objectives=drawing).with_files()
+    config.run_dir.mkdir(parents=True)
+    start.write_config(config, "")
+    (tmp_path / "c.npz").rename(tmp_path / "moved.npz")
+
+    def reads(*overrides: str) -> str:
+        return Path(read_config(config.run_dir, overrides).modalities["picture"].file).name
+
+    assert reads() == reads("modalities.picture.members=[left.png]") == "modalities.picture.npz"
+    assert reads(f"modalities.picture.tokenizer={tmp_path / 'moved.npz'}") == "moved.npz"
+    assert read_config(config.run_dir).with_files() == read_config(
+        config.run_dir
+    )  # the fingerprint is that of the copy
+    write(config.run_dir / "modalities.picture.npz", {**IMAGE, "fit": "crop"}, 3, (4, 4))
+    with pytest.raises(ValueError, match=r"has fingerprint .* the run was made with"):
+        read_config(config.run_dir).with_files()

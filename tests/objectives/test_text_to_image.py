@@ -71,7 +71,7 @@ def test_measuring_finds_what_was_drawn() -> None:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, path = np.random.default_rng(1), tmp_path_factory.mktemp("codes") / "codes.npz"
     images = [drawn(scene, rng).transpose(2, 0, 1) / np.float32(127.5) - 1 for scene in SCENES for _ in range(8)]
-    options = CodesOptions(levels=(5, 4, 3), patch=(PATCH, PATCH), width=16, steps=150, batch=24, rate=8e-3)
+    options = CodesOptions(levels=(5, 4, 3), patch=(PATCH, PATCH), width=16, steps=120, batch=24, rate=8e-3)
     network = Network(3, options.patch, options.width, Levels(options.levels))
     weights = training.train_network(network, [image.astype(np.float32) for image in images], options)
     Codebook(network, weights, {"kind": "image", "size": SIZE, "patch": PATCH, "augment": False}, {}).write(path)
@@ -142,11 +142,14 @@ def test_a_small_model_draws_what_a_text_says(tokenizer: Path) -> None:
 
     assert shown() < 0.2  # one of 24 by chance
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    for step in range(120):
-        model.train().begin_step(step)
+    batches = []
+    for _ in range(5):
         values = [picture.decode(png(drawn(scene, rng))) for scene in SCENES]
         samples = [sample_of(scene, value) for scene, value in zip(SCENES, values, strict=True) if value is not None]
-        loss, _ = model(pack(samples, settings))
+        batches.append(pack(samples, settings))
+    for step in range(100):
+        model.train().begin_step(step)
+        loss, _ = model(batches[step % len(batches)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
