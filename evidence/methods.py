@@ -1,12 +1,14 @@
 """The methods of docs/methods.md. A study is a data set: its reference, and runs that differ from it by one method.
 
 To add a method, write ``configs/methods/NAME.yaml`` and an entry of ``METHODS``, or for the demo's data of ``STAMPS``
-(methods_of_stamps.py). ``tests/methods`` trains every config of that folder.
+(methods_of_stamps.py) or ``TRANSLATION`` (methods_of_translation.py). ``tests/methods`` trains every config of that
+folder.
 """
 
 from __future__ import annotations
 
 from evidence.methods_of_stamps import STAMPS
+from evidence.methods_of_translation import TRANSLATION
 from evidence.studies import OF_ALL, RECALL, STUDIES, WIDTH, dense
 from evidence.study import Method, Metric, Study, Variant, find
 
@@ -17,6 +19,7 @@ ITEMS = {
     "missing": "Missing modalities",
     "co_learning": "Zero-shot and co-learning",
     "imbalance": "Imbalance",
+    "translation": "Translation",
 }
 SHARED = ("data", "evaluate", "optimizer", "parallel", "seed", "train")  # sections of a config as of its reference
 METHODS = (
@@ -161,6 +164,7 @@ METHODS = (
         f"16 experts, one a token. {OF_ALL}",
     ),
     *STAMPS,
+    *TRANSLATION,
 )
 
 
