@@ -10,15 +10,23 @@ import typer
 from mmmoe_pretrain.paths import given
 
 Files = list[str] | None
-EXAMPLE = "Example: mmmoe generate runs/demo --task captions --image cat.png --method beam"
+EXAMPLE = "Example: mmmoe generate runs/demo --task captions --file cat.png --method beam"
 
 
 def generate(
     run: Annotated[Path, typer.Argument(callback=given, help="The folder of a run or of an export.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.tokenizer=FILE.")] = None,
     task: Annotated[str, typer.Option(help="The objective that generates, e.g. captions.")] = "captions",
-    image: Annotated[Files, typer.Option(help="An image file; repeat it for several prompts.")] = None,
-    audio: Annotated[Files, typer.Option(help="An audio file; repeat it for several prompts.")] = None,
+    files: Annotated[
+        Files,
+        typer.Option(
+            "--file",
+            "--image",
+            "--audio",
+            callback=given,
+            help="A file of the modality that reads its extension; repeat it for several prompts.",
+        ),
+    ] = None,
     text: Annotated[Files, typer.Option(help="The beginning of the text, or a text to generate from.")] = None,
     item: Annotated[Files, typer.Option(help="NAME=FILE, or NAME=TEXT, of another modality.")] = None,
     data: Annotated[Files, typer.Option(callback=given, help="Shards, whose samples are the prompts.")] = None,
@@ -47,6 +55,7 @@ def generate(
         "length_penalty": length_penalty, "max_tokens": max_tokens, "modality": modality, "samples": samples,
         "prompt_tokens": prompt_tokens,
     }  # fmt: skip
-    by_kind = {"image": image or [], "audio": audio or [], "text": text or []}
     chosen = {name: value for name, value in options.items() if value is not None}
-    generate_command(run, Request(task, by_kind, item or [], data or [], chosen), out, overrides or [], device)
+    generate_command(
+        run, Request(task, files or [], text or [], item or [], data or [], chosen), out, overrides or [], device
+    )

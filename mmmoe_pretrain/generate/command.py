@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ INDEX = "index.jsonl"  # of a folder of generated files
 
 @dataclass(frozen=True)
 class Request:
-    """``by_kind``: files and texts, by kind of modality; ``by_name``: NAME=VALUE; ``data``: shards instead.
-    ``options``: settings of ``GenerateConfig`` that were given."""
+    """``files``, ``texts`` and ``by_name`` (NAME=VALUE), or ``data``: shards. ``options``: settings of
+    ``GenerateConfig`` that were given."""
 
     task: str
-    by_kind: Mapping[str, Sequence[str]]
-    by_name: Sequence[str]
-    data: Sequence[str]
-    options: Mapping[str, Any]
+    files: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    by_name: Sequence[str] = ()
+    data: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generate_command(
@@ -53,13 +54,13 @@ def generate_command(
     model, config, modalities = _open(run_dir, overrides, named_device(device))
     settings = eval_settings(config, modalities)
     task = Task(request.task, model, settings, how(config, request))
-    if request.data and (request.by_name or any(request.by_kind.values())):
+    if request.data and (request.by_name or request.files or request.texts):
         raise ValueError("--data names samples, and the other options name files and texts; give one of both")
     if request.data:
         prompts: Iterator[Prompt] = held_out_prompts(task, request.data, config, modalities)
         labels: list[dict[str, str]] = []
     else:
-        values = given(task, modalities, request.by_kind, request.by_name)
+        values = given(task, modalities, request.files, request.texts, request.by_name)
         prompts = iter(prompts_of(task, modalities, values))
         labels = [values.row(number) for number in range(len(values))]
     made = _made(task, prompts, labels, ", ".join(request.data))

@@ -37,17 +37,18 @@ class Given:
         return self.texts[number % len(self.texts)] if self.texts else ""
 
 
-def given(task: Task, modalities: Modalities, by_kind: Mapping[str, Sequence[str]], by_name: Sequence[str]) -> Given:
-    """``by_kind``: options of the command line, by kind of modality. ``by_name``: strings NAME=VALUE. Raises
-    ValueError where the task takes none such, or where their numbers differ."""
+def given(
+    task: Task, modalities: Modalities, files: Sequence[str], texts: Sequence[str], by_name: Sequence[str]
+) -> Given:
+    """``files``: read as the modality that their extension is of; ``by_name``: strings NAME=VALUE. Raises ValueError
+    where the task takes none such, or where their numbers differ."""
     takes = sorted(set().union(*task.ways)) or [name for name in modalities if name != task.modality.name]
     columns: dict[str, list[str]] = {}
-    texts: list[str] = []
-    for kind, values in by_kind.items():
-        if values and kind == "text" and task.modality.settings.kind == "text":
-            texts += values
-        elif values:
-            columns.setdefault(_of_kind(kind, task, takes, modalities), []).extend(values)
+    for file in files:
+        columns.setdefault(_modality_of(file, task, takes, modalities), []).append(file)
+    if texts and not task.modality.needs_tokenizer:
+        columns[_reader(task, takes, modalities)] = list(texts)
+        texts = ()
     for pair in by_name:
         name, equals, value = pair.partition("=")
         if not equals or name not in takes:
@@ -63,8 +64,7 @@ def given(task: Task, modalities: Modalities, by_kind: Mapping[str, Sequence[str
     if task.ways != [set()] and set(columns) not in task.ways:
         raise ValueError(
             f"task {task.name} generates {task.modality.name} from {_in_words(task.ways)}, and is given "
-            f"{' and '.join(columns) or 'nothing'}; name files by --image, --audio or --item NAME=FILE, or shards by "
-            f"--data"
+            f"{' and '.join(columns) or 'nothing'}; name files by --file or --item NAME=FILE, or shards by --data"
         )
     if not len(found):
         raise ValueError(f"task {task.name} is given nothing to begin with; give --text PROMPT, or shards by --data")
@@ -76,7 +76,9 @@ def prompts_of(task: Task, modalities: Modalities, values: Given) -> list[Prompt
     found = []
     for number in range(len(values)):
         row, text = values.row(number), values.text(number)
-        key = next((Path(value).stem for name, value in row.items() if not modalities[name].needs_tokenizer), "text")
+        key = next(
+            (Path(value).stem for name, value in row.items() if not modalities[name].needs_tokenizer), "prompt"
+        )
         items = tuple(Item(name, _value(modalities[name], value)) for name, value in row.items())
         # A task without parts takes all items of a document, in this order.
         sample = Sample(SampleMeta(f"{key}" if len(values) == 1 else f"{number}-{key}"), items, document=True)
@@ -119,15 +121,24 @@ def _value(modality: Modality, given: str) -> np.ndarray:
     return value
 
 
-def _of_kind(kind: str, task: Task, takes: Sequence[str], modalities: Modalities) -> str:
-    names = [name for name in takes if modalities[name].settings.kind == kind]
-    if not names:
-        raise ValueError(
-            f"task {task.name} takes no {kind}: it generates {task.modality.name} from {_in_words(task.ways)}"
-        )
-    if len(names) > 1:
-        raise ValueError(f"task {task.name} takes several modalities of kind {kind}; give --item {names[0]}=FILE")
-    return names[0]
+def _modality_of(file: str, task: Task, takes: Sequence[str], modalities: Modalities) -> str:
+    name = modalities.read_as(Path(file).name.partition(".")[2])
+    if name in takes:
+        return str(name)
+    raise ValueError(
+        f"{file} is read as {name or 'no modality'}, and task {task.name} generates {task.modality.name} from "
+        f"{_in_words(task.ways)}; give --item NAME=FILE, or another file"
+    )
+
+
+def _reader(task: Task, takes: Sequence[str], modalities: Modalities) -> str:
+    names = [name for name in takes if modalities[name].needs_tokenizer]
+    if len(names) == 1:
+        return names[0]
+    raise ValueError(
+        f"task {task.name} generates {task.modality.name} from {_in_words(task.ways)}, and --text is for one of them "
+        f"that reads text; {'give --item NAME=TEXT' if names else 'leave it out'}"
+    )
 
 
 def _in_words(ways: Sequence[set[str]]) -> str:

@@ -79,7 +79,7 @@ def learn(config: RunConfig) -> None:
 
 
 def generated(config: RunConfig, out: Path, run: Path | None = None, **request: Any) -> list[dict[str, Any]]:
-    asked = Request(**{"task": "captions", "by_kind": {}, "by_name": [], "data": [], "options": {}, **request})
+    asked = Request(**{"task": "captions", **request})
     generate_command(run or config.run_dir, asked, out, [], "cpu")
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
@@ -100,7 +100,7 @@ def test_an_image_gets_its_name_in_the_language_that_is_asked_for(
 ) -> None:
     for options in ({"method": "greedy"}, {"method": "beam", "beams": 3}, {"method": "sample", "top_k": 1}):
         for language, backwards in (("en", 1), ("fr", -1)):
-            lines = generated(trained, tmp_path / "out.jsonl", by_kind={"image": images},
+            lines = generated(trained, tmp_path / "out.jsonl", files=images,
                               by_name=[f"language={language}"], options=options)  # fmt: skip
             names = [Path(image).stem for image in images]
             assert [line["output"] for line in lines] == [name[::backwards] for name in names]
@@ -113,7 +113,7 @@ def test_a_text_goes_on_from_its_beginning(trained: RunConfig, images: list[str]
     whole = {row["key"]: row["name"] for row in rows(64, 16) if row["name"] != "grey"}  # of two pieces
     assert {line["key"]: line["prompt"] + line["output"] for line in lines} == whole
     assert all(line["output"] == line["reference"] for line in lines)
-    (line,) = generated(trained, tmp_path / "out.jsonl", by_kind={"image": images[:1], "text": ["d"]},
+    (line,) = generated(trained, tmp_path / "out.jsonl", files=images[:1], texts=["d"],
                         by_name=["language=fr"])  # fmt: skip
     assert (line["prompt"], line["output"]) == ("d", "er")
 
@@ -147,14 +147,14 @@ def test_generated_texts_are_scored_by_language(trained: RunConfig) -> None:
     [
         ({"task": "caption"}, "no task caption generates; did you mean captions?"),
         (
-            {"by_kind": {"audio": ["a.wav"]}},
-            "task captions takes no audio: it generates text from image and language",
+            {"files": ["a.wav"]},
+            "a.wav is read as no modality, and task captions generates text from image and language",
         ),
-        ({"by_kind": {"image": ["nothing.png"]}, "by_name": ["language=en"]}, "no file nothing.png to read as image"),
-        ({"by_kind": {"text": ["red"]}}, "generates text from image and language, and is given nothing"),
+        ({"files": ["nothing.png"], "by_name": ["language=en"]}, "no file nothing.png to read as image"),
+        ({"texts": ["red"]}, "generates text from image and language, and is given nothing"),
         ({"by_name": ["langage=en"]}, "did you mean language?"),
-        ({"by_kind": {"image": ["a.png", "b.png"]}, "by_name": ["language=en"] * 3}, "one for each"),
-        ({"by_kind": {"text": ["red"]}, "data": ["shards"]}, "give one of both"),
+        ({"files": ["a.png", "b.png"], "by_name": ["language=en"] * 3}, "one for each"),
+        ({"texts": ["red"], "data": ["shards"]}, "give one of both"),
         ({"options": {"method": "greedy", "beams": 3}}, "beams is of method beam, and this is greedy"),
         ({"options": {"modality": "image"}}, "task captions does not generate image; it generates text"),
     ],
@@ -173,9 +173,7 @@ def test_a_prompt_without_room_and_a_file_that_is_no_image_are_refused(
 ) -> None:
     for text, message in (("red green blue grey", "longer than text may be"), ("r" * 7, "leaves no room")):
         with pytest.raises(ValueError, match=message):
-            generated(
-                trained, tmp_path / "out", by_kind={"image": images[:1], "text": [text]}, by_name=["language=en"]
-            )
+            generated(trained, tmp_path / "out", files=images[:1], texts=[text], by_name=["language=en"])
     Path(images[0]).write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"red\.png cannot be read as image: .*; it reads png"):
-        generated(trained, tmp_path / "out", by_kind={"image": images[:1]}, by_name=["language=en"])
+        generated(trained, tmp_path / "out", files=images[:1], by_name=["language=en"])
