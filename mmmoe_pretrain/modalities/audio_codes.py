@@ -1,5 +1,5 @@
 """Audio as the codes of a discrete tokenizer of its log-mel spectrogram, in the order of time (``codes.py``), and the
-way back to sound by Griffin-Lim (Griffin and Lim, 1984).
+way back to sound (``audio_wave.py``).
 
 A column of the grid, ``patch`` frames, has a code for each ``patch`` bands, the lowest first.
 """
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import io
 import wave
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from mmmoe_pretrain.kinds import READS
-from mmmoe_pretrain.modalities.audio import LOG_STD, mel_filters
 from mmmoe_pretrain.modalities.audio_settings import AudioSettings
 from mmmoe_pretrain.modalities.codes import Codes, CodesSettings
 from mmmoe_pretrain.modalities.fsq import Codebook
 
-ROUNDS = 60  # of Griffin-Lim
 PEAK = 0.9  # of the sound that is made: loudness is not in the codes
 
 
@@ -53,14 +50,15 @@ class AudioCodes(Codes):
         return np.pad(value, ((0, 0), (0, missing)), constant_values=float(value.min()))[None].astype(np.float32)
 
     def rendered(self, grid: np.ndarray) -> tuple[bytes, str]:
-        settings = cast(AudioSettings, self.media.settings)
-        sound = sound_of(grid[0], settings)
-        samples = np.rint(sound * (PEAK * 32767 / max(float(np.abs(sound).max(initial=0)), 1e-9))).astype("<i2")
+        heard = self.media.audible(grid[0])
+        assert heard is not None
+        sound, rate = heard
+        samples = np.rint(sound * (PEAK * 32767)).astype("<i2")
         file = io.BytesIO()
         with wave.open(file, "wb") as out:
             out.setnchannels(1)
             out.setsampwidth(2)
-            out.setframerate(settings.sample_rate)
+            out.setframerate(rate)
             out.writeframes(samples.tobytes())
         return file.getvalue(), "wav"
 
@@ -92,55 +90,3 @@ class AudioCodes(Codes):
         if not 0 < token < len(value) - 1:
             return {"mark": "end" if token else "begin"}
         return {"code": int(value[token]), "number": token - 1}
-
-
-def sound_of(log_mel: np.ndarray, settings: AudioSettings) -> np.ndarray:
-    """A sound, float32, whose log-mel spectrogram is about ``log_mel`` [n_mels, frames] as ``Audio.decode`` makes it,
-    up to its loudness."""
-    decades = log_mel * LOG_STD if settings.normalization == "per_clip" else log_mel * settings.std + settings.mean
-    mel = 10 ** (decades - decades.max())
-    filters = mel_filters(settings).astype(np.float64)
-    magnitude = np.sqrt(_spectrum_of(mel.astype(np.float64), filters))
-    return _griffin_lim(magnitude.T, settings).astype(np.float32)
-
-
-def _spectrum_of(mel: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """The energies [bins, frames], none below 0, whose sums by ``filters`` are about ``mel``: multiplicative updates
-    of least squares (Lee and Seung, 2001)."""
-    found = filters.T @ mel + 1e-10
-    for _ in range(ROUNDS):
-        found *= (filters.T @ mel) / (filters.T @ (filters @ found) + 1e-12)
-    return found
-
-
-def _griffin_lim(magnitude: np.ndarray, settings: AudioSettings) -> np.ndarray:
-    """A sound whose frames have the ``magnitude`` [frames, bins]; its first phases are drawn from one seed."""
-    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, magnitude.shape)
-    spectrum = magnitude * np.exp(1j * angle)
-    for _ in range(ROUNDS):
-        analysed = _frames(_overlap_add(spectrum, settings), settings, len(magnitude))
-        spectrum = magnitude * np.exp(1j * np.angle(analysed))
-    return _overlap_add(spectrum, settings)
-
-
-def _window(settings: AudioSettings) -> np.ndarray:
-    return np.hanning(settings.n_fft + 1)[:-1]
-
-
-def _frames(sound: np.ndarray, settings: AudioSettings, count: int) -> np.ndarray:
-    """The spectra [frames, bins] of frames around every hop, as ``Audio`` takes them."""
-    half = settings.n_fft // 2
-    windows = sliding_window_view(np.pad(sound, (half, half + settings.n_fft)), settings.n_fft)
-    return np.fft.rfft(windows[: count * settings.hop_length : settings.hop_length][:count] * _window(settings))
-
-
-def _overlap_add(spectrum: np.ndarray, settings: AudioSettings) -> np.ndarray:
-    """The least-squares inverse of ``_frames``."""
-    size, hop, half, window = settings.n_fft, settings.hop_length, settings.n_fft // 2, _window(settings)
-    frames = np.fft.irfft(spectrum, size) * window
-    total = np.zeros(size + hop * (len(frames) - 1))
-    weight = np.zeros_like(total)
-    for number, frame in enumerate(frames):
-        total[number * hop : number * hop + size] += frame
-        weight[number * hop : number * hop + size] += window**2
-    return (total / np.maximum(weight, 1e-8))[half : half + hop * (len(frames) - 1) + 1]

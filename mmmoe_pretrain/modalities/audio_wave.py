@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-ITERATIONS = 32
-UNMIXING = 50  # steps from bands to bins
+ITERATIONS = 60
+UNMIXING = 60  # steps from bands to bins
 EPS = 1e-12
 
 
@@ -21,10 +21,9 @@ def wave_of_mel(mel_MF: np.ndarray, filters_MK: np.ndarray, n_fft: int, hop: int
     window = np.hanning(n_fft + 1)[:-1]
     phase_FK = np.exp(2j * np.pi * np.random.default_rng(0).random(magnitude_FK.shape))
     for _ in range(ITERATIONS):
-        spectrum_FK = _analysed(_joined(magnitude_FK * phase_FK, window, hop), window, hop)
+        spectrum_FK = _analysed(_joined(magnitude_FK * phase_FK, window, hop), window, hop, len(phase_FK))
         phase_FK = spectrum_FK / np.maximum(np.abs(spectrum_FK), EPS)
-    wave = _joined(magnitude_FK * phase_FK, window, hop)
-    return wave[n_fft // 2 : len(wave) - n_fft // 2].astype(np.float32)
+    return _joined(magnitude_FK * phase_FK, window, hop).astype(np.float32)
 
 
 def _power(mel_MF: np.ndarray, filters_MK: np.ndarray) -> np.ndarray:
@@ -38,15 +37,20 @@ def _power(mel_MF: np.ndarray, filters_MK: np.ndarray) -> np.ndarray:
 
 
 def _joined(spectrum_FK: np.ndarray, window: np.ndarray, hop: int) -> np.ndarray:
-    """The wave whose windows are nearest to those of the spectrum: their sum by overlap, divided by the windows'."""
+    """The wave whose windows are nearest to those of the spectrum: their sum by overlap, divided by the windows', from
+    the middle of the first to that of the last."""
     frames_FN = np.fft.irfft(spectrum_FK, n=len(window)) * window
     total = np.zeros(hop * (len(frames_FN) - 1) + len(window))
     weight = np.zeros_like(total)
     for i, frame in enumerate(frames_FN):
         total[i * hop : i * hop + len(window)] += frame
         weight[i * hop : i * hop + len(window)] += window**2
-    return total / np.maximum(weight, 1e-3)
+    half = len(window) // 2
+    return (total / np.maximum(weight, 1e-8))[half : half + hop * (len(frames_FN) - 1) + 1]
 
 
-def _analysed(wave: np.ndarray, window: np.ndarray, hop: int) -> np.ndarray:
-    return np.fft.rfft(sliding_window_view(wave, len(window))[::hop] * window)
+def _analysed(wave: np.ndarray, window: np.ndarray, hop: int, frames: int) -> np.ndarray:
+    """[F, K] around every hop, with silence before and behind, as audio.py analyses a clip."""
+    half = len(window) // 2
+    windows = sliding_window_view(np.pad(wave, (half, half + len(window))), len(window))
+    return np.fft.rfft(windows[::hop][:frames] * window)

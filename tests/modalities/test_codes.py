@@ -15,7 +15,7 @@ import torch
 from mmmoe_pretrain.checkpoint.model import read_config
 from mmmoe_pretrain.data_prep import codes as training
 from mmmoe_pretrain.modalities.audio import Audio, AudioSettings
-from mmmoe_pretrain.modalities.audio_codes import AudioCodes, AudioCodesSettings, sound_of
+from mmmoe_pretrain.modalities.audio_codes import AudioCodes, AudioCodesSettings
 from mmmoe_pretrain.modalities.codes import Codes
 from mmmoe_pretrain.modalities.fsq import Codebook, Levels, Network
 from mmmoe_pretrain.modalities.image_codes import ImageCodes, ImageCodesSettings
@@ -123,7 +123,9 @@ def test_a_sound_of_a_spectrogram_has_its_pitch_and_its_spectrogram() -> None:
     wave = np.concatenate([tone(440), tone(1320)])
     mel = audio.decode(wav(wave))
     assert mel is not None
-    sound = sound_of(mel, settings)
+    heard = audio.audible(mel)
+    assert heard is not None
+    sound, _ = heard
     for half, hertz in ((sound[:6400], 440), (sound[6400:], 1320)):
         spectrum = np.abs(np.fft.rfft(half[800:-800] * np.hanning(len(half) - 1600)))
         loudest = np.fft.rfftfreq(len(half) - 1600, 1 / 16_000)[spectrum.argmax()]
