@@ -255,7 +255,7 @@ def _load_table(layer: dict[str, Any], top: float) -> str:
 
 def _consistency(layer: dict[str, Any]) -> Iterator[str]:
     """Of views and paraphrases by modality, and beside another run."""
-    if "beside" in layer:
+    if layer.get("beside"):
         parts = ", ".join(f"{text(name, 40)} {number(its, '.2f')}" for name, its in layer["beside"].items())
         yield f"<p>Agreement with the other run's experts (adjusted mutual information, 1: the same): {parts}.</p>\n"
     found = layer.get("consistency", {})
