@@ -15,9 +15,9 @@ NAME_GIVEN_IMAGE = (
     Metric(f"{TEST}latent_text_given_image", "log p(name given image), nats", False, compared=False),
 )
 JUDGED = (
-    "What is generated goes through the run's own trunk, and its vector is to find the true item among those of "
-    "1,024 held-out samples; so the judge differs from run to run. Likelihoods and bounds are of 16 draws, sums over "
-    "an item. Scores are of `mmmoe evaluate`."
+    "What is generated goes through the run's own trunk, and its vector is to find the true item among those of 512 "
+    "held-out samples; so the judge differs from run to run. Likelihoods and bounds are of 8 draws, sums over an "
+    "item. Scores are of `mmmoe evaluate`."
 )
 LATENTS = (
     Study(
