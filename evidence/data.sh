@@ -46,7 +46,10 @@ case "${1:-} ${2:-}" in
     make_once "Fetch emoji and their names" "$corpus/manifest.jsonl" mmmoe-data corpus cldr-emoji --out "$corpus"
     make_once "Shard one style" "$out/shards" shard "$corpus" "$out/shards" "${rows[@]}" --image-size 48
     tokenizer "$corpus" 2048 "$tokens" --character-coverage 0.98
-    if [[ $1 == europe ]]; then words "$out/shards" "$out/words.npz"; fi
+    if [[ $1 == europe ]]; then
+      words "$out/shards" "$out/words.npz"
+      codes "$out/shards" image "$out/codes.npz" --setting size=48
+    fi
     ;;
   "unseen ") # an eighth of the emoji, those whose code ends in 3 or 7, is in no training sample, in any language
     "$0" europe
