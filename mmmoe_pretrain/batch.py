@@ -252,7 +252,7 @@ class Batch:
     # int64 [T]: the combination of modalities that the token's sample has (StreamNames.combinations), -1 for none of
     # them and for tokens of other modalities; None where no loss of routing asks for it
     combination_ids: Tensor | None = None
-    originals: dict[str, Originals] = field(default_factory=dict)  # by modality that some objective generates
+    originals: dict[str, Originals] = field(default_factory=dict)  # by modality that some objective reconstructs
     noise: dict[str, Tensor] = field(
         default_factory=dict
     )  # by task, of those that ask for it: N(0, 1), float32 [B, W]

@@ -185,7 +185,7 @@ def pack(
         spans={rep: _spans(runs, pooled[rep]) for rep in settings.objectives.read_by_token},
         combination_ids=_combination_ids(samples, segments, runs, settings, total) if settings.combinations else None,
         originals={
-            name: _originals(samples, name, settings.modalities[name]) for name in settings.objectives.generated
+            name: _originals(samples, name, settings.modalities[name]) for name in settings.objectives.reconstructed
         },
         noise={name: _noise(places, name, settings) for name, its in settings.objectives.items() if its.noise_size},
     )

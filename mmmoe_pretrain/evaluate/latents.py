@@ -59,9 +59,9 @@ class Way:
 
 def ways_of(objective: Objective) -> list[Way]:
     """Each modality from each, and from the condition alone."""
-    told = objective.generates_given
-    sources = [(name, (name,)) for name in objective.generates] + ([(told, ())] if told else [])
-    return [Way(target, source, seen) for target in objective.generates for source, seen in sources]
+    told = objective.reconstructs_given
+    sources = [(name, (name,)) for name in objective.reconstructs] + ([(told, ())] if told else [])
+    return [Way(target, source, seen) for target in objective.reconstructs for source, seen in sources]
 
 
 def generative_module(run_dir: Path, rows: HeldOutRows, objective: Objective, model: MMMoE) -> GenerativeModule:
@@ -75,7 +75,7 @@ def scores_of(data: HeldOut, model: MMMoE, rows: HeldOutRows, run_dir: Path) -> 
     """Of every such objective. ``data``: of all rows."""
     found = []
     for objective in model.objectives.values():
-        if objective.generates:
+        if objective.reconstructs:
             module = generative_module(run_dir, rows, objective, model)
             with torch.inference_mode():
                 found.append(_scores(objective, module, data, model, rows))
@@ -95,7 +95,7 @@ def _scores(objective: Objective, module: GenerativeModule, data: HeldOut, model
     for way in ways_of(objective):
         made += _coherence(f"{name}_{way.name}", way, vectors[way.name], chosen, settings)
     if not made:
-        return [], [f"no held-out row has {' or '.join(objective.generates)}: no score of {name}"]
+        return [], [f"no held-out row has {' or '.join(objective.reconstructs)}: no score of {name}"]
     return made, [
         f"{name}: bounds and likelihoods are in nats a row, of {settings.latents.draws} draws, over "
         f"{len(numbers_N):,} rows; what is generated is judged by this run's own features"
@@ -117,7 +117,7 @@ def _pass(
         elbo, importance, here = module.bounds(features, batch, draws, generator)
         nats["elbo"].append(_masked(elbo, here))
         nats["importance"].append(_masked(importance, here))
-        for target in objective.generates if not objective.generates_given else ():
+        for target in objective.reconstructs if not objective.reconstructs_given else ():
             of_prior = module.likelihood_given(target, (), features, batch, draws, generator)
             nats[f"prior/{target}"].append(_masked(*of_prior))
         for way in ways_of(objective):

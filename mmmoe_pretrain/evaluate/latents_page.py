@@ -70,7 +70,7 @@ def latents_command(
 
 
 def _chosen(model: MMMoE, name: str, run_dir: Path) -> Objective:
-    able = {key: its for key, its in model.objectives.items() if its.generates}
+    able = {key: its for key, its in model.objectives.items() if its.reconstructs}
     if name in able:
         return able[name]
     if name or len(able) != 1:
@@ -87,11 +87,11 @@ def _complete(rows: HeldOutRows, objective: Objective, count: int) -> tuple[list
     found: dict[str, tuple[Sample, int]] = {}
     for samples, positions in rows.samples():
         for sample, position in zip(samples, positions, strict=True):
-            if all(sample.first(name) is not None for name in objective.generates):
+            if all(sample.first(name) is not None for name in objective.reconstructs):
                 found.setdefault(sample.meta.own_group, (sample, position))
     if len(found) < 2:
         raise ValueError(
-            f"{', '.join(rows.paths)}: fewer than two held-out samples have {' and '.join(objective.generates)}; "
+            f"{', '.join(rows.paths)}: fewer than two held-out samples have {' and '.join(objective.reconstructs)}; "
             f"name others by --test"
         )
     every = list(found.values())
@@ -158,7 +158,7 @@ def _fill(
     batch = pack(samples, eval_settings(rows.config, rows.modalities), positions).to(device_of(model))
     module, features = generative_module(run_dir, rows, objective, model), model(batch)[0].features
     made = _Maker(page, module, rows, features, batch, samples)
-    names = objective.generates
+    names = objective.reconstructs
     sources = {**{name: (name,) for name in names}, **({"all": names} if len(names) > 1 else {})}
     latent = {source: module.latent(seen, features, batch) for source, seen in sources.items()}
     keys = [sample.meta.key for sample in samples]

@@ -37,8 +37,8 @@ def _power(mel_MF: np.ndarray, filters_MK: np.ndarray) -> np.ndarray:
 
 
 def _joined(spectrum_FK: np.ndarray, window: np.ndarray, hop: int) -> np.ndarray:
-    """The wave whose windows are nearest to those of the spectrum: their sum by overlap, divided by the windows', from
-    the middle of the first to that of the last."""
+    """The wave whose windows are nearest to those of the spectrum: their sum by overlap, divided by the windows',
+    from the middle of the first to that of the last."""
     frames_FN = np.fft.irfft(spectrum_FK, n=len(window)) * window
     total = np.zeros(hop * (len(frames_FN) - 1) + len(window))
     weight = np.zeros_like(total)

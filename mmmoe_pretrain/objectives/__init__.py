@@ -101,7 +101,7 @@ class Objectives(dict[str, Objective]):
     def generator(self, task: str, modality: str = "") -> tuple[Objective, str]:
         """The objective that generates values of ``modality`` (empty: of the last that it predicts), and its name.
         Raises ValueError where ``task`` generates nothing such."""
-        able = [name for name, objective in self.items() if objective.generated]
+        able = [name for name, objective in self.items() if objective.generates]
         if not able:
             raise ValueError(
                 f"no objective predicts tokens (objectives: {', '.join(self) or 'none'}), so nothing is generated; "
@@ -109,7 +109,7 @@ class Objectives(dict[str, Objective]):
             )
         if task not in able:
             raise ValueError(f"no task {task} generates; {kinds.nearest(task, able, 'those that do are')}")
-        can = self[task].generated
+        can = self[task].generates
         if modality and modality not in can:
             raise ValueError(f"task {task} does not generate {modality}; it generates {', '.join(can)}")
         return self[task], modality or can[-1]
@@ -143,9 +143,9 @@ class Objectives(dict[str, Objective]):
         return tuple(name for name in dict.fromkeys(every) if name in found)
 
     @property
-    def generated(self) -> tuple[str, ...]:
-        """The modalities that some objective generates, each once."""
-        return tuple(dict.fromkeys(name for objective in self.values() for name in objective.generates))
+    def reconstructed(self) -> tuple[str, ...]:
+        """The modalities that some objective generates from latent numbers, each once."""
+        return tuple(dict.fromkeys(name for objective in self.values() for name in objective.reconstructs))
 
     @property
     def whole_step(self) -> bool:

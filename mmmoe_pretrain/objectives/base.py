@@ -128,11 +128,11 @@ class Objective(abc.ABC):
     its modality; ``decoder_layers``: of the decoder that predicts these, if their tokens are not in the stream.
     ``classes``: names of those that it tells apart, by a head of its own on its one representation.
     ``anchor_size``: numbers of a sample's ``anchor``. ``completed``: the representations that it reads, and the one
-    that it predicts from them. ``generates``: the modalities of which a batch has the ``originals`` for it;
-    ``generates_given``: what it is told beside, by name, or nothing. ``noise_size``: of random numbers that a batch
+    that it predicts from them. ``generates``: modalities whose values it can generate token by token.
+    ``reconstructs``: the modalities that it generates from latent numbers, of which a batch has the ``originals``;
+    ``reconstructs_given``: what it is told beside, by name, or nothing. ``noise_size``: random numbers that a batch
     has for each sample, functions of the run's seed, the sample's global position and the objective. ``vocab_size``:
-    of the run's tokenizer, where its module is made. ``generated``: modalities whose values can be generated token by
-    token.
+    of the run's tokenizer, where its module is made.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -149,11 +149,11 @@ class Objective(abc.ABC):
     classes: tuple[str, ...] = ()
     anchor_size: int = 0
     completed: tuple[tuple[str, ...], str] | None = None
-    generates: tuple[str, ...] = ()
-    generates_given: str = ""
+    reconstructs: tuple[str, ...] = ()
+    reconstructs_given: str = ""
     noise_size: int = 0
     vocab_size: int = 0
-    generated: tuple[str, ...] = ()
+    generates: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -176,13 +176,13 @@ class Objective(abc.ABC):
         raise NotImplementedError
 
     def generating(self, modality: str) -> Objective:
-        """Of a ``generated`` modality: this objective with segments that end with a value of it, of every sample that
-        has one."""
+        """Of a modality that it ``generates``: this objective with segments that end with a value of it, of every
+        sample that has one."""
         raise NotImplementedError
 
     def split(self, sample: Sample) -> tuple[tuple[Item, ...], Item] | None:
-        """Of a ``generating`` objective: the items of ``sample`` that may stand before the value that is generated,
-        and that value; None where it has none."""
+        """Of an objective that ``generates``: the items of ``sample`` that may stand before the value that is
+        generated, and that value; None where it has none."""
         raise NotImplementedError
 
     def class_features(self, module: ObjectiveModule, names: Sequence[str]) -> np.ndarray:
@@ -309,8 +309,8 @@ class ObjectiveModule(nn.Module):
 
 
 class GenerativeModule(ObjectiveModule):
-    """Of an objective that ``generates``: what evaluation asks of it. ``features`` by representation, [B, P], of the
-    samples of ``batch``, which has ``originals``. A latent vector [B, L] is what modalities of a sample share."""
+    """Of an objective that ``reconstructs``: what evaluation asks of it. ``features`` by representation, [B, P], of
+    the samples of ``batch``, which has ``originals``. A latent vector [B, L] is what modalities of a sample share."""
 
     def bounds(
         self, features: Mapping[str, Tensor], batch: Batch, draws: int, generator: torch.Generator

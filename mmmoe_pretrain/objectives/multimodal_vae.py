@@ -58,8 +58,8 @@ class MultimodalVAE(PooledObjective):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         settings = self.settings
-        self.generates = settings.modalities
-        self.generates_given = settings.representation or (settings.field[0] if settings.field else "")
+        self.reconstructs = settings.modalities
+        self.reconstructs_given = settings.representation or (settings.field[0] if settings.field else "")
         for name in settings.modalities:
             if not self.modalities[name].fixed_places:
                 raise ValueError(

@@ -109,7 +109,7 @@ class NextToken(Objective):
         predictable = {m for m, modality in self.modalities.items() if modality.predictable}
         self._predicted = set(self.settings.loss_on) or predictable & (self.settings.named or predictable)
         in_order = (name for way in self._parts for name in way) if self._parts else self.modalities
-        self.generated = tuple(name for name in in_order if name in self._predicted)
+        self.generates = tuple(name for name in in_order if name in self._predicted)
         self.groups = TokenGroups.of(self.settings.balance, tuple(self.modalities), self._predicted)
 
     def segments(self, sample: Sample, rng: np.random.Generator) -> Iterator[Segment]:
