@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from evidence import page, records
+from evidence import page, records, survey_map
 from evidence.intervals import ratio
 from evidence.methods import ITEMS, METHODS, study
 from evidence.pictures import Runs
 from evidence.runs import Task
+from evidence.studies import STUDIES
 from evidence.study import Method, Metric, Study
 
 HEAD = """# Methods
@@ -27,8 +28,8 @@ config, commit, machine and held-out scores over training. A method that does no
 How to read the tables:
 
 - *Without* is the baseline of the data set. *With* is the same run with the method: the same data, order, steps and
-  recipe, except for the settings that are listed below the table. Each data set has a section at the end, with all of
-  its runs.
+  recipe, except for the settings that are listed below the table. Each data set has a section behind them, with all
+  of its runs. The page ends with a map: the headings of the field's surveys, and what serves each here.
 - Values are the mean of the seeds and the half width of its 95% interval by Student's t; one seed has no interval.
   *Change* compares seed by seed: the ratio of the values, and its 95% interval. Of twenty rows that do not differ,
   one is shown as different, by chance.
@@ -46,7 +47,10 @@ def write(docs: Path, folder: Path = records.FOLDER, studies: Sequence[Study] = 
     the same bytes."""
     parts = [head, *(_item(item, studies, folder) for item in ITEMS)]
     path = docs / "methods.md"
-    path.write_text("\n".join([*parts, *page.sections(studies, folder, remarks, docs / "methods")]), encoding="utf-8")
+    parts += page.sections(studies, folder, remarks, docs / "methods")
+    if tuple(studies) == METHODS:  # all, in full
+        parts.append(survey_map.section((*STUDIES, *METHODS), folder))
+    path.write_text("\n".join(parts), encoding="utf-8")
     return path
 
 

@@ -9,10 +9,12 @@ import pytest
 
 from evidence import methods_page, records
 from evidence.__main__ import Place, tasks_of
-from evidence.methods import ITEMS, METHODS, SHARED
+from evidence.methods import ITEMS, METHODS, SHARED, study
 from evidence.pages import PAGES, methods_of
 from evidence.records import Machine
-from evidence.study import Method, Study, Variant
+from evidence.studies import STUDIES
+from evidence.study import ROOT, Method, Study, Variant
+from evidence.survey_map import HEADINGS, section
 from mmmoe_pretrain import config as run_config
 from tests.evidence.samples import STUDY, record
 
@@ -103,3 +105,29 @@ def test_sizes_for_small_runs_follow_those_of_all_and_stay_away_from_full_runs()
     (full,), (quick,) = (tasks_of([of], replace(Place(), extra=extra)) for extra in ((), ("train.steps=6",)))
     assert full.config().objectives["pairs"].queue_size == 512 and full.config().train.steps == 600
     assert quick.config().objectives["pairs"].queue_size == 16 and quick.config().train.steps == 6
+
+
+def test_the_map_of_the_surveys_has_files_and_runs_that_are_there_and_every_method() -> None:
+    """``tests/methods`` trains the configs."""
+    mapped = set()
+    for heading in HEADINGS:
+        assert all((ROOT / file).is_file() for file in heading.files), heading
+        for run in heading.runs:
+            name, _, variant = run.partition("/")
+            mapped.add(study(name).variant(variant).name)
+        assert heading.files or heading.missing, heading
+    methods = {each.name for of in METHODS for each in of.variants if isinstance(each, Method)}
+    assert not methods - mapped
+
+
+def test_the_map_has_the_change_of_a_method(tmp_path: Path) -> None:
+    of = study("europe")
+    for variant, value in (("baseline", 0.2), ("masked", 0.25)):
+        owner, name = of.owner_of(of.variant(variant))
+        made = record(name, 1, value, study=owner)
+        points = [replace(point, scores={of.metrics[0].name: value}) for point in made.points]
+        records.write(replace(made, points=points), tmp_path)
+    text = section((*STUDIES, *METHODS), tmp_path)
+    (line,) = [line for line in text.splitlines() if line.startswith("| Representation: self-supervised")]
+    assert "masked modelling: +25.0% (recall@1 of the image); masked autoencoder: not run yet" in line
+    assert "[`masked.yaml`](../configs/methods/masked.yaml)" in line
