@@ -27,7 +27,7 @@ from typing import Protocol
 import numpy as np
 
 from mmmoe_pretrain.config import EvaluateConfig
-from mmmoe_pretrain.evaluate import perplexity, retrieval
+from mmmoe_pretrain.evaluate import perplexity, probabilities, retrieval
 from mmmoe_pretrain.evaluate.features import HeldOut, Predicted
 from mmmoe_pretrain.evaluate.retrieval import Recall, effective_count, wilson_interval
 
@@ -104,7 +104,8 @@ def zero_shot_scores(data: HeldOut, pair: Pair, encode: Encode, settings: Evalua
 
 
 def class_scores(data: HeldOut, task: str, representation: str, settings: ClassLabels) -> Scored:
-    """Plain and balanced accuracy of ``task``, whose classes are told apart by ``representation``."""
+    """Of ``task``, whose classes are told apart by ``representation``: plain and balanced accuracy, the area under
+    the ROC curve of each class against the others, and the expected calibration error (probabilities.py)."""
     numbers = {name: number for number, name in enumerate(settings.names)}
     labels = [numbers.get(meta.get(settings.field), -1) for meta in data.metas]
     content = data.content[representation]
@@ -113,14 +114,36 @@ def class_scores(data: HeldOut, task: str, representation: str, settings: ClassL
     if not rows:
         field = settings.field
         return [], [f"no held-out row with {representation} has a class of {task} in the field {field}: no accuracy"]
-    result = retrieval.nearest_class(data.class_logits[task][rows], np.array([labels[i] for i in rows]))
+    logits_NC, labels_N = data.class_logits[task][rows], np.array([labels[i] for i in rows])
+    result = retrieval.nearest_class(logits_NC, labels_N)
     n, size, metric = len(rows), len(numbers), f"{task}_accuracy"
     plain = wilson_interval(result.accuracy, n)
     balanced = wilson_interval(result.balanced, effective_count(result.counts))
     return [
         Score(metric, result.accuracy, result.chance, result.majority, n, plain, size),
         Score(f"{metric}_balanced", result.balanced, result.chance, result.chance, n, balanced, size),
+        *_of_probabilities(task, probabilities.probabilities(logits_NC), labels_N, settings.names),
     ], []
+
+
+def _of_probabilities(task: str, found_NC: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> list[Score]:
+    """``TASK_auroc`` is the mean over classes, and so is half the width of its interval; of two classes it is that of
+    the second."""
+    classes = range(1, 2) if len(names) == 2 else range(len(names))
+    areas = []
+    for number in classes:
+        positive_N = labels_N == number
+        if 0 < positive_N.sum() < len(labels_N):
+            value, interval = probabilities.auroc(found_NC[:, number], positive_N)
+            areas.append(Score(f"{task}_auroc/{names[number]}", value, 0.5, 0.5, int(positive_N.sum()), interval))
+    error, interval = probabilities.calibration_error(found_NC, labels_N)
+    scores = [Score(f"{task}_calibration_error", error, None, None, len(labels_N), interval)]
+    if areas:
+        value = float(np.mean([score.value for score in areas]))
+        half = float(np.mean([score.interval[1] - score.interval[0] for score in areas])) / 2
+        within = (max(0.0, value - half), min(1.0, value + half))
+        scores += [Score(f"{task}_auroc", value, 0.5, 0.5, len(labels_N), within), *areas]
+    return scores
 
 
 def perplexity_scores(

@@ -77,11 +77,12 @@ class HeldOutScores:
     def metric(self, name: str) -> float:
         """The lower, the better."""
         value = self.by_name()[name]
-        return -value if is_recall(name) else value
+        return -value if higher_is_better(name) else value
 
 
-def is_recall(name: str) -> bool:
-    return name.rpartition("_")[2] in {f"r{k}" for k in scores.KS}
+def higher_is_better(name: str) -> bool:
+    """Of a loss or score: recall, accuracy and the area under a ROC curve."""
+    return name.endswith((*(f"_r{k}" for k in scores.KS), "_accuracy", "_accuracy_balanced", "_auroc"))
 
 
 def open_validation(

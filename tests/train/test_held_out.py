@@ -24,7 +24,7 @@ from mmmoe_pretrain.engines.base import Engine
 from mmmoe_pretrain.evaluate.features import HeldOut
 from mmmoe_pretrain.evaluate.run import evaluate
 from mmmoe_pretrain.train import held_out
-from mmmoe_pretrain.train.held_out import HeldOutScores, Validation, is_recall
+from mmmoe_pretrain.train.held_out import HeldOutScores, Validation, higher_is_better
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.support import things, tiny_config, write_shards
@@ -96,7 +96,8 @@ def test_the_checkpoints_with_the_best_held_out_score_are_kept(tmp_path: Path, t
 def test_recall_is_the_better_the_higher() -> None:
     found = HeldOutScores({"total": 2.0}, {"image_to_text_r10": 0.25}, 8, 0.1)
     assert found.metric("image_to_text_r10") == -0.25 and found.metric("total") == 2.0
-    assert not is_recall("captions_perplexity")
+    assert not any(map(higher_is_better, ("captions_perplexity", "total", "task_calibration_error", "captions_wer")))
+    assert all(map(higher_is_better, ("task_accuracy", "task_accuracy_balanced", "task_auroc")))
 
 
 @pytest.mark.parametrize("name", ["image_to_txt_r1", "audio_to_text_r1"])
