@@ -21,7 +21,7 @@ NOT_RUN = "not run yet"
 @dataclass(frozen=True)
 class Heading:
     """``files``: from the root of the repository. ``runs``: STUDY/VARIANT, whose change from the study's reference by
-    its first compared metric is shown. ``missing``: what is not built."""
+    its first compared metric is shown. ``missing``: what stands there without any."""
 
     group: str
     name: str
@@ -91,7 +91,9 @@ HEADINGS = (
     Heading("Research on experts", "lifelong learning", ("mmmoe_pretrain/engines/hold.py",
                                                          f"{OBJECTIVES}/distillation.py"),
             ("lifelong/replay", "lifelong/ewc", "lifelong/distillation")),
-    Heading("Applications", "dialogue, medical images, social media", (), missing="not built yet"),
+    Heading("Applications", "medical images with missing views", ("examples/medical/README.md",),
+            missing="on that page, of synthetic phantoms"),
+    Heading("Applications", "dialogue, social media", (), missing="not built yet"),
 )  # fmt: skip
 
 
