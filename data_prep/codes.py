@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmmoe_pretrain import kinds
+from mmmoe_pretrain.config.base import explain
 from mmmoe_pretrain.data_prep.console import answer
 from mmmoe_pretrain.data_prep.rows.row import SPLITS
 from mmmoe_pretrain.data_prep.rows.seen import values_wanted
@@ -36,6 +37,7 @@ from mmmoe_pretrain.modalities.codes import OF_KIND, Codes
 from mmmoe_pretrain.modalities.fsq import Codebook, Layer, Levels, Network
 from mmmoe_pretrain.paths import new_file
 from mmmoe_pretrain.progress import counted, track
+from mmmoe_pretrain.untrusted import brief, parse_yaml
 
 log = logging.getLogger(__name__)
 FRAMES = 64  # of a longer value, a batch has so many of each, at a random place
@@ -62,10 +64,10 @@ class CodesOptions:
         for name in ("width", "steps", "batch", "max_values"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
-        if min(self.patch) < 1 or self.rate <= 0 or self.seed < 0:
+        if min(self.patch) < 1 or not 0 < self.rate < math.inf or self.seed < 0:
             raise ValueError(
-                f"--patch {list(self.patch)} and --rate {self.rate:g} must be above 0, and --seed {self.seed} not "
-                f"negative"
+                f"--patch {list(self.patch)} and --rate {self.rate:g} must be numbers above 0, and --seed {self.seed} "
+                f"not negative"
             )
 
 
@@ -96,6 +98,8 @@ def run(
     for flag, name in (("--split", split), ("--held-out", held_out)):
         if name not in SPLITS:
             raise ValueError(f"{flag} {name!r} is not one of {', '.join(SPLITS)}")
+    if split == held_out:
+        raise ValueError(f"--held-out {held_out} is the split that is trained on; name another")
     if out.suffix != ".npz" or out.is_dir():
         raise ValueError(f"--out {out} is not the name of a file that ends with .npz")
     if out.exists() and not overwrite:
@@ -169,9 +173,14 @@ def media_of(modality: str, settings: Sequence[str]) -> tuple[type[Codes], Modal
         name, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"--setting {setting!r} is not KEY=VALUE; e.g. --setting size=48")
-        values[name] = yaml.safe_load(value)
+        if name == "kind":
+            raise ValueError(f"--setting {setting}: the kind is that of --modality; leave it out")
+        values[name] = parse_yaml(value, f"--setting {brief(setting)}")
     media: type[Modality] = kinds.MODALITIES.load(modality)
-    return kind, media(modality, kinds.MODALITIES.settings(values))
+    try:
+        return kind, media(modality, kinds.MODALITIES.settings(values))
+    except ValidationError as error:
+        raise ValueError(f"--setting: {'; '.join(explain(error))}") from None
 
 
 def read_values(
@@ -224,7 +233,10 @@ def train_network(network: Network, values: Sequence[np.ndarray], options: Codes
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: weight.detach().cpu().numpy() for name, weight in weights.items()}
+    made = {name: weight.detach().cpu().numpy() for name, weight in weights.items()}
+    if not all(np.isfinite(weight).all() for weight in made.values()):
+        raise ValueError(f"training diverged: weights are not finite; lower --rate {options.rate:g}")
+    return made
 
 
 def first_weights(network: Network, seed: int, device: torch.device) -> dict[str, Tensor]:

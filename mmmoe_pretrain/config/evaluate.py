@@ -101,7 +101,7 @@ class EvaluateConfig(StrictModel):
     generate: dict[str, GenerateConfig] = Field({})
     latents: LatentsConfig = LatentsConfig()
     subsets: bool = False  # retrieval also by fused representations without some of their parts
-    keep_seen_texts: bool = False  # score rows whose text is trained on, too: where a text is a class
+    keep_seen_texts: bool = False  # score rows whose texts are trained on, too: where a text is a class
 
     @model_validator(mode="after")
     def _prompt(self) -> EvaluateConfig:

@@ -157,13 +157,14 @@ def contents(raw: RawSample, row: dict[str, Any], modalities: Modalities) -> dic
     return found
 
 
-def text_of(raw: RawSample, modalities: Modalities) -> str:
-    """The first text of a sample; empty where it has none or it cannot be read."""
+def texts_of(raw: RawSample, modalities: Modalities) -> tuple[str, ...]:
+    """The texts of a sample that is no document, in the order of ``modalities`` as ``decode`` has them; none where it
+    cannot be read."""
     try:
         content = contents(raw, read_row(raw), modalities)
-        return next(filter(None, (modalities[name].raw(data) for name, data in content.items())), "")
+        return tuple(filter(None, (modalities[name].raw(data) for name, data in content.items())))
     except BadSampleError:
-        return ""
+        return ()
 
 
 def labels_drawn(

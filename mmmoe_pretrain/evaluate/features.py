@@ -137,9 +137,9 @@ def same_text(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def first_text(sample: Sample) -> str:
-    """What the shard holds of the first item that is a text; empty without one."""
-    return next((item.raw for item in sample.items if item.raw), "")
+def text_of(sample: Sample) -> str:
+    """All that the shard holds of its items that are texts; empty without one."""
+    return " ".join(item.raw for item in sample.items if item.raw)
 
 
 def content_name(item: Item) -> str:
@@ -172,7 +172,7 @@ def contents(batch: Batch, samples: Sequence[Sample], objectives: Objectives) ->
             " ".join(content_name(item) for part in parts if (item := sample.first(part))) if here else ""
             for sample, here in zip(samples, present, strict=True)
         )
-    texts = tuple(same_text(first_text(sample)) for sample in samples)
+    texts = tuple(same_text(text_of(sample)) for sample in samples)
     modalities = tuple(frozenset(item.modality for item in sample.items) for sample in samples)
     return Contents(
         tuple(sample.meta for sample in samples), texts, content, modalities, sum(not has for has in modalities)

@@ -1,4 +1,4 @@
-"""The held-out rows of a run: which folders, read by which modalities, without those whose text was trained on.
+"""The held-out rows of a run: which folders, read by which modalities, without those whose texts were trained on.
 
 A corpus splits its own rows so that nothing leaks; a mix of corpora can still share a text ("four"). Such rows are
 not scored.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ import torch
 from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.config import RunConfig
-from mmmoe_pretrain.data.decode import text_of
+from mmmoe_pretrain.data.decode import texts_of
 from mmmoe_pretrain.data.evaluation import eval_samples, eval_settings, iterate_eval, training_samples
 from mmmoe_pretrain.data.pack import pack
 from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.data.sources.source import NoShards, open_indexed
 from mmmoe_pretrain.data.storage.files import Files, read_settings
-from mmmoe_pretrain.evaluate.features import collect_routing, first_text
+from mmmoe_pretrain.evaluate.features import collect_routing
 from mmmoe_pretrain.modalities import Modalities, build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.moe.stats import RoutingStats
@@ -43,16 +43,17 @@ class LeakFilter:
         """``folders`` of training shards; none of them: every sample is clean."""
         self.dropped: set[str] = set()
         self.absent: list[str] = []
-        self._texts: set[str] = set()
+        self._seen: set[tuple[str, ...]] = set()
         for path in folders:
             try:
-                self._texts |= set() if is_stream(path) else _texts(path, modalities, files)
+                self._seen |= set() if is_stream(path) else _seen(path, modalities, files)
             except NoShards:
                 self.absent.append(path)
 
     def clean(self, sample: Sample) -> bool:
-        """True unless the sample's text is in the training shards."""
-        leaked = not sample.document and _words(first_text(sample)) in self._texts  # which never holds ""
+        """True unless a training sample has all of the sample's texts, and no other."""
+        texts = () if sample.document else _words(item.raw for item in sample.items)
+        leaked = texts in self._seen  # which never holds ()
         if leaked:
             self.dropped.add(sample.meta.identity)
         return not leaked
@@ -69,16 +70,16 @@ class LeakFilter:
         return notes
 
 
-def _texts(path: str, modalities: Modalities, files: Files | None) -> set[str]:
+def _seen(path: str, modalities: Modalities, files: Files | None) -> set[tuple[str, ...]]:
     folder = open_indexed(path, files, modalities)
     count = min(len(folder), MAX_TEXTS)
     places = track(range(count), f"reading the texts of {path}", count, "samples")
-    return {_words(text_of(folder.read(i), modalities)) for i in places} - {""}
+    return {_words(texts_of(folder.read(i), modalities)) for i in places} - {()}
 
 
-def _words(text: str) -> str:
-    """The words, without case, spacing and punctuation ("Four." is "four")."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+def _words(texts: Iterable[str]) -> tuple[str, ...]:
+    """Of each text with words these, without case, spacing and punctuation ("Four." is "four")."""
+    return tuple(filter(None, (" ".join(re.findall(r"\w+", text.casefold())) for text in texts)))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 model-00001-of-00002.safetensors ...   weights by logical name, in full shape (experts [E, ...])
 model.safetensors.index.json           {"metadata": {"total_size"}, "weight_map": {name: file}}
-config.json                            format, step, sizes, and the run's whole config
+config.json                            format, step, sizes, and the run's whole config, whose "files" are here
 tokenizer.model                        sentencepiece, where a modality reads text
+modalities.NAME.npz ...                other files that entries of the config read, by setting in "files"
 README.md                              the model card
 """
 

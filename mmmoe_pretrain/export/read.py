@@ -36,7 +36,14 @@ from mmmoe_pretrain.untrusted import brief, read_json
 
 MAX_JSON = 64 << 20  # bytes
 OF_A_MACHINE = ("parallel", "checkpoint", "faults")  # sections, with paths and sizes from an untrusted file
-SECTIONS_WITH_PATHS = ("data", "objectives", "train", "trackers")  # beside evaluate, whose prompt may hold a $
+SECTIONS_WITH_PATHS = (
+    "data",
+    "modalities",
+    "objectives",
+    "train",
+    "trackers",
+)  # beside evaluate, whose prompt may hold a $
+SCORED_PATHS = ("test", "validation", "generate")  # of evaluate
 # Until version 0.12 of MMMoE, exports of format version 1 had three fixed modalities and two tasks, and what is one
 # tensor for each of them now was a row of one tensor.
 VERSION_1 = 1
@@ -61,6 +68,7 @@ def import_run(folder: Path, out: Path, overrides: Sequence[str] = ()) -> list[s
     with new_folder(out) as draft:
         config = _config_of_run(described, draft / RUN_CONFIG, out, overrides)
         _copy_tokenizer(folder, described, config, draft / TOKENIZER)
+        _copy_files(folder, described, config, draft, out)
         if config.data.tokenizer not in (None, str(out / TOKENIZER)):  # of an override
             Tokenizer(config.data.tokenizer, expected_fingerprint=described["tokenizer_fingerprint"])
         _plausible(config, _headers(folder, places))
@@ -81,7 +89,8 @@ def load_export(folder: Path, device: torch.device | None = None) -> tuple[MMMoE
     Raises ValueError as ``import_run`` does.
     """
     described, places = _described(folder), _places(folder)
-    config = run_config.parse(_values(described, _tokenizer(folder, described)), where=str(folder / layout.CONFIG))
+    values = _values(described, folder, _tokenizer(folder, described))
+    config = run_config.parse(values, where=str(folder / layout.CONFIG))
     modalities = build_modalities(
         config.modalities, config.data.tokenizer, fingerprint=described["tokenizer_fingerprint"]
     )
@@ -128,29 +137,59 @@ def _plain(name: Any, what: str) -> str:
 
 
 def _config_of_run(described: dict[str, Any], path: Path, out: Path, overrides: Sequence[str]) -> RunConfig:
-    """The exported config as that of the run ``out``, written to ``path``. The tokenizer is the new run's own, and
-    the machine's settings (layout, checkpoints, fault limits) are the defaults or overrides."""
+    """The exported config as that of the run ``out``, written to ``path``. Its files are the new run's own, and the
+    machine's settings (layout, checkpoints, fault limits) are the defaults or overrides."""
     tokenizer = out / TOKENIZER if described["tokenizer"] else None
-    raw = {**_values(described, tokenizer), "name": out.name, "runs_dir": str(out.parent)}
+    raw = {**_values(described, out, tokenizer), "name": out.name, "runs_dir": str(out.parent)}
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")  # the order of names numbers them
     config = run_config.load(path, list(overrides))
     run_config.dump(config, path)
     return config
 
 
-def _values(described: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+def _values(described: dict[str, Any], folder: Path, tokenizer: Path | None) -> dict[str, Any]:
+    """Of the exported config, whose files are in ``folder``."""
     written = described["config"] if described["format_version"] == layout.VERSION else upgraded(described["config"])
     raw = {name: value for name, value in written.items() if name not in OF_A_MACHINE}
     with_paths = [_section(raw, name) for name in SECTIONS_WITH_PATHS]
     scored = _section(raw, "evaluate")
-    found = VARIABLE.search(json.dumps([*with_paths, scored.get("test"), scored.get("validation")]))
+    found = VARIABLE.search(json.dumps([*with_paths, *(scored.get(name) for name in SCORED_PATHS)]))
     if found:  # an export has none, and the environment of this machine must not enter untrusted paths
         raise ValueError(f"{layout.CONFIG}: a path of its config holds {found[0]}; write the path out there")
     changed = {
         "data": {**_section(raw, "data"), "tokenizer": None if tokenizer is None else str(tokenizer)},
         "model": {**_section(raw, "model"), "vocab_size": described["vocab_size"]},
     }
-    return {**raw, **changed}
+    values = {**raw, **changed}
+    for key, name in _files(described).items():
+        section, _, rest = key.partition(".")
+        entry, _, setting = rest.rpartition(".")
+        entries = _section(values, section) if section in ("modalities", "objectives") else {}
+        if not isinstance(entries.get(entry), dict) or setting not in entries[entry]:
+            raise ValueError(f"{layout.CONFIG}: files names {brief(key)}, which is no setting of its config")
+        values[section] = {**entries, entry: {**entries[entry], setting: str(folder / name)}}
+    return values
+
+
+def _files(described: dict[str, Any]) -> dict[str, str]:
+    """The setting that names each file beside the tokenizer -> the file of the export. Exports of earlier versions
+    have none."""
+    files = described.get("files", {})
+    if not isinstance(files, dict):
+        raise ValueError(f"{layout.CONFIG}: files is {brief(files)}, and should be a section")
+    return {key: _plain(name, f"{layout.CONFIG}: the file of {brief(key)}") for key, name in files.items()}
+
+
+def _copy_files(folder: Path, described: dict[str, Any], config: RunConfig, draft: Path, out: Path) -> None:
+    """Checked as the run's own; those that overrides name stay where they are."""
+    names = set(_files(described).values())
+    for its in config.used_files.values():
+        own = next((name for name in names if its.file == str(out / name)), None)
+        if own is not None:
+            its.model_copy(update={its.file_setting: str(folder / own)}).with_file()
+            shutil.copyfile(folder / own, draft / own)
+        elif names:
+            its.with_file()
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

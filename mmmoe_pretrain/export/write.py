@@ -6,6 +6,7 @@ One file's tensors are in memory at a time. Everything is written under ``NAME.t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 
 from mmmoe_pretrain import __version__
 from mmmoe_pretrain.checkpoint import store
-from mmmoe_pretrain.checkpoint.model import SavedRun, open_run
+from mmmoe_pretrain.checkpoint.model import SavedRun, copy_of, open_run
+from mmmoe_pretrain.config.base import FileSettings
 from mmmoe_pretrain.export import card, layout
 from mmmoe_pretrain.export.layout import Weight
 from mmmoe_pretrain.modalities import copy_tokenizer
@@ -37,8 +39,9 @@ def export_run(
 ) -> list[str]:
     """Write the checkpoint of ``step`` (default: the newest) to the folder ``out``; returns a summary.
 
-    Raises ValueError where there is no such checkpoint, it is damaged, the tokenizer is not the one that it was
-    trained with, or ``out`` exists and ``overwrite`` does not allow to replace an earlier export.
+    Raises ValueError where there is no such checkpoint, it is damaged, the tokenizer or another file of its config is
+    not the one that it was trained with, or ``out`` exists and ``overwrite`` does not allow to replace an earlier
+    export.
     """
     if dtype not in layout.DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(layout.DTYPES)}")
@@ -54,6 +57,9 @@ def export_run(
         fingerprint = source.meta["tokenizer_fingerprint"]
         if fingerprint:  # empty where no modality reads text
             copy_tokenizer(source.config.data.tokenizer or "", draft / layout.TOKENIZER, fingerprint)
+        for place, its in source.config.used_files.items():
+            its.with_file()  # raises ValueError where it is another
+            shutil.copyfile(its.file, draft / copy_of(place, its))
         files = layout.in_files(weights, file_bytes)
         for name, held in files.items():
             _write_file(source.checkpoint, held, draft / name)
@@ -70,6 +76,8 @@ def export_run(
 def _describe(source: SavedRun, weights: Sequence[Weight], dtype: str) -> dict[str, Any]:
     """The values of config.json."""
     total, active = layout.parameter_counts(source.config, list(weights))
+    used = source.config.used_files
+    own = source.config.with_entries({place: _moved(its, copy_of(place, its)) for place, its in used.items()})
     return {
         "model_type": layout.FORMAT,
         "format_version": layout.VERSION,
@@ -79,9 +87,14 @@ def _describe(source: SavedRun, weights: Sequence[Weight], dtype: str) -> dict[s
         "vocab_size": source.config.model.vocab_size,
         "tokenizer": layout.TOKENIZER if source.meta["tokenizer_fingerprint"] else "",
         "tokenizer_fingerprint": source.meta["tokenizer_fingerprint"],
+        "files": {f"{place}.{its.file_setting}": copy_of(place, its) for place, its in used.items()},
         "parameters": {"total": total, "active": active},
-        "config": source.config.model_dump(mode="json"),
+        "config": own.model_dump(mode="json"),
     }
+
+
+def _moved(settings: FileSettings, file: str) -> FileSettings:
+    return settings.model_copy(update={settings.file_setting: file})
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -86,6 +86,18 @@ def test_what_is_wrong_is_told_with_its_remedy(folder: Path, tmp_path: Path) -> 
         run("text")
     with pytest.raises(ValueError, match="'size' is not KEY=VALUE"):
         run(settings=("size",))
+    with pytest.raises(ValueError, match=r"^--setting .size=.. is not valid YAML"):
+        run(settings=("size={",))
+    with pytest.raises(ValueError, match="the kind is that of --modality"):
+        run(settings=("kind=audio",))
+    with pytest.raises(ValueError, match=r"^--setting: .*wings.*known keys: "):
+        run(settings=("wings=3",))
+    with pytest.raises(ValueError, match="--held-out test is the split that is trained on"):
+        run(split="test")
+    with pytest.raises(ValueError, match="--rate nan must be numbers above 0"):
+        CodesOptions(rate=float("nan"))
+    with pytest.raises(ValueError, match=r"training diverged: .* lower --rate 1e\+09"):
+        make(folder, tmp_path / "x.npz", 9, rate=1e9)
     with pytest.raises(ValueError, match="'nowhere' is not one of"):
         run(split="nowhere")
     with pytest.raises(ValueError, match=r"is not the name of a file that ends with \.npz"):

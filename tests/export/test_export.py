@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +17,24 @@ import yaml
 
 from mmmoe_pretrain import config as run_config
 from mmmoe_pretrain.checkpoint import load_model, store
+from mmmoe_pretrain.checkpoint.model import read_config
 from mmmoe_pretrain.checkpoint.state import model_key, split_key
 from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.data.sources.source import open_indexed
+from mmmoe_pretrain.data_prep.codes import first_weights
 from mmmoe_pretrain.export import layout
 from mmmoe_pretrain.export.card import _licences, _training, facts_of
 from mmmoe_pretrain.export.layout import Weight, in_files, parameter_counts, weights_of
 from mmmoe_pretrain.export.read import import_run, load_export
 from mmmoe_pretrain.export.write import export_run
 from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.modalities.fsq import Codebook, Levels, Network
+from mmmoe_pretrain.modalities.image_codes import ImageCodes
 from mmmoe_pretrain.moe.tokens import TokenInfo
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.export.support import State, make_run, write_run
-from tests.support import random_batch, tiny_config, write_tar
+from tests.support import png_of, random_batch, things, tiny_config, write_tar
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "embed.py"
@@ -154,6 +159,41 @@ def test_a_run_without_text_is_exported_and_read_without_a_tokenizer(tmp_path: P
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, after.get_parameter(name)), name
         assert torch.equal(parameter, read.get_parameter(name)), name
+
+
+def test_a_tokenizer_of_codes_is_exported_and_imported(tmp_path: Path) -> None:
+    """The original may be gone; another file in its place is refused: in the run, in the export, by an override."""
+    network = Network(3, (4, 4), 8, Levels((5, 3)))
+    for name, seed in (("c.npz", 1), ("other.npz", 2)):
+        weights = {name: x.detach().numpy() for name, x in first_weights(network, seed, torch.device("cpu")).items()}
+        media = {"kind": "image", "size": 16, "patch": 4, "augment": False}
+        Codebook(network, weights, media, {}).write(tmp_path / name)
+    picture = {"kind": "image_codes", "tokenizer": str(tmp_path / "c.npz"), "codes": 15, "max_tokens": 16}
+    drawing = {"drawing": {"kind": "next_token", "parts": ["picture"]}}
+    config = tiny_config(tmp_path, modalities={"picture": picture}, objectives=drawing).with_files()
+    write_run(config, Modalities({}), (10,))
+    export_run(config.run_dir, tmp_path / "out")
+    codes = (tmp_path / "c.npz").read_bytes()
+    shutil.copyfile(tmp_path / "other.npz", tmp_path / "c.npz")
+    with pytest.raises(ValueError, match=r"has fingerprint .* the run was made with"):
+        export_run(config.run_dir, tmp_path / "another")
+    (tmp_path / "c.npz").unlink()
+
+    import_run(tmp_path / "out", tmp_path / "again")
+    imported = read_config(tmp_path / "again").modalities["picture"]
+    assert imported.file == str(tmp_path / "again" / "modalities.picture.npz")
+    assert (tmp_path / "again" / "modalities.picture.npz").read_bytes() == codes
+    _, read, modalities = load_export(tmp_path / "out")
+    assert read.modalities["picture"].file == str(tmp_path / "out" / "modalities.picture.npz")
+    image = png_of(things(1)[0])
+    np.testing.assert_array_equal(modalities["picture"].decode(image), ImageCodes("picture", imported).decode(image))
+
+    with pytest.raises(ValueError, match=r"has fingerprint .* the run was made with"):
+        import_run(tmp_path / "out", tmp_path / "x", [f"modalities.picture.tokenizer={tmp_path / 'other.npz'}"])
+    shutil.copyfile(tmp_path / "other.npz", tmp_path / "out" / "modalities.picture.npz")
+    with pytest.raises(ValueError, match=r"has fingerprint .* the run was made with"):
+        import_run(tmp_path / "out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_card_counts_licences_as_the_samples_state_them(tmp_path: Path, tiny_data: Path) -> None:

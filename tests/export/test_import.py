@@ -88,6 +88,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
             words={"kind": "semantic_anchors", "of": "image", "text": "text", "size": 8, "vectors": "$HOME/w.npz"})),
         r"holds \$HOME",
     ),
+    "a variable of a modality's file": (
+        edit(layout.CONFIG, lambda v: v["config"]["modalities"].update(
+            picture={"kind": "image_codes", "tokenizer": "$HOME/c.npz", "codes": 15, "max_tokens": 16})),
+        r"holds \$HOME",
+    ),
+    "a variable of a judge": (
+        edit(layout.CONFIG, lambda v: v["config"]["evaluate"].update(generate={"captioning": {"judge": "$HOME"}})),
+        r"holds \$HOME",
+    ),
+    "files that are no section": (edit(layout.CONFIG, lambda v: v.update(files=[])), "files is \\[\\]"),
+    "a file elsewhere": (
+        edit(layout.CONFIG, lambda v: v.update(files={"modalities.text.field": "../x.npz"})), "plain name"),
+    "a file of no setting": (
+        edit(layout.CONFIG, lambda v: v.update(files={"modalities.text.tokenizer": "x.npz"})), "no setting"),
     "no step": (edit(layout.CONFIG, lambda v: v.pop("step")), "step is None"),
     "an unknown key": (edit(layout.CONFIG, lambda v: v["config"].update(wings=2)), "unknown key 'wings'"),
     "a section of the wrong type": (edit(layout.CONFIG, lambda v: v["config"].update(data=3)), "config.data is 3"),

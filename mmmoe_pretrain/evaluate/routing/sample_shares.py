@@ -24,7 +24,7 @@ import numpy as np
 
 from mmmoe_pretrain.batch import Sample
 from mmmoe_pretrain.data.pack import Origins
-from mmmoe_pretrain.evaluate.features import content_name, first_text, same_text
+from mmmoe_pretrain.evaluate.features import content_name, same_text, text_of
 from mmmoe_pretrain.evaluate.routing.top_tokens import Decisions
 from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.moe.tokens import TokenInfo
@@ -40,8 +40,9 @@ LISTED = 8  # words of an expert and modality
 
 @dataclass(frozen=True)
 class Said:
-    """What is said of a sample: the ``words`` of its first ``text`` and of its class. ``shows``: equal for samples
-    that show the same; their content beside the text, or else their group. ``written``: modalities of its texts."""
+    """What is said of a sample: the ``words`` of its ``text``, which is all its texts together, and of its class.
+    ``shows``: equal for samples that show the same; their content beside the text, or else their group. ``written``:
+    modalities of its texts."""
 
     words: frozenset[str]
     text: str
@@ -50,7 +51,7 @@ class Said:
 
     @classmethod
     def of(cls, sample: Sample) -> Said:
-        text = first_text(sample)
+        text = text_of(sample)
         beside = next((content_name(item) for item in sample.items if not item.raw), "")
         return cls(
             frozenset(re.findall(r"\w+", f"{text} {sample.meta.label}".casefold())),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmmoe_pretrain.evaluate.features import first_text
+from mmmoe_pretrain.evaluate.features import text_of
 from mmmoe_pretrain.evaluate.routing import page, token_html
 from mmmoe_pretrain.evaluate.routing.html import rounded
 from mmmoe_pretrain.evaluate.routing.media import Media
@@ -132,7 +132,7 @@ def _token(top: TopToken, modalities: Modalities, media: int | None) -> dict[str
     return rounded({
         "sample": _cut(top.sample.meta.key), "item": top.number, "token": top.token, "task": top.task,
         "probability": top.probability, "log_probability": top.log_p,
-        "language": _cut(top.sample.meta.language), "sample_text": "" if excerpt else _cut(first_text(top.sample)),
+        "language": _cut(top.sample.meta.language), "sample_text": "" if excerpt else _cut(text_of(top.sample)),
         "position": position, "excerpt": excerpt and [_cut(part) for part in excerpt],
         "media": media, "box": None if drawn is None else drawn[1],
     })  # fmt: skip
