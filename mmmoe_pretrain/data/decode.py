@@ -282,6 +282,11 @@ def read_row(raw: RawSample) -> dict[str, Any]:
     return row
 
 
+def text_of_field(value: Any) -> str | None:
+    """The text by which samples are told apart: a string as it is, an integer in digits, else none."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
 def class_of(raw: RawSample) -> str:
     """The class in the member ``cls`` of a sample; empty where it has none. BadSampleError if it is no text."""
     data = raw.members.get(CLASS, b"")
@@ -295,9 +300,9 @@ def _meta(raw: RawSample, row: dict[str, Any]) -> SampleMeta:
     known = {name: row[name] for name in META_FIELDS if isinstance(row.get(name), str)}
     known["label"] = known.get("label") or class_of(raw)
     tags = {
-        name: value
+        name: text
         for name, value in row.items()
-        if name not in META_FIELDS and isinstance(value, str) and len(value) <= MAX_TAG
+        if name not in META_FIELDS and (text := text_of_field(value)) is not None and len(text) <= MAX_TAG
     }
     return SampleMeta(raw.key, shard=raw.shard, tags=tags, **known)
 

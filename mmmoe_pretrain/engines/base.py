@@ -206,8 +206,9 @@ class Engine(ABC):
         """Inside, the optimizer updates the weights: those that tasks without weight have alone stay as they are, and
         those of tasks that enter begin as in a new run (``idle.py``)."""
         step, update = self.steps_done, self._progress.updates + 1
-        entering = self._held_of(_entering(self.models[0].objectives, step))
-        idle = self._held_of(_idle(self.models[0].objectives, step))
+        tasks = self.models[0].objectives
+        names = _entering(tasks, step, step - self._progress.updates), _idle(tasks, step)
+        entering, idle = (self._held_of(its) for its in names)
         corrections = Corrections.at(update, self.config.optimizer) if entering else None
         before = [[[tensor.clone() for tensor in its] for its in held] for held in (entering, idle)]
         yield
@@ -216,7 +217,7 @@ class Engine(ABC):
                 correct_first(now, kept, corrections)
         for now, kept in zip(idle, before[1], strict=True):
             put_back(now, kept)
-        if _entering(self.models[0].objectives, step) or _idle(self.models[0].objectives, step):
+        if any(names):
             self._state.publish()  # collective, so also on ranks that hold none of them
 
     def _held_of(self, tasks: Collection[str]) -> list[Held]:
@@ -299,9 +300,11 @@ def _idle(objectives: Objectives, step: int) -> set[str]:
     return {name for name, its in objectives.items() if its.settings.idle_at(step)}
 
 
-def _entering(objectives: Objectives, step: int) -> set[str]:
-    """Tasks that have a weight at ``step``, and had none at the step before it."""
-    return _idle(objectives, step - 1) - _idle(objectives, step) if step else set()
+def _entering(objectives: Objectives, step: int, skipped: int) -> set[str]:
+    """Tasks that have a weight at ``step``, and perhaps had none at the last update before it: so many steps were
+    ``skipped`` in the whole run, and those between may be among them."""
+    earlier = range(max(0, step - 1 - skipped), step)
+    return set[str]().union(*(_idle(objectives, each) for each in earlier)) - _idle(objectives, step)
 
 
 def first_progress(train: TrainConfig) -> Progress:

@@ -27,6 +27,8 @@ MOST_CLASSES = 1 << 16
 
 def _names(value: Any) -> Any:
     """Numbers in a list are names, too."""
+    if isinstance(value, list | tuple) and (wrong := [one for one in value if type(one) in (bool, float)]):
+        raise ValueError(f"classes has {wrong[0]!r}, which is no text; write it in quotes, as the samples have it")
     return [str(one) if type(one) is int else one for one in value] if isinstance(value, list | tuple) else value
 
 

@@ -72,6 +72,9 @@ def align(source: Source, samples: int) -> Result:
         parameter = state[f"{HEADS}.{name}.weight"]
         weight_PW = _as_weight(map_WC, parameter.value.double().numpy())
         state[f"{HEADS}.{name}.weight"] = fresh(torch.from_numpy(weight_PW).float(), parameter.optimizer)
+    read = [task for task, its in source.model.objectives.classifying.items() if its.representations[0] in maps]
+    if read:
+        did.append(f"the class heads of {', '.join(read)} stay as they are, and read other vectors now: train them")
     return Result(source.config, state, tuple(did), exact=False, allowed="as it is meant to")
 
 
@@ -119,12 +122,14 @@ def _as_weight(map_WC: np.ndarray, before_PW: np.ndarray) -> np.ndarray:
 
 def _before_heads(model: MMMoE, batches: Iterator[tuple[Batch, list[Sample]]], names: tuple[str, ...]) -> HeldOut:
     """What the heads of ``names`` read."""
-    heads = {name: model.joint_heads[name] for name in names}
+    heads, class_heads = {name: model.joint_heads[name] for name in names}, dict(model.class_heads.items())
     try:
         model.joint_heads.update({name: nn.Identity() for name in names})
+        model.class_heads.update({task: nn.Identity() for task in class_heads})  # they would read other widths
         return collect(model, batches, names)
     finally:
         model.joint_heads.update(heads)
+        model.class_heads.update(class_heads)
 
 
 def _batches(source: Source, samples: int) -> Iterator[tuple[Batch, list[Sample]]]:

@@ -263,6 +263,8 @@ def test_parts_by_a_field_of_the_json_are_those_that_the_index_command_has_read(
         nothing = {"values": np.asarray([""]), "ids": np.zeros(64, np.uint16), "bytes": folder.shard_bytes}
         np.savez(field_path(folder, name), **nothing)
         assert read_field(folder, name) is None  # of an earlier version
+    numbered = open_indexed(write_shards(tmp_path / "numbered", [{**row, "language": 3} for row in things(2)]))
+    assert measure_field(numbered, "language")[0] == ["3"]
     measure_field(folder, "language")
     blend = Blend(config, [folder])
     places = blend.at(np.arange(32))

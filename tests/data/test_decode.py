@@ -152,6 +152,7 @@ def test_a_text_may_be_in_the_json(
     [
         ({"label": True, "language": None, "subset": "x", "unknown": "y", "key": "other", "source": ["z"]},
          SampleMeta("thing-005", subset="x", tags={"unknown": "y", "key": "other"})),
+        ({"digit": 3, "flag": True, "share": 0.5, "list": [1]}, SampleMeta("thing-005", tags={"digit": "3"})),
         ({"label": 0, "class": "zero", "lang": "de", "group": 7},
          SampleMeta("thing-005", label="0", language="de", group="7", tags={"class": "zero"})),
     ],

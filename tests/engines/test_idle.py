@@ -17,6 +17,7 @@ from mmmoe_pretrain.models.task_parameters import own_parameters
 from mmmoe_pretrain.parallel.mesh import destroy_groups
 from mmmoe_pretrain.parallel.runtime import process_group
 from tests.distributed import run_ranks
+from tests.engines.test_skipped_steps import step
 from tests.layouts.cases import LEARNING_RATE, TWO_MICROBATCHES, Case
 from tests.layouts.train import Held, build, held_by_name, microbatches_of
 
@@ -43,9 +44,9 @@ def _seen(cases: list[Case]) -> list[list[dict[str, np.ndarray]]]:
     with process_group(timeout_minutes=1) as device:
         for each in cases:
             engine, seen = build(each, device), []
-            for step in range(6):
+            for number in range(6):
                 seen.append({kind or "weight": _numbers(held_by_name(engine, kind)) for kind in _KINDS})
-                engine.step(microbatches_of(engine, step), LEARNING_RATE)
+                engine.step(microbatches_of(engine, number), LEARNING_RATE)
             seen.append({kind or "weight": _numbers(held_by_name(engine, kind)) for kind in _KINDS})
             found.append(seen)
             destroy_groups()
@@ -76,6 +77,29 @@ def test_a_head_stands_still_without_weight_and_begins_as_in_a_new_run() -> None
         assert clear.mean() > 0.5
         np.testing.assert_allclose(moved[clear], -LEARNING_RATE * np.sign(first[clear]), rtol=5e-3)
         assert (seen[4]["weight"] != seen[3]["weight"]).any(), each.name
+
+
+def _after_a_skip(cases: list[Case]) -> list[list[dict[str, np.ndarray]]]:
+    """Of each case: the head's moments before and after the first update that it takes part in."""
+    found = []
+    with process_group(timeout_minutes=1) as device:
+        for each in cases:
+            engine, seen = build(each, device), []
+            for number in range(4):
+                step(engine, number, bad=number == 2)
+                seen.append({kind: _numbers(held_by_name(engine, kind)) for kind in _KINDS[1:]})
+            found.append(seen[2:])
+            destroy_groups()
+    return found
+
+
+def test_a_head_begins_as_in_a_new_run_where_the_step_at_which_it_enters_is_skipped() -> None:
+    """Step 2 has a NaN, so step 3 has update 3, and the head's first gradient."""
+    for before, after in run_ranks(1, _after_a_skip, [case("megatron", 0), case("deepspeed", 1)])[0]:
+        assert not before["exp_avg"].any()
+        first, second = after["exp_avg"] / (1 - 0.9**3), after["exp_avg_sq"] / (1 - 0.999**3)
+        assert first.any()
+        np.testing.assert_allclose(first**2, second, rtol=1e-3, atol=1e-14)  # fp32
 
 
 def test_corrections_leave_what_had_a_gradient_before() -> None:

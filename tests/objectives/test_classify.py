@@ -61,6 +61,8 @@ def test_numbers_are_classes_and_a_number_of_them_too() -> None:
     assert ClassifySettings(kind="classify", of="image", classes=3).names == ("0", "1", "2")
     listed = ClassifySettings.model_validate({"kind": "classify", "of": "image", "classes": [7, 10]})
     assert listed.names == ("7", "10")
+    with pytest.raises(ValueError, match="classes has True, which is no text; write it in quotes"):
+        ClassifySettings.model_validate({"kind": "classify", "of": "image", "classes": [True, False]})
 
 
 def test_without_labels_every_parameter_has_a_gradient_of_zeros() -> None:

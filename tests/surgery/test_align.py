@@ -93,6 +93,17 @@ def test_only_the_heads_of_pairs_change_and_pairs_are_alike(tmp_path: Path, monk
     assert after["audio"] > before["audio"]
 
 
+def test_class_heads_on_a_representation_stay_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors before the heads have another width than the one that class heads read."""
+    classes = {"kind": "classify", "of": "image", "classes": 3}
+    source = random_source(tmp_path, {}, objectives={**PAIRS, "digits": classes})
+    samples = [random_sample(i, "iat", source.config) for i in range(40)]
+    monkeypatch.setattr(module, "_batches", lambda *_: iter([(pack(samples, pack_settings(source.config)), samples)]))
+    head = source.model.class_heads["digits"]
+    assert "class heads of digits stay as they are" in align(source, 40).did[-1]
+    assert source.model.class_heads["digits"] is head
+
+
 def mean_cosine(model: MMMoE, batch: Batch) -> dict[str, float]:
     with torch.inference_mode():
         features = model(batch)[0].features

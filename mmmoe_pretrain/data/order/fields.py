@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mmmoe_pretrain.data.decode import BadSampleError, read_row
+from mmmoe_pretrain.data.decode import BadSampleError, read_row, text_of_field
 from mmmoe_pretrain.data.sources.members import META
 from mmmoe_pretrain.data.sources.source import Indexed
 from mmmoe_pretrain.kinds import nearest
@@ -46,11 +46,10 @@ def measure_field(source: Indexed, field: str) -> tuple[list[str], np.ndarray]:
                 row = read_row(source.read(i, only=(META,)))
             except BadSampleError:
                 row = {}
-            value = row.get(field)
-            text = value.rstrip("\0") if isinstance(value, str) else ""  # as NumPy keeps it
+            text = (text_of_field(row.get(field)) or "").rstrip("\0")  # as NumPy keeps it
             found[i] = ids.setdefault(text, len(ids))
             if len(fields) < MOST_FIELDS:
-                fields.update(name for name, its in row.items() if isinstance(its, str) and its)
+                fields.update(name for name, its in row.items() if text_of_field(its))
             if len(ids) > MOST_VALUES:
                 raise ValueError(
                     f"the field {field} has more than {MOST_VALUES} values, and each would be a part of the source; "
@@ -74,7 +73,7 @@ def refuse_unknown(source: Indexed, field: str) -> None:
     for i in np.unique(np.linspace(0, len(source) - 1, SEARCHED).astype(int)).tolist():
         with suppress(BadSampleError):
             fields.update(
-                name for name, its in read_row(source.read(i, only=(META,))).items() if isinstance(its, str)
+                name for name, its in read_row(source.read(i, only=(META,))).items() if text_of_field(its) is not None
             )
     if field not in fields:
         raise ValueError(_no_text(source, field, fields))
