@@ -17,6 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.checkpoint.model import SavedRun
+from mmmoe_pretrain.checkpoint.store import Checkpoint
 from mmmoe_pretrain.cli import app
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings, iterate_eval
@@ -242,8 +244,8 @@ def test_a_gpu_that_is_asked_for_and_absent_is_an_error(command: str, trained: R
 
 def random_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is an untrained model of ``config``."""
-    model = PretrainingModel(config).mmmoe.eval()
-    monkeypatch.setattr(command, "load_model", lambda *_: (model, config, 7))
+    monkeypatch.setattr(command, "open_run", lambda *_: SavedRun(config, Checkpoint("", "", 7), {}))
+    monkeypatch.setattr(SavedRun, "model", lambda its: PretrainingModel(its.config).mmmoe.eval())
 
 
 def test_a_report_of_less_replaces_the_first(

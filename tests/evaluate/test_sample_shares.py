@@ -11,7 +11,8 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
-from mmmoe_pretrain.config import RunConfig
+from mmmoe_pretrain.checkpoint.model import SavedRun
+from mmmoe_pretrain.checkpoint.store import Checkpoint
 from mmmoe_pretrain.config.base import StreamNames
 from mmmoe_pretrain.data.pack import Origins
 from mmmoe_pretrain.evaluate.routing import stability
@@ -29,8 +30,9 @@ from mmmoe_pretrain.evaluate.routing.sample_shares import (
 from mmmoe_pretrain.evaluate.routing.top_tokens import Decisions
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.moe.tokens import TokenInfo
-from tests.support import objectives, random_sample, tiny_config
+from tests.support import random_sample, tiny_config
 
+DRAWN = {"objectives": {"drawn": {"kind": "next_token", "parts": ["image"]}}}
 NAMES = StreamNames(("image", "text"), ("pairs",))
 
 
@@ -129,13 +131,25 @@ def test_renumbered_experts_agree_and_independent_ones_do_not() -> None:
 
 
 def test_only_runs_of_the_same_tokens_are_compared(tmp_path: Path) -> None:
-    own = tiny_config(tmp_path)
-    stability.check_same_tokens(own, own.model_copy(update={"seed": 5}), "other")
+    """Each run has its own copy of a tokenizer of codes, under its own path."""
 
-    def refused(message: str, **sections: object) -> None:
-        other: RunConfig = tiny_config(tmp_path, **sections)
+    def saved(meta: str = "a", codes: str = "own/codes.npz", fingerprint: str = "c", **changed: object) -> SavedRun:
+        settings = {"kind": "image_codes", "tokenizer": codes, "codes": 12, "max_tokens": 4,
+                    "fingerprint": fingerprint}  # fmt: skip
+        config = tiny_config(
+            tmp_path, modalities={"image": settings, "text": {"kind": "text"}}, **{**DRAWN, **changed}
+        )
+        return SavedRun(config, Checkpoint("", "", 0), {"tokenizer_fingerprint": meta})
+
+    def refused(message: str, other: SavedRun) -> None:
         with pytest.raises(ValueError, match=message):
-            stability.check_same_tokens(own, other, "other")
+            stability.check_same_tokens(saved(), other, "other")
 
-    refused("its objectives are not", objectives=objectives(captioning=None))
-    refused("dense model", moe={"num_experts": 1, "experts_per_token": 1})
+    stability.check_same_tokens(saved(), saved(codes="other/codes.npz", seed=5), "other")
+    refused("its modalities are not", saved(fingerprint="d"))
+    refused("its tokenizer is not", saved(meta="b"))
+    refused(
+        "its objectives are not",
+        saved(objectives={**DRAWN["objectives"], "read": {"kind": "next_token", "parts": ["text"]}}),
+    )
+    refused("dense model", saved(moe={"num_experts": 1, "experts_per_token": 1}))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmmoe_pretrain.checkpoint import load_model
+from mmmoe_pretrain.checkpoint.model import SavedRun, open_run
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import origins, pack
@@ -75,16 +75,18 @@ def write_report(
     """
     if top < 1:
         raise ValueError(f"--top {top} would list nothing; give 1 or more")
-    model, config, step = load_model(run_dir, overrides, named_device(device))
+    run = open_run(run_dir, overrides)
+    config, step = run.config, run.checkpoint.step
     if config.moe.dense:
         raise ValueError(
             f"{run_dir} is a dense model (moe.num_experts: 1): it has no routing to "
             f"show; give a run with moe.num_experts of 2 or more"
         )
+    other = None if beside is None else _open_beside(beside, run).to(named_device(device))
+    model = run.model().to(named_device(device))
     rows = open_rows(run_dir, config, test_paths)
     folder = place_of_report(run_dir, REPORT, rows.paths, out)
     tried, ablation_notes = (None, []) if ablate is None else open_ablation(model, rows, run_dir, ablate)
-    other = None if beside is None else _open_beside(beside, config, device)
     seen = run_pass(model, rows, top)
     untrained = untrained_routing(rows, device_of(model))
     layers = [_summary(*pair, config) for pair in zip(seen.routing, untrained, strict=True)]
@@ -99,7 +101,7 @@ def write_report(
     report = rounded({
         "version": page.VERSION, "run": config.name, "step": step, "test": rows.paths, "samples": seen.samples,
         "layers": layers, "history": history.in_json(history.read(run_dir / "metrics.jsonl")),
-        "notes": rows.notes(overrides) + ablation_notes, "beside": None if beside is None else beside.name,
+        "notes": rows.notes(overrides) + ablation_notes, "beside": None if beside is None else beside.resolve().name,
     })  # fmt: skip
     html = selection.fill(report, seen.top_tokens, Media(rows), rows.modalities)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -109,10 +111,10 @@ def write_report(
     return folder
 
 
-def _open_beside(run_dir: Path, config: RunConfig, device: str) -> MMMoE:
-    other, its, _ = load_model(run_dir, (), named_device(device))
-    stability.check_same_tokens(config, its, str(run_dir))
-    return other
+def _open_beside(run_dir: Path, own: SavedRun) -> MMMoE:
+    other = open_run(run_dir)
+    stability.check_same_tokens(own, other, str(run_dir))
+    return other.model()
 
 
 @dataclass(frozen=True)

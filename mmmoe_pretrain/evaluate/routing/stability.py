@@ -14,6 +14,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from mmmoe_pretrain.checkpoint.model import SavedRun
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import origins, pack
@@ -26,21 +27,28 @@ from mmmoe_pretrain.moe.tokens import token_info
 ALIKE = ("modalities", "objectives", "representations")  # sections of a config that say which tokens there are
 
 
-def check_same_tokens(own: RunConfig, other: RunConfig, name: str) -> None:
+def check_same_tokens(own: SavedRun, other: SavedRun, name: str) -> None:
     """Raises ValueError where the two runs do not read the same tokens."""
+    if other.config.moe.dense:
+        raise ValueError(f"--beside {name} is a dense model: it has no experts to compare; give a run that has")
     for section in ALIKE:
-        if getattr(own, section) != getattr(other, section):
+        if getattr(_without_paths(own.config), section) != getattr(_without_paths(other.config), section):
             raise ValueError(
                 f"--beside {name}: its {section} are not those of this run, so their tokens differ; give a run of "
                 f"the same config with another seed"
             )
-    if own.model.vocab_size != other.model.vocab_size:
+    if own.meta.get("tokenizer_fingerprint") != other.meta.get("tokenizer_fingerprint"):
         raise ValueError(
-            f"--beside {name}: its vocabulary has {other.model.vocab_size} pieces, and that of this run "
-            f"{own.model.vocab_size}; give a run with the same tokenizer"
+            f"--beside {name}: its tokenizer is not that of this run, so their tokens differ; give a run that was "
+            f"trained with the same one"
         )
-    if other.moe.dense:
-        raise ValueError(f"--beside {name} is a dense model: it has no experts to compare; give a run that has")
+
+
+def _without_paths(config: RunConfig) -> RunConfig:
+    """Each run reads its own copies of the files that its entries name; their fingerprints tell them apart."""
+    return config.with_entries(
+        {place: its.model_copy(update={its.file_setting: ""}) for place, its in config.files.items()}
+    )
 
 
 def compare(model: MMMoE, other: MMMoE, rows: HeldOutRows) -> dict[int, dict[str, float]]:
