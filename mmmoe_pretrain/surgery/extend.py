@@ -138,6 +138,13 @@ def _refuse_other_inputs(old: RunConfig, new: RunConfig) -> None:
                     f"the overrides change {section}.{name}, which the run was trained with; leave them out, or add "
                     f"one of another name"
                 )
+    was, now = (objectives_of(config).classifying for config in (old, new))
+    for name in was.keys() & now.keys():
+        if was[name].classes != now[name].classes or was[name].representations != now[name].representations:
+            raise ValueError(
+                f"the overrides change of or classes of objectives.{name}, by which the run has trained its head; "
+                f"leave them out, or add an objective of another name"
+            )
 
 
 def _state(source: Source, grown: Result, config: RunConfig, dropped: Sequence[str]) -> tuple[State, list[str]]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +14,18 @@ from mmmoe_pretrain.checkpoint import store
 from mmmoe_pretrain.checkpoint.state import WholeState, model_key, optimizer_key
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.models.pretraining import PretrainingModel
-from mmmoe_pretrain.surgery.extend import Estimate, Experts, extend
+from mmmoe_pretrain.surgery.extend import Estimate, Experts, _refuse_other_inputs, extend
 from mmmoe_pretrain.surgery.operation import operate
 from mmmoe_pretrain.surgery.split import split
 from mmmoe_pretrain.train.loop import train
 from tests.distributed import run_ranks
 from tests.export.support import make_run
+from tests.support import tiny_config
 
 UP, ROUTER = "mmmoe.trunk.blocks.1.ffn.experts.up", "mmmoe.trunk.blocks.1.ffn.router.weight"
 IMAGE = {"kind": "image", "size": 16, "stem_channels": 8}
 TEXT = {"kind": "text", "max_tokens": 16}
-OLD = {
+OLD: dict[str, Any] = {
     "modalities": {"image": IMAGE, "text": TEXT},
     "objectives": {"pairs": {"kind": "contrastive", "pairs": {"image-text": 1.0}}},
     "train": {"steps": 2, "global_batch_size": 16, "log_every": 1},
@@ -95,6 +97,19 @@ def test_what_would_be_lost_or_has_another_shape_is_refused_by_name(old: RunConf
     lines = extend(old.run_dir, tmp_path / "kept", other, dropped=["mmmoe.joint_heads", "tasks.pairs"])
     assert "dropped: mmmoe.joint_heads.image.weight, mmmoe.joint_heads.text.weight, tasks.pairs" in lines[2]
     assert model_key("mmmoe.language_head.weight") in state_of(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("change", [{"of": "text"}, {"classes": ["b", "a"]}])
+def test_a_class_head_keeps_its_classes_and_what_it_reads(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Its weights would have the same shape, and another meaning."""
+    pairs, kind = OLD["objectives"], {"kind": "classify", "of": "image", "classes": ["a", "b"]}
+    old, same, other = (
+        tiny_config(tmp_path, objectives={**pairs, "digit": {**kind, **its}})
+        for its in ({}, {"label_smoothing": 0.1}, change)
+    )
+    _refuse_other_inputs(old, same)
+    with pytest.raises(ValueError, match=r"of or classes of objectives.digit, by which .* of another name"):
+        _refuse_other_inputs(old, other)
 
 
 def test_the_run_is_the_anchor_and_what_is_new_has_no_importance(old: RunConfig, tmp_path: Path) -> None:
