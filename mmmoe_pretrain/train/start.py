@@ -229,6 +229,10 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
             "tokens": OF_TOKENIZER in objectives.vocabularies,
             "language_heads": sorted(name or "unnamed" for name in objectives.language_heads),
             "codes": sorted({*objectives.vocabularies} - {OF_TOKENIZER}),
+            "classes": {
+                name: {"of": its.representations[0], "names": ", ".join(its.classes)}
+                for name, its in objectives.classifying.items()
+            },
             "hidden": sorted(objectives.hidden),
             "contents": sorted({*objectives.contents.values()}),
             "decoders": {

@@ -49,6 +49,21 @@ def test_how_an_moe_layer_is_computed_and_its_losses_may_change_but_not_its_expe
         check_same_model(tiny_config(tmp_path, moe={**MOE, "layers": {1: {"num_experts": 16}}}), saved)
 
 
+def test_classes_keep_their_order_and_their_representation(tmp_path: Path) -> None:
+    """The head's weights have the same shape for another order, and another meaning."""
+
+    def config(**changed: object) -> RunConfig:
+        colour = {"kind": "classify", "of": "image", "classes": ["red", "blue"], **changed}
+        return tiny_config(tmp_path, objectives=objectives() | {"colour": colour})
+
+    run_config.dump(config(), tmp_path / "config.yaml")
+    check_same_model(config(label_smoothing=0.1), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"predicted.classes.colour.names was 'red, blue' and is 'blue, red'"):
+        check_same_model(config(classes=["blue", "red"]), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"predicted.classes.colour.of was 'image' and is 'text'"):
+        check_same_model(config(of="text"), tmp_path / "config.yaml")
+
+
 def test_a_config_that_an_earlier_version_saved_without_a_vocabulary_size_is_the_same_model(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     values = config.model_dump(mode="json")
