@@ -66,8 +66,8 @@ class CodesOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         if min(self.patch) < 1 or not 0 < self.rate < math.inf or self.seed < 0:
             raise ValueError(
-                f"--patch {list(self.patch)} and --rate {self.rate:g} must be numbers above 0, and --seed {self.seed} "
-                f"not negative"
+                f"--patch {list(self.patch)} and --rate {self.rate:g} must be numbers above 0, and --seed "
+                f"{self.seed} not negative"
             )
 
 

@@ -93,6 +93,10 @@ class RunConfig(StrictModel):
                 check_pair(pair, every, f"evaluate.{where}")
         if unknown := [key for key in self.evaluate.by if key not in every]:
             raise ValueError(f"evaluate.by {unknown[0]!r} is none of {', '.join(every)}")
+        if unknown := [name for name in self.evaluate.generate if name not in self.objectives]:
+            raise ValueError(
+                f"evaluate.generate {unknown[0]}: there is no such objective; there are {', '.join(self.objectives)}"
+            )
         for key, imputed in self.evaluate.impute.items():
             check_missing(key, imputed.observed, every, ("evaluate.impute", f"evaluate.impute.{key}.observed"))
         if self.evaluate.subsets and all(its.missing == "skip" for its in self.representations.values()):

@@ -97,10 +97,10 @@ def scores_of(task: Task, rows: HeldOutRows, made: Iterable[tuple[Prompt, Genera
     not compare such values with what they are generated from."""
     if not task.how.judge:
         return [], [f"no score of what {task.name} generates: set evaluate.generate.{task.name}.judge to a run"]
+    judge = Judge.open(Path(task.how.judge), device_of(task.model))  # fails before anything is generated
     found = [(prompt, generated) for prompt, generated in made if prompt.whole is not None]
     if len(found) < 2:
         return [], [f"{len(found)} held-out rows have a value that {task.name} generates from others: no score of it"]
-    judge = Judge.open(Path(task.how.judge), device_of(task.model))
     files = [task.file(*each) for each in found]
     before = [[item for item in prompt.sample.items[:-1] if judge.reads(item, rows.config)] for prompt, _ in found]
     name, asked = judge.sides(files[0][1], dict.fromkeys(item.modality for item in itertools.chain(*before)))

@@ -109,6 +109,9 @@ def test_a_run_judges_images_by_the_texts_they_were_made_from(tmp_path: Path, ti
         ValueError, match=r"cannot judge .mid files that are generated from text, as it compares image"
     ):
         scores_of(task, rows, made)
+    task.how = GenerateConfig(judge=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="no run in"):
+        scores_of(task, rows, (pytest.fail("generated first") for _ in made))
     task.how = GenerateConfig()
     assert scores_of(task, rows, made) == (
         [], ["no score of what drawing generates: set evaluate.generate.drawing.judge to a run"],

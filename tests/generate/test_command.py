@@ -168,6 +168,12 @@ def test_what_cannot_be_generated_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_scores_of_a_task_that_is_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    message = r"evaluate.generate capitons: there is no such objective; there are .*captioning"
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, evaluate={"generate": {"capitons": {}}})
+
+
 def test_a_prompt_without_room_and_a_file_that_is_no_image_are_refused(
     trained: RunConfig, images: list[str], tmp_path: Path
 ) -> None:
