@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from evidence.__main__ import Place, tasks_of
 from evidence.methods import ITEMS, METHODS, SHARED
 from evidence.pages import PAGES, methods_of
 from evidence.records import Machine
-from evidence.study import Method, Study, Variant
+from evidence.study import ROOT, Method, Study, Variant
 from mmmoe_pretrain import config as run_config
 from tests.evidence.samples import STUDY, record
 
@@ -103,3 +105,17 @@ def test_sizes_for_small_runs_follow_those_of_all_and_stay_away_from_full_runs()
     (full,), (quick,) = (tasks_of([of], replace(Place(), extra=extra)) for extra in ((), ("train.steps=6",)))
     assert full.config().objectives["pairs"].queue_size == 512 and full.config().train.steps == 600
     assert quick.config().objectives["pairs"].queue_size == 16 and quick.config().train.steps == 6
+
+
+def test_small_runs_of_tasks_have_labels_of_the_small_corpus() -> None:
+    with tarfile.open(ROOT / "tests" / "assets" / "mini" / "mini.tar") as corpus:
+        file = next(corpus.extractfile(member) for member in corpus if member.name.endswith("manifest.jsonl"))
+        assert file is not None
+        rows = [row for row in map(json.loads, file) if row["subset"] == "constructed"]  # evidence/data.sh mini
+    tasks = tasks_of(
+        [each for each in METHODS if each.name == "tasks"], replace(Place(), extra=("seed=1",)), seeds=[1]
+    )
+    assert len(tasks) == 5
+    for task in tasks:
+        groups = task.config().objectives["groups"]
+        assert {row[groups.field] for row in rows} & set(groups.classes), task.name
