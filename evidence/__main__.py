@@ -156,7 +156,7 @@ def show(studies: Sequence[Study], place: Place, variants: Collection[str] = ())
             owner, name = each.owner_of(variant)
             known = [seed for seed in each.seeds if records.path_of(owner, name, seed, place.records).is_file()]
             of = f" (runs of {variant.same_as})" if variant.same_as else ""
-            print(f"{each.name:<14}{variant.name:<24}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
+            print(f"{each.name:<20}{variant.name:<24}seeds with a record: {', '.join(map(str, known)) or 'none'}{of}")
     for task, _, changes in made_with_other_settings(studies, place):
         print(f"{task.name} was made with other settings: {'; '.join(changes)}")
 

@@ -19,7 +19,7 @@ FOUR = (
     "predicted alone, and an image tells its group (one of nine: flags, food & drink, ...)."
 )
 # Of the small corpora, whose samples have other labels.
-SMALL = ("objectives.groups.field=subset", "objectives.groups.classes=[a, b, named, spoken]")
+SMALL = ("objectives.groups.field=subset", "objectives.groups.classes=[a, b, named, spoken, constructed]")
 SIZES = "3 blocks of width 64 with 8 experts, one a token; 300 steps of 48 samples."
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from mmmoe_pretrain import kinds
 from mmmoe_pretrain.config.base import PathText
-from mmmoe_pretrain.modalities.base import Collated, Modality, ModalitySettings, blas
+from mmmoe_pretrain.modalities.base import Modality, ModalitySettings, blas
 from mmmoe_pretrain.modalities.fsq import MOST_CODES, Codebook
-from mmmoe_pretrain.modalities.text import MARKS, TextEmbedder
+from mmmoe_pretrain.modalities.text import MARKS, Discrete, TextEmbedder
 from mmmoe_pretrain.parallel.groups import SINGLE, Groups
 
 OF_KIND = "{}_codes"  # the kind of codes of a kind's values
@@ -29,8 +29,7 @@ MULTIPLE = 8  # of the ids of a vocabulary, so that tensor parallelism can cut i
 
 class CodesSettings(ModalitySettings):
     """``tokenizer``: a file of `mmmoe-data codes`, which prints the other numbers, too. ``codes``: that it has.
-    ``max_tokens``:
-    codes of a value, at most. ``fingerprint``: of the file; filled in when the run starts."""
+    ``max_tokens``: codes of a value, at most. ``fingerprint``: of the file; filled in when the run starts."""
 
     file_setting = "tokenizer"
     not_of_the_model = ("tokenizer",)
@@ -68,14 +67,12 @@ class CodesSettings(ModalitySettings):
         return book
 
 
-class Codes(Modality):
+class Codes(Discrete):
     """See the module."""
 
     Settings: ClassVar[type[CodesSettings]]
     media_defaults: ClassVar[Mapping[str, Any]] = {}  # settings of what it reads that suit a tokenizer
     patch: ClassVar[tuple[int, int]]  # of a code, that suits it
-    predictable = True
-    hideable = True
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -143,39 +140,13 @@ class Codes(Modality):
         codes = np.asarray(ids, dtype=np.int64)
         return self.rendered(self.book.decode(self.placed(codes[(codes >= 0) & (codes < self.settings.codes)])))
 
-    def num_tokens(self, value: np.ndarray) -> int:
-        return len(value)
-
-    def keys(self, value: np.ndarray) -> np.ndarray:
-        return value
-
-    def token_inputs(self, ids_S: Tensor, places_S: Tensor) -> dict[str, Tensor]:
-        """The arguments of the embedder's ``forward`` for single tokens, each at this number in its value."""
-        return {"ids": ids_S, "positions": places_S}
-
     def may_follow(self, vocab_size: int) -> np.ndarray:
         """bool [vocab_size]: the ids that may stand behind the begin mark: codes, and the end mark."""
         return (np.arange(vocab_size) < self.settings.codes) | (np.arange(vocab_size) == self.marks[1])
 
-    def may_hide(self, value: np.ndarray) -> np.ndarray:
-        """See ``Modality.may_hide``: the codes without the marks."""
-        return np.arange(1, len(value) - 1)
-
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: the begin mark stands for all that are hidden."""
         return np.where(hidden, self.marks[0], value)
-
-    def collate(self, values: Sequence[np.ndarray]) -> Collated:
-        lengths = np.asarray([len(value) for value in values], dtype=np.int64)
-        nothing = np.zeros(0, dtype=np.int64)
-        positions = np.concatenate([nothing, *(np.arange(n) for n in lengths.tolist())])
-        return Collated(
-            {"ids": np.concatenate([nothing, *values]), "positions": positions}, lengths.cumsum() - lengths
-        )
-
-    @property
-    def max_tokens(self) -> int:
-        return int(self.settings.max_tokens) + MARKS
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return TextEmbedder(self.settings.vocabulary, hidden_size, self.settings, groups)

@@ -1,4 +1,5 @@
-"""Text: sentencepiece ids between a begin and an end mark, and the table that embeds them."""
+"""Text: sentencepiece ids between a begin and an end mark, and the table that embeds them. ``Discrete`` is what codes
+(``codes.py``) have in common with it."""
 
 from __future__ import annotations
 
@@ -58,15 +59,44 @@ def _text_of(data: bytes) -> str:
     return text.strip() if has_text(text) else ""
 
 
-class Text(Modality):
+class Discrete(Modality):
+    """A value is int64 ids [n] of discrete tokens between a begin and an end mark."""
+
+    predictable = True
+    hideable = True
+
+    def num_tokens(self, value: np.ndarray) -> int:
+        return len(value)
+
+    def keys(self, value: np.ndarray) -> np.ndarray:
+        return value
+
+    def token_inputs(self, ids_S: Tensor, places_S: Tensor) -> dict[str, Tensor]:
+        return {"ids": ids_S, "positions": places_S}
+
+    def may_hide(self, value: np.ndarray) -> np.ndarray:
+        """See ``Modality.may_hide``: the tokens without the marks."""
+        return np.arange(1, len(value) - 1)
+
+    def collate(self, values: Sequence[np.ndarray]) -> Collated:
+        lengths = np.asarray([len(value) for value in values], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        nothing = np.zeros(0, dtype=np.int64)
+        positions = np.concatenate([nothing, *(np.arange(n) for n in lengths.tolist())])
+        return Collated({"ids": np.concatenate([nothing, *values]), "positions": positions}, starts)
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.settings.max_tokens) + MARKS
+
+
+class Text(Discrete):
     """A value is int64 ids [n] with its marks: begin, at most ``max_tokens`` pieces, end."""
 
     Settings = TextSettings
     formats = READS["text"].formats
     default_field = READS["text"].field
     needs_tokenizer = True
-    predictable = True
-    hideable = True
 
     def __init__(self, name: str, settings: TextSettings, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(name, settings, tokenizer)
@@ -90,18 +120,9 @@ class Text(Modality):
     def raw(self, data: bytes) -> str:
         return _text_of(data)
 
-    def num_tokens(self, value: np.ndarray) -> int:
-        return len(value)
-
-    def keys(self, value: np.ndarray) -> np.ndarray:
-        return value
-
     @property
     def marks(self) -> tuple[int, int]:
         return self.tokenizer.bos_id, self.tokenizer.eos_id
-
-    def token_inputs(self, ids_S: Tensor, places_S: Tensor) -> dict[str, Tensor]:
-        return {"ids": ids_S, "positions": places_S}
 
     def may_follow(self, vocab_size: int) -> np.ndarray:
         """See ``Modality.may_follow``: pieces of a text, and the end mark."""
@@ -111,10 +132,6 @@ class Text(Modality):
 
     def text_of(self, value: np.ndarray) -> str:
         return self.tokenizer.decode(value)
-
-    def may_hide(self, value: np.ndarray) -> np.ndarray:
-        """See ``Modality.may_hide``: the pieces without the marks."""
-        return np.arange(1, len(value) - 1)
 
     def rebuilt(self, content: np.ndarray) -> np.ndarray:
         """See ``Modality.rebuilt``; a text without an end mark gets one."""
@@ -130,17 +147,6 @@ class Text(Modality):
     def hide(self, value: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """See ``Modality.hide``: one piece stands for all that are hidden."""
         return np.where(hidden, HIDDEN, value)
-
-    def collate(self, values: Sequence[np.ndarray]) -> Collated:
-        lengths = np.asarray([len(value) for value in values], dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        nothing = np.zeros(0, dtype=np.int64)
-        positions = np.concatenate([nothing, *(np.arange(n) for n in lengths.tolist())])
-        return Collated({"ids": np.concatenate([nothing, *values]), "positions": positions}, starts)
-
-    @property
-    def max_tokens(self) -> int:
-        return int(self.settings.max_tokens) + MARKS
 
     def embedder(self, hidden_size: int, vocab_size: int, groups: Groups = SINGLE) -> nn.Module:
         return TextEmbedder(vocab_size, hidden_size, self.settings, groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,3 +133,17 @@ def test_the_map_has_the_change_of_a_method(tmp_path: Path) -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("| Representation: self-supervised")]
     assert "masked modelling: +25.0% (recall@1 of the image); masked autoencoder: not run yet" in line
     assert "[`masked.yaml`](../configs/methods/masked.yaml)" in line
+
+
+def test_small_runs_of_tasks_have_labels_of_the_small_corpus() -> None:
+    with tarfile.open(ROOT / "tests" / "assets" / "mini" / "mini.tar") as corpus:
+        file = next(corpus.extractfile(member) for member in corpus if member.name.endswith("manifest.jsonl"))
+        assert file is not None
+        rows = [row for row in map(json.loads, file) if row["subset"] == "constructed"]  # evidence/data.sh mini
+    tasks = tasks_of(
+        [each for each in METHODS if each.name == "tasks"], replace(Place(), extra=("seed=1",)), seeds=[1]
+    )
+    assert len(tasks) == 5
+    for task in tasks:
+        groups = task.config().objectives["groups"]
+        assert {row[groups.field] for row in rows} & set(groups.classes), task.name
