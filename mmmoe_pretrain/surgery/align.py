@@ -21,12 +21,8 @@ import torch
 from torch import nn
 
 from mmmoe_pretrain.batch import Batch, Sample
-from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
-from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
 from mmmoe_pretrain.evaluate import cca
 from mmmoe_pretrain.evaluate.features import HeldOut, collect
-from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.surgery.operation import Result, Source
 from mmmoe_pretrain.surgery.parameters import fresh
@@ -62,7 +58,7 @@ def align(source: Source, samples: int) -> Result:
             f"contrastive objective"
         )
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(pairs)))
-    data = _before_heads(source.model, _batches(source, samples), names)
+    data = _before_heads(source.model, source.training_batches(samples, BATCH_SIZE, "linear CCA"), names)
     rows = {name: _Rows.of(data, name) for name in names}
     maps: dict[str, np.ndarray] = {}  # [W, C]
     did, state, size = [], dict(source.state), source.config.model.embedding_size
@@ -130,20 +126,3 @@ def _before_heads(model: MMMoE, batches: Iterator[tuple[Batch, list[Sample]]], n
     finally:
         model.joint_heads.update(heads)
         model.class_heads.update(class_heads)
-
-
-def _batches(source: Source, samples: int) -> Iterator[tuple[Batch, list[Sample]]]:
-    """About ``samples`` training samples without augmentation."""
-    config = source.config
-    for path in (its.path for its in config.data.train):
-        if is_stream(path) or is_absent(path):
-            raise ValueError(
-                f"linear CCA reads training samples by number, and {path} is a stream or missing; name shards that "
-                f"are here with data.train=..."
-            )
-    fingerprint = source.meta["tokenizer_fingerprint"]
-    modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
-    settings = eval_settings(config, modalities)
-    read = (sample for _, sample in training_samples(config, modalities, samples, "linear CCA"))
-    while batch := list(itertools.islice(read, BATCH_SIZE)):
-        yield pack(batch, settings), batch

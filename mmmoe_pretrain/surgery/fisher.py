@@ -10,7 +10,6 @@ to have negatives. Auxiliary losses of routing are left out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -19,10 +18,6 @@ from torch import Tensor, nn
 from mmmoe_pretrain.batch import Batch
 from mmmoe_pretrain.checkpoint.state import persistent_buffers
 from mmmoe_pretrain.config.moe import RoutingLossConfig
-from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
-from mmmoe_pretrain.data.pack import pack
-from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
-from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.objectives import step_counts
 from mmmoe_pretrain.surgery.operation import Source
@@ -37,9 +32,9 @@ def fisher(source: Source, samples: int, batch_size: int) -> tuple[dict[str, Ten
 
     def losses() -> Iterable[tuple[Tensor, int]]:
         nonlocal count
-        for batch, size in _batches(source, samples, batch_size):
-            count += size
-            yield _loss(model, batch), size
+        for batch, read in source.training_batches(samples, batch_size, "Fisher information"):
+            count += len(read)
+            yield _loss(model, batch), len(read)
 
     found = mean_squares(parameters, losses())
     mean = sum(float(its.double().sum()) for its in found.values()) / sum(its.numel() for its in found.values())
@@ -87,20 +82,3 @@ def _loss(model: PretrainingModel, batch: Batch) -> Tensor:
     model.end_step(None)
     assert isinstance(loss, Tensor)
     return loss
-
-
-def _batches(source: Source, samples: int, batch_size: int) -> Iterable[tuple[Batch, int]]:
-    """About ``samples`` training samples without augmentation."""
-    config = source.config
-    for path in (its.path for its in config.data.train):
-        if is_stream(path) or is_absent(path):
-            raise ValueError(
-                f"the Fisher information is of training samples that are read by number, and {path} is a stream or "
-                f"missing; bring the shards of {source.run_dir} here, or use optimizer.hold.importance=uniform"
-            )
-    fingerprint = source.meta["tokenizer_fingerprint"]
-    modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
-    settings = eval_settings(config, modalities)
-    read = (sample for _, sample in training_samples(config, modalities, samples, "Fisher information"))
-    while batch := list(itertools.islice(read, batch_size)):
-        yield pack(batch, settings), len(batch)

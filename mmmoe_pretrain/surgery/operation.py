@@ -5,9 +5,10 @@ The new run is written under ``NAME.tmp`` and renamed only if the comparison suc
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from mmmoe_pretrain import config as run_config
-from mmmoe_pretrain.batch import Batch
+from mmmoe_pretrain.batch import Batch, Sample
 from mmmoe_pretrain.checkpoint import load_model, store
 from mmmoe_pretrain.checkpoint.model import (
     CONFIG,
@@ -29,7 +30,10 @@ from mmmoe_pretrain.checkpoint.model import (
     write_first,
 )
 from mmmoe_pretrain.config import MoEConfig, RunConfig
-from mmmoe_pretrain.modalities import copy_tokenizer
+from mmmoe_pretrain.data.evaluation import eval_settings, training_samples
+from mmmoe_pretrain.data.pack import pack
+from mmmoe_pretrain.data.sources.listing import is_absent, is_stream
+from mmmoe_pretrain.modalities import build_modalities, copy_tokenizer
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.objectives import objectives_of
@@ -58,6 +62,22 @@ class Source:
         """A batch of the run's own data, or of noise where its shards are elsewhere; and what it is."""
         noise = noise_batch(self.config), "a batch of noise (the run's shards are not here)"
         return held_out_batch(self.config) or noise
+
+    def training_batches(self, samples: int, size: int, what: str) -> Iterator[tuple[Batch, list[Sample]]]:
+        """About ``samples`` training samples without augmentation, ``size`` at a time, for ``what``. Raises
+        ValueError where the shards cannot be read by number."""
+        config, where = self.config, (source.path for source in self.config.data.train)
+        if unread := next((path for path in where if is_stream(path) or is_absent(path)), None):
+            raise ValueError(
+                f"{what} is of training samples that are read by number, and {unread} is a stream or missing; bring "
+                f"the shards of {self.run_dir} here, or name others with data.train=..."
+            )
+        fingerprint = self.meta["tokenizer_fingerprint"]
+        modalities = build_modalities(config.modalities, config.data.tokenizer, fingerprint=fingerprint)
+        settings = eval_settings(config, modalities)
+        read = (sample for _, sample in training_samples(config, modalities, samples, what))
+        while batch := list(itertools.islice(read, size)):
+            yield pack(batch, settings), batch
 
     @cached_property
     def usage(self) -> Usage:

@@ -14,6 +14,7 @@ from mmmoe_pretrain.evaluate import cca
 from mmmoe_pretrain.models.mmmoe import MMMoE
 from mmmoe_pretrain.surgery import align as module
 from mmmoe_pretrain.surgery.align import _as_weight, _fit, _Rows, align
+from mmmoe_pretrain.surgery.operation import Source
 from tests.support import pack_settings, random_sample
 from tests.surgery.support import model_of, random_source
 
@@ -79,7 +80,7 @@ def test_only_the_heads_of_pairs_change_and_pairs_are_alike(tmp_path: Path, monk
     source = random_source(tmp_path, {}, objectives=PAIRS)
     samples = [random_sample(i, "iat", source.config) for i in range(40)]
     batch = pack(samples, pack_settings(source.config))
-    monkeypatch.setattr(module, "_batches", lambda *_: iter([(batch, samples)]))
+    monkeypatch.setattr(Source, "training_batches", lambda *_: iter([(batch, samples)]))
     heads = {name: source.model.joint_heads[name] for name in ("image", "audio", "text")}
     before = mean_cosine(source.model, batch)
     result = align(source, 40)
@@ -98,7 +99,8 @@ def test_class_heads_on_a_representation_stay_and_are_named(tmp_path: Path, monk
     classes = {"kind": "classify", "of": "image", "classes": 3}
     source = random_source(tmp_path, {}, objectives={**PAIRS, "digits": classes})
     samples = [random_sample(i, "iat", source.config) for i in range(40)]
-    monkeypatch.setattr(module, "_batches", lambda *_: iter([(pack(samples, pack_settings(source.config)), samples)]))
+    batch = pack(samples, pack_settings(source.config))
+    monkeypatch.setattr(Source, "training_batches", lambda *_: iter([(batch, samples)]))
     head = source.model.class_heads["digits"]
     assert "class heads of digits stay as they are" in align(source, 40).did[-1]
     assert source.model.class_heads["digits"] is head
@@ -112,7 +114,7 @@ def mean_cosine(model: MMMoE, batch: Batch) -> dict[str, float]:
 
 def test_what_cannot_be_aligned_is_refused(tmp_path: Path) -> None:
     source = random_source(tmp_path, {})
-    with pytest.raises(ValueError, match=r"is a stream or missing; name shards"):
+    with pytest.raises(ValueError, match=r"linear CCA is of training samples .* is a stream or missing; bring"):
         align(source, 100)
     rows = {name: of_rows(np.random.default_rng(0).normal(size=(4, 4)) + 1) for name in "ab"}
     with pytest.raises(
