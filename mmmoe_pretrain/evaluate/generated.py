@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from mmmoe_pretrain.batch import Item, Sample, SampleMeta
-from mmmoe_pretrain.checkpoint import load_model
 from mmmoe_pretrain.config import RunConfig
 from mmmoe_pretrain.data.evaluation import eval_settings
 from mmmoe_pretrain.data.pack import pack
@@ -33,9 +32,10 @@ from mmmoe_pretrain.evaluate.features import device_of
 from mmmoe_pretrain.evaluate.retrieval import Z95
 from mmmoe_pretrain.evaluate.rows import BATCH_SIZE, HeldOutRows
 from mmmoe_pretrain.evaluate.scores import Score, Scored
+from mmmoe_pretrain.generate.command import open_model
 from mmmoe_pretrain.generate.growing import Generated
 from mmmoe_pretrain.generate.tasks import Prompt, Task
-from mmmoe_pretrain.modalities import Modalities, build_modalities
+from mmmoe_pretrain.modalities import Modalities
 from mmmoe_pretrain.models.mmmoe import MMMoE
 
 
@@ -50,8 +50,7 @@ class Judge:
 
     @classmethod
     def open(cls, folder: Path, device: torch.device) -> Judge:
-        model, config, _ = load_model(folder, device=device)
-        return cls(folder, model, config, build_modalities(config.modalities, config.data.tokenizer))
+        return cls(folder, *open_model(folder, (), device))
 
     def sides(self, extension: str, asked: Iterable[str]) -> tuple[str, str]:
         """Its representation of a file with this extension, and the one of ``asked`` that it compares that with.

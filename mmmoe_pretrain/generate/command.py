@@ -51,7 +51,7 @@ def generate_command(
     run_dir: Path, request: Request, out: Path | None, overrides: Sequence[str], device: str
 ) -> None:
     """Write to ``out``, or print where it is None."""
-    model, config, modalities = _open(run_dir, overrides, named_device(device))
+    model, config, modalities = open_model(run_dir, overrides, named_device(device))
     settings = eval_settings(config, modalities)
     task = Task(request.task, model, settings, how(config, request))
     if request.data and (request.by_name or request.files or request.texts):
@@ -148,7 +148,8 @@ def line(task: Task, prompt: Prompt, generated: Generated, shown: Mapping[str, s
     return found
 
 
-def _open(run_dir: Path, overrides: Sequence[str], device: torch.device) -> tuple[MMMoE, RunConfig, Modalities]:
+def open_model(run_dir: Path, overrides: Sequence[str], device: torch.device) -> tuple[MMMoE, RunConfig, Modalities]:
+    """Of a run or an export. Raises ValueError where the tokenizer is not the one that it was trained with."""
     if not (run_dir / CONFIG).is_file() and (run_dir / layout.INDEX).is_file():
         from mmmoe_pretrain.export.read import load_export  # a second to import
 

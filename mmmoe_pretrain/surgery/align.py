@@ -36,7 +36,6 @@ HEADS = "mmmoe.joint_heads"
 class _Rows:
     """Of one representation: the vectors that its head reads, without a part in the direction of their mean."""
 
-    mean_W: np.ndarray  # of unit length
     without_NW: np.ndarray
     present_N: np.ndarray
 
@@ -44,8 +43,8 @@ class _Rows:
     def of(cls, data: HeldOut, name: str) -> _Rows:
         rows_NW, present_N = data.projected[name].astype(np.float64), np.array([*map(bool, data.content[name])])
         mean_W = rows_NW[present_N].mean(axis=0) if present_N.any() else np.zeros(rows_NW.shape[1])
-        mean_W = mean_W / max(float(np.linalg.norm(mean_W)), np.finfo(np.float64).tiny)
-        return cls(mean_W, rows_NW - np.outer(rows_NW @ mean_W, mean_W), present_N)
+        unit_W = mean_W / max(float(np.linalg.norm(mean_W)), np.finfo(np.float64).tiny)
+        return cls(rows_NW - np.outer(rows_NW @ unit_W, unit_W), present_N)
 
 
 def align(source: Source, samples: int) -> Result:

@@ -17,7 +17,7 @@ from mmmoe_pretrain.data.evaluation import iterate_eval
 from mmmoe_pretrain.evaluate.generation import scores_of
 from mmmoe_pretrain.evaluate.rows import open_rows
 from mmmoe_pretrain.export.write import export_run
-from mmmoe_pretrain.generate.command import Request, _open, generate_command
+from mmmoe_pretrain.generate.command import Request, generate_command, open_model
 from mmmoe_pretrain.modalities import build_modalities
 from mmmoe_pretrain.models.pretraining import PretrainingModel
 from mmmoe_pretrain.parallel.runtime import named_device
@@ -129,7 +129,7 @@ def test_shards_and_an_export_give_the_same(trained: RunConfig, tmp_path: Path) 
 
 
 def test_generated_texts_are_scored_by_language(trained: RunConfig) -> None:
-    model, config, _ = _open(trained.run_dir, [], named_device("cpu"))
+    model, config, _ = open_model(trained.run_dir, [], named_device("cpu"))
     ((found, notes),) = scores_of(model, open_rows(trained.run_dir, config, None))
     values = {score.metric: (score.value, score.n) for score in found}
     letters = [sum(len(row["name"]) for row in rows(64, 16)[part : part + 8]) for part in (0, 8)]

@@ -23,7 +23,7 @@ PAIRS = {"pairs": {"kind": "contrastive", "pairs": {"image-text": 1.0, "audio-te
 
 def of_rows(rows_NW: np.ndarray) -> _Rows:
     mean_W = rows_NW.mean(axis=0) / np.linalg.norm(rows_NW.mean(axis=0))
-    return _Rows(mean_W, rows_NW - np.outer(rows_NW @ mean_W, mean_W), np.ones(len(rows_NW), dtype=bool))
+    return _Rows(rows_NW - np.outer(rows_NW @ mean_W, mean_W), np.ones(len(rows_NW), dtype=bool))
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -54,9 +54,7 @@ def test_a_later_pair_is_fitted_to_the_side_that_is_made() -> None:
     a, b = random.normal(size=(200, 4)), random.normal(size=(200, 4))
     a += b @ random.normal(size=(4, 4))
     c = b @ random.normal(size=(4, 4))
-    rows = {
-        name: _Rows(np.zeros(4), its, np.ones(200, dtype=bool)) for name, its in zip("abc", (a, b, c), strict=True)
-    }
+    rows = {name: _Rows(its, np.ones(200, dtype=bool)) for name, its in zip("abc", (a, b, c), strict=True)}
     maps: dict[str, np.ndarray] = {}
     _fit(rows, "a", "b", maps, 4)
     assert _fit(rows, "c", "b", maps, 4)[0].startswith("head of c: regression to b over 200")
